@@ -1,0 +1,159 @@
+"""VTokenConfig: which strategy with which budget, as a small JSON file beside a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+
+CONFIG_FILE = "vtoken_config.json"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class VTokenConfig(ModelHubMixin, library_name="vtoken"):
+    """What `vtoken.patch` needs to know, ready to be saved, loaded and pushed to the Hub.
+
+    Args:
+        strategy: a registered name, see `vtoken.list_strategies()`, or several that are applied together.
+        budget: a float in (0, 1] is the share of the visual tokens that the unpatched model would feed to the LLM; an
+            int is a number of tokens per image or per frame. `1.0` and `1` differ and stay different on disk.
+        positions: "original" or "renumber"; None is the strategy's own default.
+        options: the strategy's hyper-parameters by name, JSON values only; of several strategies, one such mapping per
+            strategy's name.
+        version: format of the file.
+
+    Raises:
+        ValueError: for an empty strategy, a budget out of range or options that JSON cannot hold.
+    """
+
+    strategy: str | list[str]
+    budget: float | int = 0.2
+    positions: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        from .strategies.base import check_budget
+
+        names = [self.strategy] if isinstance(self.strategy, str) else self.strategy
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) and n for n in names):
+            raise ValueError(f"strategy must be a name such as 'hired' or a list of names, found {self.strategy!r}.")
+        self.strategy = names[0] if isinstance(self.strategy, str) else list(names)
+        self.budget = check_budget(self.budget)
+        if not isinstance(self.options, dict) or not all(isinstance(k, str) for k in self.options):
+            raise ValueError(f"options must map hyper-parameter names to values, found {self.options!r}.")
+        try:  # tuples become lists here and not on the way through the disk, so that equality survives a round trip
+            self.options = json.loads(json.dumps(self.options, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"options must hold JSON values only, found {self.options!r}: {error}.") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> VTokenConfig:
+        """Build a config from `to_dict`'s output; unknown keys are named in a warning and ignored.
+
+        Raises:
+            ValueError: if `values` is no mapping or names no strategy.
+        """
+        if not isinstance(values, dict) or "strategy" not in values:
+            raise ValueError(f"A vtoken config is a JSON object with at least the key 'strategy', found {values!r}.")
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            keys = ", ".join(map(repr, unknown))
+            warnings.warn(
+                f"vtoken ignores the unknown config key(s) {keys}; it knows {', '.join(sorted(known))}.", stacklevel=2
+            )
+        config = cls(**{k: v for k, v in values.items() if k in known})
+        if isinstance(config.version, int) and config.version > FORMAT_VERSION:
+            warnings.warn(
+                f"This vtoken config has format version {config.version} and this vtoken reads up to {FORMAT_VERSION}; "
+                "a newer vtoken may read more from it.",
+                stacklevel=2,
+            )
+        return config
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
+    ) -> str | None:
+        """Write `vtoken_config.json` into a folder, which is made if needed; other files in it are left alone.
+
+        Args:
+            save_directory: the folder, for instance the one that holds the model.
+            push_to_hub: also call `push_to_hub(**kwargs)`; `repo_id` defaults to the folder's name.
+
+        Returns:
+            The URL of the commit if it was pushed, None otherwise.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_pretrained writes into a folder, but {str(folder)!r} is a file.")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if push_to_hub:
+            return self.push_to_hub(kwargs.pop("repo_id", None) or folder.resolve().name, **kwargs)
+        return None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> VTokenConfig:
+        """Load from a folder, from the JSON file itself, or from a Hub repository.
+
+        Args:
+            pretrained_model_name_or_path: the folder, the file or the repository's id; the other arguments are those of
+                `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            OSError: if there is no `vtoken_config.json` there.
+            ValueError: if the file is not a vtoken config.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        path = Path(source)
+        if path.is_dir():
+            path = path / CONFIG_FILE
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"The folder {source!r} has no {CONFIG_FILE}; "
+                    f"write one with VTokenConfig(...).save_pretrained({source!r})."
+                )
+        elif not path.is_file():
+            try:
+                path = Path(
+                    hf_hub_download(
+                        source,
+                        CONFIG_FILE,
+                        revision=revision,
+                        token=token,
+                        cache_dir=cache_dir,
+                        force_download=force_download,
+                        local_files_only=local_files_only,
+                    )
+                )
+            except (HFValidationError, OSError) as error:
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise OSError(
+                    f"No {CONFIG_FILE} found for {source!r}: it is neither a folder nor a file here, "
+                    f"and the Hub answered {type(error).__name__} ({reason})."
+                ) from error
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is not JSON: {error}.") from None
+        return cls.from_dict(values)
