@@ -1,0 +1,153 @@
+"""Plain torch twins of the Triton kernels: what runs on a CPU, under autograd, and wherever Triton is absent.
+
+They are called through `vtoken.kernels`, which documents and checks the arguments. Everything here is batched,
+computes in float32 (float64 for float64 input) and has no Python loop over tokens, heads or windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_index(index: Tensor, low: int, high: int, name: str = "index") -> None:
+    """Raise IndexError if an entry of a CPU index lies outside [low, high); on a GPU it would cost a sync."""
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+        return
+    least, most = (int(v) for v in torch.aminmax(index))
+    if least < low or most >= high:
+        raise IndexError(f"{name} has entries from {least} to {most}; the rows it may name are {low} to {high - 1}.")
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, n, ...), index (B, m) -> (B, m, ...): a copy of the rows."""
+    batch, n = x.shape[:2]
+    check_index(index, 0, n)
+    if batch == 1:
+        return x[0].index_select(0, index[0])[None]
+    if not x.is_contiguous():
+        return x[torch.arange(batch, device=x.device)[:, None], index]
+    flat = index + torch.arange(batch, device=index.device)[:, None] * n
+    return x.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, index.shape)
+
+
+def gather_rows(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    return [take(x, index) for x in tensors]
+
+
+def gather_merge(x: Tensor, index: Tensor, into: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    kept = take(x, index)
+    if into is None or not kept.numel():
+        return kept
+    (batch, n, d), m = x.shape, index.shape[1]
+    check_index(into, -1, m, "into")
+    rows, column = x.reshape(batch * n, d), into + torch.arange(batch, device=x.device)[:, None] * m
+    scale = torch.ones_like(into, dtype=torch.float32) if weight is None else weight
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        # Static shapes for autograd under torch.compile: dropped rows fall into one spare column.
+        column, scale = torch.where(into < 0, batch * m, column).flatten(), scale.reshape(-1, 1)
+    else:
+        used = (into.flatten() >= 0).nonzero()[:, 0]
+        rows, column, scale = rows[used], column.flatten()[used], scale.reshape(-1, 1)[used]
+    # -0.0 is the one start of a sum that leaves every value, -0.0 too, as it is.
+    total = torch.full((batch * m + 1, d), -0.0, dtype=compute_dtype(x), device=x.device)
+    total = total.index_add(0, column, rows.to(total.dtype) * scale.to(total.dtype))[:-1]
+    named = torch.zeros(batch * m + 1, dtype=torch.bool, device=x.device).index_fill_(0, column, True)[:-1]
+    return torch.where(named.view(batch, m, 1), total.view(batch, m, d).to(x.dtype), kept)
+
+
+def merge_map(source: Tensor, target: Tensor, keep: Tensor) -> Tensor:
+    """Where each of n tokens goes in `keep`'s order: (B, n), from pairs of one merge."""
+    batch, kept = keep.shape
+    owner = keep.new_empty(batch, kept + source.shape[1])
+    owner.scatter_(1, keep, torch.arange(kept, device=keep.device).expand(batch, -1))
+    return owner.scatter_(1, source, owner.gather(1, target))
+
+
+def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None, reduce: str | None = None) -> Tensor:
+    (batch, heads, rows, d), (_, kv_heads, n, _) = q.shape, k.shape
+    dtype = compute_dtype(q)
+    logits = (q.to(dtype) * scale).reshape(batch, kv_heads, heads // kv_heads * rows, d) @ k.to(dtype).mT
+    logits = logits.view(batch, heads, rows, n)
+    if mask is None:
+        probs = logits.softmax(-1)
+    else:
+        hidden = ~(mask[:, None, None] if mask.ndim == 2 else mask[:, None])
+        probs = logits.masked_fill(hidden, torch.finfo(dtype).min).softmax(-1).masked_fill(hidden, 0.0)
+    if reduce is None:
+        return probs
+    total = probs.sum((1, 2))
+    return total / max(1, heads * rows) if reduce == "mean" else total
+
+
+def windows_by_length(cu_seqlens: Tensor, n: int) -> dict[int, list[int]]:
+    """Starts of the windows, by window length; raises ValueError for bounds that do not run from 0 to n."""
+    bounds = cu_seqlens.tolist()
+    if not bounds or bounds[0] != 0 or bounds[-1] != n or any(b < a for a, b in pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to the {n} tokens given; found {bounds[:4]} ... {bounds[-2:]}.")
+    groups: dict[int, list[int]] = {}
+    for start, stop in pairwise(bounds):
+        if stop > start:
+            groups.setdefault(stop - start, []).append(start)
+    return groups
+
+
+def received_attention(
+    q: Tensor, k: Tensor, scale: float, cu_seqlens: Tensor | None = None, chunk: int = 256
+) -> Tensor:
+    (batch, heads, n, _), kv_heads, dtype = q.shape, k.shape[1], compute_dtype(q)
+    groups = {n: [0]} if cu_seqlens is None else windows_by_length(cu_seqlens, n)
+    if not n or not batch or not groups:
+        return q.new_zeros(batch, n, dtype=dtype)
+    whole = len(groups) == 1
+    parts, order = [], []
+    for length, starts in groups.items():
+        wq, wk = q, k
+        if not whole:
+            at = (torch.tensor(starts)[:, None] + torch.arange(length)).flatten().to(q.device)
+            order.append(at)
+            wq, wk = q.index_select(2, at), k.index_select(2, at)
+        # (B, Hk, group, W, L, d) against (B, Hk, 1, W, L, d); chunk * n logits per head at a time.
+        wq = wq.unflatten(2, (-1, length)).unflatten(1, (kv_heads, heads // kv_heads))
+        wk = wk.unflatten(2, (-1, length)).unsqueeze(2)
+        step_w, step_q = max(1, chunk * n // length**2), max(1, min(length, chunk * n // length))
+        for w in range(0, len(starts), step_w):
+            keys = wk[:, :, :, w : w + step_w].to(dtype).mT
+            total: Tensor | None = None
+            for i in range(0, length, step_q):
+                rows = wq[:, :, :, w : w + step_w, i : i + step_q].to(dtype) * scale
+                got = (rows @ keys).softmax(-1).sum((1, 2, 4))
+                total = got if total is None else total + got
+            assert total is not None
+            parts.append(total.flatten(1) / (heads * length))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return out if whole else out.index_select(1, torch.cat(order).argsort())
+
+
+def kv_gather(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    if not tensors:
+        return []
+    batch, heads, n, _ = tensors[0].shape
+    check_index(index, 0, n)
+    if batch == 1:
+        return [t.index_select(2, index[0]) for t in tensors]
+    b = torch.arange(batch, device=index.device)[:, None, None]
+    h = torch.arange(heads, device=index.device)[:, None]
+    return [t[b, h, index[:, None]] for t in tensors]
+
+
+def kv_compact_(tensors: Sequence[Tensor], index: Tensor) -> None:
+    for t in tensors:
+        t[:, :, : index.shape[1]] = kv_gather([t], index)[0]
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    return F.normalize(x.to(compute_dtype(x)), dim=-1, eps=1e-12)
