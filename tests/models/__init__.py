@@ -1,0 +1,27 @@
+"""Tiny random models, one row per family and modality: ``FAMILIES["llava"].build()``, ``.batch("ragged")``.
+
+A new family is one more ``Family(...)`` in one of the files beside this one. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from . import clip, qwen, siglip
+from .common import KINDS, SPECIAL, Family, Item
+
+FAMILIES: dict[str, Family] = {
+    f.name if f.modality == "image" else f"{f.name}/{f.modality}": f
+    for f in [*clip.FAMILIES, *siglip.FAMILIES, *qwen.FAMILIES]
+}
+
+
+@functools.cache
+def shared(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0):
+    """One model per process; a test that patches it must unpatch it."""
+    return FAMILIES[name].build(attn, dtype, seed)
+
+
+__all__ = ["FAMILIES", "KINDS", "SPECIAL", "Family", "Item", "shared"]

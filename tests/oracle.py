@@ -1,0 +1,236 @@
+"""What a model that reads fewer visual tokens must answer, computed without a line of vtoken.
+
+``capture`` records what the unpatched model hands to its language model. ``generate`` then decodes greedily, one prompt
+at a time, without padding and without a cache: the embeddings are shortened explicitly and come with explicit positions.
+Drops inside the language model are computed at full length, with a decoder loop written out here in which dropped tokens
+are masked from their layer on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .models import SPECIAL
+
+STEPS = 5
+
+
+@dataclass
+class Prompt:
+    """The input of the language model for one prompt of n tokens, padding removed.
+
+    ``allowed`` is the (n, n) attention pattern if the model made its own (images that see themselves in both
+    directions), ``deepstack`` one (n, hidden) tensor for each early layer, ``index`` the columns of the padded batch.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    index: Tensor
+    allowed: Tensor | None = None
+    deepstack: list[Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def take(self, rows: Tensor) -> Prompt:
+        return Prompt(
+            self.embeds[rows],
+            self.positions[..., rows],
+            self.index[rows],
+            None if self.allowed is None else self.allowed[rows][:, rows],
+            None if self.deepstack is None else [d[rows] for d in self.deepstack],
+        )
+
+    def append(self, embed: Tensor) -> Prompt:
+        n = len(self)
+        allowed, deepstack = self.allowed, self.deepstack
+        if allowed is not None:
+            allowed = torch.ones(n + 1, n + 1, dtype=torch.bool).tril()
+            allowed[:n, :n] = self.allowed
+        if deepstack is not None:
+            deepstack = [torch.cat([d, torch.zeros_like(d[:1])]) for d in deepstack]
+        positions = torch.cat([self.positions, self.positions[..., -1:] + 1], -1)
+        index = torch.cat([self.index, self.index[-1:] + 1])
+        return Prompt(torch.cat([self.embeds, embed]), positions, index, allowed, deepstack)
+
+
+def clone(inputs: dict) -> dict:
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def capture(model, inputs: dict, door: str = "generate") -> list[Prompt]:
+    """The language model's input at prefill, one ``Prompt`` for each row; ``door`` is "generate" or "forward"."""
+    got: dict = {}
+    hook = model.get_decoder().register_forward_pre_hook(lambda m, a, kw: got or got.update(kw), with_kwargs=True)
+    try:
+        if door == "generate":
+            model.generate(**clone(inputs), max_new_tokens=1, do_sample=False, suppress_tokens=SPECIAL)
+        else:
+            model(**clone(inputs))
+    finally:
+        hook.remove()
+    embeds, positions, deepstack = got["inputs_embeds"], got.get("position_ids"), None
+    batch, length = embeds.shape[:2]
+    if positions is None:
+        positions = torch.arange(length)[None]
+    positions = positions.expand(*positions.shape[:-2], batch, length)
+    if got.get("visual_pos_masks") is not None:
+        visual = got["visual_pos_masks"]
+        deepstack = [
+            torch.zeros_like(embeds).masked_scatter(visual[..., None], d) for d in got["deepstack_visual_embeds"]
+        ]
+    allowed = _pattern(got.get("attention_mask"))
+    prompts = []
+    for b in range(batch):
+        index = inputs["attention_mask"][b].bool().nonzero()[:, 0]
+        rows = None if deepstack is None else [d[b, index] for d in deepstack]
+        pattern = None if allowed is None else allowed[min(b, len(allowed) - 1)][index][:, index]
+        prompts.append(Prompt(embeds[b, index], positions[..., b, index], index, pattern, rows))
+    return prompts
+
+
+def _pattern(mask) -> Tensor | None:
+    """(batch, L, L) of a 4-D mask, bool or additive; of several, the one without a window."""
+    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    if mask is None or mask.ndim != 4:
+        return None
+    return (mask if mask.dtype == torch.bool else mask >= 0)[:, 0, :, : mask.shape[2]]
+
+
+def hidden(
+    model, prompt: Prompt, drop: dict[int, Tensor] | None = None, mix: dict[int, Tensor] | None = None
+) -> Tensor:
+    """(n, hidden): the language model's output for one prompt.
+
+    ``drop[k]`` is a bool (m,) over the first m tokens: those that are False are seen by nobody from layer k on.
+    ``mix[k]`` is a float (m, m) matrix that replaces the first m hidden states in front of layer k.
+    """
+    lm, n = model.get_decoder(), len(prompt)
+    if not drop and not mix and prompt.allowed is None:
+        extra = {}
+        if prompt.deepstack is not None:
+            everywhere = torch.ones(1, n, dtype=torch.bool)
+            extra = dict(visual_pos_masks=everywhere, deepstack_visual_embeds=prompt.deepstack)
+        mask = torch.ones(1, n, dtype=torch.long)
+        positions = prompt.positions[..., None, :]
+        return lm(
+            inputs_embeds=prompt.embeds[None], position_ids=positions, attention_mask=mask, use_cache=False, **extra
+        ).last_hidden_state[0]
+    return _layer_by_layer(lm, prompt, drop or {}, mix or {})
+
+
+def _layer_by_layer(lm, prompt: Prompt, drop: dict[int, Tensor], mix: dict[int, Tensor]) -> Tensor:
+    n, h = len(prompt), prompt.embeds[None]
+    positions = prompt.positions[..., None, :]
+    positions = positions[1:] if positions.ndim == 3 and len(positions) == 4 else positions
+    kinds = getattr(lm.config, "layer_types", None) or [""] * len(lm.layers)
+    if "layer_type" in inspect.signature(lm.rotary_emb.forward).parameters:
+        rotary = {kind: lm.rotary_emb(h, positions, kind) for kind in set(kinds)}
+    else:
+        rotary = dict.fromkeys(kinds, lm.rotary_emb(h, positions))
+    allowed = torch.ones(n, n, dtype=torch.bool).tril() if prompt.allowed is None else prompt.allowed
+    alive, lowest = (
+        torch.ones(n, dtype=torch.bool),
+        torch.finfo(min(h.dtype, torch.float32, key=lambda d: d.itemsize)).min,
+    )
+    for i, layer in enumerate(lm.layers):
+        if i in mix:
+            m = len(mix[i])
+            h = torch.cat([(mix[i].to(h.dtype) @ h[0, :m])[None], h[:, m:]], 1)
+        if i in drop:
+            alive = alive & torch.cat([drop[i], torch.ones(n - len(drop[i]), dtype=torch.bool)])
+        seen = allowed & (alive[None] | torch.eye(n, dtype=torch.bool))
+        mask = torch.zeros(n, n, dtype=h.dtype).masked_fill(~seen, lowest)[None, None]
+        h = layer(h, attention_mask=mask, position_embeddings=rotary[kinds[i]], past_key_values=None)
+        h = h[0] if isinstance(h, tuple) else h
+        if prompt.deepstack is not None and i < len(prompt.deepstack):
+            h = h + prompt.deepstack[i][None]
+    return lm.norm(h)[0]
+
+
+def shortened(
+    model,
+    inputs: dict,
+    keep: Tensor | None = None,
+    merge: list[Tensor | None] | None = None,
+    renumber: bool = False,
+    door: str = "generate",
+) -> list[Prompt]:
+    """The prompts of a batch after pruning in front of the language model.
+
+    ``keep`` is a bool (batch, L). ``merge[b]`` is a (kept, all) matrix over the visual tokens of row b, in order: what
+    the kept ones are made of. ``renumber`` gives the survivors consecutive positions.
+    """
+    prompts = []
+    for b, prompt in enumerate(capture(model, inputs, door)):
+        kept = torch.ones(len(prompt), dtype=torch.bool) if keep is None else keep[b, prompt.index]
+        if merge is not None and merge[b] is not None:
+            visual = torch.isin(inputs["input_ids"][b, prompt.index], torch.tensor(_placeholders(model)))
+            embeds = prompt.embeds.clone()
+            embeds[visual & kept] = merge[b].to(embeds.dtype) @ prompt.embeds[visual]
+            prompt = replace(prompt, embeds=embeds)
+        short = prompt.take(kept)
+        if renumber:
+            first = int(prompt.positions.min())
+            short = replace(short, positions=torch.arange(first, first + len(short)).expand(short.positions.shape))
+        prompts.append(short)
+    return prompts
+
+
+def _placeholders(model) -> list[int]:
+    ids = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+    return [i for i in ids if i is not None]
+
+
+def pick(logits: Tensor) -> Tensor:
+    return logits.index_fill(-1, torch.tensor(SPECIAL), -torch.inf).argmax(-1)
+
+
+@torch.no_grad()
+def generate(
+    model,
+    inputs: dict,
+    keep: Tensor | None = None,
+    steps: int = STEPS,
+    *,
+    merge: list[Tensor | None] | None = None,
+    drop: dict[int, Tensor] | None = None,
+    mix: list[dict[int, Tensor]] | None = None,
+    renumber: bool = False,
+    forced: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Greedy decoding -> ids (batch, steps) and logits (steps, batch, vocabulary).
+
+    ``drop`` maps a layer to a bool (batch, L), ``mix`` holds for each row its ``{layer: matrix}``; ``forced``
+    (batch, steps) are the ids to be scored instead of the greedy ones. For the others see ``shortened``.
+    """
+    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    ids, logits = [], []
+    for b, prompt in enumerate(shortened(model, inputs, keep, merge, renumber)):
+        rows = {k: d[b, prompt.index] for k, d in (drop or {}).items()}
+        row_ids, row_logits = [], []
+        for t in range(steps):
+            out = head(hidden(model, prompt, rows, None if mix is None else mix[b])[-1])
+            row_logits.append(out)
+            row_ids.append(pick(out) if forced is None else forced[b, t])
+            prompt = prompt.append(embed(row_ids[-1][None]))
+        ids.append(torch.stack(row_ids))
+        logits.append(torch.stack(row_logits))
+    return torch.stack(ids), torch.stack(logits, 1)
+
+
+def loss(model, inputs: dict, labels: Tensor, keep: Tensor, merge: list[Tensor | None] | None = None) -> Tensor:
+    """Mean next-token cross-entropy over the label tokens of all shortened prompts, with gradients."""
+    total, count = torch.zeros(()), 0
+    for b, prompt in enumerate(shortened(model, inputs, keep, merge, door="forward")):
+        logits = model.get_output_embeddings()(hidden(model, prompt))
+        target = labels[b, prompt.index][1:]
+        total = total + torch.nn.functional.cross_entropy(
+            logits[:-1].float(), target, ignore_index=-100, reduction="sum"
+        )
+        count += int((target != -100).sum())
+    return total / count
