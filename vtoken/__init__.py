@@ -1,0 +1,58 @@
+"""vtoken: vision-language models that read fewer visual tokens.
+
+    vtoken.patch(model, "hired", budget=0.2)
+    model.generate(**inputs)
+    print(vtoken.report(model))
+    vtoken.unpatch(model)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import strategies
+from .strategies import Strategy, StrategyInfo, register, strategy_info
+from .tokens import Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
+
+if TYPE_CHECKING:
+    from .config import VTokenConfig
+    from .patching import applied, disabled, list_strategies, patch, report, unpatch
+    from .accounting import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Needs",
+    "PrefillTokens",
+    "Report",
+    "Segment",
+    "Selection",
+    "Strategy",
+    "StrategyInfo",
+    "TowerInfo",
+    "VTokenConfig",
+    "VisualTokens",
+    "applied",
+    "disabled",
+    "list_strategies",
+    "patch",
+    "register",
+    "report",
+    "strategies",
+    "strategy_info",
+    "unpatch",
+]
+
+# transformers and huggingface_hub are imported when something is patched, not before
+_LAZY = {
+    "VTokenConfig": "config",
+    "Report": "accounting",
+    **dict.fromkeys(("applied", "disabled", "list_strategies", "patch", "report", "unpatch"), "patching"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

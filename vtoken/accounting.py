@@ -1,0 +1,174 @@
+"""What the last call did: visual tokens, FLOPs, KV bytes and times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .tokens import Segment
+
+
+@dataclass(frozen=True)
+class VisualReport:
+    """One image or video of the last call.
+
+    Attributes:
+        row: row of the batch.
+        modality: "image" or "video".
+        tokens_in: visual tokens that the unpatched model would feed.
+        tokens_out: visual tokens that entered the LLM.
+        segments: the crops, frames or the one image.
+        cells: (tokens_in,) cell of each token, -1 for separators.
+        keep: (tokens_out,) ascending indices of the kept tokens.
+        into: (tokens_in,) slot among the kept that absorbed each token (-1: none), or None if nothing was merged.
+    """
+
+    row: int
+    modality: str
+    tokens_in: int
+    tokens_out: int
+    segments: tuple[Segment, ...]
+    cells: Tensor = field(repr=False)
+    keep: Tensor = field(repr=False)
+    into: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def kept_cells(self) -> Tensor:
+        """Cells that survived, ascending."""
+        cells = self.cells[self.keep]
+        return cells[cells >= 0]
+
+
+@dataclass
+class Report:
+    """What one call of a patched model did.
+
+    Attributes:
+        strategy: name and hyper-parameters.
+        visuals: one entry per image or video.
+        prompt_tokens: per batch row, tokens of the prompt without padding.
+        tokens_per_layer: per LLM layer, tokens stored for the prompt, summed over the batch, without padding.
+        visual_per_layer: the visual ones among them.
+        flops_dense, flops: LLM prefill FLOPs of the unpatched model and of this call.
+        kv_bytes_dense, kv_bytes: KV-cache bytes of the prompt.
+        seconds: measured time per stage: "tower", "select", "prefill" (GPU times are read when the report is made).
+    """
+
+    strategy: str
+    visuals: list[VisualReport]
+    prompt_tokens: list[int]
+    tokens_per_layer: list[int]
+    visual_per_layer: list[int]
+    flops_dense: float
+    flops: float
+    kv_bytes_dense: int
+    kv_bytes: int
+    seconds: dict[str, float]
+
+    @property
+    def tokens_in(self) -> int:
+        return sum(v.tokens_in for v in self.visuals)
+
+    @property
+    def tokens_out(self) -> int:
+        return sum(v.tokens_out for v in self.visuals)
+
+    @property
+    def average_visual_tokens(self) -> float:
+        """Visual tokens averaged over the LLM's layers, as multi-layer methods are counted."""
+        return sum(self.visual_per_layer) / max(1, len(self.visual_per_layer))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        return {
+            "strategy": self.strategy,
+            "visuals": [
+                {"row": v.row, "modality": v.modality, "tokens_in": v.tokens_in, "tokens_out": v.tokens_out}
+                for v in self.visuals
+            ],
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "average_visual_tokens": self.average_visual_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "visual_per_layer": self.visual_per_layer,
+            "flops_dense": self.flops_dense,
+            "flops": self.flops,
+            "kv_bytes_dense": self.kv_bytes_dense,
+            "kv_bytes": self.kv_bytes,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        def change(now: float, dense: float) -> str:
+            return f"{now / dense:.1%}" if dense else "-"
+
+        lines = [f"vtoken report: {self.strategy}"]
+        for v in self.visuals:
+            parts = f"{len(v.segments)} {v.segments[-1].kind}s, " if len(v.segments) > 1 else ""
+            lines.append(
+                f"  {v.modality} in row {v.row}: {parts}{v.tokens_in} -> {v.tokens_out} visual tokens "
+                f"({change(v.tokens_out, v.tokens_in)})"
+            )
+        layers = self.visual_per_layer
+        lines.append(f"  visual tokens, average over {len(layers)} LLM layers: {self.average_visual_tokens:.1f}")
+        if len(set(layers)) > 1:
+            lines.append(f"  visual tokens per LLM layer: {' '.join(map(str, layers))}")
+        lines.append(
+            f"  LLM prefill: {_si(self.flops)}FLOP instead of {_si(self.flops_dense)}FLOP "
+            f"({change(self.flops, self.flops_dense)})"
+        )
+        lines.append(
+            f"  KV cache of the prompt: {_si(self.kv_bytes)}B instead of {_si(self.kv_bytes_dense)}B "
+            f"({change(self.kv_bytes, self.kv_bytes_dense)})"
+        )
+        times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in self.seconds.items())
+        lines.append(f"  time: {times}")
+        return "\n".join(lines)
+
+
+def _si(x: float) -> str:
+    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= factor:
+            return f"{x / factor:.2f} {unit}"
+    return f"{x:.0f} "
+
+
+@dataclass(frozen=True)
+class LanguageModelShape:
+    """The numbers of a decoder config that cost depends on."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+
+    @classmethod
+    def of(cls, config: Any) -> LanguageModelShape:
+        """Read a transformers text config; of a mixture of experts, what one token activates."""
+        heads = config.num_attention_heads
+        intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
+        experts = getattr(config, "num_experts_per_tok", None)
+        if experts and getattr(config, "moe_intermediate_size", None):
+            intermediate = experts * config.moe_intermediate_size
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            intermediate=intermediate,
+        )
+
+    def layer_flops(self, tokens: float, past: float = 0) -> float:
+        """FLOPs of one gated-MLP layer reading `tokens` behind `past` causally: 2 per multiply-add, half the square map."""
+        projections = 2 * self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        mlp = 6 * self.hidden * self.intermediate
+        return tokens * (projections + mlp) + 4 * tokens * (past + tokens / 2) * self.heads * self.head_dim
+
+    def kv_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of one layer's keys and values."""
+        return 2 * tokens * self.kv_heads * self.head_dim * itemsize

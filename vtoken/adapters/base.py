@@ -1,0 +1,102 @@
+"""What an adapter is: where the parts of a model family are, and which token of the LLM is which cell of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..tokens import Needs, Segment
+from .towers.base import Tower
+
+
+class Layout:
+    """The geometry of one image or video: its segments, and the cell behind every token ((n,) int64, -1 for none)."""
+
+    def __init__(self, segments: Sequence[Segment], cells: Tensor) -> None:
+        self.segments, self.cells = tuple(segments), cells
+
+    @classmethod
+    def plain(cls, segments: Sequence[Segment], device: torch.device | None = None) -> Layout:
+        """Every cell is a token, in order."""
+        return cls(segments, torch.arange(sum(s.size for s in segments), device=device))
+
+
+class Adapter:
+    """One model family. Subclass it in a file of this folder, name its `model_types`, write `layouts` and `make_towers`.
+
+    Override:
+        model_types: values of `config.model_type` that the class serves.
+        make_towers: the vision tower per modality.
+        layouts: segments and cells of every image or video of one `get_*_features` call.
+
+    Attributes:
+        model: what the user patches.
+        base: its `base_model`, which owns `get_image_features`.
+        decoder: the language model.
+        towers: per modality ("image", "video") the tower that encodes it.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    pixel_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos", "pixel_values_images")
+    multimodal_rope: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.base: Any = model.base_model
+        self.decoder: Any = model.get_decoder()  # type: ignore[operator]
+        self.config: Any = model.config
+        self.towers: dict[str, Tower] = self.make_towers()
+
+    # -- to override --------------------------------------------------------------------------------------------
+    def make_towers(self) -> dict[str, Tower]:
+        raise NotImplementedError(f"{type(self).__name__} must say where the vision tower is.")
+
+    def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
+        """Geometry of every item of one call.
+
+        Args:
+            modality: "image" or "video".
+            features: per item (n, d), as the LLM would read them.
+            arguments: the call's arguments by name, defaults included.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must lay out its visual tokens.")
+
+    # -- provided -----------------------------------------------------------------------------------------------
+    def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
+        """The output of `get_*_features` as one (n, d) tensor per image or video."""
+        return [f.flatten(0, -2) for f in output.pooler_output]
+
+    def find_placeholders(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Visual tokens by their ids, for families without `get_placeholder_mask`: modality -> (B, q) bool."""
+        return {m: input_ids == getattr(self.config, f"{m}_token_id") for m in self.modalities}
+
+    def provides(self, modality: str) -> frozenset[str]:
+        """Which of "cls_attention", "received_attention", "keys", "text_embeddings" strategies can have."""
+        tower = self.towers.get(modality)
+        return frozenset({"text_embeddings"}) | (tower.provides if tower is not None else frozenset())
+
+    def lacking(self, needs: Needs, modality: str) -> list[str]:
+        """The needs that this model cannot serve for a modality."""
+        asked = [kind for kind in ("cls_attention", "received_attention", "keys", "text_embeddings") if getattr(needs, kind)]
+        return [kind for kind in asked if kind not in self.provides(modality)]
+
+
+def feature_layer_of(config: Any, num_layers: int, default: int = -1) -> int:
+    """The 0-based tower layer whose output is `hidden_states[config.vision_feature_layer]`."""
+    index = getattr(config, "vision_feature_layer", default)
+    if isinstance(index, list | tuple):
+        index = max(i if i >= 0 else num_layers + 1 + i for i in index)
+    index = default if index is None else index
+    return max(0, (index if index >= 0 else num_layers + 1 + index) - 1)
+
+
+def square(n: int) -> tuple[int, int]:
+    """The grid of a square segment of n cells. Raises ValueError if n is no square."""
+    side = round(n**0.5)
+    if side * side != n:
+        raise ValueError(f"{n} visual tokens do not make a square grid.")
+    return side, side

@@ -1,0 +1,51 @@
+"""LLaVA-1.5, ViP-LLaVA and other models of the `llava` type: one square grid per image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tokens import Segment
+from .base import Adapter, Layout, feature_layer_of, square
+from .registry import register_adapter
+from .towers.base import Tower
+from .towers.clip import ClipTower, SiglipTower
+
+TOWERS: dict[str, type[Tower]] = {"clip_vision_model": ClipTower, "siglip_vision_model": SiglipTower}
+
+
+def find_tower(module: Any, config: Any) -> dict[str, Tower]:
+    """The image tower of a LLaVA-like model, empty for a tower whose attention is not read."""
+    cls = TOWERS.get(module.config.model_type)
+    if cls is None:
+        return {}
+    return {"image": cls(module, feature_layer_of(config, module.config.num_hidden_layers))}
+
+
+@register_adapter
+class LlavaAdapter(Adapter):
+    """`LlavaForConditionalGeneration`, `VipLlavaForConditionalGeneration`."""
+
+    model_types = ("llava", "vipllava")
+
+    def make_towers(self) -> dict[str, Tower]:
+        return find_tower(self.base.vision_tower, self.config)
+
+    def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
+        sizes = arguments.get("image_sizes")
+        out = []
+        for i, f in enumerate(features):
+            if sizes is not None:
+                patch = self.base.vision_tower.patch_size
+                grid = (int(sizes[i][0]) // patch, int(sizes[i][1]) // patch)
+                out.append(Layout.plain([Segment("image", grid)], f.device))
+                continue
+            strategy = arguments.get("vision_feature_select_strategy")
+            strategy = self.config.vision_feature_select_strategy if strategy is None else strategy
+            extra = int(strategy == "full" and self.towers["image"].has_cls) if self.towers else 0
+            segment = Segment("image", square(len(f) - extra))
+            cells = torch.arange(-extra, segment.size, device=f.device)
+            out.append(Layout([segment], cells))
+        return out

@@ -1,0 +1,192 @@
+"""From strategies' answers per image to one plan per forward of the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..tokens import Selection, VisualTokens, concat_selections
+from .base import Adapter
+from .encoded import EncodedVisuals
+from .sequence import Call, Plan, Run, State
+
+
+@dataclass
+class Chosen:
+    """What became of one image or video: which prompt row it belongs to, what it was, what is kept."""
+
+    row: int
+    tokens: VisualTokens
+    selection: Selection
+
+
+@dataclass
+class ChunkedPlan:
+    """A plan over whole prompts, consumed chunk by chunk: per modality (B, tokens) bool and what was consumed, (B,)."""
+
+    keep: dict[str, Tensor]
+    seen: dict[str, Tensor]
+
+
+class Planner:
+    """Asks the strategy about every image of a batch and lays the answers out over the prompt.
+
+    Args:
+        adapter: for placeholder ids.
+        select: `select(VisualTokens) -> Selection`.
+        state: to find the prompt of a running `generate()`.
+        chosen: called once per prompt batch with what was chosen and the number of beams per prompt row.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        select: Callable[[VisualTokens], Selection],
+        state: State,
+        chosen: Callable[[list[Chosen], int], None],
+        wants_text: bool,
+    ) -> None:
+        self.adapter, self.select, self.state, self.chosen, self.wants_text = adapter, select, state, chosen, wants_text
+
+    def __call__(self, call: Call, run: Run, embeds: Tensor, real: Tensor) -> Plan | None:
+        if self.state.disabled:
+            return None
+        pending: ChunkedPlan | None = run.ledger.pending
+        if pending is not None and not any(call.encoded.values()):
+            return self._consume(call, pending)
+        run.ledger.pending = None
+        prompt = self.state.generating
+        encoded = {m: e for m, e in call.encoded.items() if e is not None}
+        if encoded:
+            return self._whole(call, encoded, embeds, real)
+        if prompt is None or not prompt.encoded:
+            raise RuntimeError(
+                "Visual features reached the language model without their layout: pass pixel_values, or the output of "
+                "get_image_features of this patched model unchanged."
+            )
+        return self._first_chunk(call, run, prompt, embeds)
+
+    def _whole(self, call: Call, encoded: dict[str, EncodedVisuals], embeds: Tensor, real: Tensor) -> Plan | None:
+        batch, length = embeds.shape[:2]
+        beams = self._beams(call.visual, encoded)
+        keep = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
+        into = torch.full((batch, length), -1, dtype=torch.long, device=embeds.device)
+        weight = torch.zeros(batch, length, device=embeds.device)
+        chosen, merges = [], False
+        for modality, places_of in self._places(call.visual, beams).items():
+            for b, places, items in _assign(places_of, encoded[modality].items):
+                text = embeds[b * beams][self._text(call, b * beams, real)] if self.wants_text else None
+                picks = [self._select(item, text) for item in items]
+                chosen += [Chosen(b, item, s) for item, s in zip(items, picks, strict=True)]
+                selection = concat_selections(picks, [len(item) for item in items])
+                rows = slice(b * beams, (b + 1) * beams)
+                dropped = torch.ones(len(places), dtype=torch.bool, device=embeds.device)
+                dropped[selection.keep] = False
+                keep[rows, places[dropped]] = False
+                if selection.into is not None and selection.weight is not None:
+                    merges = True
+                    target = selection.into
+                    into[rows, places] = torch.where(target >= 0, places[selection.keep][target.clamp(min=0)], -1)
+                    weight[rows, places] = selection.weight.to(weight)
+        self.chosen(chosen, beams)
+        if not merges and bool(keep.all()):
+            return None
+        return Plan(keep, into, weight) if merges else Plan(keep)
+
+    def _select(self, item: VisualTokens, text: Tensor | None) -> Selection:
+        if text is not None:
+            item = replace(item, text_embeddings=text.to(item.features.device))
+        with torch.no_grad():
+            return self.select(item)
+
+    def _text(self, call: Call, b: int, real: Tensor) -> Tensor:
+        text = real[b].clone()
+        for mask in call.visual.values():
+            text &= ~mask[b]
+        return text
+
+    @staticmethod
+    def _beams(visual: dict[str, Tensor], encoded: dict[str, EncodedVisuals]) -> int:
+        """Rows of the forward per row of the prompt, as beam search repeats them."""
+        beams = 1
+        for modality, mask in visual.items():
+            placed, total = int(mask.sum()), encoded[modality].total if modality in encoded else 0
+            if total == 0 or placed % total:
+                raise ValueError(
+                    f"The prompt has {placed} {modality} tokens but the features have {total}: use the processor that "
+                    "belongs to this model."
+                )
+            beams = placed // total
+        return beams
+
+    @staticmethod
+    def _places(visual: dict[str, Tensor], beams: int) -> dict[str, list[Tensor]]:
+        return {m: [row.nonzero()[:, 0] for row in mask[::beams]] for m, mask in visual.items()}
+
+    # -- chunked prefill ----------------------------------------------------------------------------------------
+    def _first_chunk(self, call: Call, run: Run, prompt: object, embeds: Tensor) -> Plan:
+        ids: Tensor | None = getattr(prompt, "input_ids", None)
+        encoded: dict[str, EncodedVisuals] = getattr(prompt, "encoded", {})
+        if ids is None or self.wants_text or run.cache is None:
+            raise NotImplementedError(
+                "A chunked prefill needs input_ids, a cache and a strategy that does not read the text: "
+                "leave out prefill_chunk_size."
+            )
+        beams = embeds.shape[0] // ids.shape[0]
+        visual = self.adapter.find_placeholders(ids)
+        visual = {m: mask for m, mask in visual.items() if m in encoded}
+        plan = ChunkedPlan({}, {})
+        chosen: list[Chosen] = []
+        for modality, places_of in self._places(visual, 1).items():
+            longest = max(len(p) for p in places_of)
+            keep = torch.ones(ids.shape[0], longest, dtype=torch.bool, device=embeds.device)
+            for b, places, items in _assign(places_of, encoded[modality].items):
+                picks = [self._select(item, None) for item in items]
+                selection = concat_selections(picks, [len(item) for item in items])
+                if selection.into is not None:
+                    raise NotImplementedError(
+                        "A merging strategy needs the whole prompt in one prefill: leave out prefill_chunk_size."
+                    )
+                chosen += [Chosen(b, item, s) for item, s in zip(items, picks, strict=True)]
+                keep[b, : len(places)] = False
+                keep[b, selection.keep] = True
+            plan.keep[modality] = keep.repeat_interleave(beams, 0)
+            plan.seen[modality] = torch.zeros(embeds.shape[0], dtype=torch.long, device=embeds.device)
+        self.chosen(chosen, beams)
+        run.ledger.pending = plan
+        return self._consume(call, plan)
+
+    @staticmethod
+    def _consume(call: Call, plan: ChunkedPlan) -> Plan:
+        keep: Tensor | None = None
+        for modality, mask in call.visual.items():
+            table, seen = plan.keep[modality], plan.seen[modality]
+            ordinal = seen[:, None] + mask.long().cumsum(1) - 1
+            kept = table.gather(1, ordinal.clamp(0, table.shape[1] - 1)) | ~mask
+            plan.seen[modality] = seen + mask.sum(1)
+            keep = kept if keep is None else keep & kept
+        assert keep is not None
+        return Plan(keep)
+
+
+def _assign(places_of: list[Tensor], items: list[VisualTokens]) -> list[tuple[int, Tensor, list[VisualTokens]]]:
+    """Images belong to prompt rows in placeholder order: (row, places in the row, its images) for rows that have any."""
+    out, i = [], 0
+    for b, places in enumerate(places_of):
+        mine: list[VisualTokens] = []
+        while sum(len(x) for x in mine) < len(places):
+            if i == len(items):
+                raise ValueError("The prompt has more visual tokens than features: use the model's own processor.")
+            mine.append(items[i])
+            i += 1
+        if sum(len(x) for x in mine) != len(places):
+            raise ValueError(
+                f"Row {b} of the prompt has {len(places)} visual tokens, its images have {sum(len(x) for x in mine)}: "
+                "use the model's own processor."
+            )
+        if mine:
+            out.append((b, places, mine))
+    return out

@@ -1,0 +1,29 @@
+"""Rows of different lengths: choosing, gathering and masking per sample, with kept tokens aligned to the right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def right_aligned(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, n) bool -> index (B, m) int64 of the kept tokens in order, aligned to the right, and valid (B, m) bool."""
+    count = keep.sum(1)
+    longest = int(count.max())
+    order = torch.argsort(keep.to(torch.int8), dim=1, stable=True)[:, keep.shape[1] - longest :]
+    valid = torch.arange(longest, device=keep.device)[None] >= (longest - count)[:, None]
+    return torch.where(valid, order, 0), valid
+
+
+def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """Gather with one index row per sample; x: (B, n, ...) for dim 1, (..., B, n) for dim -1; index (B, m)."""
+    index = index.to(x.device)
+    if dim == -1:
+        return x.gather(-1, index.expand(x.shape[:-1] + index.shape[-1:]))
+    tail = x.shape[2:]
+    return x.gather(1, index.reshape(index.shape + (1,) * len(tail)).expand(index.shape + tail))
+
+
+def expand_batch(x: Tensor, batch_size: int) -> Tensor:
+    """(..., 1 or B, n) -> (..., B, n)."""
+    return x.expand(*x.shape[:-2], batch_size, x.shape[-1])

@@ -1,0 +1,59 @@
+"""Model types to adapters; every module of this folder may register one."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from .base import Adapter
+
+_adapters: dict[str, type[Adapter]] = {}
+_discovered = False
+
+
+def register_adapter(cls: type[Adapter]) -> type[Adapter]:
+    """Class decorator: serve `cls.model_types` with this adapter. Raises ValueError for a type that is taken."""
+    if not cls.model_types:
+        raise ValueError(f"{cls.__name__} must name its model_types.")
+    for model_type in cls.model_types:
+        known = _adapters.get(model_type)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"The model type {model_type!r} is served by {known.__name__} already.")
+        _adapters[model_type] = cls
+    return cls
+
+
+def list_families() -> list[str]:
+    """Model types that can be patched."""
+    _discover()
+    return sorted(_adapters)
+
+
+def adapter_for(model: Any) -> Adapter:
+    """The adapter of a model. Raises TypeError for what is no transformers model, ValueError without an adapter."""
+    _discover()
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type is None or not hasattr(model, "base_model"):
+        raise TypeError(
+            f"vtoken patches Hugging Face vision-language models, found {type(model).__module__}.{type(model).__name__}: "
+            "pass the model itself, for example one loaded with AutoModelForImageTextToText.from_pretrained(...)."
+        )
+    if model_type not in _adapters:
+        raise ValueError(
+            f"vtoken has no adapter for model type {model_type!r}; it has {', '.join(sorted(_adapters))}. "
+            "docs/adding-a-model.md shows how to add one."
+        )
+    return _adapters[model_type](model)
+
+
+def _discover() -> None:
+    global _discovered
+    if _discovered:
+        return
+    package = importlib.import_module(__package__ or "vtoken.adapters")
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.ispkg:
+            importlib.import_module(f"{__package__}.{module.name}")
+    _discovered = True

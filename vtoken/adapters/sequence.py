@@ -1,0 +1,406 @@
+"""How a sequence becomes shorter inside unmodified transformers.
+
+A forward pre-hook on the language model, where `inputs_embeds`, `position_ids`, the mask and DeepStack features meet,
+gathers the tokens that a plan keeps; a forward hook stretches `last_hidden_state` back to the prompt's length. Everything
+is done with hooks and instance attributes, and state of a forward lives in a `threading.local`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import transformers.masking_utils
+from torch import Tensor, nn
+
+from .._threads import PerThread
+from ..kernels import gather_merge
+from .cache import Ledger, ledger_of, make_logical, new_dynamic_cache, physical_length
+from .layers import LayerStages, Stage, cut_mask
+from .ragged import expand_batch, right_aligned, take
+
+
+@dataclass
+class Call:
+    """One forward of the base model: what it was given, and what its own methods told us meanwhile."""
+
+    input_ids: Tensor | None = None
+    visual: dict[str, Tensor] = field(default_factory=dict)  # modality -> (B, q) bool
+    encoded: dict[str, Any] = field(default_factory=dict)  # modality -> EncodedVisuals
+    has_features: bool = False
+    mask_aligned: bool = False
+
+
+@dataclass
+class Plan:
+    """What to do with the tokens of one forward: `keep` (B, q) bool, and who absorbs whom ((B, q), by position)."""
+
+    keep: Tensor
+    into: Tensor | None = None
+    weight: Tensor | None = None
+
+
+@dataclass
+class Run:
+    """One forward of the language model while a shortened prompt is, or has been, read."""
+
+    cache: Any
+    ledger: Ledger
+    query_length: int
+    visual: Tensor | None = None  # (B, q) bool; None in decode and text turns
+    index: Tensor | None = None  # (B, n): position in the prompt's forward of every token behind the entrance
+    past_slots: int = 0
+    now: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per stage: (index into stage 0, valid)
+    ragged: list[bool] = field(default_factory=list)
+    memo: dict[Any, Any] = field(default_factory=dict)
+    tap: tuple[int, nn.Module, Tensor, Any] | None = None
+
+    @property
+    def static(self) -> bool:
+        return self.cache is not None and self.cache.is_compileable
+
+
+class State(PerThread):
+    """The forwards under way in this thread."""
+
+    call: Call | None = None
+    run: Run | None = None
+    generating: Any = None  # encoded.Prompt
+    prefill: torch.device | None = None  # set while the language model reads visual tokens
+    capture: Any = None  # towers.base.Capture
+    disabled: int = 0
+
+
+class Wrapped:
+    """Instance attributes that stand in front of a method, and their removal.
+
+    `functools.partial` objects with `__wrapped__`: `generate()` reads their signature, and a deep copy of the model gets
+    copies bound to itself.
+    """
+
+    def __init__(self) -> None:
+        self.places: list[tuple[Any, str]] = []
+
+    def wrap(self, owner: Any, name: str, instead: Callable[..., Any], original: Any = None) -> None:
+        original = getattr(owner, name) if original is None else original
+        partial = functools.partial(instead, original)
+        functools.update_wrapper(partial, original)
+        owner.__dict__[name] = partial
+        self.places.append((owner, name))
+
+    def remove(self) -> None:
+        for owner, name in self.places:
+            owner.__dict__.pop(name, None)
+        self.places = []
+
+
+class Observer(Protocol):
+    """Who keeps the books of a patched model."""
+
+    def before_prefill(self, device: torch.device) -> None:
+        """The language model is about to be called with visual tokens."""
+
+    def entered(self, run: Run, real: Tensor) -> None:
+        """Tokens were chosen and gathered; `real` (B, q) bool marks what is no padding."""
+
+    def after_prefill(self, run: Run | None, device: torch.device) -> None:
+        """The language model has answered; `run` is None if nothing was dropped."""
+
+
+class Sequence:
+    """The hooks that shorten a prompt in front of and inside the language model.
+
+    Args:
+        adapter: knows the parts of the model.
+        planner: `planner(call, run, embeds, real) -> Plan | None`, asked once per forward that brings visual tokens.
+        stages: drops inside the LLM, ascending.
+        positions: "original" or "renumber".
+        state: shared with whoever watches the vision side.
+        observer: told what entered and left the language model.
+    """
+
+    def __init__(
+        self,
+        adapter: Any,
+        planner: Callable[[Call, Run, Tensor, Tensor], Plan | None],
+        stages: list[Stage],
+        positions: str,
+        state: State,
+        observer: Observer,
+    ) -> None:
+        self.adapter, self.planner, self.positions = adapter, planner, positions
+        self.model, self.base, self.decoder = adapter.model, adapter.base, adapter.decoder
+        self.state, self.observer = state, observer
+        self.base_arguments = list(inspect.signature(self.base.forward).parameters)
+        self.wrapped = Wrapped()
+        self.handles: list[Any] = []
+        self.stages = LayerStages(self.decoder, stages, state)
+        h = self.handles
+        h.append(self.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
+        h.append(self.base.register_forward_hook(self._after_base, always_call=True))
+        h.append(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
+        h.append(self.decoder.register_forward_hook(self._after_decoder, always_call=True))
+        h.extend(self.stages.register())
+        if hasattr(self.base, "get_placeholder_mask"):
+            self.wrapped.wrap(self.base, "get_placeholder_mask", self._placeholders)
+        if hasattr(self.decoder, "_deepstack_process"):
+            self.wrapped.wrap(self.decoder, "_deepstack_process", self.stages.deepstack)
+        make_masks = getattr(self.model, "create_masks_for_generate", None)
+        self.wrapped.wrap(
+            self.model,
+            "create_masks_for_generate",
+            self._masks_for_generate,
+            make_masks or transformers.masking_utils.create_masks_for_generate,
+        )
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self.wrapped.remove()
+
+    # -- what the base model is given ---------------------------------------------------------------------------
+    def _placeholders(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        call = self.state.call
+        if call is not None:
+            modality = "image" if kwargs.get("video_features") is None else "video"
+            mask = out[("image", "video").index(modality)] if isinstance(out, tuple) else out
+            call.visual[modality] = mask[..., 0] if mask.ndim == 3 else mask
+        return out
+
+    def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        call = self.state.call = Call()
+        given = dict(zip(self.base_arguments, args, strict=False)) | kwargs
+        call.input_ids = given.get("input_ids")
+        outputs = given.get("mm_encoder_outputs")
+        pixels = any(given.get(name) is not None for name in self.adapter.pixel_arguments)
+        call.has_features = bool(outputs) or pixels
+        if isinstance(outputs, dict):
+            call.encoded = {m: getattr(out, ENCODED, None) for m, out in outputs.items() if out is not None}
+        cache, mask = given.get("past_key_values"), kwargs.get("attention_mask")
+        ledger = ledger_of(cache)
+        if ledger is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+            return None
+        if given.get("position_ids") is None and hasattr(module, "rope_deltas"):
+            return None  # Qwen derives positions from this mask: aligned later, in front of the language model
+        if not cache.is_compileable:
+            ledger.follow(physical_length(cache.layers[0]), grow=False)
+        call.mask_aligned = True  # here, because Gemma3 and PaliGemma make their masks between here and the decoder
+        if cache.is_compileable and self._flash:
+            x = given["inputs_embeds"] if call.input_ids is None else call.input_ids
+            if mask.shape[1] != int(cache.get_seq_length()) + x.shape[1]:
+                return None  # generate() had it made by _masks_for_generate
+        return args, kwargs | {"attention_mask": self._align(ledger, cache, mask)}
+
+    def _after_base(self, module: nn.Module, args: Any, out: Any) -> None:
+        self.state.call = None
+
+    @property
+    def _flash(self) -> bool:
+        return "flash" in (self.decoder.config._attn_implementation or "")
+
+    def _align(self, ledger: Ledger, cache: Any, mask: Tensor) -> Tensor:
+        mask = ledger.align(mask)
+        # flash attention + static cache: transformers slices the keys to the mask, so the mask starts at slot 0
+        return mask[:, ledger.dropped[0] :] if cache.is_compileable and self._flash else mask
+
+    def _masks_for_generate(self, original: Callable[..., Any], **kwargs: Any) -> Any:
+        """Static cache: generate() makes the 4-D mask itself, in front of (and outside) the compiled forward."""
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        ledger = ledger_of(cache)
+        if ledger is not None and cache is not None:
+            embeds = kwargs["inputs_embeds"]
+            if mask is None and ledger.ragged[0]:
+                length = int(cache.get_seq_length()) + embeds.shape[1]
+                mask = torch.ones(embeds.shape[0], length, dtype=torch.long, device=embeds.device)
+            if mask is not None and mask.ndim == 2:
+                kwargs["attention_mask"] = self._align(ledger, cache, mask)
+        return original(**kwargs)
+
+    # -- the entrance of the language model ---------------------------------------------------------------------
+    def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.state.run = None
+        call, embeds = self.state.call, kwargs.get("inputs_embeds")
+        if call is None or embeds is None:
+            return None
+        cache = kwargs.get("past_key_values")
+        ledger = ledger_of(cache)
+        visual = self._visual(call, embeds)
+        if visual is None:
+            return None if ledger is None else self._text_turn(call, cache, ledger, args, dict(kwargs))
+        return self._visual_turn(call, cache, ledger, visual, args, dict(kwargs))
+
+    def _visual(self, call: Call, embeds: Tensor) -> Tensor | None:
+        """(B, q) bool: the visual tokens of this forward, None if there are none."""
+        if not call.visual and call.has_features and call.input_ids is not None:
+            call.visual = self.adapter.find_placeholders(call.input_ids)
+        call.visual = {m: mask.to(embeds.device) for m, mask in call.visual.items()}
+        call.visual = {m: mask for m, mask in call.visual.items() if bool(mask.any())}
+        return functools.reduce(torch.logical_or, call.visual.values()) if call.visual else None
+
+    def _text_turn(self, call: Call, cache: Any, ledger: Ledger, args: Any, kwargs: dict[str, Any]) -> Any:
+        embeds, mask, positions = (kwargs.get(k) for k in ("inputs_embeds", "attention_mask", "position_ids"))
+        batch, length = embeds.shape[:2]  # type: ignore[union-attr]
+        if not cache.is_compileable:
+            ledger.follow(physical_length(cache.layers[0]), grow=False)
+        self.state.run = Run(cache, ledger, length)
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not call.mask_aligned:
+            kwargs["attention_mask"] = self._align(ledger, cache, mask)
+        elif mask is None and ledger.ragged[0]:
+            tail = cache.get_seq_length() - ledger.end + length
+            now = torch.ones(batch, tail, dtype=torch.bool, device=embeds.device)  # type: ignore[union-attr]
+            kwargs["attention_mask"] = ledger.validity(0, now)
+        if self.positions == "renumber":
+            if positions is None:
+                start = cache.get_seq_length()
+                positions = (torch.arange(length, device=embeds.device) + start).expand(batch, length)  # type: ignore[union-attr]
+            kwargs["position_ids"] = positions - ledger.shift[:, None]
+        return args, kwargs
+
+    def _visual_turn(
+        self, call: Call, cache: Any, ledger: Ledger | None, visual: Tensor, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        embeds = kwargs["inputs_embeds"]
+        batch, length, _ = embeds.shape
+        device = embeds.device
+        self.state.prefill = device
+        self.observer.before_prefill(device)
+        self.stages.check_training()
+        fresh = ledger is None
+        if ledger is None:
+            ledger = Ledger(self.stages.count + 1, batch, device)
+            past = 0 if cache is None else int(cache.get_seq_length())
+        else:
+            ledger.follow(physical_length(cache.layers[0]), grow=True)
+            past = ledger.end
+
+        mask = kwargs.get("attention_mask")
+        mask_2d = None
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            mask_2d = mask if call.mask_aligned or fresh else ledger.align(mask)
+        real = torch.ones(batch, length, dtype=torch.bool, device=device)
+        if mask_2d is not None:
+            real = mask_2d[:, past : past + length].bool()
+
+        run = Run(cache, ledger, length, visual=visual)
+        plan = self.planner(call, run, embeds, real)
+        if plan is None and fresh and (not self.stages.count or self.state.disabled):
+            self.observer.entered(run, real)
+            return None  # nothing to drop: the call goes on untouched
+        if fresh:
+            if cache is None and self._would_cache(kwargs):
+                cache = run.cache = kwargs["past_key_values"] = new_dynamic_cache(self.decoder.config)
+            if cache is not None:
+                make_logical(cache, ledger, len(self.decoder.layers))
+                ledger.follow(physical_length(cache.layers[0]), grow=True)  # a text turn went before
+        run.past_slots = ledger.slots[0].shape[1]
+        self.state.run = run
+
+        keep = real if plan is None else (plan.keep.to(device) | ~visual) & real  # padding goes: rows re-align to the right
+        index, valid = right_aligned(keep)
+        run.index = index
+        run.now = [(torch.arange(index.shape[1], device=device).expand(batch, -1), valid)]
+        run.ragged = [not bool(valid.all())]
+
+        kwargs["inputs_embeds"] = self._gather(embeds, index, valid, plan)
+        kwargs["position_ids"] = self._positions(kwargs.get("position_ids"), ledger, keep, real, index)
+        kwargs["attention_mask"] = self._mask(mask, mask_2d, real, run)
+        self._deepstack(kwargs, run)
+        self.observer.entered(run, real)
+        return args, kwargs
+
+    def _would_cache(self, kwargs: dict[str, Any]) -> bool:
+        use = kwargs.get("use_cache")
+        use = getattr(self.decoder.config, "use_cache", False) if use is None else use
+        return bool(use) and not (self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False))
+
+    def _gather(self, embeds: Tensor, index: Tensor, valid: Tensor, plan: Plan | None) -> Tensor:
+        if plan is None or plan.into is None or plan.weight is None:
+            return gather_merge(embeds, index)
+        column = torch.full(embeds.shape[:2], -1, dtype=torch.long, device=index.device)
+        row, place = valid.nonzero(as_tuple=True)
+        column[row, index[row, place]] = place
+        into = torch.where(plan.into >= 0, column.gather(1, plan.into.clamp(min=0)), -1)
+        return gather_merge(embeds, index, into, plan.weight)
+
+    def _positions(self, positions: Tensor | None, ledger: Ledger, keep: Tensor, real: Tensor, index: Tensor) -> Tensor:
+        """Position ids as the language model would have chosen them, of the kept tokens."""
+        batch, length = keep.shape
+        if positions is None:
+            positions = (torch.arange(length, device=keep.device) + ledger.end).expand(batch, length)
+        positions = expand_batch(positions.to(keep.device), batch)
+        if self.positions == "renumber":
+            lost = (~keep & real).long().cumsum(1)
+            positions = positions - lost - ledger.shift[:, None]
+            ledger.shift = ledger.shift + lost[:, -1]
+        return take(positions, index, dim=-1)
+
+    def _mask(self, mask: Any, mask_2d: Tensor | None, real: Tensor, run: Run) -> Any:
+        assert run.index is not None
+        valid, ledger = run.now[0][1], run.ledger
+        if isinstance(mask, dict):
+            return {k: cut_mask(m, run, 0, (run.index, valid), run.query_length) for k, m in mask.items()}
+        if mask is not None and mask_2d is None:
+            return cut_mask(mask, run, 0, (run.index, valid), run.query_length)
+        if mask_2d is not None:
+            return torch.cat([mask_2d[:, : ledger.end].bool(), valid & real.gather(1, run.index)], 1).long()
+        if run.ragged[0] or ledger.ragged[0] or run.cache is None:
+            # without a cache, gaps in position_ids would be read as packed sequences unless a 2-D mask is there
+            return ledger.validity(0, valid).long()
+        return None
+
+    def _deepstack(self, kwargs: dict[str, Any], run: Run) -> None:
+        """Qwen3-VL: one row of features per visual token and early layer, in (sample, position) order."""
+        places = kwargs.get("visual_pos_masks")
+        if places is None or run.index is None:
+            return
+        kwargs["visual_pos_masks"] = now = places.gather(1, run.index) & run.now[0][1]
+        row = (places.flatten().long().cumsum(0) - 1).view(places.shape).gather(1, run.index)[now]
+        kwargs["deepstack_visual_embeds"] = [e[row.to(e.device)] for e in kwargs["deepstack_visual_embeds"]]
+
+    # -- behind the language model ------------------------------------------------------------------------------
+    def _after_decoder(self, decoder: nn.Module, args: Any, out: Any) -> Any:
+        run, self.state.run = self.state.run, None
+        device, self.state.prefill = self.state.prefill, None
+        if device is not None and out is not None:
+            self.observer.after_prefill(run, device)
+        if run is None or run.visual is None or run.index is None or out is None:
+            return None
+        index, valid = run.now[-1]
+        final = run.index.gather(1, index)
+        if run.cache is not None:
+            self._enter_ledger(run)
+        # Every original position gets the state of the nearest kept token at or before it: logits_to_keep, labels and
+        # generate() find the length they expect, and the next-token loss of the first text token after an image is the
+        # one of the shortened sequence.
+        column = torch.full((final.shape[0], run.query_length), -1, dtype=torch.long, device=final.device)
+        row, place = valid.nonzero(as_tuple=True)
+        column[row, final[row, place]] = place
+        column = column.cummax(1).values
+        column = torch.where(column < 0, valid.long().argmax(1, keepdim=True), column)
+        if isinstance(out, tuple):
+            return (take(out[0], column), *out[1:])
+        out.last_hidden_state = take(out.last_hidden_state, column)
+        return out
+
+    def _enter_ledger(self, run: Run) -> None:
+        assert run.index is not None
+        ledger, end = run.ledger, run.ledger.end
+        for stage, (index, valid) in enumerate(run.now):
+            logical = run.index.gather(1, index)
+            ledger.append(stage, end, logical, run.past_slots + index, valid, run.ragged[stage])
+        for stage in range(len(run.now)):
+            ledger.dropped[stage] = end + run.query_length - ledger.slots[stage].shape[1]
+        for i, layer in enumerate(run.cache.layers):
+            stage = self.stages.stage_of[i]
+            layer.dropped = ledger.dropped[stage]
+            if stage:
+                layer.behind_stage = (ledger.dropped[stage] - ledger.dropped[0], ledger.dropped[0])
+
+
+ENCODED = "_vtoken_encoded"

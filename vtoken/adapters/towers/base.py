@@ -1,0 +1,131 @@
+"""Reading a vision tower's attention from its projections, whatever kernel the tower itself uses."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._threads import PerThread
+from ...kernels import attention_rows, received_attention
+from ...tokens import Needs, TowerInfo
+
+
+@dataclass
+class Capture:
+    """What the taps of one `get_*_features` call gathered, chunk by chunk in tower order.
+
+    Every value is a list of (segments, ...) tensors, one per tower forward.
+    """
+
+    needs: Needs
+    values: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+
+    def add(self, what: str, layer: int, value: Tensor) -> None:
+        self.values.setdefault((what, layer), []).append(value)
+
+    def joined(self) -> dict[tuple[str, int], Tensor]:
+        return {key: torch.cat(chunks) for key, chunks in self.values.items()}
+
+
+class Tower:
+    """A vision tower as strategies see it.
+
+    Subclasses say where the attention modules are and how to turn their projections into heads. The default serves towers
+    with `q_proj` and `k_proj` over a batch of segments (CLIP, SigLIP).
+
+    Args:
+        module: the tower.
+        feature_layer: the layer whose output feeds the projector.
+    """
+
+    has_cls = False
+
+    def __init__(self, module: nn.Module, feature_layer: int) -> None:
+        self.module = module
+        self.layers = self.find_layers()
+        self.info = TowerInfo(len(self.layers), feature_layer, self.has_cls, self.global_layers())
+
+    # -- to override --------------------------------------------------------------------------------------------
+    def find_layers(self) -> list[nn.Module]:
+        """The transformer layers, first to last."""
+        holder = getattr(self.module, "vision_model", self.module)
+        return list(holder.encoder.layers)
+
+    def global_layers(self) -> tuple[int, ...]:
+        return tuple(range(len(self.layers)))
+
+    def attention(self, layer: int) -> nn.Module:
+        return self.layers[layer].self_attn  # type: ignore[return-value]
+
+    def projections(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """The modules whose outputs are queries and keys, (segments, tokens, heads * head_dim)."""
+        attention = self.attention(layer)
+        return attention.q_proj, attention.k_proj  # type: ignore[return-value]
+
+    def scale(self, layer: int) -> float:
+        return float(self.attention(layer).head_dim) ** -0.5  # type: ignore[arg-type]
+
+    def to_cells(self, value: Tensor) -> Tensor:
+        """Values per patch (..., patches) -> per cell (..., cells); the mean where several patches make one cell."""
+        return value
+
+    # -- provided -----------------------------------------------------------------------------------------------
+    @property
+    def provides(self) -> frozenset[str]:
+        kinds = {"received_attention", "keys"}
+        return frozenset(kinds | {"cls_attention"} if self.has_cls else kinds)
+
+    def tap(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Any]:
+        """Hook the projections of the layers in `needs`; returns the handles. Hooks act while `active()` is a Capture."""
+        handles: list[Any] = []
+        for layer in sorted({*needs.cls_attention, *needs.received_attention, *needs.keys}):
+            query, key = self.projections(layer)
+            pending = _Pending()
+            handles.append(query.register_forward_hook(functools.partial(self._on_query, pending, active)))
+            handles.append(key.register_forward_hook(functools.partial(self._on_key, pending, active, layer)))
+        return handles
+
+    def _on_query(self, pending: _Pending, active: Callable[[], Capture | None], module: Any, args: Any, out: Any) -> None:
+        if active() is not None:
+            pending.query = out
+
+    def _on_key(
+        self, pending: _Pending, active: Callable[[], Capture | None], layer: int, module: Any, args: Any, out: Any
+    ) -> None:
+        capture, query = active(), pending.query
+        pending.query = None
+        if capture is None or query is None:
+            return
+        with torch.no_grad():
+            self.record(capture, layer, self.heads(query, layer), self.heads(out, layer))
+
+    def heads(self, x: Tensor, layer: int) -> Tensor:
+        """(segments, tokens, heads * head_dim), or already (segments, heads, tokens, head_dim) -> the latter."""
+        if x.ndim == 4:
+            return x
+        return x.view(*x.shape[:2], -1, int(self.attention(layer).head_dim)).transpose(1, 2)  # type: ignore[arg-type]
+
+    def record(self, capture: Capture, layer: int, query: Tensor, key: Tensor) -> None:
+        """Keep what was asked of one layer; query and key: (segments, heads, tokens, head_dim)."""
+        first = int(self.has_cls)
+        if layer in capture.needs.cls_attention:
+            rows = attention_rows(query[:, :, :1], key, self.scale(layer))[:, :, 0, 1:]
+            capture.add("cls_attention", layer, self.to_cells(rows))
+        if layer in capture.needs.received_attention:
+            capture.add(
+                "received_attention", layer, self.to_cells(received_attention(query, key, self.scale(layer))[:, first:])
+            )
+        if layer in capture.needs.keys:
+            flat = key[:, :, first:].transpose(1, 2).flatten(2)
+            capture.add("keys", layer, self.to_cells(flat.transpose(1, 2)).transpose(1, 2))
+
+
+class _Pending(PerThread):
+    """The query of the layer whose key is about to come."""
+
+    query: Tensor | None = None

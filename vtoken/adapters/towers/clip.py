@@ -1,0 +1,15 @@
+"""CLIP and SigLIP towers: separate q/k projections over a batch of equal grids."""
+
+from __future__ import annotations
+
+from .base import Tower
+
+
+class ClipTower(Tower):
+    """CLIP vision transformer: token 0 is the class token."""
+
+    has_cls = True
+
+
+class SiglipTower(Tower):
+    """SigLIP vision transformer: patches only."""

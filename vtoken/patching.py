@@ -1,0 +1,270 @@
+"""Joins a model, its adapter and a strategy; takes them apart again."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from .adapters.base import Adapter
+from .adapters.encoded import VisionWatch, generating
+from .adapters.layers import Stage
+from .adapters.plan import Chosen, Planner
+from .adapters.registry import adapter_for
+from .adapters.sequence import Sequence, State, Wrapped
+from .config import VTokenConfig
+from .recorder import Recorder
+from .accounting import Report
+from .strategies import Strategy, create, list_names, strategy_info
+from .tokens import Needs, Selection, VisualTokens
+
+M = TypeVar("M")
+PATCH = "_vtoken_patch"
+
+
+class Patch:
+    """Everything that one `patch` put on a model. Made by `patch`, removed by `unpatch`."""
+
+    def __init__(self, adapter: Adapter, strategy: Strategy) -> None:
+        check_fit(adapter, strategy)
+        self.adapter, self.strategy = adapter, strategy
+        self.state = State()
+        self.warned = False
+        layers = len(getattr(adapter.decoder, "layers", ()))
+        drops = () if strategy.is_identity else strategy.prefill_layers(layers)
+        stages = [Stage(layer, strategy.select_in_prefill) for layer in drops]
+        stage_of = [sum(s.layer <= i for s in stages) for i in range(layers)]
+        self.recorder = Recorder(adapter.model, adapter.decoder.config, stage_of, describe(strategy))
+        needs = {m: needs_of(adapter, strategy, m) for m in adapter.modalities}
+        wants_text = any(n.text_embeddings for n in needs.values()) and not strategy.is_identity
+        if strategy.is_identity:
+            needs = {m: Needs(modalities=n.modalities) for m, n in needs.items()}
+        planner = Planner(adapter, self._select, self.state, self._chosen, wants_text)
+        self.wrapped = Wrapped()
+        self.parts: list[Any] = [self.wrapped]
+        try:
+            self.parts.append(VisionWatch(adapter, needs, self.state, self.recorder.timer))
+            self.parts.append(Sequence(adapter, planner, stages, strategy.positions, self.state, self.recorder))
+            if hasattr(adapter.model, "generate"):
+                self.wrapped.wrap(adapter.model, "generate", functools.partial(generating, self.state))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        for part in self.parts:
+            part.remove()
+
+    def _select(self, tokens: VisualTokens) -> Selection:
+        if tokens.modality not in self.strategy.needs(tokens.tower).modalities:
+            fit = ", ".join(n for n in list_strategies(model=self.adapter.model) if tokens.modality in modalities_of(n))
+            raise ValueError(
+                f"{self.strategy.info.name} is not defined for {tokens.modality} input, which this prompt has: use {fit}."
+            )
+        if self.strategy.is_identity or not self.strategy.acts_on_projector:
+            return Selection.everything(len(tokens), tokens.cells.device)
+        return self.strategy.select(tokens).check(len(tokens))
+
+    def _chosen(self, chosen: list[Chosen], beams: int) -> None:
+        self.recorder.chosen(chosen, beams)
+        budget = self.strategy.budget
+        if isinstance(budget, int) and not self.warned:
+            sizes = [s.size for c in chosen for s in c.tokens.segments]
+            if sizes and budget > max(sizes):
+                self.warned = True
+                warnings.warn(
+                    f"The budget of {budget} tokens is larger than the {max(sizes)} visual tokens there are: all are kept.",
+                    stacklevel=2,
+                )
+
+
+def describe(strategy: Strategy) -> str:
+    """`name(option=value, ...)` with the options that differ from their defaults, and the budget."""
+    options = [f"budget={strategy.budget}"]
+    for f in fields(strategy):
+        if f.init and f.name != "budget" and getattr(strategy, f.name) != f.default:
+            options.append(f"{f.name}={getattr(strategy, f.name)!r}")
+    return f"{strategy.info.name}({', '.join(options)})"
+
+
+def needs_of(adapter: Adapter, strategy: Strategy, modality: str) -> Needs:
+    tower = adapter.towers.get(modality)
+    return strategy.needs(None if tower is None else tower.info)
+
+
+def modalities_of(name: str) -> tuple[str, ...]:
+    """The kinds of input a strategy is defined for."""
+    return strategy_info(name).cls().needs(None).modalities
+
+
+def check_fit(adapter: Adapter, strategy: Strategy) -> None:
+    """Raise ValueError with one sentence if this strategy cannot serve this model."""
+    name, kind = strategy.info.name, adapter.config.model_type
+    served = [m for m in adapter.modalities if m in needs_of(adapter, strategy, m).modalities]
+    if not served:
+        raise ValueError(
+            f"{name} is defined for {' and '.join(needs_of(adapter, strategy, adapter.modalities[0]).modalities)} input, "
+            f"{kind} models read {' and '.join(adapter.modalities)}: use {', '.join(fitting(adapter))}."
+        )
+    for modality in served:
+        lacking = adapter.lacking(needs_of(adapter, strategy, modality), modality)
+        if lacking:
+            words = {"cls_attention": "the attention of a CLS token", "received_attention": "attention maps of the tower"}
+            missing = " and ".join(words.get(x, x.replace("_", " ")) for x in lacking)
+            received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
+            extension = ' pass score="received" to rank by attention received, or' if received else ""
+            raise ValueError(
+                f"{name} reads {missing}, which the vision tower of this {kind} model does not have:{extension} "
+                f"use {', '.join(fitting(adapter))}."
+            )
+    if strategy.positions == "renumber" and hasattr(adapter.base, "rope_deltas"):
+        raise ValueError(f"positions='renumber' has no meaning for the multimodal rope of {kind}: use positions='original'.")
+    if "flex" in (getattr(adapter.decoder.config, "_attn_implementation", None) or ""):
+        raise ValueError(
+            "flex_attention masks cannot be cut: load the model with attn_implementation='sdpa', 'eager' or "
+            "'flash_attention_2'."
+        )
+    if strategy.prefill_layers(len(getattr(adapter.decoder, "layers", ())) or 1) and not hasattr(adapter.decoder, "layers"):
+        raise ValueError(f"{name} drops inside the LLM, whose layers vtoken cannot see in {kind}: use a projector strategy.")
+
+
+def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
+    """Strategies that fit a model, by what its adapter provides."""
+    out = []
+    for name in list_names(pattern):
+        strategy = strategy_info(name).cls()
+        if any(
+            m in needs_of(adapter, strategy, m).modalities and not adapter.lacking(needs_of(adapter, strategy, m), m)
+            for m in adapter.modalities
+        ):
+            out.append(name)
+    return out
+
+
+def list_strategies(pattern: str = "*", model: Any = None) -> list[str]:
+    """Names of strategies that match a shell pattern, such as "*cls*"; with `model`, those that fit it.
+
+    Raises:
+        TypeError, ValueError: if `model` is no model, or has no adapter.
+    """
+    return list_names(pattern) if model is None else fitting(adapter_for(model), pattern)
+
+
+def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
+    """A Strategy from a name, an instance or a VTokenConfig."""
+    if isinstance(strategy, VTokenConfig):
+        given = dict(strategy.options)
+        given["budget"] = strategy.budget
+        if strategy.positions is not None:
+            given["positions"] = strategy.positions
+        strategy, options = strategy.strategy, given | options
+    if isinstance(strategy, list | tuple) and len(strategy) == 1:
+        strategy = strategy[0]
+    if isinstance(strategy, Strategy):
+        if budget is not None or options:
+            given_names = ", ".join(([] if budget is None else ["budget"]) + list(options))
+            raise ValueError(
+                f"{type(strategy).__name__} is configured already: set {given_names} when you make it, not in patch()."
+            )
+        return strategy
+    if isinstance(strategy, type) and issubclass(strategy, Strategy):
+        strategy = strategy.info.name
+    if not isinstance(strategy, str):
+        raise TypeError(
+            f"A strategy is a name such as 'hired', a vtoken.strategies object or a VTokenConfig, found {strategy!r}."
+        )
+    if budget is not None:
+        options = options | {"budget": budget}
+    return create(strategy, **options)
+
+
+def patch(model: M, strategy: Any, budget: float | int | None = None, **options: Any) -> M:
+    """Make a Hugging Face vision-language model read fewer visual tokens, in place.
+
+    Args:
+        model: an unmodified transformers model.
+        strategy: a name (`vtoken.list_strategies()`), a `vtoken.strategies` object or a `VTokenConfig`.
+        budget: share of the visual tokens in (0, 1], or a whole number of tokens per image or frame; the strategy's
+            default if None.
+        options: further hyper-parameters of the strategy.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: if the model or the strategy is no such thing.
+        ValueError: for an unknown strategy, a value out of range, a model without adapter, a strategy that does not fit
+            it, or a model that is patched already.
+    """
+    adapter = adapter_for(model)
+    made = make_strategy(strategy, budget, options)
+    current = patch_of(model)
+    if current is not None:
+        raise ValueError(
+            f"This model is patched with {current.strategy.info.name} already: call vtoken.unpatch(model) first, or use "
+            "`with vtoken.applied(model, ...)` to replace it for a while."
+        )
+    adapter.model.__dict__[PATCH] = Patch(adapter, made)
+    return model
+
+
+def unpatch(model: M) -> M:
+    """Take every hook off again; a model that is not patched stays as it is. Returns the model."""
+    current = patch_of(model)
+    if current is not None:
+        current.remove()
+        del model.__dict__[PATCH]
+    return model
+
+
+def patch_of(model: Any) -> Patch | None:
+    """The patch of a model, None if it has none."""
+    return getattr(model, "__dict__", {}).get(PATCH)
+
+
+@contextmanager
+def applied(model: M, strategy: Any, budget: float | int | None = None, **options: Any) -> Iterator[M]:
+    """Patch within a `with` block; whatever was there before is restored behind it. Arguments as for `patch`."""
+    before = patch_of(model)
+    adapter = adapter_for(model)
+    made = make_strategy(strategy, budget, options)
+    check_fit(adapter, made)
+    unpatch(model)
+    try:
+        yield patch(model, made)
+    finally:
+        unpatch(model)
+        if before is not None:
+            patch(model, before.strategy)
+
+
+@contextmanager
+def disabled(model: M) -> Iterator[M]:
+    """Read all visual tokens within a `with` block, in this thread; a cache that was pruned before stays usable."""
+    current = patch_of(model)
+    if current is None:
+        yield model
+        return
+    current.state.disabled += 1
+    try:
+        yield model
+    finally:
+        current.state.disabled -= 1
+
+
+def report(model: Any) -> Report:
+    """What the last call of a patched model did: tokens, FLOPs, KV bytes, times.
+
+    Raises:
+        ValueError: if the model is not patched, or has not been called with visual tokens since.
+    """
+    current = patch_of(model)
+    if current is None:
+        raise ValueError("This model is not patched: call vtoken.patch(model, ...) first.")
+    made = current.recorder.report()
+    if made is None:
+        raise ValueError("This model has not read visual tokens since it was patched: call it first.")
+    return made

@@ -1,0 +1,191 @@
+"""Keeps the books of a patched model without making the device wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._threads import PerThread
+from .adapters.plan import Chosen
+from .adapters.sequence import Run
+from .accounting import LanguageModelShape, Report, VisualReport
+
+
+class Stopwatch:
+    """Times named stages; on CUDA with events, so that nothing waits until the times are read."""
+
+    def __init__(self) -> None:
+        self._spans: dict[str, list[tuple[Any, Any]]] = {}
+
+    @staticmethod
+    def mark(device: torch.device | None) -> Any:
+        """A point in time on the host, or on the current stream of a CUDA device."""
+        if device is None or device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def add(self, name: str, start: Any, end: Any) -> None:
+        self._spans.setdefault(name, []).append((start, end))
+
+    def seconds(self) -> dict[str, float]:
+        """Sum per stage; waits for the device where it must."""
+        out: dict[str, float] = {}
+        for name, spans in self._spans.items():
+            for start, end in spans:
+                if not isinstance(start, float):
+                    end.synchronize()
+                    out[name] = out.get(name, 0.0) + start.elapsed_time(end) / 1000
+                else:
+                    out[name] = out.get(name, 0.0) + end - start
+        return out
+
+
+@dataclass
+class Forward:
+    """Token counts of one forward of the language model; tensors stay on the device until a report is made."""
+
+    past_dense: int
+    past: list[int]  # per stage
+    dense: Tensor  # (rows,)
+    tokens: list[Tensor]  # per stage (rows,)
+    visual: list[Tensor]
+
+
+@dataclass
+class Record:
+    """One call under way or finished."""
+
+    chosen: list[Chosen]
+    beams: int
+    watch: Stopwatch
+    forwards: list[Forward] = field(default_factory=list)
+
+
+class _Local(PerThread):
+    record: Record | None = None
+    watch: Stopwatch | None = None
+    start: Any = None
+    entered: Any = None
+
+
+class Recorder:
+    """Collects what one patch does, per thread.
+
+    Args:
+        device: where the model computes, for the choice of clock.
+        text_config: shape of the language model.
+        stage_of: per LLM layer, how many drops lie in front of it.
+        itemsize: bytes of one KV-cache element.
+        describe: the strategy in words.
+    """
+
+    def __init__(self, model: Any, text_config: Any, stage_of: list[int], describe: str) -> None:
+        self.model, self.text_config, self.stage_of, self.describe = model, text_config, stage_of, describe
+        self.local = _Local()
+        self.last: Record | None = None
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Time a stage that comes before the prompt's plan."""
+        watch = self.local.watch = self.local.watch or Stopwatch()
+        device = self.model.device
+        start = watch.mark(device)
+        try:
+            yield
+        finally:
+            watch.add(name, start, watch.mark(device))
+
+    def chosen(self, chosen: list[Chosen], beams: int) -> None:
+        """A new prompt begins."""
+        record = Record(chosen, beams, self.local.watch or Stopwatch())
+        self.local.watch = None
+        self.local.record = self.last = record
+
+    def before_prefill(self, device: torch.device) -> None:
+        self.local.start = Stopwatch.mark(device)
+
+    def entered(self, run: Run, real: Tensor) -> None:
+        self.local.entered = Stopwatch.mark(real.device)
+        record = self.local.record
+        if record is None or run.visual is None:
+            return
+        real, visual = real[:: record.beams], run.visual[:: record.beams]
+        record.forwards.append(
+            Forward(
+                past_dense=run.ledger.end,
+                past=[s.shape[1] for s in run.ledger.slots],
+                dense=real.sum(1),
+                tokens=[real.sum(1)],
+                visual=[(visual & real).sum(1)],
+            )
+        )
+
+    def after_prefill(self, run: Run | None, device: torch.device) -> None:
+        local = self.local
+        record = local.record
+        if record is None or not record.forwards:
+            return
+        record.watch.add("select", local.start, local.entered)
+        record.watch.add("prefill", local.entered, Stopwatch.mark(device))
+        if run is None or run.visual is None or run.index is None:
+            return
+        forward = record.forwards[-1]
+        forward.tokens, forward.visual = [], []
+        for index, valid in run.now:
+            visual = run.visual.gather(1, run.index.gather(1, index)) & valid
+            forward.tokens.append(valid[:: record.beams].sum(1))
+            forward.visual.append(visual[:: record.beams].sum(1))
+
+    def report(self) -> Report | None:
+        """The last call of this thread, or of any thread if this one made none."""
+        record = self.local.record or self.last
+        if record is None:
+            return None
+        shape = LanguageModelShape.of(self.text_config)
+        itemsize = self.model.dtype.itemsize
+        layers = range(shape.layers)
+        per_layer, visual, prompt = [0] * shape.layers, [0] * shape.layers, [0] * 0
+        flops = dense = 0.0
+        for forward in record.forwards:
+            lengths = forward.dense.tolist()
+            prompt = [a + b for a, b in zip(prompt, lengths, strict=True)] if prompt else lengths
+            dense += sum(shape.layers * shape.layer_flops(n, forward.past_dense) for n in lengths)
+            tokens = [t.tolist() for t in forward.tokens]
+            visuals = [int(v.sum()) for v in forward.visual]
+            for i in layers:
+                stage = min(self.stage_of[i] if self.stage_of else 0, len(tokens) - 1)
+                per_layer[i] += sum(tokens[stage])
+                visual[i] += visuals[stage]
+                flops += sum(shape.layer_flops(n, forward.past[stage]) for n in tokens[stage])
+        return Report(
+            strategy=self.describe,
+            visuals=[
+                VisualReport(
+                    row=c.row,
+                    modality=c.tokens.modality,
+                    tokens_in=len(c.tokens),
+                    tokens_out=len(c.selection.keep),
+                    segments=c.tokens.segments,
+                    cells=c.tokens.cells,
+                    keep=c.selection.keep,
+                    into=c.selection.into,
+                )
+                for c in record.chosen
+            ],
+            prompt_tokens=prompt,
+            tokens_per_layer=per_layer,
+            visual_per_layer=visual,
+            flops_dense=dense,
+            flops=flops,
+            kv_bytes_dense=sum(shape.kv_bytes(sum(prompt), itemsize) for _ in layers),
+            kv_bytes=sum(shape.kv_bytes(per_layer[i], itemsize) for i in layers),
+            seconds=record.watch.seconds(),
+        )

@@ -1,0 +1,20 @@
+"""Reduction strategies, one file each. Importing the package registers every one of them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from .base import Strategy, StrategyInfo
+from .registry import create, list_names, register, strategy_info
+
+__all__ = ["Strategy", "StrategyInfo", "create", "list_names", "register", "strategy_info"]
+
+for _module in pkgutil.iter_modules(__path__):
+    if _module.name not in ("base", "registry", "scores"):
+        importlib.import_module(f"{__name__}.{_module.name}")
+
+for _name in list_names():
+    _cls = strategy_info(_name).cls
+    globals()[_cls.__name__] = _cls
+    __all__.append(_cls.__name__)

@@ -1,0 +1,138 @@
+"""What a strategy is: a dataclass of hyper-parameters with one method to write."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..tokens import Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
+
+POSITIONS = ("original", "renumber")
+
+
+@dataclass(frozen=True)
+class StrategyInfo:
+    """What the registry tells about a strategy.
+
+    Attributes:
+        name: the name that `vtoken.patch` takes.
+        summary: one sentence.
+        stages: where it acts: "encoder", "projector", "prefill", "cache".
+        paper: title and arXiv id, empty for a baseline.
+        code: the published reference implementation.
+        code_licence: its licence, "none" where it has none.
+        differs: what differs from the reference, in words.
+        baseline: whether it exists to be compared with.
+        experimental: whether parts of the method are not published.
+        cls: the dataclass.
+    """
+
+    name: str
+    summary: str
+    stages: tuple[str, ...]
+    paper: str = ""
+    code: str = ""
+    code_licence: str = ""
+    differs: str = ""
+    baseline: bool = False
+    experimental: bool = False
+    cls: type[Strategy] = field(default=None, repr=False)  # type: ignore[assignment]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Hyper-parameters with their defaults."""
+        return {f.name: f.default for f in fields(self.cls)}
+
+
+def check_budget(budget: float | int) -> float | int:
+    """Return `budget` if it is a share in (0, 1] or a positive number of tokens, raise ValueError otherwise."""
+    ask = "use a share of the visual tokens in (0, 1], such as 0.2, or a whole number of tokens per image, such as 128"
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
+        raise ValueError(f"The budget must be a number, found {budget!r}: {ask}.")
+    if isinstance(budget, numbers.Integral):
+        if budget < 1:
+            raise ValueError(f"A whole-number budget must be at least 1, found {budget}: {ask}.")
+        return int(budget)
+    if math.isnan(budget) or not 0 < budget <= 1:
+        raise ValueError(f"A fractional budget must lie in (0, 1], found {budget}: {ask}.")
+    return float(budget)
+
+
+def share(budget: float | int, n: int, least: int = 1) -> int:
+    """Tokens that `budget` allows of n: the truncated share, at least `least`, never more than n."""
+    wanted = int(n * budget) if isinstance(budget, float) else budget
+    return min(n, max(least, wanted))
+
+
+@dataclass
+class Strategy:
+    """Base of all strategies: subclass it as a dataclass, register it, write `select`.
+
+    Override:
+        select: the method itself, for one image or one video between the tower and the LLM.
+        needs: what it reads besides the features. Default: nothing.
+        counts: tokens kept per segment, from the grids alone; set `static_counts = False` if thresholds decide.
+        prefill_layers, select_in_prefill: for methods that drop inside the LLM.
+
+    Args:
+        budget: a float in (0, 1] is the share of the visual tokens that the unpatched model would feed to the LLM;
+            an int is a number of tokens per image or per frame. 1.0 is the unpatched model, bit for bit.
+        positions: "original" keeps the position ids of the kept tokens, "renumber" closes the gaps as the code of many
+            papers does (1-D RoPE only).
+
+    Raises:
+        ValueError: for a budget or a `positions` out of range.
+    """
+
+    budget: float | int = 0.2
+    _: KW_ONLY
+    positions: str = "original"
+
+    info: ClassVar[StrategyInfo]
+    static_counts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.budget = check_budget(self.budget)
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, found {self.positions!r}.")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the model would read exactly what it reads unpatched."""
+        return isinstance(self.budget, float) and self.budget == 1.0
+
+    def needs(self, tower: TowerInfo | None) -> Needs:
+        """What `select` will read besides features, segments and cells."""
+        return Needs()
+
+    def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
+        """Tokens kept per segment, a pure function of the grids; at least one each."""
+        budget = self.budget if budget is None else check_budget(budget)
+        return [share(budget, s.size) for s in segments]
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        """Choose among the visual tokens of one image or one video."""
+        raise NotImplementedError(f"{type(self).__name__} does not act between the vision tower and the LLM.")
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Ascending LLM layers in front of which `select_in_prefill` is asked; empty for projector strategies."""
+        return ()
+
+    def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
+        """Choose among the visual tokens (`tokens.visual_rows`) of one prompt in front of LLM layer `tokens.layer`."""
+        raise NotImplementedError(f"{type(self).__name__} does not act inside the LLM.")
+
+    @property
+    def acts_on_projector(self) -> bool:
+        return type(self).select is not Strategy.select
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Ascending indices of the k largest scores of a 1-D tensor; among equals the lower index wins."""
+    order = scores.sort(descending=True, stable=True).indices
+    return order[:k].sort().values

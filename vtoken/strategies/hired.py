@@ -1,0 +1,134 @@
+"""HiRED: budget over the crops by early CLS attention, tokens inside a crop by late CLS attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
+from .base import Strategy, check_budget, top_k
+from .registry import register
+from .scores import SCORES, attention_needs, attention_scores
+
+
+@register(
+    "hired",
+    summary="Divide the budget over anyres crops by early CLS attention, keep the tokens with the highest late CLS attention.",
+    stages=("projector",),
+    paper="HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution VLMs, arXiv 2408.10945",
+    code="github.com/hasanar1f/HiRED",
+    code_licence="Apache-2.0",
+    differs="Crops get their true block of the thumbnail (allocation='paper'); the public code counts consecutive raster "
+    "chunks (allocation='code') and mis-stitches non-square canvases, which is not reproduced.",
+)
+@dataclass
+class HiRED(Strategy):
+    """High-Resolution Early Dropping (arXiv 2408.10945).
+
+    `T = int(budget * cells)` tokens of an image are divided: `int(T * alpha)` for the thumbnail, the rest over the crops in
+    proportion to the attention that the CLS token of the thumbnail pays to each crop's region in the first tower layer.
+    Inside each segment the tokens with the highest CLS attention, summed over heads, in the layer that makes the features
+    are kept. An image with one segment (LLaVA-1.5) only has the second step.
+
+    Args:
+        alpha: share of the budget for the thumbnail.
+        allocation: "paper" weighs a crop by the summed attention in its region, "code" by the number of top-ranked
+            thumbnail tokens in a consecutive chunk, as the public code does.
+        keep_newline: keep the image-newline rows on top of the budget; the public code drops them.
+        mask_padding: never choose cells that lie in the padding of the canvas; the method itself may lose them.
+        score: "cls", or "received" (attention received by each token) for towers without a CLS token; an extension.
+    """
+
+    alpha: float = 0.5
+    allocation: str = "paper"
+    keep_newline: bool = False
+    mask_padding: bool = False
+    score: str = "cls"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], found {self.alpha}.")
+        if self.allocation not in ("paper", "code"):
+            raise ValueError(f"allocation must be 'paper' or 'code', found {self.allocation!r}.")
+        if self.score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, found {self.score!r}.")
+
+    def needs(self, tower: TowerInfo | None) -> Needs:
+        if tower is None:
+            return attention_needs(self.score, (0,))
+        return attention_needs(self.score, (tower.first_global_layer, tower.layers_up_to_feature(1)[0]))
+
+    def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
+        """Tokens per segment if the attention were even; the sum is what `select` keeps, up to rounding and padding."""
+        sizes = [s.size for s in segments]
+        total = self._total(segments, budget)
+        if segments[0].kind != "thumbnail":
+            return self._evenly(segments, total)
+        return self._divide(sizes, total, torch.ones(len(sizes) - 1, dtype=torch.float64))
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        assert tokens.tower is not None
+        segments = tokens.segments
+        late = attention_scores(tokens, self.score, tokens.tower.layers_up_to_feature(1)[0])
+        usable = torch.zeros(tokens.num_cells, dtype=torch.bool, device=late.device)
+        usable[tokens.cells[tokens.patch_rows]] = True
+        sizes = [s.size for s in segments]
+        if self.mask_padding:
+            late = late.masked_fill(~usable.view(late.shape), -torch.inf)
+            sizes = usable.view(late.shape).sum(1).tolist()
+        total = self._total(segments)
+        if segments[0].kind == "thumbnail" and len(segments) > 1:
+            early = attention_scores(tokens, self.score, tokens.tower.first_global_layer)[0]
+            counts = self._divide(sizes, total, self._region_weights(early, segments))
+        else:
+            counts = [min(c, n) for c, n in zip(self._evenly(segments, total), sizes, strict=True)]
+        offsets = torch.tensor([0] + [s.size for s in segments]).cumsum(0).tolist()
+        cells = torch.cat([top_k(late[i], c) + offsets[i] for i, c in enumerate(counts)])
+        return tokens.keep_cells(cells, separators=self.keep_newline)
+
+    def _total(self, segments: Sequence[Segment], budget: float | int | None = None) -> int:
+        budget = self.budget if budget is None else check_budget(budget)
+        cells = sum(s.size for s in segments)
+        if isinstance(budget, float):
+            return max(1, int(cells * budget))
+        frames = sum(s.kind == "frame" for s in segments)
+        return min(cells, budget * max(1, frames))
+
+    def _evenly(self, segments: Sequence[Segment], total: int) -> list[int]:
+        """Frames of a video, or a single image: no thumbnail to consult."""
+        return [max(1, min(s.size, total // len(segments))) for s in segments]
+
+    def _divide(self, sizes: list[int], total: int, weights: Tensor) -> list[int]:
+        full = min(int(total * self.alpha), sizes[0])
+        rest = min(total - full, sum(sizes[1:]))
+        if float(weights.sum()) == 0:
+            weights = torch.ones_like(weights)
+        if self.allocation == "code":
+            w = [int(x) for x in weights]
+            crops = [rest * x // sum(w) for x in w]
+        else:
+            # a share that is whole on paper may come out of float64 a hair below
+            crops = [int(x + 1e-9) for x in (rest * weights / weights.sum()).tolist()]
+        counts = [full, *(min(n, c) for n, c in zip(sizes[1:], crops, strict=True))]
+        return counts if sum(counts) else [1] + counts[1:]
+
+    def _region_weights(self, early: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """(crops,) float64: how much the CLS token looks at each crop's part of the thumbnail."""
+        height, width = segments[0].grid
+        if self.allocation == "code":
+            marks = torch.zeros(len(early), dtype=torch.float64, device=early.device)
+            marks[top_k(early, int(len(early) * (1 - self.alpha)))] = 1
+            crops = len(segments) - 1
+            return torch.stack([chunk.sum() for chunk in marks[: len(marks) // crops * crops].chunk(crops)]).cpu()
+        rows = max(s.place[0] for s in segments[1:]) + 1
+        columns = max(s.place[1] for s in segments[1:]) + 1
+        y = torch.arange(height, device=early.device) * rows // height
+        x = torch.arange(width, device=early.device) * columns // width
+        block = (y[:, None] * columns + x[None]).flatten()
+        sums = torch.zeros(rows * columns, dtype=torch.float64, device=early.device)
+        sums.index_add_(0, block, early.double())
+        return torch.stack([sums[s.place[0] * columns + s.place[1]] for s in segments[1:]]).cpu()

@@ -1,0 +1,69 @@
+"""Names to strategies: registration, look-up with near names, listing by pattern."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+from .base import Strategy, StrategyInfo
+
+S = TypeVar("S", bound=type[Strategy])
+
+STAGES = ("encoder", "projector", "prefill", "cache")
+_registry: dict[str, StrategyInfo] = {}
+
+
+def register(name: str, **metadata: Any) -> Callable[[S], S]:
+    """Class decorator: make a `Strategy` dataclass known as `name`; `metadata` are the fields of `StrategyInfo`.
+
+    Raises:
+        ValueError: if the name is taken or malformed, or the metadata is incomplete.
+        TypeError: if the class is no `Strategy` dataclass.
+    """
+
+    def add(cls: S) -> S:
+        if not (isinstance(cls, type) and issubclass(cls, Strategy) and is_dataclass(cls)):
+            raise TypeError(f"@register({name!r}) needs a dataclass that derives from vtoken.Strategy, found {cls!r}.")
+        if not name.isidentifier() or name != name.lower():
+            raise ValueError(f"A strategy's name must be a lower-case identifier, found {name!r}.")
+        known = _registry.get(name)
+        if known is not None and (known.cls.__module__, known.cls.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"The strategy name {name!r} is taken by {known.cls.__module__}.{known.cls.__qualname__}.")
+        info = StrategyInfo(name=name, cls=cls, **metadata)
+        unknown = set(info.stages) - set(STAGES)
+        if unknown or not info.stages:
+            raise ValueError(f"stages of {name!r} must be among {', '.join(STAGES)}, found {info.stages!r}.")
+        cls.info = info
+        _registry[name] = info
+        return cls
+
+    return add
+
+
+def strategy_info(name: str) -> StrategyInfo:
+    """Metadata of one strategy. Raises ValueError with near names if there is none of that name."""
+    if not isinstance(name, str):
+        raise TypeError(f"A strategy is named by a string, found {type(name).__name__}.")
+    if name not in _registry:
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), _registry, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}" if near else f"there are {', '.join(sorted(_registry))}"
+        raise ValueError(f"Unknown strategy {name!r}: {hint}?" if near else f"Unknown strategy {name!r}: {hint}.")
+    return _registry[name]
+
+
+def create(name: str, **options: Any) -> Strategy:
+    """Make the strategy called `name` with the given hyper-parameters; ValueError names those it does not have."""
+    cls = strategy_info(name).cls
+    known = [f.name for f in fields(cls) if f.init]
+    unknown = [o for o in options if o not in known]
+    if unknown:
+        raise ValueError(f"{name} has no option {', '.join(map(repr, unknown))}: it takes {', '.join(known)}.")
+    return cls(**options)
+
+
+def list_names(pattern: str = "*") -> list[str]:
+    """Names that match a shell pattern, in alphabetical order."""
+    return sorted(fnmatch.filter(_registry, pattern))

@@ -1,0 +1,72 @@
+"""VTC-CLS: rank by CLS attention averaged over the last tower layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..tokens import Needs, Selection, TowerInfo, VisualTokens
+from .base import Strategy, top_k
+from .registry import register
+from .scores import SCORES, attention_needs, attention_scores
+
+ENSEMBLES = ("mean", "max", "min")
+
+
+@register(
+    "vtc_cls",
+    summary="Keep the tokens with the highest CLS attention, averaged over heads and the last tower layers.",
+    stages=("projector",),
+    paper="[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs, arXiv 2412.05819",
+    code="github.com/THU-MIG/VTC-CLS",
+    code_licence="Apache-2.0",
+    differs="Works on batches (the public code averages over the batch); crops of anyres images keep a share each.",
+)
+@dataclass
+class VTCCLS(Strategy):
+    """Visual token compression by the [CLS] token (arXiv 2412.05819).
+
+    The score of a patch is the softmaxed attention of the CLS query, averaged over heads, combined over the `layers` tower
+    layers that end with the one that makes the features. Each image, crop or frame keeps its `budget` highest.
+
+    Args:
+        layers: number of ensembled layers K.
+        start_layer: first ensembled layer (0-based), instead of `layers`; as the public code states it.
+        ensemble: "mean", "max" or "min" over the layers.
+        keep_newline: keep image-newline rows on top of the budget.
+        score: "cls", or "received" for towers without a CLS token; an extension.
+    """
+
+    layers: int = 3
+    start_layer: int | None = None
+    ensemble: str = "mean"
+    keep_newline: bool = True
+    score: str = "cls"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1:
+            raise ValueError(f"layers must be a whole number of at least 1, found {self.layers!r}.")
+        if self.start_layer is not None and self.start_layer < 0:
+            raise ValueError(f"start_layer must be a 0-based layer index, found {self.start_layer}.")
+        if self.ensemble not in ENSEMBLES:
+            raise ValueError(f"ensemble must be one of {', '.join(ENSEMBLES)}, found {self.ensemble!r}.")
+        if self.score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, found {self.score!r}.")
+
+    def _layers(self, tower: TowerInfo) -> tuple[int, ...]:
+        return tower.layers_up_to_feature(self.layers, self.start_layer)
+
+    def needs(self, tower: TowerInfo | None) -> Needs:
+        return attention_needs(self.score, (0,) if tower is None else self._layers(tower))
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        assert tokens.tower is not None
+        layers = torch.stack([attention_scores(tokens, self.score, i) for i in self._layers(tokens.tower)])
+        scores = layers.mean(0) if self.ensemble == "mean" else getattr(torch, "a" + self.ensemble)(layers, 0)
+        kept, offset = [], 0
+        for i, (segment, count) in enumerate(zip(tokens.segments, self.counts(tokens.segments), strict=True)):
+            kept.append(top_k(scores[i], count) + offset)
+            offset += segment.size
+        return tokens.keep_cells(torch.cat(kept), separators=self.keep_newline)

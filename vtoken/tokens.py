@@ -1,0 +1,268 @@
+"""The data that flows: what a strategy sees (`VisualTokens`) and what it answers (`Selection`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One forward of the vision tower's grid: an image, a crop of it, or a frame of a video.
+
+    Attributes:
+        kind: "image", "thumbnail", "crop" or "frame".
+        grid: (rows, columns) of cells; a cell is what becomes one visual token.
+        place: (row, column) of a crop on the canvas of crops; (0, 0) otherwise.
+        seconds: time of a frame within its video, None where the model is not told.
+    """
+
+    kind: str
+    grid: tuple[int, int]
+    place: tuple[int, int] = (0, 0)
+    seconds: float | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of cells."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class TowerInfo:
+    """What a strategy may know about a vision tower.
+
+    Attributes:
+        num_layers: number of transformer layers L; layer indices are 0-based everywhere.
+        feature_layer: the layer whose output feeds the projector (L - 2 for LLaVA-1.5).
+        has_cls: whether token 0 of the tower is a class token.
+        global_layers: layers whose attention spans the whole segment (all but the windowed ones).
+    """
+
+    num_layers: int
+    feature_layer: int
+    has_cls: bool
+    global_layers: tuple[int, ...]
+
+    def layers_up_to_feature(self, count: int | None = None, start: int | None = None) -> tuple[int, ...]:
+        """The last `count` global layers ending with the feature layer, or those from layer `start` on."""
+        layers = tuple(i for i in self.global_layers if i <= self.feature_layer)
+        if start is not None:
+            return tuple(i for i in layers if i >= start) or layers[-1:]
+        return layers if count is None else layers[-count:]
+
+    @property
+    def first_global_layer(self) -> int:
+        return self.global_layers[0]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a strategy reads besides the features; an adapter provides it or `patch` refuses.
+
+    Attributes:
+        cls_attention: tower layers whose CLS row is read.
+        received_attention: tower layers whose received attention is read.
+        keys: tower layers whose attention keys are read.
+        text_embeddings: whether the prompt's text embeddings are read.
+        modalities: the kinds of input the method is defined for.
+    """
+
+    cls_attention: tuple[int, ...] = ()
+    received_attention: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()
+    text_embeddings: bool = False
+    modalities: tuple[str, ...] = ("image", "video")
+
+
+class NotProvided(RuntimeError):
+    """A strategy asked for something that it did not declare in `needs`."""
+
+
+@dataclass
+class VisualTokens:
+    """The visual tokens of one image or one video, in the order in which the LLM would read them.
+
+    Attributes:
+        features: (n, d) projected features, the model's dtype.
+        segments: one entry per tower forward; cells are numbered over all segments, row-major inside each.
+        cells: (n,) int64, the cell that became token i; -1 for rows that are no patch (image-newline, separator, CLS).
+        tower: facts about the vision tower, None where the model has no transformer tower.
+        modality: "image" or "video".
+        text_embeddings: (t, d) embeddings of the prompt's text tokens, None unless declared in `Needs`.
+    """
+
+    features: Tensor
+    segments: tuple[Segment, ...]
+    cells: Tensor
+    tower: TowerInfo | None = None
+    modality: str = "image"
+    text_embeddings: Tensor | None = None
+    provided: dict[tuple[str, int], Tensor | Callable[[], Tensor]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return self.cells.shape[0]
+
+    @property
+    def num_cells(self) -> int:
+        """Cells over all segments; more than tokens where the model unpads a canvas."""
+        return sum(s.size for s in self.segments)
+
+    @property
+    def patch_rows(self) -> Tensor:
+        """(p,) int64, the tokens that are patches."""
+        return (self.cells >= 0).nonzero()[:, 0]
+
+    @property
+    def separator_rows(self) -> Tensor:
+        """(s,) int64, the tokens that are no patches."""
+        return (self.cells < 0).nonzero()[:, 0]
+
+    @property
+    def segment_of(self) -> Tensor:
+        """(n,) int64, the segment of each token; -1 for separators."""
+        ends = torch.tensor([s.size for s in self.segments], device=self.cells.device).cumsum(0)
+        return torch.where(self.cells < 0, -1, torch.searchsorted(ends, self.cells, right=True))
+
+    def cls_attention(self, layer: int) -> Tensor:
+        """Softmaxed attention of the CLS query over the cells: (segments, heads, cells) float32."""
+        return self._get("cls_attention", layer)
+
+    def received_attention(self, layer: int) -> Tensor:
+        """Attention each cell receives, mean over heads and queries: (segments, cells) float32."""
+        return self._get("received_attention", layer)
+
+    def keys(self, layer: int) -> Tensor:
+        """Attention keys of a tower layer, heads side by side: (segments, cells, heads * head_dim)."""
+        return self._get("keys", layer)
+
+    def _get(self, what: str, layer: int) -> Tensor:
+        if (what, layer) not in self.provided:
+            have = ", ".join(f"{w}({i})" for w, i in self.provided) or "nothing"
+            raise NotProvided(f"{what}({layer}) was not declared in the strategy's needs(); provided here: {have}")
+        value = self.provided[what, layer]
+        if callable(value):
+            value = self.provided[what, layer] = value()
+        return value
+
+    def keep_cells(self, cells: Tensor, separators: bool = False) -> Selection:
+        """The Selection of the tokens made of the given cells ((c,) int64 or (num_cells,) bool).
+
+        Cells that the model itself threw away (padding of a canvas) are passed over.
+        """
+        if cells.dtype != torch.bool:
+            chosen = torch.zeros(self.num_cells, dtype=torch.bool, device=self.cells.device)
+            chosen[cells.to(self.cells.device)] = True
+            cells = chosen
+        kept = torch.where(self.cells < 0, separators, cells.to(self.cells.device)[self.cells.clamp(min=0)])
+        return Selection(kept.nonzero()[:, 0])
+
+
+@dataclass
+class PrefillTokens:
+    """One prompt as LLM layer `layer` receives it, padding removed.
+
+    Attributes:
+        layer: the layer in front of which the choice is made.
+        hidden_states: (n, d) of all tokens, text included.
+        visual: (n,) bool.
+        positions: (n,) int64, index of each token within the prompt's forward, padding included.
+        total_visual: visual tokens of this prompt before anything was dropped.
+        attention_rows: `attention_rows(rows)` with (r,) int64 indices into the n tokens -> (heads, r, n) float32, the
+            softmaxed rows of the layer before.
+    """
+
+    layer: int
+    hidden_states: Tensor
+    visual: Tensor
+    positions: Tensor
+    total_visual: int
+    attention_rows: Callable[[Tensor], Tensor]
+
+    @property
+    def visual_rows(self) -> Tensor:
+        """(v,) int64, the visual tokens among the n."""
+        return self.visual.nonzero()[:, 0]
+
+    def __len__(self) -> int:
+        return self.visual.shape[0]
+
+
+@dataclass
+class Selection:
+    """Which tokens stay, and what becomes of the others.
+
+    Attributes:
+        keep: (k,) int64, ascending indices of the kept tokens.
+        into: (n,) int64 or None. `into[i] = j` adds token i to the j-th kept token, -1 adds it to none. A kept token
+            that no one names in `into` stays as it is; one that absorbs must name itself for its own share.
+        weight: (n,) float32 or None, the share with which token i is added.
+    """
+
+    keep: Tensor
+    into: Tensor | None = None
+    weight: Tensor | None = None
+
+    @classmethod
+    def everything(cls, n: int, device: torch.device | str | None = None) -> Selection:
+        return cls(torch.arange(n, device=device))
+
+    @classmethod
+    def groups(cls, keep: Tensor, group: Tensor) -> Selection:
+        """Kept tokens become the mean of their group: `group` (n,) int64, index into `keep` or -1 (dropped)."""
+        size = torch.zeros(len(keep), device=group.device).index_add_(
+            0, group.clamp(min=0), (group >= 0).to(torch.float32)
+        )
+        return cls(keep, group, torch.where(group >= 0, 1 / size[group.clamp(min=0)], 0.0))
+
+    def check(self, n: int) -> Selection:
+        """Raise ValueError unless this is a legal answer for n tokens; returns itself."""
+        keep = self.keep
+        if keep.ndim != 1 or keep.dtype != torch.int64:
+            raise ValueError(f"Selection.keep must be 1-D int64, found {tuple(keep.shape)} {keep.dtype}.")
+        if len(keep) and (int(keep[0]) < 0 or int(keep[-1]) >= n or bool((keep.diff() <= 0).any())):
+            raise ValueError(f"Selection.keep must be ascending, unique and within [0, {n}), found {keep.tolist()[:20]}.")
+        if (self.into is None) != (self.weight is None):
+            raise ValueError("Selection.into and Selection.weight go together: give both or none.")
+        if self.into is not None and self.weight is not None:
+            if self.into.shape != (n,) or self.weight.shape != (n,):
+                raise ValueError(
+                    f"Selection.into and .weight must have shape ({n},), "
+                    f"found {tuple(self.into.shape)} and {tuple(self.weight.shape)}."
+                )
+            if n and (int(self.into.min()) < -1 or int(self.into.max()) >= len(keep)):
+                raise ValueError(f"Selection.into must lie within [-1, {len(keep)}).")
+        return self
+
+    def dense(self, n: int) -> Tensor:
+        """The (k, n) float32 matrix that maps features to kept features; for tests and for composition."""
+        m = torch.zeros(len(self.keep), n, device=self.keep.device)
+        if self.into is None or self.weight is None:
+            m[torch.arange(len(self.keep)), self.keep] = 1.0
+            return m
+        rows = (self.into >= 0).nonzero()[:, 0]
+        m[self.into[rows], rows] = self.weight[rows]
+        alone = (torch.zeros(len(self.keep), dtype=torch.bool, device=m.device).index_fill_(0, self.into[rows], True)) == 0
+        m[alone.nonzero()[:, 0], self.keep[alone]] = 1.0
+        return m
+
+
+def concat_selections(selections: Sequence[Selection], sizes: Sequence[int]) -> Selection:
+    """Selections of consecutive stretches of tokens, `sizes[i]` long each, as one Selection of all of them."""
+    device = selections[0].keep.device
+    keep, into, weight, token, slot = [], [], [], 0, 0
+    merging = any(s.into is not None for s in selections)
+    for s, n in zip(selections, sizes, strict=True):
+        keep.append(s.keep + token)
+        if merging:
+            if s.into is None or s.weight is None:
+                into.append(torch.full((n,), -1, device=device))
+                weight.append(torch.zeros(n, device=device))
+            else:
+                into.append(torch.where(s.into >= 0, s.into + slot, -1))
+                weight.append(s.weight)
+        token, slot = token + n, slot + len(s.keep)
+    return Selection(torch.cat(keep), torch.cat(into) if merging else None, torch.cat(weight) if merging else None)
