@@ -1,9 +1,9 @@
 """What a model that reads fewer visual tokens must answer, computed without a line of vtoken.
 
 ``capture`` records what the unpatched model hands to its language model. ``generate`` then decodes greedily, one prompt
-at a time, without padding and without a cache: the embeddings are shortened explicitly and come with explicit positions.
-Drops inside the language model are computed at full length, with a decoder loop written out here in which dropped tokens
-are masked from their layer on.
+at a time, without padding and without a cache: the embeddings are shortened explicitly, with explicit positions. Drops
+inside the language model are computed at full length, with a decoder loop written out here in which dropped tokens are
+masked from their layer on.
 """
 
 from __future__ import annotations

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from tests.models import SPECIAL
+from tests import oracle
+from tests.models import FAMILIES, SPECIAL, Family
 from tests.oracle import STEPS, clone
+from vtoken.adapters.registry import list_families
+
+from .fixed import Spy
 
 TOLERANCE = 1e-4  # of the largest logit, float32
 EFFECT = 1e-2  # what pruning must at least do to the logits, or the test would pass without it
+PATCHABLE = [name for name, family in FAMILIES.items() if family.config().model_type in list_families()]
+
+
+@functools.cache
+def clean(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32):
+    """A model that no test may patch."""
+    return FAMILIES[name].build(attn, dtype)
+
+
+@functools.cache
+def subject(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32):
+    """The same model to be patched, and unpatched again by whoever does."""
+    return FAMILIES[name].build(attn, dtype)
 
 
 def run(model, inputs: dict, steps: int = STEPS, **kwargs):
@@ -27,17 +46,44 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float = TOLERANCE) -> Non
     assert error <= tolerance * scale, f"off by {error:.2e} where the largest logit is {scale:.1f}"
 
 
-def assert_same(out, inputs: dict, want: tuple[Tensor, Tensor], dense: tuple[Tensor, Tensor] | None = None) -> None:
-    """generate()'s tokens and logits are the oracle's; with ``dense``, they are also visibly not the unpruned ones."""
+def assert_same(out, inputs: dict, want: tuple[Tensor, Tensor]) -> None:
+    """generate()'s tokens and logits are the oracle's."""
     ids, logits = want
-    got = torch.stack(out.logits)
     assert new_ids(out, inputs).tolist() == ids.tolist()
-    assert_close(got, logits)
-    if dense is not None:
-        assert (got[0] - dense[1][0]).abs().max() > EFFECT
+    assert_close(torch.stack(out.logits), logits)
 
 
-def random_keep(family, inputs: dict, share: float = 0.4, seed: int = 7) -> Tensor:
+def assert_moved(out, name: str, inputs: dict) -> None:
+    """Pruning moved the first logits of every row that has visual tokens, and of no other row."""
+    got, dense = out.logits[0], run(clean(name), inputs, 1).logits[0]
+    for b, row in enumerate(FAMILIES[name].visual(inputs)):
+        if row.any():
+            assert (got[b] - dense[b]).abs().max() > EFFECT
+        else:
+            assert_close(got[b], dense[b])
+
+
+def expected(name: str, inputs: dict, spy: Spy, steps: int = STEPS, **kwargs) -> tuple[Tensor, Tensor]:
+    """The oracle's answer for what a strategy was seen to choose."""
+    family, model = FAMILIES[name], clean(name)
+    keep, merge = spy.in_front(family, inputs) if spy.items else (None, None)
+    everything = torch.ones_like(inputs["attention_mask"]).bool()
+    drop, mix = spy.inside(family, inputs, everything if keep is None else keep)
+    return oracle.generate(model, inputs, keep, steps, merge=merge, drop=drop, mix=mix if any(mix) else None, **kwargs)
+
+
+def consistent(name: str, inputs: dict, **kwargs) -> bool:
+    """Whether the unpatched model gives the same answer with and without an option of generate()."""
+    try:
+        plain, other = run(clean(name), inputs), run(clean(name), inputs, **kwargs)
+    except Exception:
+        return False
+    scale = torch.stack(plain.logits).abs().max()
+    same = torch.equal(plain.sequences, other.sequences)
+    return same and bool((torch.stack(plain.logits) - torch.stack(other.logits)).abs().max() < TOLERANCE * scale)
+
+
+def random_keep(family: Family, inputs: dict, share: float = 0.4, seed: int = 7) -> Tensor:
     """Bool (batch, L): all text and a random share of every row's visual tokens."""
     visual, generator = family.visual(inputs), torch.Generator().manual_seed(seed)
     keep = ~visual

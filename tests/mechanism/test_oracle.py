@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from tests import oracle
-from tests.models import FAMILIES, shared
+from tests.models import FAMILIES
 
-from .common import EFFECT, assert_close, assert_same, random_keep, run
+from .common import EFFECT, assert_close, assert_same, clean, random_keep, run
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["ragged", "text_only_row"])
 def test_nothing_dropped_is_the_unpatched_model(name, kind):
-    model, inputs = shared(name), FAMILIES[name].batch(kind)
+    model, inputs = clean(name), FAMILIES[name].batch(kind)
     out = run(model, inputs)
     assert_same(out, inputs, oracle.generate(model, inputs))
     everything = torch.ones_like(inputs["attention_mask"]).bool()
@@ -23,7 +23,7 @@ def test_nothing_dropped_is_the_unpatched_model(name, kind):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shortened_embeddings_are_masked_tokens(name):
-    family, model = FAMILIES[name], shared(name)
+    family, model = FAMILIES[name], clean(name)
     inputs = family.batch("ragged")
     keep = random_keep(family, inputs)
     short = oracle.generate(model, inputs, keep)
@@ -34,7 +34,7 @@ def test_shortened_embeddings_are_masked_tokens(name):
 
 
 def test_merging_by_matrix():
-    family, model = FAMILIES["llava"], shared("llava")
+    family, model = FAMILIES["llava"], clean("llava")
     inputs = family.batch("ragged")
     keep = random_keep(family, inputs)
     pick, mean = [], []
@@ -59,7 +59,7 @@ def test_merging_by_matrix():
 
 
 def test_loss_is_that_of_the_unpatched_model():
-    family, model = FAMILIES["llava"], shared("llava")
+    family, model = FAMILIES["llava"], clean("llava")
     inputs = family.batch("ragged")
     labels = inputs["input_ids"].masked_fill(family.visual(inputs) | (inputs["attention_mask"] == 0), -100)
     everything = torch.ones_like(labels).bool()

@@ -5,10 +5,6 @@ A new family is one more ``Family(...)`` in one of the files beside this one. No
 
 from __future__ import annotations
 
-import functools
-
-import torch
-
 from . import clip, qwen, siglip
 from .common import KINDS, SPECIAL, Family, Item
 
@@ -18,10 +14,4 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-@functools.cache
-def shared(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0):
-    """One model per process; a test that patches it must unpatch it."""
-    return FAMILIES[name].build(attn, dtype, seed)
-
-
-__all__ = ["FAMILIES", "KINDS", "SPECIAL", "Family", "Item", "shared"]
+__all__ = ["FAMILIES", "KINDS", "SPECIAL", "Family", "Item"]

@@ -87,7 +87,7 @@ class Adapter:
 
 def feature_layer_of(config: Any, num_layers: int, default: int = -1) -> int:
     """The 0-based tower layer whose output is `hidden_states[config.vision_feature_layer]`."""
-    index = getattr(config, "vision_feature_layer", default)
+    index = getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", default))
     if isinstance(index, list | tuple):
         index = max(i if i >= 0 else num_layers + 1 + i for i in index)
     index = default if index is None else index

@@ -43,7 +43,8 @@ class LlavaAdapter(Adapter):
                 out.append(Layout.plain([Segment("image", grid)], f.device))
                 continue
             strategy = arguments.get("vision_feature_select_strategy")
-            strategy = self.config.vision_feature_select_strategy if strategy is None else strategy
+            if strategy is None:  # ViP-LLaVA has no such option, it always leaves the CLS token out
+                strategy = getattr(self.config, "vision_feature_select_strategy", "default")
             extra = int(strategy == "full" and self.towers["image"].has_cls) if self.towers else 0
             segment = Segment("image", square(len(f) - extra))
             cells = torch.arange(-extra, segment.size, device=f.device)

@@ -1,0 +1,157 @@
+"""A strategy with known answers, and a spy that tells the oracle what any strategy answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import vtoken
+from tests.models import Family
+from vtoken import PrefillTokens, Selection, Strategy, StrategyInfo, VisualTokens
+
+
+@dataclass
+class Fixed(Strategy):
+    """Keeps a random subset whose places and size depend on the picture; may merge; may drop in front of LLM layers.
+
+    Args:
+        seed: another seed, other places.
+        merge: let dropped tokens flow into kept ones with random weights.
+        layers: LLM layers to drop at.
+        projector: whether to drop in front of the LLM as well.
+    """
+
+    budget: float | int = 0.5
+    seed: int = 0
+    merge: bool = False
+    layers: tuple[int, ...] = ()
+    projector: bool = True
+
+    @property
+    def acts_on_projector(self) -> bool:
+        return self.projector
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        return self.layers
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return self._draw(len(tokens), round(float(tokens.features.float().sum()) * 10))
+
+    def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
+        places = tokens.positions[tokens.visual_rows]
+        return self._draw(len(places), tokens.layer + int((places - places[0]).sum()) + tokens.total_visual)
+
+    def _draw(self, n: int, salt: int) -> Selection:
+        generator = torch.Generator().manual_seed(abs(salt) + 7919 * self.seed)
+        near = int(torch.randint(-1, 2, (), generator=generator))
+        count = max(1, min(n - 1, round(n * self.budget) + near)) if n > 1 else n
+        keep = torch.randperm(n, generator=generator)[:count].sort().values
+        if not self.merge:
+            return Selection(keep)
+        into = torch.randint(-1, max(1, count - 1), (n,), generator=generator)  # the last kept one absorbs nothing
+        into[keep] = torch.arange(count)
+        into[keep[-1]] = -1
+        return Selection(keep, into, torch.rand(n, generator=generator))
+
+
+Fixed.info = StrategyInfo("fixed", "For tests.", ("projector",), cls=Fixed)
+
+
+class Spy:
+    """Listens to a strategy's answers; must be made before the model is patched.
+
+    Attributes:
+        items: for every image or video asked about, in order: number of tokens and the answer.
+        drops: per LLM layer, for every prompt asked about: columns of its visual tokens and the answer.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy, self.items, self.drops = strategy, [], {}
+        select, in_prefill = strategy.select, strategy.select_in_prefill
+
+        def spy_select(tokens: VisualTokens) -> Selection:
+            answer = select(tokens)
+            self.items.append((len(tokens), answer))
+            return answer
+
+        def spy_prefill(tokens: PrefillTokens) -> Selection:
+            answer = in_prefill(tokens)
+            self.drops.setdefault(tokens.layer, []).append((tokens.positions[tokens.visual_rows], answer))
+            return answer
+
+        strategy.select, strategy.select_in_prefill = spy_select, spy_prefill
+
+    def clear(self) -> None:
+        self.items.clear()
+        self.drops.clear()
+
+    def in_front(self, family: Family, inputs: dict) -> tuple[Tensor, list[Tensor | None]]:
+        """What the items' answers mean for a batch: bool (batch, L), and a (kept, all) matrix for rows that merge."""
+        visual, items = family.visual(inputs), iter(self.items)
+        keep, merge = ~visual, []
+        for b, row in enumerate(visual):
+            places, at, blocks, merging = row.nonzero()[:, 0], 0, [], False
+            while at < len(places):
+                n, answer = next(items)
+                keep[b, places[at : at + n][answer.keep]] = True
+                blocks.append(matrix(answer, n))
+                merging |= answer.into is not None
+                at += n
+            assert at == len(places)
+            merge.append(torch.block_diag(*blocks) if merging else None)
+        assert next(items, None) is None
+        return keep, merge
+
+    def inside(self, family: Family, inputs: dict, front: Tensor) -> tuple[dict[int, Tensor], list[dict[int, Tensor]]]:
+        """What the answers inside the LLM mean: per layer bool (batch, L), per row and layer a matrix over its tokens."""
+        visual, drop = family.visual(inputs), {}
+        mix: list[dict[int, Tensor]] = [{} for _ in visual]
+        for layer, answers in self.drops.items():
+            answers, drop[layer] = iter(answers), torch.ones_like(visual)
+            for b, row in enumerate(visual):
+                if not row.any():
+                    continue
+                columns, answer = next(answers)
+                gone = torch.ones(len(columns), dtype=torch.bool)
+                gone[answer.keep] = False
+                drop[layer][b, columns[gone]] = False
+                if answer.into is not None:
+                    index = (front[b] & inputs["attention_mask"][b].bool()).nonzero()[:, 0]
+                    places = torch.searchsorted(index, columns)
+                    mix[b][layer] = torch.eye(len(index))
+                    rows = torch.zeros(len(answer.keep), len(index))
+                    rows[:, places] = matrix(answer, len(columns))
+                    mix[b][layer][places[answer.keep]] = rows
+            assert next(answers, None) is None
+        return drop, mix
+
+
+def matrix(answer: Selection, n: int) -> Tensor:
+    """(kept, n): what every kept token is made of, spelled out."""
+    out = torch.zeros(len(answer.keep), n)
+    for i in range(n if answer.into is not None else 0):
+        if answer.into[i] >= 0:
+            out[answer.into[i], i] += answer.weight[i]
+    for j, token in enumerate(answer.keep):
+        if answer.into is None or not (answer.into == j).any():
+            out[j, token] = 1
+    return out
+
+
+def patched(model, strategy: Strategy | None = None, **options):
+    """``with patched(model, ...) as spy``: a model patched with `strategy`, or with `Fixed(**options)`."""
+    return _Patched(model, Fixed(**options) if strategy is None else strategy)
+
+
+class _Patched:
+    def __init__(self, model, strategy: Strategy) -> None:
+        self.model, self.spy = model, Spy(strategy)
+
+    def __enter__(self) -> Spy:
+        vtoken.patch(self.model, self.spy.strategy)
+        return self.spy
+
+    def __exit__(self, *exc) -> None:
+        vtoken.unpatch(self.model)

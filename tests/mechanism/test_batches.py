@@ -1,0 +1,94 @@
+"""Shortened in front of the language model, every kind of batch generates what the oracle generates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.models import FAMILIES, KINDS
+
+from .common import PATCHABLE, assert_moved, assert_same, clean, consistent, expected, new_ids, run, subject
+from .fixed import patched
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PATCHABLE)
+def test_greedy(name, kind):
+    model, inputs = subject(name), FAMILIES[name].batch(kind)
+    with patched(model) as spy:
+        out = run(model, inputs)
+    assert_same(out, inputs, expected(name, inputs, spy))
+    assert_moved(out, name, inputs)
+
+
+@pytest.mark.parametrize("name", PATCHABLE)
+def test_merging(name):
+    model, inputs = subject(name), FAMILIES[name].batch("ragged")
+    with patched(model, merge=True) as spy:
+        out = run(model, inputs)
+    assert_same(out, inputs, expected(name, inputs, spy))
+    spy.items = [(n, type(s)(s.keep)) for n, s in spy.items]
+    assert (expected(name, inputs, spy)[1] - torch.stack(out.logits)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", [n for n in PATCHABLE if not n.startswith("qwen")])
+def test_renumbered_positions(name):
+    model, inputs = subject(name), FAMILIES[name].batch("ragged")
+    with patched(model, positions="renumber") as spy:
+        out = run(model, inputs)
+    want = expected(name, inputs, spy, renumber=True)
+    assert_same(out, inputs, want)
+    assert (want[1] - expected(name, inputs, spy)[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("layers", [(), (1, 3)], ids=["before", "inside"])
+@pytest.mark.parametrize("name", PATCHABLE)
+def test_static_cache(name, layers):
+    model, inputs = subject(name), FAMILIES[name].batch("ragged")
+    with patched(model, layers=layers, budget=0.6) as spy:
+        out = run(model, inputs, cache_implementation="static", disable_compile=True)
+    assert_same(out, inputs, expected(name, inputs, spy))
+
+
+@pytest.mark.parametrize("layers", [(), (2,)], ids=["before", "inside"])
+@pytest.mark.parametrize("name", PATCHABLE)
+def test_without_cache(name, layers):
+    """Every step reads the whole prompt again, and the strategy is asked again: it must have the same answer."""
+    model, inputs = subject(name), FAMILIES[name].batch("ragged")
+    if not consistent(name, inputs, use_cache=False):
+        pytest.skip("the unpatched model disagrees with itself")
+    with patched(model, layers=layers) as spy:
+        run(model, inputs, steps=1, use_cache=False)
+        want = expected(name, inputs, spy)
+        out = run(model, inputs, use_cache=False)
+    assert_same(out, inputs, want)
+    assert_moved(out, name, inputs)
+
+
+@pytest.mark.parametrize("size", [7, 20])
+@pytest.mark.parametrize("name", PATCHABLE)
+def test_chunked_prefill(name, size):
+    model, inputs = subject(name), FAMILIES[name].batch("ragged")
+    if not consistent(name, inputs, prefill_chunk_size=size):
+        pytest.skip("the unpatched model disagrees with itself")
+    with patched(model) as spy:
+        out = run(model, inputs, prefill_chunk_size=size)
+    assert_same(out, inputs, expected(name, inputs, spy))
+    assert_moved(out, name, inputs)
+
+
+@pytest.mark.parametrize("name", PATCHABLE)
+def test_text_only_prompts_are_untouched(name):
+    model = subject(name)
+    inputs = FAMILIES[name].prompt([[]])
+    inputs["input_ids"], inputs["attention_mask"] = (
+        inputs["input_ids"].repeat(2, 1),
+        inputs["attention_mask"].repeat(2, 1),
+    )
+    inputs = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+    plain = run(clean(name), inputs)
+    with patched(model) as spy:
+        out = run(model, inputs)
+    assert not spy.items
+    assert torch.equal(new_ids(out, inputs), new_ids(plain, inputs))
+    assert torch.equal(torch.stack(out.logits), torch.stack(plain.logits))
