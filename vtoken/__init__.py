@@ -16,9 +16,9 @@ from .strategies import Strategy, StrategyInfo, register, strategy_info
 from .tokens import Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
 
 if TYPE_CHECKING:
+    from .accounting import Report
     from .config import VTokenConfig
     from .patching import applied, disabled, list_strategies, patch, report, unpatch
-    from .accounting import Report
 
 __version__ = "0.1.0"
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from .accounting import Report
 from .adapters.base import Adapter
 from .adapters.encoded import VisionWatch, generating
 from .adapters.layers import Stage
@@ -17,7 +18,6 @@ from .adapters.registry import adapter_for
 from .adapters.sequence import Sequence, State, Wrapped
 from .config import VTokenConfig
 from .recorder import Recorder
-from .accounting import Report
 from .strategies import Strategy, create, list_names, strategy_info
 from .tokens import Needs, Selection, VisualTokens
 

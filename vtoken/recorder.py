@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ._threads import PerThread
+from .accounting import LanguageModelShape, Report, VisualReport
 from .adapters.plan import Chosen
 from .adapters.sequence import Run
-from .accounting import LanguageModelShape, Report, VisualReport
 
 
 class Stopwatch:
