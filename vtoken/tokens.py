@@ -18,17 +18,36 @@ class Segment:
         grid: (rows, columns) of cells; a cell is what becomes one visual token.
         place: (row, column) of a crop on the canvas of crops; (0, 0) otherwise.
         seconds: time of a frame within its video, None where the model is not told.
+        box: (x0, y0, x1, y1), the region of the original image that the grid covers, as fractions of its width and height;
+            below 0 or above 1 where the grid reaches into padding. The whole image where the model is not told its size.
+        tokens: cells that become tokens, None for all; fewer where the model unpads or shrinks a canvas of crops.
     """
 
     kind: str
     grid: tuple[int, int]
     place: tuple[int, int] = (0, 0)
     seconds: float | None = None
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    tokens: int | None = None
 
     @property
     def size(self) -> int:
         """Number of cells."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def fed(self) -> int:
+        """Number of cells that the unpatched model would feed to the LLM as tokens."""
+        return self.size if self.tokens is None else self.tokens
+
+    def cell_boxes(self) -> Tensor:
+        """(size, 4) float64: x0, y0, x1, y1 of every cell, row-major, in the unit of `box`."""
+        (rows, columns), (x0, y0, x1, y1) = self.grid, self.box
+        x = torch.linspace(x0, x1, columns + 1, dtype=torch.float64)
+        y = torch.linspace(y0, y1, rows + 1, dtype=torch.float64)
+        top, left = torch.meshgrid(y[:-1], x[:-1], indexing="ij")
+        bottom, right = torch.meshgrid(y[1:], x[1:], indexing="ij")
+        return torch.stack([left, top, right, bottom], -1).view(-1, 4)
 
 
 @dataclass(frozen=True)
