@@ -6,6 +6,7 @@ result travels on the very object that the model's own method returns.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ class VisionWatch:
             if hasattr(adapter.base, name):
                 self.wrapped.wrap(adapter.base, name, getattr(self, f"_{modality}_features"))
             if modality in needs and modality in adapter.towers:
-                self.handles += adapter.towers[modality].tap(needs[modality], self._active)
+                active = functools.partial(self._active, modality)
+                self.handles += adapter.towers[modality].tap(needs[modality], active)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -58,8 +60,10 @@ class VisionWatch:
         self.handles = []
         self.wrapped.remove()
 
-    def _active(self) -> Capture | None:
-        return self.state.capture
+    def _active(self, modality: str) -> Capture | None:
+        """The capture under way; images and videos may share a tower, each with a view of its own."""
+        capture: Capture | None = self.state.capture
+        return capture if capture is not None and capture.modality == modality else None
 
     def _image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self._features("image", original, args, kwargs)
@@ -71,7 +75,7 @@ class VisionWatch:
         state = self.state
         if state.disabled or modality not in self.needs or state.capture is not None:
             return original(*args, **kwargs)
-        state.capture = capture = Capture(self.needs[modality])
+        state.capture = capture = Capture(modality, self.needs[modality])
         try:
             with self.timer("tower"):
                 output = original(*args, **kwargs)
@@ -81,7 +85,7 @@ class VisionWatch:
             return output
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         bound.apply_defaults()
-        encoded = self._encode(modality, output, dict(bound.arguments), capture)
+        encoded = self._encode(modality, output, self._told() | bound.arguments, capture)
         setattr(output, ENCODED, encoded)
         if state.call is not None:  # encoded inside forward
             state.call.encoded[modality] = encoded
@@ -89,27 +93,22 @@ class VisionWatch:
             state.generating.encoded[modality] = encoded
         return output
 
+    def _told(self) -> dict[str, Any]:
+        """The prompt's arguments that the adapter wants beside those of `get_*_features`."""
+        sources = [x.given for x in (self.state.call, self.state.generating) if x is not None]
+        told = ((n, next((g[n] for g in sources if g.get(n) is not None), None)) for n in self.adapter.prompt_arguments)
+        return {name: value for name, value in told if value is not None}
+
     def _encode(self, modality: str, output: Any, arguments: dict[str, Any], capture: Capture) -> EncodedVisuals:
         features = self.adapter.split_features(modality, output, arguments)
         layouts = self.adapter.layouts(modality, features, arguments)
-        captured = capture.joined()
+        provided = capture.per_item([len(layout.segments) for layout in layouts])
         tower = self.adapter.towers.get(modality)
-        items, start = [], 0
-        for f, layout in zip(features, layouts, strict=True):
-            stop = start + len(layout.segments)
-            provided = {key: value[start:stop] for key, value in captured.items()}
-            items.append(self._tokens(modality, f, layout, tower, provided))
-            start = stop
-        for (what, layer), value in captured.items():
-            if len(value) != start:
-                raise RuntimeError(
-                    f"{what}({layer}) was read for {len(value)} segments but the layout has {start}: "
-                    f"{type(self.adapter).__name__} does not know this kind of input."
-                )
+        items = [self._tokens(modality, *item, tower) for item in zip(features, layouts, provided, strict=True)]
         return EncodedVisuals(modality, items)
 
     @staticmethod
-    def _tokens(modality: str, features: Tensor, layout: Layout, tower: Any, provided: dict[Any, Tensor]) -> VisualTokens:
+    def _tokens(modality: str, features: Tensor, layout: Layout, provided: dict[Any, Tensor], tower: Any) -> VisualTokens:
         if len(layout.cells) != len(features):
             raise RuntimeError(
                 f"The layout of this {modality} has {len(layout.cells)} tokens, the model made {len(features)}: "
@@ -127,16 +126,17 @@ class VisionWatch:
 
 @dataclass
 class Prompt:
-    """A running `generate()`: a chunked prefill sees only pieces of this."""
+    """A running `generate()` with its keyword arguments: a chunked prefill sees only pieces of this."""
 
     input_ids: Tensor | None
+    given: dict[str, Any] = field(default_factory=dict)
     encoded: dict[str, EncodedVisuals] = field(default_factory=dict)
 
 
 def generating(state: State, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`generate` with a note of its prompt."""
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-    outer, state.generating = state.generating, Prompt(ids if isinstance(ids, Tensor) else None)
+    outer, state.generating = state.generating, Prompt(ids if isinstance(ids, Tensor) else None, kwargs)
     try:
         return original(*args, **kwargs)
     finally:

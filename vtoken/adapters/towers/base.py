@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,17 +19,38 @@ from ...tokens import Needs, TowerInfo
 class Capture:
     """What the taps of one `get_*_features` call gathered, chunk by chunk in tower order.
 
-    Every value is a list of (segments, ...) tensors, one per tower forward.
+    Every value is a list of (segments, ...) tensors; the segments of one tensor share a grid.
+
+    Attributes:
+        modality: what is being encoded; a tower may serve several.
+        needs: what is read for it.
     """
 
+    modality: str
     needs: Needs
     values: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
 
     def add(self, what: str, layer: int, value: Tensor) -> None:
         self.values.setdefault((what, layer), []).append(value)
 
-    def joined(self) -> dict[tuple[str, int], Tensor]:
-        return {key: torch.cat(chunks) for key, chunks in self.values.items()}
+    def per_item(self, counts: Sequence[int]) -> list[dict[tuple[str, int], Tensor]]:
+        """Per image or video its values, (segments, ...) each; `counts` are the numbers of segments of each.
+
+        Raises RuntimeError if the tower ran over another number of segments.
+        """
+        items: list[dict[tuple[str, int], Tensor]] = [{} for _ in counts]
+        for (what, layer), chunks in self.values.items():
+            segments = [segment for chunk in chunks for segment in chunk]
+            if len(segments) != sum(counts):
+                raise RuntimeError(
+                    f"{what}({layer}) was read for {len(segments)} segments but the layout has {sum(counts)}: "
+                    "the adapter does not know this kind of input."
+                )
+            start = 0
+            for item, count in zip(items, counts, strict=True):
+                item[what, layer] = torch.stack(segments[start : start + count])
+                start += count
+        return items
 
 
 class Tower:
@@ -48,7 +69,7 @@ class Tower:
     def __init__(self, module: nn.Module, feature_layer: int) -> None:
         self.module = module
         self.layers = self.find_layers()
-        self.info = TowerInfo(len(self.layers), feature_layer, self.has_cls, self.global_layers())
+        self.info = TowerInfo(len(self.layers), feature_layer, self.has_cls, self.global_layers(), self.num_heads())
 
     # -- to override --------------------------------------------------------------------------------------------
     def find_layers(self) -> list[nn.Module]:
@@ -67,6 +88,9 @@ class Tower:
         attention = self.attention(layer)
         return attention.q_proj, attention.k_proj  # type: ignore[return-value]
 
+    def num_heads(self) -> int:
+        return int(self.attention(0).num_heads)  # type: ignore[arg-type]
+
     def scale(self, layer: int) -> float:
         return float(self.attention(layer).head_dim) ** -0.5  # type: ignore[arg-type]
 
@@ -78,12 +102,12 @@ class Tower:
     @property
     def provides(self) -> frozenset[str]:
         kinds = {"received_attention", "keys"}
-        return frozenset(kinds | {"cls_attention"} if self.has_cls else kinds)
+        return frozenset(kinds | {"cls_attention", "cls_logits"} if self.has_cls else kinds)
 
     def tap(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Any]:
         """Hook the projections of the layers in `needs`; returns the handles. Hooks act while `active()` is a Capture."""
         handles: list[Any] = []
-        for layer in sorted({*needs.cls_attention, *needs.received_attention, *needs.keys}):
+        for layer in sorted({*needs.cls_attention, *needs.cls_logits, *needs.received_attention, *needs.keys}):
             query, key = self.projections(layer)
             pending = _Pending()
             handles.append(query.register_forward_hook(functools.partial(self._on_query, pending, active)))
@@ -116,6 +140,10 @@ class Tower:
         if layer in capture.needs.cls_attention:
             rows = attention_rows(query[:, :, :1], key, self.scale(layer))[:, :, 0, 1:]
             capture.add("cls_attention", layer, self.to_cells(rows))
+        if layer in capture.needs.cls_logits:
+            # the mean over heads of q_h k_h is the product of all heads side by side, divided by their number
+            logits = torch.einsum("shd,shnd->sn", query[:, :, 0].float(), key[:, :, 1:].float())
+            capture.add("cls_logits", layer, self.to_cells(logits * (self.scale(layer) / query.shape[1])))
         if layer in capture.needs.received_attention:
             capture.add(
                 "received_attention", layer, self.to_cells(received_attention(query, key, self.scale(layer))[:, first:])
