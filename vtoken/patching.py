@@ -112,7 +112,8 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
     for modality in served:
         lacking = adapter.lacking(needs_of(adapter, strategy, modality), modality)
         if lacking:
-            words = {"cls_attention": "the attention of a CLS token", "received_attention": "attention maps of the tower"}
+            cls = "the attention of a CLS token"
+            words = {"cls_attention": cls, "cls_logits": cls, "received_attention": "attention maps of the tower"}
             missing = " and ".join(words.get(x, x.replace("_", " ")) for x in lacking)
             received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
             extension = ' pass score="received" to rank by attention received, or' if received else ""

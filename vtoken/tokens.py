@@ -59,12 +59,14 @@ class TowerInfo:
         feature_layer: the layer whose output feeds the projector (L - 2 for LLaVA-1.5).
         has_cls: whether token 0 of the tower is a class token.
         global_layers: layers whose attention spans the whole segment (all but the windowed ones).
+        num_heads: attention heads of a layer.
     """
 
     num_layers: int
     feature_layer: int
     has_cls: bool
     global_layers: tuple[int, ...]
+    num_heads: int = 1
 
     def layers_up_to_feature(self, count: int | None = None, start: int | None = None) -> tuple[int, ...]:
         """The last `count` global layers ending with the feature layer, or those from layer `start` on."""
@@ -84,6 +86,7 @@ class Needs:
 
     Attributes:
         cls_attention: tower layers whose CLS row is read.
+        cls_logits: tower layers whose CLS row is read in front of the softmax.
         received_attention: tower layers whose received attention is read.
         keys: tower layers whose attention keys are read.
         text_embeddings: whether the prompt's text embeddings are read.
@@ -91,6 +94,7 @@ class Needs:
     """
 
     cls_attention: tuple[int, ...] = ()
+    cls_logits: tuple[int, ...] = ()
     received_attention: tuple[int, ...] = ()
     keys: tuple[int, ...] = ()
     text_embeddings: bool = False
@@ -149,6 +153,10 @@ class VisualTokens:
     def cls_attention(self, layer: int) -> Tensor:
         """Softmaxed attention of the CLS query over the cells: (segments, heads, cells) float32."""
         return self._get("cls_attention", layer)
+
+    def cls_logits(self, layer: int) -> Tensor:
+        """Scaled products of the CLS query with the cells' keys, mean over heads: (segments, cells) float32."""
+        return self._get("cls_logits", layer)
 
     def received_attention(self, layer: int) -> Tensor:
         """Attention each cell receives, mean over heads and queries: (segments, cells) float32."""
