@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..tokens import Needs, Segment
+from ..tokens import Needs, Segment, VisualTokens
 from .towers.base import Tower
 
 
@@ -31,6 +31,8 @@ class Adapter:
         model_types: values of `config.model_type` that the class serves.
         make_towers: the vision tower per modality.
         layouts: segments and cells of every image or video of one `get_*_features` call.
+        prompt_arguments: arguments of `forward` and `generate` that `layouts` wants beside those of `get_*_features`.
+        join: for families whose prompt, not whose features, tells which tiles are one image.
 
     Attributes:
         model: what the user patches.
@@ -42,6 +44,7 @@ class Adapter:
     model_types: ClassVar[tuple[str, ...]] = ()
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     pixel_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos", "pixel_values_images")
+    prompt_arguments: ClassVar[tuple[str, ...]] = ()
     multimodal_rope: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,6 +68,16 @@ class Adapter:
         """
         raise NotImplementedError(f"{type(self).__name__} must lay out its visual tokens.")
 
+    def join(self, items: list[VisualTokens], input_ids: Tensor | None, places: Tensor) -> list[VisualTokens]:
+        """The images or videos of one prompt row from the items that its placeholders take, the same tokens in the same order.
+
+        Args:
+            items: as `split_features` and `layouts` made them.
+            input_ids: (q,) of the row in this forward, None if the prompt came as embeddings.
+            places: (n,) int64, the placeholders among them.
+        """
+        return items
+
     # -- provided -----------------------------------------------------------------------------------------------
     def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
         """The output of `get_*_features` as one (n, d) tensor per image or video."""
@@ -75,13 +88,14 @@ class Adapter:
         return {m: input_ids == getattr(self.config, f"{m}_token_id") for m in self.modalities}
 
     def provides(self, modality: str) -> frozenset[str]:
-        """Which of "cls_attention", "received_attention", "keys", "text_embeddings" strategies can have."""
+        """Which of "cls_attention", "cls_logits", "received_attention", "keys", "text_embeddings" strategies can have."""
         tower = self.towers.get(modality)
         return frozenset({"text_embeddings"}) | (tower.provides if tower is not None else frozenset())
 
     def lacking(self, needs: Needs, modality: str) -> list[str]:
         """The needs that this model cannot serve for a modality."""
-        asked = [kind for kind in ("cls_attention", "received_attention", "keys", "text_embeddings") if getattr(needs, kind)]
+        kinds = ("cls_attention", "cls_logits", "received_attention", "keys", "text_embeddings")
+        asked = [kind for kind in kinds if getattr(needs, kind)]
         return [kind for kind in asked if kind not in self.provides(modality)]
 
 

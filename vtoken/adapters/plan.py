@@ -78,6 +78,8 @@ class Planner:
         chosen, merges = [], False
         for modality, places_of in self._places(call.visual, beams).items():
             for b, places, items in _assign(places_of, encoded[modality].items):
+                ids = None if call.input_ids is None else call.input_ids[b * beams]
+                items = self.adapter.join(items, ids, places)
                 text = embeds[b * beams][self._text(call, b * beams, real)] if self.wants_text else None
                 picks = [self._select(item, text) for item in items]
                 chosen += [Chosen(b, item, s) for item, s in zip(items, picks, strict=True)]
@@ -144,6 +146,7 @@ class Planner:
             longest = max(len(p) for p in places_of)
             keep = torch.ones(ids.shape[0], longest, dtype=torch.bool, device=embeds.device)
             for b, places, items in _assign(places_of, encoded[modality].items):
+                items = self.adapter.join(items, ids[b], places)
                 picks = [self._select(item, None) for item in items]
                 selection = concat_selections(picks, [len(item) for item in items])
                 if selection.into is not None:

@@ -29,6 +29,7 @@ class Call:
     """One forward of the base model: what it was given, and what its own methods told us meanwhile."""
 
     input_ids: Tensor | None = None
+    given: dict[str, Any] = field(default_factory=dict)  # the arguments of the base model
     visual: dict[str, Tensor] = field(default_factory=dict)  # modality -> (B, q) bool
     encoded: dict[str, Any] = field(default_factory=dict)  # modality -> EncodedVisuals
     has_features: bool = False
@@ -176,7 +177,7 @@ class Sequence:
     def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         call = self.state.call = Call()
         given = dict(zip(self.base_arguments, args, strict=False)) | kwargs
-        call.input_ids = given.get("input_ids")
+        call.given, call.input_ids = given, given.get("input_ids")
         outputs = given.get("mm_encoder_outputs")
         pixels = any(given.get(name) is not None for name in self.adapter.pixel_arguments)
         call.has_features = bool(outputs) or pixels

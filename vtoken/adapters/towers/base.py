@@ -62,12 +62,15 @@ class Tower:
     Args:
         module: the tower.
         feature_layer: the layer whose output feeds the projector.
+        pool: (..., patches) -> (..., cells) for the views in which the model pools patches, None where a patch is a cell.
     """
 
     has_cls = False
 
-    def __init__(self, module: nn.Module, feature_layer: int) -> None:
-        self.module = module
+    def __init__(
+        self, module: nn.Module, feature_layer: int, pool: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.module, self.pool = module, pool
         self.layers = self.find_layers()
         self.info = TowerInfo(len(self.layers), feature_layer, self.has_cls, self.global_layers(), self.num_heads())
 
@@ -96,7 +99,7 @@ class Tower:
 
     def to_cells(self, value: Tensor) -> Tensor:
         """Values per patch (..., patches) -> per cell (..., cells); the mean where several patches make one cell."""
-        return value
+        return value if self.pool is None else self.pool(value)
 
     # -- provided -----------------------------------------------------------------------------------------------
     @property
