@@ -19,6 +19,9 @@ EFFECT = 1e-2  # what pruning must at least do to the logits, or the test would 
 PATCHABLE = [name for name, family in FAMILIES.items() if family.config().model_type in list_families()]
 
 
+SOME = [name for name in ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3") if name in PATCHABLE]
+
+
 @functools.cache
 def clean(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32):
     """A model that no test may patch."""

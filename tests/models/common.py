@@ -76,17 +76,22 @@ class Family:
         rows = [row[: self.per_prompt] for row in KINDS[kind]]
         return self.prompt(rows, dtype)
 
-    def prompt(self, rows: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Left-padded inputs; each row lists the items of one prompt, with text of varying length around them."""
-        items = [[self.item(i, len(row)) for i in row] for row in rows]
+    def prompt(
+        self, rows: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, turns: bool = False
+    ) -> dict[str, Tensor]:
+        """Left-padded inputs; each row lists the items of one prompt, with text of varying length around them.
+
+        With ``turns``, every item is prepared as if it were alone in its prompt, as it is when it comes with a later turn.
+        """
+        items = [[self.item(i, 1 if turns else len(row)) for i in row] for row in rows]
         ids, mask = left_pad([self._row(row, numbers) for row, numbers in zip(items, rows)])
-        inputs = dict(input_ids=ids, attention_mask=mask, **self.collate(items), **self.extra(ids, mask))
+        vision = self.collate([[item] for row in items for item in row] if turns else items)
+        inputs = dict(input_ids=ids, attention_mask=mask, **vision, **self.extra(ids, mask))
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
-    def vision(self, items: Sequence[int], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Only the vision inputs of a single prompt with these items."""
-        inputs = self.collate([[self.item(i, len(items)) for i in items]])
-        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    def vision(self, item: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Only the vision inputs of a prompt, or a turn, with this one item."""
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.collate([[self.item(item, 1)]]).items()}
 
     def _row(self, items: list[Item], numbers: Sequence[int]) -> list[int]:
         first = numbers[0] if numbers else 9

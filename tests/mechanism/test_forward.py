@@ -1,0 +1,156 @@
+"""The other door, `forward(pixel_values=...)`: shapes, losses, gradients, attentions, and loops written by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import oracle
+from tests.models import FAMILIES
+from tests.oracle import clone, pick
+
+from .common import PATCHABLE, SOME, assert_close, assert_moved, assert_same, clean, expected, run, subject
+from .fixed import patched
+from .test_decoding import BOTH, FRONT
+
+
+def labels_of(family, inputs: dict) -> torch.Tensor:
+    """The text of every row but its first token, which has nothing in front of it."""
+    labels = inputs["input_ids"].masked_fill(family.visual(inputs) | (inputs["attention_mask"] == 0), -100)
+    labels[torch.arange(len(labels)), inputs["attention_mask"].argmax(1)] = -100
+    return labels
+
+
+def right_padded(inputs: dict) -> dict:
+    """Padding moved behind the prompts, as in training."""
+    out = dict(inputs)
+    shift = (inputs["attention_mask"] == 0).sum(1).tolist()
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+        if key in inputs:
+            out[key] = torch.stack([row.roll(-n) for row, n in zip(inputs[key], shift)])
+    return out
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", PATCHABLE)
+def test_loss_and_gradients(name, side):
+    family, model = FAMILIES[name], subject(name)
+    inputs = family.batch("ragged")
+    inputs = inputs if side == "left" else right_padded(inputs)
+    labels = labels_of(family, inputs)
+    whole = torch.ones_like(labels).bool()
+    with torch.no_grad():
+        dense = clean(name)(**clone(inputs), labels=labels, use_cache=False)
+        if (oracle.loss(clean(name), inputs, labels, whole) - dense.loss).abs() > 1e-4 * dense.loss:
+            pytest.skip("the unpatched model's loss is not that of its rows")
+    with patched(model, merge=side == "left") as spy:
+        out = model(**clone(inputs), labels=labels, use_cache=False)
+    keep, merge = spy.in_front(family, inputs)
+    want = oracle.loss(clean(name), inputs, labels, keep, merge)
+    assert_close(out.loss, want)
+    assert (want - dense.loss).abs() > 1e-3
+    assert out.logits.shape == dense.logits.shape
+    for where in ("layers.1.mlp.up_proj.weight", "layers.3.self_attn.q_proj.weight"):
+        parameters = dict(model.get_decoder().named_parameters()), dict(clean(name).get_decoder().named_parameters())
+        if where in parameters[0]:
+            got, ref = (
+                torch.autograd.grad(x, p[where], retain_graph=True)[0] for x, p in zip((out.loss, want), parameters)
+            )
+            assert_close(got, ref)
+    assert_close(
+        torch.autograd.grad(out.loss, first_projection(model))[0],
+        torch.autograd.grad(want, first_projection(clean(name)))[0],
+    )
+
+
+def first_projection(model) -> torch.nn.Parameter:
+    """A weight on the way of every visual token: gradients must reach through the gathering."""
+    return model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
+@pytest.mark.parametrize("name", PATCHABLE)
+def test_loop_by_hand(name, options):
+    """No generate(), no position_ids, no mask: what remains is the cache's own length."""
+    family, model = FAMILIES[name], subject(name)
+    inputs = family.batch("one")
+    inputs.pop("attention_mask")
+    whole = family.batch("one")
+
+    @torch.no_grad()
+    def loop(model):
+        out = model(**clone(inputs), use_cache=True, logits_to_keep=1)
+        assert out.logits.shape[1] == 1
+        ids = [pick(out.logits[:, -1])]
+        for _ in range(3):
+            out = model(input_ids=ids[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
+            ids.append(pick(out.logits[:, -1]))
+        return torch.stack(ids, 1), out.past_key_values
+
+    if not torch.equal(loop(clean(name))[0], oracle.generate(clean(name), whole, steps=4)[0]):
+        pytest.skip("the unpatched model disagrees with itself")
+    with patched(model, **options) as spy:
+        ids, cache = loop(model)
+    assert ids.tolist() == expected(name, whole, spy, 4)[0].tolist()
+    length, stored = whole["input_ids"].shape[1] + 3, [layer.keys.shape[2] for layer in cache.layers]
+    assert int(cache.get_seq_length()) == length and max(stored) < length
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_both_doors_agree(name):
+    family, model = FAMILIES[name], subject(name)
+    inputs = family.batch("one")
+    with patched(model) as spy, torch.no_grad():
+        a = run(model, inputs, 1).logits[0]
+        one = model(**clone(inputs))
+        as_tuple = model(**clone(inputs), return_dict=False)
+        last_two = model(**clone(inputs), logits_to_keep=2).logits
+    assert len(spy.items) == 4
+    assert one.logits.shape[:2] == inputs["input_ids"].shape
+    assert_close(one.logits[:, -1], a)
+    assert torch.equal(as_tuple[0], one.logits)
+    assert_close(last_two, one.logits[:, -2:])
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_inputs_embeds(name):
+    family, model = FAMILIES[name], subject(name)
+    inputs = family.batch("ragged")
+    embeds = {k: v for k, v in inputs.items() if k != "input_ids"}
+    embeds["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"]).detach()
+
+    def answer(model):
+        out = run(model, embeds)
+        return out.sequences, torch.stack(out.logits)
+
+    ids, logits = oracle.generate(clean(name), inputs)
+    try:
+        sequences, plain = answer(clean(name))
+        assert sequences.tolist() == ids.tolist()
+        assert_close(plain, logits)
+    except (AssertionError, ValueError, RuntimeError, IndexError):
+        pytest.skip("the unpatched model disagrees with itself")
+    with patched(model) as spy:
+        sequences, got = answer(model)
+    ids, logits = expected(name, inputs, spy)
+    assert sequences.tolist() == ids.tolist()
+    assert_close(got, logits)
+
+
+@pytest.mark.parametrize("name", PATCHABLE)
+def test_attentions_and_hidden_states(name):
+    family = FAMILIES[name]
+    inputs, model = family.batch("ragged"), subject(name, "eager")
+    with patched(model, **BOTH) as spy:
+        out = run(model, inputs, output_attentions=True, output_hidden_states=True)
+    assert_same(out, inputs, expected(name, inputs, spy))
+    assert_moved(out, name, inputs)
+    keep, _ = spy.in_front(family, inputs)
+    drop, _ = spy.inside(family, inputs, keep)
+    real = inputs["attention_mask"].bool()
+    lengths = [int((keep & real & (drop[2] if i >= 2 else True)).sum(1).max()) for i in range(4)]
+    assert [a.shape[2] for a in out.attentions[0]] == lengths
+    for attention in out.attentions[0]:
+        row = attention[:, :, -1].sum(-1)
+        assert_close(row, torch.ones_like(row))
+    assert len(out.hidden_states[0]) == 5
