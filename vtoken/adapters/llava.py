@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +17,17 @@ from .towers.clip import ClipTower, SiglipTower
 TOWERS: dict[str, type[Tower]] = {"clip_vision_model": ClipTower, "siglip_vision_model": SiglipTower}
 
 
-def find_tower(module: Any, config: Any) -> dict[str, Tower]:
-    """The image tower of a LLaVA-like model, empty for a tower whose attention is not read."""
+def find_tower(
+    module: Any, config: Any, modality: str = "image", pool: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tower]:
+    """The tower of a LLaVA-like model for one modality, empty for a tower whose attention is not read.
+
+    `pool` is given where the model pools patches into fewer cells: (..., patches) -> (..., cells).
+    """
     cls = TOWERS.get(module.config.model_type)
     if cls is None:
         return {}
-    return {"image": cls(module, feature_layer_of(config, module.config.num_hidden_layers))}
+    return {modality: cls(module, feature_layer_of(config, module.config.num_hidden_layers), pool)}
 
 
 @register_adapter
