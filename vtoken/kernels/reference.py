@@ -144,7 +144,17 @@ def kv_gather(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     return [t[b, h, index[:, None]] for t in tensors]
 
 
+def check_ascending(index: Tensor) -> None:
+    """Moving columns to the front in place needs index[b, j] >= j; asserted without a sync on a GPU."""
+    good = (index >= torch.arange(index.shape[1], device=index.device)).all()
+    if index.device.type != "cpu":
+        torch._assert_async(good, "kv_compact in place needs a strictly ascending index")
+    elif not good:
+        raise ValueError("kv_compact in place needs a strictly ascending index; sort it, or take copies.")
+
+
 def kv_compact_(tensors: Sequence[Tensor], index: Tensor) -> None:
+    check_ascending(index)
     for t in tensors:
         t[:, :, : index.shape[1]] = kv_gather([t], index)[0]
 

@@ -31,7 +31,7 @@ def bipartite_match(keys: Tensor, r: int, protect: int = 0, sort: bool = True) -
     (batch, n, _), unit = keys.shape, unit_rows(keys)
     r = max(0, min(r, (n - protect) // 2))
     a, b = parity_split(n, protect)
-    if not r or not batch:
+    if not r:
         return match_tensors(keys.new_empty(batch, 0), keys.new_empty(batch, 0, dtype=torch.long), n, 0, protect, sort)
     sources, targets = unit[:, a::2], unit[:, b::2].mT
     best, to = [], []

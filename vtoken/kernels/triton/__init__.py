@@ -1,0 +1,19 @@
+"""The Triton kernels, with the signatures of `vtoken.kernels.reference`. Imported on first use only."""
+
+from __future__ import annotations
+
+from .attention import attention_rows, received_attention
+from .gather import gather_merge, gather_rows, kv_compact_, kv_gather
+from .select import bipartite_match, farthest_point, greedy_map
+
+__all__ = [
+    "attention_rows",
+    "bipartite_match",
+    "farthest_point",
+    "gather_merge",
+    "gather_rows",
+    "greedy_map",
+    "kv_compact_",
+    "kv_gather",
+    "received_attention",
+]
