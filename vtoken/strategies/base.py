@@ -69,6 +69,33 @@ def share(budget: float | int, n: int, least: int = 1) -> int:
     return min(n, max(least, wanted))
 
 
+def divide(total: int, sizes: Sequence[int]) -> list[int]:
+    """`total` tokens over segments of the given sizes as evenly as their sizes allow; earlier ones get the rest."""
+    counts, left = [0] * len(sizes), total
+    order = sorted(range(len(sizes)), key=lambda i: (sizes[i], -i))
+    for place, i in enumerate(order):
+        counts[i] = min(sizes[i], left // (len(order) - place))
+        left -= counts[i]
+    return counts
+
+
+def per_segment(segments: Sequence[Segment], budget: float | int) -> list[int]:
+    """Tokens per segment of one image or video: its share of what it would feed, or an even part of a whole number.
+
+    A share keeps at least one token of every segment that has any; a whole number counts per image or frame.
+    """
+    fed = [s.fed for s in segments]
+    if isinstance(budget, float) or all(s.kind == "frame" for s in segments):
+        return [share(budget, n) for n in fed]
+    return divide(budget, fed)
+
+
+def in_total(segments: Sequence[Segment], budget: float | int, n: int) -> int:
+    """Tokens of one image or video of n tokens that `budget` allows, at least 1, without looking at its segments."""
+    frames = sum(s.kind == "frame" for s in segments)
+    return share(budget if isinstance(budget, float) else budget * max(1, frames), n)
+
+
 @dataclass
 class Strategy:
     """Base of all strategies: subclass it as a dataclass, register it, write `select`.
@@ -113,7 +140,7 @@ class Strategy:
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens kept per segment, a pure function of the grids; at least one each."""
         budget = self.budget if budget is None else check_budget(budget)
-        return [share(budget, s.size) for s in segments]
+        return per_segment(segments, budget)
 
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose among the visual tokens of one image or one video."""

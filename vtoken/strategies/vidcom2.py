@@ -1,0 +1,123 @@
+"""VidCom2: unusual frames keep more tokens, inside a frame the unusual tokens stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
+from .base import Strategy, check_budget
+from .grouping import unit
+from .registry import register
+
+KERNEL_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
+SIMILARITIES = ("gaussian", "cosine")
+
+
+@register(
+    "vidcom2",
+    summary="Divide a video's budget by how unusual each frame is, keep the tokens unlike their frame and the video.",
+    stages=("projector",),
+    paper="Video Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language Models, "
+    "arXiv 2505.14454",
+    code="github.com/xuyang-liu16/VidCom2",
+    code_licence="Apache-2.0",
+    differs="Follows the public code where paper and code disagree (similarity='cosine' is the paper's); scores are float32 "
+    "and frame shares float64, the code uses the model's dtype; works on batches and on several videos per prompt; the "
+    "newline row behind a video stays where it is.",
+)
+@dataclass
+class VidCom2(Strategy):
+    """Video Compression Commander (arXiv 2505.14454), for videos only.
+
+    On the half of the channels with the smallest variance over the video, each token is normalised to `y`. With the mean
+    `g` of the video, the means `g_t` of its frames and `K(a, b) = sum_w exp(-|a - b|^2 / (2 w))` over five widths `w`, a
+    frame scores `u_t = -mean K(y, g)` and keeps the share `r_t = min(R (1 + s_t - 1/T), 1)` of its tokens, where `s` is the
+    softmax of `u / tau` over the T frames and R the budget. Inside a frame the `max(1, round(r_t M))` of M tokens with the
+    lowest `K(y, g) + K(y, g_t)` stay. Separator rows stay, outside the budget.
+
+    Args:
+        tau: temperature of the softmax over frames.
+        similarity: "gaussian" is the kernel of the public code, "cosine" the paper's text: cosine with the means of the
+            raw features, all channels.
+        exact: make the number of kept tokens `max(T, floor(T M R))`, whatever the frames' shares round to.
+    """
+
+    budget: float | int = 0.25
+    tau: float = 0.01
+    similarity: str = "gaussian"
+    exact: bool = False
+
+    static_counts = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tau > 0:
+            raise ValueError(f"tau must be above 0, found {self.tau}.")
+        if self.similarity not in SIMILARITIES:
+            raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)}, found {self.similarity!r}.")
+
+    def needs(self, tower: TowerInfo | None) -> Needs:
+        return Needs(modalities=("video",))
+
+    def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
+        """Tokens per frame if all frames are equally unusual."""
+        budget = self.budget if budget is None else check_budget(budget)
+        return [max(1, round(_share(budget, s.size) * s.size)) for s in segments]
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        sizes = {s.fed for s in tokens.segments}
+        if len(sizes) != 1:
+            raise ValueError(f"vidcom2 needs frames of equal size, found {sorted(sizes)} tokens: use divprune.")
+        x = tokens.features[tokens.patch_rows].float().view(len(tokens.segments), sizes.pop(), -1)
+        video, frame = self._similarities(x)
+        score, ratio = video + frame, _share(self.budget, x.shape[1])
+        counts = self._frame_counts(video, ratio)
+        rank = score.argsort(dim=1, stable=True).argsort(dim=1)
+        kept = rank < counts.to(rank.device)[:, None]
+        if self.exact:
+            kept = _trim(kept, score, max(len(x), int(score.numel() * ratio + 1e-9)))
+        stays = torch.ones(len(tokens), dtype=torch.bool, device=kept.device)
+        stays[tokens.patch_rows] = kept.flatten()
+        return Selection(stays.nonzero()[:, 0])
+
+    def _similarities(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarity of x (T, M, d) to the video's and to its frame's mean, (T, M) float32 each."""
+        if self.similarity == "cosine":
+            y = unit(x)
+            return (y * unit(x.mean((0, 1)))).sum(-1), (y * unit(x.mean(1, keepdim=True))).sum(-1)
+        variance = x.flatten(0, 1).var(0, correction=0)
+        channels = variance.sort(stable=True).indices[: max(1, x.shape[-1] // 2)].sort().values
+        y = unit(x[..., channels])
+        return _kernel(y, y.mean((0, 1))), _kernel(y, y.mean(1, keepdim=True))
+
+    def _frame_counts(self, video: Tensor, ratio: float) -> Tensor:
+        """(T,) int64: tokens kept of each frame."""
+        shares = (-video.double().mean(1) / self.tau).softmax(0)
+        ratios = (ratio * (1 + shares - shares.mean())).clamp(max=1)
+        # to ten digits, or a half that is exact on paper would round either way
+        return (ratios * video.shape[1] * 1e10).round().div(1e10).round().clamp(min=1).long()
+
+
+def _share(budget: float | int, frame: int) -> float:
+    """The budget as a share of a frame's tokens."""
+    return budget if isinstance(budget, float) else min(1.0, budget / frame)
+
+
+def _kernel(y: Tensor, centre: Tensor) -> Tensor:
+    distance = (y - centre).square().sum(-1)
+    return sum((torch.exp(distance / (-2 * w)) for w in KERNEL_WIDTHS), torch.zeros_like(distance))
+
+
+def _trim(kept: Tensor, score: Tensor, target: int) -> Tensor:
+    """Drop the kept tokens with the highest score, or add the others with the lowest, until `target` are kept."""
+    every = torch.arange(kept.numel(), device=kept.device)
+    order = every[score.flatten().sort(stable=True).indices]
+    best_of_frame = torch.zeros_like(kept).scatter_(1, score.sort(dim=1, stable=True).indices[:, :1], True)
+    # frames' best first, then the kept ones, then the others, each by score: the first `target` of them stay
+    group = torch.where(best_of_frame, 0, torch.where(kept, 1, 2)).flatten()[order]
+    order = order[group.argsort(stable=True)]
+    return torch.zeros_like(kept).flatten().index_fill_(0, order[:target], True).view_as(kept)
