@@ -1,0 +1,48 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and its mixture of experts: grids of any shape, merged patches, multimodal rope."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..tokens import Segment
+from .base import Adapter, Layout
+from .registry import register_adapter
+from .towers.base import Tower
+from .towers.qwen import QwenTower
+
+
+@register_adapter
+class QwenVLAdapter(Adapter):
+    """`Qwen2VL...`, `Qwen2_5_VL...`, `Qwen3VL...` and `Qwen3VLMoeForConditionalGeneration`.
+
+    An image is one segment; a frame of a video is one temporal patch (two sampled frames). Its time is known where the
+    prompt brings `second_per_grid_ts` (Qwen2.5-VL); Qwen3-VL writes times as text between the frames' placeholders.
+    """
+
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    modalities = ("image", "video")
+    prompt_arguments = ("second_per_grid_ts",)
+    multimodal_rope = True
+
+    def make_towers(self) -> dict[str, Tower]:
+        tower = QwenTower(self.base.visual, len(self.base.visual.blocks) - 1)
+        return {"image": tower, "video": tower}
+
+    def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
+        merge = self.base.visual.spatial_merge_size
+        times = arguments.get("second_per_grid_ts") if modality == "video" else None
+        out = []
+        for i, (t, h, w) in enumerate(arguments[f"{modality}_grid_thw"].tolist()):
+            step = None if times is None else float(times[i])
+            segments = [
+                Segment(
+                    "frame" if modality == "video" else "image",
+                    (h // merge, w // merge),
+                    seconds=None if step is None else frame * step,
+                )
+                for frame in range(t)
+            ]
+            out.append(Layout.plain(segments, features[i].device))
+        return out
