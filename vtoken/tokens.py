@@ -21,6 +21,8 @@ class Segment:
         box: (x0, y0, x1, y1), the region of the original image that the grid covers, as fractions of its width and height;
             below 0 or above 1 where the grid reaches into padding. The whole image where the model is not told its size.
         tokens: cells that become tokens, None for all; fewer where the model unpads or shrinks a canvas of crops.
+        shrink: cells along one side of a token, above 1 where the model shrinks the canvas behind the tower; a token then
+            belongs to the cell at its centre.
     """
 
     kind: str
@@ -29,6 +31,7 @@ class Segment:
     seconds: float | None = None
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     tokens: int | None = None
+    shrink: float = 1.0
 
     @property
     def size(self) -> int:
@@ -133,6 +136,13 @@ class VisualTokens:
     def num_cells(self) -> int:
         """Cells over all segments; more than tokens where the model unpads a canvas."""
         return sum(s.size for s in self.segments)
+
+    @property
+    def fed_cells(self) -> Tensor:
+        """(num_cells,) bool, the cells that became tokens."""
+        fed = torch.zeros(self.num_cells, dtype=torch.bool, device=self.cells.device)
+        fed[self.cells[self.cells >= 0]] = True
+        return fed
 
     @property
     def patch_rows(self) -> Tensor:
