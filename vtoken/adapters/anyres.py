@@ -84,6 +84,7 @@ def anyres_layout(
     crop = y.div(side, rounding_mode="floor") * columns + x.div(side, rounding_mode="floor")
     cells = torch.where(kind > 0, 1 + crop, 0) * side**2 + y % side * side + x % side
     cells = torch.where(kind < 0, -1, cells)
+    shrink = _step(packed[kind > 0])
     fed = torch.bincount(cells[cells >= 0] // side**2, minlength=1 + len(places)).tolist()
     grid = (side, side)
     if canvas is None:
@@ -91,8 +92,15 @@ def anyres_layout(
     box = canvas_box(size, canvas)
     segments = [Segment("thumbnail", grid, tokens=fed[0])]
     for place, tokens in zip(places, fed[1:], strict=True):
-        segments.append(Segment("crop", grid, place, box=part(box, place, (rows, columns)), tokens=tokens))
+        field = part(box, place, (rows, columns))
+        segments.append(Segment("crop", grid, place, box=field, tokens=tokens, shrink=shrink))
     return Layout(segments, cells)
+
+
+def _step(canvas: Tensor) -> float:
+    """Cells from one token of a canvas, rows of (kind, y, x), to the next; the larger of both directions."""
+    lines = [canvas[:, i].mul(1e6).round().unique() for i in (1, 2)]
+    return max([float(v[-1] - v[0]) / 1e6 / (len(v) - 1) for v in lines if len(v) > 1], default=1.0)
 
 
 def frames_layout(frames: int, grid: tuple[int, int], leading: int = 0, trailing: int = 0) -> Layout:

@@ -31,7 +31,8 @@ class HiRED(Strategy):
     `T = int(budget * cells)` tokens of an image are divided: `int(T * alpha)` for the thumbnail, the rest over the crops in
     proportion to the attention that the CLS token of the thumbnail pays to each crop's region in the first tower layer.
     Inside each segment the tokens with the highest CLS attention, summed over heads, in the layer that makes the features
-    are kept. An image with one segment (LLaVA-1.5) only has the second step.
+    are kept. An image with one segment (LLaVA-1.5) and a video only have the second step. The cells of padding count, and
+    what is chosen among them is lost, as in the paper; cells of a canvas that the model shrinks (LLaVA-OneVision) do not.
 
     Args:
         alpha: share of the budget for the thumbnail.
@@ -64,35 +65,39 @@ class HiRED(Strategy):
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens per segment if the attention were even; the sum is what `select` keeps, up to rounding and padding."""
-        sizes = [s.size for s in segments]
         total = self._total(segments, budget)
         if segments[0].kind != "thumbnail":
             return self._evenly(segments, total)
-        return self._divide(sizes, total, torch.ones(len(sizes) - 1, dtype=torch.float64))
+        return self._divide(self._sizes(segments), total, torch.ones(len(segments) - 1, dtype=torch.float64))
 
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.tower is not None
         segments = tokens.segments
         late = attention_scores(tokens, self.score, tokens.tower.layers_up_to_feature(1)[0])
-        usable = torch.zeros(tokens.num_cells, dtype=torch.bool, device=late.device)
-        usable[tokens.cells[tokens.patch_rows]] = True
-        sizes = [s.size for s in segments]
-        if self.mask_padding:
-            late = late.masked_fill(~usable.view(late.shape), -torch.inf)
-            sizes = usable.view(late.shape).sum(1).tolist()
+        if self._skips_unfed(segments):
+            late = late.masked_fill(~tokens.fed_cells.view(late.shape), -torch.inf)
         total = self._total(segments)
-        if segments[0].kind == "thumbnail" and len(segments) > 1:
+        if segments[0].kind == "thumbnail":
             early = attention_scores(tokens, self.score, tokens.tower.first_global_layer)[0]
-            counts = self._divide(sizes, total, self._region_weights(early, segments))
+            counts = self._divide(self._sizes(segments), total, self._region_weights(early, segments))
         else:
-            counts = [min(c, n) for c, n in zip(self._evenly(segments, total), sizes, strict=True)]
+            counts = self._evenly(segments, total)
         offsets = torch.tensor([0] + [s.size for s in segments]).cumsum(0).tolist()
         cells = torch.cat([top_k(late[i], c) + offsets[i] for i, c in enumerate(counts)])
+        if not counts[0] and not bool(tokens.fed_cells[cells].any()):
+            cells = late[0].argmax()[None]  # all that was chosen is padding: an image keeps at least one token
         return tokens.keep_cells(cells, separators=self.keep_newline)
+
+    def _skips_unfed(self, segments: Sequence[Segment]) -> bool:
+        """Whether cells without a token are never chosen. Where a canvas is shrunk most cells have none."""
+        return self.mask_padding or any(s.shrink > 1 for s in segments)
+
+    def _sizes(self, segments: Sequence[Segment]) -> list[int]:
+        return [s.fed if self._skips_unfed(segments) else s.size for s in segments]
 
     def _total(self, segments: Sequence[Segment], budget: float | int | None = None) -> int:
         budget = self.budget if budget is None else check_budget(budget)
-        cells = sum(s.size for s in segments)
+        cells = sum(s.fed if any(s.shrink > 1 for s in segments) else s.size for s in segments)
         if isinstance(budget, float):
             return max(1, int(cells * budget))
         frames = sum(s.kind == "frame" for s in segments)
@@ -100,7 +105,7 @@ class HiRED(Strategy):
 
     def _evenly(self, segments: Sequence[Segment], total: int) -> list[int]:
         """Frames of a video, or a single image: no thumbnail to consult."""
-        return [max(1, min(s.size, total // len(segments))) for s in segments]
+        return [min(s.fed, max(1, total // len(segments))) for s in segments]
 
     def _divide(self, sizes: list[int], total: int, weights: Tensor) -> list[int]:
         full = min(int(total * self.alpha), sizes[0])

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..tokens import Segment, Selection, VisualTokens
-from .base import Strategy, check_budget, share
+from .base import Strategy, check_budget, per_segment
 from .registry import register
 
 
@@ -25,25 +26,26 @@ class Pool(Strategy):
 
     The pooled grid is the one with the most cells within the budget among those that keep the grid's shape best, so the
     number of tokens can lie a little below the budget. The mean sits at the position of the rectangle's central cell.
-    Cells that the model threw away as padding do not count. Separator rows (image-newline) are dropped.
+    Of a crop that is partly padding only the rest is divided. Separator rows (image-newline) are dropped.
     """
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
+        """Tokens kept per segment; a crop that is partly padding may keep fewer."""
         budget = self.budget if budget is None else check_budget(budget)
-        return [math.prod(pooled_grid(s.grid, share(budget, s.size))) for s in segments]
+        most = per_segment(segments, budget)
+        return [math.prod(pooled_grid(s.grid, n)) if n else 0 for s, n in zip(segments, most, strict=True)]
 
     def select(self, tokens: VisualTokens) -> Selection:
         device = tokens.cells.device
-        group_of_cell, centre, groups = [], [], 0
-        for segment in tokens.segments:
-            (height, width), (rows, columns) = segment.grid, pooled_grid(segment.grid, share(self.budget, segment.size))
-            y = torch.arange(height, device=device) * rows // height
-            x = torch.arange(width, device=device) * columns // width
+        fed = tokens.fed_cells
+        group_of_cell, centre, groups, start = [], [], 0, 0
+        for segment, most in zip(tokens.segments, per_segment(tokens.segments, self.budget), strict=True):
+            down, across = _window(fed[start : start + segment.size].view(segment.grid), segment)
+            rows, columns = pooled_grid((len(down), len(across)), most) if most else (0, 0)
+            (y, dy), (x, dx) = _blocks(down, rows, segment.grid[0]), _blocks(across, columns, segment.grid[1])
             group_of_cell.append((y[:, None] * columns + x[None]).flatten() + groups)
-            dy = torch.arange(height, device=device) - _middle(y, rows)[y]
-            dx = torch.arange(width, device=device) - _middle(x, columns)[x]
             centre.append((dy[:, None] ** 2 + dx[None] ** 2).flatten())
-            groups += rows * columns
+            groups, start = groups + rows * columns, start + segment.size
         patches = tokens.patch_rows
         group = torch.full((len(tokens),), -1, device=device)
         group[patches] = torch.cat(group_of_cell)[tokens.cells[patches]]
@@ -60,10 +62,28 @@ class Pool(Strategy):
         return Selection.groups(keep, torch.where(group >= 0, slot[group.clamp(min=0)], -1))
 
 
-def _middle(block: torch.Tensor, blocks: int) -> torch.Tensor:
-    """First index of the middle of each run of equal block numbers."""
-    size = torch.bincount(block, minlength=blocks)
-    return size.cumsum(0) - size + (size - 1) // 2
+def _window(fed: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the smallest rectangle around the cells that are fed; all where all are."""
+    if segment.fed == segment.size:
+        return torch.arange(fed.shape[0], device=fed.device), torch.arange(fed.shape[1], device=fed.device)
+    down, across = fed.any(1).nonzero()[:, 0], fed.any(0).nonzero()[:, 0]
+    if not len(down):
+        return down, across
+    return (
+        torch.arange(int(down[0]), int(down[-1]) + 1, device=fed.device),
+        torch.arange(int(across[0]), int(across[-1]) + 1, device=fed.device),
+    )
+
+
+def _blocks(lines: Tensor, blocks: int, size: int) -> tuple[Tensor, Tensor]:
+    """Per line of `size` its block, and its distance from the block's middle; `lines` are divided, others lie in block 0."""
+    block, distance = torch.zeros(2, size, dtype=torch.long, device=lines.device)
+    if blocks:
+        at = torch.arange(len(lines), device=lines.device)
+        mine = at * blocks // len(lines)
+        count = torch.bincount(mine, minlength=blocks)
+        block[lines], distance[lines] = mine, at - (count.cumsum(0) - count + (count - 1) // 2)[mine]
+    return block, distance
 
 
 def pooled_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:

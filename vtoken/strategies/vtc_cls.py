@@ -28,7 +28,8 @@ class VTCCLS(Strategy):
     """Visual token compression by the [CLS] token (arXiv 2412.05819).
 
     The score of a patch is the softmaxed attention of the CLS query, averaged over heads, combined over the `layers` tower
-    layers that end with the one that makes the features. Each image, crop or frame keeps its `budget` highest.
+    layers that end with the one that makes the features. Each image, crop or frame keeps its `budget` highest; of a crop
+    that is partly padding the share of what is not.
 
     Args:
         layers: number of ensembled layers K.
@@ -65,6 +66,7 @@ class VTCCLS(Strategy):
         assert tokens.tower is not None
         layers = torch.stack([attention_scores(tokens, self.score, i) for i in self._layers(tokens.tower)])
         scores = layers.mean(0) if self.ensemble == "mean" else getattr(torch, "a" + self.ensemble)(layers, 0)
+        scores = scores.masked_fill(~tokens.fed_cells.view(scores.shape), -torch.inf)
         kept, offset = [], 0
         for i, (segment, count) in enumerate(zip(tokens.segments, self.counts(tokens.segments), strict=True)):
             kept.append(top_k(scores[i], count) + offset)
