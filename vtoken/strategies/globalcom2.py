@@ -108,7 +108,9 @@ class GlobalCom2(Strategy):
         """Kept tokens per segment, under the guidance of the thumbnail."""
         segments, fed = tokens.segments, sum(map(len, rows))
         ratio = self.budget if isinstance(self.budget, float) else min(1.0, self.budget / fed)
-        guide = local[thumbnail].view(segments[thumbnail].grid)
+        guide = local[thumbnail].mean().repeat(segments[thumbnail].size)  # where the model dropped a patch
+        guide[local_cells(tokens, rows)[thumbnail]] = local[thumbnail]
+        guide = guide.view(segments[thumbnail].grid)
         crops = [i for i in range(len(rows)) if i != thumbnail]
         ratios = self._crop_ratios(guide, [segments[i].place for i in crops], ratio)
         places = canvas_places(tokens, rows)
@@ -116,7 +118,7 @@ class GlobalCom2(Strategy):
         first, last = canvas.amin(0), canvas.amax(0)
         height, width = (last - first + 1).tolist()
         resized = F.interpolate(guide[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
-        kept = [rows[thumbnail][top_k(local[thumbnail], max(1, _floor(guide.numel() * ratio)))]]
+        kept = [rows[thumbnail][top_k(local[thumbnail], max(1, _floor(len(rows[thumbnail]) * ratio)))]]
         for i, share in zip(crops, ratios, strict=True):
             y, x = (places[i] - first).unbind(1)
             score = self.alpha * F.normalize(resized[y, x], dim=0) + (1 - self.alpha) * F.normalize(local[i], dim=0)

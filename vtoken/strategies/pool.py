@@ -43,12 +43,14 @@ class Pool(Strategy):
             down, across = _window(fed[start : start + segment.size].view(segment.grid), segment)
             rows, columns = pooled_grid((len(down), len(across)), most) if most else (0, 0)
             (y, dy), (x, dx) = _blocks(down, rows, segment.grid[0]), _blocks(across, columns, segment.grid[1])
-            group_of_cell.append((y[:, None] * columns + x[None]).flatten() + groups)
+            block = (y[:, None] * columns + x[None]).flatten() + groups
+            group_of_cell.append(block if most else torch.full_like(block, -1))
             centre.append((dy[:, None] ** 2 + dx[None] ** 2).flatten())
             groups, start = groups + rows * columns, start + segment.size
         patches = tokens.patch_rows
         group = torch.full((len(tokens),), -1, device=device)
         group[patches] = torch.cat(group_of_cell)[tokens.cells[patches]]
+        patches = patches[group[patches] >= 0]
         distance = torch.cat(centre)[tokens.cells[patches]]
         # the most central surviving cell of every group, the lowest row among equals
         order = torch.argsort(group[patches] * (int(distance.max()) + 1) + distance, stable=True)

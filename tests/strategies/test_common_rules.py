@@ -1,0 +1,100 @@
+"""What holds for every strategy between the tower and the LLM: legal answers, determinism, no token invented."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vtoken
+from vtoken.strategies import create, list_names, strategy_info
+from vtoken.strategies.base import Strategy, divide, per_segment
+from vtoken.tokens import Segment
+
+from .common import answer, anyres, build, edge_cases, image, kept_per_segment, tower, video
+
+PROJECTOR = [n for n in list_names() if strategy_info(n).cls.select is not Strategy.select]
+IMAGE = [n for n in PROJECTOR if "image" in create(n).needs(None).modalities]
+VIDEO = [n for n in PROJECTOR if "video" in create(n).needs(None).modalities]
+BUDGETS = [0.01, 0.3, 3, 10_000]
+EXACT_PER_SEGMENT = ["cdpruner", "random", "uniform", "visionzip", "vtc_cls"]
+
+
+@pytest.mark.parametrize("case", edge_cases())
+@pytest.mark.parametrize("name", IMAGE)
+def test_legal_and_deterministic_on_odd_images(name, case):
+    tokens = edge_cases()[case]
+    for budget in BUDGETS:
+        strategy = create(name, budget=budget)
+        chosen = answer(strategy, tokens)
+        assert 1 <= len(chosen.keep) <= len(tokens)
+        assert chosen.weight is None or bool(torch.isfinite(chosen.weight).all())
+        again = answer(create(name, budget=budget), tokens)
+        assert torch.equal(chosen.keep, again.keep)
+
+
+@pytest.mark.parametrize("name", VIDEO)
+@pytest.mark.parametrize("frames,grid,trailing", [(1, (1, 1), 0), (3, (2, 3), 1), (5, (4, 1), 0), (2, (3, 3), 2)])
+def test_legal_on_videos(name, frames, grid, trailing):
+    for dtype in (torch.float32, torch.float16):
+        tokens = video(frames, *grid, trailing=trailing, dtype=dtype)
+        for budget in BUDGETS:
+            chosen = answer(create(name, budget=budget), tokens)
+            assert 1 <= len(chosen.keep) <= len(tokens)
+            assert torch.isfinite(chosen.dense(len(tokens))).all()
+
+
+@pytest.mark.parametrize("name", EXACT_PER_SEGMENT)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_counts_are_what_is_kept(name, budget):
+    strategy = create(name, budget=budget)
+    for tokens in (image(5, 3), anyres(2, 2, 4), anyres(2, 1, 4, top=3), anyres(1, 3, 3, left=2), video(3, 2, 4)):
+        assert kept_per_segment(tokens, answer(strategy, tokens)) == strategy.counts(tokens.segments), tokens.segments
+
+
+@pytest.mark.parametrize("name", PROJECTOR)
+def test_one_image_does_not_depend_on_another(name):
+    """Strategies see one image at a time; nothing may be remembered from the one before."""
+    make = image if "image" in create(name).needs(None).modalities else video
+    first, second = make(4, 4, seed=1), make(4, 4, seed=2)
+    strategy = create(name, budget=0.4)
+    alone = answer(strategy, first).keep
+    answer(strategy, second)
+    assert torch.equal(answer(strategy, first).keep, alone)
+
+
+@pytest.mark.parametrize("name", PROJECTOR)
+def test_undeclared_modalities_and_options_are_refused(name):
+    with pytest.raises(ValueError, match="has no option 'nonsense'"):
+        create(name, nonsense=1)
+    with pytest.raises(ValueError, match="budget"):
+        create(name, budget=0.0)
+    assert create(name, budget=1.0).is_identity
+    assert set(create(name).needs(tower(False)).modalities) <= {"image", "video"}
+
+
+def test_divide_is_exact_and_even():
+    assert divide(7, [4, 4, 4]) == [3, 2, 2]
+    assert divide(7, [1, 9, 1]) == [1, 5, 1]
+    assert divide(100, [4, 2]) == [4, 2]
+    assert divide(2, [5, 5, 5]) == [1, 1, 0]
+    assert divide(0, [3]) == [0]
+
+
+def test_whole_numbers_count_per_image_and_per_frame():
+    crops = list(anyres(2, 2, 4).segments)
+    assert sum(per_segment(crops, 32)) == 32 and max(per_segment(crops, 32)) - min(per_segment(crops, 32)) <= 1
+    assert per_segment([Segment("frame", (2, 2))] * 3, 3) == [3, 3, 3]
+    assert per_segment([Segment("image", (2, 2))], 99) == [4]
+
+
+def test_shares_are_of_what_is_fed():
+    crops = list(anyres(2, 1, 4, top=3).segments)
+    assert [s.fed for s in crops] == [16, 4, 4]
+    assert per_segment(crops, 0.5) == [8, 2, 2]
+    assert per_segment(crops, 0.01) == [1, 1, 1]
+    assert per_segment(list(anyres(3, 1, 2, top=2).segments), 0.5) == [2, 0, 2, 0]
+
+
+def test_strategies_refuse_what_a_tower_does_not_have():
+    with pytest.raises(vtoken.tokens.NotProvided, match="cls_attention"):
+        build([Segment("image", (2, 2))], info=tower(False)).cls_attention(17)
