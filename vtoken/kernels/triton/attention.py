@@ -137,19 +137,20 @@ def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = Non
         strides = seen.stride()
     # Enough stretches of keys to fill the device, none so short that the partial sums take memory to speak of.
     blocks = batch * kv_heads * triton.cdiv(group * rows, 64)
-    wanted = triton.cdiv(2 * multiprocessors(q.device), blocks) if q.is_cuda else 2
+    wanted = triton.cdiv(2 * multiprocessors(q.device), blocks)
     split = max(512, triton.cdiv(triton.cdiv(n, min(wanted, 32)), 64) * 64)
     splits = triton.cdiv(n, split)
     parts = torch.empty(batch, heads, rows, splits, dtype=torch.float32, device=q.device)
     out = torch.empty((batch, n) if reduce else (batch, heads, rows, n), dtype=torch.float32, device=q.device)
-    block_r = min(64, max(16, triton.next_power_of_2(group * rows)))
+    side = 32 if wide(q) else 64
+    block_r = min(side, max(16, triton.next_power_of_2(group * rows)))
     block_d, block_s = max(16, triton.next_power_of_2(d)), triton.next_power_of_2(splits)
     layout = (*q.stride()[:3], *k.stride()[:3], *strides)
     flags = dict(MASKED=mask is not None, WIDE=wide(q), BLOCK_R=block_r, BLOCK_D=block_d)
     with on_device(q):
         _rows_lse[(splits, batch * kv_heads, triton.cdiv(group * rows, block_r))](
             q, k, seen, out, parts, scale, group, rows, n, d, kv_heads, splits, split, *layout,
-            STORE=reduce is None, BLOCK_N=64, **flags,
+            STORE=reduce is None, BLOCK_N=side, **flags,
         )  # fmt: skip
         if reduce is None:
             block_n = min(2048, triton.next_power_of_2(n))
@@ -234,7 +235,7 @@ def received_attention(
     starts, stops = bounds[window - 1], bounds[window]
     lse, out = (torch.empty(batch, heads, n, dtype=torch.float32, device=q.device) for _ in range(2))
     shape = (scale, heads // kv_heads, heads, n, d, *q.stride()[:3], *k.stride()[:3])
-    block = 64 if d <= 128 else 32
+    block = 64 if d <= 128 and not wide(q) else 32
     grid = (triton.cdiv(n, block), batch * heads)
     flags = dict(WIDE=wide(q), BLOCK_Q=block, BLOCK_K=block, BLOCK_D=max(16, triton.next_power_of_2(d)))
     with on_device(q):

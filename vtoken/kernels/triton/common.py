@@ -18,7 +18,7 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def last_contiguous(x: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def _move_rows(
         columns, group = group % steps, group // steps
     head, batch, job = (group % heads).to(tl.int64), (group // heads % batches).to(tl.int64), group // heads // batches
     entry = table + job.to(tl.int64) * 9
-    width = tl.load(entry + 8)
+    width = tl.multiple_of(tl.load(entry + 8), STEP)
     if tl.program_id(1) * BLOCK_W < width:
         source = tl.load(entry).to(tl.pointer_type(UNIT))
         target = tl.load(entry + 1).to(tl.pointer_type(UNIT))

@@ -218,7 +218,7 @@ def _greedy(
 def _run(kernel: triton.JITFunction, tensors: tuple[Tensor, ...], slots: int, x: Tensor, k: int, **flags: int) -> None:
     """Launch a greedy kernel: cooperatively, or step by step."""
     batch, n, d = x.shape
-    programs = max(1, min(triton.cdiv(n, 8), multiprocessors(x.device) // batch)) if x.is_cuda else 1
+    programs = max(1, min(triton.cdiv(n, 8), multiprocessors(x.device) // batch))
     share = triton.cdiv(n, programs)
     programs = triton.cdiv(n, share)
     scratch = [torch.empty(batch, 2, programs, dtype=torch.float32, device=x.device) for _ in range(slots)]
