@@ -50,7 +50,7 @@ class Report:
         visuals: one entry per image or video.
         prompt_tokens: per batch row, tokens of the prompt without padding.
         tokens_per_layer: per LLM layer, tokens stored for the prompt, summed over the batch, without padding.
-        visual_per_layer: the visual ones among them.
+        visual_per_layer: per LLM layer, visual tokens that it reads, summed over the batch.
         flops_dense, flops: LLM prefill FLOPs of the unpatched model and of this call.
         kv_bytes_dense, kv_bytes: KV-cache bytes of the prompt.
         seconds: measured time per stage: "tower", "select", "prefill" (GPU times are read when the report is made).

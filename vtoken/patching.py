@@ -35,19 +35,21 @@ class Patch:
         self.warned = False
         layers = len(getattr(adapter.decoder, "layers", ()))
         drops = () if strategy.is_identity else strategy.prefill_layers(layers)
+        aligned = strategy.aligned_layers(layers) if drops else ()
         stages = [Stage(layer, strategy.select_in_prefill) for layer in drops]
         stage_of = [sum(s.layer <= i for s in stages) for i in range(layers)]
-        self.recorder = Recorder(adapter.model, adapter.decoder.config, stage_of, describe(strategy))
+        stored = [len(stages) if i in aligned else stage for i, stage in enumerate(stage_of)]
+        self.recorder = Recorder(adapter.model, adapter.decoder.config, stage_of, describe(strategy), stored)
         needs = {m: needs_of(adapter, strategy, m) for m in adapter.modalities}
         wants_text = any(n.text_embeddings for n in needs.values()) and not strategy.is_identity
         if strategy.is_identity:
             needs = {m: Needs(modalities=n.modalities) for m, n in needs.items()}
-        planner = Planner(adapter, self._select, self.state, self._chosen, wants_text)
+        planner = Planner(adapter, self._select, self.state, self._chosen, wants_text, bool(stages))
         self.wrapped = Wrapped()
         self.parts: list[Any] = [self.wrapped]
         try:
             self.parts.append(VisionWatch(adapter, needs, self.state, self.recorder.timer))
-            self.parts.append(Sequence(adapter, planner, stages, strategy.positions, self.state, self.recorder))
+            self.parts.append(Sequence(adapter, planner, stages, strategy.positions, self.state, self.recorder, aligned))
             if hasattr(adapter.model, "generate"):
                 self.wrapped.wrap(adapter.model, "generate", functools.partial(generating, self.state))
         except BaseException:

@@ -85,10 +85,14 @@ class Recorder:
         stage_of: per LLM layer, how many drops lie in front of it.
         itemsize: bytes of one KV-cache element.
         describe: the strategy in words.
+        stored_of: per LLM layer, the drop whose survivors its KV cache keeps behind the prompt; as `stage_of` if None.
     """
 
-    def __init__(self, model: Any, text_config: Any, stage_of: list[int], describe: str) -> None:
+    def __init__(
+        self, model: Any, text_config: Any, stage_of: list[int], describe: str, stored_of: list[int] | None = None
+    ) -> None:
         self.model, self.text_config, self.stage_of, self.describe = model, text_config, stage_of, describe
+        self.stored_of = stage_of if stored_of is None else stored_of
         self.local = _Local()
         self.last: Record | None = None
 
@@ -162,7 +166,8 @@ class Recorder:
             visuals = [int(v.sum()) for v in forward.visual]
             for i in layers:
                 stage = min(self.stage_of[i] if self.stage_of else 0, len(tokens) - 1)
-                per_layer[i] += sum(tokens[stage])
+                stored = min(self.stored_of[i] if self.stored_of else 0, len(tokens) - 1)
+                per_layer[i] += sum(tokens[stored])
                 visual[i] += visuals[stage]
                 flops += sum(shape.layer_flops(n, forward.past[stage]) for n in tokens[stage])
         return Report(

@@ -8,6 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .inner_tokens import EncoderMerge, EncoderTokens, PrefillTokens
+
+__all__ = [
+    "EncoderMerge", "EncoderTokens", "Needs", "NotProvided", "PrefillTokens", "Segment", "Selection", "TowerInfo",
+    "VisualTokens", "concat_selections",
+]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -119,6 +126,8 @@ class VisualTokens:
         tower: facts about the vision tower, None where the model has no transformer tower.
         modality: "image" or "video".
         text_embeddings: (t, d) embeddings of the prompt's text tokens, None unless declared in `Needs`.
+        merged: (num_cells,) int64, which token inside the tower a cell became; cells with one number share their
+            features. None if nothing was merged there.
     """
 
     features: Tensor
@@ -127,6 +136,7 @@ class VisualTokens:
     tower: TowerInfo | None = None
     modality: str = "image"
     text_embeddings: Tensor | None = None
+    merged: Tensor | None = None
     provided: dict[tuple[str, int], Tensor | Callable[[], Tensor]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -199,36 +209,6 @@ class VisualTokens:
 
 
 @dataclass
-class PrefillTokens:
-    """One prompt as LLM layer `layer` receives it, padding removed.
-
-    Attributes:
-        layer: the layer in front of which the choice is made.
-        hidden_states: (n, d) of all tokens, text included.
-        visual: (n,) bool.
-        positions: (n,) int64, index of each token within the prompt's forward, padding included.
-        total_visual: visual tokens of this prompt before anything was dropped.
-        attention_rows: `attention_rows(rows)` with (r,) int64 indices into the n tokens -> (heads, r, n) float32, the
-            softmaxed rows of the layer before.
-    """
-
-    layer: int
-    hidden_states: Tensor
-    visual: Tensor
-    positions: Tensor
-    total_visual: int
-    attention_rows: Callable[[Tensor], Tensor]
-
-    @property
-    def visual_rows(self) -> Tensor:
-        """(v,) int64, the visual tokens among the n."""
-        return self.visual.nonzero()[:, 0]
-
-    def __len__(self) -> int:
-        return self.visual.shape[0]
-
-
-@dataclass
 class Selection:
     """Which tokens stay, and what becomes of the others.
 
@@ -237,11 +217,13 @@ class Selection:
         into: (n,) int64 or None. `into[i] = j` adds token i to the j-th kept token, -1 adds it to none. A kept token
             that no one names in `into` stays as it is; one that absorbs must name itself for its own share.
         weight: (n,) float32 or None, the share with which token i is added.
+        marked: (k,) bool or None: kept tokens that the strategy wants to recognise inside the LLM.
     """
 
     keep: Tensor
     into: Tensor | None = None
     weight: Tensor | None = None
+    marked: Tensor | None = None
 
     @classmethod
     def everything(cls, n: int, device: torch.device | str | None = None) -> Selection:
@@ -264,6 +246,8 @@ class Selection:
             raise ValueError(f"Selection.keep must be ascending, unique and within [0, {n}), found {keep.tolist()[:20]}.")
         if (self.into is None) != (self.weight is None):
             raise ValueError("Selection.into and Selection.weight go together: give both or none.")
+        if self.marked is not None and (self.marked.shape != keep.shape or self.marked.dtype != torch.bool):
+            raise ValueError(f"Selection.marked must be bool of shape {tuple(keep.shape)}, found {self.marked.dtype}.")
         if self.into is not None and self.weight is not None:
             if self.into.shape != (n,) or self.weight.shape != (n,):
                 raise ValueError(
@@ -290,10 +274,11 @@ class Selection:
 def concat_selections(selections: Sequence[Selection], sizes: Sequence[int]) -> Selection:
     """Selections of consecutive stretches of tokens, `sizes[i]` long each, as one Selection of all of them."""
     device = selections[0].keep.device
-    keep, into, weight, token, slot = [], [], [], 0, 0
+    keep, into, weight, marked, token, slot = [], [], [], [], 0, 0
     merging = any(s.into is not None for s in selections)
     for s, n in zip(selections, sizes, strict=True):
         keep.append(s.keep + token)
+        marked.append(torch.zeros_like(s.keep, dtype=torch.bool) if s.marked is None else s.marked)
         if merging:
             if s.into is None or s.weight is None:
                 into.append(torch.full((n,), -1, device=device))
@@ -302,4 +287,7 @@ def concat_selections(selections: Sequence[Selection], sizes: Sequence[int]) -> 
                 into.append(torch.where(s.into >= 0, s.into + slot, -1))
                 weight.append(s.weight)
         token, slot = token + n, slot + len(s.keep)
-    return Selection(torch.cat(keep), torch.cat(into) if merging else None, torch.cat(weight) if merging else None)
+    out = Selection(torch.cat(keep), torch.cat(into) if merging else None, torch.cat(weight) if merging else None)
+    if any(s.marked is not None for s in selections):
+        out.marked = torch.cat(marked)
+    return out

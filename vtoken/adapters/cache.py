@@ -8,11 +8,13 @@ layer that stores P of L tokens therefore goes on reporting L; masks, which need
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 LEDGER = "_vtoken_ledger"
 
@@ -98,10 +100,28 @@ def ledger_of(cache: Cache | None) -> Ledger | None:
     return ledger
 
 
-def make_logical(cache: Cache, ledger: Ledger, num_layers: int) -> None:
-    """Let every layer of `cache` count logical tokens, and tie `ledger` to it."""
+def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
+    """Raise NotImplementedError before the first token if this kind of cache cannot hold what a strategy leaves of a prompt.
+
+    Args:
+        inside: whether layers of the LLM will hold different numbers of tokens.
+        aligned: whether stored keys and values will be cut once the prompt has been read.
+    """
+    for layer in cache.layers:
+        known = isinstance(layer, (DynamicLayer, StaticLayer)) and not hasattr(layer, "conv_states")
+        plain = known and not hasattr(layer, "_quantize") and not getattr(cache, "offloading", False)
+        if (inside and not known) or (aligned and not plain):
+            kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(layer).__name__
+            instead = "a DynamicCache or StaticCache" if not known else "a DynamicCache or StaticCache, or align_cache=False"
+            doing = "be shortened after prefill" if aligned and known else "hold layers of different lengths"
+            raise NotImplementedError(f"This strategy needs a KV cache that can {doing}, found {kind}: use {instead}.")
+
+
+def make_logical(cache: Cache, ledger: Ledger, num_layers: int, inside: bool = False, aligned: bool = False) -> None:
+    """Let every layer of `cache` count logical tokens, and tie `ledger` to it; for the others see `check_cache`."""
     while getattr(cache, "layer_class_to_replicate", None) is not None and len(cache.layers) < num_layers:
         cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
+    check_cache(cache, inside, aligned)
     for layer in cache.layers:
         if not hasattr(layer, "physical_length"):
             layer.__class__ = logical_layer_class(type(layer))
@@ -125,16 +145,18 @@ class Ledger:
         columns: per stage (batch, slots) int64, the slot of stage 0 that holds the same token.
         dropped: per stage, logical length minus number of slots.
         ragged: per stage, whether some slots are filler (kept on the host).
-        shift: (batch,) int64, tokens dropped so far, for `positions="renumber"`.
+        shift: per stage (batch,) int64, tokens dropped so far, for `positions="renumber"`.
+        tables: per LLM layer, the stage whose table describes its slots.
         pending: visual tokens still to come in a chunked prefill; see `plan.ChunkedPlan`.
     """
 
-    def __init__(self, stages: int, batch_size: int, device: torch.device) -> None:
+    def __init__(self, stages: int, batch_size: int, device: torch.device, tables: Sequence[int] = ()) -> None:
         self.slots = [torch.empty(batch_size, 0, dtype=torch.long, device=device) for _ in range(stages)]
         self.columns = list(self.slots)
         self.dropped = [0] * stages
         self.ragged = [False] * stages
-        self.shift = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.shift = [torch.zeros(batch_size, dtype=torch.long, device=device) for _ in range(stages)]
+        self.tables = list(tables) or [0]
         self.pending: Any = None
 
     @property
@@ -155,14 +177,14 @@ class Ledger:
         rows = rows.to(self.device)
         self.slots = [t[rows] for t in self.slots]
         self.columns = [t[rows] for t in self.columns]
-        self.shift = self.shift[rows]
+        self.shift = [t[rows] for t in self.shift]
 
     def follow(self, physical: int, grow: bool) -> None:
         """Adapt to the first layer's physical length: a crop may have reached into the prompt.
 
         With `grow`, the tokens stored since then (text, or an earlier image) are taken into the tables.
         """
-        extra = physical - self.slots[0].shape[1]
+        extra = physical - self.slots[self.tables[0]].shape[1]
         if extra < 0:
             self.slots = [t[:, :extra] for t in self.slots]
             self.columns = [t[:, :extra] for t in self.columns]

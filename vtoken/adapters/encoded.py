@@ -126,17 +126,37 @@ class VisionWatch:
 
 @dataclass
 class Prompt:
-    """A running `generate()` with its keyword arguments: a chunked prefill sees only pieces of this."""
+    """A running `generate()` with its keyword arguments.
+
+    A chunked prefill sees only pieces of it, an assisted one sees draft tokens behind it.
+    """
 
     input_ids: Tensor | None
     given: dict[str, Any] = field(default_factory=dict)
     encoded: dict[str, EncodedVisuals] = field(default_factory=dict)
+    default: Any = None  # the model's generation config
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt, 0 if unknown."""
+        embeds = self.given.get("inputs_embeds")
+        given = embeds if self.input_ids is None or not self.input_ids.shape[1] else self.input_ids
+        return 0 if given is None else int(given.shape[1])
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that may be generated, 0 if unknown."""
+        config = self.given.get("generation_config") or self.default
+        most, longest = (self.given.get(n) or getattr(config, n, None) for n in ("max_new_tokens", "max_length"))
+        return int(most) if most else max(0, int(longest or 0) - self.length)
 
 
 def generating(state: State, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`generate` with a note of its prompt."""
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-    outer, state.generating = state.generating, Prompt(ids if isinstance(ids, Tensor) else None, kwargs)
+    default = getattr(getattr(original, "__self__", None), "generation_config", None)
+    prompt = Prompt(ids if isinstance(ids, Tensor) else None, kwargs, default=default)
+    outer, state.generating = state.generating, prompt
     try:
         return original(*args, **kwargs)
     finally:

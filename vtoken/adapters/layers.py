@@ -8,7 +8,8 @@ per (stage, layer type).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,15 @@ import transformers.modeling_layers
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
-from ..kernels import attention_rows, gather_merge
+from ..kernels import gather_merge
 from ..tokens import PrefillTokens, Selection
+from .align import align_cache
+from .masks import WINDOW_FULL, cut_mask
 from .ragged import expand_batch, right_aligned, take
+from .rows import rows_of_attention
 
 if TYPE_CHECKING:
+    from .cache import Ledger
     from .sequence import Run, State
 
 # Older releases checkpoint `__call__`: hooks run again in backward, when the state of the forward is gone.
@@ -37,15 +42,29 @@ class Stage:
 
 
 class LayerStages:
-    """The hooks on decoder layers. Args: the decoder, ascending stages, the shared state."""
+    """The hooks on decoder layers.
 
-    def __init__(self, decoder: nn.Module, stages: list[Stage], state: State) -> None:
-        self.decoder, self.state = decoder, state
-        self.stages = stages
+    Args:
+        decoder: the language model.
+        stages: ascending by layer.
+        state: shared with the other hooks.
+        positions: "original" or "renumber".
+        aligned: layers whose cache is cut to the last stage's tokens once the prompt has been read.
+    """
+
+    def __init__(
+        self, decoder: Any, stages: list[Stage], state: State, positions: str = "original", aligned: Sequence[int] = ()
+    ) -> None:
+        self.decoder, self.state, self.stages = decoder, state, stages
+        self.renumber, self.aligned = positions == "renumber", tuple(aligned) if stages else ()
         layers = list(getattr(decoder, "layers", ()))
         self.stage_of = [sum(s.layer <= i for s in stages) for i in range(len(layers))]
+        # which ledger table describes the slots of a layer between two forwards
+        self.tables = [len(stages) if i in self.aligned else stage for i, stage in enumerate(self.stage_of)]
         kinds = getattr(decoder.config, "layer_types", None)
         self.kind = list(kinds[: len(layers)]) if kinds else [None] * len(layers)
+        rotary = getattr(decoder, "rotary_emb", None)
+        self.typed_rotary = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
 
     @property
     def count(self) -> int:
@@ -59,21 +78,38 @@ class LayerStages:
         handles = []
         layers = getattr(self.decoder, "layers", ())
         for i, layer in enumerate(layers):
-            if self.stage_of[i] or self.flash:
+            if self.tables[i] or self.flash:
                 handles.append(layer.register_forward_pre_hook(functools.partial(self._before_layer, i), with_kwargs=True))
             if i + 1 < len(layers) and self.stage_of[i + 1] > self.stage_of[i]:
                 tap = functools.partial(self._tap, i)
                 handles.append(layer.self_attn.register_forward_pre_hook(tap, with_kwargs=True))
         return handles
 
+    # -- what cannot be served ----------------------------------------------------------------------------------
     def check_training(self) -> None:
-        if self.stages and HOOKS_INSIDE_CHECKPOINT and self.decoder.training:
-            if getattr(self.decoder.layers[0], "gradient_checkpointing", False):
-                raise NotImplementedError(
-                    "Dropping inside the LLM under gradient checkpointing needs a newer transformers, found "
-                    f"{transformers.__version__}: upgrade it or prune before the LLM."
-                )
+        checkpointing = self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False)
+        if self.stages and HOOKS_INSIDE_CHECKPOINT and checkpointing:
+            raise NotImplementedError(
+                "Dropping inside the LLM under gradient checkpointing needs a newer transformers, found "
+                f"{transformers.__version__}: upgrade it or prune before the LLM."
+            )
 
+    def check_windows(self, tokens: int) -> None:
+        """Refuse a prompt that, with the answer, outgrows a sliding window; before its first token."""
+        window = getattr(self.decoder.config, "sliding_window", None)
+        slides = "sliding_attention" in self.kind if any(self.kind) else True
+        if window is not None and slides and tokens > window:
+            raise NotImplementedError(f"{WINDOW_FULL[:-1]} (window {window}, prompt and answer {tokens} tokens).")
+
+    def check_ledger(self, ledger: Ledger) -> None:
+        """Raise ValueError for a cache that was filled under a patch with other layers."""
+        if len(ledger.slots) != self.count + 1 or ledger.tables != (self.tables or [0]):
+            raise ValueError(
+                "This KV cache was filled under a strategy that drops at other LLM layers than the present one: go on with "
+                "the strategy that filled it, or start the conversation with a new cache."
+            )
+
+    # -- hooks --------------------------------------------------------------------------------------------------
     def _tap(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         run = self.state.run
         if run is not None and run.visual is not None:
@@ -84,32 +120,58 @@ class LayerStages:
         run = self.state.run
         if run is None:
             return None
-        stage, mask = self.stage_of[i], kwargs.get("attention_mask")
-        if run.visual is not None and self.flash:
+        stage, table, mask = self.stage_of[i], self.tables[i], kwargs.get("attention_mask")
+        if run.visual is None:
+            if self.renumber and stage:
+                kwargs = kwargs | {"position_embeddings": self._rotary(run, i, stage, kwargs, args[0])}
+            if mask is not None or run.ledger.ragged[table]:
+                kwargs = kwargs | {"attention_mask": self._mask(run, i, mask, args[0])}
+            return args, kwargs
+        if self.flash:
             # rope is applied from position_embeddings; flash attention would read the gaps as packed sequences
             kwargs = kwargs | {"position_ids": None}
-        if stage == 0:
+        if table == 0 or (stage == 0 and not run.past_slots):
             return args, kwargs
-        if run.visual is None:
-            if mask is None and not run.ledger.ragged[stage]:
-                return None
-            return args, kwargs | {"attention_mask": self._mask(run, i, stage, mask, args[0])}
         if len(run.now) == stage:
-            args = (self._enter(run, stage, args[0]), *args[1:])
-        index, _ = run.now[stage]
+            before = self._rotary(run, i, stage - 1, kwargs, args[0])
+            args = (self._enter(run, stage, args[0], layer, before), *args[1:])
         kwargs = dict(kwargs)
-        key = "rotary", stage, self.kind[i]
-        if key not in run.memo:
-            cos_sin = kwargs["position_embeddings"]
-            run.memo[key] = tuple(take(t.expand(index.shape[0], *t.shape[1:]), index) for t in cos_sin)
-        kwargs["position_embeddings"] = run.memo[key]
-        positions = kwargs.get("position_ids")
-        if positions is not None:
-            kwargs["position_ids"] = take(expand_batch(positions, index.shape[0]), index, dim=-1)
-        kwargs["attention_mask"] = self._mask(run, i, stage, mask, args[0])
+        if stage:
+            kwargs["position_embeddings"] = self._rotary(run, i, stage, kwargs, args[0])
+            positions = kwargs.get("position_ids")
+            if positions is not None:
+                index = run.now[stage][0]
+                kwargs["position_ids"] = take(expand_batch(positions, index.shape[0]), index, dim=-1)
+        kwargs["attention_mask"] = self._mask(run, i, mask, args[0])
         return args, kwargs
 
-    def _enter(self, run: Run, stage: int, hidden: Tensor) -> Tensor:
+    def _rotary(self, run: Run, i: int, stage: int, kwargs: dict[str, Any], hidden: Tensor) -> Any:
+        """(cos, sin) of a stage's tokens; `kwargs` are those of layer i, which hold the tables of stage 0."""
+        if stage == 0:
+            return kwargs["position_embeddings"]
+        key = "rotary", stage, self.kind[i]
+        if key not in run.memo:
+            if self.renumber:
+                typed = (self.kind[i],) if self.typed_rotary else ()
+                run.memo[key] = self.decoder.rotary_emb(hidden, self._renumbered(run, stage), *typed)
+            else:
+                index = run.now[stage][0]
+                tables = kwargs["position_embeddings"]
+                run.memo[key] = tuple(take(t.expand(index.shape[0], *t.shape[1:]), index) for t in tables)
+        return run.memo[key]
+
+    def _renumbered(self, run: Run, stage: int) -> Tensor:
+        """Position ids (B, m) of a stage without gaps."""
+        assert run.positions is not None
+        shift = (run.ledger.shift[stage] - run.ledger.shift[0])[:, None]
+        if run.visual is None:
+            return run.positions - shift
+        (_, valid), (index, valid_now) = run.now[0], run.now[stage]
+        rank = (valid.long().cumsum(1) - 1).gather(1, index) - (valid_now.long().cumsum(1) - 1)
+        return (run.positions.expand(valid.shape[0], -1).gather(1, index) - rank - shift).clamp(min=0)
+
+    # -- the drop -----------------------------------------------------------------------------------------------
+    def _enter(self, run: Run, stage: int, hidden: Tensor, layer: nn.Module, rotary: Any) -> Tensor:
         """Ask the strategy and gather what it keeps: (B, n, d) -> (B, m, d)."""
         assert run.visual is not None and run.index is not None
         index, valid = run.now[stage - 1]
@@ -118,20 +180,14 @@ class LayerStages:
         keep, merges = valid.clone(), False
         into = torch.full(hidden.shape[:2], -1, dtype=torch.long, device=hidden.device)
         weight = torch.zeros(hidden.shape[:2], device=hidden.device)
-        for b in range(hidden.shape[0]):
+        for b in range(0 if self.state.disabled else hidden.shape[0]):
             rows = valid[b].nonzero()[:, 0]
             places = rows[visual[b][rows]]
             if not len(places):
                 continue
-            tokens = PrefillTokens(
-                layer=self.stages[stage - 1].layer,
-                hidden_states=hidden[b, rows],
-                visual=visual[b, rows],
-                positions=prompt_index[b, rows],
-                total_visual=int(run.visual[b].sum()),
-                attention_rows=functools.partial(self._attention_rows, run, b, rows),
-            )
-            selection = self.stages[stage - 1].select(tokens).check(len(places))
+            tokens = self._view(run, stage, b, rows, prompt_index[b, rows], hidden, layer, rotary)
+            with torch.no_grad():
+                selection = self.stages[stage - 1].select(tokens).check(len(places))
             dropped = torch.ones(len(places), dtype=torch.bool, device=keep.device)
             dropped[selection.keep.to(keep.device)] = False
             keep[b, places[dropped]] = False
@@ -140,6 +196,10 @@ class LayerStages:
                 target = selection.into.to(places.device)
                 into[b, places] = torch.where(target >= 0, places[selection.keep.to(places.device)][target.clamp(min=0)], -1)
                 weight[b, places] = selection.weight.to(weight)
+        if not merges and torch.equal(keep, valid):
+            run.now.append(run.now[-1])
+            run.ragged.append(run.ragged[-1])
+            return hidden
         sub, sub_valid = right_aligned(keep)
         run.now.append((index.gather(1, sub), sub_valid))
         run.ragged.append(not bool(sub_valid.all()))
@@ -150,18 +210,85 @@ class LayerStages:
         column[row, sub[row, place]] = place
         return gather_merge(hidden, sub, torch.where(into >= 0, column.gather(1, into.clamp(min=0)), -1), weight)
 
-    def _mask(self, run: Run, i: int, stage: int, mask: Any, hidden: Tensor) -> Any:
-        key = "mask", stage, self.kind[i]  # not id(mask): torch.compile would guard on the object
+    def _view(
+        self, run: Run, stage: int, b: int, rows: Tensor, places: Tensor, hidden: Tensor, layer: nn.Module, rotary: Any
+    ) -> PrefillTokens:
+        """What the strategy sees of sample b: `rows` of the current tokens, at `places` of the prompt's forward."""
+        assert run.visual is not None and run.layout is not None
+        k = self.stages[stage - 1].layer
+        tables = None
+        if run.tap is not None:
+            cos, sin = run.tap[3]
+            tables = tuple(t.expand(hidden.shape[0], *t.shape[1:])[b, rows] for t in (cos, sin))
+
+        def before(queries: Tensor) -> Tensor:
+            if run.tap is None:
+                raise ValueError("There is no layer before layer 0 whose attention could be read: choose a later layer.")
+            i, attention, inputs, position_embeddings = run.tap
+            return self._rows(run, b, rows, queries, i, attention, inputs, position_embeddings, stored=True)
+
+        def preview(queries: Tensor) -> Tensor:
+            inputs = layer.input_layernorm(hidden[b : b + 1])  # type: ignore[operator]
+            return self._rows(run, b, rows, queries, k, layer.self_attn, inputs, rotary, stored=False)
+
+        return PrefillTokens(
+            layer=k,
+            hidden_states=hidden[b, rows],
+            visual=run.visual[b, places],
+            positions=places,
+            total_visual=int(run.visual[b].sum()),
+            attention_rows=before,
+            preview_rows=preview,
+            end=int((places < run.end).sum()),
+            num_layers=len(self.decoder.layers),
+            units=run.layout.units[b],
+            item=run.layout.item[b, places],
+            separator=run.layout.separator[b, places],
+            marked=run.layout.marked[b, places],
+            rotary=tables,  # type: ignore[arg-type]
+            memory=run.memory.setdefault(b, {}),
+        )
+
+    def _rows(
+        self, run: Run, b: int, rows: Tensor, queries: Tensor, i: int, attention: Any, hidden: Tensor, rotary: Any, stored: bool
+    ) -> Tensor:
+        """Attention rows of layer i for sample b; its keys come from the cache if they are `stored` there already."""
+        one = 0 if hidden.shape[0] == 1 else b
+        tables = tuple(t.expand(max(b + 1, t.shape[0]), *t.shape[1:])[b : b + 1, rows] for t in rotary)
+        key = past = None
+        cached = run.cache.layers[i] if run.cache is not None else None
+        width = run.ledger.slots[self.tables[i]].shape[1]
+        readable = cached is not None and not hasattr(cached, "_quantize") and not getattr(run.cache, "offloading", False)
+        keys = cached.keys if readable and cached is not None and cached.is_initialized else None
+        needed = width + (run.now[self.stage_of[i]][0].shape[1] if stored else 0)
+        if keys is not None and keys.ndim == 4 and keys.shape[2] >= needed:
+            if stored:
+                key = keys[b : b + 1].index_select(2, width + rows)
+            if width:
+                seen = run.ledger.slots[self.tables[i]][b] >= 0
+                if run.past_seen is not None:
+                    seen = seen & run.past_seen[b, run.ledger.columns[self.tables[i]][b]]
+                past = keys[b : b + 1].index_select(2, seen.nonzero()[:, 0])
+        elif width:
+            raise NotImplementedError(
+                f"A new image on a {type(cached).__name__} that holds earlier turns cannot be scored inside the LLM: use a "
+                "DynamicCache or StaticCache."
+            )
+        return rows_of_attention(attention, hidden[one : one + 1, rows], tables, queries, key, past)  # type: ignore[arg-type]
+
+    # -- masks --------------------------------------------------------------------------------------------------
+    def _mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
+        key = "mask", self.stage_of[i], self.tables[i], self.kind[i]  # not id(mask): torch.compile would guard on the object
         if key not in run.memo:
-            run.memo[key] = self._make_mask(run, i, stage, mask, hidden)
+            run.memo[key] = self._make_mask(run, i, mask, hidden)
         return run.memo[key]
 
-    def _make_mask(self, run: Run, i: int, stage: int, mask: Any, hidden: Tensor) -> Any:
-        ledger = run.ledger
+    def _make_mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
+        ledger, stage, table = run.ledger, self.stage_of[i], self.tables[i]
         now = run.now[stage] if run.visual is not None else None
         if mask is not None:
-            return cut_mask(mask, run, stage, now, run.query_length if run.index is None else run.index.shape[1])
-        if not (ledger.ragged[stage] or (run.visual is not None and run.ragged[stage])):
+            return cut_mask(mask, run, table, now, run.query_length if run.index is None else run.index.shape[1])
+        if not (ledger.ragged[table] or (run.visual is not None and run.ragged[stage])):
             return None
         # filler in this stage, none in the one before
         if now is None:
@@ -177,7 +304,7 @@ class LayerStages:
             return create_causal_mask(
                 config=self.decoder.config,
                 inputs_embeds=hidden,
-                attention_mask=ledger.validity(stage, valid),
+                attention_mask=ledger.validity(table, valid),
                 past_key_values=run.cache,
                 layer_idx=i if run.cache is not None else None,
             )
@@ -185,20 +312,24 @@ class LayerStages:
             if layer is not None:
                 layer.behind_stage = saved
 
-    def _attention_rows(self, run: Run, b: int, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Softmaxed rows of sample b in the last layer before the drop: (heads, r, n) float32."""
-        if run.tap is None:
-            raise ValueError("There is no layer before layer 0 whose attention could be read: choose a later layer.")
-        i, attention, hidden, (cos, sin) = run.tap
-        cos, sin = (t.expand(hidden.shape[0], *t.shape[1:])[b : b + 1, tokens] for t in (cos, sin))
-        hidden = hidden[b : b + 1, tokens]
-        query = _rotate(_heads(attention, hidden[:, rows], "q"), cos[:, rows], sin[:, rows])
-        if run.cache is None or run.past_slots:
-            key = _rotate(_heads(attention, hidden, "k"), cos, sin)
-        else:
-            key = run.cache.layers[i].keys[b : b + 1].index_select(2, tokens)
-        causal = torch.arange(hidden.shape[1], device=hidden.device)[None] <= rows[:, None]
-        return attention_rows(query, key, attention.scaling, causal[None])[0]
+    # -- behind the decoder -------------------------------------------------------------------------------------
+    def store(self, run: Run) -> None:
+        """Enter into the ledger what a forward with visual tokens left in the cache, and align the cache if so wished."""
+        assert run.index is not None and run.visual is not None
+        if self.aligned:
+            align_cache(run, self.aligned, self.stage_of)
+        ledger, end = run.ledger, run.ledger.end
+        entered = run.now[0][1].sum(1)
+        for stage, (index, valid) in enumerate(run.now):
+            logical = run.index.gather(1, index)
+            ledger.append(stage, end, logical, run.past_slots + index, valid, run.ragged[stage])
+            ledger.shift[stage] = ledger.shift[stage] + entered - valid.sum(1)
+        for stage in range(len(run.now)):
+            ledger.dropped[stage] = end + run.query_length - ledger.slots[stage].shape[1]
+        for layer, table in zip(run.cache.layers, self.tables, strict=False):
+            layer.dropped = ledger.dropped[table]
+            if table:
+                layer.behind_stage = (ledger.dropped[table] - ledger.dropped[0], ledger.dropped[0])
 
     def deepstack(self, original: Callable[..., Any], hidden: Tensor, places: Tensor, embeds: Tensor) -> Tensor:
         """Qwen3-VL adds features after its first layers: re-index them once a stage has begun."""
@@ -209,60 +340,3 @@ class LayerStages:
         row = (places.flatten().long().cumsum(0) - 1).view(places.shape)
         now = places.gather(1, index) & valid
         return original(hidden, now, embeds[row.gather(1, index)[now].to(embeds.device)])
-
-
-def cut_mask(mask: Any, run: Run, stage: int, now: tuple[Tensor, Tensor] | None, current: int) -> Any:
-    """Make a mask of stage 0 one of `stage`. Columns of `mask`: table slots, then what follows them.
-
-    With `now = (index, valid)`, the first `current` of what follows are the current tokens, of which `index` survive
-    (columns and rows); without, everything behind the tables survives.
-    """
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise NotImplementedError(
-            f"Attention masks of type {type(mask).__name__} cannot be cut: load the model with attn_implementation='sdpa'."
-        )
-    ledger, device = run.ledger, mask.device
-    width, past_slots, batch = mask.shape[-1], ledger.slots[0].shape[1], ledger.batch_size
-    if width < past_slots + current:
-        raise NotImplementedError(
-            "Dropping inside the LLM cannot serve a sliding-window layer whose window is full: prune before the LLM."
-        )
-    past = torch.arange(past_slots, device=device).expand(batch, -1) if stage == 0 else ledger.columns[stage]
-    usable = ledger.slots[stage] >= 0
-    index = None
-    if now is not None:
-        index, valid = now
-        past, usable = torch.cat([past, past_slots + index], 1), torch.cat([usable, valid], 1)
-        past_slots = past_slots + current
-    rest = width - past_slots
-    columns = torch.cat([past, torch.arange(past_slots, width, device=device).expand(batch, rest)], 1)
-    usable = torch.cat([usable, usable.new_ones(batch, rest)], 1)
-    off = 0 if mask.dtype == torch.bool or mask.ndim == 2 else torch.finfo(mask.dtype).min
-    if mask.ndim == 2:  # flash attention
-        return mask.expand(batch, width).gather(1, columns) * usable.to(mask.dtype)
-    out = mask.expand(batch, *mask.shape[1:])
-    if index is not None:
-        out = out.gather(2, index[:, None, :, None].expand(batch, out.shape[1], index.shape[1], width))
-    out = out.gather(3, columns[:, None, None].expand(batch, *out.shape[1:3], columns.shape[1]))
-    out = out.masked_fill(~usable[:, None, None], off)
-    if run.static and out.shape[-1] < width:  # static keys stay as long as the cache
-        out = nn.functional.pad(out, (0, width - out.shape[-1]), value=off)
-    return out
-
-
-def _heads(attention: nn.Module, x: Tensor, which: str) -> Tensor:
-    """(B, n, D) -> (B, heads, n, head_dim) behind the projection and its norm."""
-    x = getattr(attention, f"{which}_proj")(x)
-    x = x.view(*x.shape[:2], -1, attention.head_dim)
-    norm = getattr(attention, f"{which}_norm", None)
-    return (x if norm is None else norm(x)).transpose(1, 2)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    dim = cos.shape[-1]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    head, tail = x[..., :dim], x[..., dim:]
-    a, b = head.chunk(2, -1)
-    return torch.cat([head * cos + torch.cat([-b, a], -1) * sin, tail], -1)

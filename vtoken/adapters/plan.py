@@ -11,7 +11,7 @@ from torch import Tensor
 from ..tokens import Selection, VisualTokens, concat_selections
 from .base import Adapter
 from .encoded import EncodedVisuals
-from .sequence import Call, Plan, Run, State
+from .sequence import Call, Plan, PromptLayout, Run, State
 
 
 @dataclass
@@ -39,6 +39,8 @@ class Planner:
         select: `select(VisualTokens) -> Selection`.
         state: to find the prompt of a running `generate()`.
         chosen: called once per prompt batch with what was chosen and the number of beams per prompt row.
+        wants_text: whether the strategy reads the prompt's text embeddings.
+        inside: whether something will be dropped inside the LLM, which wants to know which token is what.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class Planner:
         state: State,
         chosen: Callable[[list[Chosen], int], None],
         wants_text: bool,
+        inside: bool = False,
     ) -> None:
-        self.adapter, self.select, self.state, self.chosen, self.wants_text = adapter, select, state, chosen, wants_text
+        self.adapter, self.select, self.state, self.chosen = adapter, select, state, chosen
+        self.wants_text, self.inside = wants_text, inside
 
     def __call__(self, call: Call, run: Run, embeds: Tensor, real: Tensor) -> Plan | None:
         if self.state.disabled:
@@ -60,8 +64,10 @@ class Planner:
         run.ledger.pending = None
         prompt = self.state.generating
         encoded = {m: e for m, e in call.encoded.items() if e is not None}
+        if not encoded and prompt is not None and self._complete(call, prompt.encoded):
+            encoded = prompt.encoded  # a wrapper such as accelerate's copied the features on their way
         if encoded:
-            return self._whole(call, encoded, embeds, real)
+            return self._whole(call, run, encoded, embeds, real)
         if prompt is None or not prompt.encoded:
             raise RuntimeError(
                 "Visual features reached the language model without their layout: pass pixel_values, or the output of "
@@ -69,7 +75,9 @@ class Planner:
             )
         return self._first_chunk(call, run, prompt, embeds)
 
-    def _whole(self, call: Call, encoded: dict[str, EncodedVisuals], embeds: Tensor, real: Tensor) -> Plan | None:
+    def _whole(
+        self, call: Call, run: Run, encoded: dict[str, EncodedVisuals], embeds: Tensor, real: Tensor
+    ) -> Plan | None:
         batch, length = embeds.shape[:2]
         beams = self._beams(call.visual, encoded)
         keep = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
@@ -83,6 +91,8 @@ class Planner:
                 text = embeds[b * beams][self._text(call, b * beams, real)] if self.wants_text else None
                 picks = [self._select(item, text) for item in items]
                 chosen += [Chosen(b, item, s) for item, s in zip(items, picks, strict=True)]
+                if self.inside:
+                    self._lay_out(run, slice(b * beams, (b + 1) * beams), places, items, picks)
                 selection = concat_selections(picks, [len(item) for item in items])
                 rows = slice(b * beams, (b + 1) * beams)
                 dropped = torch.ones(len(places), dtype=torch.bool, device=embeds.device)
@@ -98,6 +108,25 @@ class Planner:
             return None
         return Plan(keep, into, weight) if merges else Plan(keep)
 
+    @staticmethod
+    def _lay_out(run: Run, rows: slice, places: Tensor, items: list[VisualTokens], picks: list[Selection]) -> None:
+        assert run.visual is not None
+        if run.layout is None:
+            none = torch.zeros_like(run.visual)
+            run.layout = PromptLayout(none.long() - 1, none.clone(), none, [0] * len(none))
+        layout, start = run.layout, 0
+        first = int(layout.item[rows.start].max()) + 1
+        for ordinal, (item, pick) in enumerate(zip(items, picks, strict=True), first):
+            here = places[start : start + len(item)]
+            layout.item[rows, here] = ordinal
+            layout.separator[rows, here] = item.cells.to(here.device) < 0
+            if pick.marked is not None:
+                layout.marked[rows, here[pick.keep]] = pick.marked
+            frames = sum(s.kind == "frame" for s in item.segments)
+            for b in range(rows.start, rows.stop):
+                layout.units[b] += max(1, frames)
+            start += len(item)
+
     def _select(self, item: VisualTokens, text: Tensor | None) -> Selection:
         if text is not None:
             item = replace(item, text_embeddings=text.to(item.features.device))
@@ -109,6 +138,12 @@ class Planner:
         for mask in call.visual.values():
             text &= ~mask[b]
         return text
+
+    @staticmethod
+    def _complete(call: Call, encoded: dict[str, EncodedVisuals]) -> bool:
+        """Whether this forward brings every visual token of the prompt, not a chunk of them."""
+        placed = {m: int(mask.sum()) for m, mask in call.visual.items()}
+        return all(n >= encoded[m].total > 0 if m in encoded else False for m, n in placed.items())
 
     @staticmethod
     def _beams(visual: dict[str, Tensor], encoded: dict[str, EncodedVisuals]) -> int:

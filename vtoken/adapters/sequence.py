@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .._threads import PerThread
 from ..kernels import gather_merge
 from .cache import Ledger, ledger_of, make_logical, new_dynamic_cache, physical_length
-from .layers import LayerStages, Stage, cut_mask
+from .layers import LayerStages, Stage
+from .masks import cut_mask
 from .ragged import expand_batch, right_aligned, take
 
 
@@ -46,6 +47,23 @@ class Plan:
 
 
 @dataclass
+class PromptLayout:
+    """What is known about the visual tokens of one forward, laid out over its (B, q) positions.
+
+    Attributes:
+        item: which image or video of its row a token belongs to, -1 for text.
+        separator: visual tokens that are no patch.
+        marked: what the strategy marked at the projector stage.
+        units: per row, its images and video frames.
+    """
+
+    item: Tensor
+    separator: Tensor
+    marked: Tensor
+    units: list[int]
+
+
+@dataclass
 class Run:
     """One forward of the language model while a shortened prompt is, or has been, read."""
 
@@ -59,6 +77,11 @@ class Run:
     ragged: list[bool] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
     tap: tuple[int, nn.Module, Tensor, Any] | None = None
+    layout: PromptLayout | None = None
+    end: int = 0  # position in this forward at which the prompt ends and drafts or generated tokens begin
+    positions: Tensor | None = None  # position ids behind the entrance, for positions="renumber"
+    past_seen: Tensor | None = None  # (B, past_slots) bool: what the mask lets through of earlier forwards
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)  # per row, see PrefillTokens
 
     @property
     def static(self) -> bool:
@@ -122,6 +145,7 @@ class Sequence:
         positions: "original" or "renumber".
         state: shared with whoever watches the vision side.
         observer: told what entered and left the language model.
+        aligned: LLM layers whose cache is cut to the last stage's tokens behind the prompt.
     """
 
     def __init__(
@@ -132,6 +156,7 @@ class Sequence:
         positions: str,
         state: State,
         observer: Observer,
+        aligned: tuple[int, ...] = (),
     ) -> None:
         self.adapter, self.planner, self.positions = adapter, planner, positions
         self.model, self.base, self.decoder = adapter.model, adapter.base, adapter.decoder
@@ -139,7 +164,7 @@ class Sequence:
         self.base_arguments = list(inspect.signature(self.base.forward).parameters)
         self.wrapped = Wrapped()
         self.handles: list[Any] = []
-        self.stages = LayerStages(self.decoder, stages, state)
+        self.stages = LayerStages(self.decoder, stages, state, positions, aligned)
         h = self.handles
         h.append(self.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         h.append(self.base.register_forward_hook(self._after_base, always_call=True))
@@ -249,6 +274,7 @@ class Sequence:
         batch, length = embeds.shape[:2]  # type: ignore[union-attr]
         if not cache.is_compileable:
             ledger.follow(physical_length(cache.layers[0]), grow=False)
+        self.stages.check_ledger(ledger)
         self.state.run = Run(cache, ledger, length)
         if isinstance(mask, Tensor) and mask.ndim == 2 and not call.mask_aligned:
             kwargs["attention_mask"] = self._align(ledger, cache, mask)
@@ -260,7 +286,7 @@ class Sequence:
             if positions is None:
                 start = cache.get_seq_length()
                 positions = (torch.arange(length, device=embeds.device) + start).expand(batch, length)  # type: ignore[union-attr]
-            kwargs["position_ids"] = positions - ledger.shift[:, None]
+            kwargs["position_ids"] = self.state.run.positions = positions - ledger.shift[0][:, None]
         return args, kwargs
 
     def _visual_turn(
@@ -274,9 +300,10 @@ class Sequence:
         self.stages.check_training()
         fresh = ledger is None
         if ledger is None:
-            ledger = Ledger(self.stages.count + 1, batch, device)
+            ledger = Ledger(self.stages.count + 1, batch, device, self.stages.tables)
             past = 0 if cache is None else int(cache.get_seq_length())
         else:
+            self.stages.check_ledger(ledger)
             ledger.follow(physical_length(cache.layers[0]), grow=True)
             past = ledger.end
 
@@ -288,7 +315,16 @@ class Sequence:
         if mask_2d is not None:
             real = mask_2d[:, past : past + length].bool()
 
-        run = Run(cache, ledger, length, visual=visual)
+        run = Run(cache, ledger, length, visual=visual, end=length)
+        prompt = self.state.generating
+        if prompt is not None and self.stages.count and not self.state.disabled:
+            if prompt.length > past + length:
+                raise NotImplementedError(
+                    "A strategy that drops inside the LLM reads the end of the prompt: leave out prefill_chunk_size."
+                )
+            if prompt.length > past:
+                run.end = prompt.length - past
+            self.stages.check_windows(past + length + prompt.new_tokens)
         plan = self.planner(call, run, embeds, real)
         if plan is None and fresh and (not self.stages.count or self.state.disabled):
             self.observer.entered(run, real)
@@ -297,9 +333,12 @@ class Sequence:
             if cache is None and self._would_cache(kwargs):
                 cache = run.cache = kwargs["past_key_values"] = new_dynamic_cache(self.decoder.config)
             if cache is not None:
-                make_logical(cache, ledger, len(self.decoder.layers))
+                inside, aligned = self.stages.count > 0, bool(self.stages.aligned)
+                make_logical(cache, ledger, len(self.decoder.layers), inside, aligned)
                 ledger.follow(physical_length(cache.layers[0]), grow=True)  # a text turn went before
         run.past_slots = ledger.slots[0].shape[1]
+        if mask_2d is not None and run.past_slots:
+            run.past_seen = mask_2d[:, ledger.dropped[0] : ledger.end].bool()
         self.state.run = run
 
         keep = real if plan is None else (plan.keep.to(device) | ~visual) & real  # padding goes: rows re-align to the right
@@ -309,7 +348,8 @@ class Sequence:
         run.ragged = [not bool(valid.all())]
 
         kwargs["inputs_embeds"] = self._gather(embeds, index, valid, plan)
-        kwargs["position_ids"] = self._positions(kwargs.get("position_ids"), ledger, keep, real, index)
+        run.positions = self._positions(kwargs.get("position_ids"), ledger, keep, real, index)
+        kwargs["position_ids"] = run.positions
         kwargs["attention_mask"] = self._mask(mask, mask_2d, real, run)
         self._deepstack(kwargs, run)
         self.observer.entered(run, real)
@@ -337,8 +377,8 @@ class Sequence:
         positions = expand_batch(positions.to(keep.device), batch)
         if self.positions == "renumber":
             lost = (~keep & real).long().cumsum(1)
-            positions = positions - lost - ledger.shift[:, None]
-            ledger.shift = ledger.shift + lost[:, -1]
+            positions = positions - lost - ledger.shift[0][:, None]
+            ledger.shift = [shift + lost[:, -1] for shift in ledger.shift]
         return take(positions, index, dim=-1)
 
     def _mask(self, mask: Any, mask_2d: Tensor | None, real: Tensor, run: Run) -> Any:
@@ -375,7 +415,7 @@ class Sequence:
         index, valid = run.now[-1]
         final = run.index.gather(1, index)
         if run.cache is not None:
-            self._enter_ledger(run)
+            self.stages.store(run)
         # Every original position gets the state of the nearest kept token at or before it: logits_to_keep, labels and
         # generate() find the length they expect, and the next-token loss of the first text token after an image is the
         # one of the shortened sequence.
@@ -388,20 +428,6 @@ class Sequence:
             return (take(out[0], column), *out[1:])
         out.last_hidden_state = take(out.last_hidden_state, column)
         return out
-
-    def _enter_ledger(self, run: Run) -> None:
-        assert run.index is not None
-        ledger, end = run.ledger, run.ledger.end
-        for stage, (index, valid) in enumerate(run.now):
-            logical = run.index.gather(1, index)
-            ledger.append(stage, end, logical, run.past_slots + index, valid, run.ragged[stage])
-        for stage in range(len(run.now)):
-            ledger.dropped[stage] = end + run.query_length - ledger.slots[stage].shape[1]
-        for i, layer in enumerate(run.cache.layers):
-            stage = self.stages.stage_of[i]
-            layer.dropped = ledger.dropped[stage]
-            if stage:
-                layer.behind_stage = (ledger.dropped[stage] - ledger.dropped[0], ledger.dropped[0])
 
 
 ENCODED = "_vtoken_encoded"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..tokens import Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
+from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
 
 POSITIONS = ("original", "renumber")
 
@@ -105,6 +105,8 @@ class Strategy:
         needs: what it reads besides the features. Default: nothing.
         counts: tokens kept per segment, from the grids alone; set `static_counts = False` if thresholds decide.
         prefill_layers, select_in_prefill: for methods that drop inside the LLM.
+        aligned_layers: for methods that shrink the KV cache of earlier layers once the prompt has been read.
+        encoder_layers, merge_in_encoder: for methods that merge inside the vision tower.
 
     Args:
         budget: a float in (0, 1] is the share of the visual tokens that the unpatched model would feed to the LLM;
@@ -153,6 +155,21 @@ class Strategy:
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
         """Choose among the visual tokens (`tokens.visual_rows`) of one prompt in front of LLM layer `tokens.layer`."""
         raise NotImplementedError(f"{type(self).__name__} does not act inside the LLM.")
+
+    def aligned_layers(self, num_layers: int) -> tuple[int, ...]:
+        """LLM layers whose KV cache keeps only what survived the last drop, once the prompt has been read."""
+        return ()
+
+    def encoder_layers(self, tower: TowerInfo) -> tuple[int, ...]:
+        """Ascending tower layers behind which `merge_in_encoder` is asked; empty for methods that leave the tower alone."""
+        return ()
+
+    def merge_in_encoder(self, tokens: EncoderTokens) -> EncoderMerge | None:
+        """Merge tokens behind tower layer `tokens.layer`, of every segment equally many; None leaves them."""
+        raise NotImplementedError(f"{type(self).__name__} does not act inside the vision tower.")
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raise ValueError if the method cannot serve an LLM of this many layers with this budget."""
 
     @property
     def acts_on_projector(self) -> bool:
