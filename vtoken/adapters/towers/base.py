@@ -97,6 +97,10 @@ class Tower:
     def scale(self, layer: int) -> float:
         return float(self.attention(layer).head_dim) ** -0.5  # type: ignore[arg-type]
 
+    def received(self, query: Tensor, key: Tensor, layer: int) -> Tensor:
+        """(segments, tokens) attention each token receives, from (segments, heads, tokens, head_dim)."""
+        return received_attention(query, key, self.scale(layer))
+
     def to_cells(self, value: Tensor) -> Tensor:
         """Values per patch (..., patches) -> per cell (..., cells); the mean where several patches make one cell."""
         return value if self.pool is None else self.pool(value)
@@ -148,9 +152,7 @@ class Tower:
             logits = torch.einsum("shd,shnd->sn", query[:, :, 0].float(), key[:, :, 1:].float())
             capture.add("cls_logits", layer, self.to_cells(logits * (self.scale(layer) / query.shape[1])))
         if layer in capture.needs.received_attention:
-            capture.add(
-                "received_attention", layer, self.to_cells(received_attention(query, key, self.scale(layer))[:, first:])
-            )
+            capture.add("received_attention", layer, self.to_cells(self.received(query, key, layer)[:, first:]))
         if layer in capture.needs.keys:
             flat = key[:, :, first:].transpose(1, 2).flatten(2)
             capture.add("keys", layer, self.to_cells(flat.transpose(1, 2)).transpose(1, 2))

@@ -1,0 +1,74 @@
+"""Idefics3 and SmolVLM: tiles between text that names them, pixel shuffle, a SigLIP-like tower with padding masks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from ..tokens import Segment, VisualTokens
+from .base import Adapter, Layout, square
+from .registry import register_adapter
+from .tiles import join_tiles, runs_of, shuffled_pool
+from .towers.base import Tower
+from .towers.idefics import IdeficsTower
+
+
+@register_adapter
+class IdeficsAdapter(Adapter):
+    """`Idefics3ForConditionalGeneration`, `SmolVLMForConditionalGeneration`.
+
+    The processors write `R x C` tiles row by row and the whole image behind them, each tile with a tag in front, text
+    between rows, and the same tag in front of every whole image. The frames of a video are images to the model.
+    """
+
+    model_types = ("idefics3", "smolvlm")
+    pixel_arguments = ("pixel_values", "image_hidden_states")
+
+    def make_towers(self) -> dict[str, Tower]:
+        tower, connector = self.base.vision_model, self.base.connector
+        shuffle = functools.partial(connector.pixel_shuffle, scale_factor=connector.scale_factor)
+        return {"image": IdeficsTower(tower, len(tower.encoder.layers) - 1, functools.partial(shuffled_pool, shuffle))}
+
+    def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
+        size = self.base.image_seq_len
+        features = output.pooler_output
+        if isinstance(features, Tensor):
+            features = [features.flatten(0, -2)]
+        return [tile for sample in features if len(sample) for tile in sample.split(size)]
+
+    def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
+        return [Layout.plain([Segment("image", square(len(f)))], f.device) for f in features]
+
+    def join(self, items: list[VisualTokens], input_ids: Tensor | None, places: Tensor) -> list[VisualTokens]:
+        runs = runs_of(places)
+        if input_ids is None or len(runs) != len(items) or any(start == 0 for start, _ in runs):
+            return items
+        tags = input_ids[[start - 1 for start, _ in runs]].tolist()
+        images, first = [], 0
+        for i, tag in enumerate(tags):
+            if tag == tags[-1]:
+                images += self._image(items[first : i + 1], runs[first : i + 1])
+                first = i + 1
+        return images
+
+    @staticmethod
+    def _image(tiles: list[VisualTokens], runs: list[tuple[int, int]]) -> list[VisualTokens]:
+        """The tiles of one image, the whole image last; the thumbnail is what strategies see first."""
+        gaps = [b[0] - a[0] - a[1] for a, b in zip(runs, runs[1:], strict=False)]
+        if not gaps:
+            return tiles
+        # inside a row the gap is the fake token and the tag, behind a row a line break more
+        ends = [i for i, gap in enumerate(gaps) if gap > 2 or i == len(gaps) - 1]
+        columns = ends[0] + 1
+        rows = len(gaps) // columns
+        if ends != [columns * (r + 1) - 1 for r in range(rows)]:
+            return tiles
+        grid = tiles[0].segments[0].grid
+        segments = [Segment("thumbnail", grid)]
+        for r in range(rows):
+            for c in range(columns):
+                box = (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows)
+                segments.append(Segment("crop", grid, (r, c), box=box))
+        return [join_tiles(tiles, segments, [len(gaps), *range(len(gaps))])]

@@ -1,0 +1,51 @@
+"""Families that encode tiles: which tiles are one image is told by the prompt, not by the features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..tokens import Segment, VisualTokens
+
+
+def join_tiles(tiles: Sequence[VisualTokens], segments: Sequence[Segment], order: Sequence[int]) -> VisualTokens:
+    """One image from its tiles.
+
+    Args:
+        tiles: in token order, with one segment each.
+        segments: what the tiles are, in the order in which strategies see them.
+        order: `order[i]` is the tile behind `segments[i]`.
+    """
+    start, first = [0] * len(tiles), 0
+    for segment, i in zip(segments, order, strict=True):
+        start[i], first = first, first + segment.size
+    cells = [torch.where(t.cells < 0, -1, t.cells + s) for t, s in zip(tiles, start, strict=True)]
+    return VisualTokens(
+        features=torch.cat([t.features for t in tiles]),
+        segments=tuple(segments),
+        cells=torch.cat(cells),
+        tower=tiles[0].tower,
+        modality=tiles[0].modality,
+        provided={key: torch.cat([tiles[i].provided[key] for i in order]) for key in tiles[0].provided},
+    )
+
+
+def runs_of(places: Tensor) -> list[tuple[int, int]]:
+    """First place and length of every unbroken run in ascending places."""
+    at = places.tolist()
+    starts = [i for i in range(len(at)) if i == 0 or at[i] != at[i - 1] + 1]
+    return [(at[i], j - i) for i, j in zip(starts, [*starts[1:], len(at)], strict=True)]
+
+
+def shuffled_pool(shuffle: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """(..., patches) -> (..., cells), the mean over the patches that a pixel shuffle gathers in a cell.
+
+    Args:
+        shuffle: the model's own function, (1, patches, 1) -> (..., patches per cell) with one row per cell; patch indices
+            are pushed through it.
+    """
+    index = torch.arange(value.shape[-1], dtype=torch.float64).view(1, -1, 1)
+    groups = shuffle(index)
+    return value[..., groups.flatten(0, -2).long().to(value.device)].mean(-1)

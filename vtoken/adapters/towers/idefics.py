@@ -1,0 +1,55 @@
+"""The towers of Idefics3 and SmolVLM: SigLIP over tiles of which a part may be padding, then pixel shuffle."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._threads import PerThread
+from ...kernels import received_attention
+from ...tokens import Needs
+from .base import Capture, Tower
+
+
+class IdeficsTower(Tower):
+    """Idefics3 vision transformer. Padding patches neither look nor are looked at."""
+
+    def __init__(
+        self, module: nn.Module, feature_layer: int, pool: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__(module, feature_layer, pool)
+        self.real = _Real()
+
+    def find_layers(self) -> list[nn.Module]:
+        return list(self.module.encoder.layers)  # type: ignore[union-attr, arg-type]
+
+    def tap(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Any]:
+        handles = super().tap(needs, active)
+        if handles:
+            before = functools.partial(self._before_tower, active)
+            handles.append(self.module.register_forward_pre_hook(before, with_kwargs=True))
+        return handles
+
+    def _before_tower(self, active: Callable[[], Capture | None], module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if active() is not None:
+            mask = kwargs.get("patch_attention_mask")
+            self.real.mask = None if mask is None or bool(mask.all()) else mask.flatten(1)
+
+    def received(self, query: Tensor, key: Tensor, layer: int) -> Tensor:
+        real = self.real.mask
+        if real is None:
+            return super().received(query, key, layer)
+        q, k = (x.transpose(1, 2)[real].transpose(0, 1)[None] for x in (query, key))
+        bounds = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
+        packed = received_attention(q, k, self.scale(layer), bounds)
+        return torch.zeros_like(real, dtype=packed.dtype).masked_scatter(real, packed)
+
+
+class _Real(PerThread):
+    """(tiles, patches) bool of the forward under way, what is no padding; None if nothing is."""
+
+    mask: Tensor | None = None

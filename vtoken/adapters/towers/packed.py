@@ -1,0 +1,126 @@
+"""Towers that read all images of a call as one sequence: rotary embedding, attention in windows, patches in any order."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._threads import PerThread
+from ...kernels import received_attention
+from ...tokens import Needs
+from .base import Capture, Tower
+
+
+@dataclass
+class Packing:
+    """How one forward of the tower lays its images and videos out.
+
+    Attributes:
+        items: per image or video its segments (images, frames) and the cells of each.
+        patches: (cells, patches per cell) int64, the places in the tower's sequence of the patches behind every cell.
+        bounds: (windows + 1,) int, where attention is cut; None if each attention module is told (`cu_seqlens`).
+    """
+
+    items: list[tuple[int, int]]
+    patches: Tensor
+    bounds: Tensor | None = None
+
+
+class PackedTower(Tower):
+    """A tower over one packed sequence; subclasses write `packing` and `query_key`."""
+
+    # -- to override --------------------------------------------------------------------------------------------
+    def packing(self, args: Any, kwargs: dict[str, Any]) -> Packing:
+        """The layout of a forward with these arguments."""
+        raise NotImplementedError
+
+    def projections(self, layer: int) -> tuple[nn.Module, ...]:
+        """The modules whose outputs `query_key` takes."""
+        return super().projections(layer)
+
+    def query_key(self, layer: int, outputs: list[Tensor]) -> Iterable[Tensor]:
+        """Queries and keys before rotary embedding, (patches, heads, head_dim) each."""
+        raise NotImplementedError
+
+    # -- provided -----------------------------------------------------------------------------------------------
+    def tap(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Any]:
+        layers = sorted({*needs.received_attention, *needs.keys})
+        if not layers:
+            return []
+        forward = _Forward()
+        before = functools.partial(self._before_tower, forward, active)
+        handles: list[Any] = [self.module.register_forward_pre_hook(before, with_kwargs=True)]
+        for layer in layers:
+            note = functools.partial(self._before_attention, forward)
+            handles.append(self.attention(layer).register_forward_pre_hook(note, with_kwargs=True))
+            for projection in self.projections(layer):
+                read = functools.partial(self._on_projection, forward, active, layer)
+                handles.append(projection.register_forward_hook(read))
+        return handles
+
+    def _before_tower(
+        self, forward: _Forward, active: Callable[[], Capture | None], module: Any, args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        forward.packing = None if active() is None else self.packing(args, kwargs)
+
+    def _before_attention(self, forward: _Forward, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        forward.bounds, forward.rotary, forward.outputs = kwargs.get("cu_seqlens"), kwargs["position_embeddings"], []
+
+    def _on_projection(
+        self, forward: _Forward, active: Callable[[], Capture | None], layer: int, module: Any, args: Any, out: Tensor
+    ) -> None:
+        capture, packing = active(), forward.packing
+        if capture is None or packing is None:
+            return
+        forward.outputs = [*forward.outputs, out.detach()]
+        if len(forward.outputs) < len(self.projections(layer)):
+            return
+        query, key = (rotate(x, forward.rotary) for x in self.query_key(layer, forward.outputs))
+        forward.outputs = []
+        if layer in capture.needs.received_attention:
+            bounds = forward.bounds if packing.bounds is None else packing.bounds
+            q, k = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
+            received = received_attention(q, k, self.scale(layer), bounds)[0]
+            self._add(capture, "received_attention", layer, received, packing)
+        if layer in capture.needs.keys:
+            self._add(capture, "keys", layer, key.flatten(1), packing)
+
+    @staticmethod
+    def _add(capture: Capture, what: str, layer: int, value: Tensor, packing: Packing) -> None:
+        """Store values per patch (patches, ...) as means per cell, item by item."""
+        cells = value[packing.patches.to(value.device)].mean(1)
+        for item, (count, size) in zip(cells.split([a * b for a, b in packing.items]), packing.items, strict=True):
+            capture.add(what, layer, item.unflatten(0, (count, size)))
+
+
+class _Forward(PerThread):
+    """One forward of the tower, and what the attention module under way was given and has projected."""
+
+    packing: Packing | None = None
+    bounds: Tensor | None = None
+    rotary: Any = None
+    outputs: list[Tensor] = []
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """(patches, heads, head_dim) after rotary embedding, first half of head_dim against the second; same dtype.
+
+    Args:
+        rotary: cos and sin, (patches, head_dim).
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = (r.to(wide.dtype)[:, None] for r in rotary)
+    a, b = wide.chunk(2, -1)
+    return (wide * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+
+
+def merged_patches(height: int, width: int, side: int) -> Tensor:
+    """(cells, side * side) int64: the row-major patches of every cell of a height x width grid; a rest that fills no cell
+    is left out, as convolutions do."""
+    index = torch.arange(height * width).view(height, width)[: height // side * side, : width // side * side]
+    return index.view(height // side, side, width // side, side).transpose(1, 2).reshape(-1, side * side)
