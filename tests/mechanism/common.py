@@ -66,9 +66,9 @@ def assert_moved(out, name: str, inputs: dict) -> None:
             assert_close(got[b], dense[b])
 
 
-def expected(name: str, inputs: dict, spy: Spy, steps: int = STEPS, **kwargs) -> tuple[Tensor, Tensor]:
+def expected(name: str, inputs: dict, spy: Spy, steps: int = STEPS, model=None, **kwargs) -> tuple[Tensor, Tensor]:
     """The oracle's answer for what a strategy was seen to choose."""
-    family, model = FAMILIES[name], clean(name)
+    family, model = FAMILIES[name], clean(name) if model is None else model
     keep, merge = spy.in_front(family, inputs) if spy.items else (None, None)
     everything = torch.ones_like(inputs["attention_mask"]).bool()
     drop, mix = spy.inside(family, inputs, everything if keep is None else keep)
