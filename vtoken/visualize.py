@@ -1,0 +1,178 @@
+"""Pictures of what a strategy kept: dropped cells dimmed, kept cells outlined, on what the vision tower saw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEPT, PAPER, INK = (255, 221, 0), (255, 255, 255), (30, 30, 30)
+
+
+def tower_images(pixel_values: Tensor, image_processor: Any) -> list[Image.Image]:
+    """The pictures that the vision tower saw, one per tower forward: cropped, resized and padded as the processor did.
+
+    Args:
+        pixel_values: (..., 3, H, W) floating point, normalised by the processor.
+        image_processor: has `image_mean` and `image_std`, three numbers each in 0..1.
+
+    Raises:
+        ValueError: if `pixel_values` is not made of H x W pictures (Qwen's processors flatten patches).
+    """
+    if pixel_values.ndim < 4 or pixel_values.shape[-3] != 3:
+        raise ValueError(
+            f"tower_images needs pixel_values of shape (..., 3, height, width), found {tuple(pixel_values.shape)}; "
+            "draw on the original image instead."
+        )
+    pictures = pixel_values.detach().float().cpu().flatten(0, -4).permute(0, 2, 3, 1).numpy()
+    mean, std = np.asarray(image_processor.image_mean), np.asarray(image_processor.image_std)
+    return [Image.fromarray(((p * std + mean).clip(0, 1) * 255).round().astype(np.uint8)) for p in pictures]
+
+
+def draw_cells(
+    image: Image.Image, grid: tuple[int, int], kept: Any, *, cell: int = 32, dim: float = 0.75
+) -> Image.Image:
+    """One picture with its kept cells in full colour and outlined, the others dimmed.
+
+    Args:
+        image: any PIL image; it is stretched over the grid.
+        grid: (rows, columns).
+        kept: row-major indices of the kept cells, or a bool mask of rows * columns entries.
+        cell: side of a cell in the result, px.
+        dim: how far dropped cells fade to white, 0 (not at all) to 1 (white).
+
+    Returns:
+        An RGB image of (columns * cell, rows * cell) px.
+
+    Raises:
+        ValueError: if `kept` names cells that the grid does not have.
+    """
+    rows, columns = grid
+    mask = _as_mask(kept, rows * columns).reshape(rows, columns)
+    pixels = np.asarray(
+        image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC), np.float32
+    )
+    shown = mask.repeat(cell, 0).repeat(cell, 1)[..., None]
+    faded = pixels.mean(-1, keepdims=True) * (1 - dim) + 255 * dim
+    drawn = Image.fromarray(np.where(shown, pixels, faded).astype(np.uint8))
+    pen, width = ImageDraw.Draw(drawn), max(1, cell // 12)
+    padded = np.pad(mask, 1)
+    for r, c in zip(*np.nonzero(mask)):
+        left, top, right, bottom = c * cell, r * cell, (c + 1) * cell - 1, (r + 1) * cell - 1
+        for is_open, box in (
+            (not padded[r, c + 1], (left, top, right, top + width - 1)),
+            (not padded[r + 2, c + 1], (left, bottom - width + 1, right, bottom)),
+            (not padded[r + 1, c], (left, top, left + width - 1, bottom)),
+            (not padded[r + 1, c + 2], (right - width + 1, top, right, bottom)),
+        ):
+            if is_open:
+                pen.rectangle(box, fill=KEPT)
+    return drawn
+
+
+def visualize(
+    image: Image.Image | Sequence[Image.Image], tokens: Any, *, cell: int = 32, dim: float = 0.75
+) -> Image.Image:
+    """The picture of one image's kept visual tokens, all crops or frames of it.
+
+    Args:
+        image: what the tower saw, one PIL image per segment (see `tower_images`), or one image for all segments.
+        tokens: a `vtoken.report(model)` of one image, one entry of its `images`, or anything that has `segments`
+            (each with `grid`, `kind` and `place`), `cells` (cell of each token, -1 for separators) and `keep`
+            (indices of the kept tokens).
+        cell, dim: as in `draw_cells`.
+
+    Returns:
+        An RGB image: a thumbnail stands left of the canvas of its crops, frames stand side by side.
+
+    Raises:
+        ValueError: if a report of several images is given, or the images do not match the segments.
+    """
+    tokens = _one_image(tokens)
+    segments = list(tokens.segments)
+    images = [image] * len(segments) if isinstance(image, Image.Image) else list(image)
+    if len(images) < len(segments):
+        raise ValueError(
+            f"visualize needs one picture or one per segment: {len(segments)} segments, {len(images)} pictures."
+        )
+    sizes = [s.grid[0] * s.grid[1] for s in segments]
+    cells = np.asarray(tokens.cells)[np.asarray(tokens.keep)]
+    mask = _as_mask(cells[cells >= 0], sum(sizes))
+    panels = [
+        draw_cells(picture, segment.grid, part, cell=cell, dim=dim)
+        for picture, segment, part in zip(images, segments, np.split(mask, np.cumsum(sizes)[:-1]))
+    ]
+    crops = [i for i, s in enumerate(segments) if s.kind == "crop"]
+    blocks = [panels[i] for i in range(len(segments)) if i not in crops]
+    if crops:
+        blocks.append(_canvas([panels[i] for i in crops], [segments[i].place for i in crops]))
+    return side_by_side(blocks) if len(blocks) > 1 else blocks[0]
+
+
+def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str] = (), gap: int = 12) -> Image.Image:
+    """Pictures in a row on white, top-aligned, each over its caption if there is one (cut to the picture's width)."""
+    lines = [_wrap(c, p.width) for c, p in zip(captions, pictures)]
+    text = max((len(line) for line in lines), default=0) * 22 + (gap if lines else 0)
+    width = sum(p.width for p in pictures) + gap * (len(pictures) + 1)
+    sheet = Image.new("RGB", (width, max(p.height for p in pictures) + text + 2 * gap), PAPER)
+    pen, x = ImageDraw.Draw(sheet), gap
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (x, gap))
+        for j, line in enumerate(lines[i] if i < len(lines) else ()):
+            pen.text((x, picture.height + 2 * gap + 22 * j), line, fill=INK, font=_font())
+        x += picture.width + gap
+    return sheet
+
+
+def _one_image(tokens: Any) -> Any:
+    images = getattr(tokens, "images", None)
+    if images is None:
+        return tokens
+    if len(images) != 1:
+        raise ValueError(f"visualize draws one image, the report has {len(images)}: pass report.images[i].")
+    return images[0]
+
+
+def _as_mask(kept: Any, size: int) -> np.ndarray:
+    kept = np.asarray(kept)
+    if kept.dtype == bool:
+        if kept.size != size:
+            raise ValueError(f"A mask of kept cells needs {size} entries for this grid, found {kept.size}.")
+        return kept.reshape(-1)
+    if kept.size and (kept.min() < 0 or kept.max() >= size):
+        raise ValueError(
+            f"Kept cells must lie in 0..{size - 1} for this grid, found {int(kept.min())}..{int(kept.max())}."
+        )
+    mask = np.zeros(size, bool)
+    mask[kept.astype(np.int64)] = True
+    return mask
+
+
+def _canvas(panels: list[Image.Image], places: list[tuple[int, int]], gap: int = 3) -> Image.Image:
+    width, height = panels[0].width + gap, panels[0].height + gap
+    rows, columns = max(p[0] for p in places) + 1, max(p[1] for p in places) + 1
+    sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), PAPER)
+    for panel, (row, column) in zip(panels, places):
+        sheet.paste(panel, (column * width, row * height))
+    return sheet
+
+
+def _font() -> Any:
+    return ImageFont.load_default(size=17)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """`text` on as many lines as `width` px need, broken between words."""
+    font, lines = _font(), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
