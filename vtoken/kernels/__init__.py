@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .backend import backend, get_backend, set_backend
+from .dispatch import backend, get_backend, set_backend
 
 __all__ = [
     "Match", "attention_rows", "backend", "bipartite_match", "farthest_point", "gather_merge", "gather_rows",

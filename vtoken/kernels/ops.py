@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import reference, reference_select
-from .backend import use_triton
+from .dispatch import use_triton
 
 
 def _triton() -> ModuleType:

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..backend import interpreting
+from ..dispatch import interpreting
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

@@ -1,0 +1,208 @@
+"""The Triton kernels against the float64 oracle and the torch twins. `test_triton.py` runs this file in a process of
+its own: interpreted on the CPU (TRITON_INTERPRET=1 has to be set before triton is imported), or on a CUDA device."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vtoken import kernels
+from vtoken.kernels.triton import attention, select
+
+from . import oracle
+from .cases import DTYPES, TOLERANCE, bounds, dtypes, heads, indices, layouts, masks, merges, seeds, tensor
+
+DEVICE = os.environ.get("VTOKEN_TEST_DEVICE", "cpu")
+MANY = DEVICE == "cuda"
+common = settings(
+    max_examples=100 if MANY else 4,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+)
+
+
+def on_device(value):
+    if isinstance(value, Tensor):
+        return value.to(DEVICE)
+    return [on_device(v) for v in value] if isinstance(value, list) else value
+
+
+def triton(name: str, *args, **kwargs):
+    """A kernel's answer, on the CPU; asked twice, since a kernel that leaves rubbish behind is right only once."""
+    args, kwargs = [on_device(a) for a in args], {k: on_device(v) for k, v in kwargs.items()}
+    with kernels.backend("triton"):
+        first, again = (getattr(kernels, name)(*args, **kwargs) for _ in range(2))
+    first, again = ([r] if isinstance(r, Tensor) else list(r) for r in (first, again))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    return first[0].cpu() if len(first) == 1 else [r.cpu() for r in first]
+
+
+def torch_twin(name: str, *args, **kwargs):
+    with kernels.backend("torch"):
+        return getattr(kernels, name)(*args, **kwargs)
+
+
+@common
+@given(merges(most=300 if MANY else 12))
+def test_gather_merge(case):
+    x, index, into, weight = case
+    got, want = triton("gather_merge", *case), oracle.gather_merge(x, index, into, weight)
+    scale = TOLERANCE[x.dtype] * max(1.0, float(want.abs().max()) if want.numel() else 1.0)
+    assert got.dtype == x.dtype and torch.allclose(got.double(), want, rtol=0, atol=scale)
+    if into is None:
+        assert torch.equal(got, torch_twin("gather_merge", *case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_untouched_row_is_bit_identical(dtype):
+    x = torch.tensor([[-0.0, 0.0, torch.inf, 1e-7], [3.0, -0.0, 1.0, 2.0], [0.1, 0.7, 1.3, -2.0]], dtype=dtype)
+    index, into = torch.tensor([0, 1]), torch.tensor([0, 1, -1])
+    for args in [(x, index), (x, index, into), (x, index, into, torch.ones(3))]:
+        assert torch.equal(triton("gather_merge", *args).view(torch.uint8), x[:2].view(torch.uint8))
+
+
+def test_rows_counted_and_sorted_agree(monkeypatch):
+    x, index, into = tensor(0, 2, 70, 3), indices(1, 2, 70, 9), indices(2, 2, 9, 70, low=-1)
+    into[into == 4] = 3  # a column that nothing names
+    counted = triton("gather_merge", x, index, into, tensor(3, 2, 70))
+    monkeypatch.setattr("vtoken.kernels.triton.gather.COUNTED", 0)
+    assert torch.equal(triton("gather_merge", x, index, into, tensor(3, 2, 70)), counted)
+    assert torch.allclose(counted.double(), oracle.gather_merge(x, index, into, tensor(3, 2, 70)), atol=1e-5)
+
+
+def test_wide_rows_take_several_blocks():
+    x, index, into = tensor(0, 1, 5, 4100), torch.tensor([[3, 0]]), torch.tensor([[1, -1, 1, 0, 1]])
+    assert torch.allclose(triton("gather_merge", x, index, into).double(), oracle.gather_merge(x, index, into, None))
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 1040])
+def test_gather_rows(width):
+    index = indices(1, 2, 19, 7)
+    for dtype in (torch.bool, torch.int64, torch.bfloat16, torch.float32):
+        tensors = [tensor(i, 2, 19, width, layout=i).mul(9).to(dtype) for i in range(3)]
+        tensors += [tensors[0][..., 0], torch.arange(38).view(2, 19), torch.zeros(2, 19, 0)]
+        for got, want in zip(triton("gather_rows", tensors, index), torch_twin("gather_rows", tensors, index)):
+            assert got.dtype == want.dtype and torch.equal(got, want)
+    assert triton("gather_rows", [torch.arange(5), torch.arange(5)], torch.tensor([4, 1]))[0].tolist() == [4, 1]
+
+
+@pytest.mark.parametrize("m", [0, 1, 37, 150])
+def test_kv_compaction(m):
+    keys = [tensor(i, 2, 3, 150, 24, dtype=d) for i, d in enumerate([torch.bfloat16, torch.float16])]
+    values = [tensor(9 + i, 2, 3, 150, 7, layout=i) for i in range(2)]
+    index = torch.stack([torch.randperm(150)[:m].sort().values for _ in range(2)])
+    with kernels.backend("torch"):
+        want = kernels.kv_compact(keys, values, index)
+    with kernels.backend("triton"):
+        keys, values, index = on_device(keys), on_device(values), on_device(index)
+        for inplace in (False, True):
+            got = kernels.kv_compact(keys, values, index, inplace=inplace)
+            assert all(torch.equal(a.cpu(), b) for g, w in zip(got, want) for a, b in zip(g, w))
+            assert not inplace or all(a.data_ptr() == b.data_ptr() for a, b in zip(got[0], keys))
+
+
+@common
+@given(heads(most=600 if MANY else 90, rows=5), st.data())
+def test_attention_rows(qk, data):
+    q, k = qk
+    mask = data.draw(masks(q.shape[0], q.shape[2], k.shape[2]))
+    want = oracle.attention(q, k, None, mask)
+    for reduce, total in ((None, want), ("sum", want.sum((1, 2))), ("mean", want.mean((1, 2)))):
+        got = triton("attention_rows", q, k, mask=mask, reduce=reduce)
+        assert got.dtype == torch.float32 and got.shape == total.shape
+        assert torch.allclose(got.double(), total, rtol=0, atol=2e-5 if reduce == "sum" else 4e-6)
+
+
+def test_attention_rows_over_several_stretches_of_keys(monkeypatch):
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 64)
+    q, k = tensor(0, 1, 2, 20, 16), tensor(1, 1, 1, 1030, 16)
+    mask = torch.ones(1, 20, 1030, dtype=torch.bool)
+    mask[0, 0, :600], mask[0, 1] = False, False
+    want = oracle.attention(q, k, None, mask)
+    assert torch.allclose(triton("attention_rows", q, k, mask=mask).double(), want, atol=1e-6)
+    assert torch.allclose(triton("attention_rows", q, k, mask=mask, reduce="sum").double(), want.sum((1, 2)), atol=1e-5)
+
+
+@common
+@given(heads(most=300 if MANY else 70), st.data())
+def test_received_attention(qk, data):
+    q, k = qk
+    cuts = data.draw(bounds(q.shape[2]))
+    want = oracle.received(q, k, None, cuts)
+    got = triton("received_attention", q, k, cu_seqlens=torch.tensor(cuts, dtype=torch.int32))
+    assert got.dtype == torch.float32 and torch.allclose(got.double(), want, rtol=0, atol=4e-6)
+    if len(cuts) == 2:
+        assert torch.allclose(triton("received_attention", q, k).double(), want, rtol=0, atol=4e-6)
+
+
+def test_head_widths_that_do_not_fit_go_to_the_twin():
+    q, k = tensor(0, 1, 1, 2, 300), tensor(1, 1, 1, 9, 300)
+    assert torch.allclose(triton("attention_rows", q, k).double(), oracle.attention(q, k, None, None), atol=1e-6)
+
+
+@common
+@given(
+    seeds,
+    st.integers(1, 300 if MANY else 80),
+    st.sampled_from([3, 50]),
+    st.integers(0, 40),
+    st.integers(0, 3),
+    dtypes,
+    layouts,
+)
+def test_bipartite_match_selects_what_torch_selects(seed, n, d, r, protect, dtype):
+    keys = tensor(seed, 2, n, d, dtype=dtype, layout=seed % 3)
+    for sort in (True, False):
+        got = triton("bipartite_match", keys, r, min(protect, n), sort)
+        for a, b in zip(got, torch_twin("bipartite_match", keys, r, min(protect, n), sort)):
+            assert torch.equal(a, b)
+
+
+@common
+@given(seeds, st.integers(1, 400 if MANY else 40), st.sampled_from([3, 50]), dtypes, layouts, st.booleans())
+def test_selections_are_those_of_torch(seed, n, d, dtype, layout, twice):
+    x, quality = tensor(seed, 2, n, d, dtype=dtype, layout=layout), tensor(seed + 1, 2, n).exp()
+    if twice:
+        x, quality = x[:, torch.arange(n) // 2], quality[:, torch.arange(n) // 2]
+    k = max(1, n // 4)
+    assert torch.equal(triton("farthest_point", x, k), torch_twin("farthest_point", x, k))
+    assert torch.equal(triton("farthest_point", x, k, n - 1), torch_twin("farthest_point", x, k, n - 1))
+    k = min(k, d)  # past the rank, gains are rounding
+    assert torch.equal(triton("greedy_map", x, quality, k), torch_twin("greedy_map", x, quality, k))
+
+
+def test_selections_shared_by_several_programs(monkeypatch):
+    """One launch a step, so that programs that run one after another can agree without a barrier."""
+    monkeypatch.setattr(select, "multiprocessors", lambda device: 8)
+    monkeypatch.setattr(select, "COOPERATIVE", False)
+    x, quality = tensor(0, 2, 45, 70), tensor(1, 2, 45).exp()
+    x[:, 20:30] = x[:, :10]
+    assert torch.equal(triton("farthest_point", x, 12), torch_twin("farthest_point", x, 12))
+    assert torch.equal(triton("greedy_map", x, quality, 8), torch_twin("greedy_map", x, quality, 8))
+    assert triton("greedy_map", x[:, :6], quality[:, :6], 6).sort().values.tolist() == 2 * [list(range(6))]
+
+
+def test_empty_inputs():
+    x = tensor(0, 2, 5, 4)
+    nothing = torch.empty(2, 0, dtype=torch.long)
+    assert triton("gather_merge", x, nothing).shape == (2, 0, 4)
+    assert triton("gather_merge", x[:, :0], nothing, nothing).shape == (2, 0, 4)
+    assert triton("gather_rows", [x, x], nothing)[1].shape == (2, 0, 4)
+    assert triton("farthest_point", x, 0).shape == triton("greedy_map", x, x[..., 0], 0).shape == (2, 0)
+    assert triton("farthest_point", x[:0], 3).shape == (0, 3)
+    assert triton("attention_rows", x[:, None, :0], x[:, None], reduce="mean").tolist() == [[0.0] * 5] * 2
+    assert triton("received_attention", x[:, None, :0], x[:, None, :0]).shape == (2, 0)
+
+
+def test_tensors_that_require_grad_use_the_twin():
+    x = tensor(0, 2, 5, 4).requires_grad_()
+    with kernels.backend("triton"):
+        kernels.gather_merge(on_device(x), on_device(indices(1, 2, 5, 3))).sum().backward()
+    assert x.grad.sum() == 24
