@@ -48,7 +48,7 @@ def test_loss_and_gradients(name, side):
     keep, merge = spy.in_front(family, inputs)
     want = oracle.loss(clean(name), inputs, labels, keep, merge)
     assert_close(out.loss, want)
-    assert (want - dense.loss).abs() > 1e-3
+    assert (want - dense.loss).abs() > 1e-4 * dense.loss
     assert out.logits.shape == dense.logits.shape
     for where in ("layers.1.mlp.up_proj.weight", "layers.3.self_attn.q_proj.weight"):
         parameters = dict(model.get_decoder().named_parameters()), dict(clean(name).get_decoder().named_parameters())

@@ -51,8 +51,10 @@ class LlavaAdapter(Adapter):
             strategy = arguments.get("vision_feature_select_strategy")
             if strategy is None:  # ViP-LLaVA has no such option, it always leaves the CLS token out
                 strategy = getattr(self.config, "vision_feature_select_strategy", "default")
-            extra = int(strategy == "full" and self.towers["image"].has_cls) if self.towers else 0
-            segment = Segment("image", square(len(f) - extra))
-            cells = torch.arange(-extra, segment.size, device=f.device)
+            # "default" drops the first row: the CLS token, or a patch of a tower that has none
+            first = int(strategy == "default") - int(self.towers["image"].has_cls) if self.towers else 0
+            grid = square(len(f) + first)
+            segment = Segment("image", grid, tokens=grid[0] * grid[1] - max(0, first))
+            cells = torch.arange(first, segment.size, device=f.device)
             out.append(Layout([segment], cells))
         return out
