@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .accounting import Report
     from .config import VTokenConfig
     from .patching import applied, disabled, list_strategies, patch, report, unpatch
+    from .resize import resized
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "patch",
     "register",
     "report",
+    "resized",
     "strategies",
     "strategy_info",
     "unpatch",
@@ -48,6 +50,7 @@ __all__ = [
 _LAZY = {
     "VTokenConfig": "config",
     "Report": "accounting",
+    "resized": "resize",
     **dict.fromkeys(("applied", "disabled", "list_strategies", "patch", "report", "unpatch"), "patching"),
 }
 

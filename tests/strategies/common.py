@@ -132,6 +132,10 @@ def top(scores: Tensor, k: int) -> list[int]:
     return sorted(sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))[:k])
 
 
+def flat(lists: list[list[int]]) -> list[int]:
+    return [i for mine in lists for i in mine]
+
+
 def edge_cases() -> dict[str, VisualTokens]:
     """Image inputs on which every image strategy must give a legal answer."""
     return {

@@ -9,7 +9,7 @@ import torch
 
 from vtoken.strategies import create
 
-from .common import LAYERS, answer, anyres, equal, image, kept_per_segment, outputs, separators_kept, top, tower
+from .common import LAYERS, answer, anyres, equal, flat, image, kept_per_segment, outputs, separators_kept, top, tower
 
 LAST = LAYERS - 1
 
@@ -110,7 +110,7 @@ def test_equals_the_steps(canvas, options, ratio):
     first, kept = naive(tokens, ratio, options.get("tau", 10.0), options.get("alpha", 0.5), score["importance"])
     chosen = answer(create("globalcom2", budget=ratio, **options), tokens)
     rows = [i for i in chosen.keep.tolist() if tokens.cells[i] >= 0]
-    assert rows == sorted(first + sum(kept, []))
+    assert rows == sorted(first + flat(kept))
     assert separators_kept(tokens, chosen) == len(tokens.separator_rows)
 
 
@@ -185,7 +185,7 @@ def test_towers_without_cls_use_the_published_substitute():
     tokens = anyres(2, 1, 4, has_cls=False)
     first, kept = naive(tokens, 0.25, score="cosine")
     chosen = answer(create("globalcom2"), tokens)
-    assert [i for i in chosen.keep.tolist() if tokens.cells[i] >= 0] == sorted(first + sum(kept, []))
+    assert [i for i in chosen.keep.tolist() if tokens.cells[i] >= 0] == sorted(first + flat(kept))
 
 
 def test_a_whole_number_is_the_budget_of_the_image():

@@ -9,7 +9,7 @@ import torch
 
 from vtoken.strategies import create
 
-from .common import answer, image, kept_per_segment, separators_kept, video
+from .common import answer, flat, image, kept_per_segment, separators_kept, video
 
 WIDTHS = [1 / 8, 1 / 4, 1 / 2, 1, 2]
 
@@ -64,7 +64,7 @@ def test_equals_the_formulas(similarity, ratio, tau):
         kept, counts, _ = naive(tokens, ratio, tau, similarity)
         chosen = answer(create("vidcom2", budget=ratio, tau=tau, similarity=similarity), tokens)
         assert kept_per_segment(tokens, chosen) == counts
-        assert chosen.keep.tolist() == sum(kept, [])
+        assert chosen.keep.tolist() == flat(kept)
 
 
 def test_equal_frames_share_evenly_and_keep_the_same_places():

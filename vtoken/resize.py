@@ -1,0 +1,148 @@
+"""The baseline next to pruning: simply ask for a smaller image."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .strategies.base import check_budget, share
+
+STEPS_PER_HALVING = 64
+PROBES = ((32, 32), (224, 224), (336, 1008), (1400, 700), (2000, 2000))
+
+
+def resized(processor: Any, budget: float | int) -> Any:
+    """A copy of a processor that makes images smaller before the family's own rules turn them into tokens.
+
+    The honest rival of every strategy: no patch, the vision tower and the language model both see fewer pixels. Each image
+    keeps its shape and the largest size whose number of tokens, by the processor's own count, lies within the budget; one
+    that is small enough already stays as it is. Families choose sizes in steps (patches, tiles, crops), so that the number
+    of tokens may lie below the budget, and some sizes cannot be asked for at all.
+
+        small = vtoken.resized(processor, 0.25)
+        inputs = small.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+
+    Args:
+        processor: a transformers processor with an image processor; it is not changed.
+        budget: share of the tokens that the image would make at its own size, or a whole number of tokens per image.
+
+    Returns:
+        The copy. Given an image that cannot be made small enough it raises ValueError; given a video, NotImplementedError.
+
+    Raises:
+        TypeError: if `processor` has no image processor.
+        ValueError: for a budget out of range, a family whose images make the same number of tokens at any size, or one
+            that does not tell how many they make.
+    """
+    budget = check_budget(budget)
+    name = type(processor).__name__
+    if not hasattr(processor, "image_processor"):
+        raise TypeError(f"resized() takes a processor of a vision-language model, found {name}.")
+    if not hasattr(processor, "_get_num_multimodal_tokens"):
+        raise ValueError(f"{name} does not tell how many tokens an image makes: resize the images yourself.")
+    made = {count_tokens(processor, *size) for size in PROBES}
+    if len(made) == 1:
+        raise ValueError(
+            f"{name} makes {made.pop()} tokens of an image of any size, so that a smaller image saves nothing: use "
+            "vtoken.patch(model, 'pool', ...) or another strategy."
+        )
+    small = copy.copy(processor)
+    small.image_processor = _Shrinking(processor, budget)
+    if getattr(processor, "video_processor", None) is not None:
+        small.video_processor = _NoVideos()
+    return small
+
+
+def count_tokens(processor: Any, height: int, width: int) -> int:
+    """Tokens of an image of this size (px), as the processor counts them."""
+    return int(processor._get_num_multimodal_tokens(image_sizes=[(height, width)]).num_image_tokens[0])
+
+
+class _Shrinking:
+    """Stands in front of an image processor; all but the call is the original's."""
+
+    def __init__(self, processor: Any, budget: float | int) -> None:
+        self._processor, self._inner, self._budget = processor, processor.image_processor, budget
+        self._fit = functools.lru_cache(1024)(self._find)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_inner" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._inner(self._shrink(images), *args, **kwargs)
+
+    def _shrink(self, images: Any) -> Any:
+        if isinstance(images, list | tuple):
+            return [self._shrink(image) for image in images]
+        if isinstance(images, str):
+            images = self._inner.fetch_images(images)
+        if getattr(images, "ndim", 3) == 4:
+            return [self._shrink(image) for image in images]
+        height, width = _size(images)
+        fit = self._fit(height, width)
+        return images if fit == (height, width) else _resize(images, *fit)
+
+    def _find(self, height: int, width: int) -> tuple[int, int]:
+        full = count_tokens(self._processor, height, width)
+        wanted, least, size = share(self._budget, full), full, (height, width)
+        for step in range(math.floor(math.log2(min(height, width)) * STEPS_PER_HALVING) + 1):
+            scale = 2 ** (-step / STEPS_PER_HALVING)
+            size = max(1, round(height * scale)), max(1, round(width * scale))
+            try:
+                tokens = count_tokens(self._processor, *size)
+            except ValueError:  # shapes that the family refuses
+                continue
+            if tokens <= wanted:
+                return size
+            least = min(least, tokens)
+        raise ValueError(
+            f"An image of {height} x {width} px makes {full} tokens and no fewer than {least} when it is made smaller, which "
+            f"is more than the budget of {wanted}: ask for at least {least} tokens, or use vtoken.patch."
+        )
+
+
+class _NoVideos:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "resized() makes images smaller, not videos: sample fewer frames, or use vtoken.patch."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
+def _channels_last(image: Any) -> bool:
+    return image.shape[-1] in (1, 3, 4) and image.shape[0] not in (1, 3, 4)
+
+
+def _size(image: Any) -> tuple[int, int]:
+    """(height, width) of a PIL image or an array."""
+    if hasattr(image, "resize") and not hasattr(image, "ndim"):
+        return image.height, image.width
+    if image.ndim == 2 or _channels_last(image):
+        return int(image.shape[0]), int(image.shape[1])
+    return int(image.shape[1]), int(image.shape[2])
+
+
+def _resize(image: Any, height: int, width: int) -> Any:
+    """Bicubic with antialiasing; the same kind of image, arrays as float where they were, else rounded."""
+    if hasattr(image, "resize") and not hasattr(image, "ndim"):
+        from PIL.Image import Resampling
+
+        return image.resize((width, height), Resampling.BICUBIC)
+    x = image if isinstance(image, Tensor) else torch.tensor(image)
+    last = x.ndim == 3 and _channels_last(x)
+    planes = x[None] if x.ndim == 2 else x.permute(2, 0, 1) if last else x
+    out = torch.nn.functional.interpolate(planes[None].float(), (height, width), mode="bicubic", antialias=True)[0]
+    if not x.is_floating_point():
+        out = out.round().clamp(0, 255)
+    out = out.to(x.dtype)
+    out = out[0] if x.ndim == 2 else out.permute(1, 2, 0) if last else out
+    return out if isinstance(image, Tensor) else out.numpy()
