@@ -103,12 +103,14 @@ def _step(canvas: Tensor) -> float:
     return max([float(v[-1] - v[0]) / 1e6 / (len(v) - 1) for v in lines if len(v) > 1], default=1.0)
 
 
-def frames_layout(frames: int, grid: tuple[int, int], leading: int = 0, trailing: int = 0) -> Layout:
+def frames_layout(
+    frames: int, grid: tuple[int, int], leading: int = 0, trailing: int = 0, box: Box = (0.0, 0.0, 1.0, 1.0)
+) -> Layout:
     """Layout of a video: `leading` rows that are no patch before every frame, `trailing` ones behind the video."""
     per_frame = grid[0] * grid[1]
     cells = torch.arange(frames * per_frame).view(frames, per_frame)
     cells = torch.nn.functional.pad(cells, (leading, 0), value=-1).flatten()
-    return Layout([Segment("frame", grid)] * frames, torch.nn.functional.pad(cells, (0, trailing), value=-1))
+    return Layout([Segment("frame", grid, box=box)] * frames, torch.nn.functional.pad(cells, (0, trailing), value=-1))
 
 
 def best_canvas(size: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:

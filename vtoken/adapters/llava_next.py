@@ -94,5 +94,8 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
         return torch.nn.functional.avg_pool2d(square, self.config.spatial_pool_stride).view(*value.shape[:-1], -1)
 
     def video_layouts(self, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
-        side = self.side // self.config.spatial_pool_stride
-        return [frames_layout(frame_count(arguments), (side, side)) for _ in features]
+        stride = self.config.spatial_pool_stride
+        side = self.side // stride
+        covered = side * stride / self.side  # an odd last line of patches is left out
+        box = (0.0, 0.0, covered, covered)
+        return [frames_layout(frame_count(arguments), (side, side), box=box) for _ in features]
