@@ -20,7 +20,7 @@ from .cases import DTYPES, TOLERANCE, bounds, dtypes, heads, indices, layouts, m
 DEVICE = os.environ.get("VTOKEN_TEST_DEVICE", "cpu")
 MANY = DEVICE == "cuda"
 common = settings(
-    max_examples=100 if MANY else 4,
+    max_examples=100 if MANY else 3,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
@@ -34,12 +34,12 @@ def on_device(value):
     return [on_device(v) for v in value] if isinstance(value, list) else value
 
 
-def triton(name: str, *args, **kwargs):
-    """A kernel's answer, on the CPU; asked twice, since a kernel that leaves rubbish behind is right only once."""
+def triton(name: str, *args, repeat: bool = MANY, **kwargs):
+    """A kernel's answer, on the CPU; on a GPU asked twice, since a race or an unset buffer may be right only once."""
     args, kwargs = [on_device(a) for a in args], {k: on_device(v) for k, v in kwargs.items()}
     with kernels.backend("triton"):
-        first, again = (getattr(kernels, name)(*args, **kwargs) for _ in range(2))
-    first, again = ([r] if isinstance(r, Tensor) else list(r) for r in (first, again))
+        answers = [getattr(kernels, name)(*args, **kwargs) for _ in range(2 if repeat else 1)]
+    first, again = ([r] if isinstance(r, Tensor) else list(r) for r in (answers[0], answers[-1]))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     return first[0].cpu() if len(first) == 1 else [r.cpu() for r in first]
 
@@ -79,16 +79,19 @@ def test_rows_counted_and_sorted_agree(monkeypatch):
 
 def test_wide_rows_take_several_blocks():
     x, index, into = tensor(0, 1, 5, 4100), torch.tensor([[3, 0]]), torch.tensor([[1, -1, 1, 0, 1]])
-    assert torch.allclose(triton("gather_merge", x, index, into).double(), oracle.gather_merge(x, index, into, None))
+    assert torch.allclose(
+        triton("gather_merge", x, index, into).double(), oracle.gather_merge(x, index, into, None), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("width", [1, 3, 8, 1040])
 def test_gather_rows(width):
     index = indices(1, 2, 19, 7)
-    for dtype in (torch.bool, torch.int64, torch.bfloat16, torch.float32):
-        tensors = [tensor(i, 2, 19, width, layout=i).mul(9).to(dtype) for i in range(3)]
-        tensors += [tensors[0][..., 0], torch.arange(38).view(2, 19), torch.zeros(2, 19, 0)]
-        for got, want in zip(triton("gather_rows", tensors, index), torch_twin("gather_rows", tensors, index)):
+    types = (torch.bool, torch.int64, torch.bfloat16, torch.float32)
+    tensors = [tensor(i, 2, 19, width, layout=i % 3).mul(9).to(dtype) for i, dtype in enumerate(types)]
+    tensors += [tensors[0][..., 0], torch.arange(38).view(2, 19), torch.zeros(2, 19, 0)]
+    for some in (tensors, tensors[2:4]):
+        for got, want in zip(triton("gather_rows", some, index), torch_twin("gather_rows", some, index)):
             assert got.dtype == want.dtype and torch.equal(got, want)
     assert triton("gather_rows", [torch.arange(5), torch.arange(5)], torch.tensor([4, 1]))[0].tolist() == [4, 1]
 
@@ -105,11 +108,11 @@ def test_kv_compaction(m):
         for inplace in (False, True):
             got = kernels.kv_compact(keys, values, index, inplace=inplace)
             assert all(torch.equal(a.cpu(), b) for g, w in zip(got, want) for a, b in zip(g, w))
-            assert not inplace or all(a.data_ptr() == b.data_ptr() for a, b in zip(got[0], keys))
+            assert not inplace or not m or all(a.data_ptr() == b.data_ptr() for a, b in zip(got[0], keys))
 
 
 @common
-@given(heads(most=600 if MANY else 90, rows=5), st.data())
+@given(heads(most=600 if MANY else 70, rows=5 if MANY else 2), st.data())
 def test_attention_rows(qk, data):
     q, k = qk
     mask = data.draw(masks(q.shape[0], q.shape[2], k.shape[2]))
@@ -122,9 +125,9 @@ def test_attention_rows(qk, data):
 
 def test_attention_rows_over_several_stretches_of_keys(monkeypatch):
     monkeypatch.setattr(attention, "multiprocessors", lambda device: 64)
-    q, k = tensor(0, 1, 2, 20, 16), tensor(1, 1, 1, 1030, 16)
-    mask = torch.ones(1, 20, 1030, dtype=torch.bool)
-    mask[0, 0, :600], mask[0, 1] = False, False
+    q, k = tensor(0, 1, 2, 18, 4), tensor(1, 1, 1, 600, 4)
+    mask = torch.ones(1, 18, 600, dtype=torch.bool)
+    mask[0, 0, :520], mask[0, 1] = False, False
     want = oracle.attention(q, k, None, mask)
     assert torch.allclose(triton("attention_rows", q, k, mask=mask).double(), want, atol=1e-6)
     assert torch.allclose(triton("attention_rows", q, k, mask=mask, reduce="sum").double(), want.sum((1, 2)), atol=1e-5)
@@ -155,7 +158,6 @@ def test_head_widths_that_do_not_fit_go_to_the_twin():
     st.integers(0, 40),
     st.integers(0, 3),
     dtypes,
-    layouts,
 )
 def test_bipartite_match_selects_what_torch_selects(seed, n, d, r, protect, dtype):
     keys = tensor(seed, 2, n, d, dtype=dtype, layout=seed % 3)
@@ -184,9 +186,17 @@ def test_selections_shared_by_several_programs(monkeypatch):
     monkeypatch.setattr(select, "COOPERATIVE", False)
     x, quality = tensor(0, 2, 45, 70), tensor(1, 2, 45).exp()
     x[:, 20:30] = x[:, :10]
-    assert torch.equal(triton("farthest_point", x, 12), torch_twin("farthest_point", x, 12))
-    assert torch.equal(triton("greedy_map", x, quality, 8), torch_twin("greedy_map", x, quality, 8))
+    assert torch.equal(triton("farthest_point", x, 7), torch_twin("farthest_point", x, 7))
+    assert torch.equal(triton("greedy_map", x, quality, 5), torch_twin("greedy_map", x, quality, 5))
     assert triton("greedy_map", x[:, :6], quality[:, :6], 6).sort().values.tolist() == 2 * [list(range(6))]
+
+
+def test_repeated_calls_give_equal_bits():
+    x, into = tensor(0, 2, 9, 20), indices(1, 2, 4, 9)
+    triton("gather_merge", x, into[:, :4], into, x[..., 0], repeat=True)
+    triton("attention_rows", x[:, None, :2], x[:, None], repeat=True)
+    triton("received_attention", x[:, None], x[:, None], repeat=True)
+    triton("greedy_map", x, x[..., 0].abs(), 4, repeat=True)
 
 
 def test_empty_inputs():
