@@ -15,14 +15,16 @@ from .adapters.encoded import VisionWatch, generating
 from .adapters.layers import Stage
 from .adapters.plan import Chosen, Planner
 from .adapters.registry import adapter_for
+from .adapters.rows import check_projections
 from .adapters.sequence import Sequence, State, Wrapped
 from .config import VTokenConfig
 from .recorder import Recorder
-from .strategies import Strategy, create, list_names, strategy_info
+from .strategies import Composite, Strategy, combine, create, list_names, strategy_info
 from .tokens import Needs, Selection, VisualTokens
 
 M = TypeVar("M")
 PATCH = "_vtoken_patch"
+REFERENCE_DEPTH = 32  # of an LLM deep enough for every method, to ask whether a strategy acts inside
 
 
 class Patch:
@@ -48,7 +50,10 @@ class Patch:
         self.wrapped = Wrapped()
         self.parts: list[Any] = [self.wrapped]
         try:
-            self.parts.append(VisionWatch(adapter, needs, self.state, self.recorder.timer))
+            merging = merging_layers(adapter, strategy)
+            self.parts.append(
+                VisionWatch(adapter, needs, self.state, self.recorder.timer, merging, strategy.merge_in_encoder)
+            )
             self.parts.append(Sequence(adapter, planner, stages, strategy.positions, self.state, self.recorder, aligned))
             if hasattr(adapter.model, "generate"):
                 self.wrapped.wrap(adapter.model, "generate", functools.partial(generating, self.state))
@@ -85,11 +90,21 @@ class Patch:
 
 def describe(strategy: Strategy) -> str:
     """`name(option=value, ...)` with the options that differ from their defaults, and the budget."""
+    if isinstance(strategy, Composite):
+        shared = "" if strategy.budget is None else f", sharing budget={strategy.budget}"
+        return f"{describe(strategy.first)} then {describe(strategy.then)}{shared}"
     options = [f"budget={strategy.budget}"]
     for f in fields(strategy):
         if f.init and f.name != "budget" and getattr(strategy, f.name) != f.default:
             options.append(f"{f.name}={getattr(strategy, f.name)!r}")
     return f"{strategy.info.name}({', '.join(options)})"
+
+
+def merging_layers(adapter: Adapter, strategy: Strategy) -> dict[str, tuple[int, ...]]:
+    """Per modality the tower layers behind which the strategy merges."""
+    if strategy.is_identity:
+        return {}
+    return {m: strategy.encoder_layers(tower.info) for m, tower in adapter.towers.items()}
 
 
 def needs_of(adapter: Adapter, strategy: Strategy, modality: str) -> Needs:
@@ -130,8 +145,30 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
             "flex_attention masks cannot be cut: load the model with attn_implementation='sdpa', 'eager' or "
             "'flash_attention_2'."
         )
-    if strategy.prefill_layers(len(getattr(adapter.decoder, "layers", ())) or 1) and not hasattr(adapter.decoder, "layers"):
+    if not strategy.is_identity and strategy.prefill_layers(REFERENCE_DEPTH):
+        check_inside(adapter, strategy)
+
+
+def check_inside(adapter: Adapter, strategy: Strategy) -> None:
+    """Raise ValueError with one sentence if this strategy cannot drop inside the LLM of this model."""
+    name, kind, decoder = strategy.info.name, adapter.config.model_type, adapter.decoder
+    if not hasattr(decoder, "layers"):
         raise ValueError(f"{name} drops inside the LLM, whose layers vtoken cannot see in {kind}: use a projector strategy.")
+    odd = sorted(set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if odd:
+        raise ValueError(
+            f"{name} drops inside the LLM, which cannot be done to layers of type {', '.join(odd)}: use a projector strategy."
+        )
+    check_projections(decoder, name, kind)
+    strategy.check_depth(len(decoder.layers))
+
+
+def goes_inside(adapter: Adapter, strategy: Strategy) -> bool:
+    try:
+        check_inside(adapter, strategy)
+    except ValueError:
+        return False
+    return True
 
 
 def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
@@ -142,7 +179,7 @@ def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
         if any(
             m in needs_of(adapter, strategy, m).modalities and not adapter.lacking(needs_of(adapter, strategy, m), m)
             for m in adapter.modalities
-        ):
+        ) and (not strategy.prefill_layers(REFERENCE_DEPTH) or goes_inside(adapter, strategy)):
             out.append(name)
     return out
 
@@ -166,6 +203,9 @@ def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, 
         strategy, options = strategy.strategy, given | options
     if isinstance(strategy, list | tuple) and len(strategy) == 1:
         strategy = strategy[0]
+        options = options.pop(strategy, {}) | options if isinstance(strategy, str) else options
+    if isinstance(strategy, list | tuple):
+        return combine(strategy, budget if budget is not None else options.pop("budget", None), **options)
     if isinstance(strategy, Strategy):
         if budget is not None or options:
             given_names = ", ".join(([] if budget is None else ["budget"]) + list(options))
@@ -177,7 +217,8 @@ def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, 
         strategy = strategy.info.name
     if not isinstance(strategy, str):
         raise TypeError(
-            f"A strategy is a name such as 'hired', a vtoken.strategies object or a VTokenConfig, found {strategy!r}."
+            f"A strategy is a name such as 'hired', a vtoken.strategies object, a list of them or a VTokenConfig, "
+            f"found {strategy!r}."
         )
     if budget is not None:
         options = options | {"budget": budget}
@@ -189,10 +230,12 @@ def patch(model: M, strategy: Any, budget: float | int | None = None, **options:
 
     Args:
         model: an unmodified transformers model.
-        strategy: a name (`vtoken.list_strategies()`), a `vtoken.strategies` object or a `VTokenConfig`.
+        strategy: a name (`vtoken.list_strategies()`), a `vtoken.strategies` object or a `VTokenConfig`; or a list such as
+            ["visionzip", "fastv"], a projector strategy and one that drops inside the LLM, under one budget.
         budget: share of the visual tokens in (0, 1], or a whole number of tokens per image or frame; the strategy's
             default if None.
-        options: further hyper-parameters of the strategy.
+        options: further hyper-parameters of the strategy; of several, one mapping per name, as in `fastv={"layer": 3}`, and
+            `split`, see `vtoken.strategies.Composite`.
 
     Returns:
         The model itself.

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..tokens import Needs, VisualTokens
+from ..tokens import EncoderMerge, EncoderTokens, Needs, VisualTokens
 from .base import Adapter, Layout
 from .sequence import ENCODED, State, Wrapped
 from .towers.base import Capture
+from .towers.merging import MERGED, EncoderMerging
 
 
 @dataclass
@@ -40,9 +42,19 @@ class VisionWatch:
         needs: per modality what is read from the tower.
         state: shared with the sequence hooks.
         timer: `timer(name)` is a context manager that times a stage.
+        merging: per modality the tower layers behind which tokens are merged, where the tower allows it.
+        merge: asked there.
     """
 
-    def __init__(self, adapter: Adapter, needs: dict[str, Needs], state: State, timer: Callable[[str], Any]) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        needs: dict[str, Needs],
+        state: State,
+        timer: Callable[[str], Any],
+        merging: dict[str, tuple[int, ...]] | None = None,
+        merge: Callable[[EncoderTokens], EncoderMerge | None] | None = None,
+    ) -> None:
         self.adapter, self.needs, self.state, self.timer = adapter, needs, state, timer
         self.wrapped = Wrapped()
         self.handles: list[Any] = []
@@ -52,7 +64,10 @@ class VisionWatch:
                 self.wrapped.wrap(adapter.base, name, getattr(self, f"_{modality}_features"))
             if modality in needs and modality in adapter.towers:
                 active = functools.partial(self._active, modality)
-                self.handles += adapter.towers[modality].tap(needs[modality], active)
+                tower, layers = adapter.towers[modality], (merging or {}).get(modality, ())
+                self.handles += tower.tap(needs[modality], active)
+                if merge is not None and layers and tower.can_merge:
+                    self.handles.append(EncoderMerging(tower, layers, merge, active))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -114,12 +129,16 @@ class VisionWatch:
                 f"The layout of this {modality} has {len(layout.cells)} tokens, the model made {len(features)}: "
                 "please report the model and the input's size."
             )
+        merged = provided.pop((MERGED, 0), None)
+        if merged is not None:  # tokens of one segment after those of the one before
+            merged = (merged + torch.arange(len(merged), device=merged.device)[:, None] * merged.shape[1]).flatten()
         return VisualTokens(
             features=features,
             segments=layout.segments,
             cells=layout.cells.to(features.device),
             tower=None if tower is None else tower.info,
             modality=modality,
+            merged=merged,
             provided=dict(provided),  # type: ignore[arg-type]
         )
 

@@ -6,9 +6,10 @@ import importlib
 import pkgutil
 
 from .base import Strategy, StrategyInfo
+from .composition import Composite, combine
 from .registry import create, list_names, register, strategy_info
 
-__all__ = ["Strategy", "StrategyInfo", "create", "list_names", "register", "strategy_info"]
+__all__ = ["Composite", "Strategy", "StrategyInfo", "combine", "create", "list_names", "register", "strategy_info"]
 
 for _module in pkgutil.iter_modules(__path__):
     if _module.name not in ("base", "registry", "scores"):

@@ -12,7 +12,39 @@ from torch import Tensor, nn
 
 from ..._threads import PerThread
 from ...kernels import attention_rows, received_attention
-from ...tokens import Needs, TowerInfo
+from ...tokens import EncoderMerge, Needs, TowerInfo
+
+
+@dataclass
+class Merged:
+    """What became of the patches of one tower forward in which tokens are merged.
+
+    Attributes:
+        owner: (segments, patches) int64, the token that each patch ended up in.
+        sizes: (segments, tokens) float32, patches per token.
+        by_count: `owner` after every merge so far, by the number of tokens.
+    """
+
+    owner: Tensor
+    sizes: Tensor
+    by_count: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def nothing(cls, patches: Tensor) -> Merged:
+        """Before the first merge of (segments, patches, C)."""
+        segments, n = patches.shape[:2]
+        owner = torch.arange(n, device=patches.device).repeat(segments, 1)
+        return cls(owner, torch.ones(segments, n, device=patches.device))
+
+    def follow(self, merge: EncoderMerge) -> None:
+        self.owner = merge.into.gather(1, self.owner)
+        self.sizes = torch.zeros(merge.keep.shape, device=self.sizes.device).scatter_add(1, merge.into, self.sizes)
+        self.by_count[merge.keep.shape[1]] = self.owner
+
+    def spread(self, value: Tensor) -> Tensor:
+        """Values per token (segments, ..., tokens) -> per patch (segments, ..., patches)."""
+        index = self.owner.view(len(self.owner), *[1] * (value.ndim - 2), -1)
+        return value.gather(-1, index.expand(*value.shape[:-1], -1))
 
 
 @dataclass
@@ -24,11 +56,13 @@ class Capture:
     Attributes:
         modality: what is being encoded; a tower may serve several.
         needs: what is read for it.
+        merged: while a tower runs whose tokens are being merged, what became of them.
     """
 
     modality: str
     needs: Needs
     values: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    merged: Merged | None = None
 
     def add(self, what: str, layer: int, value: Tensor) -> None:
         self.values.setdefault((what, layer), []).append(value)
@@ -66,6 +100,7 @@ class Tower:
     """
 
     has_cls = False
+    equal_grids = False  # whether one forward is a batch of square grids of one size
 
     def __init__(
         self, module: nn.Module, feature_layer: int, pool: Callable[[Tensor], Tensor] | None = None
@@ -107,6 +142,11 @@ class Tower:
 
     # -- provided -----------------------------------------------------------------------------------------------
     @property
+    def can_merge(self) -> bool:
+        """Whether tokens may be merged inside: a patch is a cell, and all segments have one length."""
+        return self.equal_grids and self.pool is None and type(self).to_cells is Tower.to_cells
+
+    @property
     def provides(self) -> frozenset[str]:
         kinds = {"received_attention", "keys"}
         return frozenset(kinds | {"cls_attention", "cls_logits"} if self.has_cls else kinds)
@@ -144,18 +184,22 @@ class Tower:
     def record(self, capture: Capture, layer: int, query: Tensor, key: Tensor) -> None:
         """Keep what was asked of one layer; query and key: (segments, heads, tokens, head_dim)."""
         first = int(self.has_cls)
+
+        def cells(value: Tensor) -> Tensor:
+            return self.to_cells(value if capture.merged is None else capture.merged.spread(value))
+
         if layer in capture.needs.cls_attention:
             rows = attention_rows(query[:, :, :1], key, self.scale(layer))[:, :, 0, 1:]
-            capture.add("cls_attention", layer, self.to_cells(rows))
+            capture.add("cls_attention", layer, cells(rows))
         if layer in capture.needs.cls_logits:
             # the mean over heads of q_h k_h is the product of all heads side by side, divided by their number
             logits = torch.einsum("shd,shnd->sn", query[:, :, 0].float(), key[:, :, 1:].float())
-            capture.add("cls_logits", layer, self.to_cells(logits * (self.scale(layer) / query.shape[1])))
+            capture.add("cls_logits", layer, cells(logits * (self.scale(layer) / query.shape[1])))
         if layer in capture.needs.received_attention:
-            capture.add("received_attention", layer, self.to_cells(self.received(query, key, layer)[:, first:]))
+            capture.add("received_attention", layer, cells(self.received(query, key, layer)[:, first:]))
         if layer in capture.needs.keys:
             flat = key[:, :, first:].transpose(1, 2).flatten(2)
-            capture.add("keys", layer, self.to_cells(flat.transpose(1, 2)).transpose(1, 2))
+            capture.add("keys", layer, cells(flat.transpose(1, 2)).transpose(1, 2))
 
 
 class _Pending(PerThread):

@@ -9,7 +9,10 @@ class ClipTower(Tower):
     """CLIP vision transformer: token 0 is the class token."""
 
     has_cls = True
+    equal_grids = True
 
 
 class SiglipTower(Tower):
     """SigLIP vision transformer: patches only."""
+
+    equal_grids = True

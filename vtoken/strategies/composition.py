@@ -1,0 +1,160 @@
+"""Several strategies at once, one per stage of a visual token, under one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any
+
+from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
+from .base import Strategy, StrategyInfo, check_budget
+from .registry import create
+
+DEPTH = 32  # of an LLM deep enough for every method, to ask whether a strategy acts inside
+
+
+@dataclass
+class Composite(Strategy):
+    """A projector strategy and one that drops inside the LLM, as one strategy.
+
+    How one budget b is shared: the strategy inside the LLM is held to b itself, in its own meaning (what remains behind its
+    cut, or its average over the layers), of what the unpatched model would feed. The projector strategy is held to
+    `b ** split`, which with the default of one half lets both drop by the same factor. For a whole number b of tokens per
+    image or frame of n tokens the projector strategy keeps `n * (b / n) ** split`. Without `budget` every part keeps its own.
+
+    Args:
+        budget: shared by all parts, None to leave theirs as they are.
+        parts: configured strategies, at most one for each stage; their order does not matter.
+        split: exponent of the projector strategy's share, in [0, 1]; 0 leaves everything to the other, 1 to itself.
+
+    Raises:
+        ValueError: for fewer than two parts, two that act at one stage, or parts with different `positions`.
+    """
+
+    budget: float | int | None = None  # type: ignore[assignment]
+    parts: Sequence[Strategy] = ()
+    _: KW_ONLY
+    split: float = 0.5
+    positions: str = field(default="original", init=False)
+
+    def __post_init__(self) -> None:
+        names = [p.info.name for p in self.parts]
+        if len(names) < 2:
+            raise ValueError(f"A combination needs at least two strategies, found {', '.join(names) or 'none'}.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"Each strategy can be there once, found {', '.join(names)}: leave the repetition out.")
+        if not 0 <= self.split <= 1:
+            raise ValueError(f"split must lie in [0, 1], found {self.split!r}.")
+        at_projector = [p for p in self.parts if p.acts_on_projector]
+        inside = [p for p in self.parts if p.prefill_layers(DEPTH)]
+        for where, found in (("between the tower and the LLM", at_projector), ("inside the LLM", inside)):
+            if len(found) > 1:
+                both = " and ".join(p.info.name for p in found)
+                twice = "mustdrop" in both and len(inside) == 1
+                off = ", or give mustdrop merging=False and key_rate=0" if twice else ""
+                raise ValueError(f"{both} both act {where}, where only one can: choose one of them{off}.")
+        if not at_projector or not inside or at_projector[0] is inside[0]:
+            raise ValueError(
+                f"{' and '.join(names)} do not complement each other: combine a projector strategy such as visionzip with one "
+                "that drops inside the LLM such as fastv."
+            )
+        if len({p.positions for p in self.parts}) > 1:
+            found_positions = ", ".join(f"{p.info.name}: {p.positions}" for p in self.parts)
+            raise ValueError(f"All strategies of a combination need the same positions, found {found_positions}.")
+        self.positions, self.first, self.then = self.parts[0].positions, at_projector[0], inside[0]
+        if self.budget is not None:
+            self.budget = check_budget(self.budget)
+            shared = self.budget**self.split if isinstance(self.budget, float) else self.budget
+            self.first, self.then = replace(self.first, budget=shared), replace(self.then, budget=self.budget)
+        if hasattr(self.then, "entering") and isinstance(self.first.budget, float):
+            self.then.entering = self.first.budget
+        self.info = StrategyInfo(  # type: ignore[misc]
+            name="+".join(names),
+            summary=f"{self.first.info.name} in front of the LLM, then {self.then.info.name} inside it.",
+            stages=tuple(dict.fromkeys(s for p in (self.first, self.then) for s in p.info.stages)),
+            cls=type(self),
+        )
+
+    @property
+    def is_identity(self) -> bool:
+        return self.first.is_identity and self.then.is_identity
+
+    @property
+    def acts_on_projector(self) -> bool:
+        return True
+
+    def needs(self, tower: TowerInfo | None) -> Needs:
+        return self.first.needs(tower)
+
+    def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
+        """Tokens per segment that enter the LLM."""
+        n = sum(s.fed for s in segments)
+        return self._for(n, sum(s.kind == "frame" for s in segments)).counts(segments, budget)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        frames = sum(s.kind == "frame" for s in tokens.segments)
+        first = self._for(len(tokens), frames)
+        return Selection.everything(len(tokens), tokens.cells.device) if first.is_identity else first.select(tokens)
+
+    def _for(self, n: int, frames: int) -> Strategy:
+        """The projector strategy with its share of a whole-number budget for an image or video of n tokens."""
+        if self.budget is None or isinstance(self.budget, float) or n == 0:
+            return self.first
+        share = min(1.0, self.budget * max(1, frames) / n) ** self.split
+        return replace(self.first, budget=float(share))
+
+    def encoder_layers(self, tower: TowerInfo) -> tuple[int, ...]:
+        return () if self.first.is_identity else self.first.encoder_layers(tower)
+
+    def merge_in_encoder(self, tokens: EncoderTokens) -> EncoderMerge | None:
+        return self.first.merge_in_encoder(tokens)
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        return () if self.then.is_identity else self.then.prefill_layers(num_layers)
+
+    def aligned_layers(self, num_layers: int) -> tuple[int, ...]:
+        return self.then.aligned_layers(num_layers)
+
+    def check_depth(self, num_layers: int) -> None:
+        self.then.check_depth(num_layers)
+
+    def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
+        return self.then.select_in_prefill(tokens)
+
+
+def combine(parts: Sequence[Any], budget: float | int | None = None, **options: Any) -> Composite:
+    """Strategies by name or configured, as one.
+
+    Args:
+        parts: names or `Strategy` objects.
+        budget: shared by all; see `Composite`. Objects that were configured with their own keep it where this is None.
+        options: `split`, `positions` for all that are named, and per name a mapping of its hyper-parameters, such as
+            `fastv={"layer": 3}`.
+
+    Raises:
+        TypeError, ValueError: for what is no strategy, unknown options, or parts that do not fit together.
+    """
+    split, positions = options.pop("split", 0.5), options.pop("positions", None)
+    made: list[Strategy] = []
+    for part in parts:
+        if isinstance(part, type) and issubclass(part, Strategy):
+            part = part.info.name
+        if isinstance(part, Strategy):
+            if budget is not None:
+                raise ValueError(
+                    f"{part.info.name} is configured already: give each strategy its budget, or name them and let them share."
+                )
+            made.append(part)
+        elif isinstance(part, str):
+            given = options.pop(part, {})
+            if not isinstance(given, dict):
+                raise ValueError(f"Options of {part} are a mapping such as {part}={{'layer': 3}}, found {given!r}.")
+            made.append(create(part, **({} if positions is None else {"positions": positions}) | given))
+        else:
+            raise TypeError(f"A combination is made of names and vtoken.strategies objects, found {part!r}.")
+    if options:
+        raise ValueError(
+            f"A combination takes split, positions and one mapping per strategy, found {', '.join(options)}: "
+            f"write for example {made[-1].info.name}={{...}}."
+        )
+    return Composite(budget, made, split=split)

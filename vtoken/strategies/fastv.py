@@ -1,0 +1,68 @@
+"""FastV: one cut after K layers of the LLM, by the attention that the last token pays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..tokens import PrefillTokens, Selection
+from .base import Strategy, top_k
+from .registry import register
+from .schedule import check_inside, mean_rows, wanted
+
+QUERIES = ("last", "mean")
+
+
+@register(
+    "fastv",
+    summary="After K layers of the LLM keep the visual tokens to which the last token of the prompt attends most.",
+    stages=("prefill",),
+    paper="An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764",
+    code="github.com/pkunlp-icler/FastV",
+    differs="Ranks per prompt, with the union of its images as candidates; the public code uses the first prompt's choice for "
+    "the whole batch and knows one image. Padding stays masked behind the cut.",
+)
+@dataclass
+class FastV(Strategy):
+    """FastV (arXiv 2403.06764).
+
+    Layers 0 .. K-1 read all visual tokens. In front of layer K they are ranked by the attention, averaged over heads, that
+    layer K-1 pays to them from the last token of the prompt; `round(budget * n)` stay. The budget is what remains behind
+    the cut: R = 50 % of the paper is `budget=0.5`.
+
+    Args:
+        layer: K, the number of layers that read everything. 0 keeps a random subset, as the paper does where no attention
+            exists yet.
+        query: "last" (the public code), or "mean" over the text behind the first image (closer to the paper's words).
+        seed: of the subset for `layer=0`.
+    """
+
+    budget: float | int = 0.5
+    layer: int = 2
+    query: str = "last"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
+            raise ValueError(f"layer must be a whole number of at least 0, found {self.layer!r}.")
+        if self.query not in QUERIES:
+            raise ValueError(f"query must be 'last' or 'mean', found {self.query!r}.")
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def check_depth(self, num_layers: int) -> None:
+        check_inside((self.layer,), num_layers, self.info.name)
+
+    def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
+        n, device = len(tokens.visual_rows), tokens.visual.device
+        count = min(n, max(1, round(wanted(self.budget, tokens))))
+        if count == n:
+            return Selection.everything(n, device)
+        if self.layer == 0:
+            drawn = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[:count]
+            return Selection(drawn.sort().values.to(device))
+        rows = tokens.last_row if self.query == "last" else tokens.text_rows
+        return Selection(top_k(mean_rows(tokens, rows).mean(0), count))

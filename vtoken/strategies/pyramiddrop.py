@@ -1,0 +1,87 @@
+"""PyramidDrop: a share of the visual tokens goes at the end of each stage of the LLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..tokens import PrefillTokens, Selection
+from .base import Strategy, top_k
+from .registry import register
+from .schedule import check_inside, check_layers, counts_for, lengths, ratio_for, refuse_if_unreachable, wanted
+
+LEAST_RATIO = 0.25  # under it a budget moves the cuts towards the input
+
+
+@register(
+    "pyramiddrop",
+    summary="Drop a fixed share of the visual tokens at a quarter, half and three quarters of the LLM's depth.",
+    stages=("prefill",),
+    paper="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction, "
+    "arXiv 2410.17247",
+    code="github.com/Cooperx521/PyramidDrop",
+    differs="The ratio follows from the budget; budgets below a third, for which the published cuts leave no room, move the "
+    "cuts towards the input. Grouped-query attention, left padding and several images work; positions are kept unless "
+    "positions='renumber'.",
+)
+@dataclass
+class PyramidDrop(Strategy):
+    """PyramidDrop without training (arXiv 2410.17247).
+
+    The cuts lie in front of layers T/4, T/2 and 3T/4 of T. At each, visual tokens are ranked by the attention that the layer
+    itself would pay to them from the last token of the prompt (a preview on its unread input), averaged over heads. Of N
+    tokens int(N r), int(N r^2), int(N r^3) stay. The budget is the average over all layers; r = 0.5, as published, is
+    46.875 % at any depth divisible by four.
+
+    Args:
+        layers: 0-based layers in front of which to drop, instead of the quarters.
+        ratio: r, instead of the one that follows from the budget.
+    """
+
+    budget: float | int = 0.46875
+    layers: tuple[int, ...] | None = None
+    ratio: float | None = None
+    entering: float = field(default=1.0, init=False, repr=False)  # share of the visual tokens that reach the LLM
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers(self.layers)
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio must lie in (0, 1], found {self.ratio!r}.")
+
+    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+        if self.layers is not None:
+            return tuple(self.layers)
+        share = self.budget / self.entering if isinstance(self.budget, float) and self.ratio is None else 1.0
+        for first in range(max(1, num_layers // 4), -1, -1):
+            cuts = [first * i * num_layers // (4 * max(1, num_layers // 4)) for i in (1, 2, 3)]
+            for i in (1, 2):
+                cuts[i] = max(cuts[i], cuts[i - 1] + 1)
+            inside = tuple(i for i in cuts if i < num_layers)
+            if ratio_for(share, lengths(inside, num_layers)) >= LEAST_RATIO or share == 1:
+                break
+        return inside
+
+    def check_depth(self, num_layers: int) -> None:
+        cuts = self.prefill_layers(num_layers)
+        check_inside(cuts, num_layers, self.info.name)
+        if isinstance(self.budget, float) and self.ratio is None:
+            refuse_if_unreachable(self.entering, self.budget, lengths(cuts, num_layers), self.info.name)
+
+    def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
+        cuts, visual = self.prefill_layers(tokens.num_layers), tokens.visual_rows
+        if "counts" not in tokens.memory:
+            tokens.memory["counts"] = self._counts(tokens, cuts)
+        count = min(len(visual), tokens.memory["counts"][cuts.index(tokens.layer)])
+        if count == len(visual):
+            return Selection.everything(count, visual.device)
+        assert tokens.preview_rows is not None
+        return Selection(top_k(tokens.preview_rows(tokens.last_row)[:, 0, visual].mean(0), count))
+
+    def _counts(self, tokens: PrefillTokens, cuts: tuple[int, ...]) -> list[int]:
+        n = len(tokens.visual_rows)
+        if self.ratio is not None:
+            return [max(1, int(n * self.ratio**i + 1e-6)) for i in range(1, len(cuts) + 1)]
+        average = wanted(self.budget, tokens)
+        if average >= n:
+            return [n] * len(cuts)
+        return counts_for(n, average, lengths(cuts, tokens.num_layers), self.info.name)
