@@ -20,7 +20,7 @@ from .scores import SCORES, attention_needs, attention_scores
     stages=("projector",),
     paper="HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution VLMs, arXiv 2408.10945",
     code="github.com/hasanar1f/HiRED",
-    code_licence="Apache-2.0",
+    code_licence="MIT",
     differs="Crops get their true block of the thumbnail (allocation='paper'); the public code counts consecutive raster "
     "chunks (allocation='code') and mis-stitches non-square canvases, which is not reproduced.",
 )

@@ -20,6 +20,7 @@ from .schedule import check_inside, wanted
     stages=("prefill",),
     paper="LLaVolta: Efficient Multi-modal Models via Stage-wise Visual Context Compression, arXiv 2406.20092",
     code="github.com/Beckschen/LLaVolta",
+    code_licence="Apache-2.0",
     differs="Only the pooling, which needs no training. Masks are cut by column (the public code keeps the first ones, which "
     "is wrong with padding); a mean sits at the position of the token in the middle of its run, which is the floored mean of "
     "1-D positions; with multimodal rope the published rule is not defined.",

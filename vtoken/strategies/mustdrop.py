@@ -31,6 +31,7 @@ from .windows import merge_windows, similar_windows, window_cells
     stages=("encoder", "projector", "prefill", "cache"),
     paper="Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model, arXiv 2411.10803",
     code="github.com/liuting20/MustDrop",
+    code_licence="Apache-2.0",
     differs="Survivors keep their order on the grid and their positions, a merged window sits at its centre (the public code "
     "puts merged windows first and renumbers, which leaves aligned layers with wrong distances). The budget form of the filter "
     "is exact for the published ratio of thresholds but is ours. Towers without CLS rank by attention received, towers whose "

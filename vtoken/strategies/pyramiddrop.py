@@ -19,6 +19,7 @@ LEAST_RATIO = 0.25  # under it a budget moves the cuts towards the input
     paper="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction, "
     "arXiv 2410.17247",
     code="github.com/Cooperx521/PyramidDrop",
+    code_licence="MIT",
     differs="The ratio follows from the budget; budgets below a third, for which the published cuts leave no room, move the "
     "cuts towards the input. Grouped-query attention, left padding and several images work; positions are kept unless "
     "positions='renumber'.",

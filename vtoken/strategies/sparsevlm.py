@@ -44,6 +44,7 @@ def recycled(dropped: int) -> int:
     stages=("prefill",),
     paper="SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417",
     code="github.com/Gumpest/SparseVLMs",
+    code_licence="Apache-2.0",
     differs="Clustering is deterministic: equal densities go to the lower index, the public code adds noise. Merged tokens sit "
     "at the place of their cluster's centre, not behind the kept ones. Positions are kept (the public v1 renumbers). Text "
     "between several images rates only what lies before it. The rotary correction of v2 comes from the model's own tables "

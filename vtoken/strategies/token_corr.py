@@ -23,8 +23,8 @@ SAMPLING = ("topk", "multinomial")
     summary="Keep of every crop as many tokens as its keys are dissimilar, plus attention outliers; fold the rest into them.",
     stages=("projector",),
     paper="Token-level Correlation-guided Compression for Efficient Multimodal Document Understanding, arXiv 2407.14439",
-    code="github.com/JiuTian-VL/TokenCorrCompressor (no code released)",
-    code_licence="none",
+    code="github.com/JiuTian-VL/TokenCorrCompressor",
+    code_licence="no code released",
     differs="No code and no complete description are public. Not published, and chosen here: the layers (low_layer=1, the deep "
     "one makes the features), tau=0.9, beta=0.1, kappa=1.5, rounding to nearest, ranking instead of sampling by default, the "
     "weights of the aggregation, which runs behind the projector, and what becomes of the thumbnail. A number as budget is an "
@@ -45,7 +45,9 @@ class TokenCorr(Strategy):
         budget: None lets the content decide; a share or a whole number is an upper limit for an image or video, to which
             the crops' numbers are scaled down together.
         low_layer: tower layer of keys and sampling attention, 0-based.
-        tau, beta, kappa: similarity threshold, share of similar tokens that makes a token redundant, outlier factor.
+        tau: cosine of keys above which tokens are similar.
+        beta: share of similar tokens above which a token is redundant.
+        kappa: outlier factor, of the distance between the quartiles.
         sampling: "topk" keeps the highest `a`, "multinomial" draws by `a` without replacement.
         seed: of the draw, which depends on it and on the crop's number alone.
         aggregate: fold dropped tokens into kept ones; False drops them.

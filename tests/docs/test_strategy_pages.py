@@ -1,0 +1,46 @@
+"""Every strategy has a page, and no page is stale."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from vtoken.strategies import list_names, strategy_info
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("generate_strategy_pages", DOCS / "generate_strategy_pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PAGES = generator().pages()
+NAMES = [n for n in list_names() if strategy_info(n).cls.__module__.startswith("vtoken.")]
+
+
+def test_there_is_a_page_for_every_strategy_and_none_besides():
+    assert {f"{n}.md" for n in NAMES} | {"README.md"} == set(PAGES) == {p.name for p in (DOCS / "strategies").iterdir()}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page_is_what_would_be_written_now(name):
+    fresh = (DOCS / "strategies" / name).read_text(encoding="utf-8") == PAGES[name]
+    assert fresh, f"docs/strategies/{name} is stale: run python docs/generate_strategy_pages.py"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_says_what_a_reader_needs(name):
+    info, page = strategy_info(name), PAGES[f"{name}.md"]
+    assert info.summary in page and info.paper in page
+    assert info.baseline or (info.paper and info.code and info.differs), (
+        "published methods name paper, code and differences"
+    )
+    assert info.experimental == ("**Experimental:**" in page)
+    for option, value in info.defaults.items():
+        assert f"| `{option}` | `{value!r}` |" in page or option == "entering"
+    assert f'vtoken.patch(model, "{name}"' in page
