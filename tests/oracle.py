@@ -9,7 +9,7 @@ masked from their layer on.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,23 @@ class Prompt:
         return Prompt(torch.cat([self.embeds, embed]), positions, index, allowed, deepstack)
 
 
+@dataclass
+class Inside:
+    """What happens within the language model, for one prompt.
+
+    ``drop[k]`` is a bool (m,) over the first m tokens: those that are False are seen by nobody from layer k on.
+    ``mix[k]`` is a float (m, m) matrix that replaces the first m hidden states in front of layer k.
+    ``evict[i]`` is a bool (m,): what later forwards still find in the cache of layer i; the prompt that was read in the
+    first forward ends before column ``read``. ``renumber`` closes the gaps in the positions behind every drop.
+    """
+
+    drop: dict[int, Tensor] = field(default_factory=dict)
+    mix: dict[int, Tensor] = field(default_factory=dict)
+    evict: dict[int, Tensor] = field(default_factory=dict)
+    read: int = 0
+    renumber: bool = False
+
+
 def clone(inputs: dict) -> dict:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
@@ -101,55 +118,52 @@ def _pattern(mask) -> Tensor | None:
     return (mask if mask.dtype == torch.bool else mask >= 0)[:, 0, :, : mask.shape[2]]
 
 
-def hidden(
-    model, prompt: Prompt, drop: dict[int, Tensor] | None = None, mix: dict[int, Tensor] | None = None
-) -> Tensor:
-    """(n, hidden): the language model's output for one prompt.
-
-    ``drop[k]`` is a bool (m,) over the first m tokens: those that are False are seen by nobody from layer k on.
-    ``mix[k]`` is a float (m, m) matrix that replaces the first m hidden states in front of layer k.
-    """
+def hidden(model, prompt: Prompt, inside: Inside | None = None) -> Tensor:
+    """(n, hidden): the language model's output for one prompt."""
     lm, n = model.get_decoder(), len(prompt)
-    if not drop and not mix and prompt.allowed is None:
-        extra = {}
-        if prompt.deepstack is not None:
-            everywhere = torch.ones(1, n, dtype=torch.bool)
-            extra = dict(visual_pos_masks=everywhere, deepstack_visual_embeds=prompt.deepstack)
-        mask = torch.ones(1, n, dtype=torch.long)
-        positions = prompt.positions[..., None, :]
-        return lm(
-            inputs_embeds=prompt.embeds[None], position_ids=positions, attention_mask=mask, use_cache=False, **extra
-        ).last_hidden_state[0]
-    return _layer_by_layer(lm, prompt, drop or {}, mix or {})
+    if inside is not None or prompt.allowed is not None:
+        return _layer_by_layer(lm, prompt, inside or Inside())
+    extra = {}
+    if prompt.deepstack is not None:
+        everywhere = torch.ones(1, n, dtype=torch.bool)
+        extra = dict(visual_pos_masks=everywhere, deepstack_visual_embeds=prompt.deepstack)
+    mask = torch.ones(1, n, dtype=torch.long)
+    where = dict(position_ids=prompt.positions[..., None, :], attention_mask=mask)
+    return lm(inputs_embeds=prompt.embeds[None], **where, use_cache=False, **extra).last_hidden_state[0]
 
 
-def _layer_by_layer(lm, prompt: Prompt, drop: dict[int, Tensor], mix: dict[int, Tensor]) -> Tensor:
+def _layer_by_layer(lm, prompt: Prompt, inside: Inside) -> Tensor:
     n, h = len(prompt), prompt.embeds[None]
     positions = prompt.positions[..., None, :]
     positions = positions[1:] if positions.ndim == 3 and len(positions) == 4 else positions
     kinds = getattr(lm.config, "layer_types", None) or [""] * len(lm.layers)
-    if "layer_type" in inspect.signature(lm.rotary_emb.forward).parameters:
-        rotary = {kind: lm.rotary_emb(h, positions, kind) for kind in set(kinds)}
-    else:
-        rotary = dict.fromkeys(kinds, lm.rotary_emb(h, positions))
+    typed = "layer_type" in inspect.signature(lm.rotary_emb.forward).parameters
+    itself = torch.eye(n, dtype=torch.bool)
+    lowest = torch.finfo(torch.float32 if h.dtype == torch.float64 else h.dtype).min
     allowed = torch.ones(n, n, dtype=torch.bool).tril() if prompt.allowed is None else prompt.allowed
-    alive, lowest = (
-        torch.ones(n, dtype=torch.bool),
-        torch.finfo(min(h.dtype, torch.float32, key=lambda d: d.itemsize)).min,
-    )
+    alive, later = torch.ones(n, dtype=torch.bool), prompt.index >= inside.read
     for i, layer in enumerate(lm.layers):
-        if i in mix:
-            m = len(mix[i])
-            h = torch.cat([(mix[i].to(h.dtype) @ h[0, :m])[None], h[:, m:]], 1)
-        if i in drop:
-            alive = alive & torch.cat([drop[i], torch.ones(n - len(drop[i]), dtype=torch.bool)])
-        seen = allowed & (alive[None] | torch.eye(n, dtype=torch.bool))
+        if i in inside.mix:
+            m = len(inside.mix[i])
+            h = torch.cat([(inside.mix[i].to(h.dtype) @ h[0, :m])[None], h[:, m:]], 1)
+        if i in inside.drop:
+            alive = alive & _longer(inside.drop[i], n)
+        seen = allowed & (alive[None] | itself)
+        if i in inside.evict:
+            seen = seen & (_longer(inside.evict[i], n)[None] | ~later[:, None])
         mask = torch.zeros(n, n, dtype=h.dtype).masked_fill(~seen, lowest)[None, None]
-        h = layer(h, attention_mask=mask, position_embeddings=rotary[kinds[i]], past_key_values=None)
+        gaps = (~alive).cumsum(0) if inside.renumber else 0
+        rotary = lm.rotary_emb(h, (positions - gaps).clamp(min=0), *[kinds[i]] * typed)
+        h = layer(h, attention_mask=mask, position_embeddings=rotary, past_key_values=None)
         h = h[0] if isinstance(h, tuple) else h
         if prompt.deepstack is not None and i < len(prompt.deepstack):
             h = h + prompt.deepstack[i][None]
     return lm.norm(h)[0]
+
+
+def _longer(mask: Tensor, n: int) -> Tensor:
+    """What holds for the prompt, with True for everything said since."""
+    return torch.cat([mask, torch.ones(n - len(mask), dtype=torch.bool)])
 
 
 def shortened(
@@ -200,21 +214,28 @@ def generate(
     merge: list[Tensor | None] | None = None,
     drop: dict[int, Tensor] | None = None,
     mix: list[dict[int, Tensor]] | None = None,
+    evict: dict[int, Tensor] | None = None,
+    read: int | None = None,
     renumber: bool = False,
     forced: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Greedy decoding -> ids (batch, steps) and logits (steps, batch, vocabulary).
 
-    ``drop`` maps a layer to a bool (batch, L), ``mix`` holds for each row its ``{layer: matrix}``; ``forced``
-    (batch, steps) are the ids to be scored instead of the greedy ones. For the others see ``shortened``.
+    ``drop`` and ``evict`` map a layer to a bool (batch, L), ``mix`` holds for each row its ``{layer: matrix}``, ``read``
+    is L unless some of the columns were said later (see ``Inside``); ``forced`` (batch, steps) are the ids to be scored
+    instead of the greedy ones. For the others see ``shortened``.
     """
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
     ids, logits = [], []
     for b, prompt in enumerate(shortened(model, inputs, keep, merge, renumber)):
-        rows = {k: d[b, prompt.index] for k, d in (drop or {}).items()}
+        inside = None
+        if drop or evict or any(mix or ()):
+            cuts = [{k: d[b, prompt.index] for k, d in (of or {}).items()} for of in (drop, evict)]
+            length = inputs["input_ids"].shape[1] if read is None else read
+            inside = Inside(cuts[0], mix[b] if mix else {}, cuts[1], length, renumber)
         row_ids, row_logits = [], []
         for t in range(steps):
-            out = head(hidden(model, prompt, rows, None if mix is None else mix[b])[-1])
+            out = head(hidden(model, prompt, inside)[-1])
             row_logits.append(out)
             row_ids.append(pick(out) if forced is None else forced[b, t])
             prompt = prompt.append(embed(row_ids[-1][None]))

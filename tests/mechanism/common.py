@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,7 +20,19 @@ EFFECT = 1e-2  # what pruning must at least do to the logits, or the test would 
 PATCHABLE = [name for name, family in FAMILIES.items() if family.config().model_type in list_families()]
 
 
+FRONT: dict = dict()
+BOTH = dict(layers=(2,), budget=0.6)
+ALIGNED = dict(layers=(1, 3), aligned=(0, 1, 2), budget=0.6)
 SOME = [name for name in ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3") if name in PATCHABLE]
+
+
+def everywhere(**few: dict) -> pytest.MarkDecorator:
+    """Parametrises over `name` and `options` of `Fixed`: drops before and inside the LLM for every family, further
+    options for some of them.
+    """
+    cases = [(name, BOTH) for name in PATCHABLE] + [(name, options) for options in few.values() for name in SOME]
+    ids = [f"{name}-both" for name in PATCHABLE] + [f"{name}-{key}" for key in few for name in SOME]
+    return pytest.mark.parametrize(("name", "options"), cases, ids=ids)
 
 
 @functools.cache
@@ -72,7 +85,9 @@ def expected(name: str, inputs: dict, spy: Spy, steps: int = STEPS, model=None, 
     keep, merge = spy.in_front(family, inputs) if spy.items else (None, None)
     everything = torch.ones_like(inputs["attention_mask"]).bool()
     drop, mix = spy.inside(family, inputs, everything if keep is None else keep)
-    return oracle.generate(model, inputs, keep, steps, merge=merge, drop=drop, mix=mix if any(mix) else None, **kwargs)
+    alive = functools.reduce(torch.logical_and, drop.values(), everything)
+    evict = dict.fromkeys(spy.strategy.aligned_layers(4), alive) if drop else {}
+    return oracle.generate(model, inputs, keep, steps, merge=merge, drop=drop, mix=mix, evict=evict, **kwargs)
 
 
 def consistent(name: str, inputs: dict, **kwargs) -> bool:

@@ -21,6 +21,7 @@ class Fixed(Strategy):
         merge: let dropped tokens flow into kept ones with random weights.
         layers: LLM layers to drop at.
         projector: whether to drop in front of the LLM as well.
+        aligned: LLM layers whose cache keeps only what survived the last drop, once the prompt has been read.
     """
 
     budget: float | int = 0.5
@@ -28,6 +29,7 @@ class Fixed(Strategy):
     merge: bool = False
     layers: tuple[int, ...] = ()
     projector: bool = True
+    aligned: tuple[int, ...] = ()
 
     @property
     def acts_on_projector(self) -> bool:
@@ -35,6 +37,9 @@ class Fixed(Strategy):
 
     def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
         return self.layers
+
+    def aligned_layers(self, num_layers: int) -> tuple[int, ...]:
+        return self.aligned
 
     def select(self, tokens: VisualTokens) -> Selection:
         return self._draw(len(tokens), round(float(tokens.features.float().sum()) * 10))

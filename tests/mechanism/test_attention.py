@@ -10,9 +10,8 @@ import vtoken
 from tests.models import FAMILIES
 from tests.oracle import clone
 
-from .common import PATCHABLE, SOME, assert_close, assert_moved, assert_same, expected, run, subject
+from .common import BOTH, FRONT, PATCHABLE, SOME, assert_close, assert_moved, assert_same, expected, run, subject
 from .fixed import Fixed, patched
-from .test_decoding import BOTH, FRONT
 
 
 @pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
@@ -101,8 +100,9 @@ def test_double_precision(name):
     assert_close(torch.stack(out.logits), logits, 2e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", PATCHABLE)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(n, torch.bfloat16) for n in PATCHABLE] + [(n, torch.float16) for n in SOME]
+)
 def test_half_precision(name, dtype):
     """Kept dtype, finite logits, near those in float32 with the same selection."""
     model, inputs = subject(name, dtype=dtype), FAMILIES[name].batch("ragged", dtype)

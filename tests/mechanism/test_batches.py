@@ -7,7 +7,22 @@ import torch
 
 from tests.models import FAMILIES, KINDS
 
-from .common import PATCHABLE, assert_moved, assert_same, clean, consistent, expected, new_ids, run, subject
+from .common import (
+    ALIGNED,
+    BOTH,
+    FRONT,
+    PATCHABLE,
+    SOME,
+    assert_moved,
+    assert_same,
+    clean,
+    consistent,
+    everywhere,
+    expected,
+    new_ids,
+    run,
+    subject,
+)
 from .fixed import patched
 
 
@@ -31,33 +46,35 @@ def test_merging(name):
     assert (expected(name, inputs, spy)[1] - torch.stack(out.logits)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", [n for n in PATCHABLE if not n.startswith("qwen")])
-def test_renumbered_positions(name):
+ONE_ROPE = [name for name in PATCHABLE if not name.startswith("qwen")]
+
+
+@pytest.mark.parametrize("options", [FRONT, dict(BOTH, layers=(1, 3))], ids=["before", "both"])
+@pytest.mark.parametrize("name", ONE_ROPE)
+def test_renumbered_positions(name, options):
     model, inputs = subject(name), FAMILIES[name].batch("ragged")
-    with patched(model, positions="renumber") as spy:
+    with patched(model, positions="renumber", **options) as spy:
         out = run(model, inputs)
     want = expected(name, inputs, spy, renumber=True)
     assert_same(out, inputs, want)
     assert (want[1] - expected(name, inputs, spy)[1]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("layers", [(), (1, 3)], ids=["before", "inside"])
-@pytest.mark.parametrize("name", PATCHABLE)
-def test_static_cache(name, layers):
+@everywhere(before=FRONT, aligned=ALIGNED)
+def test_static_cache(name, options):
     model, inputs = subject(name), FAMILIES[name].batch("ragged")
-    with patched(model, layers=layers, budget=0.6) as spy:
+    with patched(model, **options) as spy:
         out = run(model, inputs, cache_implementation="static", disable_compile=True)
     assert_same(out, inputs, expected(name, inputs, spy))
 
 
-@pytest.mark.parametrize("layers", [(), (2,)], ids=["before", "inside"])
-@pytest.mark.parametrize("name", PATCHABLE)
-def test_without_cache(name, layers):
+@everywhere(before=FRONT)
+def test_without_cache(name, options):
     """Every step reads the whole prompt again, and the strategy is asked again: it must have the same answer."""
     model, inputs = subject(name), FAMILIES[name].batch("ragged")
     if not consistent(name, inputs, use_cache=False):
         pytest.skip("the unpatched model disagrees with itself")
-    with patched(model, layers=layers) as spy:
+    with patched(model, **options) as spy:
         run(model, inputs, steps=1, use_cache=False)
         want = expected(name, inputs, spy)
         out = run(model, inputs, use_cache=False)
@@ -65,8 +82,7 @@ def test_without_cache(name, layers):
     assert_moved(out, name, inputs)
 
 
-@pytest.mark.parametrize("size", [7, 20])
-@pytest.mark.parametrize("name", PATCHABLE)
+@pytest.mark.parametrize(("name", "size"), [(n, 7) for n in PATCHABLE] + [(n, 20) for n in SOME])
 def test_chunked_prefill(name, size):
     model, inputs = subject(name), FAMILIES[name].batch("ragged")
     if not consistent(name, inputs, prefill_chunk_size=size):

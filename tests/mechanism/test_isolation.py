@@ -12,9 +12,20 @@ import vtoken
 from tests.models import FAMILIES
 from tests.oracle import clone
 
-from .common import EFFECT, PATCHABLE, SOME, assert_close, assert_moved, assert_same, clean, expected, run, subject
+from .common import (
+    BOTH,
+    EFFECT,
+    PATCHABLE,
+    SOME,
+    assert_close,
+    assert_moved,
+    assert_same,
+    clean,
+    expected,
+    run,
+    subject,
+)
 from .fixed import Fixed, patched
-from .test_decoding import BOTH
 
 
 def logits(model, inputs: dict) -> torch.Tensor:
@@ -44,8 +55,7 @@ def test_unpatch_restores_everything(name):
     vtoken.unpatch(model)
 
 
-@pytest.mark.parametrize("strategy", ["random", "pool"])
-@pytest.mark.parametrize("name", PATCHABLE)
+@pytest.mark.parametrize(("name", "strategy"), [(n, "pool") for n in PATCHABLE] + [(n, "random") for n in SOME])
 def test_the_whole_budget_is_the_unpatched_model(name, strategy):
     model, inputs = subject(name), FAMILIES[name].batch("ragged")
     want = logits(model, inputs)

@@ -14,9 +14,8 @@ import vtoken
 from tests.models import FAMILIES, SPECIAL
 from tests.models.common import IMG, PAD
 
-from .common import SOME, assert_moved, assert_same, expected, run, subject
+from .common import BOTH, SOME, assert_moved, assert_same, expected, run, subject
 from .fixed import Fixed, Spy, patched
-from .test_decoding import BOTH
 
 
 @pytest.mark.parametrize("order", ["dispatch, then patch", "patch, then dispatch"])
