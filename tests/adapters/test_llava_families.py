@@ -286,3 +286,15 @@ def test_remembered_sizes_do_not_grow_without_end():
         assert 0 < len(known) < 10
         model(**encode_again)
     assert encode(model, {k: encode_again[k] for k in ("pixel_values", "image_sizes")})[0].segments[0].kind == "thumbnail"
+
+
+def test_sizes_first_met_in_inference_mode_serve_training():
+    model, inputs = model_of("llava_next"), prompts("llava_next", model_of("llava_next"), [[picture(41, 23)]])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMG, -100)
+    with vtoken.applied(model, "pool", budget=0.3):
+        with torch.inference_mode():
+            model(**inputs)
+        model(**inputs, labels=labels).loss.backward()
+    grads = [p.grad for n, p in model.named_parameters() if "multi_modal_projector" in n]
+    model.zero_grad(set_to_none=True)
+    assert all(g is not None and bool(g.abs().sum() > 0) for g in grads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def find_tower(
 class LlavaAdapter(Adapter):
     """`LlavaForConditionalGeneration`, `VipLlavaForConditionalGeneration`."""
 
-    model_types = ("llava", "vipllava")
+    model_types: ClassVar[tuple[str, ...]] = ("llava", "vipllava")
 
     def make_towers(self) -> dict[str, Tower]:
         return find_tower(self.base.vision_tower, self.config)

@@ -42,7 +42,7 @@ class LlavaNextAdapter(Adapter):
         sizes = [(int(h), int(w)) for h, w in torch.as_tensor(arguments["image_sizes"]).tolist()]
         return [
             self._image_layout(size, split, self._first(arguments), options)
-            for size, split in zip(sizes, self.are_split(arguments, len(sizes)), strict=True)
+            for size, split in zip(sizes, self.are_split(arguments, len(sizes)), strict=False)  # as the model pairs them
         ]
 
     def video_layouts(self, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:

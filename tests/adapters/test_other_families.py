@@ -1,0 +1,307 @@
+"""InternVL, SmolVLM and Idefics3, Gemma3, Mistral3, PaliGemma: what strategies see, and what generate() makes of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtoken
+from tests import oracle
+from tests.mechanism.common import assert_same, clean, expected, run, subject
+from tests.mechanism.fixed import patched
+from tests.models import FAMILIES
+from tests.models.common import END, IMG, ROW, START, left_pad, pixels, text
+from tests.models.siglip import GRIDS, TILES
+from vtoken.strategies import create
+
+from .families import Probe, assert_near, block_means, check, eager, loudest, maps_of, seen
+
+NAMES = ("internvl", "smolvlm", "idefics3", "gemma3", "mistral3", "paligemma")
+STRATEGIES = {
+    "random": {},
+    "uniform": {},
+    "pool": {},
+    "hired": dict(score="received"),
+    "vtc_cls": dict(score="received", layers=2),
+}
+GLOBAL, LINE = ROW + 9, 50  # the tag of a whole image, and what stands for a line break
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_strategies(name, strategy):
+    """Left-padded rows with one and two images of different sizes, and a row of text."""
+    inputs = FAMILIES[name].prompt([[0], [1, 2], []])
+    check(name, strategy, inputs, **STRATEGIES[strategy])
+
+
+@pytest.mark.parametrize("strategy", ["hired", "vtc_cls"])
+def test_class_token_of_internvl(strategy):
+    check("internvl", strategy, FAMILIES["internvl"].prompt([[0], [1, 2], []]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_full_budget_is_the_unpatched_model(name):
+    inputs = FAMILIES[name].batch("ragged")
+    with vtoken.applied(subject(name), "random", budget=1.0):
+        out = run(subject(name), inputs)
+    plain = run(clean(name), inputs)
+    assert torch.equal(torch.stack(out.logits), torch.stack(plain.logits))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_list_strategies_knows_what_fits(name):
+    fit = set(vtoken.list_strategies(model=clean(name)))
+    assert {"random", "uniform", "pool"} <= fit
+    assert ({"hired", "vtc_cls"} <= fit) == (name == "internvl")
+    if name != "internvl":
+        with pytest.raises(ValueError, match='score="received"'):
+            vtoken.patch(subject(name), "vtc_cls")
+
+
+# -- one image, many tiles ----------------------------------------------------------------------------------------
+def test_tiles_of_one_run_are_one_image():
+    items = seen(subject("internvl"), FAMILIES["internvl"].prompt([[0, 1], [2]]), received=False, keys=False)
+    assert [len(item.segments) for item in items] == TILES
+    for item in items:
+        assert item.cells.tolist() == list(range(len(item))) and {s.grid for s in item.segments} == {(4, 4)}
+
+
+def test_frames_of_a_video_are_images_to_internvl():
+    """The processor writes one image per frame with words between them."""
+    frames = [[*text(2, 60 + f), START, *[IMG] * 16, END] for f in range(3)]
+    ids, mask = left_pad([[*text(3, 1), *[t for f in frames for t in f], *text(4, 2)]])
+    inputs = dict(input_ids=ids, attention_mask=mask, pixel_values=pixels(3, 3, 56, 56, seed=4))
+    check("internvl", "hired", inputs)
+    assert [len(i.segments) for i in seen(subject("internvl"), inputs, received=False, keys=False)] == [1, 1, 1]
+
+
+def tiled(rows: int, columns: int) -> list[int]:
+    """The placeholders of an image as the processors of Idefics3 and SmolVLM write them."""
+    ids = []
+    for r in range(rows):
+        for c in range(columns):
+            ids += [START, ROW + 3 * r + c, *[IMG] * 16]
+        ids.append(LINE)
+    return [*ids, *([LINE] if rows else []), START, GLOBAL, *[IMG] * 16, START]
+
+
+def tiled_inputs(prompts: list[list[tuple[int, int]]], values: Tensor | None = None) -> dict[str, Tensor]:
+    ids, mask = left_pad([[*text(3, i), *[t for g in p for t in [*tiled(*g), 9]], *text(4, 7)] for i, p in enumerate(prompts)])
+    counts = [sum(r * c + 1 for r, c in p) for p in prompts]
+    made = torch.zeros(len(prompts), max(counts), 3, 56, 56)
+    for b, n in enumerate(counts):
+        made[b, :n] = pixels(n, 3, 56, 56, seed=b)
+    return dict(input_ids=ids, attention_mask=mask, pixel_values=made if values is None else values)
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
+def test_tiles_between_tags(name):
+    inputs = tiled_inputs([[(2, 3), (0, 0)], [(1, 2)], [(3, 1), (2, 2)]])
+    items = seen(subject(name), inputs, received=False, keys=False)
+    assert [len(item.segments) for item in items] == [7, 1, 3, 4, 5]
+    first = items[0]
+    assert [s.kind for s in first.segments] == ["thumbnail"] + ["crop"] * 6
+    assert [s.place for s in first.segments[1:]] == [(r, c) for r in range(2) for c in range(3)]
+    assert first.segments[6].box == (2 / 3, 1 / 2, 1, 1)
+    assert [s.place for s in items[3].segments[1:]] == [(0, 0), (1, 0), (2, 0)]
+    assert items[1].segments[0].kind == "image"
+    assert first.cells.tolist() == [*range(16, 112), *range(16)]  # the whole image comes last and is seen first
+    for strategy, options in (("hired", dict(score="received")), ("vtc_cls", dict(score="received")), ("pool", {})):
+        check(name, strategy, inputs, **options)
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
+def test_scores_follow_their_tile(name):
+    """Scores of the thumbnail and the crops are those of the tiles behind them, in the order of the segments."""
+    inputs = tiled_inputs([[(1, 2)]])
+    (item,) = seen(subject(name), inputs)
+    parts = seen(subject(name), dict(inputs, **_single_tiles(inputs)))
+    assert len(parts) == 3
+    for segment, tile in enumerate([2, 0, 1]):
+        assert_near(item.received_attention(3)[segment], parts[tile].received_attention(3)[0])
+        assert_near(item.keys(3)[segment], parts[tile].keys(3)[0])
+
+
+def _single_tiles(inputs: dict) -> dict:
+    ids, mask = left_pad([[*text(3, 1), *[t for _ in range(3) for t in [*tiled(0, 0), 9]], *text(4, 7)]])
+    return dict(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"])
+
+
+# -- geometry -----------------------------------------------------------------------------------------------------
+def pictures(name: str, cell: tuple[int, int] | None) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """A prompt of one grey picture, a white square over one cell if `cell` is given; the grid."""
+    grid = GRIDS[0] if name == "mistral3" else (4, 4)
+    side = 7 if name == "paligemma" else 14
+    inputs = FAMILIES[name].prompt([[0]])
+    values = torch.full_like(inputs["pixel_values"], -0.3)
+    if cell is not None:
+        y, x = cell[0] * side, cell[1] * side
+        values[..., y : y + side, x : x + side] = 3
+    return inputs | dict(pixel_values=values), grid
+
+
+@pytest.mark.parametrize("cell", [(0, 0), (0, 3), (3, 0), (2, 1)])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_marked_patch_is_found_at_its_cell(name, cell):
+    cell = (cell[0], 5) if name == "mistral3" and cell[1] == 3 else cell  # 4 x 6 cells
+    (plain, grid), (marked, _) = pictures(name, None), pictures(name, cell)
+    model = subject(name)
+    (before,), (after,) = (seen(model, p, received=False, keys=False) for p in (plain, marked))
+    assert after.segments[0].grid == grid
+    found = loudest(before, after)
+    assert divmod(found, grid[1]) == cell
+    with vtoken.applied(model, Probe(budget=0.5, received=False, keys=False, mark=(found,))):
+        run(model, marked, 1)
+        visual = vtoken.report(model).visuals[0]
+    assert visual.cells[visual.keep].tolist() == [cell[0] * grid[1] + cell[1]]
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
+@pytest.mark.parametrize("tile", [0, 3, 5, 6])
+def test_a_marked_tile_is_found_at_its_place(name, tile):
+    values = torch.full((1, 7, 3, 56, 56), -0.3)
+    marked = values.clone()
+    marked[0, tile, :, 14:28, 42:56] = 3
+    (before,), (after,) = (
+        seen(subject(name), tiled_inputs([[(2, 3)]], v), received=False, keys=False) for v in (values, marked)
+    )
+    segment, cell = divmod(loudest(before, after), 16)
+    assert divmod(cell, 4) == (1, 3)
+    assert segment == (0 if tile == 6 else tile + 1)
+    if tile < 6:
+        assert after.segments[segment].place == divmod(tile, 3)
+
+
+def test_sizes_of_mistral3():
+    items = seen(subject("mistral3"), FAMILIES["mistral3"].prompt([[0], [1, 2]]), received=False, keys=False)
+    assert [item.segments[0].grid for item in items] == GRIDS
+
+
+# -- scores -------------------------------------------------------------------------------------------------------
+def single_tiles(name: str) -> dict[str, Tensor]:
+    """Three images or more, so that tiles, cells and scores are in the tower's order."""
+    if name in ("smolvlm", "idefics3"):
+        return tiled_inputs([[(0, 0)], [(0, 0), (0, 0)]])
+    return FAMILIES[name].prompt([[0], [1, 2]])
+
+
+def attention(name: str, layer: int):
+    base = eager(name).base_model
+    tower = base.vision_model if name in ("smolvlm", "idefics3") else base.vision_tower
+    if name == "mistral3":
+        return tower.transformer.layers[layer].attention
+    if name == "internvl":
+        return tower.encoder.layer[layer].attention
+    return getattr(tower, "vision_model", tower).encoder.layers[layer].self_attn
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_received_attention_is_that_of_the_eager_maps(name, layer):
+    inputs = single_tiles(name)
+    items = seen(subject(name), inputs, layer=layer, cls=name == "internvl")
+    (maps,) = maps_of(name, inputs, attention(name, layer))
+    got = torch.cat([item.received_attention(layer).flatten() for item in items])
+    if name == "mistral3":
+        want, start = [], 0
+        for h, w in GRIDS:
+            n = 4 * h * w
+            block = maps[0, :, start : start + n, start : start + n]
+            assert_near(block.sum(-1), torch.ones(block.shape[:2]))  # images do not see each other
+            want.append(block_means(block.mean((0, 1)), 2 * h, 2 * w, 2))
+            start += n
+        assert_near(got, torch.cat(want))
+        return
+    if name == "internvl":
+        rows = torch.cat([item.cls_attention(layer) for item in items])
+        assert_near(rows, torch.stack([torch.stack([block_means(h[0, 1:], 8, 8, 2) for h in m]) for m in maps]))
+        maps = maps[..., 1:]
+    side = 1 if name == "paligemma" else 2
+    n = 4 if name == "paligemma" else 8
+    assert_near(got, torch.cat([block_means(m.mean((0, 1)), n, n, side) for m in maps]))
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
+def test_padding_of_a_tile_is_not_looked_at(name):
+    """The lower part of one tile and the right part of another are padding."""
+    inputs = tiled_inputs([[(0, 0)], [(0, 0)]])
+    mask = torch.ones(2, 1, 56, 56, dtype=torch.long)
+    mask[0, :, 35:], mask[1, :, :, 21:] = 0, 0
+    inputs["pixel_attention_mask"] = mask
+    items = seen(subject(name), inputs, layer=3)
+    (maps,) = maps_of(name, inputs, attention(name, 3))
+    for item, m, real in zip(items, maps, mask[:, 0, ::7, ::7].flatten(1).bool(), strict=True):
+        assert (m[:, :, ~real] == 0).all()
+        want = block_means(m[:, real].mean((0, 1)), 8, 8, 2)
+        assert_near(item.received_attention(3)[0], want)
+    check(name, "hired", inputs, score="received")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_are_those_of_the_eager_attention(name):
+    inputs, layer, caught = single_tiles(name), 3, []
+    module = attention(name, layer)
+    home = __import__(type(module).__module__, fromlist=["x"])
+    original = home.eager_attention_forward
+
+    def spy(asker, query, key, *args, **kwargs):
+        if asker is module:
+            caught.append(key.transpose(1, 2).flatten(2))
+        return original(asker, query, key, *args, **kwargs)
+
+    home.eager_attention_forward = spy
+    try:
+        with torch.no_grad():
+            eager(name)(**{k: v.clone() for k, v in inputs.items()})
+    finally:
+        home.eager_attention_forward = original
+    items = seen(subject(name), inputs, layer=layer)
+    got = torch.cat([item.keys(layer).flatten(0, 1) for item in items])
+    if name == "mistral3":
+        parts = caught[0][0].split([4 * h * w for h, w in GRIDS])
+        assert_near(got, torch.cat([block_means(p, 2 * h, 2 * w, 2) for p, (h, w) in zip(parts, GRIDS, strict=True)]))
+        return
+    first, n, side = int(name == "internvl"), 4 if name == "paligemma" else 8, 1 if name == "paligemma" else 2
+    assert_near(got, torch.cat([block_means(k[first:], n, n, side) for k in caught[0]]))
+
+
+# -- odd inputs ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_number_of_placeholders(name):
+    inputs = FAMILIES[name].batch("one")
+    places = (inputs["input_ids"][0] == IMG).nonzero()[:, 0]
+    inputs["input_ids"][0, places[-1]] = 9
+    with vtoken.applied(subject(name), "random"), pytest.raises((ValueError, RuntimeError), match="tokens"):
+        run(subject(name), inputs, 1)
+    run(subject(name), FAMILIES[name].batch("one"), 1)  # nothing stays behind
+
+
+def test_smallest_images_of_mistral3():
+    """One row, or one column, of cells (a single cell is more than the unpatched model can split)."""
+    for h, w in ((1, 2), (1, 6), (6, 1)):
+        ids, mask = left_pad([[*text(3, 1), *[IMG] * (h * w), END, *text(4, 2)]])
+        inputs = dict(input_ids=ids, attention_mask=mask, pixel_values=pixels(1, 3, 14 * h, 14 * w))
+        inputs["image_sizes"] = torch.tensor([[14 * h, 14 * w]])
+        with patched(subject("mistral3"), create("hired", budget=0.2, score="received")) as spy:
+            out = run(subject("mistral3"), inputs)
+        assert_same(out, inputs, expected("mistral3", inputs, spy))
+        assert len(spy.items[0][1].keep) == max(1, int(0.2 * h * w))
+
+
+def test_prompts_of_embeddings():
+    """Idefics3 finds its placeholders by id only: a clear sentence; the others are served."""
+    for name in ("internvl", "idefics3", "mistral3"):
+        inputs = FAMILIES[name].batch("one")
+        embeds = clean(name).get_input_embeddings()(inputs["input_ids"]).detach()
+        given = {k: v for k, v in inputs.items() if k != "input_ids"} | dict(inputs_embeds=embeds)
+        with patched(subject(name), create("uniform", budget=0.3)) as spy, torch.no_grad():
+            if name == "idefics3":
+                with pytest.raises(NotImplementedError, match="input_ids"):
+                    subject(name)(**given)
+                continue
+            logits = subject(name)(**given).logits[:, -1]
+            keep, _ = spy.in_front(FAMILIES[name], inputs)
+        want = oracle.generate(clean(name), inputs, keep, 1)[1][0]
+        assert (logits - want).abs().max() < 1e-3
