@@ -20,7 +20,7 @@ from .adapters.sequence import Sequence, State, Wrapped
 from .config import VTokenConfig
 from .recorder import Recorder
 from .strategies import Composite, Strategy, combine, create, list_names, strategy_info
-from .tokens import Needs, Selection, VisualTokens
+from .tokens import Needs, Segment, Selection, VisualTokens
 
 M = TypeVar("M")
 PATCH = "_vtoken_patch"
@@ -54,7 +54,9 @@ class Patch:
             self.parts.append(
                 VisionWatch(adapter, needs, self.state, self.recorder.timer, merging, strategy.merge_in_encoder)
             )
-            self.parts.append(Sequence(adapter, planner, stages, strategy.positions, self.state, self.recorder, aligned))
+            self.parts.append(
+                Sequence(adapter, planner, stages, strategy.positions, self.state, self.recorder, aligned)
+            )
             if hasattr(adapter.model, "generate"):
                 self.wrapped.wrap(adapter.model, "generate", functools.partial(generating, self.state))
         except BaseException:
@@ -79,13 +81,19 @@ class Patch:
         self.recorder.chosen(chosen, beams)
         budget = self.strategy.budget
         if isinstance(budget, int) and not self.warned:
-            sizes = [s.size for c in chosen for s in c.tokens.segments]
-            if sizes and budget > max(sizes):
+            # a whole number counts per frame of a video, and per image with all its crops
+            most = max((_largest(c.tokens.segments) for c in chosen), default=budget)
+            if budget > most:
                 self.warned = True
                 warnings.warn(
-                    f"The budget of {budget} tokens is larger than the {max(sizes)} visual tokens there are: all are kept.",
+                    f"The budget of {budget} tokens is larger than the {most} visual tokens there are: all are kept.",
                     stacklevel=2,
                 )
+
+
+def _largest(segments: tuple[Segment, ...]) -> int:
+    frames = [s.fed for s in segments if s.kind == "frame"]
+    return max(frames) if frames else sum(s.fed for s in segments)
 
 
 def describe(strategy: Strategy) -> str:
@@ -139,7 +147,9 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
                 f"use {', '.join(fitting(adapter))}."
             )
     if strategy.positions == "renumber" and hasattr(adapter.base, "rope_deltas"):
-        raise ValueError(f"positions='renumber' has no meaning for the multimodal rope of {kind}: use positions='original'.")
+        raise ValueError(
+            f"positions='renumber' has no meaning for the multimodal rope of {kind}: use positions='original'."
+        )
     if "flex" in (getattr(adapter.decoder.config, "_attn_implementation", None) or ""):
         raise ValueError(
             "flex_attention masks cannot be cut: load the model with attn_implementation='sdpa', 'eager' or "
@@ -153,7 +163,9 @@ def check_inside(adapter: Adapter, strategy: Strategy) -> None:
     """Raise ValueError with one sentence if this strategy cannot drop inside the LLM of this model."""
     name, kind, decoder = strategy.info.name, adapter.config.model_type, adapter.decoder
     if not hasattr(decoder, "layers"):
-        raise ValueError(f"{name} drops inside the LLM, whose layers vtoken cannot see in {kind}: use a projector strategy.")
+        raise ValueError(
+            f"{name} drops inside the LLM, whose layers vtoken cannot see in {kind}: use a projector strategy."
+        )
     odd = sorted(set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if odd:
         raise ValueError(

@@ -7,12 +7,12 @@ import torch
 
 import vtoken
 from vtoken.strategies import create, list_names, strategy_info
-from vtoken.strategies.base import Strategy, divide, per_segment
+from vtoken.strategies.base import divide, per_segment
 from vtoken.tokens import Segment
 
 from .common import answer, anyres, build, edge_cases, image, kept_per_segment, tower, video
 
-PROJECTOR = [n for n in list_names() if strategy_info(n).cls.select is not Strategy.select]
+PROJECTOR = [n for n in list_names() if strategy_info(n).stages == ("projector",)]
 IMAGE = [n for n in PROJECTOR if "image" in create(n).needs(None).modalities]
 VIDEO = [n for n in PROJECTOR if "video" in create(n).needs(None).modalities]
 BUDGETS = [0.01, 0.3, 3, 10_000]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 import vtoken
 from tests.models import FAMILIES, SPECIAL
 from vtoken.strategies import create, list_names, strategy_info
-from vtoken.strategies.base import Strategy
 
-PROJECTOR = [n for n in list_names() if strategy_info(n).cls.select is not Strategy.select]
+PROJECTOR = [n for n in list_names() if strategy_info(n).stages == ("projector",)]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,17 @@ def test_logits_read_from_the_tower_are_those_in_front_of_its_softmax(llava):
     q, k = (f(captured["x"]).view(17, heads, -1) for f in (layer.self_attn.q_proj, layer.self_attn.k_proj))
     want = torch.einsum("hd,nhd->hn", q[0], k[1:]).mean(0) / q.shape[-1] ** 0.5
     torch.testing.assert_close(seen[0][0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_whole_numbers_above_what_there_is_are_pointed_out():
+    """An anyres image counts with all its crops: 40 tokens are few of it, though more than one crop has."""
+    model, inputs = FAMILIES["llava_next"].build(), FAMILIES["llava_next"].batch("one")
+    with vtoken.applied(model, "cdpruner", budget=40), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs)
+        assert vtoken.report(model).tokens_out == 40 + 6  # six newline rows
+    with vtoken.applied(model, "cdpruner", budget=400), pytest.warns(UserWarning, match="larger than the 64 visual"):
+        model(**inputs)
 
 
 @pytest.mark.parametrize("name", ["visionzip", "globalcom2"])
