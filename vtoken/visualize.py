@@ -82,7 +82,7 @@ def visualize(
 
     Args:
         image: what the tower saw, one PIL image per segment (see `tower_images`), or one image for all segments.
-        tokens: a `vtoken.report(model)` of one image, one entry of its `images`, or anything that has `segments`
+        tokens: a `vtoken.report(model)` of one image, one entry of its `visuals`, or anything that has `segments`
             (each with `grid`, `kind` and `place`), `cells` (cell of each token, -1 for separators) and `keep`
             (indices of the kept tokens).
         cell, dim: as in `draw_cells`.
@@ -101,7 +101,7 @@ def visualize(
             f"visualize needs one picture or one per segment: {len(segments)} segments, {len(images)} pictures."
         )
     sizes = [s.grid[0] * s.grid[1] for s in segments]
-    cells = np.asarray(tokens.cells)[np.asarray(tokens.keep)]
+    cells = _array(tokens.cells)[_array(tokens.keep)]
     mask = _as_mask(cells[cells >= 0], sum(sizes))
     panels = [
         draw_cells(picture, segment.grid, part, cell=cell, dim=dim)
@@ -130,16 +130,20 @@ def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str] = (), 
 
 
 def _one_image(tokens: Any) -> Any:
-    images = getattr(tokens, "images", None)
-    if images is None:
+    visuals = getattr(tokens, "visuals", None)
+    if visuals is None:
         return tokens
-    if len(images) != 1:
-        raise ValueError(f"visualize draws one image, the report has {len(images)}: pass report.images[i].")
-    return images[0]
+    if len(visuals) != 1:
+        raise ValueError(f"visualize draws one image, the report has {len(visuals)}: pass report.visuals[i].")
+    return visuals[0]
+
+
+def _array(values: Any) -> np.ndarray:
+    return np.asarray(values.cpu() if hasattr(values, "cpu") else values)
 
 
 def _as_mask(kept: Any, size: int) -> np.ndarray:
-    kept = np.asarray(kept)
+    kept = _array(kept)
     if kept.dtype == bool:
         if kept.size != size:
             raise ValueError(f"A mask of kept cells needs {size} entries for this grid, found {kept.size}.")

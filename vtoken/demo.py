@@ -1,0 +1,241 @@
+"""What `vtoken demo` and `vtoken bench` do: one prompt, all visual tokens against fewer."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TINY_QUESTION = "how many objects are there?"
+
+
+def load(model_id: str | None) -> tuple[Any, Any]:
+    """Model in eval mode and its processor: the tiny LLaVA if `model_id` is None.
+
+    Raises:
+        OSError, ValueError: if nothing of that name can be loaded.
+    """
+    from .cli import quiet
+
+    quiet()
+    if model_id is None:
+        from . import tiny
+
+        return tiny.load("llava")
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(model_id, dtype="auto")
+        processor = AutoProcessor.from_pretrained(model_id)
+    except (OSError, ValueError) as error:
+        found = (
+            "a folder without a loadable model" if Path(model_id).is_dir() else "no folder, and the Hub did not answer"
+        )
+        raise ValueError(f"Cannot load the model {model_id!r} ({found}): {str(error).splitlines()[0]}") from None
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+
+
+def open_image(path: str) -> Image.Image:
+    """An RGB image; ValueError with one sentence if the file is missing or no image."""
+    if not Path(path).is_file():
+        raise ValueError(f"There is no image file {path!r}.")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError(f"{path!r} is not an image that Pillow can read: use a PNG or JPEG, for instance.") from None
+    except OSError as error:
+        raise ValueError(f"The image {path!r} cannot be read: {error}.") from None
+
+
+def prompt(processor: Any, question: str) -> str:
+    """The chat prompt of one question about one image, with the plain LLaVA wording if there is no template."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    if getattr(processor, "chat_template", None):
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
+
+
+def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> Any:
+    inputs = processor(images=image, text=prompt(processor, question), return_tensors="pt").to(model.device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return inputs
+
+
+def ask(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, float]:
+    """The greedy answer and the seconds it took."""
+    start = time.perf_counter()
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    taken = time.perf_counter() - start
+    return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(), taken
+
+
+def run(
+    out: Console,
+    image: str | None,
+    question: str | None,
+    strategy: str,
+    budget: float | int,
+    model_id: str | None,
+    output: str,
+    seed: int,
+    max_new_tokens: int,
+) -> None:
+    """Ask twice, print both answers and the report, write the picture of kept tokens to `output`.
+
+    Raises:
+        ValueError: for an unknown strategy, an unreadable image, a model that cannot be loaded or served.
+        OSError: if `output` cannot be written.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .strategies import strategy_info
+
+    strategy_info(strategy)
+    folder = Path(output).resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"The folder {str(folder)!r} for the picture does not exist.")
+    if Path(output).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{output!r} does not name a picture file: end it with .png.")
+    picture, questions = _questions(image, question, model_id, seed)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=out, transient=True
+    ) as bar:
+        task = bar.add_task("loading the model", total=None)
+        import vtoken
+
+        model, processor = load(model_id)
+        cases = [(text, known, prepare(model, processor, picture, text)) for text, known in questions]
+        bar.update(task, description="reading all visual tokens", total=2 * len(cases), completed=0)
+        ask(model, processor, cases[0][2], 1)  # the first call pays for caches and kernels, whoever makes it
+        dense, short = [], []
+        for _, _, inputs in cases:
+            dense.append(ask(model, processor, inputs, max_new_tokens))
+            bar.advance(task)
+        with vtoken.applied(model, strategy, budget=budget):
+            bar.update(task, description=f"{strategy}: fewer visual tokens")
+            for _, _, inputs in cases:
+                short.append(ask(model, processor, inputs, max_new_tokens))
+                bar.advance(task)
+            report = vtoken.report(model)
+    _print_answers(out, strategy, budget, cases, dense, short, report)
+    caption = f"{report.tokens_out} of {report.tokens_in} visual tokens kept by {report.strategy}"
+    _draw(picture, cases[-1][2], processor, report, caption).save(output)
+    out.print(f"The kept tokens are drawn in [bold]{output}[/bold]", highlight=False)
+
+
+def _questions(
+    image: str | None, question: str | None, model_id: str | None, seed: int
+) -> tuple[Image.Image, list[tuple[str, str | None]]]:
+    """The picture, and questions with their known answers (None: not known)."""
+    if image is not None:
+        if question is None and model_id is not None:
+            raise ValueError("Give a --question about the image.")
+        return open_image(image), [(question or TINY_QUESTION, None)]
+    from .tiny.scenes import KINDS, make_scene, questions
+
+    scene = make_scene(seed, "test")
+    if question is not None:
+        return scene.image, [(question, next((q.answer for q in questions(scene) if q.text == question), None))]
+    chosen: dict[str, Any] = {}
+    for q in questions(scene):
+        chosen.setdefault(q.kind, q)
+    return scene.image, [(chosen[k].text, chosen[k].answer) for k in KINDS]
+
+
+def _print_answers(
+    out: Console,
+    strategy: str,
+    budget: float | int,
+    cases: Sequence[Any],
+    dense: Sequence[tuple[str, float]],
+    short: Sequence[tuple[str, float]],
+    report: Any,
+) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        "question", f"all {report.tokens_in} visual tokens", f"{report.tokens_out}: {strategy}, budget {budget}"
+    )
+    known = any(answer is not None for _, answer, _ in cases)
+    if known:
+        table.add_column("true answer")
+    for (text, answer, _), (all_said, _), (few_said, _) in zip(cases, dense, short):
+        right = {s: "green" if s == answer else "red" for s in (all_said, few_said)} if answer is not None else {}
+        cells = [f"[{right.get(s, 'default')}]{escape(s)}[/]" for s in (all_said, few_said)]
+        table.add_row(escape(text), *cells, *([escape(answer or "")] if known else []))
+    table.add_section()
+    table.add_row("time", *(f"{1000 * sum(t for _, t in said):.0f} ms" for said in (dense, short)))
+    out.print(table)
+    out.print(str(report), highlight=False, markup=False)
+
+
+def _draw(picture: Image.Image, inputs: Any, processor: Any, report: Any, caption: str) -> Image.Image:
+    from .visualize import draw_cells, side_by_side, tower_images, visualize
+
+    visual = report.visuals[0]
+    seen: Any = picture
+    if inputs["pixel_values"].ndim >= 4:
+        seen = tower_images(inputs["pixel_values"], processor.image_processor)
+    first = seen[0] if isinstance(seen, list) else seen
+    grid = visual.segments[0].grid
+    cell = max(8, 384 // max(grid))
+    whole = draw_cells(first, grid, range(grid[0] * grid[1]), cell=cell)
+    kept = visualize(seen, visual, cell=cell)
+    return side_by_side([whole, kept], [f"all {report.tokens_in} visual tokens", caption])
+
+
+def compare_times(
+    out: Console, strategies: Sequence[str], budgets: Sequence[float | int], model_id: str | None, repeats: int
+) -> None:
+    """Alternate unpatched and patched prefills of one prompt and print the median ratio beside the FLOPs' promise.
+
+    Raises:
+        ValueError: for an unknown strategy, or a model that cannot be loaded or served.
+    """
+    from rich.progress import track
+    from rich.table import Table
+
+    from .strategies import strategy_info
+    from .tiny.scenes import make_scene
+
+    for name in strategies:
+        strategy_info(name)
+    model, processor = load(model_id)
+    import torch
+
+    import vtoken
+
+    inputs = prepare(model, processor, make_scene(0, "test").image, TINY_QUESTION)
+
+    def prefill() -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model(**inputs, use_cache=True)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    table = Table("strategy", "budget", "visual tokens", "LLM FLOPs", "measured prefill, tower included")
+    for name, budget in track([(s, b) for s in strategies for b in budgets], description="prefill", console=out):
+        ratios = []
+        for i in range(repeats + 1):
+            dense = prefill()
+            with vtoken.applied(model, name, budget=budget):
+                short, report = prefill(), vtoken.report(model)
+            if i:
+                ratios.append(short / dense)
+        tokens = f"{report.tokens_in} -> {report.average_visual_tokens:.0f}"
+        table.add_row(
+            name, str(budget), tokens, f"{report.flops / report.flops_dense:.3f}", f"{statistics.median(ratios):.3f}"
+        )
+    out.print(table)

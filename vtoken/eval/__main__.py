@@ -1,0 +1,81 @@
+"""`python -m vtoken.eval tiny`."""
+
+from __future__ import annotations
+
+import click
+
+from ..cli import Budget, console, fail, quiet
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Accuracy against kept visual tokens."""
+
+
+def separated(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str]:
+    return [part.strip() for part in (value or "").split(",") if part.strip()]
+
+
+@cli.command()
+@click.option("--strategies", callback=separated, help="Names separated by commas; default: all that fit.")
+@click.option("--budgets", callback=separated, default="1.0,0.5,0.33,0.2,0.1", show_default=True)
+@click.option("--questions", type=click.IntRange(min=1), default=500, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which held-out scenes.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option("--output", default="docs/tiny_llava", show_default=True, help="Stem of the .json, .md and .png files.")
+def tiny(strategies: list[str], budgets: list[str], questions: int, seed: int, batch_size: int, output: str) -> None:
+    """The tiny LLaVA that ships with vtoken, on scenes it has never seen."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from ..strategies import strategy_info
+
+    shares = [Budget().convert(b, None, None) for b in budgets]
+    if not shares:
+        raise fail("Give at least one budget, such as --budgets 0.5,0.2.")
+    try:
+        for name in strategies:
+            strategy_info(name)
+        quiet()
+        from .. import tiny as shipped
+        from .tiny_board import fitting_strategies, plan, tiny_board
+
+        names = strategies or fitting_strategies(shipped.load("llava")[0])
+        out = console()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=out) as bar:
+            task = bar.add_task("questions", total=len(plan(names, shares)) * questions)
+            board = tiny_board(
+                names,
+                shares,
+                questions,
+                seed,
+                batch_size,
+                step=lambda what, n: bar.update(task, advance=n, description=what),
+                cell_done=lambda c: bar.console.print(
+                    f"{c.strategy} {c.budget}: {c.right} of {c.asked} right with {c.tokens:.1f} visual tokens",
+                    highlight=False,
+                ),
+            )
+        options = [f"--strategies {','.join(strategies)}"] * bool(strategies)
+        options += [f"--budgets {','.join(budgets)} --questions {questions} --seed {seed}"]
+        for path in board.save(output, f"python -m vtoken.eval tiny {' '.join(options)}"):
+            out.print(f"wrote {path}", highlight=False)
+    except (ValueError, OSError, ImportError) as error:
+        raise fail(error) from None
+
+
+if __name__ == "__main__":
+    cli(prog_name="python -m vtoken.eval")
