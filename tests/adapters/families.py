@@ -112,6 +112,16 @@ def eager(name: str):
     return FAMILIES[name].build("eager")
 
 
+@functools.cache
+def quiet(name: str):
+    """A model to be patched whose vision tower's attention says little: what changes most is the patch that was marked."""
+    model = FAMILIES[name].build()
+    for key, weight in model.named_parameters():
+        if "vision" in key and key.endswith(("o_proj.weight", "out_proj.weight", "projection_layer.weight")):
+            weight.data *= 0.02
+    return model
+
+
 @torch.no_grad()
 def maps_of(name: str, inputs: dict, layer_module) -> list[Tensor]:
     """Every attention map, (batch, heads, queries, keys), that an attention module of `eager(name)` makes for a prompt."""

@@ -15,7 +15,7 @@ from tests.models.common import END, IMG, ROW, START, left_pad, pixels, text
 from tests.models.siglip import GRIDS, TILES
 from vtoken.strategies import create
 
-from .families import Probe, assert_near, block_means, check, eager, loudest, maps_of, seen
+from .families import Probe, assert_near, block_means, check, eager, loudest, maps_of, quiet, seen
 
 NAMES = ("internvl", "smolvlm", "idefics3", "gemma3", "mistral3", "paligemma")
 STRATEGIES = {
@@ -147,7 +147,7 @@ def pictures(name: str, cell: tuple[int, int] | None) -> tuple[dict[str, Tensor]
 def test_a_marked_patch_is_found_at_its_cell(name, cell):
     cell = (cell[0], 5) if name == "mistral3" and cell[1] == 3 else cell  # 4 x 6 cells
     (plain, grid), (marked, _) = pictures(name, None), pictures(name, cell)
-    model = subject(name)
+    model = quiet(name)
     (before,), (after,) = (seen(model, p, received=False, keys=False) for p in (plain, marked))
     assert after.segments[0].grid == grid
     found = loudest(before, after)
@@ -165,7 +165,7 @@ def test_a_marked_tile_is_found_at_its_place(name, tile):
     marked = values.clone()
     marked[0, tile, :, 14:28, 42:56] = 3
     (before,), (after,) = (
-        seen(subject(name), tiled_inputs([[(2, 3)]], v), received=False, keys=False) for v in (values, marked)
+        seen(quiet(name), tiled_inputs([[(2, 3)]], v), received=False, keys=False) for v in (values, marked)
     )
     segment, cell = divmod(loudest(before, after), 16)
     assert divmod(cell, 4) == (1, 3)

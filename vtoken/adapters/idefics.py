@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,7 @@ class IdeficsAdapter(Adapter):
 
     model_types = ("idefics3", "smolvlm")
     pixel_arguments = ("pixel_values", "image_hidden_states")
+    prompt_arguments = ("inputs_embeds",)
 
     def make_towers(self) -> dict[str, Tower]:
         tower, connector = self.base.vision_model, self.base.connector
@@ -39,6 +41,10 @@ class IdeficsAdapter(Adapter):
         return [tile for sample in features if len(sample) for tile in sample.split(size)]
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
+        if "inputs_embeds" in arguments and not hasattr(self.base, "get_placeholder_mask"):
+            raise NotImplementedError(
+                f"{self.config.model_type} finds image tokens by their ids, found a prompt of embeddings: pass input_ids."
+            )
         return [Layout.plain([Segment("image", square(len(f)))], f.device) for f in features]
 
     def join(self, items: list[VisualTokens], input_ids: Tensor | None, places: Tensor) -> list[VisualTokens]:
@@ -56,7 +62,7 @@ class IdeficsAdapter(Adapter):
     @staticmethod
     def _image(tiles: list[VisualTokens], runs: list[tuple[int, int]]) -> list[VisualTokens]:
         """The tiles of one image, the whole image last; the thumbnail is what strategies see first."""
-        gaps = [b[0] - a[0] - a[1] for a, b in zip(runs, runs[1:], strict=False)]
+        gaps = [b[0] - a[0] - a[1] for a, b in itertools.pairwise(runs)]
         if not gaps:
             return tiles
         # inside a row the gap is the fake token and the tag, behind a row a line break more
