@@ -1,0 +1,84 @@
+"""Stage two of a recipe: the projector and the language model learn to answer from the patches.
+
+Ten questions about a scene share one sequence: ``[user : image][question answer][question answer]...``. A mask lets
+each question see the image and itself only, and positions start again after the image for each, so that every one of
+them looks exactly like a prompt with a single question.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .scenes import Question, Scene, questions
+
+SLOTS = 10  # questions per scene
+WIDTH = 10  # tokens per question: the longest is "what shape is the red one ? assistant : star"
+
+
+def choose(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Ten of the questions about a scene, in drawn wordings: one count, two exists, and seven of the others."""
+    pool = questions(scene, rng)
+    order = [pool[i] for i in rng.permutation(len(pool))]
+    exists = [q for q in order if q.kind == "exists"]
+    rest = [q for q in order if q.kind not in ("exists", "count")]
+    return [pool[0], *exists[:2], *rest[: SLOTS - 3]]
+
+
+def pack(asked: list[list[Question]], vocabulary: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and next-token labels of the question slots, both ``(scenes, SLOTS * WIDTH)`` int64, -100 unlabelled.
+
+    Only the answer and the ``</s>`` after it are labelled.
+    """
+    ids = np.full((len(asked), SLOTS, WIDTH), vocabulary["<pad>"])
+    labels = np.full_like(ids, -100)
+    for row, some in enumerate(asked):
+        for slot, question in enumerate(some):
+            text = question.text.replace("?", " ?").replace(".", " .")
+            prompt = [vocabulary[w] for w in f"{text} assistant :".split()]
+            answer = [vocabulary[w] for w in question.answer.split()]
+            both = prompt + answer
+            ids[row, slot, : len(both)] = both
+            labels[row, slot, len(prompt) - 1 : len(both)] = [*answer, vocabulary["</s>"]]
+    return (torch.from_numpy(a.reshape(len(asked), -1)) for a in (ids, labels))
+
+
+def layout(image_tokens: int = 144, prefix: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Additive mask ``(1, 1, n, n)`` float32 and positions ``(1, n)`` int64 of a packed sequence."""
+    start = prefix + image_tokens
+    group = torch.cat([torch.full((start,), -1), torch.arange(SLOTS).repeat_interleave(WIDTH)])
+    causal = torch.ones(len(group), len(group)).tril().bool()
+    seen = causal & ((group[:, None] == group[None]) | (group[None] == -1))
+    position = torch.cat([torch.arange(start), (start + torch.arange(WIDTH)).repeat(SLOTS)])
+    mask = torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)
+    return mask[None, None], position[None]
+
+
+def answer_loss(model: Any, features: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor, user: list[int]) -> Any:
+    """Cross-entropy of the answers and the share of answer tokens that are right.
+
+    Args:
+        model: a LLaVA-like model with ``model.language_model``, ``model.multi_modal_projector`` and ``lm_head``.
+        features: tower features ``(n, image tokens, width)`` as the projector reads them.
+        ids, labels: from `pack`.
+        user: token ids before the image.
+    """
+    inner = model.model
+    device = features.device
+    ids, labels = ids.to(device), labels.to(device)
+    embed = model.get_input_embeddings()
+    image = inner.multi_modal_projector(features)
+    before = embed(torch.tensor(user, device=device)).expand(len(ids), -1, -1)
+    mask, position = layout(image.shape[1], len(user))
+    hidden = inner.language_model(
+        inputs_embeds=torch.cat([before, image, embed(ids)], 1),
+        attention_mask=mask.to(device).expand(len(ids), -1, -1, -1),
+        position_ids=position.to(device),
+        use_cache=False,
+    ).last_hidden_state[:, -ids.shape[1] :]
+    told = labels >= 0
+    logits = model.lm_head(hidden[told])
+    loss = torch.nn.functional.cross_entropy(logits, labels[told])
+    return loss, (logits.argmax(-1) == labels[told]).float().mean()
