@@ -33,8 +33,8 @@ KERNELS = [
     (attention._window_lse, WINDOW, {}, "mma"),
     (attention._window_received, WINDOW, {"out": "*fp32"}, "mma"),
     (select._most_similar, dict(WIDE=False, BLOCK_A=64, BLOCK_B=64, BLOCK_D=64), {}, "mma"),
-    (select._farthest, GREEDY, {"out": "*i64"}, "acquire"),
-    (select._greedy, dict(GREEDY, BLOCK_T=16), {"out": "*i64", "factor": "*fp32"}, "acquire"),
+    (select._farthest, GREEDY, {"out": "*i64", "k": "i32"}, "acquire"),
+    (select._greedy, dict(GREEDY, BLOCK_T=16), {"out": "*i64", "k": "i32", "factor": "*fp32"}, "acquire"),
 ]
 
 
