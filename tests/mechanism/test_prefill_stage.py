@@ -51,7 +51,8 @@ def probed(name: str, inputs: dict, *layers: int, **options) -> list:
 # -- attention rows -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", PATCHABLE)
 def test_rows_are_those_of_eager_attention(name):
-    """Grouped queries, multimodal rope, q/k norms, softcaps of positions: whatever eager attention says, to 1e-5."""
+    """Grouped queries, multimodal rope, q/k norms, images that see themselves: whatever eager attention says, to 1e-5."""
+    tolerance = 5e-5 if name == "paligemma" else 1e-5  # scales its embeddings: logits of hundreds, in float32
     inputs = FAMILIES[name].batch("ragged")
     with torch.no_grad():
         maps = clean(name, "eager")(**clone(inputs), output_attentions=True).attentions
@@ -63,7 +64,7 @@ def test_rows_are_those_of_eager_attention(name):
         for got, layer in ((before, 1), (preview, 2)):
             want = maps[layer][b][:, real[-3:]][..., real]
             assert got.dtype == torch.float32
-            assert (got - want).abs().max() < 1e-5
+            assert (got - want).abs().max() < tolerance
             assert want.std() > 1e-3
 
 
@@ -106,9 +107,9 @@ def test_rows_on_a_cache_with_an_earlier_turn(name, static):
     hook.remove()
     ids = position["position_ids"]
     with patched(model, probe), torch.no_grad():
-        one = {k: whole[k][:, :cut] for k in names if k in whole} | family.vision([0])
+        one = {k: whole[k][:, :cut] for k in names if k in whole} | family.vision(0)
         model(**one, past_key_values=cache, position_ids=None if ids is None else ids[..., :cut])
-        two = {k: whole[k][:, cut:] for k in names if k in whole and k != "attention_mask"} | family.vision([1])
+        two = {k: whole[k][:, cut:] for k in names if k in whole and k != "attention_mask"} | family.vision(1)
         two["attention_mask"] = whole["attention_mask"]
         model(**two, past_key_values=cache, position_ids=None if ids is None else ids[..., cut:])
     tokens, before, preview = probe.seen[-1]
@@ -146,7 +147,9 @@ def test_frames_are_units():
 
 
 # -- the end of the prompt ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("options", [dict(use_cache=False), dict(prompt_lookup_num_tokens=3)], ids=["no cache", "lookup"])
+@pytest.mark.parametrize(
+    "options", [dict(use_cache=False), dict(prompt_lookup_num_tokens=3)], ids=["no cache", "lookup"]
+)
 def test_drafts_and_generated_tokens_are_not_the_prompt(options):
     """The last token of the prompt ranks, not a draft or a generated token: the same answer as with a cache."""
     model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
@@ -191,7 +194,9 @@ def test_lengths_of_the_layers():
     assert "average over 4 LLM layers: 7.5" in str(report) and "16 8 4 2" in str(report)
 
 
-@pytest.mark.parametrize("cache", [{}, dict(cache_implementation="static", disable_compile=True)], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "cache", [{}, dict(cache_implementation="static", disable_compile=True)], ids=["dynamic", "static"]
+)
 def test_alignment_leaves_two_lengths(cache):
     model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
     strategy = strategies.create("mustdrop", budget=0.5, merging=False)
@@ -230,7 +235,10 @@ def test_quantized_caches():
         spy.items.clear()
     assert_same(out, inputs, expected("llava", inputs, spy))
     aligned = strategies.create("mustdrop", budget=0.5, merging=False)
-    with patched(model, aligned), pytest.raises(NotImplementedError, match=r"found Fake: use a Dynamic.*align_cache=False"):
+    with (
+        patched(model, aligned),
+        pytest.raises(NotImplementedError, match=r"found Fake: use a Dynamic.*align_cache=False"),
+    ):
         run(model, inputs, past_key_values=fake_quantized(model))
 
 
@@ -305,7 +313,9 @@ def test_scoring_makes_no_square_map(case):
     one = family.batch("one")
     images = 20
     ids = torch.tensor([text(3, 1) + [IMG] * 16 * images + text(5, 2)])
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=one["pixel_values"].repeat(images, 1, 1, 1))
+    inputs = dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=one["pixel_values"].repeat(images, 1, 1, 1)
+    )
     strategy = strategies.create(case.split()[0], **SCORERS[case])
     inner, spy = strategy.select_in_prefill, Largest()
 

@@ -114,7 +114,7 @@ class LayerStages:
         run = self.state.run
         if run is not None and run.visual is not None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            run.tap = (i, module, hidden, kwargs["position_embeddings"])
+            run.tap = (i, module, hidden, kwargs["position_embeddings"], kwargs.get("attention_mask"))
 
     def _before_layer(self, i: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         run = self.state.run
@@ -134,7 +134,7 @@ class LayerStages:
             return args, kwargs
         if len(run.now) == stage:
             before = self._rotary(run, i, stage - 1, kwargs, args[0])
-            args = (self._enter(run, stage, args[0], layer, before), *args[1:])
+            args = (self._enter(run, stage, args[0], layer, before, mask), *args[1:])
         kwargs = dict(kwargs)
         if stage:
             kwargs["position_embeddings"] = self._rotary(run, i, stage, kwargs, args[0])
@@ -171,7 +171,7 @@ class LayerStages:
         return (run.positions.expand(valid.shape[0], -1).gather(1, index) - rank - shift).clamp(min=0)
 
     # -- the drop -----------------------------------------------------------------------------------------------
-    def _enter(self, run: Run, stage: int, hidden: Tensor, layer: nn.Module, rotary: Any) -> Tensor:
+    def _enter(self, run: Run, stage: int, hidden: Tensor, layer: nn.Module, rotary: Any, mask: Any) -> Tensor:
         """Ask the strategy and gather what it keeps: (B, n, d) -> (B, m, d)."""
         assert run.visual is not None and run.index is not None
         index, valid = run.now[stage - 1]
@@ -185,7 +185,7 @@ class LayerStages:
             places = rows[visual[b][rows]]
             if not len(places):
                 continue
-            tokens = self._view(run, stage, b, rows, prompt_index[b, rows], hidden, layer, rotary)
+            tokens = self._view(run, stage, b, rows, prompt_index[b, rows], hidden, (layer, rotary, mask))
             with torch.no_grad():
                 selection = self.stages[stage - 1].select(tokens).check(len(places))
             dropped = torch.ones(len(places), dtype=torch.bool, device=keep.device)
@@ -211,9 +211,12 @@ class LayerStages:
         return gather_merge(hidden, sub, torch.where(into >= 0, column.gather(1, into.clamp(min=0)), -1), weight)
 
     def _view(
-        self, run: Run, stage: int, b: int, rows: Tensor, places: Tensor, hidden: Tensor, layer: nn.Module, rotary: Any
+        self, run: Run, stage: int, b: int, rows: Tensor, places: Tensor, hidden: Tensor, ahead: tuple[Any, Any, Any]
     ) -> PrefillTokens:
-        """What the strategy sees of sample b: `rows` of the current tokens, at `places` of the prompt's forward."""
+        """What the strategy sees of sample b: `rows` of the current tokens, at `places` of the prompt's forward.
+
+        `ahead` is the layer about to run, its rotary tables and its mask (of stage 0).
+        """
         assert run.visual is not None and run.layout is not None
         k = self.stages[stage - 1].layer
         tables = None
@@ -224,12 +227,16 @@ class LayerStages:
         def before(queries: Tensor) -> Tensor:
             if run.tap is None:
                 raise ValueError("There is no layer before layer 0 whose attention could be read: choose a later layer.")
-            i, attention, inputs, position_embeddings = run.tap
-            return self._rows(run, b, rows, queries, i, attention, inputs, position_embeddings, stored=True)
+            i, attention, inputs, rotary, mask = run.tap
+            return self._rows(run, b, rows, queries, i, attention, inputs, rotary, mask, stored=True)
 
         def preview(queries: Tensor) -> Tensor:
-            inputs = layer.input_layernorm(hidden[b : b + 1])  # type: ignore[operator]
-            return self._rows(run, b, rows, queries, k, layer.self_attn, inputs, rotary, stored=False)
+            layer, rotary, mask = ahead
+            if mask is not None and (stage > 1 or run.past_slots):
+                assert run.index is not None
+                mask = cut_mask(mask, run, self.tables[k], run.now[stage - 1], run.index.shape[1])
+            inputs = layer.input_layernorm(hidden[b : b + 1])
+            return self._rows(run, b, rows, queries, k, layer.self_attn, inputs, rotary, mask, stored=False)
 
         return PrefillTokens(
             layer=k,
@@ -250,7 +257,17 @@ class LayerStages:
         )
 
     def _rows(
-        self, run: Run, b: int, rows: Tensor, queries: Tensor, i: int, attention: Any, hidden: Tensor, rotary: Any, stored: bool
+        self,
+        run: Run,
+        b: int,
+        rows: Tensor,
+        queries: Tensor,
+        i: int,
+        attention: Any,
+        hidden: Tensor,
+        rotary: Any,
+        mask: Any,
+        stored: bool,
     ) -> Tensor:
         """Attention rows of layer i for sample b; its keys come from the cache if they are `stored` there already."""
         one = 0 if hidden.shape[0] == 1 else b
@@ -274,7 +291,11 @@ class LayerStages:
                 f"A new image on a {type(cached).__name__} that holds earlier turns cannot be scored inside the LLM: use a "
                 "DynamicCache or StaticCache."
             )
-        return rows_of_attention(attention, hidden[one : one + 1, rows], tables, queries, key, past)  # type: ignore[arg-type]
+        seen = None
+        if isinstance(mask, Tensor) and mask.ndim == 4:  # images or prompts that see themselves in both directions
+            seen = mask[min(b, len(mask) - 1), 0].index_select(0, rows[queries]).index_select(1, width + rows)
+            seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+        return rows_of_attention(attention, hidden[one : one + 1, rows], tables, queries, key, past, seen)  # type: ignore[arg-type]
 
     # -- masks --------------------------------------------------------------------------------------------------
     def _mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:

@@ -13,6 +13,18 @@ if TYPE_CHECKING:
 WINDOW_FULL = "Dropping inside the LLM cannot serve a sliding-window layer whose window is full: prune before the LLM."
 
 
+def sees_itself(mask: Any, past: int, otherwise: Tensor) -> Tensor:
+    """(B, q) bool: current tokens that are no padding, by a 4-D mask, or one per layer type, with `past` earlier columns."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return otherwise
+    own = mask[:, 0].diagonal(past, -2, -1)
+    if own.shape[-1] != otherwise.shape[1]:
+        return otherwise
+    return (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2).expand_as(otherwise)
+
+
 def cut_mask(mask: Any, run: Run, stage: int, now: tuple[Tensor, Tensor] | None, current: int) -> Any:
     """Make a mask of stage 0 one of `stage`. Columns of `mask`: table slots, then what follows them.
 

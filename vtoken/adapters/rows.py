@@ -38,7 +38,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rows_of_attention(
-    attention: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], rows: Tensor, key: Tensor | None, past: Tensor | None
+    attention: Any,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    rows: Tensor,
+    key: Tensor | None = None,
+    past: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Softmaxed rows of one prompt, (heads, r, n) float32.
 
@@ -49,14 +55,16 @@ def rows_of_attention(
         rows: (r,) int64.
         key: (1, kv_heads, n, head_dim) from the cache, None to compute them.
         past: (1, kv_heads, p, head_dim), keys of earlier forwards; they take part in the softmax and are left out.
+        seen: (r, n) bool, what the rows may see of the n; None if they see what lies before them.
     """
     cos, sin = rotary
     query = rotate(heads(attention, hidden[:, rows], "q"), cos[:, rows], sin[:, rows])
     if key is None:
         key = rotate(heads(attention, hidden, "k"), cos, sin)
-    causal = torch.arange(hidden.shape[1], device=hidden.device)[None] <= rows[:, None]
+    if seen is None:
+        seen = torch.arange(hidden.shape[1], device=hidden.device)[None] <= rows[:, None]
     if past is None:
-        return attention_rows(query, key, attention.scaling, causal[None])[0]
-    seen = torch.cat([causal.new_ones(len(rows), past.shape[2]), causal], 1)
+        return attention_rows(query, key, attention.scaling, seen[None])[0]
+    seen = torch.cat([seen.new_ones(len(rows), past.shape[2]), seen], 1)
     probabilities = attention_rows(query, torch.cat([past, key], 2), attention.scaling, seen[None])[0]
     return probabilities[..., past.shape[2] :]

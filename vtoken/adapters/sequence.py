@@ -21,7 +21,7 @@ from .._threads import PerThread
 from ..kernels import gather_merge
 from .cache import Ledger, ledger_of, make_logical, new_dynamic_cache, physical_length
 from .layers import LayerStages, Stage
-from .masks import cut_mask
+from .masks import cut_mask, sees_itself
 from .ragged import expand_batch, right_aligned, take
 
 
@@ -76,7 +76,7 @@ class Run:
     now: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per stage: (index into stage 0, valid)
     ragged: list[bool] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
-    tap: tuple[int, nn.Module, Tensor, Any] | None = None
+    tap: tuple[int, nn.Module, Tensor, Any, Any] | None = None  # layer, attention, its input, rotary tables, mask
     layout: PromptLayout | None = None
     end: int = 0  # position in this forward at which the prompt ends and drafts or generated tokens begin
     positions: Tensor | None = None  # position ids behind the entrance, for positions="renumber"
@@ -314,6 +314,8 @@ class Sequence:
         real = torch.ones(batch, length, dtype=torch.bool, device=device)
         if mask_2d is not None:
             real = mask_2d[:, past : past + length].bool()
+        elif mask is not None:
+            real = sees_itself(mask, past if fresh else ledger.slots[0].shape[1], real)
 
         run = Run(cache, ledger, length, visual=visual, end=length)
         prompt = self.state.generating
