@@ -112,6 +112,8 @@ def mistral3_image(i: int, n: int) -> Item:
 
 def mistral3_collate(rows: list[list[Item]]) -> dict[str, Tensor]:
     items = [item.tensors for row in rows for item in row]
+    if not items:
+        return {}
     sizes = torch.cat([t["image_sizes"] for t in items])
     high, wide = sizes.max(0).values.tolist()
     values = torch.zeros(len(items), 3, high, wide)

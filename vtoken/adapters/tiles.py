@@ -28,7 +28,7 @@ def join_tiles(tiles: Sequence[VisualTokens], segments: Sequence[Segment], order
         cells=torch.cat(cells),
         tower=tiles[0].tower,
         modality=tiles[0].modality,
-        provided={key: torch.cat([tiles[i].provided[key] for i in order]) for key in tiles[0].provided},
+        provided={key: torch.cat([tiles[i]._get(*key) for i in order]) for key in tiles[0].provided},
     )
 
 

@@ -112,7 +112,7 @@ class Tower:
     # -- to override --------------------------------------------------------------------------------------------
     def find_layers(self) -> list[nn.Module]:
         """The transformer layers, first to last."""
-        holder = getattr(self.module, "vision_model", self.module)
+        holder: Any = getattr(self.module, "vision_model", self.module)
         return list(holder.encoder.layers)
 
     def global_layers(self) -> tuple[int, ...]:
@@ -121,7 +121,7 @@ class Tower:
     def attention(self, layer: int) -> nn.Module:
         return self.layers[layer].self_attn  # type: ignore[return-value]
 
-    def projections(self, layer: int) -> tuple[nn.Module, nn.Module]:
+    def projections(self, layer: int) -> tuple[nn.Module, ...]:
         """The modules whose outputs are queries and keys, (segments, tokens, heads * head_dim)."""
         attention = self.attention(layer)
         return attention.q_proj, attention.k_proj  # type: ignore[return-value]

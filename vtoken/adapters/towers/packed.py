@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..._threads import PerThread
 from ...kernels import received_attention
@@ -39,12 +39,8 @@ class PackedTower(Tower):
         """The layout of a forward with these arguments."""
         raise NotImplementedError
 
-    def projections(self, layer: int) -> tuple[nn.Module, ...]:
-        """The modules whose outputs `query_key` takes."""
-        return super().projections(layer)
-
     def query_key(self, layer: int, outputs: list[Tensor]) -> Iterable[Tensor]:
-        """Queries and keys before rotary embedding, (patches, heads, head_dim) each."""
+        """Queries and keys before rotary embedding, (patches, heads, head_dim) each, from what the projections put out."""
         raise NotImplementedError
 
     # -- provided -----------------------------------------------------------------------------------------------

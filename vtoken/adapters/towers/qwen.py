@@ -20,7 +20,7 @@ class QwenTower(PackedTower):
     """
 
     def find_layers(self) -> list[nn.Module]:
-        return list(self.module.blocks)
+        return list(self.module.blocks)  # type: ignore[arg-type]
 
     def attention(self, layer: int) -> nn.Module:
         return self.layers[layer].attn  # type: ignore[return-value]
