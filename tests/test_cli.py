@@ -68,6 +68,13 @@ def test_demo_runs_any_folder_with_a_model(scene_file, tmp_path):
     assert "fastv" in result.output
 
 
+def test_demo_joins_two_strategies(tmp_path):
+    asked = ("--strategy", "visionzip+fastv", "--question", "how many objects are there?")
+    result = run("demo", *asked, "--output", str(tmp_path / "kept.png"))
+    assert result.exit_code == 0, result.output
+    assert "visionzip" in result.output and "fastv" in result.output and "per LLM layer" in result.output
+
+
 def test_bench_prints_a_ratio_per_case():
     result = run("bench", "--strategy", "uniform", "--budget", "0.5", "--budget", "16", "--repeats", "1")
     assert result.exit_code == 0, result.output

@@ -115,7 +115,7 @@ def info(name: str) -> None:
 @cli.command()
 @click.option("--image", type=click.Path(), help="Ask about this image instead of a generated scene.")
 @click.option("--question", help="The question; needed with --image unless the tiny model answers.")
-@click.option("--strategy", default="hired", show_default=True, help="See `vtoken list`.")
+@click.option("--strategy", default="hired", show_default=True, help="See `vtoken list`; two are joined by +.")
 @click.option("--budget", type=Budget(), default="0.2", show_default=True, help="A share such as 0.2, or a count: 64.")
 @click.option("--model", "model_id", help="Hub id or folder of a vision-language model; default: the shipped tiny one.")
 @click.option("--output", type=click.Path(dir_okay=False), default="vtoken_demo.png", show_default=True)

@@ -97,9 +97,9 @@ def run(
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .strategies import strategy_info
+    from .eval.board import parse_strategy
 
-    strategy_info(strategy)
+    names = parse_strategy(strategy)
     folder = Path(output).resolve().parent
     if not folder.is_dir():
         raise ValueError(f"The folder {str(folder)!r} for the picture does not exist.")
@@ -120,14 +120,14 @@ def run(
         for _, _, inputs in cases:
             dense.append(ask(model, processor, inputs, max_new_tokens))
             bar.advance(task)
-        with vtoken.applied(model, strategy, budget=budget):
+        with vtoken.applied(model, names, budget=budget):
             bar.update(task, description=f"{strategy}: fewer visual tokens")
             for _, _, inputs in cases:
                 short.append(ask(model, processor, inputs, max_new_tokens))
                 bar.advance(task)
             report = vtoken.report(model)
     _print_answers(out, strategy, budget, cases, dense, short, report)
-    caption = f"{report.tokens_out} of {report.tokens_in} visual tokens kept by {report.strategy}"
+    caption = f"{report.tokens_out} of {report.tokens_in} visual tokens enter the LLM: {report.strategy}"
     _draw(picture, cases[-1][2], processor, report, caption).save(output)
     out.print(f"The kept tokens are drawn in [bold]{output}[/bold]", highlight=False)
 
@@ -163,9 +163,8 @@ def _print_answers(
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(
-        "question", f"all {report.tokens_in} visual tokens", f"{report.tokens_out}: {strategy}, budget {budget}"
-    )
+    few = f"{report.average_visual_tokens:.0f} with {strategy}, budget {budget}"
+    table = Table("question", f"all {report.tokens_in} visual tokens", few)
     known = any(answer is not None for _, answer, _ in cases)
     if known:
         table.add_column("true answer")
@@ -205,11 +204,11 @@ def compare_times(
     from rich.progress import track
     from rich.table import Table
 
-    from .strategies import strategy_info
+    from .eval.board import parse_strategy
     from .tiny.scenes import make_scene
 
     for name in strategies:
-        strategy_info(name)
+        parse_strategy(name)
     model, processor = load(model_id)
     import torch
 
@@ -230,7 +229,7 @@ def compare_times(
         ratios = []
         for i in range(repeats + 1):
             dense = prefill()
-            with vtoken.applied(model, name, budget=budget):
+            with vtoken.applied(model, parse_strategy(name), budget=budget):
                 short, report = prefill(), vtoken.report(model)
             if i:
                 ratios.append(short / dense)

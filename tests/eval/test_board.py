@@ -128,3 +128,17 @@ def test_unknown_strategy_is_refused_before_the_work():
 def test_cell_share_and_interval():
     cell = Cell("hired", 0.2, False, 28.0, 144.0, 0.2, 45, 50, {"count": (45, 50)}, 1.0)
     assert cell.accuracy == 0.9 and cell.interval == wilson(45, 50)
+
+
+def test_an_interrupted_board_goes_on_where_it_stopped(monkeypatch):
+    partial = []
+    whole = tiny_board(["random"], [0.5, 0.2], questions=5, board_done=lambda b: partial.append(len(b.cells)))
+    assert partial == [1, 2, 3]
+    half = Board(whole.title, whole.settings, whole.cells[:2])
+    measured = []
+    monkeypatch.setattr("vtoken.eval.tiny_board.measure", lambda *a, **k: measured.append(a[4]) or whole.cells[2])
+    assert tiny_board(["random"], [0.5, 0.2], questions=5, known=half) == whole
+    assert measured == [0.2]
+    other = Board(whole.title, whole.settings | {"weights": "other"}, whole.cells)
+    tiny_board(["random"], [0.5, 0.2], questions=5, known=other)
+    assert measured == [0.2, 1.0, 0.5, 0.2]

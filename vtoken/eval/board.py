@@ -28,6 +28,20 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
     return (0.0 if right == 0 else centre - half), (1.0 if right == asked else centre + half)
 
 
+def parse_strategy(text: str) -> str | list[str]:
+    """A registered name, or several that are joined by "+", as `vtoken.patch` takes them.
+
+    Raises:
+        ValueError: for a name that is not registered.
+    """
+    from ..strategies import strategy_info
+
+    names = text.split("+")
+    for name in names:
+        strategy_info(name)
+    return names if len(names) > 1 else text
+
+
 @dataclass
 class Cell:
     """One strategy at one budget.
@@ -88,7 +102,7 @@ def measure(
         model: the unpatched model; it is unpatched again afterwards.
         questions: (kind, right answer) each.
         say: the model's answers to questions first..last, `say(model, first, last)`.
-        strategy: registered name; None asks the unpatched model.
+        strategy: registered name, or several joined by "+"; None asks the unpatched model.
         budget: as for `vtoken.patch`.
         batch_size: questions per call of `say`.
         step: told the number of questions after each batch.
@@ -99,7 +113,7 @@ def measure(
     import vtoken
 
     # the dense row reads its counts off a patch that keeps everything, which is the unpatched model bit for bit
-    context = vtoken.applied(model, strategy or "uniform", budget=budget if strategy else 1.0)
+    context = vtoken.applied(model, parse_strategy(strategy or "uniform"), budget=budget if strategy else 1.0)
     tokens = tokens_in = flops = flops_dense = 0.0
     kinds: dict[str, list[int]] = {}
     start = time.perf_counter()
@@ -121,7 +135,7 @@ def measure(
     return Cell(
         strategy=strategy or "dense",
         budget=budget if strategy else 1.0,
-        baseline=strategy is None or vtoken.strategy_info(strategy).baseline,
+        baseline=strategy is None or ("+" not in strategy and vtoken.strategy_info(strategy).baseline),
         tokens=tokens / asked,
         tokens_in=tokens_in / asked,
         flops=flops / flops_dense,
@@ -188,12 +202,16 @@ class Board:
                 lines.append(_row([c.strategy, f"{c.tokens:.1f}", f"{100 * c.flops:.1f} %", *shares]))
         return "\n".join(lines) + "\n"
 
+    def save_json(self, path: str | Path) -> None:
+        """Write what `load` reads; folders are made if needed."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
     def save(self, stem: str | Path, command: str) -> list[Path]:
         """Write `stem`.json, `stem`.md and `stem`.png; returns the three paths."""
         stem = Path(stem)
-        stem.parent.mkdir(parents=True, exist_ok=True)
         paths = [stem.with_name(stem.name + end) for end in (".json", ".md", ".png")]
-        paths[0].write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        self.save_json(paths[0])
         paths[1].write_text(
             self.markdown(command) + f"\n![accuracy against kept tokens]({paths[2].name})\n", encoding="utf-8"
         )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .board import BUDGETS, Board, Cell, measure, versions
+import torch
+
+from .board import BUDGETS, Board, measure, parse_strategy, versions
 
 TITLE = "Accuracy of the tiny LLaVA against kept visual tokens"
 
@@ -31,29 +35,30 @@ def tiny_board(
     seed: int = 0,
     batch_size: int = 50,
     step: Callable[[str, int], None] = lambda what, asked: None,
-    cell_done: Callable[[Cell], None] = lambda cell: None,
+    board_done: Callable[[Board], None] = lambda board: None,
+    known: Board | None = None,
 ) -> Board:
     """Measure strategies on held-out questions of the tiny LLaVA.
 
     Args:
-        strategies: registered names; all that fit the model if empty.
+        strategies: registered names, or several joined by "+"; all that fit the model if empty.
         budgets: as for `vtoken.patch`. 1.0 is the unpatched model whatever the strategy and is measured once.
         questions: how many, each about a test scene of its own, balanced over the kinds.
         seed: which test scenes.
         batch_size: prompts per `generate` call, ragged, left-padded.
         step: told what is measured and how many questions were just answered.
-        cell_done: told each finished cell.
+        board_done: told the board so far after each measured cell.
+        known: an earlier board; its cells are taken over if its settings are the same.
 
     Raises:
         ValueError: for an unknown strategy or a budget out of range.
     """
-    import vtoken
     from vtoken import tiny
     from vtoken.tiny.evaluate import answers
     from vtoken.tiny.scenes import held_out
 
     for name in strategies:
-        vtoken.strategy_info(name)
+        parse_strategy(name)
     model, processor = tiny.load("llava")
     pairs = held_out(questions, seed)
     asked = [(question.kind, question.answer) for _, question in pairs]
@@ -61,10 +66,30 @@ def tiny_board(
     def say(model: Any, first: int, last: int) -> list[str]:
         return answers(model, processor, pairs[first:last], batch_size)
 
-    cells = []
-    for name, budget in plan(strategies or fitting_strategies(model), budgets):
-        what = f"{name} at {budget}" if name else "all visual tokens"
-        cells.append(measure(model, asked, say, name, budget, batch_size, lambda n, what=what: step(what, n)))
-        cell_done(cells[-1])
-    settings = {"model": "vtoken.tiny llava", "questions": questions, "seed": seed, **versions()}
-    return Board(TITLE, settings, cells)
+    settings = {
+        "model": "vtoken.tiny llava",
+        "weights": weights(model),
+        "questions": questions,
+        "seed": seed,
+        **versions(),
+    }
+    board = Board(TITLE, settings, [])
+    had = {(c.strategy, c.budget): c for c in known.cells} if known and known.settings == settings else {}
+    for named, budget in plan(strategies or fitting_strategies(model), budgets):
+        cell = had.get((named or "dense", budget))
+        if cell is None:
+            what = f"{named} at {budget}" if named else "all visual tokens"
+            cell = measure(model, asked, say, named, budget, batch_size, functools.partial(step, what))
+        else:
+            step("taken over", questions)
+        board.cells.append(cell)
+        board_done(board)
+    return board
+
+
+def weights(model: Any) -> str:
+    """The first digits of a SHA-256 over the model's parameters, which tells boards of different weights apart."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
