@@ -171,19 +171,23 @@ def shortened(
     inputs: dict,
     keep: Tensor | None = None,
     merge: list[Tensor | None] | None = None,
+    features: list[Tensor] | None = None,
     renumber: bool = False,
     door: str = "generate",
 ) -> list[Prompt]:
     """The prompts of a batch after pruning in front of the language model.
 
     ``keep`` is a bool (batch, L). ``merge[b]`` is a (kept, all) matrix over the visual tokens of row b, in order: what
-    the kept ones are made of. ``renumber`` gives the survivors consecutive positions.
+    the kept ones are made of. ``features[b]`` stands for the visual tokens of row b if something in front of the
+    language model changed them. ``renumber`` gives the survivors consecutive positions.
     """
     prompts = []
     for b, prompt in enumerate(capture(model, inputs, door)):
         kept = torch.ones(len(prompt), dtype=torch.bool) if keep is None else keep[b, prompt.index]
+        visual = torch.isin(inputs["input_ids"][b, prompt.index], torch.tensor(_placeholders(model)))
+        if features is not None:
+            prompt = replace(prompt, embeds=prompt.embeds.masked_scatter(visual[:, None], features[b]))
         if merge is not None and merge[b] is not None:
-            visual = torch.isin(inputs["input_ids"][b, prompt.index], torch.tensor(_placeholders(model)))
             embeds = prompt.embeds.clone()
             embeds[visual & kept] = merge[b].to(embeds.dtype) @ prompt.embeds[visual]
             prompt = replace(prompt, embeds=embeds)
@@ -212,6 +216,7 @@ def generate(
     steps: int = STEPS,
     *,
     merge: list[Tensor | None] | None = None,
+    features: list[Tensor] | None = None,
     drop: dict[int, Tensor] | None = None,
     mix: list[dict[int, Tensor]] | None = None,
     evict: dict[int, Tensor] | None = None,
@@ -221,13 +226,13 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """Greedy decoding -> ids (batch, steps) and logits (steps, batch, vocabulary).
 
-    ``drop`` and ``evict`` map a layer to a bool (batch, L), ``mix`` holds for each row its ``{layer: matrix}``, ``read``
+    ``drop`` and ``evict`` map a layer to a bool (batch, L), ``mix`` holds for each row ``{layer: matrix}``, ``read``
     is L unless some of the columns were said later (see ``Inside``); ``forced`` (batch, steps) are the ids to be scored
     instead of the greedy ones. For the others see ``shortened``.
     """
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
     ids, logits = [], []
-    for b, prompt in enumerate(shortened(model, inputs, keep, merge, renumber)):
+    for b, prompt in enumerate(shortened(model, inputs, keep, merge, features, renumber)):
         inside = None
         if drop or evict or any(mix or ()):
             cuts = [{k: d[b, prompt.index] for k, d in (of or {}).items()} for of in (drop, evict)]

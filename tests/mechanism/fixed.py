@@ -69,16 +69,18 @@ class Spy:
 
     Attributes:
         items: for every image or video asked about, in order: number of tokens and the answer.
+        features: what each of these was made of.
         drops: per LLM layer, for every prompt asked about: columns of its visual tokens and the answer.
     """
 
     def __init__(self, strategy: Strategy) -> None:
-        self.strategy, self.items, self.drops = strategy, [], {}
+        self.strategy, self.items, self.features, self.drops = strategy, [], [], {}
         select, in_prefill = strategy.select, strategy.select_in_prefill
 
         def spy_select(tokens: VisualTokens) -> Selection:
             answer = select(tokens)
             self.items.append((len(tokens), answer))
+            self.features.append(tokens.features)
             return answer
 
         def spy_prefill(tokens: PrefillTokens) -> Selection:
@@ -90,6 +92,7 @@ class Spy:
 
     def clear(self) -> None:
         self.items.clear()
+        self.features.clear()
         self.drops.clear()
 
     def in_front(self, family: Family, inputs: dict) -> tuple[Tensor, list[Tensor | None]]:
@@ -109,8 +112,13 @@ class Spy:
         assert next(items, None) is None
         return keep, merge
 
+    def by_row(self, family: Family, inputs: dict) -> list[Tensor]:
+        """The features of every row's visual tokens, as the strategy saw them."""
+        counts = family.visual(inputs).sum(1).tolist()
+        return list(torch.cat(self.features).split(counts))
+
     def inside(self, family: Family, inputs: dict, front: Tensor) -> tuple[dict[int, Tensor], list[dict[int, Tensor]]]:
-        """What the answers inside the LLM mean: per layer bool (batch, L), per row and layer a matrix over its tokens."""
+        """What the answers inside the LLM mean: per layer bool (batch, L), per row and layer a matrix."""
         visual, drop = family.visual(inputs), {}
         mix: list[dict[int, Tensor]] = [{} for _ in visual]
         for layer, answers in self.drops.items():

@@ -33,9 +33,9 @@ from .test_decoding import extend
 PLAIN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
-def first_turn(model, inputs: dict, seed: int = 77):
-    """Four tokens, then five of the user's: the whole conversation as inputs, and what the second call is given."""
-    out = run(model, inputs, 4)
+def first_turn(model, inputs: dict, steps: int = 4, seed: int = 77):
+    """A few tokens, then five of the user's: the whole conversation as inputs, and what the second call is given."""
+    out = run(model, inputs, steps)
     answer = out.sequences[:, inputs["input_ids"].shape[1] :]
     more = torch.tensor([text(5, seed)]).expand(len(answer), -1)
     whole = extend(inputs, torch.cat([answer, more], 1))

@@ -81,7 +81,7 @@ class Family:
     ) -> dict[str, Tensor]:
         """Left-padded inputs; each row lists the items of one prompt, with text of varying length around them.
 
-        With ``turns``, every item is prepared as if it were alone in its prompt, as it is when it comes with a later turn.
+        With ``turns``, every item is prepared as if alone in its prompt, as it is when it comes with a later turn.
         """
         items = [[self.item(i, 1 if turns else len(row)) for i in row] for row in rows]
         ids, mask = left_pad([self._row(row, numbers) for row, numbers in zip(items, rows)])

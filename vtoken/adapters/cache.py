@@ -52,7 +52,8 @@ def logical_layer_class(cls: type) -> Any:
             # The model makes one mask per attention type, from the first layer of that type, wherever that sits: every
             # layer answers for stage 0, and the layer hooks cut the columns down for later stages.
             more_slots, dropped = self.behind_stage
-            if self.is_sliding and self.physical_length() + more_slots + query_length > self.sliding_window:
+            window = self.max_cache_len if self.is_compileable else getattr(self, "sliding_window", None)
+            if self.is_sliding and self.physical_length() + more_slots + query_length > window:
                 raise NotImplementedError(
                     "Dropping inside the LLM cannot serve a sliding-window layer whose window is full: prune before the LLM."
                 )

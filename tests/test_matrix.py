@@ -1,0 +1,95 @@
+"""Every strategy on every model family: what is generated is what the oracle generates, or `patch` says why not.
+
+One batch holds it all: rows of different lengths, several images in one prompt, a row without images; then a second
+turn on the same cache. A new strategy joins by being registered (with a line in OPTIONS if its defaults do not fit four
+layers and a few dozen tokens), a new family by its row in tests/models.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import vtoken
+from tests import oracle
+from tests.mechanism.common import EFFECT, PATCHABLE, assert_close, assert_same, clean, expected, run, subject
+from tests.mechanism.fixed import patched
+from tests.mechanism.test_turns import first_turn
+from tests.models import FAMILIES
+from vtoken.adapters.registry import adapter_for
+from vtoken.patching import make_strategy, needs_of
+from vtoken.strategies.registry import list_names
+
+OPTIONS: dict[str, dict] = {}
+COMBINED = {"visionzip + fastv": ["visionzip", "fastv"]}
+ROWS = {name: name for name in list_names()} | COMBINED
+
+
+def make(row: str):
+    options = dict(OPTIONS.get(row, {}))
+    return make_strategy(ROWS[row], options.pop("budget", 0.5), options)
+
+
+@functools.cache
+def batch(family: str) -> dict:
+    rows = [[0], [1, 2], []]
+    return FAMILIES[family].prompt([row[: FAMILIES[family].per_prompt] for row in rows])
+
+
+@functools.cache
+def dense(family: str) -> torch.Tensor:
+    """First logits of the unpatched model."""
+    return run(clean(family), batch(family), 1).logits[0]
+
+
+@functools.cache
+def converses(family: str) -> bool:
+    """Whether a second turn of the unpatched model is what it would be without a cache."""
+    whole, again = first_turn(clean(family), batch(family), steps=2)
+    try:
+        assert_same(run(clean(family), again, 2), whole, oracle.generate(clean(family), whole, steps=2))
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("family", PATCHABLE)
+def test_equals_the_oracle_or_refuses(family, row):
+    model, inputs, strategy = subject(family), batch(family), make(row)
+    parts = ROWS[row] if isinstance(ROWS[row], list) else [row]
+    try:
+        vtoken.unpatch(vtoken.patch(model, strategy))
+    except ValueError as refusal:
+        assert not set(parts) <= set(vtoken.list_strategies(model=model)), refusal
+        assert str(refusal).endswith(".") and any(word in str(refusal) for word in ("use ", "choose ")), refusal
+        return
+    modality = FAMILIES[family].modality
+    if modality not in needs_of(adapter_for(model), strategy, modality).modalities:
+        with (
+            patched(model, strategy),
+            pytest.raises(ValueError, match=f"{row} is not defined for {modality} input.*use"),
+        ):
+            run(model, inputs, 1)
+        return
+    with patched(model, strategy) as spy:
+        whole, again = first_turn(model, inputs, steps=2)
+        seen = dict(features=spy.by_row(FAMILIES[family], inputs)) if "encoder" in stages(parts) else {}
+        second = run(model, again, 2)
+    ids, logits = expected(family, inputs, spy, 2, **seen)
+    start = inputs["input_ids"].shape[1]
+    assert whole["input_ids"][:, start : start + 2].tolist() == ids.tolist()
+    first = dense(family)
+    for b, visual in enumerate(FAMILIES[family].visual(inputs)):
+        if visual.any():
+            assert (logits[0, b] - first[b]).abs().max() > EFFECT
+        else:
+            assert_close(logits[0, b], first[b])
+    if converses(family):
+        assert_same(second, whole, expected(family, whole, spy, 2, read=start, **seen))
+
+
+def stages(parts: list[str]) -> set[str]:
+    return {stage for part in parts for stage in vtoken.strategy_info(part).stages}
