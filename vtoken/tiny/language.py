@@ -42,7 +42,7 @@ def pack(asked: list[list[Question]], vocabulary: dict[str, int]) -> tuple[torch
             both = prompt + answer
             ids[row, slot, : len(both)] = both
             labels[row, slot, len(prompt) - 1 : len(both)] = [*answer, vocabulary["</s>"]]
-    return (torch.from_numpy(a.reshape(len(asked), -1)) for a in (ids, labels))
+    return tuple(torch.from_numpy(a.reshape(len(asked), -1)) for a in (ids, labels))
 
 
 def layout(image_tokens: int = 144, prefix: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

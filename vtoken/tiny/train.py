@@ -207,10 +207,10 @@ def train(
         model.model.vision_tower.load_state_dict(stored["tower"])
         log = stored["log"]
     else:
-        train_tower(model, log, seed, seconds=minutes and minutes * 60 * 0.3, workers=workers)
+        train_tower(model, log, seed, seconds=minutes and minutes * 60 * 0.45, workers=workers)
         torch.save({"tower": model.model.vision_tower.state_dict(), "log": log}, kept)
     torch.manual_seed(seed + 1)
-    train_language(model, processor, log, seed, seconds=minutes and minutes * 60 * 0.7, workers=workers)
+    train_language(model, processor, log, seed, seconds=minutes and minutes * 60 * 0.55, workers=workers)
     report = finish(model, processor, log, name, seed, out, questions)
     kept.unlink(missing_ok=True)
     return report
