@@ -11,13 +11,16 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # 
 
 
 def tensor(seed: int, *shape: int, dtype: torch.dtype = torch.float32, layout: int = 0) -> Tensor:
-    """Normal values; layout 1 is a slice of a wider tensor, layout 2 has its last two axes swapped in memory."""
+    """Normal values; layout 1 is a slice of a wider tensor, layout 2 has its last two axes swapped in memory, 3 the
+    two before the last one, as heads and rows of attention are."""
     g = torch.Generator().manual_seed(seed)
     if layout == 1:
         wide = torch.randn(*shape[:-2], shape[-2] + 3, shape[-1] + 5, generator=g).to(dtype)
         return wide[..., 2 : 2 + shape[-2], 3 : 3 + shape[-1]]
     if layout == 2:
         return torch.randn(*shape[:-2], shape[-1], shape[-2], generator=g).to(dtype).mT
+    if layout == 3:
+        return torch.randn(*shape[:-3], shape[-2], shape[-3], shape[-1], generator=g).to(dtype).transpose(-3, -2)
     return torch.randn(*shape, generator=g).to(dtype)
 
 
@@ -28,7 +31,7 @@ def indices(seed: int, batch: int, n: int, m: int, low: int = 0) -> Tensor:
 
 seeds = st.integers(0, 2**20)
 dtypes = st.sampled_from(DTYPES)
-layouts = st.sampled_from([0, 1, 2])
+layouts = st.sampled_from([0, 1, 2, 3])
 
 
 @st.composite

@@ -96,6 +96,24 @@ def test_backend_is_chosen_per_process_and_per_block():
         kernels.set_backend("cuda")
 
 
+def test_autocast_and_inference_mode_change_nothing():
+    calls = [
+        lambda: kernels.attention_rows(Q[:, :, :2], K),
+        lambda: kernels.received_attention(Q, K),
+        lambda: kernels.farthest_point(tensor(0, 1, 200, 64), 50),
+        lambda: kernels.greedy_map(tensor(0, 1, 60, 64), tensor(1, 1, 60).exp(), 30),
+        lambda: kernels.bipartite_match(tensor(0, 1, 200, 64), 50).source,
+        lambda: kernels.gather_merge(X, INDEX, INTO, WEIGHT),
+        lambda: kernels.kv_compact([X[:, None].clone()], [], torch.tensor([[1, 4], [2, 8]]), inplace=True)[0][0],
+    ]
+    for call in calls:
+        want = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(), want)
+        with torch.inference_mode():
+            assert torch.equal(call(), want)
+
+
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if dispatch.triton_available():

@@ -88,7 +88,7 @@ def test_wide_rows_take_several_blocks():
 def test_gather_rows(width):
     index = indices(1, 2, 19, 7)
     types = (torch.bool, torch.int64, torch.bfloat16, torch.float32)
-    tensors = [tensor(i, 2, 19, width, layout=i % 3).mul(9).to(dtype) for i, dtype in enumerate(types)]
+    tensors = [tensor(i, 2, 19, width, layout=i).mul(9).to(dtype) for i, dtype in enumerate(types)]
     tensors += [tensors[0][..., 0], torch.arange(38).view(2, 19), torch.zeros(2, 19, 0)]
     for some in (tensors, tensors[2:4]):
         for got, want in zip(triton("gather_rows", some, index), torch_twin("gather_rows", some, index)):
@@ -96,7 +96,7 @@ def test_gather_rows(width):
     assert triton("gather_rows", [torch.arange(5), torch.arange(5)], torch.tensor([4, 1]))[0].tolist() == [4, 1]
 
 
-@pytest.mark.parametrize("m", [0, 1, 37, 150])
+@pytest.mark.parametrize("m", [0, 37, 150])
 def test_kv_compaction(m):
     keys = [tensor(i, 2, 3, 150, 24, dtype=d) for i, d in enumerate([torch.bfloat16, torch.float16])]
     values = [tensor(9 + i, 2, 3, 150, 7, layout=i) for i in range(2)]
@@ -160,7 +160,7 @@ def test_head_widths_that_do_not_fit_go_to_the_twin():
     dtypes,
 )
 def test_bipartite_match_selects_what_torch_selects(seed, n, d, r, protect, dtype):
-    keys = tensor(seed, 2, n, d, dtype=dtype, layout=seed % 3)
+    keys = tensor(seed, 2, n, d, dtype=dtype, layout=seed % 4)
     for sort in (True, False):
         got = triton("bipartite_match", keys, r, min(protect, n), sort)
         for a, b in zip(got, torch_twin("bipartite_match", keys, r, min(protect, n), sort)):
@@ -188,6 +188,8 @@ def test_selections_shared_by_several_programs(monkeypatch):
     x[:, 20:30] = x[:, :10]
     assert torch.equal(triton("farthest_point", x, 7), torch_twin("farthest_point", x, 7))
     assert torch.equal(triton("greedy_map", x, quality, 5), torch_twin("greedy_map", x, quality, 5))
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)  # norms of such rows come back in the same odd layout
+    assert torch.equal(triton("farthest_point", x, 7), torch_twin("farthest_point", x, 7))
     assert triton("greedy_map", x[:, :6], quality[:, :6], 6).sort().values.tolist() == 2 * [list(range(6))]
 
 

@@ -139,7 +139,8 @@ def received_attention(
 
 
 def _check_heads(name: str, q: Tensor, k: Tensor) -> None:
-    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+    fits = q.ndim == k.ndim == 4 and q.shape[::3] == k.shape[::3] and k.shape[1] and q.shape[1] % k.shape[1] == 0
+    if not fits:
         raise ValueError(
             f"{name} takes q (B, H, rows, d) and k (B, Hk, n, d) with H a multiple of Hk; "
             f"found {_shape(q)} and {_shape(k)}."
@@ -209,6 +210,11 @@ def farthest_point(features: Tensor, k: int, start: int | Tensor | None = None) 
         if features.shape[1] and not 0 <= start < features.shape[1]:
             raise ValueError(f"farthest_point starts at a token in 0 to {features.shape[1] - 1}; found {start}.")
         start = torch.full((features.shape[0],), start, device=features.device)
+    elif start is not None:
+        if start.shape != features.shape[:1]:
+            raise ValueError(f"farthest_point takes start of shape ({features.shape[0]},); found {_shape(start)}.")
+        reference.check_index(start, 0, features.shape[1], "start")
+        start = start.to(features.device, torch.long)
     return ops.farthest_point(features.detach(), k, start)
 
 

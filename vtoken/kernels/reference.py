@@ -6,8 +6,10 @@ computes in float32 (float64 for float64 input) and has no Python loop over toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,19 @@ from torch import Tensor
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave autocast, which would round the matrix products of scores to half precision."""
+
+    @wraps(fn)
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return fn(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return fn(x, *args, **kwargs)
+
+    return call
 
 
 def check_index(index: Tensor, low: int, high: int, name: str = "index") -> None:
@@ -84,6 +99,7 @@ def merge_map(source: Tensor, target: Tensor, keep: Tensor) -> Tensor:
     return owner.scatter_(1, source, owner.gather(1, target))
 
 
+@full_precision
 def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None, reduce: str | None = None) -> Tensor:
     (batch, heads, rows, d), (_, kv_heads, n, _) = q.shape, k.shape
     dtype = compute_dtype(q)
@@ -112,6 +128,7 @@ def windows_by_length(cu_seqlens: Tensor, n: int) -> dict[int, list[int]]:
     return groups
 
 
+@full_precision
 def received_attention(
     q: Tensor, k: Tensor, scale: float, cu_seqlens: Tensor | None = None, chunk: int = 256
 ) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import compute_dtype, merge_map, unit_rows
+from .reference import compute_dtype, full_precision, merge_map, unit_rows
 
 TIE = 1e-6  # two cosines closer than this are a tie
 DPP_TIE = 1e-5  # the same for residual variances, relative
@@ -27,6 +27,7 @@ def parity_split(n: int, protect: int) -> tuple[int, int]:
     return protect + protect % 2, protect | 1
 
 
+@full_precision
 def bipartite_match(keys: Tensor, r: int, protect: int = 0, sort: bool = True) -> list[Tensor]:
     (batch, n, _), unit = keys.shape, unit_rows(keys)
     r = max(0, min(r, (n - protect) // 2))
@@ -93,6 +94,7 @@ class _Cosines:
         return torch.cat(out, 1)
 
 
+@full_precision
 def farthest_point(features: Tensor, k: int, start: Tensor | None = None) -> Tensor:
     batch = features.shape[0]
     if not batch or not k:
@@ -111,6 +113,7 @@ def farthest_point(features: Tensor, k: int, start: Tensor | None = None) -> Ten
     return torch.stack(picks, 1)
 
 
+@full_precision
 def greedy_map(features: Tensor, quality: Tensor, k: int) -> Tensor:
     batch, n, _ = features.shape
     if not batch or not k:

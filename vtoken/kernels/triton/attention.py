@@ -131,10 +131,10 @@ def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = Non
         return reference.attention_rows(q, k, scale, mask, reduce)
     group = heads // kv_heads
     q, k = last_contiguous(q), last_contiguous(k)
-    seen, strides = q, (0, 0, 0)
+    seen, strides = q, [0, 0, 0]
     if mask is not None:
         seen = (mask if mask.ndim == 3 else mask[:, None]).expand(batch, rows, n).view(torch.uint8)
-        strides = seen.stride()
+        strides = list(seen.stride())
     # Enough stretches of keys to fill the device, none so short that the partial sums take memory to speak of.
     blocks = batch * kv_heads * triton.cdiv(group * rows, 64)
     wanted = triton.cdiv(2 * multiprocessors(q.device), blocks)

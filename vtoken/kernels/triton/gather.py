@@ -87,7 +87,8 @@ def gather_merge(x: Tensor, index: Tensor, into: Tensor | None = None, weight: T
             _order_by_column[grid](into, order, bounds, n, m, into.stride(0), BLOCK=64, BLOCK_N=64)
         elif into is not None:
             column, order = into.masked_fill(into < 0, m).sort(dim=1, stable=True)
-            bounds = torch.searchsorted(column, torch.arange(m + 1, device=x.device).repeat(batch, 1))
+            order = order.contiguous()
+            bounds = torch.searchsorted(column.contiguous(), torch.arange(m + 1, device=x.device).repeat(batch, 1))
         block = min(4096, triton.next_power_of_2(d))
         _gather_merge[(batch * m, triton.cdiv(d, block))](
             x, index, order, bounds, weight, out, n, m, d, x.stride(0), x.stride(1), index.stride(0),

@@ -61,7 +61,7 @@ def _most_similar(
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp_min_(1e-12).reciprocal_()
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp_min_(1e-12).reciprocal_().contiguous()
 
 
 def _search(x: Tensor, inverse: Tensor, first_a: int, first_b: int, step: int) -> tuple[Tensor, Tensor]:
