@@ -81,10 +81,11 @@ def visualize(
     """The picture of one image's kept visual tokens, all crops or frames of it.
 
     Args:
-        image: what the tower saw, one PIL image per segment (see `tower_images`), or one image for all segments.
+        image: what the tower saw, one PIL image per segment (see `tower_images`), or the original image, of which every
+            segment shows its `box`.
         tokens: a `vtoken.report(model)` of one image, one entry of its `visuals`, or anything that has `segments`
-            (each with `grid`, `kind` and `place`), `cells` (cell of each token, -1 for separators) and `keep`
-            (indices of the kept tokens).
+            (each with `grid`, `kind`, `place` and, if not the whole image, `box`), `cells` (cell of each token, -1 for
+            separators) and `keep` (indices of the kept tokens).
         cell, dim: as in `draw_cells`.
 
     Returns:
@@ -95,7 +96,7 @@ def visualize(
     """
     tokens = _one_image(tokens)
     segments = list(tokens.segments)
-    images = [image] * len(segments) if isinstance(image, Image.Image) else list(image)
+    images = [_region(image, s) for s in segments] if isinstance(image, Image.Image) else list(image)
     if len(images) < len(segments):
         raise ValueError(
             f"visualize needs one picture or one per segment: {len(segments)} segments, {len(images)} pictures."
@@ -127,6 +128,16 @@ def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str] = (), 
             pen.text((x, picture.height + 2 * gap + 22 * j), line, fill=INK, font=_font())
         x += picture.width + gap
     return sheet
+
+
+def _region(image: Image.Image, segment: Any) -> Image.Image:
+    """The part of an image that a segment covers, black where it reaches beyond."""
+    x0, y0, x1, y1 = getattr(segment, "box", (0.0, 0.0, 1.0, 1.0))
+    if (x0, y0, x1, y1) == (0.0, 0.0, 1.0, 1.0):
+        return image
+    width, height = image.size
+    left, top, right, bottom = round(x0 * width), round(y0 * height), round(x1 * width), round(y1 * height)
+    return image.convert("RGB").crop((left, top, max(left + 1, right), max(top + 1, bottom)))
 
 
 def _one_image(tokens: Any) -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import vtoken
 from tests.models import FAMILIES
 from tests.models.common import VID, text
 from vtoken.adapters.anyres import canvas_box, square_box
+from vtoken.visualize import tower_images, visualize
 
 from .anyres import SIDE, SIZE, Changed, blind, differ, encode, model_of, picture, prompts, see
 
@@ -172,6 +176,24 @@ def test_boxes_are_what_the_processor_cut(name, size):
         inside = ((y > 0) & (y < 1))[:, None] & ((x > 0) & (x < 1))
         padded = (tile < 0).all(0) if black < 0 else torch.zeros(SIZE, SIZE, dtype=torch.bool)
         assert bool((inside == ~padded).float().mean() > 0.97)
+
+
+@pytest.mark.parametrize("name, size", [("llava_next", (36, 60)), ("llava_next", (90, 40)), ("llava_onevision", (33, 70))])
+def test_the_picture_of_the_original_is_that_of_the_tower(name, size):
+    """Drawn from the original image by boxes, or from the tiles that the tower saw, it is the same picture."""
+    height, width = size
+    y, x = np.mgrid[0:height, 0:width]
+    colours = np.stack([255 * x / width, 255 * y / height, 128 + 127 * np.sin(6 * x / width)], -1)
+    original, model = Image.fromarray(colours.astype(np.uint8)), model_of(name)
+    inputs = prompts(name, model, [[original]])
+    with vtoken.applied(model, "random", budget=0.5), torch.no_grad():
+        model(**inputs)
+        visual = vtoken.report(model).visuals[0]
+    processor = SimpleNamespace(image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD)
+    drawn = [visualize(p, visual, cell=8) for p in (original, tower_images(inputs["pixel_values"], processor))]
+    assert drawn[0].size == drawn[1].size
+    a, b = (np.asarray(d).astype(float) for d in drawn)
+    assert np.abs(a - b).mean() < 6 < np.abs(a - b[::-1]).mean()
 
 
 def test_canvas_box():
