@@ -107,9 +107,8 @@ def run_through(strategy, tokens: PrefillTokens) -> list[int]:
     reads, n = [], len(tokens.visual_rows)
     for layer in range(tokens.num_layers):
         if layer in layers:
-            now = tokens if layer == layers[0] else tokens
-            now.layer = layer
-            answer = strategy.select_in_prefill(now).check(n)
-            tokens, n = after_keeping(now, answer.keep, layer, seed=layer), len(answer.keep)
+            tokens.layer = layer
+            answer = strategy.select_in_prefill(tokens).check(n)
+            tokens, n = after_keeping(tokens, answer.keep, layer, seed=layer), len(answer.keep)
         reads.append(n)
     return reads
