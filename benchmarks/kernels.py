@@ -4,14 +4,16 @@ bandwidth of the device, all in one run: only ratios between times of the same r
     python benchmarks/kernels.py                        # shapes of 7B models on a GPU, scaled ones on a CPU
     python benchmarks/kernels.py --shape small --out kernels.json
 
-Every contestant of a case is checked to give the same answer first, then timed in turns (A B C A B C ...): CUDA events
-on a GPU, the wall clock on a CPU. Reported are medians, and the median and quartiles of the ratio of neighbouring runs.
+How far the contestants of a case differ in their answers is measured first; then they are timed in turns (A B C A B C
+...), by CUDA events on a GPU and by the wall clock on a CPU. Reported are medians, and the median and quartiles of the
+ratio of neighbouring runs. On a CPU the times mean little while other work runs: the load is part of the report.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -80,9 +82,11 @@ def naive_greedy(x: Tensor, quality: Tensor, k: int) -> Tensor:
 
 
 def naive_match(keys: Tensor, r: int) -> Tensor:
+    """ToMe's matching as published: sources, their targets, and the sorted rest (which the comparison leaves out)."""
     unit = keys.float() / keys.float().norm(dim=-1, keepdim=True)
     best, partner = (unit[:, 2::2] @ unit[:, 1::2].mT).max(-1)
-    order = best.argsort(dim=-1, descending=True)[:, :r]
+    order = best.argsort(dim=-1, descending=True)
+    order, _rest = order[:, :r], order[:, r:].sort(-1).values
     return torch.stack([2 + 2 * order, 1 + 2 * partner.gather(1, order)])
 
 
@@ -132,7 +136,7 @@ class Inputs:
 
         def usual() -> Tensor:
             seen = softmax_map(q, k)[:, :, rows]
-            return seen.mean((1, 2)) if reduce else seen
+            return seen.mean((1, 2)) if reduce else seen.clone()
 
         return lambda: kernels.attention_rows(q[:, :, rows], k, reduce=reduce), usual, 0
 
@@ -218,6 +222,7 @@ def clock(call: Call, cuda: bool) -> float:
         call()
         return 1e3 * (time.perf_counter() - start)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1_000_000)  # the launches queue up behind it, so that short kernels are not timed by the host
     first.record()
     call()
     last.record()
@@ -225,10 +230,8 @@ def clock(call: Call, cuda: bool) -> float:
     return first.elapsed_time(last)
 
 
-def extra_memory(call: Call, cuda: bool) -> int | None:
+def extra_memory(call: Call) -> int:
     """Bytes held at the peak beyond what stood before and the output itself."""
-    if not cuda:
-        return None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -244,7 +247,7 @@ def measure(call: Call, usual: Call, nbytes: int, device: torch.device, repeats:
     field["usual"] = usual
     wanted = field[BASE]()
     agreement = {name: differ(run(), wanted) for name, run in field.items()}
-    memory = {name: extra_memory(run, cuda) for name, run in field.items()}
+    memory = {name: extra_memory(run) for name, run in field.items()} if cuda else None
     if nbytes:
         source = torch.empty(nbytes // 2, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
@@ -266,9 +269,24 @@ def measure(call: Call, usual: Call, nbytes: int, device: torch.device, repeats:
     result["usual / vtoken"] = ratio("usual", best)
     result["torch / triton"] = ratio(BASE, "triton") if cuda else None
     result["share of copy bandwidth"] = ratio("copy", best) if nbytes else None
-    result["extra bytes"] = memory if cuda else None
+    result["extra bytes"] = memory
     result["output bytes"] = sum(t.untyped_storage().nbytes() for t in flat(wanted))
     return result
+
+
+def goals(results: dict[str, dict[str, Any]], cuda: bool) -> dict[str, dict[str, Any]]:
+    """What the kernels are meant to reach, and whether this run did."""
+    wanted: dict[str, tuple[float, float]] = {}
+    for name, result in results.items():
+        if not cuda:
+            wanted[f"{name}: usual / twin at least"] = (result["usual / vtoken"]["median"], 1.0)
+        elif name in ("gather", "gather_merge"):
+            wanted[f"{name}: share of copy bandwidth at least"] = (result["share of copy bandwidth"]["median"], 0.85)
+        elif name.startswith("attention_rows"):
+            wanted[f"{name}: usual / Triton at least"] = (result["usual / vtoken"]["median"], 3.0)
+            spare = 1 - result["extra bytes"]["triton"] / result["output bytes"]
+            wanted[f"{name}: 1 - extra / output bytes at least"] = (spare, 0.99)
+    return {name: {"value": value, "goal": goal, "reached": value >= goal} for name, (value, goal) in wanted.items()}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -280,8 +298,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         triton_version = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "device": name, "type": device.type, "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "torch": torch.__version__, "cuda": torch.version.cuda if device.type == "cuda" else None, "triton": triton_version,
+        "device": name, "type": device.type, "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
+        "python": platform.python_version(), "torch": torch.__version__, "triton": triton_version,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
     }  # fmt: skip
 
 
@@ -311,6 +330,9 @@ def main() -> None:
                 if r := result[label]:
                     parts.append(f"{label} {r['median']:.2f} [{r['q1']:.2f}, {r['q3']:.2f}]")
             print(f"{name:40s} " + "  ".join(parts), flush=True)
+    report["goals"] = goals(report["cases"], device.type == "cuda")
+    for name, goal in report["goals"].items():
+        print(f"{'reached' if goal['reached'] else 'MISSED ':8s} {name} {goal['goal']}: {goal['value']:.2f}")
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -121,9 +121,8 @@ def greedy_map(features: Tensor, quality: Tensor, k: int) -> Tensor:
     q = quality.to(compute_dtype(features))
     q = q / q.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     kernel = _Cosines(features, q)
-    left = q * q  # variance of each token that the chosen ones do not explain; -inf once chosen
-    floor = DPP_FLOOR * left
-    gain, hit = torch.maximum(left, floor), torch.empty_like(left)
+    gain = q * q  # variance of each token that the chosen ones do not explain, at least its floor; -inf once chosen
+    floor, hit = DPP_FLOOR * gain, torch.empty_like(gain)
     factor = q.new_empty(batch, k, n)  # rows of the incremental Cholesky factor
     picks = []
     for t in range(k):
@@ -136,7 +135,7 @@ def greedy_map(features: Tensor, quality: Tensor, k: int) -> Tensor:
             along = head.index_select(2, at[0]) if batch == 1 else head.gather(2, at[:, None].expand(-1, t, 1))
             row = torch.baddbmm(row, along.mT, head, alpha=-1)
         step = torch.mul(row[:, 0], gain.gather(1, at).clamp_min_(1e-30).rsqrt_(), out=factor[:, t])
-        left.addcmul_(step, step, value=-1).scatter_(1, at, -torch.inf)
+        gain.addcmul_(step, step, value=-1).scatter_(1, at, -torch.inf)
         floor.scatter_(1, at, -torch.inf)
-        torch.maximum(left, floor, out=gain)
+        torch.maximum(gain, floor, out=gain)
     return torch.cat(picks, 1)
