@@ -15,7 +15,6 @@ from .common import (
     SOME,
     assert_moved,
     assert_same,
-    clean,
     consistent,
     everywhere,
     expected,
@@ -102,7 +101,7 @@ def test_text_only_prompts_are_untouched(name):
         inputs["attention_mask"].repeat(2, 1),
     )
     inputs = {k: inputs[k] for k in ("input_ids", "attention_mask")}
-    plain = run(clean(name), inputs)
+    plain = run(model, inputs)
     with patched(model) as spy:
         out = run(model, inputs)
     assert not spy.items

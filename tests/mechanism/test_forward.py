@@ -141,6 +141,10 @@ def test_inputs_embeds(name):
     except Exception:
         pytest.skip("the unpatched model disagrees with itself")
     with patched(model) as spy:
+        if name == "idefics3":  # which picture a tile belongs to is written between the tiles
+            with pytest.raises(NotImplementedError, match="found a prompt of embeddings: pass input_ids"):
+                answer(model)
+            return
         sequences, got = answer(model)
     ids, logits = expected(name, inputs, spy)
     assert sequences.tolist() == ids.tolist()
