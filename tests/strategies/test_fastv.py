@@ -90,7 +90,9 @@ def test_padding_and_batch_do_not_matter():
     batch, one = family.batch("ragged"), family.batch("one")
     with patched(model, FastV(0.3, layer=1)):
         together, alone = run(model, batch), run(model, one)
-    assert torch.equal(together.sequences[0, batch["input_ids"].shape[1] :], alone.sequences[0, one["input_ids"].shape[1] :])
+    assert torch.equal(
+        together.sequences[0, batch["input_ids"].shape[1] :], alone.sequences[0, one["input_ids"].shape[1] :]
+    )
     assert (together.logits[0][0] - alone.logits[0][0]).abs().max() < 1e-4
 
 

@@ -143,6 +143,8 @@ def test_an_even_thumbnail_keeps_exact_shares(down, across):
 def test_a_rich_crop_is_kept_whole():
     tokens = anyres(2, 2, 4)
     tokens.provided["cls_logits", LAST][0].view(4, 4)[2:, :2] += 1000
+    guide, places = tokens.provided["cls_logits", LAST][0].double().view(4, 4), [s.place for s in tokens.segments[1:]]
+    assert create("globalcom2")._crop_ratios(guide, places, 0.8) == pytest.approx([0.6, 0.6, 1.0, 0.6])
     assert kept_per_segment(tokens, answer(create("globalcom2", budget=0.8), tokens))[3] == 16
 
 

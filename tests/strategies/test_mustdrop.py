@@ -36,7 +36,9 @@ def by_hand(x: Tensor, grid: tuple[int, int], window: int, threshold: float) -> 
     likeness = torch.zeros(len(x), len(windows), dtype=torch.float64)
     for s in range(len(x)):
         for k, cells in enumerate(windows):
-            pairs = [F.cosine_similarity(x[s, a].double(), x[s, b].double(), 0) for a, b in itertools.permutations(cells, 2)]
+            pairs = [
+                F.cosine_similarity(x[s, a].double(), x[s, b].double(), 0) for a, b in itertools.permutations(cells, 2)
+            ]
             likeness[s, k] = sum(pairs) / len(pairs)
     r = int((likeness >= threshold).sum(1).min()) if windows else 0
     best = [sorted(range(len(windows)), key=lambda k: (-float(likeness[s, k]), k))[:r] for s in range(len(x))]
@@ -325,7 +327,9 @@ def test_zero_thresholds_are_the_unpatched_model(threshold):
 
 
 # -- the KV cache ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("cache", [{}, dict(cache_implementation="static", disable_compile=True)], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    "cache", [{}, dict(cache_implementation="static", disable_compile=True)], ids=["dynamic", "static"]
+)
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
 def test_aligned_cache(name, cache):
     """Decoding reads the last survivors in every aligned layer: the oracle's answer, which differs from the unaligned one."""

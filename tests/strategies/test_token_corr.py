@@ -136,6 +136,15 @@ def test_a_budget_is_a_limit_that_starves_no_crop(budget, make):
     assert len(chosen.keep) == min(limit, len(free))
 
 
+def test_a_blank_crop_keeps_a_token_under_a_tight_budget():
+    tokens = anyres(2, 2, 4, newline=False)
+    tokens.provided["cls_attention", DEEP][:] = 1 / 17
+    tokens.provided["keys", LOW] = torch.eye(16).repeat(5, 1, 1)
+    tokens.provided["keys", LOW][2] = 1.0  # one local token, the other crops have 16
+    counts = kept_per_segment(tokens, answer(create("token_corr", budget=10), tokens))
+    assert counts[2] == 1 and sum(counts) == 10 and min(counts) >= 1
+
+
 def test_too_many_outliers_keep_the_highest():
     tokens = image(5, 5)
     deep = torch.full((25,), 0.01)
