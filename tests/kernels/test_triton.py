@@ -16,9 +16,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def run(*args: str, **env: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *args], cwd=HERE.parents[1], env={**os.environ, **env}, capture_output=True, text=True
-    )
+    root = HERE.parents[1]
+    env = {**os.environ, "PYTHONPATH": str(root), **env}
+    done = subprocess.run([sys.executable, *args], cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 

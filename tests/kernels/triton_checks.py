@@ -20,7 +20,7 @@ from .cases import DTYPES, TOLERANCE, bounds, dtypes, heads, indices, layouts, m
 DEVICE = os.environ.get("VTOKEN_TEST_DEVICE", "cpu")
 MANY = DEVICE == "cuda"
 common = settings(
-    max_examples=100 if MANY else 3,
+    max_examples=25 if MANY else 3,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),

@@ -36,7 +36,7 @@ def _load_rows(q, row, inside, group_rows, stride_head, stride_row, cols, d):
     return tl.load(q + at[:, None] + cols[None, :], mask=inside[:, None] & (cols < d)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group", "rows", "n", "splits", "split", "mask_batch", "mask_row"])
 def _rows_lse(
     q, k, mask, out, parts, scale, group, rows, n, d, kv_heads, splits, split,
     q_batch, q_head, q_row, k_batch, k_head, k_row, mask_batch, mask_row, mask_key,
@@ -86,7 +86,7 @@ def _join(parts, place, inside, splits, BLOCK_S: tl.constexpr):
     return high + tl.where(total > 0, tl.log(tl.where(total > 0, total, 1.0)), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "splits"])
 def _rows_normalise(out, parts, n, splits, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     lse = _join(parts, place, place >= 0, splits, BLOCK_S)
@@ -95,7 +95,7 @@ def _rows_normalise(out, parts, n, splits, BLOCK_S: tl.constexpr, BLOCK_N: tl.co
     tl.store(at, tl.exp(tl.load(at, mask=inside, other=0.0) - lse[:, None]), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group", "rows", "n", "kv_heads", "splits", "mask_batch", "mask_row"])
 def _rows_reduce(
     q, k, mask, out, parts, scale, factor, group, rows, n, d, kv_heads, splits,
     q_batch, q_head, q_row, k_batch, k_head, k_row, mask_batch, mask_row, mask_key,
@@ -165,7 +165,7 @@ def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = Non
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group", "heads", "n"])
 def _window_lse(
     q, k, starts, stops, lse, scale, group, heads, n, d,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
@@ -192,7 +192,7 @@ def _window_lse(
     tl.store(lse + tl.program_id(1).to(tl.int64) * n + row, high + tl.log(total), mask=row < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group", "heads", "n"])
 def _window_received(
     q, k, starts, stops, lse, out, scale, group, heads, n, d,
     q_batch, q_head, q_row, k_batch, k_head, k_row,

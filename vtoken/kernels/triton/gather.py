@@ -16,7 +16,7 @@ from .common import last_contiguous, on_device
 COUNTED = 16384  # rows up to which ordering them by counting (n^2 compares) beats a sort
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m", "stride"])
 def _order_by_column(into, order, bounds, n, m, stride, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
     """Counting sort of rows by the column they go into. Item i < n is row i, item n + j the start of column j; the
     place of each is the number of rows before it. Rows that go nowhere come last."""
@@ -39,7 +39,7 @@ def _order_by_column(into, order, bounds, n, m, stride, BLOCK: tl.constexpr, BLO
     tl.store(bounds + batch * (m + 1) + item - n, place, mask=(item >= n) & (item <= n + m))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m", "index_batch", "weight_batch"])
 def _gather_merge(
     x, index, order, bounds, weight, out, n, m, d, x_batch, x_row, index_batch, weight_batch,
     MERGE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -98,7 +98,7 @@ def gather_merge(x: Tensor, index: Tensor, into: Tensor | None = None, weight: T
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "heads", "m", "index_batch"])
 def _move_rows(
     table, index, batches, heads, m, index_batch,
     UNIT: tl.constexpr, ALIGN: tl.constexpr, STEP: tl.constexpr, IN_PLACE: tl.constexpr,

@@ -19,7 +19,7 @@ COOPERATIVE = True  # False: one launch a step, for devices without cooperative 
 _TIE, _DPP_TIE, _DPP_FLOOR = tl.constexpr(TIE), tl.constexpr(DPP_TIE), tl.constexpr(DPP_FLOOR)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_a", "first_b", "count_a", "count_b", "n"])
 def _most_similar(
     x, inverse, best, partner, first_a, first_b, step, count_a, count_b, n, d, x_batch, x_row,
     WIDE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -120,7 +120,7 @@ def _agree(slots, places, n, PROGRAMS: tl.constexpr, BLOCK_P: tl.constexpr, slac
     return tl.min(tl.where(value >= high - slack_abs - slack_rel * high, place, n), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_step", "last_step", "n", "k", "share"])
 def _farthest(
     x, inverse, start, out, score, slots, places, arrived, first_step, last_step, n, k, d, share, x_batch, x_row,
     PROGRAMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -157,7 +157,7 @@ def _farthest(
             _meet(arrived + batch, (t - first_step + 1) * PROGRAMS, PROGRAMS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_step", "last_step", "n", "k", "share"])
 def _greedy(
     x, inverse, quality, start, out, left, factor, slots, places, gains, arrived, first_step, last_step, n, k, d, share,
     x_batch, x_row,
