@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 import torch
+import transformers
 from torch import Tensor
+from transformers.models.smolvlm import processing_smolvlm
 
 import vtoken
 from tests import oracle
 from tests.mechanism.common import assert_same, clean, expected, run, subject
 from tests.mechanism.fixed import patched
 from tests.models import FAMILIES
-from tests.models.common import END, IMG, ROW, START, left_pad, pixels, text
+from tests.models.common import END, IMG, LM, ROW, START, VIT, left_pad, pixels, text
 from tests.models.siglip import GRIDS, TILES
 from vtoken.strategies import create
 
@@ -94,6 +99,14 @@ def tiled_inputs(prompts: list[list[tuple[int, int]]], values: Tensor | None = N
     for b, n in enumerate(counts):
         made[b, :n] = pixels(n, 3, 56, 56, seed=b)
     return dict(input_ids=ids, attention_mask=mask, pixel_values=made if values is None else values)
+
+
+@pytest.mark.parametrize("grid", [(0, 0), (1, 2), (2, 3)])
+def test_tags_are_those_of_the_processor(grid):
+    made = processing_smolvlm.get_image_prompt_string(*grid, 16, "<fake>", "<image>", "<global-img>")
+    names = {"<fake>": START, "<image>": IMG, "<global-img>": GLOBAL, "\n": LINE}
+    names |= {f"<row_{r + 1}_col_{c + 1}>": ROW + 3 * r + c for r in range(grid[0]) for c in range(grid[1])}
+    assert [names[token] for token in re.findall(r"<[^>]*>|\n", made)] == tiled(*grid)
 
 
 @pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
@@ -288,6 +301,37 @@ def test_smallest_images_of_mistral3():
             out = run(subject("mistral3"), inputs)
         assert_same(out, inputs, expected("mistral3", inputs, spy))
         assert len(spy.items[0][1].keep) == max(1, int(0.2 * h * w))
+
+
+def test_pixtral_tower_of_llava():
+    """Pixtral-12B is a LLaVA whose images have any size; a patch is a cell."""
+    vision = transformers.PixtralVisionConfig(**VIT, image_size=84, patch_size=14, head_dim=8)
+    text_config = transformers.MistralConfig(**LM, sliding_window=None)
+    features = dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
+
+    def config():
+        return transformers.LlavaConfig(vision_config=vision, text_config=text_config, image_token_id=IMG, **features)
+
+    family = dataclasses.replace(
+        FAMILIES["mistral3"], name="pixtral", architecture="LlavaForConditionalGeneration", config=config
+    )
+    inputs, model = family.prompt([[0], [1, 2], []]), family.build()
+    with patched(model, create("hired", budget=0.3, score="received")) as spy:
+        out = run(model, inputs)
+        assert [v.segments[0].grid for v in vtoken.report(model).visuals] == GRIDS
+    keep, _ = spy.in_front(family, inputs)
+    assert_same(out, inputs, oracle.generate(model, inputs, keep))
+
+
+def test_features_without_their_layout_are_refused():
+    """Idefics3 takes ready-made features: what they show is not known, so nothing is dropped silently."""
+    inputs = FAMILIES["idefics3"].batch("one")
+    model = subject("idefics3")
+    with torch.no_grad():
+        ready = clean("idefics3").base_model.get_image_features(inputs.pop("pixel_values")).pooler_output
+    inputs.pop("pixel_attention_mask")
+    with vtoken.applied(model, "random"), pytest.raises(RuntimeError, match="without their layout"), torch.no_grad():
+        model(**inputs, image_hidden_states=ready)
 
 
 def test_prompts_of_embeddings():

@@ -95,6 +95,21 @@ class Spy:
         self.features.clear()
         self.drops.clear()
 
+    def once(self, family: Family, inputs: dict, times: int) -> None:
+        """Forget repeated answers: some releases encode the images of a prompt again for every beam."""
+        rows = family.visual(inputs).sum(1).tolist()
+        if sum(n for n, _ in self.items) != times * sum(rows):
+            return
+        items, kept = iter(self.items), []
+        for total in rows:
+            for time in range(times):
+                read = 0
+                while read < total:
+                    n, answer = next(items)
+                    read += n
+                    kept += [(n, answer)] if time == 0 else []
+        self.items[:] = kept
+
     def in_front(self, family: Family, inputs: dict) -> tuple[Tensor, list[Tensor | None]]:
         """What the items' answers mean for a batch: bool (batch, L), and a (kept, all) matrix for rows that merge."""
         visual, items = family.visual(inputs), iter(self.items)

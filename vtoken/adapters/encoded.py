@@ -100,7 +100,8 @@ class VisionWatch:
             return output
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         bound.apply_defaults()
-        encoded = self._encode(modality, output, self._told() | bound.arguments, capture)
+        given = self._told() | bound.arguments | bound.arguments.get("kwargs", {})
+        encoded = self._encode(modality, output, given, capture)
         setattr(output, ENCODED, encoded)
         if state.call is not None:  # encoded inside forward
             state.call.encoded[modality] = encoded

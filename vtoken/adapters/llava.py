@@ -13,8 +13,13 @@ from .base import Adapter, Layout, feature_layer_of, square
 from .registry import register_adapter
 from .towers.base import Tower
 from .towers.clip import ClipTower, SiglipTower
+from .towers.pixtral import PixtralTower
 
-TOWERS: dict[str, type[Tower]] = {"clip_vision_model": ClipTower, "siglip_vision_model": SiglipTower}
+TOWERS: dict[str, type[Tower]] = {
+    "clip_vision_model": ClipTower,
+    "siglip_vision_model": SiglipTower,
+    "pixtral": PixtralTower,
+}
 
 
 def find_tower(

@@ -24,7 +24,7 @@ class Mistral3Adapter(Adapter):
         if tower.config.model_type != "pixtral":
             return {}
         layer = feature_layer_of(self.config, tower.config.num_hidden_layers)
-        return {"image": PixtralTower(tower, layer, self.config.spatial_merge_size)}
+        return {"image": PixtralTower(tower, layer, merge_size=self.config.spatial_merge_size)}
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         cell = self.base.vision_tower.patch_size * self.config.spatial_merge_size

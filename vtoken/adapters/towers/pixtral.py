@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,9 +18,15 @@ class PixtralTower(PackedTower):
         merge_size: side of the square of patches that the projector merges into one cell.
     """
 
-    def __init__(self, module: nn.Module, feature_layer: int, merge_size: int = 1) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        feature_layer: int,
+        pool: Callable[[Tensor], Tensor] | None = None,
+        merge_size: int = 1,
+    ) -> None:
         self.merge_size = merge_size
-        super().__init__(module, feature_layer)
+        super().__init__(module, feature_layer, pool)
 
     def find_layers(self) -> list[nn.Module]:
         return list(self.module.transformer.layers)  # type: ignore[union-attr, arg-type]
