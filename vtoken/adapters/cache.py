@@ -125,7 +125,7 @@ def make_logical(cache: Cache, ledger: Ledger, num_layers: int, inside: bool = F
     check_cache(cache, inside, aligned)
     for layer in cache.layers:
         if not hasattr(layer, "physical_length"):
-            layer.__class__ = logical_layer_class(type(layer))
+            layer.__class__ = logical_layer_class(type(layer))  # type: ignore[arg-type]
     cache.layers[0].ledger = ledger  # type: ignore[attr-defined]
     setattr(cache, LEDGER, ledger)
 

@@ -291,7 +291,7 @@ class LayerStages:
                 f"A new image on a {type(cached).__name__} that holds earlier turns cannot be scored inside the LLM: use a "
                 "DynamicCache or StaticCache."
             )
-        seen = None
+        seen = None  # type: ignore[assignment]
         if isinstance(mask, Tensor) and mask.ndim == 4:  # images or prompts that see themselves in both directions
             seen = mask[min(b, len(mask) - 1), 0].index_select(0, rows[queries]).index_select(1, width + rows)
             seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
