@@ -17,6 +17,7 @@ from .common import (
     ALIGNED,
     BOTH,
     FRONT,
+    PATCHABLE,
     SOME,
     TOLERANCE,
     assert_close,
@@ -27,7 +28,7 @@ from .common import (
     run,
     subject,
 )
-from .fixed import patched
+from .fixed import Spy, patched
 from .test_decoding import extend
 
 PLAIN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
@@ -90,11 +91,49 @@ def test_new_image_in_the_second_turn(name, options):
     model = subject(name)
     with patched(model, **options) as spy:
         out = converse(model)
-    for layer, ((first, a), (second, b)) in spy.drops.items():  # columns of the second call count from its own start
-        keep = torch.cat([a.keep, b.keep + len(first)])
-        spy.drops[layer] = [(torch.cat([first, second + cut]), type(a)(keep))]
+    join_turns(spy, cut)
     assert len(spy.items) == 2
     assert_same(out, whole, expected(name, whole, spy))
+
+
+def join_turns(spy: Spy, cut: int) -> None:
+    """The answers of two calls as those of one; columns of the second call count from its own start."""
+    for layer, ((first, a), (second, b)) in spy.drops.items():
+        keep = torch.cat([a.keep, b.keep + len(first)])
+        spy.drops[layer] = [(torch.cat([first, second + cut]), type(a)(keep))]
+
+
+@pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
+@pytest.mark.parametrize("name", [n for n in PATCHABLE if n.startswith("qwen")])
+def test_new_image_by_hand(name, options):
+    """generate() cannot place a second image on the cache of a multimodal rope; whoever passes positions can."""
+    family = FAMILIES[name]
+    whole = family.prompt([[0, 1]], turns=True)
+    start = len(family.visual(family.prompt([[0]])).nonzero())
+    cut = int(family.visual(whole)[0].nonzero()[start, 0]) - 3
+    positions = oracle.capture(clean(name), whole)[0].positions[:, None]
+
+    @torch.no_grad()
+    def converse(model):
+        parts = [(slice(0, cut), family.vision(0)), (slice(cut, None), family.vision(1))]
+        cache = None
+        for part, vision in parts:
+            text = {k: whole[k][:, part] for k in ("input_ids", "mm_token_type_ids")}
+            options = dict(position_ids=positions[..., part], past_key_values=cache, use_cache=True)
+            out = model(**clone(text | vision), **options)
+            cache, logits = out.past_key_values, [out.logits[:, -1]]
+        for step in range(3):
+            ids, last = oracle.pick(logits[-1])[:, None], positions[..., -1:] + 1 + step
+            out = model(input_ids=ids, position_ids=last, past_key_values=cache, use_cache=True)
+            logits.append(out.logits[:, -1])
+        return torch.stack(logits)
+
+    assert_close(converse(clean(name)), oracle.generate(clean(name), whole, steps=4)[1])
+    model = subject(name)
+    with patched(model, **options) as spy:
+        got = converse(model)
+    join_turns(spy, cut)
+    assert_close(got, expected(name, whole, spy, 4)[1])
 
 
 @pytest.mark.parametrize("name", SOME)
