@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 OLDEST_TRANSFORMERS ?= 5.17.0
+OLDEST_TESTS ?= tests/mechanism tests/adapters tests/strategies/test_generate.py tests/test_config.py
 JOBS ?= 2
 PYTEST_ARGS ?=
 
@@ -39,7 +40,7 @@ test: $(VENV)/.stamp-dev
 
 test-oldest: $(OLDEST)/.stamp
 	$(OLDEST)/bin/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST_TRANSFORMERS)"'
-	$(OLDEST)/bin/python -m pytest -q -n $(JOBS) -m 'not slow' $(PYTEST_ARGS)
+	$(OLDEST)/bin/python -m pytest -q -n $(JOBS) -m 'not slow' $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(py) -m ruff check .
@@ -51,6 +52,10 @@ format: $(VENV)/.stamp-dev
 
 bench: $(VENV)/.stamp-dev
 	OMP_NUM_THREADS=$$(nproc) $(py) benchmarks/overhead.py
+
+docs: $(VENV)/.stamp-dev
+	$(py) docs/generate_strategy_pages.py
+	$(py) docs/generate_readme.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(OLDEST)
