@@ -15,7 +15,7 @@ from vtoken import kernels
 from . import oracle
 from .cases import bounds, heads, masks, tensor
 
-common = settings(max_examples=30, deadline=None, derandomize=True)
+common = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 class Largest(TorchDispatchMode):

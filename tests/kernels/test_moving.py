@@ -12,7 +12,7 @@ from vtoken import kernels
 from . import oracle
 from .cases import DTYPES, TOLERANCE, indices, merges, tensor
 
-common = settings(max_examples=30, deadline=None, derandomize=True)
+common = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 @common

@@ -13,7 +13,7 @@ from . import oracle
 from .cases import dtypes, layouts, seeds, tensor
 from .test_attention import Largest
 
-common = settings(max_examples=30, deadline=None, derandomize=True)
+common = settings(max_examples=20, deadline=None, derandomize=True)
 sizes, widths = st.integers(1, 40), st.sampled_from([3, 8, 50])
 
 
