@@ -14,10 +14,12 @@ from tests import oracle
 from tests.mechanism.common import assert_same, clean, expected, run, subject
 from tests.mechanism.fixed import matrix, patched
 from tests.models import FAMILIES
-from tests.models.common import left_pad, text
+from tests.models.common import IMG, ROW, START, left_pad, pixels, text
 from tests.oracle import clone
 from vtoken import Needs, Selection, Strategy, StrategyInfo, TowerInfo, VisualTokens
 from vtoken.strategies import create
+
+GLOBAL, LINE = ROW + 9, 50  # the tag of a whole image, and what stands for a line break
 
 
 @dataclass
@@ -162,3 +164,34 @@ def loudest(before: VisualTokens, after: VisualTokens) -> int:
     """The cell whose token changed most."""
     change = (after.features - before.features).norm(dim=-1)
     return int(after.cells[change.argmax()])
+
+
+def attention(name: str, layer: int):
+    base = eager(name).base_model
+    tower = base.vision_model if name in ("smolvlm", "idefics3") else base.vision_tower
+    if name == "mistral3":
+        return tower.transformer.layers[layer].attention
+    if name == "internvl":
+        return tower.encoder.layer[layer].attention
+    return getattr(tower, "vision_model", tower).encoder.layers[layer].self_attn
+
+
+def tiled(rows: int, columns: int) -> list[int]:
+    """The placeholders of an image as the processors of Idefics3 and SmolVLM write them."""
+    ids = []
+    for r in range(rows):
+        for c in range(columns):
+            ids += [START, ROW + 3 * r + c, *[IMG] * 16]
+        ids.append(LINE)
+    return [*ids, *([LINE] if rows else []), START, GLOBAL, *[IMG] * 16, START]
+
+
+def tiled_inputs(prompts: list[list[tuple[int, int]]], values: Tensor | None = None) -> dict[str, Tensor]:
+    ids, mask = left_pad(
+        [[*text(3, i), *[t for g in p for t in [*tiled(*g), 9]], *text(4, 7)] for i, p in enumerate(prompts)]
+    )
+    counts = [sum(r * c + 1 for r, c in p) for p in prompts]
+    made = torch.zeros(len(prompts), max(counts), 3, 56, 56)
+    for b, n in enumerate(counts):
+        made[b, :n] = pixels(n, 3, 56, 56, seed=b)
+    return dict(input_ids=ids, attention_mask=mask, pixel_values=made if values is None else values)

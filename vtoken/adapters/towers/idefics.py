@@ -18,9 +18,7 @@ from .base import Capture, Tower
 class IdeficsTower(Tower):
     """Idefics3 vision transformer. Padding patches neither look nor are looked at."""
 
-    def __init__(
-        self, module: nn.Module, feature_layer: int, pool: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, feature_layer: int, pool: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__(module, feature_layer, pool)
         self.real = _Real()
 
@@ -34,7 +32,9 @@ class IdeficsTower(Tower):
             handles.append(self.module.register_forward_pre_hook(before, with_kwargs=True))
         return handles
 
-    def _before_tower(self, active: Callable[[], Capture | None], module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _before_tower(
+        self, active: Callable[[], Capture | None], module: Any, args: Any, kwargs: dict[str, Any]
+    ) -> None:
         if active() is not None:
             mask = kwargs.get("patch_attention_mask")
             self.real.mask = None if mask is None or bool(mask.all()) else mask.flatten(1)
