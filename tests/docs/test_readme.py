@@ -1,0 +1,56 @@
+"""README.md is true: its tables are fresh, its links lead somewhere, its code runs, its report is what is printed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import vtoken
+from vtoken import tiny
+
+from .test_guides import ROOT, run
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")))]
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("generate_readme", ROOT / "docs" / "generate_readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_fresh():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == generator().readme(), "README.md is stale: run python docs/generate_readme.py"
+    assert all(f"`{name}`" in text for name in vtoken.list_strategies())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", (ROOT / page).read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (Path(ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_code_runs(monkeypatch, tmp_path):
+    model, _ = tiny.load("llava")
+    ids = torch.full((1, 150), 5)
+    ids[0, 2:146] = model.config.image_token_id
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(1, 3, 96, 96)}
+    run("README.md", monkeypatch, model=model, inputs=inputs, folder=tmp_path)
+    assert vtoken.report is not None and (tmp_path / "vtoken_config.json").is_file()
+    assert vtoken.patching.describe(vtoken.patching.patch_of(model).strategy) == "hired(budget=0.2, alpha=0.4)"
+
+
+def test_the_pasted_report_is_what_quickstart_prints(capsys):
+    from .test_examples import load
+
+    load("quickstart").main([])
+    printed = capsys.readouterr().out.strip().splitlines()
+    pasted = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1].splitlines()
+    assert printed[:-1] == pasted[:-1] and printed[-1].split()[:2] == pasted[-1].split()[:2]
