@@ -367,6 +367,24 @@ def test_compiled_decode_does_not_recompile(case, cache):
     assert graphs == [1, 2, 2, 2, 2, 2], "the second graph is for a mask of any width, no further one is expected"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["random", "fastv"])
+def test_compiled_prefill_is_right(case):
+    """What depends on data is left to eager mode, whatever surrounds it is compiled: the very same logits, twice."""
+    import torch._dynamo as dynamo
+
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
+    options = dict(layer=1, budget=0.3) if case == "fastv" else dict(budget=0.5)
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    with patched(model, strategies.create(case, **options)), torch.no_grad():
+        want = model(**clone(inputs)).logits
+        compiled = torch.compile(model.forward, backend="eager")
+        for _ in range(2):
+            assert (compiled(**clone(inputs)).logits - want).abs().max() < 1e-5
+    assert dynamo.utils.counters["stats"]["unique_graphs"] > 1
+
+
 def test_fixed_is_asked_at_layer_zero():
     """A drop in front of layer 0 is a drop in front of the LLM."""
     model, inputs = subject("llava"), FAMILIES["llava"].batch("ragged")

@@ -86,6 +86,7 @@ class VisionWatch:
     def _video_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self._features("video", original, args, kwargs)
 
+    @torch.compiler.disable
     def _features(self, modality: str, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         state = self.state
         if state.disabled or modality not in self.needs or state.capture is not None:

@@ -171,6 +171,7 @@ class LayerStages:
         return (run.positions.expand(valid.shape[0], -1).gather(1, index) - rank - shift).clamp(min=0)
 
     # -- the drop -----------------------------------------------------------------------------------------------
+    @torch.compiler.disable
     def _enter(self, run: Run, stage: int, hidden: Tensor, layer: nn.Module, rotary: Any, mask: Any) -> Tensor:
         """Ask the strategy and gather what it keeps: (B, n, d) -> (B, m, d)."""
         assert run.visual is not None and run.index is not None
@@ -334,6 +335,7 @@ class LayerStages:
                 layer.behind_stage = saved
 
     # -- behind the decoder -------------------------------------------------------------------------------------
+    @torch.compiler.disable
     def store(self, run: Run) -> None:
         """Enter into the ledger what a forward with visual tokens left in the cache, and align the cache if so wished."""
         assert run.index is not None and run.visual is not None

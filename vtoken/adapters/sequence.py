@@ -249,6 +249,8 @@ class Sequence:
         return original(**kwargs)
 
     # -- the entrance of the language model ---------------------------------------------------------------------
+    # What reads visual tokens depends on data (who survives) and keeps state: torch.compile leaves it to eager mode, and
+    # traces decode steps and text turns as one graph.
     def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self.state.run = None
         call, embeds = self.state.call, kwargs.get("inputs_embeds")
@@ -256,11 +258,12 @@ class Sequence:
             return None
         cache = kwargs.get("past_key_values")
         ledger = ledger_of(cache)
-        visual = self._visual(call, embeds)
+        visual = self._visual(call, embeds) if call.visual or call.has_features else None
         if visual is None:
             return None if ledger is None else self._text_turn(call, cache, ledger, args, dict(kwargs))
         return self._visual_turn(call, cache, ledger, visual, args, dict(kwargs))
 
+    @torch.compiler.disable
     def _visual(self, call: Call, embeds: Tensor) -> Tensor | None:
         """(B, q) bool: the visual tokens of this forward, None if there are none."""
         if not call.visual and call.has_features and call.input_ids is not None:
@@ -289,6 +292,7 @@ class Sequence:
             kwargs["position_ids"] = self.state.run.positions = positions - ledger.shift[0][:, None]
         return args, kwargs
 
+    @torch.compiler.disable
     def _visual_turn(
         self, call: Call, cache: Any, ledger: Ledger | None, visual: Tensor, args: Any, kwargs: dict[str, Any]
     ) -> Any:
@@ -410,9 +414,14 @@ class Sequence:
     def _after_decoder(self, decoder: nn.Module, args: Any, out: Any) -> Any:
         run, self.state.run = self.state.run, None
         device, self.state.prefill = self.state.prefill, None
-        if device is not None and out is not None:
-            self.observer.after_prefill(run, device)
-        if run is None or run.visual is None or run.index is None or out is None:
+        if device is None or out is None:
+            return None
+        return self._after_visual_turn(run, device, out)
+
+    @torch.compiler.disable
+    def _after_visual_turn(self, run: Run | None, device: torch.device, out: Any) -> Any:
+        self.observer.after_prefill(run, device)
+        if run is None or run.visual is None or run.index is None:
             return None
         index, valid = run.now[-1]
         final = run.index.gather(1, index)
