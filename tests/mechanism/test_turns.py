@@ -224,3 +224,28 @@ def run_unpruned_tail(name: str, inputs: dict, spy, more: torch.Tensor) -> torch
     """Logits behind the prompt and ``more``, by teacher forcing."""
     forced = torch.cat([more, more], 1)
     return expected(name, inputs, spy, 2, forced=forced)[1][1]
+
+
+OPERATIONS = {
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("name", [n for n in SOME if not n.startswith("qwen")])
+def test_rows_of_a_cache_move_together(name, operation):
+    """Padding and gaps belong to a row of the cache, wherever it goes."""
+    model, inputs = subject(name), FAMILIES[name].batch("ragged")
+    operate, rows = OPERATIONS[operation]
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    now = dict(input_ids=torch.tensor([[5], [6]]), attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1)
+    with patched(model, **ALIGNED), torch.no_grad():
+        cache = model(**clone(inputs), use_cache=True).past_key_values
+        moved = copy.deepcopy(cache)
+        want = model(**now, past_key_values=cache).logits
+        operate(moved)
+        got = model(**{k: v[rows] for k, v in now.items()}, past_key_values=moved).logits
+    assert_close(got, want[rows])
+    assert (want[0] - want[1]).abs().max() > 1e-2
