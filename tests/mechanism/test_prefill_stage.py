@@ -281,6 +281,36 @@ def test_windows():
         assert_same(out, inputs, expected("gemma3", inputs, spy))
 
 
+def test_layers_that_cannot_drop_tokens(monkeypatch):
+    """Linear attention carries a state, not a cache of tokens; a fused projection hides the queries."""
+    model = subject("llava")
+    kinds = ["linear_attention", "full_attention"] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(model.get_decoder().config, "layer_types", kinds, raising=False)
+        with pytest.raises(ValueError, match="cannot be done to layers of type linear_attention: use a projector"):
+            vtoken.patch(model, "fastv", layer=1)
+        assert "fastv" not in vtoken.list_strategies(model=model) and "random" in vtoken.list_strategies(model=model)
+    layer = model.get_decoder().layers[0]
+    attention = layer.self_attn
+    try:
+        layer.self_attn = torch.nn.Identity()
+        with pytest.raises(ValueError, match="no such projections: use a projector strategy"):
+            vtoken.patch(model, "fastv", layer=1)
+    finally:
+        layer.self_attn = attention
+
+
+def test_a_new_image_on_quantized_keys_is_refused():
+    family, model = FAMILIES["llava"], subject("llava")
+    whole = family.prompt([[0, 1]])
+    cut = int(family.visual(whole)[0].nonzero()[16, 0])
+    cache = fake_quantized(model)
+    with patched(model, strategies.create("fastv", layer=1, budget=0.5)), torch.no_grad():
+        model(input_ids=whole["input_ids"][:, :cut], **family.vision(0), past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="a cache of Fake that holds earlier turns"):
+            model(input_ids=whole["input_ids"][:, cut:], **family.vision(1), past_key_values=cache)
+
+
 # -- cost -----------------------------------------------------------------------------------------------------------
 class Largest(TorchDispatchMode):
     """Notes the element count of every tensor made, while switched on."""

@@ -33,6 +33,8 @@ def test_whole_numbers_split_geometrically():
     both = combine(["random", "fastv"], 4)
     assert len(both.select(image(8, 8)).keep) == 16  # 64 * (4 / 64) ** 0.5
     assert both.counts(image(8, 8).segments) == [16]
+    assert both.counts(image(8, 8).segments, 0.25) == [32]
+    assert FastV(0.2).counts(image(8, 8).segments) == [64]  # all enter the LLM
     frames = video(4, 4, 4)
     assert len(combine(["uniform", "fastv"], 4).select(frames).keep) == 4 * 8
     assert len(combine(["random", "fastv"], 400).select(image(8, 8)).keep) == 64

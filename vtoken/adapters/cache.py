@@ -101,6 +101,11 @@ def ledger_of(cache: Cache | None) -> Ledger | None:
     return ledger
 
 
+def name_of(layer: Any) -> str:
+    """The name of a cache layer's class before it was made to count logical tokens."""
+    return type(layer).__name__.removeprefix("Logical")
+
+
 def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
     """Raise NotImplementedError before the first token if this kind of cache cannot hold what a strategy leaves of a prompt.
 
@@ -112,7 +117,7 @@ def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
         known = isinstance(layer, (DynamicLayer, StaticLayer)) and not hasattr(layer, "conv_states")
         plain = known and not hasattr(layer, "_quantize") and not getattr(cache, "offloading", False)
         if (inside and not known) or (aligned and not plain):
-            kind = "an offloaded cache" if getattr(cache, "offloading", False) else type(layer).__name__
+            kind = "an offloaded cache" if getattr(cache, "offloading", False) else name_of(layer)
             instead = "a DynamicCache or StaticCache" if not known else "a DynamicCache or StaticCache, or align_cache=False"
             doing = "be shortened after prefill" if aligned and known else "hold layers of different lengths"
             raise NotImplementedError(f"This strategy needs a KV cache that can {doing}, found {kind}: use {instead}.")

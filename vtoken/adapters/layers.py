@@ -21,6 +21,7 @@ from transformers.masking_utils import create_causal_mask
 from ..kernels import gather_merge
 from ..tokens import PrefillTokens, Selection
 from .align import align_cache
+from .cache import name_of
 from .masks import WINDOW_FULL, cut_mask
 from .ragged import expand_batch, right_aligned, take
 from .rows import rows_of_attention
@@ -289,8 +290,8 @@ class LayerStages:
                 past = keys[b : b + 1].index_select(2, seen.nonzero()[:, 0])
         elif width:
             raise NotImplementedError(
-                f"A new image on a {type(cached).__name__} that holds earlier turns cannot be scored inside the LLM: use a "
-                "DynamicCache or StaticCache."
+                f"A new image on a cache of {name_of(cached)} that holds earlier turns cannot be scored inside the LLM: use a "
+                "DynamicCache or StaticCache that is not offloaded."
             )
         seen = None  # type: ignore[assignment]
         if isinstance(mask, Tensor) and mask.ndim == 4:  # images or prompts that see themselves in both directions

@@ -140,8 +140,10 @@ class Strategy:
         return Needs()
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
-        """Tokens kept per segment, a pure function of the grids; at least one each."""
+        """Tokens per segment that enter the LLM, a pure function of the grids: all, if the method only acts inside it."""
         budget = self.budget if budget is None else check_budget(budget)
+        if not self.acts_on_projector:
+            return [s.fed for s in segments]
         return per_segment(segments, budget)
 
     def select(self, tokens: VisualTokens) -> Selection:

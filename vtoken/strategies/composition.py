@@ -88,8 +88,10 @@ class Composite(Strategy):
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens per segment that enter the LLM."""
+        if budget is not None:
+            return Composite(budget, self.parts, split=self.split).counts(segments)
         n = sum(s.fed for s in segments)
-        return self._for(n, sum(s.kind == "frame" for s in segments)).counts(segments, budget)
+        return self._for(n, sum(s.kind == "frame" for s in segments)).counts(segments)
 
     def select(self, tokens: VisualTokens) -> Selection:
         frames = sum(s.kind == "frame" for s in tokens.segments)

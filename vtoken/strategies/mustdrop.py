@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Selection, TowerInfo, VisualTokens
+from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy, top_k
 from .registry import register
 from .schedule import (
@@ -101,6 +102,10 @@ class MustDrop(Strategy):
         if tower.has_cls:
             return Needs(cls_attention=(tower.num_layers - 1,))
         return Needs(received_attention=(tower.global_layers[-1],))
+
+    def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
+        """Tokens per segment that enter the LLM at most; how many are merged before is seen in the picture only."""
+        return [s.fed for s in segments]
 
     def encoder_layers(self, tower: TowerInfo) -> tuple[int, ...]:
         return (0,) if self.merging else ()
