@@ -142,3 +142,10 @@ def test_an_interrupted_board_goes_on_where_it_stopped(monkeypatch):
     other = Board(whole.title, whole.settings | {"weights": "other"}, whole.cells)
     tiny_board(["random"], [0.5, 0.2], questions=5, known=other)
     assert measured == [0.2, 1.0, 0.5, 0.2]
+
+
+def test_a_budget_that_a_strategy_refuses_is_left_out(tmp_path):
+    said = []
+    board = tiny_board(["sparsevlm", "uniform"], [0.1], questions=5, refused=said.append)
+    assert [c.strategy for c in board.cells] == ["dense", "uniform"]
+    assert len(said) == 1 and said[0].startswith("sparsevlm at 0.1: ")

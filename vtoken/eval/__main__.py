@@ -77,7 +77,10 @@ def tiny(
             def step(what: str, asked: int) -> None:
                 bar.update(task, advance=asked, description=what)
 
-            board = tiny_board(names, shares, questions, seed, batch_size, step, board_done, known)
+            def refused(sentence: str) -> None:
+                bar.console.print(f"left out, {sentence}", highlight=False, markup=False)
+
+            board = tiny_board(names, shares, questions, seed, batch_size, step, board_done, known, refused)
         options = [f"--strategies {','.join(strategies)}"] * bool(strategies)
         options += [f"--budgets {','.join(budgets)} --questions {questions} --seed {seed}"]
         for written in board.save(output, f"python -m vtoken.eval tiny {' '.join(options)}"):

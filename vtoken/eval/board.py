@@ -180,7 +180,10 @@ class Board:
             "",
             "Exact answers in %, 95 % Wilson interval in brackets, measured visual tokens per question (average over",
         ]
-        lines += ["the LLM's layers) behind the @. Baselines are in italics.", ""]
+        lines += [
+            "the LLM's layers) behind the @. Baselines are in italics; an empty field is a budget that the strategy refuses"
+        ]
+        lines += ["for a model of so few layers.", ""]
         if dense:
             lines += [f"Budget 1.0 is the unpatched model, the same for every strategy: {_entry(dense)}.", ""]
         lines += [_row(["strategy", *(f"budget {b}" for b in budgets)]), _row(["---"] * (len(budgets) + 1))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def tiny_board(
     step: Callable[[str, int], None] = lambda what, asked: None,
     board_done: Callable[[Board], None] = lambda board: None,
     known: Board | None = None,
+    refused: Callable[[str], None] = warnings.warn,
 ) -> Board:
     """Measure strategies on held-out questions of the tiny LLaVA.
 
@@ -49,6 +51,7 @@ def tiny_board(
         step: told what is measured and how many questions were just answered.
         board_done: told the board so far after each measured cell.
         known: an earlier board; its cells are taken over if its settings are the same.
+        refused: told of each cell that is left out because the strategy cannot serve this model with this budget.
 
     Raises:
         ValueError: for an unknown strategy or a budget out of range.
@@ -79,12 +82,27 @@ def tiny_board(
         cell = had.get((named or "dense", budget))
         if cell is None:
             what = f"{named} at {budget}" if named else "all visual tokens"
+            if sentence := refusal(model, named, budget):
+                refused(f"{what}: {sentence}")
+                step(what, questions)
+                continue
             cell = measure(model, asked, say, named, budget, batch_size, functools.partial(step, what))
         else:
             step("taken over", questions)
         board.cells.append(cell)
         board_done(board)
     return board
+
+
+def refusal(model: Any, strategy: str | None, budget: float | int) -> str:
+    """The sentence with which `vtoken.patch` refuses this strategy and budget on this model; empty if it does not."""
+    import vtoken
+
+    try:
+        with vtoken.applied(model, parse_strategy(strategy or "uniform"), budget=budget):
+            return ""
+    except ValueError as error:
+        return str(error)
 
 
 def weights(model: Any) -> str:
