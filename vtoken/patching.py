@@ -16,7 +16,8 @@ from .adapters.layers import Stage
 from .adapters.plan import Chosen, Planner
 from .adapters.registry import adapter_for
 from .adapters.rows import check_projections
-from .adapters.sequence import Sequence, State, Wrapped
+from .adapters.sequence import Sequence
+from .adapters.state import State, Wrapped
 from .config import VTokenConfig
 from .recorder import Recorder
 from .strategies import Composite, Strategy, combine, create, list_names, strategy_info

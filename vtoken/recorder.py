@@ -14,7 +14,7 @@ from torch import Tensor
 from ._threads import PerThread
 from .accounting import LanguageModelShape, Report, VisualReport
 from .adapters.plan import Chosen
-from .adapters.sequence import Run
+from .adapters.state import Run
 
 
 class Stopwatch:

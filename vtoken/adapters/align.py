@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels import kv_compact
 
 if TYPE_CHECKING:
-    from .sequence import Run
+    from .state import Run
 
 
 def align_cache(run: Run, layers: Sequence[int], stage_of: Sequence[int]) -> None:

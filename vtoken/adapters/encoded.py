@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..tokens import EncoderMerge, EncoderTokens, Needs, VisualTokens
 from .base import Adapter, Layout
-from .sequence import ENCODED, State, Wrapped
+from .state import ENCODED, State, Wrapped
 from .towers.base import Capture
 from .towers.merging import MERGED, EncoderMerging
 

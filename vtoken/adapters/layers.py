@@ -28,7 +28,7 @@ from .rows import rows_of_attention
 
 if TYPE_CHECKING:
     from .cache import Ledger
-    from .sequence import Run, State
+    from .state import Run, State
 
 # Older releases checkpoint `__call__`: hooks run again in backward, when the state of the forward is gone.
 HOOKS_INSIDE_CHECKPOINT = "__call__" in vars(transformers.modeling_layers.GradientCheckpointingLayer)

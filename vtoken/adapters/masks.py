@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .sequence import Run
+    from .state import Run
 
 WINDOW_FULL = "Dropping inside the LLM cannot serve a sliding-window layer whose window is full: prune before the LLM."
 

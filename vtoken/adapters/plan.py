@@ -11,7 +11,7 @@ from torch import Tensor
 from ..tokens import Selection, VisualTokens, concat_selections
 from .base import Adapter
 from .encoded import EncodedVisuals
-from .sequence import Call, Plan, PromptLayout, Run, State
+from .state import Call, Plan, PromptLayout, Run, State
 
 
 @dataclass

@@ -1,0 +1,126 @@
+"""The forwards under way: what a call of the base model was given, what is planned for it, and who keeps the books."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .._threads import PerThread
+from .cache import Ledger
+
+ENCODED = "_vtoken_encoded"  # what a model's own features carry
+
+
+@dataclass
+class Call:
+    """One forward of the base model: what it was given, and what its own methods told us meanwhile."""
+
+    input_ids: Tensor | None = None
+    given: dict[str, Any] = field(default_factory=dict)  # the arguments of the base model
+    visual: dict[str, Tensor] = field(default_factory=dict)  # modality -> (B, q) bool
+    encoded: dict[str, Any] = field(default_factory=dict)  # modality -> EncodedVisuals
+    has_features: bool = False
+    mask_aligned: bool = False
+
+
+@dataclass
+class Plan:
+    """What to do with the tokens of one forward: `keep` (B, q) bool, and who absorbs whom ((B, q), by position)."""
+
+    keep: Tensor
+    into: Tensor | None = None
+    weight: Tensor | None = None
+
+
+@dataclass
+class PromptLayout:
+    """What is known about the visual tokens of one forward, laid out over its (B, q) positions.
+
+    Attributes:
+        item: which image or video of its row a token belongs to, -1 for text.
+        separator: visual tokens that are no patch.
+        marked: what the strategy marked at the projector stage.
+        units: per row, its images and video frames.
+    """
+
+    item: Tensor
+    separator: Tensor
+    marked: Tensor
+    units: list[int]
+
+
+@dataclass
+class Run:
+    """One forward of the language model while a shortened prompt is, or has been, read."""
+
+    cache: Any
+    ledger: Ledger
+    query_length: int
+    visual: Tensor | None = None  # (B, q) bool; None in decode and text turns
+    index: Tensor | None = None  # (B, n): position in the prompt's forward of every token behind the entrance
+    past_slots: int = 0
+    now: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per stage: (index into stage 0, valid)
+    ragged: list[bool] = field(default_factory=list)
+    memo: dict[Any, Any] = field(default_factory=dict)
+    tap: tuple[int, nn.Module, Tensor, Any, Any] | None = None  # layer, attention, its input, rotary tables, mask
+    layout: PromptLayout | None = None
+    end: int = 0  # position in this forward at which the prompt ends and drafts or generated tokens begin
+    positions: Tensor | None = None  # position ids behind the entrance, for positions="renumber"
+    past_seen: Tensor | None = None  # (B, past_slots) bool: what the mask lets through of earlier forwards
+    memory: dict[int, dict[str, Any]] = field(default_factory=dict)  # per row, see PrefillTokens
+
+    @property
+    def static(self) -> bool:
+        return self.cache is not None and self.cache.is_compileable
+
+
+class State(PerThread):
+    """The forwards under way in this thread."""
+
+    call: Call | None = None
+    run: Run | None = None
+    generating: Any = None  # encoded.Prompt
+    prefill: torch.device | None = None  # set while the language model reads visual tokens
+    capture: Any = None  # towers.base.Capture
+    disabled: int = 0
+
+
+class Wrapped:
+    """Instance attributes that stand in front of a method, and their removal.
+
+    `functools.partial` objects with `__wrapped__`: `generate()` reads their signature, and a deep copy of the model gets
+    copies bound to itself.
+    """
+
+    def __init__(self) -> None:
+        self.places: list[tuple[Any, str]] = []
+
+    def wrap(self, owner: Any, name: str, instead: Callable[..., Any], original: Any = None) -> None:
+        original = getattr(owner, name) if original is None else original
+        partial = functools.partial(instead, original)
+        functools.update_wrapper(partial, original)
+        owner.__dict__[name] = partial
+        self.places.append((owner, name))
+
+    def remove(self) -> None:
+        for owner, name in self.places:
+            owner.__dict__.pop(name, None)
+        self.places = []
+
+
+class Observer(Protocol):
+    """Who keeps the books of a patched model."""
+
+    def before_prefill(self, device: torch.device) -> None:
+        """The language model is about to be called with visual tokens."""
+
+    def entered(self, run: Run, real: Tensor) -> None:
+        """Tokens were chosen and gathered; `real` (B, q) bool marks what is no padding."""
+
+    def after_prefill(self, run: Run | None, device: torch.device) -> None:
+        """The language model has answered; `run` is None if nothing was dropped."""
