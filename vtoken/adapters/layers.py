@@ -242,7 +242,7 @@ class LayerStages:
 
         return PrefillTokens(
             layer=k,
-            hidden_states=hidden[b, rows],
+            hidden_states=hidden[b] if len(rows) == hidden.shape[1] else hidden[b, rows],
             visual=run.visual[b, places],
             positions=places,
             total_visual=int(run.visual[b].sum()),
@@ -273,6 +273,7 @@ class LayerStages:
     ) -> Tensor:
         """Attention rows of layer i for sample b; its keys come from the cache if they are `stored` there already."""
         one = 0 if hidden.shape[0] == 1 else b
+        unpadded = len(rows) == hidden.shape[1]
         tables = tuple(t.expand(max(b + 1, t.shape[0]), *t.shape[1:])[b : b + 1, rows] for t in rotary)
         key = past = None
         cached = run.cache.layers[i] if run.cache is not None else None
@@ -281,8 +282,8 @@ class LayerStages:
         keys = cached.keys if readable and cached is not None and cached.is_initialized else None
         needed = width + (run.now[self.stage_of[i]][0].shape[1] if stored else 0)
         if keys is not None and keys.ndim == 4 and keys.shape[2] >= needed:
-            if stored:
-                key = keys[b : b + 1].index_select(2, width + rows)
+            if stored:  # a view if there is no padding to leave out
+                key = keys[b : b + 1, :, width:needed] if unpadded else keys[b : b + 1].index_select(2, width + rows)
             if width:
                 seen = run.ledger.slots[self.tables[i]][b] >= 0
                 if run.past_seen is not None:
@@ -297,7 +298,8 @@ class LayerStages:
         if isinstance(mask, Tensor) and mask.ndim == 4:  # images or prompts that see themselves in both directions
             seen = mask[min(b, len(mask) - 1), 0].index_select(0, rows[queries]).index_select(1, width + rows)
             seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
-        return rows_of_attention(attention, hidden[one : one + 1, rows], tables, queries, key, past, seen)  # type: ignore[arg-type]
+        own = hidden[one : one + 1] if unpadded else hidden[one : one + 1, rows]
+        return rows_of_attention(attention, own, tables, queries, key, past, seen)  # type: ignore[arg-type]
 
     # -- masks --------------------------------------------------------------------------------------------------
     def _mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
