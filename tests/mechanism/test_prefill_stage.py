@@ -120,6 +120,27 @@ def test_rows_on_a_cache_with_an_earlier_turn(name, static):
         assert (got - maps[layer][0, :, -3:, cut:]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_rows_leave_out_the_padding_of_an_earlier_turn(static):
+    """A left-padded text turn, then an image: nothing of the softmax goes to the padding in the cache."""
+    family = FAMILIES["llava"]
+    image = [IMG] * 16 + text(3, 1)
+    ids = torch.tensor([text(6, 2) + image, [0] * 4 + text(2, 3) + image])
+    mask = (ids != 0).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = dict(attention_mask=mask, pixel_values=torch.cat([family.vision(i)["pixel_values"] for i in (0, 1)]))
+    with torch.no_grad():
+        maps = clean("llava", "eager")(ids, position_ids=positions, **clone(whole), output_attentions=True).attentions
+    model, probe = subject("llava"), Probe(2)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=40) if static else DynamicCache()
+    with patched(model, probe), torch.no_grad():
+        model(ids[:, :6], attention_mask=mask[:, :6], position_ids=positions[:, :6], past_key_values=cache)
+        model(ids[:, 6:], position_ids=positions[:, 6:], past_key_values=cache, **clone(whole))
+    for b, (_, before, preview) in enumerate(probe.seen):
+        for got, layer in ((before, 1), (preview, 2)):
+            assert (got - maps[layer][b, :, -3:, 6:]).abs().max() < 1e-5
+
+
 def test_what_is_shown():
     """Items, separators and units of two images; total counts what a projector strategy dropped as well."""
     family = FAMILIES["llava_next"]
@@ -379,7 +400,9 @@ def test_compiled_decode_does_not_recompile(case, cache):
     options = dict(layer=1, budget=0.3) if case == "fastv" else dict(budget=0.5)
     mask, length = inputs["attention_mask"], inputs["input_ids"].shape[1]
     positions, config = (mask.cumsum(1) - 1).clamp(min=0), model.config.get_text_config()
-    store = StaticCache(config=config, max_cache_len=length + 16) if cache is StaticCache else DynamicCache(config=config)
+    store = (
+        StaticCache(config=config, max_cache_len=length + 16) if cache is StaticCache else DynamicCache(config=config)
+    )
     dynamo.reset()
     dynamo.utils.counters.clear()
     with nullcontext() if case == "unpatched" else patched(model, strategies.create(case, **options)), torch.no_grad():
