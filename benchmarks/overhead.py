@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="mid")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--strategies", nargs="+", default=["hired", "vtc_cls", "random", "uniform", "pool"])
+    parser.add_argument("--strategies", nargs="+", help="default: every strategy that fits the model")
     parser.add_argument("--budgets", nargs="+", type=float, default=[1.0, 0.5, 0.33, 0.2, 0.1])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
@@ -126,7 +126,8 @@ def main() -> None:
     dtype = torch.bfloat16 if args.device != "cpu" else torch.float32
     model = build(SHAPES[args.shape], args.device, dtype)
     inputs = inputs_for(model)
-    cases = [(s, b) for s in args.strategies for b in args.budgets]
+    names = args.strategies or vtoken.list_strategies(model=model)
+    cases = [(s, b) for s in names for b in args.budgets]
     rows = [measure(model, inputs, s, b, args.repeats) for s, b in track(cases, description="prefill")]
     table = Table("strategy", "budget", "tokens", "LLM promised", "LLM measured", "speed-up kept", "whole", "choosing")
     for r in rows:
