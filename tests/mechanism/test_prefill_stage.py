@@ -18,7 +18,7 @@ from tests.oracle import clone, pick
 from vtoken import PrefillTokens, Selection, Strategy, StrategyInfo, strategies
 from vtoken.adapters.cache import physical_length
 
-from .common import PATCHABLE, assert_same, clean, expected, run, subject
+from .common import PATCHABLE, assert_same, clean, consistent, expected, run, subject
 from .fixed import Fixed, patched
 
 ONE_D = [n for n in PATCHABLE if not n.startswith("qwen")]
@@ -197,6 +197,8 @@ def test_drafts_and_generated_tokens_are_not_the_prompt(options):
 
 def test_chunks_are_refused():
     model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
+    if not consistent("llava", inputs, prefill_chunk_size=7):
+        pytest.skip("this release loses the image in a chunked prefill, unpatched too")
     with patched(model, layers=(1,), projector=False), pytest.raises(NotImplementedError, match="prefill_chunk_size"):
         run(model, inputs, prefill_chunk_size=7)
     whole = int(FAMILIES["llava"].visual(inputs)[0].nonzero()[-1]) + 1
