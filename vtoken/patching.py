@@ -25,7 +25,6 @@ from .tokens import Needs, Segment, Selection, VisualTokens
 
 M = TypeVar("M")
 PATCH = "_vtoken_patch"
-REFERENCE_DEPTH = 32  # of an LLM deep enough for every method, to ask whether a strategy acts inside
 
 
 class Patch:
@@ -156,7 +155,7 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
             "flex_attention masks cannot be cut: load the model with attn_implementation='sdpa', 'eager' or "
             "'flash_attention_2'."
         )
-    if not strategy.is_identity and strategy.prefill_layers(REFERENCE_DEPTH):
+    if not strategy.is_identity and strategy.acts_inside:
         check_inside(adapter, strategy)
 
 
@@ -192,7 +191,7 @@ def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
         if any(
             m in needs_of(adapter, strategy, m).modalities and not adapter.lacking(needs_of(adapter, strategy, m), m)
             for m in adapter.modalities
-        ) and (not strategy.prefill_layers(REFERENCE_DEPTH) or goes_inside(adapter, strategy)):
+        ) and (not strategy.acts_inside or goes_inside(adapter, strategy)):
             out.append(name)
     return out
 

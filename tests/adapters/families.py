@@ -19,6 +19,13 @@ from tests.oracle import clone
 from vtoken import Needs, Selection, Strategy, StrategyInfo, TowerInfo, VisualTokens
 from vtoken.strategies import create
 
+STRATEGIES = {  # those that fit every tower, with the options that let them
+    "random": {},
+    "uniform": {},
+    "pool": {},
+    "hired": dict(score="received"),
+    "vtc_cls": dict(score="received", layers=2),
+}
 GLOBAL, LINE = ROW + 9, 50  # the tag of a whole image, and what stands for a line break
 
 

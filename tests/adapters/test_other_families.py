@@ -19,6 +19,7 @@ from tests.models.siglip import GRIDS, TILES
 from vtoken.strategies import create
 
 from .families import (
+    STRATEGIES,
     Probe,
     assert_near,
     attention,
@@ -33,13 +34,6 @@ from .families import (
 )
 
 NAMES = ("internvl", "smolvlm", "idefics3", "gemma3", "mistral3", "paligemma")
-STRATEGIES = {
-    "random": {},
-    "uniform": {},
-    "pool": {},
-    "hired": dict(score="received"),
-    "vtc_cls": dict(score="received", layers=2),
-}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -16,17 +16,10 @@ from tests.models.common import END, IMG, START, VID, left_pad, text
 from tests.models.qwen import IMAGES, VIDEOS, token_types
 from vtoken.strategies import create
 
-from .families import Probe, assert_near, check, eager, expected_mixed, loudest, maps_of, mixed, seen
+from .families import STRATEGIES, Probe, assert_near, check, eager, expected_mixed, loudest, maps_of, mixed, seen
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 BOTH = [f"{name}{kind}" for name in NAMES for kind in ("", "/video")]
-STRATEGIES = {
-    "random": {},
-    "uniform": {},
-    "pool": {},
-    "hired": dict(score="received"),
-    "vtc_cls": dict(score="received", layers=2),
-}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

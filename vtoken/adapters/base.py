@@ -45,7 +45,6 @@ class Adapter:
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     pixel_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos", "pixel_values_images")
     prompt_arguments: ClassVar[tuple[str, ...]] = ()
-    multimodal_rope: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model

@@ -18,12 +18,11 @@ import transformers.modeling_layers
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
-from ..kernels import gather_merge
 from ..tokens import PrefillTokens, Selection
 from .align import align_cache
 from .cache import name_of
 from .masks import WINDOW_FULL, cut_mask
-from .ragged import expand_batch, right_aligned, take
+from .ragged import expand_batch, right_aligned, take, take_merged
 from .rows import rows_of_attention
 
 if TYPE_CHECKING:
@@ -205,12 +204,7 @@ class LayerStages:
         sub, sub_valid = right_aligned(keep)
         run.now.append((index.gather(1, sub), sub_valid))
         run.ragged.append(not bool(sub_valid.all()))
-        if not merges:
-            return gather_merge(hidden, sub)
-        column = torch.full(keep.shape, -1, dtype=torch.long, device=sub.device)
-        row, place = sub_valid.nonzero(as_tuple=True)
-        column[row, sub[row, place]] = place
-        return gather_merge(hidden, sub, torch.where(into >= 0, column.gather(1, into.clamp(min=0)), -1), weight)
+        return take_merged(hidden, sub, sub_valid, *((into, weight) if merges else ()))
 
     def _view(
         self, run: Run, stage: int, b: int, rows: Tensor, places: Tensor, hidden: Tensor, ahead: tuple[Any, Any, Any]

@@ -24,7 +24,6 @@ class QwenVLAdapter(Adapter):
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
     modalities = ("image", "video")
     prompt_arguments = ("second_per_grid_ts",)
-    multimodal_rope = True
 
     def make_towers(self) -> dict[str, Tower]:
         tower = QwenTower(self.base.visual, len(self.base.visual.blocks) - 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels import gather_merge
+
 
 def right_aligned(keep: Tensor) -> tuple[Tensor, Tensor]:
     """(B, n) bool -> index (B, m) int64 of the kept tokens in order, aligned to the right, and valid (B, m) bool."""
@@ -13,6 +15,23 @@ def right_aligned(keep: Tensor) -> tuple[Tensor, Tensor]:
     order = torch.argsort(keep.to(torch.int8), dim=1, stable=True)[:, keep.shape[1] - longest :]
     valid = torch.arange(longest, device=keep.device)[None] >= (longest - count)[:, None]
     return torch.where(valid, order, 0), valid
+
+
+def take_merged(x: Tensor, index: Tensor, valid: Tensor, into: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    """Gather kept tokens and add to them what they absorb: (B, n, d) -> (B, m, d).
+
+    Args:
+        x: (B, n, d).
+        index, valid: (B, m), as `right_aligned` gives them.
+        into: (B, n) int64, the row of `x` that absorbs each row, -1 for none; None where nothing is merged.
+        weight: (B, n) float32, the share with which each row is added.
+    """
+    if into is None or weight is None:
+        return gather_merge(x, index)
+    column = torch.full(x.shape[:2], -1, dtype=torch.long, device=index.device)
+    row, place = valid.nonzero(as_tuple=True)
+    column[row, index[row, place]] = place
+    return gather_merge(x, index, torch.where(into >= 0, column.gather(1, into.clamp(min=0)), -1), weight)
 
 
 def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:

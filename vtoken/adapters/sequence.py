@@ -16,11 +16,10 @@ import torch
 import transformers.masking_utils
 from torch import Tensor, nn
 
-from ..kernels import gather_merge
 from .cache import Ledger, ledger_of, make_logical, new_dynamic_cache, physical_length
 from .layers import LayerStages, Stage
 from .masks import cut_mask, sees_itself
-from .ragged import expand_batch, right_aligned, take
+from .ragged import expand_batch, right_aligned, take, take_merged
 from .state import ENCODED, Call, Observer, Plan, Run, State, Wrapped
 
 
@@ -242,7 +241,7 @@ class Sequence:
         run.now = [(torch.arange(index.shape[1], device=device).expand(batch, -1), valid)]
         run.ragged = [not bool(valid.all())]
 
-        kwargs["inputs_embeds"] = self._gather(embeds, index, valid, plan)
+        kwargs["inputs_embeds"] = take_merged(embeds, index, valid, *((plan.into, plan.weight) if plan is not None else ()))
         run.positions = self._positions(kwargs.get("position_ids"), ledger, keep, real, index)
         kwargs["position_ids"] = run.positions
         kwargs["attention_mask"] = self._mask(mask, mask_2d, real, run)
@@ -254,15 +253,6 @@ class Sequence:
         use = kwargs.get("use_cache")
         use = getattr(self.decoder.config, "use_cache", False) if use is None else use
         return bool(use) and not (self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False))
-
-    def _gather(self, embeds: Tensor, index: Tensor, valid: Tensor, plan: Plan | None) -> Tensor:
-        if plan is None or plan.into is None or plan.weight is None:
-            return gather_merge(embeds, index)
-        column = torch.full(embeds.shape[:2], -1, dtype=torch.long, device=index.device)
-        row, place = valid.nonzero(as_tuple=True)
-        column[row, index[row, place]] = place
-        into = torch.where(plan.into >= 0, column.gather(1, plan.into.clamp(min=0)), -1)
-        return gather_merge(embeds, index, into, plan.weight)
 
     def _positions(self, positions: Tensor | None, ledger: Ledger, keep: Tensor, real: Tensor, index: Tensor) -> Tensor:
         """Position ids as the language model would have chosen them, of the kept tokens."""

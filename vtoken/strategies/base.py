@@ -13,6 +13,7 @@ from torch import Tensor
 from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
 
 POSITIONS = ("original", "renumber")
+REFERENCE_DEPTH = 32  # of the LLMs for which layer numbers are published; deep enough for every method
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,11 @@ class Strategy:
 
     def check_depth(self, num_layers: int) -> None:
         """Raise ValueError if the method cannot serve an LLM of this many layers with this budget."""
+
+    @property
+    def acts_inside(self) -> bool:
+        """Whether it drops inside the LLM."""
+        return bool(self.prefill_layers(REFERENCE_DEPTH))
 
     @property
     def acts_on_projector(self) -> bool:

@@ -10,8 +10,6 @@ from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment,
 from .base import Strategy, StrategyInfo, check_budget
 from .registry import create
 
-DEPTH = 32  # of an LLM deep enough for every method, to ask whether a strategy acts inside
-
 
 @dataclass
 class Composite(Strategy):
@@ -46,7 +44,7 @@ class Composite(Strategy):
         if not 0 <= self.split <= 1:
             raise ValueError(f"split must lie in [0, 1], found {self.split!r}.")
         at_projector = [p for p in self.parts if p.acts_on_projector]
-        inside = [p for p in self.parts if p.prefill_layers(DEPTH)]
+        inside = [p for p in self.parts if p.acts_inside]
         for where, found in (("between the tower and the LLM", at_projector), ("inside the LLM", inside)):
             if len(found) > 1:
                 both = " and ".join(p.info.name for p in found)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tokens import PrefillTokens
-
-REFERENCE_DEPTH = 32  # layer numbers are published for LLMs of this depth
+from .base import REFERENCE_DEPTH
 
 
 def behind_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
