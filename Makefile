@@ -40,7 +40,7 @@ test: $(VENV)/.stamp-dev
 
 test-oldest: $(OLDEST)/.stamp
 	$(OLDEST)/bin/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST_TRANSFORMERS)"'
-	$(OLDEST)/bin/python -m pytest -q -n $(JOBS) -m 'not slow' $(OLDEST_TESTS) $(PYTEST_ARGS)
+	$(OLDEST)/bin/python -m pytest -q -n $(JOBS) -m 'not slow and not soak and not browser and not harness' $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(py) -m ruff check .
