@@ -24,6 +24,7 @@ from .cache import name_of
 from .masks import WINDOW_FULL, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged
 from .rows import rows_of_attention
+from .state import Plan
 
 if TYPE_CHECKING:
     from .cache import Ledger
@@ -178,9 +179,7 @@ class LayerStages:
         index, valid = run.now[stage - 1]
         prompt_index = run.index.gather(1, index)
         visual = run.visual.gather(1, prompt_index) & valid
-        keep, merges = valid.clone(), False
-        into = torch.full(hidden.shape[:2], -1, dtype=torch.long, device=hidden.device)
-        weight = torch.zeros(hidden.shape[:2], device=hidden.device)
+        plan = Plan(valid.clone())
         for b in range(0 if self.state.disabled else hidden.shape[0]):
             rows = valid[b].nonzero()[:, 0]
             places = rows[visual[b][rows]]
@@ -189,22 +188,15 @@ class LayerStages:
             tokens = self._view(run, stage, b, rows, prompt_index[b, rows], hidden, (layer, rotary, mask))
             with torch.no_grad():
                 selection = self.stages[stage - 1].select(tokens).check(len(places))
-            dropped = torch.ones(len(places), dtype=torch.bool, device=keep.device)
-            dropped[selection.keep.to(keep.device)] = False
-            keep[b, places[dropped]] = False
-            if selection.into is not None and selection.weight is not None:
-                merges = True
-                target = selection.into.to(places.device)
-                into[b, places] = torch.where(target >= 0, places[selection.keep.to(places.device)][target.clamp(min=0)], -1)
-                weight[b, places] = selection.weight.to(weight)
-        if not merges and torch.equal(keep, valid):
+            plan.follow(b, places, selection)
+        if plan.into is None and torch.equal(plan.keep, valid):
             run.now.append(run.now[-1])
             run.ragged.append(run.ragged[-1])
             return hidden
-        sub, sub_valid = right_aligned(keep)
+        sub, sub_valid = right_aligned(plan.keep)
         run.now.append((index.gather(1, sub), sub_valid))
         run.ragged.append(not bool(sub_valid.all()))
-        return take_merged(hidden, sub, sub_valid, *((into, weight) if merges else ()))
+        return take_merged(hidden, sub, sub_valid, plan.into, plan.weight)
 
     def _view(
         self, run: Run, stage: int, b: int, rows: Tensor, places: Tensor, hidden: Tensor, ahead: tuple[Any, Any, Any]

@@ -80,10 +80,8 @@ class Planner:
     ) -> Plan | None:
         batch, length = embeds.shape[:2]
         beams = self._beams(call.visual, encoded)
-        keep = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
-        into = torch.full((batch, length), -1, dtype=torch.long, device=embeds.device)
-        weight = torch.zeros(batch, length, device=embeds.device)
-        chosen, merges = [], False
+        plan = Plan(torch.ones(batch, length, dtype=torch.bool, device=embeds.device))
+        chosen: list[Chosen] = []
         for modality, places_of in self._places(call.visual, beams).items():
             for b, places, items in _assign(places_of, encoded[modality].items):
                 ids = None if call.input_ids is None else call.input_ids[b * beams]
@@ -91,22 +89,12 @@ class Planner:
                 text = embeds[b * beams][self._text(call, b * beams, real)] if self.wants_text else None
                 picks = [self._select(item, text) for item in items]
                 chosen += [Chosen(b, item, s) for item, s in zip(items, picks, strict=True)]
-                if self.inside:
-                    self._lay_out(run, slice(b * beams, (b + 1) * beams), places, items, picks)
-                selection = concat_selections(picks, [len(item) for item in items])
                 rows = slice(b * beams, (b + 1) * beams)
-                dropped = torch.ones(len(places), dtype=torch.bool, device=embeds.device)
-                dropped[selection.keep] = False
-                keep[rows, places[dropped]] = False
-                if selection.into is not None and selection.weight is not None:
-                    merges = True
-                    target = selection.into
-                    into[rows, places] = torch.where(target >= 0, places[selection.keep][target.clamp(min=0)], -1)
-                    weight[rows, places] = selection.weight.to(weight)
+                if self.inside:
+                    self._lay_out(run, rows, places, items, picks)
+                plan.follow(rows, places, concat_selections(picks, [len(item) for item in items]))
         self.chosen(chosen, beams)
-        if not merges and bool(keep.all()):
-            return None
-        return Plan(keep, into, weight) if merges else Plan(keep)
+        return None if plan.into is None and bool(plan.keep.all()) else plan
 
     @staticmethod
     def _lay_out(run: Run, rows: slice, places: Tensor, items: list[VisualTokens], picks: list[Selection]) -> None:

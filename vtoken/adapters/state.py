@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._threads import PerThread
+from ..tokens import Selection
 from .cache import Ledger
 
 ENCODED = "_vtoken_encoded"  # what a model's own features carry
@@ -35,6 +36,21 @@ class Plan:
     keep: Tensor
     into: Tensor | None = None
     weight: Tensor | None = None
+
+    def follow(self, rows: int | slice, places: Tensor, selection: Selection) -> None:
+        """Enter for batch `rows` what a strategy answered about the tokens at the positions `places` (n,)."""
+        kept = selection.keep.to(places.device)
+        dropped = torch.ones(len(places), dtype=torch.bool, device=places.device)
+        dropped[kept] = False
+        self.keep[rows, places[dropped]] = False
+        if selection.into is None or selection.weight is None:
+            return
+        if self.into is None or self.weight is None:
+            self.into = torch.full_like(self.keep, -1, dtype=torch.long)
+            self.weight = torch.zeros_like(self.keep, dtype=torch.float32)
+        target = selection.into.to(places.device)
+        self.into[rows, places] = torch.where(target >= 0, places[kept][target.clamp(min=0)], -1)
+        self.weight[rows, places] = selection.weight.to(self.weight)
 
 
 @dataclass
