@@ -13,10 +13,10 @@ from vtoken.tiny import scenes
 from vtoken.tiny.assets import FILE, PHOTOGRAPHS, SHAPES
 from vtoken.tiny.evaluate import answers, prompt, pruned_accuracy, score
 from vtoken.tiny.language import SLOTS, choose, layout, pack
-from vtoken.tiny.models import build_llava, build_tokenizer
+from vtoken.tiny.models import build_tokenizer
+from vtoken.tiny.recipes import llava
 from vtoken.tiny.scenes import COLOURS, KINDS, NUMBERS, held_out, make_scene, questions
 from vtoken.tiny.tower import localisation, owners
-from vtoken.tiny.train import LANGUAGE, TOWER, train_language, train_tower
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_packed_questions_see_the_image_and_themselves_only():
 @torch.no_grad()
 def test_packed_logits_equal_single_prompts():
     torch.manual_seed(0)
-    model, processor = build_llava(width=32, tower_layers=5, llm_layers=2)
+    model, processor = llava.build(width=32, tower_layers=5, llm_layers=2)
     scene = make_scene(0)
     asked = choose(scene, np.random.default_rng(0))
     assert len(asked) == SLOTS
@@ -157,12 +157,12 @@ def test_packed_logits_equal_single_prompts():
 
 def test_a_few_steps_reduce_the_loss(monkeypatch):
     torch.manual_seed(0)
-    for plan in (TOWER, LANGUAGE):
+    for plan in (llava.TOWER, llava.LANGUAGE):
         monkeypatch.setitem(plan, "batch", 4)
-    model, processor = build_llava(width=32, tower_layers=5, llm_layers=2)
+    model, processor = llava.build(width=32, tower_layers=5, llm_layers=2)
     log: list[dict] = []
-    train_tower(model, log, steps=21, checks=8)
-    train_language(model, processor, log, steps=21, checks=8)
+    llava.train_tower(model, log, steps=21, checks=8)
+    llava.train_language(model, processor, log, steps=21, checks=8)
     for stage in ("tower", "language"):
         losses = [entry["loss"] for entry in log if entry["stage"] == stage]
         assert losses[-1] < 0.9 * losses[0]

@@ -11,7 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-NAMES = ("llava",)
+HERE = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """The models whose weights ship with the package, sorted; each has a recipe of that name."""
+    return sorted(folder.parent.name for folder in HERE.glob("*/config.json"))
 
 
 def path(name: str = "llava") -> Path:
@@ -20,16 +25,16 @@ def path(name: str = "llava") -> Path:
     Raises:
         ValueError: no model of that name ships with the package.
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown tiny model {name!r}: the shipped models are {', '.join(NAMES)}")
-    return Path(__file__).parent / name
+    if name not in names():
+        raise ValueError(f"unknown tiny model {name!r}: the shipped models are {', '.join(names())}")
+    return HERE / name
 
 
 def load(name: str = "llava", **kwargs: Any) -> tuple[Any, Any]:
     """A shipped model in eval mode and its processor, without network access.
 
     Args:
-        name: one of ``NAMES``.
+        name: one of `names()`.
         **kwargs: go to ``AutoModelForImageTextToText.from_pretrained`` (``dtype``, ``attn_implementation``, ...).
 
     Returns:
@@ -38,5 +43,6 @@ def load(name: str = "llava", **kwargs: Any) -> tuple[Any, Any]:
     folder = path(name)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    kwargs = {"dtype": "float32", **kwargs}
     model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, **kwargs)
     return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)

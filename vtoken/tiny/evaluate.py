@@ -1,82 +1,113 @@
-"""Measures a tiny model as its user runs it: real processor, plain ``generate``, exact answers."""
+"""Measures a tiny model as its user runs it: real processor, plain ``generate``, exact answers.
+
+An example is anything with ``.media``: a PIL image, or a list of PIL frames whose times are in ``.seconds``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from .scenes import KINDS, Question, Scene, held_out, make_scene
+from .recipes import recipe
+from .scenes import Question
+
+Pairs = Sequence[tuple[Any, Question]]
 
 
-def prompt(processor: Any, text: str) -> str:
-    """The chat prompt of one question about one image."""
-    content = [{"type": "image"}, {"type": "text", "text": text}]
+def held_out(name: str, n: int, seed: int = 0) -> list[tuple[Any, Question]]:
+    """``n`` (example, question) pairs that the recipe ``name`` holds out; ``seed`` picks a disjoint set of examples."""
+    return recipe(name).held_out(n, seed)
+
+
+def prompt(processor: Any, text: str, media: str = "image") -> str:
+    """The chat prompt of one question about one ``image`` or one ``video``."""
+    content = [{"type": media}, {"type": "text", "text": text}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
+def prepare(processor: Any, pairs: Pairs) -> Any:
+    """The model's inputs for questions about images, or about videos of one number of frames; padded on the left.
+
+    All frames are given to the model: none is left out by the video processor.
+    """
+    media = [example.media for example, _ in pairs]
+    kind = "video" if isinstance(media[0], list) else "image"
+    kwargs: dict[str, Any] = {"images": media}
+    if kind == "video":
+        clips = [np.stack([np.asarray(frame) for frame in frames]) for frames in media]
+        facts = [_metadata(example.seconds) for example, _ in pairs]
+        kwargs = {"videos": clips, "video_metadata": facts, "do_sample_frames": False}
+    texts = [prompt(processor, question.text, kind) for _, question in pairs]
+    return processor(text=texts, padding=True, return_tensors="pt", **kwargs)
+
+
+def _metadata(seconds: Sequence[float]) -> dict[str, Any]:
+    n = len(seconds)
+    fps = (n - 1) / (seconds[-1] - seconds[0]) if n > 1 else 1.0
+    return {"fps": fps, "total_num_frames": n, "duration": n / fps, "frames_indices": list(range(n))}
+
+
 @torch.no_grad()
-def answers(model: Any, processor: Any, pairs: Sequence[tuple[Scene, Question]], batch_size: int = 50) -> list[str]:
-    """Greedy answers to questions about scenes, batched with left padding."""
-    said: list[str] = []
-    for first in range(0, len(pairs), batch_size):
-        some = pairs[first : first + batch_size]
-        inputs = processor(
-            images=[scene.image for scene, _ in some],
-            text=[prompt(processor, question.text) for _, question in some],
-            padding=True,
-            return_tensors="pt",
-        ).to(model.device)
-        out = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        said += [text.strip() for text in processor.batch_decode(out, skip_special_tokens=True)]
+def answers(model: Any, processor: Any, pairs: Pairs, batch_size: int = 50) -> list[str]:
+    """Greedy answers to questions about examples, batched with left padding: images with images, clips with as long."""
+    said = [""] * len(pairs)
+    groups: dict[int, list[int]] = {}
+    for i, (example, _) in enumerate(pairs):
+        groups.setdefault(len(example.media) if isinstance(example.media, list) else 0, []).append(i)
+    for group in groups.values():
+        for first in range(0, len(group), batch_size):
+            some = group[first : first + batch_size]
+            inputs = prepare(processor, [pairs[i] for i in some]).to(model.device)
+            out = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+            for i, text in zip(some, processor.batch_decode(out, skip_special_tokens=True)):
+                said[i] = text.strip()
     return said
 
 
-def score(pairs: Sequence[tuple[Scene, Question]], said: Sequence[str]) -> dict[str, float]:
+def score(pairs: Pairs, said: Sequence[str]) -> dict[str, float]:
     """Share of exact answers for ``all`` and for each kind that occurs."""
     right = [question.answer == text for (_, question), text in zip(pairs, said)]
     table = {"all": sum(right) / max(len(right), 1)}
-    for kind in KINDS:
+    for kind in dict.fromkeys(question.kind for _, question in pairs):
         some = [r for r, (_, question) in zip(right, pairs) if question.kind == kind]
-        if some:
-            table[kind] = sum(some) / len(some)
+        table[kind] = sum(some) / len(some)
     return table
 
 
-def evaluate(model: Any, processor: Any, n: int = 500, seed: int = 0, batch_size: int = 50) -> dict[str, float]:
+def evaluate(
+    model: Any, processor: Any, n: int = 500, seed: int = 0, batch_size: int = 50, name: str = "llava"
+) -> dict[str, float]:
     """Exact-match accuracy on ``n`` held-out questions, balanced over the kinds.
 
     Args:
         model, processor: as `vtoken.tiny.load` returns them.
-        n: number of questions, each about a test scene of its own.
-        seed: which test scenes.
+        n: number of questions, each about a test example of its own.
+        seed: which test examples.
         batch_size: prompts per ``generate`` call.
+        name: whose held-out questions.
 
     Returns:
-        Accuracy in 0..1 for ``all`` and for each of ``shape``, ``colour``, ``where``, ``count``, ``exists``.
+        Accuracy in 0..1 for ``all`` and for each kind of question.
     """
-    pairs = held_out(n, seed)
+    pairs = held_out(name, n, seed)
     return score(pairs, answers(model, processor, pairs, batch_size))
 
 
-def most_frequent(n: int = 500, seed: int = 0, train_scenes: int = 500) -> dict[str, float]:
-    """What a reader of the question alone would score: each kind's most frequent answer in the training split."""
-    from collections import Counter
-
-    from .scenes import questions
-
-    seen: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
-    for i in range(train_scenes):
-        for question in questions(make_scene(i)):
-            seen[question.kind][question.answer] += 1
-    pairs = held_out(n, seed)
-    return score(pairs, [seen[question.kind].most_common(1)[0][0] for _, question in pairs])
+def most_frequent(pairs: Pairs, seen: Iterable[Question]) -> dict[str, float]:
+    """What a reader of the question alone would score: each kind's most frequent answer among the questions ``seen``."""
+    counts: dict[str, Counter[str]] = {}
+    for question in seen:
+        counts.setdefault(question.kind, Counter())[question.answer] += 1
+    return score(pairs, [counts[question.kind].most_common(1)[0][0] for _, question in pairs])
 
 
 @torch.no_grad()
 def pruned_accuracy(model: Any, processor: Any, share: float, by: str, n: int = 500, seed: int = 0) -> dict[str, float]:
-    """Accuracy when only a share of the visual tokens is fed, at their original positions.
+    """Accuracy of a LLaVA when only a share of the visual tokens is fed, at their original positions.
 
     An independent few lines to see whether a freshly trained model is fit for studies of token reduction.
 
@@ -90,14 +121,13 @@ def pruned_accuracy(model: Any, processor: Any, share: float, by: str, n: int = 
         raise ValueError(f"unknown criterion {by!r}: use cls or random")
     inner, device, end = model.model, model.device, model.generation_config.eos_token_id
     generator = torch.Generator().manual_seed(seed)
-    pairs = held_out(n, seed)
+    pairs = held_out("llava", n, seed)
     said = [""] * n
     texts = [prompt(processor, question.text) for _, question in pairs]
     lengths = [len(ids) for ids in processor.tokenizer(texts).input_ids]
     for length in sorted(set(lengths)):  # prompts of one length make one batch without padding
         some = [i for i, own in enumerate(lengths) if own == length]
-        images = [pairs[i][0].image for i in some]
-        inputs = processor(images=images, text=[texts[i] for i in some], return_tensors="pt").to(device)
+        inputs = prepare(processor, [pairs[i] for i in some]).to(device)
         states = hidden_states(inner.vision_tower, inputs["pixel_values"])
         features = inner.multi_modal_projector(states[-2][:, 1:])
         rank = torch.rand(features.shape[:2], generator=generator)

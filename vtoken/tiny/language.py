@@ -1,8 +1,8 @@
-"""Stage two of a recipe: the projector and the language model learn to answer from the patches.
+"""The last stage of a recipe: the projector and the language model learn to answer from the visual tokens.
 
-Ten questions about a scene share one sequence: ``[user : image][question answer][question answer]...``. A mask lets
-each question see the image and itself only, and positions start again after the image for each, so that every one of
-them looks exactly like a prompt with a single question.
+Several questions (ten by default) share one sequence: ``[user : image][question answer][question answer]...``. A mask
+lets each question see the image and itself only, and positions start again after the image for each, so that every one
+of them looks exactly like a prompt with a single question.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ def choose(scene: Scene, rng: np.random.Generator) -> list[Question]:
     return [pool[0], *exists[:2], *rest[: SLOTS - 3]]
 
 
-def pack(asked: list[list[Question]], vocabulary: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and next-token labels of the question slots, both ``(scenes, SLOTS * WIDTH)`` int64, -100 unlabelled.
+def pack(
+    asked: list[list[Question]], vocabulary: dict[str, int], slots: int = SLOTS, width: int = WIDTH
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and next-token labels of the question slots, both ``(scenes, slots * width)`` int64, -100 unlabelled.
 
-    Only the answer and the ``</s>`` after it are labelled.
+    Only the answer and the ``</s>`` after it are labelled. Slots beyond the questions of a scene stay empty.
     """
-    ids = np.full((len(asked), SLOTS, WIDTH), vocabulary["<pad>"])
+    ids = np.full((len(asked), slots, width), vocabulary["<pad>"])
     labels = np.full_like(ids, -100)
     for row, some in enumerate(asked):
         for slot, question in enumerate(some):
@@ -45,37 +47,47 @@ def pack(asked: list[list[Question]], vocabulary: dict[str, int]) -> tuple[torch
     return tuple(torch.from_numpy(a.reshape(len(asked), -1)) for a in (ids, labels))
 
 
-def layout(image_tokens: int = 144, prefix: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+def layout(
+    image_tokens: int = 144, prefix: int = 2, slots: int = SLOTS, width: int = WIDTH
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Additive mask ``(1, 1, n, n)`` float32 and positions ``(1, n)`` int64 of a packed sequence."""
     start = prefix + image_tokens
-    group = torch.cat([torch.full((start,), -1), torch.arange(SLOTS).repeat_interleave(WIDTH)])
+    group = torch.cat([torch.full((start,), -1), torch.arange(slots).repeat_interleave(width)])
     causal = torch.ones(len(group), len(group)).tril().bool()
     seen = causal & ((group[:, None] == group[None]) | (group[None] == -1))
-    position = torch.cat([torch.arange(start), (start + torch.arange(WIDTH)).repeat(SLOTS)])
+    position = torch.cat([torch.arange(start), (start + torch.arange(width)).repeat(slots)])
     mask = torch.zeros(seen.shape).masked_fill_(~seen, torch.finfo(torch.float32).min)
     return mask[None, None], position[None]
 
 
-def answer_loss(model: Any, features: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor, user: list[int]) -> Any:
+def answer_loss(
+    model: Any,
+    visual: torch.Tensor,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    user: list[int],
+    width: int = WIDTH,
+    position: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of the answers and the share of answer tokens that are right.
 
     Args:
-        model: a LLaVA-like model with ``model.language_model``, ``model.multi_modal_projector`` and ``lm_head``.
-        features: tower features ``(n, image tokens, width)`` as the projector reads them.
+        model: has ``model.language_model`` and ``lm_head``.
+        visual: visual tokens ``(n, tokens, hidden)`` as the language model reads them, after the projector.
         ids, labels: from `pack`.
-        user: token ids before the image.
+        user: token ids before the visual tokens.
+        width: tokens per question, as in `pack`.
+        position: positions for the language model instead of those of `layout`; ``(..., n or 1, length)``.
     """
-    inner = model.model
-    device = features.device
+    device = visual.device
     ids, labels = ids.to(device), labels.to(device)
     embed = model.get_input_embeddings()
-    image = inner.multi_modal_projector(features)
     before = embed(torch.tensor(user, device=device)).expand(len(ids), -1, -1)
-    mask, position = layout(image.shape[1], len(user))
-    hidden = inner.language_model(
-        inputs_embeds=torch.cat([before, image, embed(ids)], 1),
+    mask, plain = layout(visual.shape[1], len(user), ids.shape[1] // width, width)
+    hidden = model.model.language_model(
+        inputs_embeds=torch.cat([before, visual, embed(ids)], 1),
         attention_mask=mask.to(device).expand(len(ids), -1, -1, -1),
-        position_ids=position.to(device),
+        position_ids=(plain if position is None else position).to(device),
         use_cache=False,
     ).last_hidden_state[:, -ids.shape[1] :]
     told = labels >= 0

@@ -64,6 +64,11 @@ class Scene:
     split: str
     background: str
 
+    @property
+    def media(self) -> Image.Image:
+        """What a prompt shows: the image."""
+        return self.image
+
     def coverage(self, patch: int = 8) -> np.ndarray:
         """Share of each patch that each object covers: ``(objects, 96 // patch, 96 // patch)`` float32 in 0..1."""
         grid = SIZE // patch

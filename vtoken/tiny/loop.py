@@ -1,0 +1,105 @@
+"""The training loop that all stages of all recipes share: schedule, optimisers, log and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .optimiser import optimisers
+
+
+class Steps(Dataset):
+    """One item per training step, ``make(step)``, from step ``first`` on."""
+
+    def __init__(self, steps: int, make: Callable[[int], Any], first: int = 0) -> None:
+        self.steps, self.make, self.first = steps, make, first
+
+    def __len__(self) -> int:
+        return self.steps - self.first
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(self.first + index)
+
+
+def optimise(
+    stage: str,
+    parameters: dict[str, torch.nn.Parameter],
+    make: Callable[[int], Any],
+    loss_of: Callable[[Any, float], tuple[torch.Tensor, dict[str, float]]],
+    plan: dict[str, Any],
+    log: list[dict],
+    facts: Callable[[], dict[str, float]] = dict,
+    steps: int | None = None,
+    seconds: float | None = None,
+    workers: int = 0,
+    keep: Path | None = None,
+) -> None:
+    """Muon and AdamW: 50 warm-up steps, then constant, then linearly down over the last third.
+
+    Args:
+        stage: its name in ``log`` and in ``keep``.
+        parameters: what is trained, by name.
+        make: the batch of a step, a function of the step alone.
+        loss_of: ``(batch, share of the way) -> (loss, facts about the batch)``.
+        plan: ``steps``, ``rate`` (AdamW), ``muon_rate``; the rest is the recipe's own.
+        log: gets an entry every 20th step.
+        facts: held-out measures, for every 100th step and the last one.
+        steps: number of steps instead of the plan's.
+        seconds: the way is the number of steps, or this long where that comes first.
+        workers: processes that make batches ahead.
+        keep: folder for ``<stage>.pt``, written every 50 steps; a stage that is found there goes on from its last
+            state, and a finished one is not run again.
+    """
+    steps = steps or plan["steps"]
+    used = optimisers(parameters.items(), plan["rate"], plan["muon_rate"])
+    groups = [(group, group["lr"]) for optimiser in used for group in optimiser.param_groups]
+    first, spent = _resume(keep, stage, parameters, used, log)
+    began = time.perf_counter() - spent
+    batches = Steps(steps, make, first)
+    for step, item in enumerate(DataLoader(batches, batch_size=None, num_workers=workers), first):
+        done = step / steps
+        if seconds:
+            done = max(done, (time.perf_counter() - began) / seconds)
+        if done >= 1:
+            break
+        for group, rate in groups:
+            group["lr"] = rate * min(1, (step + 1) / 50) * (0.01 + 0.99 * min(1, 3 * (1 - done)))
+        loss, extra = loss_of(item, done)
+        for p in parameters.values():
+            p.grad = None
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        for optimiser in used:
+            optimiser.step()
+        if step % 20 == 0 or step == steps - 1:
+            entry = {"stage": stage, "step": step, "seconds": time.perf_counter() - began, "loss": loss.item(), **extra}
+            if step % 100 == 0 or step == steps - 1:
+                entry |= facts()
+                print(*(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()), flush=True)
+            log.append({k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()})
+        if keep and (step % 50 == 49 or step == steps - 1):
+            state = {"parameters": parameters, "used": [o.state_dict() for o in used], "next": step + 1}
+            state |= {"seconds": time.perf_counter() - began, "log": log}
+            torch.save(state, keep / f"{stage}.part")
+            (keep / f"{stage}.part").replace(keep / f"{stage}.pt")
+
+
+def _resume(
+    keep: Path | None, stage: str, parameters: dict[str, torch.nn.Parameter], used: list, log: list[dict]
+) -> tuple[int, float]:
+    """The step to go on with and the seconds spent before it; restores weights, optimisers and log."""
+    if not keep or not (keep / f"{stage}.pt").exists():
+        return 0, 0.0
+    state = torch.load(keep / f"{stage}.pt", map_location="cpu", weights_only=False)
+    with torch.no_grad():
+        for name, value in state["parameters"].items():
+            parameters[name].copy_(value)
+    for optimiser, stored in zip(used, state["used"]):
+        optimiser.load_state_dict(stored)
+    log[:] = state["log"]
+    return state["next"], state["seconds"]
