@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import strategies
 from .strategies import Strategy, StrategyInfo, register, strategy_info
+from .streams import FrameTokens, Reuse, StreamState, stream
 from .tokens import Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
 
 if TYPE_CHECKING:
@@ -24,13 +25,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "FrameTokens",
     "Needs",
     "PrefillTokens",
     "Report",
+    "Reuse",
     "Segment",
     "Selection",
     "Strategy",
     "StrategyInfo",
+    "StreamState",
     "TowerInfo",
     "VTokenConfig",
     "VisualTokens",
@@ -43,6 +47,7 @@ __all__ = [
     "resized",
     "strategies",
     "strategy_info",
+    "stream",
     "unpatch",
 ]
 

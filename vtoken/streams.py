@@ -1,0 +1,197 @@
+"""Streams of frames: what is remembered from one frame to the next, and what a strategy may reuse of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class FrameTokens:
+    """Frames of streams in front of the attention of one tower layer, each beside its stream's reference frame.
+
+    Attributes:
+        layer: the tower layer.
+        keys: (frames, n, C) attention keys, bias included and before rotary embedding, heads side by side.
+        reference: (frames, n, C) the same of the reference frames.
+        prefix: tokens at the start that are no patch (CLS).
+    """
+
+    layer: int
+    keys: Tensor
+    reference: Tensor
+    prefix: int = 0
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What a strategy reuses inside a vision tower of an earlier frame of the same stream.
+
+    A reference frame is computed in full. Of the frames behind it, layer by layer, all keys and the chosen tokens are
+    computed; the other tokens take the reference's values into the attention, and instead of attending and of passing
+    the MLP they add to their own hidden state what the reference's token added in this layer.
+
+    Attributes:
+        layers: the tower layers in which this is done; the others are computed in full.
+        interval: every how many frames there is a new reference; 1 is the plain tower.
+        choose: `choose(FrameTokens) -> (frames, m) int64`, the tokens to compute, each once.
+        shared: whether the choice of the first of these layers serves all.
+    """
+
+    layers: tuple[int, ...]
+    interval: int
+    choose: Callable[[FrameTokens], Tensor]
+    shared: bool = False
+
+
+@dataclass
+class TowerUse:
+    """What the tower computed for the frames of one call, in order.
+
+    Attributes:
+        tokens: per frame, tokens of the tower's sequence (CLS included).
+        recomputed: per frame, tokens computed in a layer that reuses; all of them in a reference frame.
+        shares: per frame (rows, columns) float32, the share of these layers in which a cell was computed.
+        flops_dense, flops: FLOPs of the tower's layers, unpatched and as they ran (two per multiply-add).
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    recomputed: list[int] = field(default_factory=list)
+    shares: list[Tensor] = field(default_factory=list, repr=False)
+    flops_dense: float = 0.0
+    flops: float = 0.0
+
+    @property
+    def references(self) -> int:
+        """Frames that were computed in full."""
+        return sum(a == b for a, b in zip(self.tokens, self.recomputed, strict=True))
+
+
+@dataclass
+class References:
+    """The last reference frame of a stream.
+
+    Attributes:
+        signature: what a frame must share with it to be compared: grid, dtype, device.
+        age: frames since, 1 for the frame behind it.
+        layers: per tower layer keys (n, C), values (n, C), and what the layer added to the hidden states (n, C).
+    """
+
+    signature: Hashable
+    age: int
+    layers: dict[int, tuple[Tensor, Tensor, Tensor]]
+
+
+class StreamState:
+    """What one stream of frames remembers between calls of a patched model; see `vtoken.stream`.
+
+    Its size is constant however many frames come: a reference frame of the tower (`3 * layers * tokens * channels`
+    elements) and what the strategy keeps of its history. It can be pickled, and be on one model at a time.
+
+    Attributes:
+        memory: the strategy's own, see `VisualTokens.memory`.
+        references: the tower's reference frame, None before the first.
+        frames: frames that the tower has read since the last reset.
+        tokens, recomputed: their tokens in the tower, and how many of these were computed.
+        flops_dense, flops: FLOPs of the tower's layers, unpatched and as they ran.
+        last: the latest call's part of it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the next frame is the first of a new stream."""
+        self.key: str | None = None
+        self.memory: dict[str, Any] = {}
+        self.references: References | None = None
+        self.frames = self.tokens = self.recomputed = 0
+        self.flops_dense = self.flops = 0.0
+        self.last: TowerUse | None = None
+
+    def bind(self, key: str) -> StreamState:
+        """Forget what another patch than the one called `key` left here; returns itself."""
+        if self.key != key:
+            self.reset()
+            self.key = key
+        return self
+
+    def add(self, use: TowerUse) -> None:
+        """Count what the tower did for the latest frames."""
+        self.last = use
+        self.frames += len(use.tokens)
+        self.tokens += sum(use.tokens)
+        self.recomputed += sum(use.recomputed)
+        self.flops_dense += use.flops_dense
+        self.flops += use.flops
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are kept."""
+        return _nbytes([self.memory, None if self.references is None else self.references.layers])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(_nbytes, value.values()))
+    return sum(map(_nbytes, value)) if isinstance(value, list | tuple) else 0
+
+
+_streams: ContextVar[tuple[tuple[Any, StreamState], ...]] = ContextVar("vtoken_streams", default=())
+
+
+@contextmanager
+def stream(model: Any, state: StreamState | None = None) -> Iterator[StreamState]:
+    """Within the block, the visual input of `model` continues a stream of frames: every image, and every frame of a video.
+
+    Without it, every video of a call is a stream of its own that ends with the call, and images are no streams. Only the
+    current context is concerned: other threads and asynchronous tasks may feed other streams to the same model.
+
+    Args:
+        model: as passed to `vtoken.patch`; without a patch the block has no effect.
+        state: of the stream so far, None for a new stream.
+
+    Yields the state.
+
+    Raises:
+        TypeError: if `state` is no StreamState.
+        RuntimeError: if another thread is feeding this stream.
+    """
+    state = StreamState() if state is None else state
+    if not isinstance(state, StreamState):
+        raise TypeError(f"A stream's state is a vtoken.StreamState, found {type(state).__name__}.")
+    if not state._lock.acquire(blocking=False):
+        raise RuntimeError("Another thread is feeding this stream: give every stream a vtoken.StreamState of its own.")
+    token = _streams.set((*_streams.get(), (model, state)))
+    try:
+        yield state
+    finally:
+        _streams.reset(token)
+        state._lock.release()
+
+
+def current_stream(model: Any) -> StreamState | None:
+    """The innermost stream of a model in this context."""
+    return next((state for owner, state in reversed(_streams.get()) if owner is model), None)
+
+
+def keep(tensor: Tensor) -> Tensor:
+    """A copy that outlives the call: without graph, and usable in and outside of inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.detach().clone()
