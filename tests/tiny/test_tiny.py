@@ -16,7 +16,7 @@ from vtoken.tiny.language import SLOTS, choose, layout, pack
 from vtoken.tiny.models import build_tokenizer
 from vtoken.tiny.recipes import llava
 from vtoken.tiny.scenes import COLOURS, KINDS, NUMBERS, held_out, make_scene, questions
-from vtoken.tiny.tower import localisation, owners
+from vtoken.tiny.tower import localisation, view
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_objects_are_where_their_boxes_say():
             assert min(abs((left + right) / 2 - 48), abs((top + bottom) / 2 - 48)) > 3
             near = abs(pixels[top:bottom, left:right] - COLOURS[item.colour]).max(-1) <= 16
             assert 0.2 < near.mean() <= 1
-        assert set(owners(scene)) == {-1, *range(len(scene.objects))}
+        assert set(view(scene).owners()) == {-1, *range(len(scene.objects))}
 
 
 def test_held_out_questions_are_balanced():
@@ -178,7 +178,8 @@ def test_shipped_model_answers_held_out_questions(shipped):
 
 
 def test_shipped_model_looks_at_the_objects(shipped):
-    found = localisation(shipped[0].model.vision_tower, [make_scene(i, "test") for i in range(60)])
+    pixels, goal = llava.tower_batch(0, 60, "test", 0)
+    found = localisation(shipped[0].model.vision_tower, pixels, goal["owner"] >= 0)
     assert found["layer -2"] > 0.8 and found["mean"] > 0.8
 
 

@@ -7,11 +7,13 @@ of them looks exactly like a prompt with a single question.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from .loop import optimise
 from .scenes import Question, Scene, questions
 
 SLOTS = 10  # questions per scene
@@ -94,3 +96,43 @@ def answer_loss(
     logits = model.lm_head(hidden[told])
     loss = torch.nn.functional.cross_entropy(logits, labels[told])
     return loss, (logits.argmax(-1) == labels[told]).float().mean()
+
+
+def train_language(
+    model: Any,
+    visual_of: Callable[[Any], torch.Tensor],
+    make: Callable[[int], tuple[Any, tuple[torch.Tensor, torch.Tensor]]],
+    checks: Sequence[tuple[Any, tuple[torch.Tensor, torch.Tensor]]],
+    plan: dict[str, Any],
+    log: list[dict],
+    user: list[int],
+    stage: str = "language",
+    width: int = WIDTH,
+    **limits: Any,
+) -> None:
+    """Trains everything but the tower, in place; appends to ``log``.
+
+    Args:
+        model: a LLaVA-like model.
+        visual_of: what a batch shows -> visual tokens ``(n, tokens, hidden)``, with the gradient of the projector.
+        make: what the batch of a step shows, and its packed questions.
+        checks: held-out batches.
+        plan: ``steps``, ``rate``, ``muon_rate``.
+        user: token ids before the visual tokens.
+        width: tokens per question, as in `pack`.
+        **limits: as in `vtoken.tiny.loop.optimise`.
+    """
+
+    def loss_of(item: Any, done: float) -> tuple[torch.Tensor, dict[str, float]]:
+        shown, (ids, labels) = item
+        loss, right = answer_loss(model, visual_of(shown), ids, labels, user, width)
+        return loss, {"answers": right.item()}
+
+    @torch.no_grad()
+    def facts() -> dict[str, float]:
+        told = [loss_of(check, 1.0) for check in checks]
+        loss, right = (sum(values) / len(told) for values in zip(*((t[0].item(), t[1]["answers"]) for t in told)))
+        return {"held_out_loss": loss, "held_out_answers": right}
+
+    parameters = {name: p for name, p in model.named_parameters() if "vision_tower" not in name}
+    optimise(stage, parameters, make, loss_of, plan, log, facts, **limits)

@@ -6,6 +6,7 @@ machine. The ``test`` split uses glyphs and photographs that the ``train`` split
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -46,17 +47,18 @@ class SceneObject:
     box: tuple[int, int, int, int]
     mask: np.ndarray = field(repr=False, compare=False)
     origin: tuple[int, int] = field(repr=False, compare=False)  # left, top of the mask in the image
+    canvas: tuple[int, int] = field(default=(SIZE, SIZE), repr=False, compare=False)  # width, height of the image
 
     @property
     def place(self) -> str:
         """The quadrant of the image that holds the object: ``top left``, ``bottom right``, ..."""
         x, y = (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
-        return f"{'top' if y < SIZE / 2 else 'bottom'} {'left' if x < SIZE / 2 else 'right'}"
+        return f"{'top' if y < self.canvas[1] / 2 else 'bottom'} {'left' if x < self.canvas[0] / 2 else 'right'}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A 96 x 96 RGB image, its objects (2 to 4, no shape and no colour twice) and where it comes from."""
+    """An RGB image (96 x 96 px if plain), its 2 to 4 objects (no shape, no colour twice) and where it comes from."""
 
     image: Image.Image = field(repr=False, compare=False)
     objects: tuple[SceneObject, ...]
@@ -69,14 +71,14 @@ class Scene:
         """What a prompt shows: the image."""
         return self.image
 
-    def coverage(self, patch: int = 8) -> np.ndarray:
-        """Share of each patch that each object covers: ``(objects, 96 // patch, 96 // patch)`` float32 in 0..1."""
-        grid = SIZE // patch
-        canvas = np.zeros((len(self.objects), SIZE, SIZE), np.float32)
+    def masks(self) -> np.ndarray:
+        """Which pixels each object covers: ``(objects, height, width)`` float32 in 0..1."""
+        width, height = self.image.size
+        canvas = np.zeros((len(self.objects), height, width), np.float32)
         for layer, item in zip(canvas, self.objects):
             left, top = item.origin
-            layer[top : top + CANVAS, left : left + CANVAS] = item.mask[: SIZE - top, : SIZE - left]
-        return canvas.reshape(-1, grid, patch, grid, patch).mean((2, 4)) / 255
+            layer[top : top + CANVAS, left : left + CANVAS] = item.mask[: height - top, : width - left]
+        return canvas / 255
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ def _assets() -> dict[str, np.ndarray]:
         return dict(stored)
 
 
-def make_scene(seed: int, split: str = "train") -> Scene:
-    """Composes the scene ``seed`` (an int >= 0) of a split (``train`` or ``test``).
+def generator(seed: int, split: str, *more: int) -> np.random.Generator:
+    """The random numbers of the scene ``seed`` (an int >= 0) of a split (``train`` or ``test``).
 
     Raises:
         ValueError: unknown split or negative seed.
@@ -104,27 +106,59 @@ def make_scene(seed: int, split: str = "train") -> Scene:
         raise ValueError(f"unknown split {split!r}: use {' or '.join(SPLITS)}")
     if seed < 0:
         raise ValueError(f"the seed of a scene must be 0 or more, got {seed}")
-    rng = np.random.Generator(np.random.PCG64([seed, SPLITS.index(split)]))
-    assets = _assets()
-    photographs, glyphs = assets[f"photographs_{split}"], assets[f"glyphs_{split}"]
+    return np.random.Generator(np.random.PCG64([seed, SPLITS.index(split), *more]))
+
+
+def make_scene(seed: int, split: str = "train") -> Scene:
+    """Composes the scene ``seed`` (an int >= 0) of a split (``train`` or ``test``).
+
+    Raises:
+        ValueError: unknown split or negative seed.
+    """
+    rng = generator(seed, split)
+    pixels, name = background(rng, split, SIZE, SIZE)
+    count = int(rng.integers(2, 5))
+    shapes, colours = rng.permutation(len(SHAPES))[:count], rng.permutation(len(COLOURS))[:count]
+    objects = place_objects(rng, pixels, split, shapes, colours, _centres(rng, count))
+    return Scene(Image.fromarray(pixels.astype(np.uint8)), objects, int(seed), split, name)
+
+
+def background(rng: np.random.Generator, split: str, width: int, height: int) -> tuple[np.ndarray, str]:
+    """A drawn crop of a photograph, ``(height, width, 3)`` int32 in 0..200, and its name.
+
+    Beyond its 160 x 128 px a photograph goes on as its mirror image.
+    """
+    photographs = _assets()[f"photographs_{split}"]
     which = int(rng.integers(len(photographs)))
-    top = int(rng.integers(photographs.shape[1] - SIZE + 1))
-    left = int(rng.integers(photographs.shape[2] - SIZE + 1))
-    pixels = photographs[which, top : top + SIZE, left : left + SIZE].astype(np.int32)
+    photograph = photographs[which]
+    more = max(0, height - photograph.shape[0]), max(0, width - photograph.shape[1])
+    if any(more):
+        photograph = np.pad(photograph, ((0, more[0]), (0, more[1]), (0, 0)), mode="symmetric")
+    top = int(rng.integers(photograph.shape[0] - height + 1))
+    left = int(rng.integers(photograph.shape[1] - width + 1))
+    pixels = photograph[top : top + height, left : left + width].astype(np.int32)
     if rng.integers(2):
         pixels = pixels[:, ::-1]
-    pixels = (pixels * int(rng.integers(180, 281)) // 256).clip(0, 200)
+    return (pixels * int(rng.integers(180, 281)) // 256).clip(0, 200), PHOTOGRAPHS[split][which].partition(".")[0]
 
-    count = int(rng.integers(2, 5))
-    shapes = rng.permutation(len(SHAPES))[:count]
-    names = tuple(COLOURS)
-    colours = rng.permutation(len(names))[:count]
+
+def place_objects(
+    rng: np.random.Generator,
+    pixels: np.ndarray,
+    split: str,
+    shapes: Sequence[int],
+    colours: Sequence[int],
+    centres: Sequence[tuple[int, int]],
+) -> tuple[SceneObject, ...]:
+    """Paints a glyph of each shape in its colour around its centre ``(x, y)``, into ``pixels``."""
+    glyphs, names = _assets()[f"glyphs_{split}"], tuple(COLOURS)
+    height, width = pixels.shape[:2]
     objects = []
-    for (x, y), shape, colour in zip(_centres(rng, count), shapes, colours):
+    for (x, y), shape, colour in zip(centres, shapes, colours):
         mask = glyphs[shape, int(rng.integers(glyphs.shape[1]))]
         left, top = x - CANVAS // 2, y - CANVAS // 2
         rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
-        inside = mask[max(0, -top) : SIZE - top, max(0, -left) : SIZE - left]
+        inside = mask[max(0, -top) : height - top, max(0, -left) : width - left]
         mask, left, top = inside, max(0, left), max(0, top)
         window = pixels[top : top + mask.shape[0], left : left + mask.shape[1]]
         tint = np.array(COLOURS[names[colour]]) + rng.integers(-15, 16, size=3)
@@ -133,10 +167,9 @@ def make_scene(seed: int, split: str = "train") -> Scene:
         box = (x - 12 + columns[0], y - 12 + rows[0], x - 11 + columns[-1], y - 11 + rows[-1])
         padded = np.zeros((CANVAS, CANVAS), np.uint8)
         padded[: mask.shape[0], : mask.shape[1]] = mask
-        objects.append(SceneObject(SHAPES[shape], names[colour], tuple(int(v) for v in box), padded, (left, top)))
-    image = Image.fromarray(pixels.astype(np.uint8))
-    name = PHOTOGRAPHS[split][which].partition(".")[0]
-    return Scene(image, tuple(objects), int(seed), split, name)
+        corners = tuple(int(v) for v in box)
+        objects.append(SceneObject(SHAPES[shape], names[colour], corners, padded, (left, top), (width, height)))
+    return tuple(objects)
 
 
 def _centres(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
@@ -158,7 +191,7 @@ def questions(scene: Scene, forms: np.random.Generator | None = None) -> list[Qu
     With ``forms`` (a numpy generator) the wording is drawn from ``FORMS``; without it the first wording is used.
     As many ``exists`` questions are answered yes as no; a "no" pairs a colour and a shape that are not on one object.
     """
-    rng = np.random.Generator(np.random.PCG64([scene.seed, SPLITS.index(scene.split), 1]))
+    rng = generator(scene.seed, scene.split, 1)
 
     def ask(kind: str, answer: str, **words: str) -> Question:
         form = 0 if forms is None else int(forms.integers(len(FORMS[kind])))
@@ -182,17 +215,18 @@ def questions(scene: Scene, forms: np.random.Generator | None = None) -> list[Qu
     return asked
 
 
-def held_out(n: int, seed: int = 0) -> list[tuple[Scene, Question]]:
+def held_out(n: int, seed: int = 0, make: Callable[[int, str], Scene] = make_scene) -> list[tuple[Scene, Question]]:
     """``n`` questions about ``n`` different scenes of the test split, balanced over ``KINDS``.
 
-    ``seed`` picks a disjoint set of scenes (a million apart). Within a kind the question is drawn evenly.
+    ``seed`` picks a disjoint set of scenes (a million apart), ``make`` composes them. Within a kind the question is
+    drawn evenly.
     """
     if n < 0 or seed < 0:
         raise ValueError(f"held_out needs n >= 0 and seed >= 0, got n={n}, seed={seed}")
     rng = np.random.Generator(np.random.PCG64([seed, 2]))
     chosen = []
     for i in range(n):
-        scene = make_scene(seed * 1_000_000 + i, "test")
+        scene = make(seed * 1_000_000 + i, "test")
         fitting = [q for q in questions(scene) if q.kind == KINDS[i % len(KINDS)]]
         chosen.append((scene, fitting[int(rng.integers(len(fitting)))]))
     return chosen

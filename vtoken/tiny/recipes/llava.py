@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import language
+from .. import tower as stages
 from ..card import accuracy, plan, run, table
 from ..evaluate import most_frequent, pruned_accuracy
-from ..language import answer_loss, choose, pack
-from ..loop import optimise
+from ..language import choose, pack
 from ..models import build_tokenizer, chat_template, start_tower
 from ..scenes import SIZE, held_out, make_scene, questions
-from ..tower import TowerHeads, hidden_states, localisation, look_loss, targets, to_pixels
+from ..tower import TowerHeads, hidden_states, localisation, targets, to_pixels, view
 
 __all__ = ["build", "card", "held_out", "measure", "train"]
 
-TOWER = {"steps": 900, "batch": 32, "rate": 2e-3, "muon_rate": 0.02, "reset": 0.5, "look": 0.5}
-LANGUAGE = {"steps": 600, "batch": 32, "rate": 2e-3, "muon_rate": 0.02}
+TOWER: dict[str, Any] = {"steps": 900, "batch": 32, "rate": 2e-3, "muon_rate": 0.02, "reset": 0.5, "look": 0.5}
+LANGUAGE: dict[str, Any] = {"steps": 600, "batch": 32, "rate": 2e-3, "muon_rate": 0.02}
 LATER = 50_000_000  # stage two goes on with scenes that stage one has not seen
 SHARES = (0.5, 0.2, 0.1)
 
@@ -117,45 +118,36 @@ def train(
     train_language(model, processor, log, seed, seconds=seconds and seconds * 0.55, **limits)
 
 
-def tower_batch(first: int, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def tower_batch(first: int, size: int, split: str, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Pixels and targets of the scenes of a step."""
-    start = first + step * TOWER["batch"]
-    scenes = [make_scene(start + i) for i in range(TOWER["batch"])]
-    return to_pixels(scenes), targets(scenes)
+    scenes = [make_scene(first + step * size + i, split) for i in range(size)]
+    return to_pixels([scene.image for scene in scenes]), targets([view(scene) for scene in scenes])
 
 
-def language_batch(first: int, vocabulary: dict[str, int], step: int) -> tuple[torch.Tensor, Any]:
+def language_batch(
+    first: int, size: int, split: str, vocabulary: dict[str, int], step: int
+) -> tuple[torch.Tensor, Any]:
     """Pixels and packed questions of the scenes of a step."""
-    start = first + step * LANGUAGE["batch"]
-    scenes = [make_scene(start + i) for i in range(LANGUAGE["batch"])]
+    start = first + step * size
+    scenes = [make_scene(start + i, split) for i in range(size)]
     rng = np.random.Generator(np.random.PCG64(start))
-    return to_pixels(scenes), pack([choose(scene, rng) for scene in scenes], vocabulary)
+    return to_pixels([scene.image for scene in scenes]), pack([choose(scene, rng) for scene in scenes], vocabulary)
 
 
 def train_tower(model: Any, log: list[dict], seed: int = 0, checks: int = 200, **limits: Any) -> None:
     """Stage one, in place; appends to ``log``. ``checks``: held-out scenes of the measures along the way."""
-    device, tower = model.device, model.model.vision_tower
-    inner = getattr(tower, "vision_model", tower)
-    heads = TowerHeads(model.config.vision_config.hidden_size).to(device)
-    check = [make_scene(7_000_000 + i, "test") for i in range(checks)]
-
-    def loss_of(item: Any, done: float) -> tuple[torch.Tensor, dict[str, float]]:
-        pixels, goal = item
-        goal = {name: value.to(device) for name, value in goal.items()}
-        states = hidden_states(tower, pixels.to(device), TOWER["reset"])
-        out = heads(states, goal, inner.post_layernorm)
-        shape, colour = out["accuracy"][:2].tolist()
-        look = look_loss(tower, states, goal) * TOWER["look"] if done >= 2 / 3 else 0
-        return out["loss"] + look, {"shape": shape, "colour": colour, "cls": out["cls"].mean().item()}
-
-    @torch.no_grad()
-    def facts() -> dict[str, float]:
-        goal = {name: value.to(device) for name, value in targets(check).items()}
-        out = heads(hidden_states(tower, to_pixels(check).to(device)), goal, inner.post_layernorm)
-        return {"held_out_shape": out["accuracy"][0].item(), **localisation(tower, check)}
-
-    parameters = {**dict(tower.named_parameters()), **dict(heads.named_parameters(prefix="heads"))}
-    optimise("tower", parameters, partial(tower_batch, seed * 2 * LATER), loss_of, TOWER, log, facts, **limits)
+    tower = model.model.vision_tower
+    pixels, goal = check = tower_batch(7_000_000, checks, "test", 0)
+    stages.train_tower(
+        tower,
+        TowerHeads(model.config.vision_config.hidden_size),
+        partial(tower_batch, seed * 2 * LATER, TOWER["batch"], "train"),
+        check,
+        TOWER,
+        log,
+        more_facts=lambda right: localisation(tower, pixels, goal["owner"] >= 0),
+        **limits,
+    )
 
 
 def train_language(
@@ -163,36 +155,33 @@ def train_language(
 ) -> None:
     """Stage two, in place, with the tower frozen; arguments as in `train_tower`."""
     vocabulary = processor.tokenizer.get_vocab()
-    user = [vocabulary["user"], vocabulary[":"]]
     inner = model.model
 
-    def loss_of(item: Any, done: float = 0) -> tuple[torch.Tensor, dict[str, float]]:
-        pixels, (ids, labels) = item
+    def visual_of(pixels: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             states = hidden_states(inner.vision_tower, pixels.to(model.device))
-        visual = inner.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
-        loss, right = answer_loss(model, visual, ids, labels, user)
-        return loss, {"answers": right.item()}
+        return inner.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
 
-    @torch.no_grad()
-    def facts() -> dict[str, float]:
-        rng = np.random.Generator(np.random.PCG64(7))
-        check = [make_scene(7_000_000 + i, "test") for i in range(checks)]
-        loss, right = loss_of((to_pixels(check), pack([choose(scene, rng) for scene in check], vocabulary)))
-        return {"held_out_loss": loss.item(), "held_out_answers": right["answers"]}
-
-    parameters = {name: p for name, p in model.named_parameters() if "vision_tower" not in name}
-    make = partial(language_batch, seed * 2 * LATER + LATER, vocabulary)
-    optimise("language", parameters, make, loss_of, LANGUAGE, log, facts, **limits)
+    language.train_language(
+        model,
+        visual_of,
+        partial(language_batch, seed * 2 * LATER + LATER, LANGUAGE["batch"], "train", vocabulary),
+        [language_batch(7_000_000, checks, "test", vocabulary, 0)],
+        LANGUAGE,
+        log,
+        [vocabulary["user"], vocabulary[":"]],
+        **limits,
+    )
 
 
 def measure(model: Any, processor: Any, n: int = 500) -> dict[str, Any]:
     """Blind accuracy, where the CLS attention looks, and accuracy with a share of the visual tokens."""
     seen = [question for i in range(500) for question in questions(make_scene(i))]
+    pixels, goal = tower_batch(0, 500, "test", 0)
     return {
         "recipe": {"tower": TOWER, "language": LANGUAGE},
         "most_frequent_answer": most_frequent(held_out(n), seen),
-        "localisation": localisation(model.model.vision_tower, [make_scene(i, "test") for i in range(500)]),
+        "localisation": localisation(model.model.vision_tower, pixels, goal["owner"] >= 0),
         "pruned": {
             f"{by} {share}": pruned_accuracy(model, processor, share, by, n)["all"]
             for by in ("cls", "random")
