@@ -1,0 +1,25 @@
+"""Reading video: files by frame and by time, and live streams.
+
+with vtoken.video.open_video("clip.mp4") as video:
+    frames = vtoken.video.sample_uniform(video, 8)
+"""
+
+from __future__ import annotations
+
+from .errors import VideoError
+from .reader import BACKENDS, Frame, VideoReader, open_video
+from .sampling import at_fps, sample_fps, sample_uniform, uniform_indices
+from .synthetic import SyntheticReader
+
+__all__ = [
+    "BACKENDS",
+    "Frame",
+    "SyntheticReader",
+    "VideoError",
+    "VideoReader",
+    "at_fps",
+    "open_video",
+    "sample_fps",
+    "sample_uniform",
+    "uniform_indices",
+]

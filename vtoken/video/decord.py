@@ -1,0 +1,57 @@
+"""Random access through decord, which is fast where it is right: in whole, upright mp4 and mkv files.
+
+It gives wrong frames of MPEG-TS, AVI, FLV and fragmented mp4, and four channels of a rotated video. So it is asked for
+pixels alone, and only of files that it reads right; which frame is where, PyAV says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .errors import VideoError, brief, load
+from .pyav import PyAVReader, check_count
+
+_STRICT = 1e-9  # share of a video's frames that decord may replace by others before it raises
+
+
+def unfit(reader: PyAVReader) -> str | None:
+    """Why decord cannot be trusted with a source, None where it can."""
+    container = reader.container
+    if reader.source.kind != "file":
+        return "decord reads files only"
+    if not {"mp4", "matroska"} & set(container.split(",")):
+        return f"decord is not exact in {container} files"
+    if reader.fragmented:
+        return "decord is not exact in fragmented mp4 files"
+    if reader.turned:
+        return "decord does not read rotated video right"
+    return None
+
+
+class DecordPicker:
+    """decord or decord2 on one file; both are the module `decord`."""
+
+    name = "decord"
+
+    def __init__(self, reader: PyAVReader):
+        decord = load("decord", "decord")
+        reason = unfit(reader)
+        if reason:
+            raise VideoError(f"{reason}: {reader.source.name!r} needs backend 'pyav'")
+        try:
+            self._reader = decord.VideoReader(reader.source.path, ctx=decord.cpu(0), fault_tol=_STRICT)
+        except Exception as error:
+            raise VideoError(f"decord cannot open {reader.source.name!r}: {brief(error)}") from error
+        check_count(self.name, len(self._reader), reader)
+
+    def images(self, ordinals: Sequence[int]) -> list[np.ndarray]:
+        """See `Picker`."""
+        try:
+            return list(self._reader.get_batch(list(ordinals)).asnumpy()) if ordinals else []
+        except Exception as error:
+            raise VideoError(brief(error)) from error
+
+    def close(self) -> None:
+        self._reader = None

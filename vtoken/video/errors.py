@@ -1,0 +1,29 @@
+"""What went wrong with a video, in one sentence."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+class VideoError(ValueError):
+    """A source cannot be opened or read, or a frame was asked for that it does not have."""
+
+
+def load(module: str, package: str) -> Any:
+    """Import an optional package of the `video` extra.
+
+    Raises:
+        VideoError: it is missing, or is there and does not load.
+    """
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a binary package that does not load raises OSError, RuntimeError and others
+        cause = "is not installed" if isinstance(error, ImportError) else f"does not load ({brief(error)})"
+        raise VideoError(f"{package} {cause}; pip install 'vtoken[video]'") from error
+
+
+def brief(error: BaseException) -> str:
+    """First line of an error's text, or its type where it has none."""
+    text = getattr(error, "strerror", None) or str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,102 @@
+"""Which frames of a video a model is shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from .errors import VideoError
+from .reader import Frame, VideoReader
+
+
+def uniform_indices(total: int, n: int, placement: str = "ends") -> list[int]:
+    """Indices of min(n, total) distinct frames spread evenly over `total`.
+
+    Args:
+        placement: "ends" for first, last and equal steps between, rounded down, as `numpy.linspace(0, total - 1, n)` does
+            in the evaluation of LLaVA-style models; "middle" for the middle of each of n equal parts.
+
+    Raises:
+        VideoError: n or total below 1, or an unknown placement.
+    """
+    if n < 1 or total < 1:
+        raise VideoError(f"cannot take {n} of {total} frames; both must be at least 1")
+    if placement not in ("ends", "middle"):
+        raise VideoError(f"placement is 'ends' or 'middle', got {placement!r}")
+    if n >= total:
+        return list(range(total))
+    if placement == "middle":
+        return [(2 * i + 1) * total // (2 * n) for i in range(n)]
+    return [i * (total - 1) // max(n - 1, 1) for i in range(n)]
+
+
+def sample_uniform(reader: VideoReader, n: int, placement: str = "ends") -> list[Frame]:
+    """Evenly spread frames of a video that can be counted; all of them where it has no more than n.
+
+    In place of a frame that is damaged stands its nearest neighbour that can be decoded, as its `index` tells.
+
+    Raises:
+        VideoError: as `uniform_indices`, or the reader is a stream without end.
+    """
+    try:
+        total = len(reader)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise VideoError(
+            f"frames of a stream cannot be spread evenly over a length it does not have ({error})"
+        ) from None
+    indices = uniform_indices(total, n, placement)
+    try:
+        return reader.get_frames(indices=indices)
+    except VideoError:
+        table: Any = getattr(reader, "table", None)
+        if table is None:
+            raise
+        return reader.get_frames(seconds=table.seconds[indices].tolist())
+
+
+def sample_fps(reader: VideoReader, fps: float, start: float = 0.0, end: float | None = None) -> list[Frame]:
+    """The frames on screen at `start`, `start` + 1/fps, ... below `end` (the video's end where None), one for each time.
+
+    Exact by presentation time, so on variable frame rates too. A frame that stays on screen longer than 1/fps comes again.
+
+    Raises:
+        VideoError: fps not above 0, a span outside the video, or a source without random access.
+    """
+    _check_rate(fps)
+    if end is None:
+        end = reader.duration
+        if end is None:
+            raise VideoError("the video's duration is unknown; name an end, or read a stream with at_fps")
+    if not 0 <= start < end:
+        raise VideoError(
+            f"cannot sample from {start:g} s to {end:g} s; a span begins at 0 or later and ends after that"
+        )
+    count = math.ceil((end - start) * fps - 1e-6)
+    return reader.get_frames(seconds=(start + np.arange(count) / fps).tolist())
+
+
+def at_fps(frames: Iterable[Frame], fps: float) -> Iterator[Frame]:
+    """Thin frames out as they come, without a look ahead: of the frames in each 1/fps seconds, counted from 0, the first.
+
+    Raises:
+        VideoError: fps not above 0.
+    """
+    _check_rate(fps)
+    return _thinned(frames, fps)
+
+
+def _thinned(frames: Iterable[Frame], fps: float) -> Iterator[Frame]:
+    last = None
+    for frame in frames:
+        slot = math.floor(frame.seconds * fps + 1e-6)
+        if last is None or slot > last:
+            last = slot
+            yield frame
+
+
+def _check_rate(fps: float) -> None:
+    if not (fps > 0 and math.isfinite(fps)):
+        raise VideoError(f"a frame rate is a number above 0, got {fps!r}")

@@ -1,0 +1,111 @@
+"""Which frame is on screen when: the presentation times of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+_REORDER = 1.0  # seconds that a time may lie back and still be a frame out of order rather than a clock set anew
+
+
+@dataclass(frozen=True)
+class FrameTable:
+    """Presentation times of all frames.
+
+    Attributes:
+        seconds: (n,) float64, strictly increasing, 0 at the start of the source.
+        pts: (n,) int64 in units of `time_base`, strictly increasing; None where frames can only be counted.
+        keys: (k,) int64, pts of those frames at which decoding can start, ascending.
+    """
+
+    seconds: np.ndarray
+    pts: np.ndarray | None = None
+    keys: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def on_screen(self, seconds: Iterable[float]) -> np.ndarray:
+        """(m,) int64: the last frame that begins at or before each time (within a microsecond), the first one before that."""
+        places = np.searchsorted(self.seconds, np.asarray(list(seconds), np.float64) + 1e-6, side="right") - 1
+        return np.maximum(places, 0)
+
+    def ordinal(self, pts: int) -> int | None:
+        """Index of the frame with this pts, None where the file names no such frame."""
+        assert self.pts is not None
+        place = int(np.searchsorted(self.pts, pts))
+        return place if place < len(self.pts) and self.pts[place] == pts else None
+
+    def key_before(self, ordinal: int, back: int = 0) -> int:
+        """pts of the last key frame at or before a frame, or of the one `back` key frames earlier."""
+        assert self.pts is not None and self.keys is not None
+        place = int(np.searchsorted(self.keys, self.pts[ordinal], side="right")) - 1 - back
+        return int(self.keys[max(place, 0)])
+
+
+def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None) -> FrameTable | None:
+    """The table of a file from its packets alone, None where they do not tell: times missing, or a clock that steps back."""
+    pts, keys, last = [], [], None
+    for packet in packets:
+        if not packet.size or packet.is_discard or _hidden(packet):
+            continue
+        if packet.pts is None or (last is not None and packet.dts is not None and packet.dts < last):
+            return None
+        last = packet.dts if packet.dts is not None else last
+        pts.append(packet.pts)
+        if packet.is_keyframe:
+            keys.append(packet.pts)
+    if not pts or not keys:
+        return None
+    times = np.unique(np.asarray(pts, np.int64))
+    start = int(times[0]) if origin is None else min(origin, int(times[0]))
+    seconds = (times - start).astype(np.float64) * time_base.numerator / time_base.denominator
+    return FrameTable(seconds, times, np.unique(np.asarray(keys, np.int64)))
+
+
+def _hidden(packet: Any) -> bool:
+    """Whether a VP8 packet holds a reference that is never shown: bit 4 of its frame tag (RFC 6386, 9.1)."""
+    return packet.stream.codec_context.name in ("vp8", "libvpx") and not bytes(packet)[0] >> 4 & 1
+
+
+class Clock:
+    """Turns the pts of a stream into seconds that only ever increase.
+
+    A time that is missing continues at the frame rate. A time that lies back a little is a frame out of order and has no
+    place (None). One that lies back further, or forward by more than `leap` seconds, is a clock set anew: the stream
+    continues one frame (or `passed` seconds, if that is longer) after the last.
+    """
+
+    def __init__(self, fps: float, leap: float = float("inf")):
+        self.interval, self.leap = 1.0 / fps, leap
+        self.last: float | None = None
+        self.jumps = 0
+        self._offset: float | None = None
+
+    def __call__(self, time: float | None, passed: float = 0.0) -> float | None:
+        """Seconds of a frame with the stream's own `time`, `passed` real seconds after the frame before it."""
+        if self.last is None:
+            self._offset, self.last = -(time or 0.0), 0.0
+            return 0.0
+        follows = self.last + max(self.interval, passed)
+        if time is None:
+            self.last += self.interval
+            return self.last
+        if self._offset is None:
+            self._offset = follows - time
+        step = time + self._offset - self.last
+        if step < -_REORDER or step > max(self.leap, 2 * passed):
+            self.jumps += 1
+            self._offset, step = follows - time, follows - self.last
+        if step <= 0:
+            return None
+        self.last += step
+        return self.last
+
+    def restart(self) -> None:
+        """The next frame comes from a connection with times of its own."""
+        self._offset = None

@@ -1,0 +1,36 @@
+"""Random access through torchcodec, in upright files, where it is installed and finds an FFmpeg that it can load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .errors import VideoError, brief, load
+from .pyav import PyAVReader, check_count
+
+
+class TorchcodecPicker:
+    """torchcodec on one file, with an exact index of its own that must count the frames that PyAV counts."""
+
+    name = "torchcodec"
+
+    def __init__(self, reader: PyAVReader):
+        decoders = load("torchcodec.decoders", "torchcodec")
+        if reader.source.kind != "file" or reader.turned:
+            raise VideoError(f"torchcodec serves upright files here: {reader.source.name!r} needs backend 'pyav'")
+        try:
+            self._decoder = decoders.VideoDecoder(reader.source.path, dimension_order="NHWC", seek_mode="exact")
+        except Exception as error:
+            raise VideoError(f"torchcodec cannot open {reader.source.name!r}: {brief(error)}") from error
+        check_count(self.name, len(self._decoder), reader)
+
+    def images(self, ordinals: Sequence[int]) -> list[np.ndarray]:
+        """See `Picker`."""
+        try:
+            return [self._decoder[i].numpy() for i in ordinals]
+        except Exception as error:
+            raise VideoError(brief(error)) from error
+
+    def close(self) -> None:
+        self._decoder = None
