@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from pathlib import Path
@@ -48,10 +49,8 @@ def register(
             raise ValueError(
                 f"VLMEvalKit has no model {name!r}; {f'near: {near}' if near else 'see vlmutil mlist all'}."
             )
-        options = [f"{k}={v}" for k, v in ours.items() if k not in ("strategy", "budget")]
-        twin = "-".join(
-            [name, "vtoken", str(ours["strategy"]), *([str(ours["budget"])] * ("budget" in ours)), *options]
-        )
+        options = [str(v) if k in ("strategy", "budget") else f"{k}={v}" for k, v in ours.items()]
+        twin = "-".join([name, "vtoken", *options])
         supported[twin] = _Patched(supported[name], name, twin, ours, {} if made is None else made)
         twins.append(twin)
     return twins
@@ -104,8 +103,6 @@ def load_run(kit: str | None = None) -> ModuleType:
 
 
 def _value(text: str) -> Any:
-    import json
-
     try:
         return json.loads(text)
     except ValueError:
