@@ -18,14 +18,14 @@ _STRICT = 1e-9  # share of a video's frames that decord may replace by others be
 
 def unfit(reader: PyAVReader) -> str | None:
     """Why decord cannot be trusted with a source, None where it can."""
-    container = reader.container
+    track = reader.track
     if reader.source.kind != "file":
         return "decord reads files only"
-    if not {"mp4", "matroska"} & set(container.split(",")):
-        return f"decord is not exact in {container} files"
-    if reader.fragmented:
+    if not {"mp4", "matroska"} & track.format:
+        return f"decord is not exact in {'/'.join(sorted(track.format))} files"
+    if track.fragmented:
         return "decord is not exact in fragmented mp4 files"
-    if reader.turned:
+    if track.turned:
         return "decord does not read rotated video right"
     return None
 

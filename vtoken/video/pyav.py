@@ -5,16 +5,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 
 from .errors import VideoError, brief
-from .libav import Damage, decoded, open_container, orientation, packets, to_rgb
+from .libav import Damage, decoded, to_rgb
 from .reader import Frame
 from .source import Source
 from .table import Clock, FrameTable, from_packets
+from .track import Track
 
 
 class Picker(Protocol):
@@ -35,87 +35,55 @@ def check_count(name: str, count: int, reader: PyAVReader) -> None:
 
 
 class PyAVReader:
-    """A `VideoReader` over one source. Attributes beyond the protocol:
+    """A `VideoReader` over one source.
 
-    damage: what was skipped so far because it could not be decoded.
-    source: where it reads from.
+    Attributes beyond the protocol:
+        source: where it reads from.
+        track: its video stream.
     """
 
     def __init__(self, source: Source, timeout: float = 10.0):
-        self.source, self.timeout, self.damage = source, timeout, Damage()
-        self.backend = "pyav"
-        self.why = "PyAV, for everything that is not a file" if source.kind != "file" else "PyAV"
-        self._container, self._stream = open_container(source, timeout=timeout, live=source.live)
+        self.source, self.track = source, Track(source, timeout)
+        self.backend, self.why = "pyav", "PyAV reads everything"
         self._picker: Picker | None = None
-        self._unread = True  # nothing has been demuxed yet
-        self._turn = 0  # how often the container has been moved
         self._clock, self._passed = Clock(self.fps), 0
 
-    @cached_property
+    @property
     def fps(self) -> float:
-        s = self._stream
-        for rate in (s.average_rate, s.guessed_rate, s.base_rate):
-            if rate and 0 < rate <= 1000:
-                return float(rate)
-        return 25.0  # libav's own guess where a source does not say
+        return self.track.fps
+
+    @property
+    def damage(self) -> Damage:
+        """What PyAV could not decode so far; it was left out."""
+        return self.track.damage
 
     @cached_property
     def duration(self) -> float | None:
-        stated = self._stated
-        if self.source.kind not in ("file", "object") or self.source.live:
+        stated = self.track.stated_duration
+        if self._in_passing:
             return stated
         last = float(self.table.seconds[-1])
         return stated if stated is not None and stated > last else last + 1 / self.fps
 
     @cached_property
-    def _stated(self) -> float | None:
-        """Seconds that the container says it lasts."""
-        self._opened()
-        container, stream = self._container, self._stream
-        if self.source.live:
-            return None
-        if stream.duration and stream.time_base:
-            return float(stream.duration * stream.time_base)
-        if not container.duration or container.duration < 0:
-            return None
-        # what Matroska and FLV call a duration is the time of the end
-        late = max(container.start_time or 0, 0) if {"matroska", "flv"} & set(self.container.split(",")) else 0
-        return (container.duration - late) / 1e6
-
-    @cached_property
-    def container(self) -> str:
-        """libav's names of the container, such as "mov,mp4,m4a,3gp,3g2,mj2"."""
-        self._opened()
-        return self._container.format.name
-
-    @cached_property
-    def fragmented(self) -> bool:
-        """Whether this is an mp4 without one index of all frames."""
-        self._opened()
-        return "mp4" in self.container and not self._stream.frames
-
-    @cached_property
-    def turned(self) -> bool:
-        """Whether the first frame carries a display matrix that turns or mirrors it."""
-        self._rewind()
-        first = next(decoded(self._packets(), self.damage), None)
-        return first is not None and orientation(first) != (False, 1, 1)
-
-    @cached_property
     def table(self) -> FrameTable:
-        """When each frame is on screen; the file is read through once, and decoded if its packets do not tell."""
-        self._opened()
-        if self.source.live or (self.source.kind == "network" and self._stated is None):
+        """When each frame is on screen; the file is read through once, and decoded if its packets do not tell.
+
+        Raises:
+            VideoError: a stream without end, or no frame in it.
+        """
+        track = self.track
+        track.check()
+        if self.source.live or (self._in_passing and track.stated_duration is None):
             raise VideoError(
                 f"{self.source.name!r} is a stream: its frames can be iterated over, not counted or picked"
             )
-        self._rewind()
-        base, start = self._stream.time_base, self._container.start_time
-        found = from_packets(self._packets(), base, None if start is None else round(start / 1e6 / base))
+        track.rewind()
+        found = from_packets(track.packets(), track.time_base, track.origin)
         if found is None:
-            self._rewind()
+            track.rewind()
             clock = Clock(self.fps)
-            times = [clock(frame.time) for frame in decoded(self._packets(), self.damage)]
+            times = [clock(frame.time) for frame in decoded(track.packets(), self.damage)]
             found = FrameTable(np.asarray([t for t in times if t is not None], np.float64))
         if not len(found):
             raise VideoError(f"{self.source.name!r} holds no frame that can be decoded")
@@ -128,29 +96,15 @@ class PyAVReader:
             raise TypeError(str(error)) from error
 
     def __iter__(self) -> Iterator[Frame]:
-        self._opened()
-        if self.source.live or self.source.kind == "network":
-            yield from self._in_passing()
-            return
-        ordinal = -1
-        while True:
-            run = self._frames_from(ordinal + 1)
-            for ordinal, frame in run:
-                turn = self._turn
-                yield Frame(to_rgb(frame), float(self.table.seconds[ordinal]), ordinal)
-                if self._turn != turn:
-                    break  # frames were picked meanwhile; take up the thread where it was
-            else:
-                break
-        if ordinal < 0:
-            raise VideoError(f"{self.source.name!r} holds no frame that can be decoded")
+        self.track.check()
+        return self._pass() if self._in_passing else self._read()
 
     def get_frames(
         self, indices: Sequence[int] | None = None, *, seconds: Sequence[float] | None = None
     ) -> list[Frame]:
-        """See `VideoReader`. For a time at which the frame on screen is damaged, the nearest one before it (or else after it)
-        that can be decoded; its `index` and `seconds` tell."""
-        self._opened()
+        """See `VideoReader`. For a time at which the frame on screen is damaged, the nearest one before it (or else after
+        it) that can be decoded; its `index` and `seconds` tell."""
+        self.track.check()
         if (indices is None) == (seconds is None):
             raise VideoError("get_frames takes either indices or seconds")
         if indices is not None:
@@ -161,11 +115,8 @@ class PyAVReader:
         return [found[i] for i in wanted]
 
     def close(self) -> None:
-        """Give the file back. Closing twice is harmless; reading afterwards raises VideoError."""
-        if self._container is not None:
-            self._turn += 1
-            self._container.close()
-            self._container = self._stream = None
+        """Give the source back. Closing twice is harmless; reading afterwards raises VideoError."""
+        self.track.close()
         if self._picker is not None:
             self._picker.close()
             self._picker = None
@@ -177,13 +128,45 @@ class PyAVReader:
         self.close()
 
     def use(self, picker: Picker, why: str) -> PyAVReader:
-        """Leave random access to another package; iteration and whatever it fails at stay here."""
+        """Leave random access to another package; iteration, and whatever it fails at, stay with PyAV."""
         self._picker, self.backend, self.why = picker, picker.name, why
         return self
 
-    def _opened(self) -> None:
-        if self._container is None:
-            raise VideoError(f"the reader of {self.source.name!r} is closed")
+    @property
+    def _in_passing(self) -> bool:
+        """Whether iteration goes along with the source, instead of reading it through for its times first."""
+        return self.source.live or self.source.kind == "network"
+
+    def _pass(self) -> Iterator[Frame]:
+        track = self.track
+        if not self.source.live and track.stated_duration is not None:
+            track.rewind()
+            self._clock, self._passed = Clock(self.fps), 0
+        turn = track.turn
+        for frame in decoded(track.packets(live=True), self.damage):
+            seconds = self._clock(frame.time)
+            if seconds is not None:
+                self._passed += 1
+                yield Frame(to_rgb(frame), seconds, self._passed - 1)
+            if track.turn != turn:
+                raise VideoError(f"{self.source.name!r} was closed or searched while it was iterated over")
+
+    def _read(self) -> Iterator[Frame]:
+        ordinal = -1
+        while True:
+            run = self._frames_from(ordinal + 1)
+            for ordinal, frame in run:
+                turn = self.track.turn
+                yield self._frame(ordinal, frame)
+                if self.track.turn != turn:
+                    break  # frames were picked meanwhile; go on behind the last one given
+            else:
+                break
+        if ordinal < 0:
+            raise VideoError(f"{self.source.name!r} holds no frame that can be decoded")
+
+    def _frame(self, ordinal: int, frame: Any) -> Frame:
+        return Frame(to_rgb(frame), float(self.table.seconds[ordinal]), ordinal)
 
     def _checked(self, indices: Iterable[int]) -> list[int]:
         total, wanted = len(self.table), []
@@ -193,9 +176,7 @@ class PyAVReader:
             except TypeError:
                 raise VideoError(f"a frame's index is an integer, got {index!r}") from None
             if not 0 <= wanted[-1] < total:
-                raise VideoError(
-                    f"frame {index} of {self.source.name!r} does not exist; it has frames 0 to {total - 1}"
-                )
+                raise VideoError(f"{self.source.name!r} has no frame {index}, only frames 0 to {total - 1}")
         return wanted
 
     def _within(self, seconds: Iterable[float]) -> list[float]:
@@ -210,20 +191,18 @@ class PyAVReader:
         if self._picker is not None:
             try:
                 images = self._picker.images(ordinals)
-                return {
-                    i: Frame(image, float(self.table.seconds[i]), i) for i, image in zip(ordinals, images, strict=True)
-                }
+                times = self.table.seconds[ordinals].tolist()
+                return {i: Frame(image, t, i) for i, image, t in zip(ordinals, images, times, strict=True)}
             except VideoError as error:
-                self.why = f"PyAV, because {self.backend} failed: {brief(error)}"
                 self._picker.close()
+                self.why = f"PyAV, because {self.backend} failed: {brief(error)}"
                 self._picker, self.backend = None, "pyav"
         found = {}
         for wanted, (ordinal, frame) in self._decode(ordinals):
             if exact and ordinal != wanted:
-                raise VideoError(
-                    f"frame {wanted} of {self.source.name!r} is damaged; get_frames(seconds=...) shows its neighbour"
-                )
-            found[wanted] = Frame(to_rgb(frame), float(self.table.seconds[ordinal]), ordinal)
+                name = repr(self.source.name)
+                raise VideoError(f"frame {wanted} of {name} is damaged; get_frames(seconds=...) shows its neighbour")
+            found[wanted] = self._frame(ordinal, frame)
         return found
 
     def _decode(self, ordinals: list[int]) -> Iterator[tuple[int, tuple[int, Any]]]:
@@ -241,7 +220,7 @@ class PyAVReader:
                 yield wanted, ahead
                 continue
             nearest = self._again(wanted) or before or ahead
-            ahead = None  # the container has been moved
+            ahead = None  # the track has been moved
             if nearest is None:
                 raise VideoError(f"{self.source.name!r} cannot be decoded around {self.table.seconds[wanted]:.3f} s")
             yield wanted, nearest
@@ -260,72 +239,27 @@ class PyAVReader:
         return table.pts is not None and table.key_before(wanted) > table.pts[at]
 
     def _frames_from(self, ordinal: int, back: int = 0) -> Iterator[tuple[int, Any]]:
-        """(ordinal, frame) in ascending order from `ordinal` on, or from the key frame that is `back` key frames earlier."""
-        table, last = self.table, -1
+        """(ordinal, frame) ascending, from `ordinal` on, or from the key frame `back` key frames before it."""
+        table = self.table
         if ordinal >= len(table):
             return
         if table.pts is None:
-            self._rewind()
-            clock = Clock(self.fps)
-            for frame in decoded(self._packets(), self.damage):
-                if clock(frame.time) is not None:
-                    last += 1
-                    if last >= ordinal or back:
-                        yield last, frame
+            yield from self._count_from(0 if back else ordinal)
             return
-        for frame in decoded(self._packets_from(table.key_before(ordinal, back)), self.damage):
+        key = table.key_before(ordinal, back)
+        # what comes before the key frame refers to frames that were not decoded
+        least = (table.ordinal(key) or 0) if back else ordinal
+        for frame in decoded(self.track.packets_from(key), self.damage):
             place = None if frame.pts is None else table.ordinal(frame.pts)
-            if place is not None and place > last and (place >= ordinal or back):
-                last = place
+            if place is not None and place >= least:
+                least = place + 1
                 yield place, frame
 
-    def _in_passing(self) -> Iterator[Frame]:
-        if not self.source.live and self._stated is not None:
-            self._rewind()
-            self._clock, self._passed = Clock(self.fps), 0
-        turn = self._turn
-        for frame in decoded(self._packets(live=True), self.damage):
-            seconds = self._clock(frame.time)
-            if seconds is not None:
-                self._passed += 1
-                yield Frame(to_rgb(frame), seconds, self._passed - 1)
-            if self._turn != turn:
-                raise VideoError(f"{self.source.name!r} was closed or searched while it was iterated over")
-
-    def _packets(self, live: bool = False) -> Iterator[Any]:
-        self._opened()
-        self._unread = False
-        return packets(self._container, self._stream, self.damage, live=live)
-
-    def _packets_from(self, key: int) -> Iterator[Any]:
-        """Packets from the key frame with pts `key`, or from an earlier one where the container cannot be moved there."""
-        second = round(1 / self._stream.time_base)
-        for target in (key, key - second, key - 10 * second):
-            if not self._seek(target):
-                break
-            run = self._packets()
-            for packet in run:
-                if packet.is_keyframe and packet.pts is not None:
-                    if packet.pts <= key:
-                        return chain([packet], run)
-                    break
-        self._rewind()
-        return self._packets()
-
-    def _seek(self, pts: int) -> bool:
-        self._opened()
-        self._turn += 1
-        try:
-            self._container.seek(pts, stream=self._stream)
-        except (OSError, ValueError):  # libav's errors are of these kinds
-            return False
-        return True
-
-    def _rewind(self) -> None:
-        """Back to the first packet. A new container, because a seek to the start of a transport stream loses packets."""
-        self._opened()
-        self._turn += 1
-        if not self._unread:
-            self._container.close()
-            self._container, self._stream = open_container(self.source, timeout=self.timeout)
-            self._unread = True
+    def _count_from(self, ordinal: int) -> Iterator[tuple[int, Any]]:
+        self.track.rewind()
+        clock, count = Clock(self.fps), 0
+        for frame in decoded(self.track.packets(), self.damage):
+            if clock(frame.time) is not None:
+                if count >= ordinal:
+                    yield count, frame
+                count += 1

@@ -17,7 +17,7 @@ class TorchcodecPicker:
 
     def __init__(self, reader: PyAVReader):
         decoders = load("torchcodec.decoders", "torchcodec")
-        if reader.source.kind != "file" or reader.turned:
+        if reader.source.kind != "file" or reader.track.turned:
             raise VideoError(f"torchcodec serves upright files here: {reader.source.name!r} needs backend 'pyav'")
         try:
             self._decoder = decoders.VideoDecoder(reader.source.path, dimension_order="NHWC", seek_mode="exact")
