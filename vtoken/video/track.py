@@ -1,0 +1,132 @@
+"""The video stream of an opened source, and moving about in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+from .errors import VideoError
+from .libav import Damage, decoded, open_container, orientation, packets
+from .source import Source
+
+
+class Track:
+    """One video stream. libav's objects are replaced when it is rewound, so nobody else holds on to them.
+
+    Attributes:
+        damage: what could not be decoded and was skipped.
+        turn: how often the place in the stream has been moved; an iterator that finds it changed has lost its place.
+    """
+
+    def __init__(self, source: Source, timeout: float):
+        self.source, self.timeout = source, timeout
+        self.damage, self.turn = Damage(), 0
+        self._unread = True
+        self._container, self._stream = open_container(source, timeout=timeout, live=source.live)
+
+    @cached_property
+    def format(self) -> set[str]:
+        """libav's names of the container, such as {"mov", "mp4", "m4a", "3gp", "3g2", "mj2"}."""
+        self.check()
+        return set(self._container.format.name.split(","))
+
+    @cached_property
+    def fps(self) -> float:
+        """Mean frame rate; 25, libav's own guess, where the source does not say."""
+        self.check()
+        s = self._stream
+        return next((float(r) for r in (s.average_rate, s.guessed_rate, s.base_rate) if r and 0 < r <= 1000), 25.0)
+
+    @cached_property
+    def stated_duration(self) -> float | None:
+        """Seconds that the container says it lasts, None where it does not say."""
+        self.check()
+        container, stream = self._container, self._stream
+        if self.source.live:
+            return None
+        if stream.duration and stream.time_base:
+            return float(stream.duration * stream.time_base)
+        if not container.duration or container.duration < 0:
+            return None
+        # what Matroska and FLV call a duration is the time of the end
+        late = max(container.start_time or 0, 0) if {"matroska", "flv"} & self.format else 0
+        return (container.duration - late) / 1e6
+
+    @cached_property
+    def fragmented(self) -> bool:
+        """Whether this is an mp4 without one index of all frames."""
+        self.check()
+        return "mp4" in self.format and not self._stream.frames
+
+    @cached_property
+    def turned(self) -> bool:
+        """Whether the first frame carries a display matrix that turns or mirrors it."""
+        self.rewind()
+        first = next(decoded(self.packets(), self.damage), None)
+        return first is not None and orientation(first) != (False, 1, 1)
+
+    @property
+    def time_base(self) -> Any:
+        """Seconds of one unit of pts, a Fraction."""
+        self.check()
+        return self._stream.time_base
+
+    @property
+    def origin(self) -> int | None:
+        """pts of the start of the container, None where it has none."""
+        self.check()
+        start = self._container.start_time
+        return None if start is None else round(start / 1e6 / self._stream.time_base)
+
+    def packets(self, live: bool = False) -> Iterator[Any]:
+        """Packets from where the stream stands, see `libav.packets`."""
+        self.check()
+        self._unread = False
+        return packets(self._container, self._stream, self.damage, live=live)
+
+    def packets_from(self, key: int) -> Iterator[Any]:
+        """Packets from the key frame with pts `key`, or from an earlier one where libav cannot be moved there."""
+        second = round(1 / self.time_base)
+        for target in (key, key - second, key - 10 * second):
+            if not self._seek(target):
+                break
+            run = self.packets()
+            for packet in run:
+                if packet.is_keyframe and packet.pts is not None:
+                    if packet.pts <= key:
+                        return chain([packet], run)
+                    break
+        self.rewind()
+        return self.packets()
+
+    def rewind(self) -> None:
+        """Back to the first packet. A new container, because a seek to the start of a transport stream loses packets."""
+        self.check()
+        self.turn += 1
+        if not self._unread:
+            self._container.close()
+            self._container, self._stream = open_container(self.source, timeout=self.timeout)
+            self._unread = True
+
+    def check(self) -> None:
+        """Raises VideoError once the track is closed."""
+        if self._container is None:
+            raise VideoError(f"the reader of {self.source.name!r} is closed")
+
+    def close(self) -> None:
+        """Give the source back; harmless when closed."""
+        if self._container is not None:
+            self.turn += 1
+            self._container.close()
+            self._container = self._stream = None
+
+    def _seek(self, pts: int) -> bool:
+        self.check()
+        self.turn += 1
+        try:
+            self._container.seek(pts, stream=self._stream)
+        except (OSError, ValueError):  # libav's errors are of these kinds
+            return False
+        return True
