@@ -142,16 +142,35 @@ def eval_command(arguments: tuple[str, ...]) -> None:
 
 
 @cli.command()
-@click.option("--strategy", "strategies", multiple=True, default=["hired"], show_default=True, help="May be repeated.")
-@click.option("--budget", "budgets", type=Budget(), multiple=True, default=["0.5", "0.2"], show_default=True)
+@click.option(
+    "--shape", "shapes", multiple=True, help="A published shape with random weights, or all; may be repeated."
+)
 @click.option("--model", "model_id", help="Hub id or folder of a vision-language model; default: the shipped tiny one.")
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
-def bench(strategies: tuple[str, ...], budgets: tuple[float | int, ...], model_id: str | None, repeats: int) -> None:
-    """Time one prompt with and without a strategy, next to what the FLOPs promise."""
-    from .demo import compare_times
+@click.option(
+    "--scale", type=click.Choice(["full", "cpu", "tiny"]), help="Of shapes; default: full on a GPU, else cpu."
+)
+@click.option("--device", help="Where shapes are built; default: a GPU if there is one.")
+@click.option("--strategy", "strategies", multiple=True, help="May be repeated; default: all that fit the model.")
+@click.option(
+    "--budget", "budgets", type=Budget(), multiple=True, default=["0.1", "0.2", "0.33", "0.5", "1.0"], show_default=True
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed pairs per cell.")
+@click.option("--decode", "steps", type=click.IntRange(min=0), default=64, show_default=True, help="Decode steps.")
+@click.option("--limit", type=click.FloatRange(min=0), help="Seconds per shape after which no further turn begins.")
+@click.option("--output", type=click.Path(dir_okay=False), help="JSON report; one that exists gains these shapes.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Picture of measured against promised speed-ups.")
+@click.option(
+    "--compare", nargs=2, type=click.Path(), help="Two reports: print how their times relate, measure nothing."
+)
+def bench(compare: tuple[str, str] | None, **options: Any) -> None:
+    """Time every stage with and without a strategy, in turns, next to what the FLOPs promise."""
+    from .bench import run
 
     try:
-        compare_times(console(), strategies, budgets, model_id, repeats)
+        if compare:
+            run.compare(console(), *compare)
+        else:
+            run.run(console(), **options)
     except (ValueError, OSError, ImportError) as error:
         raise fail(error) from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -191,50 +190,3 @@ def _draw(picture: Image.Image, inputs: Any, processor: Any, report: Any, captio
     whole = draw_cells(first, grid, range(grid[0] * grid[1]), cell=cell)
     kept = visualize(seen, visual, cell=cell)
     return side_by_side([whole, kept], [f"all {report.tokens_in} visual tokens", caption])
-
-
-def compare_times(
-    out: Console, strategies: Sequence[str], budgets: Sequence[float | int], model_id: str | None, repeats: int
-) -> None:
-    """Alternate unpatched and patched prefills of one prompt and print the median ratio beside the FLOPs' promise.
-
-    Raises:
-        ValueError: for an unknown strategy, or a model that cannot be loaded or served.
-    """
-    from rich.progress import track
-    from rich.table import Table
-
-    from .eval.board import parse_strategy
-    from .tiny.scenes import make_scene
-
-    for name in strategies:
-        parse_strategy(name)
-    model, processor = load(model_id)
-    import torch
-
-    import vtoken
-
-    inputs = prepare(model, processor, make_scene(0, "test").image, TINY_QUESTION)
-
-    def prefill() -> float:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model(**inputs, use_cache=True)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    table = Table("strategy", "budget", "visual tokens", "LLM FLOPs", "measured prefill, tower included")
-    for name, budget in track([(s, b) for s in strategies for b in budgets], description="prefill", console=out):
-        ratios = []
-        for i in range(repeats + 1):
-            dense = prefill()
-            with vtoken.applied(model, parse_strategy(name), budget=budget):
-                short, report = prefill(), vtoken.report(model)
-            if i:
-                ratios.append(short / dense)
-        tokens = f"{report.tokens_in} -> {report.average_visual_tokens:.0f}"
-        table.add_row(
-            name, str(budget), tokens, f"{report.flops / report.flops_dense:.3f}", f"{statistics.median(ratios):.3f}"
-        )
-    out.print(table)

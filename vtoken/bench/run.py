@@ -1,0 +1,118 @@
+"""`vtoken bench`: build, measure, print, save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import vtoken
+
+from ..eval.board import parse_strategy
+from . import report as reports
+from .shapes import SHAPES, Workload, build, shipped
+from .timing import measure
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SAME = ("device", "type", "threads", "torch", "transformers", "vtoken")  # of runs that may share a report
+
+
+def run(
+    out: Console,
+    shapes: Sequence[str],
+    scale: str | None,
+    device: str | None,
+    model_id: str | None,
+    strategies: Sequence[str],
+    budgets: Sequence[float | int],
+    repeats: int,
+    steps: int,
+    limit: float | None,
+    output: str | None,
+    plot: str | None,
+) -> None:
+    """Measure the given shapes one after the other; a report that exists at `output` gains them.
+
+    Raises ValueError for what is unknown, unreadable or does not fit together, ImportError where matplotlib is missing.
+    """
+    for strategy in strategies:
+        parse_strategy(strategy)
+    if shapes and model_id:
+        raise ValueError("Give either --shape or --model: a shape is built with random weights, a model is loaded.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    scale = scale or ("full" if device.startswith("cuda") else "cpu")
+    report: dict[str, Any] = {"machine": reports.machine(torch.device(device)), "repeats": repeats, "shapes": {}}
+    if output is not None:
+        _check_folder(output)
+        if Path(output).exists():
+            report = _joined(reports.load(output), report)
+    if plot is not None:
+        _check_folder(plot)
+    every: list[str | None] = [*SHAPES] if "all" in shapes else [*shapes]
+    for name in every or [None]:
+        with out.status(f"building {name or model_id or 'the tiny model'}"):
+            work = shipped(model_id) if name is None else build(name, scale, device)
+        cells = _measured(out, work, strategies, budgets, repeats, steps, limit)
+        report["shapes"][work.name] = work.about | {"cells": cells}
+        if output is not None:
+            reports.save(report, output)
+    if plot is not None:
+        reports.draw(report, plot)
+
+
+def _measured(
+    out: Console,
+    work: Workload,
+    strategies: Sequence[str],
+    budgets: Sequence[float | int],
+    repeats: int,
+    steps: int,
+    limit: float | None,
+) -> list[dict[str, Any]]:
+    names = strategies or vtoken.list_strategies(model=work.model)
+    with out.status("") as status:
+        cells = measure(
+            work, names, budgets, repeats, steps, limit, lambda words: status.update(f"{work.name}: {words}")
+        )
+    title = f"{work.name}, {work.about['scale']} scale, {work.about['dtype']} on {work.model.device}"
+    out.print(reports.table(cells, title))
+    for refused in [c for c in cells if "refused" in c]:
+        out.print(
+            f"left out: {refused['strategy']} {refused['budget']}: {refused['refused']}", highlight=False, markup=False
+        )
+    return cells
+
+
+def _joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    for key in SAME:
+        if old["machine"].get(key) != new["machine"][key]:
+            was = old["machine"].get(key)
+            raise ValueError(
+                f"The report at --output was made with {key} {was}, this is {new['machine'][key]}: choose another file, and "
+                "--compare the two."
+            )
+    return old | {"machine": new["machine"], "repeats": new["repeats"]}
+
+
+def _check_folder(path: str) -> None:
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"The folder {str(folder)!r} does not exist.")
+
+
+def compare(out: Console, a: str, b: str) -> None:
+    """Print how b's times relate to a's. Raises ValueError for what is no report, or for two with nothing in common."""
+    from rich.table import Table
+
+    first, second = reports.load(a), reports.load(b)
+    table = Table(*reports.COMPARED, caption="b / a compares times of two runs; speed-ups are within one run")
+    for row in reports.compare(first, second):
+        table.add_row(*row)
+    for letter, path, one in (("a", a, first), ("b", b, second)):
+        m = one["machine"]
+        out.print(f"{letter}: {path}: {m['device']}, {m['threads']} threads, torch {m['torch']}, vtoken {m['vtoken']}")
+    out.print(table)

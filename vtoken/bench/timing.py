@@ -1,0 +1,335 @@
+"""Times of the stages of one call, taken in turns with and without a strategy.
+
+A call is split without gaps: every moment belongs to the vision tower, to vtoken (scoring, selection, gathering: all that its
+hooks do), to the LLM, or to the rest. On a GPU the bounds are CUDA events on the model's stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import vtoken
+
+from ..recorder import Stopwatch
+from .shapes import Workload
+
+PHASES = ("tower", "choose", "llm", "rest")
+Times = dict[str, float]
+
+
+class Phases:
+    """Which phase is under way; `seconds()` adds up the stretches of each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[tuple[str, Any]] = [("rest", Stopwatch.mark(device))]
+
+    def switch(self, phase: str) -> str:
+        """Begin a phase and return the one before."""
+        before = self.marks[-1][0]
+        self.marks.append((phase, Stopwatch.mark(self.device)))
+        return before
+
+    def during(self, phase: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before = self.switch(phase)
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                self.switch(before)
+
+        return call
+
+    def seconds(self) -> Times:
+        """Per phase, and "total"; ends the measurement and waits for the device."""
+        self.switch("end")
+        watch = Stopwatch()
+        for (phase, start), (_, end) in zip(self.marks, self.marks[1:]):
+            watch.add(phase, start, end)
+        watch.add("total", self.marks[0][1], self.marks[-1][1])
+        return dict.fromkeys(PHASES, 0.0) | watch.seconds()
+
+
+def _ours(hook: Any) -> bool:
+    return (getattr(getattr(hook, "func", hook), "__module__", None) or "").startswith("vtoken.")
+
+
+@contextmanager
+def phases(model: Any) -> Iterator[Phases]:
+    """Watch the calls of a model inside the block, patched or not; the model is left as it was."""
+    watch, undo = Phases(model.device), []
+    base, decoder = model.base_model, model.get_decoder()
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in [*hooks.items()]:
+                if _ours(hook):
+                    hooks[key] = watch.during("choose", hook)
+                    undo.append(functools.partial(hooks.__setitem__, key, hook))
+    for name in ("get_image_features", "get_video_features"):
+        if hasattr(base, name):
+            was, current = base.__dict__.get(name), getattr(base, name)
+            timed = watch.during("tower", current if was is None else was.args[0])
+            if was is not None:  # vtoken's own part around the model's method
+                part = functools.partial(watch.during("choose", was.func), timed)
+                timed = functools.update_wrapper(part, current)
+            base.__dict__[name] = timed
+            undo.append(functools.partial(_restore, base, name, was))
+    before: list[str] = []
+    first = decoder.register_forward_pre_hook(lambda *_: before.append(watch.switch("llm")), prepend=True)
+    last = decoder.register_forward_hook(lambda *_: watch.switch(before.pop()) and None)
+    undo += [first.remove, last.remove]
+    try:
+        yield watch
+    finally:
+        for step in undo:
+            step()
+
+
+def _restore(owner: Any, name: str, was: Any) -> None:
+    if was is None:
+        owner.__dict__.pop(name, None)
+    else:
+        owner.__dict__[name] = was
+
+
+def prefill(work: Workload) -> tuple[Times, Any]:
+    """Seconds of reading the prompt, per phase, and the KV cache."""
+    with torch.inference_mode(), phases(work.model) as watch:
+        out = work.model(**work.inputs, use_cache=True, logits_to_keep=1)
+        return watch.seconds(), out.past_key_values
+
+
+def floor(work: Workload, tokens: int) -> float:
+    """Seconds that the LLM alone takes for a prompt of so many tokens: what no reduction can undercut."""
+    decoder, device = work.model.get_decoder(), work.model.device
+    embeds = torch.randn(1, tokens, decoder.config.hidden_size, device=device).to(work.model.dtype)
+    with torch.inference_mode():
+        watch = Phases(device)
+        decoder(inputs_embeds=embeds, use_cache=True)
+        return watch.seconds()["total"]
+
+
+def decode(work: Workload, steps: int) -> Times:
+    """Seconds of `generate`: "total", and "decode" for the steps behind the first token, which prefill gives."""
+    ends: list[Any] = []
+    decoder, device = work.model.get_decoder(), work.model.device
+    handle = decoder.register_forward_hook(lambda *_: ends.append(Stopwatch.mark(device)) if not ends else None)
+    try:
+        watch, start = Stopwatch(), Stopwatch.mark(device)
+        config = dict(do_sample=False, min_new_tokens=steps + 1, max_new_tokens=steps + 1)
+        with torch.inference_mode():
+            work.model.generate(**work.inputs, **config)
+        end = Stopwatch.mark(device)
+    finally:
+        handle.remove()
+    watch.add("decode", ends[0], end)
+    watch.add("total", start, end)
+    return watch.seconds()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside the block and still alive; `peak` is the most there were.
+
+    For devices without statistics of their allocator. What an operator takes for itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {_storage_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.numel():
+                storage, address = leaf.untyped_storage(), _storage_of(leaf)
+                if address not in known and address not in self.seen:
+                    self.seen.add(address)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._freed, address, storage.nbytes())
+        return out
+
+    def _freed(self, address: int, nbytes: int) -> None:
+        self.seen.discard(address)
+        self.live -= nbytes
+
+
+def _storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def peak_bytes(work: Workload) -> int:
+    """The most bytes that reading the prompt held at once beyond the model and its inputs, the KV cache included."""
+    device = work.model.device
+    if device.type != "cuda":
+        with torch.inference_mode(), LiveBytes() as bytes_:
+            work.model(**work.inputs, use_cache=True, logits_to_keep=1)
+        return bytes_.peak
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with torch.inference_mode():
+        work.model(**work.inputs, use_cache=True, logits_to_keep=1)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a dynamic cache holds."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": middle, "q1": low, "q3": high}
+
+
+class Cell:
+    """One strategy at one budget, measured beside the unpatched model."""
+
+    def __init__(self, work: Workload, strategy: str, budget: float | int) -> None:
+        self.work, self.strategy, self.budget = work, strategy, budget
+        self.dense: list[Times] = []
+        self.short: list[Times] = []
+        self.floors: list[float] = []
+        self.decoding: list[tuple[Times, Times]] = []
+        self.refused: str | None = None
+        self.facts: dict[str, Any] = {}
+        self.even: int | None = None  # tokens that every layer reads, if they are equally many
+
+    def applied(self) -> Any:
+        names = self.strategy.split("+")
+        return vtoken.applied(self.work.model, names if len(names) > 1 else names[0], budget=self.budget)
+
+    def look(self, dense_peak: int, dense_cache: int) -> None:
+        """One untimed call: counts, bytes, the FLOPs' promise, or the sentence with which the strategy refuses."""
+        try:
+            with self.applied():
+                peak = peak_bytes(self.work)
+                _, cache = prefill(self.work)
+                report = vtoken.report(self.work.model)
+        except (ValueError, NotImplementedError) as refusal:
+            self.refused = str(refusal)
+            return
+        layers = report.visual_per_layer
+        if len(set(layers)) == 1:
+            self.even = sum(report.prompt_tokens) - report.tokens_in + layers[0]
+        self.facts = {
+            "tokens": [report.tokens_in, report.average_visual_tokens],
+            "flops": [report.flops_dense, report.flops],
+            "kv_bytes": [dense_cache, cache_bytes(cache)],
+            "peak_bytes": [dense_peak, peak],
+        }
+
+    def turn(self) -> None:
+        """One timed pair, and the LLM alone on as many tokens as were kept."""
+        dense, _ = prefill(self.work)
+        with self.applied():
+            short, _ = prefill(self.work)
+        self.dense.append(dense)
+        self.short.append(short)
+        if self.even is not None:
+            self.floors.append(floor(self.work, self.even))
+
+    def decode_turn(self, steps: int) -> None:
+        dense = decode(self.work, steps)
+        with self.applied():
+            self.decoding.append((dense, decode(self.work, steps)))
+
+    def result(self) -> dict[str, Any]:
+        """Plain numbers: medians in ms, speed-ups with their spread over the pairs, and what was promised."""
+        out: dict[str, Any] = {"strategy": self.strategy, "budget": self.budget}
+        if self.refused is not None:
+            return out | {"refused": self.refused}
+        out |= self.facts
+        if not self.short:
+            return out | {"refused": "the time limit came first"}
+
+        def middle(times: Sequence[Times]) -> Times:
+            return {p: 1e3 * statistics.median(t[p] for t in times) for p in (*PHASES, "total")}
+
+        dense = middle(self.dense)
+        out |= {"ms_dense": dense, "ms": middle(self.short)}
+        pairs = [*zip(self.dense, self.short)]
+        llm = [s["choose"] + s["llm"] for s in self.short]
+        promise = out["flops"][0] / out["flops"][1]
+        other = 1 - dense["llm"] / dense["total"]
+        out["promised"] = {"llm": promise, "prefill": 1 / (other + (1 - other) / promise)}
+        out["measured"] = {
+            "llm": spread([d["llm"] / t for d, t in zip(self.dense, llm)]),
+            "prefill": spread([d["total"] / s["total"] for d, s in pairs]),
+        }
+        out["kept"] = {p: out["measured"][p]["median"] / out["promised"][p] for p in ("llm", "prefill")}
+        out["overhead"] = spread([s["choose"] / d["total"] for d, s in pairs])
+        if self.floors:
+            out["attainable"] = spread([d["llm"] / f for d, f in zip(self.dense, self.floors)])
+            out["kept"]["attainable"] = statistics.median(f / t for f, t in zip(self.floors, llm))
+        if self.decoding:
+            out["decode_ms"] = [1e3 * statistics.median(p[i]["decode"] for p in self.decoding) for i in (0, 1)]
+            out["decode"] = spread([d["decode"] / s["decode"] for d, s in self.decoding])
+            out["end_to_end_ms"] = [1e3 * statistics.median(p[i]["total"] for p in self.decoding) for i in (0, 1)]
+            out["end_to_end"] = spread([d["total"] / s["total"] for d, s in self.decoding])
+        return out
+
+
+def measure(
+    work: Workload,
+    strategies: Sequence[str],
+    budgets: Sequence[float | int],
+    repeats: int = 5,
+    steps: int = 64,
+    limit: float | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Every strategy at every budget beside the unpatched model, in turns.
+
+    Args:
+        work: the model, which must not be patched, and its prompt.
+        strategies: names; two joined by + share a budget.
+        budgets: shares or counts.
+        repeats: timed pairs of prefills per cell; a third as many of generation.
+        steps: decode steps, 0 for none. They depend only on what the cache holds: cells that hold equally many bytes
+            share one measurement.
+        limit: seconds after which no further turn begins; a cell that had none says so.
+        progress: told in words what comes next.
+    """
+    start = time.monotonic()
+
+    def late(share: float) -> bool:
+        return limit is not None and time.monotonic() - start > share * limit
+
+    _, cache = prefill(work)
+    dense_cache, dense_peak = cache_bytes(cache), peak_bytes(work)
+    cells = [Cell(work, s, b) for b in budgets for s in strategies]
+    for cell in cells:
+        progress(f"{cell.strategy} {cell.budget}")
+        if not late(0.7):
+            cell.look(dense_peak, dense_cache)
+    timed = [c for c in cells if c.facts]
+    shared: dict[int, Cell] = {}
+    for i in range(repeats):
+        for cell in timed:
+            if not late(0.7):
+                progress(f"{cell.strategy} {cell.budget}, {i + 1} of {repeats}")
+                cell.turn()
+    for i in range(-(-repeats // 3) if steps else 0):
+        for cell in timed:
+            lead = shared.setdefault(cell.facts["kv_bytes"][1], cell)
+            if lead is cell and not late(1.0):
+                progress(f"generating {cell.strategy} {cell.budget}, {i + 1}")
+                cell.decode_turn(steps)
+            cell.decoding = lead.decoding
+    return [cell.result() for cell in cells]
