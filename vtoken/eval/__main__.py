@@ -1,4 +1,4 @@
-"""`python -m vtoken.eval tiny`."""
+"""`python -m vtoken.eval mme | videomme | tiny`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..cli import Budget, console, fail, quiet
+from .commands import mme, separated, videomme
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -14,8 +15,8 @@ def cli() -> None:
     """Accuracy against kept visual tokens."""
 
 
-def separated(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str]:
-    return [part.strip() for part in (value or "").split(",") if part.strip()]
+cli.add_command(mme)
+cli.add_command(videomme)
 
 
 @cli.command()

@@ -1,0 +1,88 @@
+"""Answers on disk: one JSON line per question, safe against a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def check_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
+    """Store the settings of a run in its folder, or compare them with what is stored there.
+
+    Raises:
+        ValueError: if the folder holds a run under other settings, naming the first that differs.
+    """
+    path = folder / "settings.json"
+    if not path.is_file():
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".tmp")
+            partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+        return
+    try:
+        had = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{str(path)!r} cannot be read: remove the folder, or give another --output.") from None
+    for key in sorted(had.keys() | settings.keys()):
+        if had.get(key) != settings.get(key):
+            raise ValueError(
+                f"{str(folder)!r} holds answers under {key} = {had.get(key)!r}, this run has {settings.get(key)!r}: use the "
+                "same settings to continue it, or give another --output."
+            )
+
+
+def read(folder: Path, stem: str, names: Iterable[str]) -> dict[str, Record]:
+    """The records of one run by item, from the files of all processes; a half-written last line is left out.
+
+    An item that could not be opened may be there again, with an answer.
+
+    Raises:
+        ValueError: naming the file, for a broken line, an item that the data set does not have, or two answers to one.
+    """
+    known = set(names)
+    records: dict[str, Record] = {}
+    for path in sorted(folder.glob(f"{stem}.*.jsonl")):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                record = json.loads(line)
+                name = record["item"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"Line {number} of {str(path)!r} is no record: remove it to ask its question again."
+                ) from None
+            if name not in known:
+                raise ValueError(f"{str(path)!r} has an answer to {name!r}, which the data set does not ask.")
+            before = records.get(name)
+            if before and "error" not in before and "error" not in record:
+                raise ValueError(f"{str(path)!r} has a second answer to {name!r}: remove one of them.")
+            if before is None or "error" in before:
+                records[name] = record
+    return records
+
+
+class Writer:
+    """Appends records to one process's file of a run; each `append` is on the disk when it returns."""
+
+    def __init__(self, folder: Path, stem: str, process: int) -> None:
+        path = folder / f"{stem}.{process}.jsonl"
+        if path.is_file():
+            whole = path.read_bytes()
+            kept = whole.rfind(b"\n") + 1
+            if kept < len(whole):  # a line that a kill cut short
+                os.truncate(path, kept)
+        self.file = path.open("ab")
+
+    def append(self, records: Sequence[Record]) -> None:
+        if records:
+            self.file.write(b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in records))
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
