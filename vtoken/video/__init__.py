@@ -7,6 +7,7 @@ with vtoken.video.open_video("clip.mp4") as video:
 from __future__ import annotations
 
 from .errors import VideoError
+from .live import LiveReader, LiveStats
 from .reader import BACKENDS, Frame, VideoReader, open_video
 from .sampling import at_fps, sample_fps, sample_uniform, uniform_indices
 from .synthetic import SyntheticReader
@@ -14,6 +15,8 @@ from .synthetic import SyntheticReader
 __all__ = [
     "BACKENDS",
     "Frame",
+    "LiveReader",
+    "LiveStats",
     "SyntheticReader",
     "VideoError",
     "VideoReader",

@@ -10,6 +10,10 @@ class VideoError(ValueError):
     """A source cannot be opened or read, or a frame was asked for that it does not have."""
 
 
+class Unreadable(VideoError):
+    """A source that no second try will open: a protocol, format or codec that nothing here knows."""
+
+
 def load(module: str, package: str) -> Any:
     """Import an optional package of the `video` extra.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .errors import VideoError, brief, load
+from .errors import Unreadable, VideoError, brief, load
 from .source import Source
+from .waiting import Stopped, Waiting
 
 _GARBAGE = 64  # errors of the demuxer in a row after which a source is taken to have ended
 _PIXELS = 2**26  # of a picture of a live source; an 8K frame has half as many
@@ -26,30 +28,37 @@ class Damage:
         return bool(self.packets or self.frames)
 
 
-def open_container(source: Source, *, timeout: float, live: bool = False) -> tuple[Any, Any]:
+def open_container(
+    source: Source, *, timeout: float, live: bool = False, stop: threading.Event | None = None
+) -> tuple[Any, Any]:
     """The opened container and its video stream.
 
+    Args:
+        timeout: seconds that the network or a pipe may stay silent.
+        live: hold no frames back and refuse pictures of more than 2**26 pixels.
+        stop: set to end waiting for a pipe, which then raises `Stopped`.
+
     Raises:
-        VideoError: the source cannot be opened or has no picture.
+        VideoError: the source cannot be opened or has no picture; `Unreadable` where it never will.
     """
     av = load("av", "PyAV")
     options = dict(source.options)
-    if live:
-        options.setdefault("fflags", "nobuffer")
+    if source.kind == "network" and source.target.lower().startswith("rtsp"):
+        options.setdefault("rtsp_transport", "tcp")  # frames that UDP loses come out damaged
     try:
         if source.kind == "object" and not source.live:
             source.target.seek(0)
         container = av.open(
-            source.target,
+            _target(source, timeout, stop),
             format=source.format,
             options=options,
             timeout=(timeout, timeout) if source.kind == "network" else None,
             metadata_errors="replace",
         )
-    except VideoError:
+    except (VideoError, Stopped):
         raise
     except Exception as error:
-        raise VideoError(_refusal(av, error, source, timeout)) from error
+        raise _refusal(av, error, source, timeout) from error
     try:
         return container, _video_stream(av, container, source, live)
     except BaseException:
@@ -59,7 +68,7 @@ def open_container(source: Source, *, timeout: float, live: bool = False) -> tup
 
 def _video_stream(av: Any, container: Any, source: Source, live: bool) -> Any:
     if container.format.name == "tty":
-        raise VideoError(f"{source.name!r} is a text file, not a video")
+        raise Unreadable(f"{source.name!r} is a text file, not a video")
     covers = [s for s in container.streams.video if s.disposition & av.stream.Disposition.attached_pic]
     streams = [s for s in container.streams.video if s not in covers]
     if not streams:
@@ -68,7 +77,7 @@ def _video_stream(av: Any, container: Any, source: Source, live: bool) -> Any:
     # of several renditions of one stream, the largest; the first of those
     stream = max(streams, key=lambda s: (s.codec_context is not None, s.width * s.height))
     if stream.codec_context is None:
-        raise VideoError(f"{source.name!r} holds video that this build of PyAV cannot decode")
+        raise Unreadable(f"{source.name!r} holds video that this build of PyAV cannot decode")
     if live:
         stream.codec_context.options = {"max_pixels": str(_PIXELS)}
     # threads over frames hold back as many frames as there are threads
@@ -76,16 +85,20 @@ def _video_stream(av: Any, container: Any, source: Source, live: bool) -> Any:
     return stream
 
 
-def _refusal(av: Any, error: Exception, source: Source, timeout: float) -> str:
+def _target(source: Source, timeout: float, stop: threading.Event | None) -> Any:
+    return Waiting(source.target, timeout, stop) if source.kind == "pipe" else source.target
+
+
+def _refusal(av: Any, error: Exception, source: Source, timeout: float) -> VideoError:
     name = repr(source.name)
     unknown = isinstance(error, (av.error.ProtocolNotFoundError, av.error.DemuxerNotFoundError))
     if unknown or "no container format" in str(error):
-        return f"cannot open {name}: this build of PyAV knows no such protocol or format ({brief(error)})"
+        return Unreadable(f"cannot open {name}: this build of PyAV knows no such protocol or format ({brief(error)})")
     if isinstance(error, av.error.ExitError):
-        return f"cannot open {name}: no answer within {timeout:g} s"
+        return VideoError(f"cannot open {name}: no answer within {timeout:g} s")
     if isinstance(error, av.error.InvalidDataError):
-        return f"{name} is not a video that libav can read, or its index is cut off ({brief(error)})"
-    return f"cannot open {name}: {brief(error)}"
+        return VideoError(f"{name} is not a video that libav can read, or its index is cut off ({brief(error)})")
+    return VideoError(f"cannot open {name}: {brief(error)}")
 
 
 def decoded(packets: Iterable[Any], damage: Damage) -> Iterator[Any]:
@@ -129,11 +142,21 @@ def packets(container: Any, stream: Any, damage: Damage, *, live: bool = False) 
                 return
         except av.error.ExitError as error:
             raise VideoError("no data within the time-out") from error
-        except av.error.FFmpegError as error:
+        except (av.error.FFmpegError, OSError) as error:
             if live:
                 raise VideoError(brief(error)) from error
             damage.packets += 1
             return
+
+
+def seek(container: Any, stream: Any, pts: int) -> bool:
+    """Move to the key frame at or before a pts; False where libav cannot."""
+    av = load("av", "PyAV")
+    try:
+        container.seek(pts, stream=stream)
+    except (av.error.FFmpegError, OSError):
+        return False
+    return True
 
 
 def orientation(frame: Any) -> tuple[bool, int, int]:

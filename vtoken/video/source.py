@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from .errors import VideoError
+from .waiting import pipe_of
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -53,10 +54,14 @@ def resolve(source: Any, format: str | None = None, options: dict[str, str] | No
     if hasattr(source, "read"):
         if isinstance(source.read(0), str):
             raise VideoError(f"{source!r} is a text file object; open it with mode 'rb'")
-        return Source(source, str(getattr(source, "name", None) or type(source).__name__), "object", **rest)
+        name = str(getattr(source, "name", None) or type(source).__name__)
+        fd = pipe_of(source)
+        return Source(source, name, "object", **rest) if fd is None else Source(fd, name, "pipe", **rest)
     if not isinstance(source, (str, os.PathLike)):
         raise VideoError(f"a video is a path, an address or a binary file object, got {type(source).__name__}")
     text = os.fspath(source)
+    if text == "-":
+        return Source(0, "standard input", "pipe", **rest)
     if text.startswith("file://"):
         text = unquote(urlsplit(text).path)
     if _SCHEME.match(text):
@@ -78,7 +83,7 @@ def _local(text: str, rest: dict[str, Any]) -> Source:
     if stat.S_ISCHR(mode):
         rest["format"] = rest["format"] or ("v4l2" if sys.platform.startswith("linux") else None)
         return Source(str(path), text, "device", path=str(path), **rest)
-    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+    if stat.S_ISFIFO(mode):
         return Source(str(path), text, "pipe", path=str(path), **rest)
     if path.stat().st_size == 0:
         raise VideoError(f"{text!r} is empty (0 bytes)")

@@ -73,11 +73,11 @@ def _hidden(packet: Any) -> bool:
 
 
 class Clock:
-    """Turns the pts of a stream into seconds that only ever increase.
+    """Turns the times of a stream into seconds that only ever increase.
 
-    A time that is missing continues at the frame rate. A time that lies back a little is a frame out of order and has no
-    place (None). One that lies back further, or forward by more than `leap` seconds, is a clock set anew: the stream
-    continues one frame (or `passed` seconds, if that is longer) after the last.
+    A time that is missing lies one frame after the last, or `passed` seconds if that is longer. One that lies back a little
+    is a frame out of order and has no place (None). One that lies back further, or forward by more than `leap` seconds and
+    twice the seconds `passed`, comes of a clock that was set anew: the stream goes on as if it were missing.
     """
 
     def __init__(self, fps: float, leap: float = float("inf")):
@@ -93,7 +93,7 @@ class Clock:
             return 0.0
         follows = self.last + max(self.interval, passed)
         if time is None:
-            self.last += self.interval
+            self.last = follows
             return self.last
         if self._offset is None:
             self._offset = follows - time

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from .errors import VideoError
-from .libav import Damage, decoded, open_container, orientation, packets
+from .libav import Damage, decoded, open_container, orientation, packets, seek
 from .source import Source
 
 
@@ -125,8 +125,4 @@ class Track:
     def _seek(self, pts: int) -> bool:
         self.check()
         self.turn += 1
-        try:
-            self._container.seek(pts, stream=self._stream)
-        except (OSError, ValueError):  # libav's errors are of these kinds
-            return False
-        return True
+        return seek(self._container, self._stream, pts)
