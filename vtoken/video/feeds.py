@@ -152,7 +152,7 @@ def feed_of(
         hasattr(source, "__iter__") and not isinstance(source, str) and not hasattr(source, "read")
     ):
         return Frames(source), not callable(source)
-    found = resolve(source, format, options)
+    found = resolve(source, format, options, growing)
     if growing and found.kind != "file":
         raise VideoError(f"growing=True is for a file on disk; {found.name!r} is a {found.kind}")
     return Libav(found, timeout, stop, growing), found.kind in ("file", "object") and not (growing or found.live)

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from .errors import VideoError
-from .waiting import pipe_of
+from .waiting import over_pipe
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -40,11 +40,13 @@ class Source:
         return self.kind in ("device", "pipe") or (self.kind == "object" and not _seekable(self.target))
 
 
-def resolve(source: Any, format: str | None = None, options: dict[str, str] | None = None) -> Source:
+def resolve(
+    source: Any, format: str | None = None, options: dict[str, str] | None = None, growing: bool = False
+) -> Source:
     """The `Source` that a user's path, address, file object or camera number names.
 
     Raises:
-        VideoError: nothing of the kind exists, or it is a directory or empty.
+        VideoError: nothing of the kind exists, or it is a directory, or empty and not `growing`.
     """
     if isinstance(source, Source):
         return source
@@ -54,9 +56,9 @@ def resolve(source: Any, format: str | None = None, options: dict[str, str] | No
     if hasattr(source, "read"):
         if isinstance(source.read(0), str):
             raise VideoError(f"{source!r} is a text file object; open it with mode 'rb'")
-        name = str(getattr(source, "name", None) or type(source).__name__)
-        fd = pipe_of(source)
-        return Source(source, name, "object", **rest) if fd is None else Source(fd, name, "pipe", **rest)
+        name = getattr(source, "name", None)
+        name = name if isinstance(name, str) else type(source).__name__
+        return Source(source, name, "pipe" if over_pipe(source) else "object", **rest)
     if not isinstance(source, (str, os.PathLike)):
         raise VideoError(f"a video is a path, an address or a binary file object, got {type(source).__name__}")
     text = os.fspath(source)
@@ -66,10 +68,10 @@ def resolve(source: Any, format: str | None = None, options: dict[str, str] | No
         text = unquote(urlsplit(text).path)
     if _SCHEME.match(text):
         return Source(text, _without_password(text), "network", **rest)
-    return _local(text, rest)
+    return _local(text, rest, growing)
 
 
-def _local(text: str, rest: dict[str, Any]) -> Source:
+def _local(text: str, rest: dict[str, Any], growing: bool) -> Source:
     path = Path(text).expanduser()
     try:
         mode = path.stat().st_mode
@@ -85,7 +87,7 @@ def _local(text: str, rest: dict[str, Any]) -> Source:
         return Source(str(path), text, "device", path=str(path), **rest)
     if stat.S_ISFIFO(mode):
         return Source(str(path), text, "pipe", path=str(path), **rest)
-    if path.stat().st_size == 0:
+    if path.stat().st_size == 0 and not growing:
         raise VideoError(f"{text!r} is empty (0 bytes)")
     # with its protocol named, a file called "a:b.mp4" is not taken for an address
     return Source(f"file:{path}", text, "file", path=str(path), **rest)

@@ -23,23 +23,27 @@ class Waiting:
     A pipe ends when its writer closes it, and one that stays silent for `timeout` seconds raises TimeoutError.
 
     Args:
-        file: path of a regular file or named pipe, or a file descriptor (which stays open).
+        file: path of a regular file or named pipe, or a file descriptor or object that has one (which stays open).
         timeout: seconds.
         stop: set to end a read that waits, which then raises `Stopped`.
     """
 
-    def __init__(self, file: str | int, timeout: float, stop: threading.Event | None = None):
-        self.name = str(file)
+    def __init__(self, file: Any, timeout: float, stop: threading.Event | None = None):
+        self._file = file  # an object that nobody holds would close its descriptor
         self.timeout, self._stop = timeout, stop or threading.Event()
-        # without O_NONBLOCK, opening a pipe waits for its writer for ever
-        self._fd, self._owned = -1, not isinstance(file, int)
-        self._fd = file if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        self._fd, self._owned = -1, isinstance(file, str)
+        if self._owned:
+            # without O_NONBLOCK, opening a pipe waits for its writer for ever
+            self._fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        else:
+            self._fd = file if isinstance(file, int) else file.fileno()
         self._grows = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self._over = False
         self._written = not self._owned  # a pipe without a writer yet reads as ended
 
     def read(self, n: int) -> bytes:
         deadline = time.monotonic() + self.timeout
-        while True:
+        while not self._over:
             if self._stop.is_set():
                 raise Stopped
             data = self._now(n)
@@ -50,10 +54,12 @@ class Waiting:
                 return b""
             if time.monotonic() > deadline:
                 if self._grows:
+                    self._over = True  # libav asks more than once before it takes an end for the end
                     return b""
                 raise TimeoutError(f"no data within {self.timeout:g} s")
             if data is not None:
                 self._stop.wait(_POLL)
+        return b""
 
     def close(self) -> None:
         if self._owned and self._fd >= 0:
@@ -79,11 +85,10 @@ class Waiting:
             return None
 
 
-def pipe_of(file: Any) -> int | None:
-    """The descriptor of a file object over a pipe or socket, None for any other."""
+def over_pipe(file: Any) -> bool:
+    """Whether a file object reads from a pipe or socket."""
     try:
-        fd = file.fileno()
-        mode = os.fstat(fd).st_mode
+        mode = os.fstat(file.fileno()).st_mode
     except (AttributeError, OSError, ValueError):
-        return None
-    return fd if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
