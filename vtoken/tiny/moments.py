@@ -68,7 +68,7 @@ class Camera:
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _object(rng: np.random.Generator, split: str, name: str, colour: str, quadrant: int) -> SceneObject:
+def draw_object(rng: np.random.Generator, split: str, name: str, colour: str, quadrant: int) -> SceneObject:
     """A digit or shape drawn from the masks of a split and placed in a quadrant, 3 px or more from its borders."""
     kind, number = ("digits", DIGITS.index(name)) if name in DIGITS else ("glyphs", SHAPES.index(name))
     masks = _assets()[f"{kind}_{split}"][number]
@@ -83,7 +83,7 @@ def draw_moment(
     rng: np.random.Generator, split: str, start: int, stop: int, digit: str | None, shape: str | None, colour: str
 ) -> Moment:
     first, second = (int(q) for q in rng.permutation(4)[:2])
-    objects = [] if digit is None else [_object(rng, split, digit, WHITE, first)]
+    objects = [] if digit is None else [draw_object(rng, split, digit, WHITE, first)]
     if shape is not None:
-        objects.append(_object(rng, split, shape, colour, second))
+        objects.append(draw_object(rng, split, shape, colour, second))
     return Moment(start, stop, digit, shape, colour if shape else None, tuple(objects))
