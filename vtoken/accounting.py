@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .streams import TowerUse
 from .tokens import Segment
 
 
@@ -54,6 +55,7 @@ class Report:
         flops_dense, flops: LLM prefill FLOPs of the unpatched model and of this call.
         kv_bytes_dense, kv_bytes: KV-cache bytes of the prompt.
         seconds: measured time per stage: "tower", "select", "prefill" (GPU times are read when the report is made).
+        tower: per modality what a tower that reuses between frames computed in its latest call; else empty.
     """
 
     strategy: str
@@ -66,6 +68,7 @@ class Report:
     kv_bytes_dense: int
     kv_bytes: int
     seconds: dict[str, float]
+    tower: dict[str, TowerUse] = field(default_factory=dict)
 
     @property
     def tokens_in(self) -> int:
@@ -98,6 +101,7 @@ class Report:
             "kv_bytes_dense": self.kv_bytes_dense,
             "kv_bytes": self.kv_bytes,
             "seconds": self.seconds,
+            "tower": {modality: use.to_dict() for modality, use in self.tower.items()},
         }
 
     def __str__(self) -> str:
@@ -110,6 +114,12 @@ class Report:
             lines.append(
                 f"  {v.modality} in row {v.row}: {parts}{v.tokens_in} -> {v.tokens_out} visual tokens "
                 f"({change(v.tokens_out, v.tokens_in)})"
+            )
+        for modality, use in self.tower.items():
+            lines.append(
+                f"  {modality} tower: {len(use.tokens)} frames, {use.references} of them in full, {sum(use.recomputed)} of "
+                f"{sum(use.tokens)} tokens computed, {_si(use.flops)}FLOP instead of {_si(use.flops_dense)}FLOP "
+                f"({change(use.flops, use.flops_dense)})"
             )
         layers = self.visual_per_layer
         lines.append(f"  visual tokens, average over {len(layers)} LLM layers: {self.average_visual_tokens:.1f}")

@@ -21,6 +21,7 @@ from .adapters.state import State, Wrapped
 from .config import VTokenConfig
 from .recorder import Recorder
 from .strategies import Composite, Strategy, combine, create, list_names, strategy_info
+from .streams import Reuse
 from .tokens import Needs, Segment, Selection, VisualTokens
 
 M = TypeVar("M")
@@ -50,9 +51,10 @@ class Patch:
         self.wrapped = Wrapped()
         self.parts: list[Any] = [self.wrapped]
         try:
-            merging = merging_layers(adapter, strategy)
+            merging, merge = merging_layers(adapter, strategy), strategy.merge_in_encoder
+            reuse, watch = reuse_of(adapter, strategy), self.recorder
             self.parts.append(
-                VisionWatch(adapter, needs, self.state, self.recorder.timer, merging, strategy.merge_in_encoder)
+                VisionWatch(adapter, needs, self.state, watch.timer, merging, merge, reuse, watch.used)
             )
             self.parts.append(
                 Sequence(adapter, planner, stages, strategy.positions, self.state, self.recorder, aligned)
@@ -115,6 +117,15 @@ def merging_layers(adapter: Adapter, strategy: Strategy) -> dict[str, tuple[int,
     return {m: strategy.encoder_layers(tower.info) for m, tower in adapter.towers.items()}
 
 
+def reuse_of(adapter: Adapter, strategy: Strategy) -> dict[str, Reuse]:
+    """Per modality what its tower reuses between frames, where the tower can and the strategy wants it."""
+    if strategy.is_identity:
+        return {}
+    towers = {m: tower for m, tower in adapter.towers.items() if tower.can_reuse}
+    declared = {m: strategy.reuse(tower.info) for m, tower in towers.items()}
+    return {m: reuse for m, reuse in declared.items() if reuse is not None and reuse.interval > 1}
+
+
 def needs_of(adapter: Adapter, strategy: Strategy, modality: str) -> Needs:
     tower = adapter.towers.get(modality)
     return strategy.needs(None if tower is None else tower.info)
@@ -135,15 +146,16 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
             f"{kind} models read {' and '.join(adapter.modalities)}: use {', '.join(fitting(adapter))}."
         )
     for modality in served:
-        lacking = adapter.lacking(needs_of(adapter, strategy, modality), modality)
+        lacking = lacking_of(adapter, strategy, modality)
         if lacking:
             cls = "the attention of a CLS token"
             words = {"cls_attention": cls, "cls_logits": cls, "received_attention": "attention maps of the tower"}
+            words["reuse"] = "layers that can be computed in part"
             missing = " and ".join(words.get(x, x.replace("_", " ")) for x in lacking)
             received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
             extension = ' pass score="received" to rank by attention received, or' if received else ""
             raise ValueError(
-                f"{name} reads {missing}, which the vision tower of this {kind} model does not have:{extension} "
+                f"{name} needs {missing}, which the vision tower of this {kind} model does not have:{extension} "
                 f"use {', '.join(fitting(adapter))}."
             )
     if strategy.positions == "renumber" and hasattr(adapter.base, "rope_deltas"):
@@ -157,6 +169,14 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
         )
     if not strategy.is_identity and strategy.acts_inside:
         check_inside(adapter, strategy)
+
+
+def lacking_of(adapter: Adapter, strategy: Strategy, modality: str) -> list[str]:
+    """What the strategy wants of this model that it does not have."""
+    lacking = adapter.lacking(needs_of(adapter, strategy, modality), modality)
+    tower = adapter.towers.get(modality)
+    reuses = strategy.acts_between_frames and (tower is None or not tower.can_reuse)
+    return [*lacking, "reuse"] if reuses else lacking
 
 
 def check_inside(adapter: Adapter, strategy: Strategy) -> None:
@@ -189,7 +209,7 @@ def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
     for name in list_names(pattern):
         strategy = strategy_info(name).cls()
         if any(
-            m in needs_of(adapter, strategy, m).modalities and not adapter.lacking(needs_of(adapter, strategy, m), m)
+            m in needs_of(adapter, strategy, m).modalities and not lacking_of(adapter, strategy, m)
             for m in adapter.modalities
         ) and (not strategy.acts_inside or goes_inside(adapter, strategy)):
             out.append(name)

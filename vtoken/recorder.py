@@ -15,6 +15,7 @@ from ._threads import PerThread
 from .accounting import LanguageModelShape, Report, VisualReport
 from .adapters.plan import Chosen
 from .adapters.state import Run
+from .streams import TowerUse
 
 
 class Stopwatch:
@@ -67,11 +68,13 @@ class Record:
     beams: int
     watch: Stopwatch
     forwards: list[Forward] = field(default_factory=list)
+    tower: dict[str, TowerUse] = field(default_factory=dict)
 
 
 class _Local(PerThread):
     record: Record | None = None
     watch: Stopwatch | None = None
+    tower: dict[str, TowerUse] | None = None
     start: Any = None
     entered: Any = None
 
@@ -107,10 +110,14 @@ class Recorder:
         finally:
             watch.add(name, start, watch.mark(device))
 
+    def used(self, modality: str, use: TowerUse) -> None:
+        """What a tower computed in the latest call for a modality."""
+        self.local.tower = (self.local.tower or {}) | {modality: use}
+
     def chosen(self, chosen: list[Chosen], beams: int) -> None:
         """A new prompt begins."""
-        record = Record(chosen, beams, self.local.watch or Stopwatch())
-        self.local.watch = None
+        record = Record(chosen, beams, self.local.watch or Stopwatch(), tower=self.local.tower or {})
+        self.local.watch = self.local.tower = None
         self.local.record = self.last = record
 
     def before_prefill(self, device: torch.device) -> None:
@@ -193,4 +200,5 @@ class Recorder:
             kv_bytes_dense=sum(shape.kv_bytes(sum(prompt), itemsize) for _ in layers),
             kv_bytes=sum(shape.kv_bytes(per_layer[i], itemsize) for i in layers),
             seconds=record.watch.seconds(),
+            tower=record.tower,
         )

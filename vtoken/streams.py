@@ -73,6 +73,11 @@ class TowerUse:
         """Frames that were computed in full."""
         return sum(a == b for a, b in zip(self.tokens, self.recomputed, strict=True))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        counts = {"tokens": self.tokens, "recomputed": self.recomputed}
+        return counts | {"flops_dense": self.flops_dense, "flops": self.flops}
+
 
 @dataclass
 class References:

@@ -104,6 +104,11 @@ class Needs:
     text_embeddings: bool = False
     modalities: tuple[str, ...] = ("image", "video")
 
+    @property
+    def tower_layers(self) -> set[int]:
+        """Tower layers of which something is read."""
+        return {*self.cls_attention, *self.cls_logits, *self.received_attention, *self.keys}
+
 
 class NotProvided(RuntimeError):
     """A strategy asked for something that it did not declare in `needs`."""
@@ -122,6 +127,8 @@ class VisualTokens:
         text_embeddings: (t, d) embeddings of the prompt's text tokens, None unless declared in `Needs`.
         merged: (num_cells,) int64, which token inside the tower a cell became; cells with one number share their
             features. None if nothing was merged there.
+        memory: what the strategy noted of earlier frames of the same stream (see `vtoken.stream`), empty at its start
+            and for whatever is no stream. Constant in size and made of numbers, strings, tensors, lists and dicts, please.
     """
 
     features: Tensor
@@ -132,6 +139,7 @@ class VisualTokens:
     text_embeddings: Tensor | None = None
     merged: Tensor | None = None
     provided: dict[tuple[str, int], Tensor | Callable[[], Tensor]] = field(default_factory=dict, repr=False)
+    memory: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.cells.shape[0]

@@ -33,6 +33,7 @@ class Adapter:
         layouts: segments and cells of every image or video of one `get_*_features` call.
         prompt_arguments: arguments of `forward` and `generate` that `layouts` wants beside those of `get_*_features`.
         join: for families whose prompt, not whose features, tells which tiles are one image.
+        frames: where the tower's frames are no rows of the pixels.
 
     Attributes:
         model: what the user patches.
@@ -76,6 +77,17 @@ class Adapter:
             places: (n,) int64, the placeholders among them.
         """
         return items
+
+    def frames(self, modality: str, arguments: dict[str, Any]) -> list[int]:
+        """Per image or video of one `get_*_features` call, how many frames of the tower it is; none for images in crops.
+
+        Default: pixels (videos, frames, 3, H, W) or (images, 3, H, W).
+        """
+        given = (arguments.get(name) for name in self.pixel_arguments)
+        pixels = next(x for x in given if x is not None)
+        if modality == "video":
+            return [int(pixels.shape[1])] * len(pixels)
+        return [1] * len(pixels) if pixels.ndim == 4 else []
 
     # -- provided -----------------------------------------------------------------------------------------------
     def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:

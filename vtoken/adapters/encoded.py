@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..streams import Reuse, StreamState, TowerUse, current_stream
 from ..tokens import EncoderMerge, EncoderTokens, Needs, VisualTokens
 from .base import Adapter, Layout
 from .state import ENCODED, State, Wrapped
 from .towers.base import Capture
+from .towers.frames import FramePass
 from .towers.merging import MERGED, EncoderMerging
+from .towers.reuse import FrameReuse
 
 
 @dataclass
@@ -44,6 +48,8 @@ class VisionWatch:
         timer: `timer(name)` is a context manager that times a stage.
         merging: per modality the tower layers behind which tokens are merged, where the tower allows it.
         merge: asked there.
+        reuse: per modality what its tower reuses between frames.
+        used: told what a tower with reuse computed: `used(modality, TowerUse)`.
     """
 
     def __init__(
@@ -54,10 +60,14 @@ class VisionWatch:
         timer: Callable[[str], Any],
         merging: dict[str, tuple[int, ...]] | None = None,
         merge: Callable[[EncoderTokens], EncoderMerge | None] | None = None,
+        reuse: dict[str, Reuse] | None = None,
+        used: Callable[[str, TowerUse], None] | None = None,
     ) -> None:
         self.adapter, self.needs, self.state, self.timer = adapter, needs, state, timer
+        self.reuse, self.used, self.key = reuse or {}, used, uuid.uuid4().hex
         self.wrapped = Wrapped()
         self.handles: list[Any] = []
+        self._wrap_towers()
         for modality in adapter.modalities:
             name = f"get_{modality}_features"
             if hasattr(adapter.base, name):
@@ -69,11 +79,24 @@ class VisionWatch:
                 if merge is not None and layers and tower.can_merge:
                     self.handles.append(EncoderMerging(tower, layers, merge, active))
 
+    def _wrap_towers(self) -> None:
+        """Wrap the layers of every tower that reuses, once where images and videos share it."""
+        modules: set[int] = set()
+        for modality, reuse in self.reuse.items():
+            tower = self.adapter.towers[modality]
+            if id(tower.module) not in modules:
+                modules.add(id(tower.module))
+                read = {layer for needs in self.needs.values() for layer in needs.tower_layers}
+                self.handles.append(FrameReuse(tower, reuse, read, self._capture))
+
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles = []
         self.wrapped.remove()
+
+    def _capture(self) -> Capture | None:
+        return self.state.capture  # type: ignore[no-any-return]
 
     def _active(self, modality: str) -> Capture | None:
         """The capture under way; images and videos may share a tower, each with a view of its own."""
@@ -91,24 +114,45 @@ class VisionWatch:
         state = self.state
         if state.disabled or modality not in self.needs or state.capture is not None:
             return original(*args, **kwargs)
-        state.capture = capture = Capture(modality, self.needs[modality])
+        bound = inspect.signature(original).bind_partial(*args, **kwargs)
+        bound.apply_defaults()
+        given = self._told() | bound.arguments | bound.arguments.get("kwargs", {})
+        stream = current_stream(self.adapter.model)
+        stream = None if stream is None else stream.bind(self.key)
+        state.capture = capture = Capture(modality, self.needs[modality], frames=self._frames(modality, given, stream))
         try:
             with self.timer("tower"):
                 output = original(*args, **kwargs)
         finally:
             state.capture = None
+        if capture.frames is not None:
+            capture.frames.commit()
+            if self.used is not None:
+                self.used(modality, capture.frames.use)
         if isinstance(output, tuple):  # return_dict=False: not a call of generate() or forward()
             return output
-        bound = inspect.signature(original).bind_partial(*args, **kwargs)
-        bound.apply_defaults()
-        given = self._told() | bound.arguments | bound.arguments.get("kwargs", {})
         encoded = self._encode(modality, output, given, capture)
+        for item in encoded.items if stream is not None else ():
+            item.memory = stream.memory
         setattr(output, ENCODED, encoded)
         if state.call is not None:  # encoded inside forward
             state.call.encoded[modality] = encoded
         elif state.generating is not None:
             state.generating.encoded[modality] = encoded
         return output
+
+    def _frames(self, modality: str, given: dict[str, Any], stream: StreamState | None) -> FramePass | None:
+        """The frames of a call that reuses: every video is a stream, or all go on with the given one."""
+        if modality not in self.reuse or (stream is None and modality != "video"):
+            return None
+        frames = self.adapter.frames(modality, given)
+        if stream is not None and modality == "video" and len(frames) > 1:
+            raise ValueError(
+                f"A stream goes on with one video per call, found {len(frames)}: give each video a vtoken.stream of its own."
+            )
+        if not frames:
+            return None
+        return FramePass(frames if stream is None else [sum(frames)], stream)
 
     def _told(self) -> dict[str, Any]:
         """The prompt's arguments that the adapter wants beside those of `get_*_features`."""

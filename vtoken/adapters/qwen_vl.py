@@ -29,6 +29,9 @@ class QwenVLAdapter(Adapter):
         tower = QwenTower(self.base.visual, len(self.base.visual.blocks) - 1)
         return {"image": tower, "video": tower}
 
+    def frames(self, modality: str, arguments: dict[str, Any]) -> list[int]:
+        return [int(t) for t in arguments[f"{modality}_grid_thw"][:, 0].tolist()]
+
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         merge = self.base.visual.spatial_merge_size
         times = arguments.get("second_per_grid_ts") if modality == "video" else None

@@ -28,6 +28,7 @@ def join_tiles(tiles: Sequence[VisualTokens], segments: Sequence[Segment], order
         cells=torch.cat(cells),
         tower=tiles[0].tower,
         modality=tiles[0].modality,
+        memory=tiles[0].memory,
         provided={key: torch.cat([tiles[i]._get(*key) for i in order]) for key in tiles[0].provided},
     )
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..streams import Reuse
 from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
 
 POSITIONS = ("original", "renumber")
@@ -108,6 +109,7 @@ class Strategy:
         prefill_layers, select_in_prefill: for methods that drop inside the LLM.
         aligned_layers: for methods that shrink the KV cache of earlier layers once the prompt has been read.
         encoder_layers, merge_in_encoder: for methods that merge inside the vision tower.
+        reuse: for methods that compute a part of a frame inside the vision tower and reuse an earlier one.
 
     Args:
         budget: a float in (0, 1] is the share of the visual tokens that the unpatched model would feed to the LLM;
@@ -171,6 +173,10 @@ class Strategy:
         """Merge tokens behind tower layer `tokens.layer`, of every segment equally many; None leaves them."""
         raise NotImplementedError(f"{type(self).__name__} does not act inside the vision tower.")
 
+    def reuse(self, tower: TowerInfo) -> Reuse | None:
+        """What the vision tower reuses between the frames of a stream; None for methods that compute all of each."""
+        return None
+
     def check_depth(self, num_layers: int) -> None:
         """Raise ValueError if the method cannot serve an LLM of this many layers with this budget."""
 
@@ -182,6 +188,11 @@ class Strategy:
     @property
     def acts_on_projector(self) -> bool:
         return type(self).select is not Strategy.select
+
+    @property
+    def acts_between_frames(self) -> bool:
+        """Whether it reuses in the vision tower what an earlier frame computed."""
+        return type(self).reuse is not Strategy.reuse
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:

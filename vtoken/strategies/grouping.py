@@ -10,6 +10,7 @@ from ..tokens import Selection, VisualTokens
 
 TIE = 1e-6  # cosines closer than this are a tie, which the lower index wins
 LAYOUTS = ("spatial", "reference")
+KERNEL_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 
 
 def rows_per_segment(tokens: VisualTokens) -> list[Tensor]:
@@ -31,6 +32,12 @@ def local_cells(tokens: VisualTokens, rows: list[Tensor]) -> list[Tensor]:
 def unit(x: Tensor) -> Tensor:
     """Rows of length 1 in float32; a zero row stays zero."""
     return F.normalize(x.float(), dim=-1, eps=1e-12)
+
+
+def gaussian_similarity(y: Tensor, centre: Tensor) -> Tensor:
+    """(...,) sum over the kernel widths w of `exp(-|y - centre|^2 / (2 w))`, for (..., d) and a centre that broadcasts."""
+    distance = (y - centre).square().sum(-1)
+    return sum((torch.exp(distance / (-2 * w)) for w in KERNEL_WIDTHS), torch.zeros_like(distance))
 
 
 def nearest(x: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:

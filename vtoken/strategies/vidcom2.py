@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy, check_budget
-from .grouping import unit
+from .grouping import gaussian_similarity, unit
 from .registry import register
 
-KERNEL_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 SIMILARITIES = ("gaussian", "cosine")
 
 
@@ -92,7 +91,7 @@ class VidCom2(Strategy):
         variance = x.flatten(0, 1).var(0, correction=0)
         channels = variance.sort(stable=True).indices[: max(1, x.shape[-1] // 2)].sort().values
         y = unit(x[..., channels])
-        return _kernel(y, y.mean((0, 1))), _kernel(y, y.mean(1, keepdim=True))
+        return gaussian_similarity(y, y.mean((0, 1))), gaussian_similarity(y, y.mean(1, keepdim=True))
 
     def _frame_counts(self, video: Tensor, ratio: float) -> Tensor:
         """(T,) int64: tokens kept of each frame."""
@@ -105,11 +104,6 @@ class VidCom2(Strategy):
 def _share(budget: float | int, frame: int) -> float:
     """The budget as a share of a frame's tokens."""
     return budget if isinstance(budget, float) else min(1.0, budget / frame)
-
-
-def _kernel(y: Tensor, centre: Tensor) -> Tensor:
-    distance = (y - centre).square().sum(-1)
-    return sum((torch.exp(distance / (-2 * w)) for w in KERNEL_WIDTHS), torch.zeros_like(distance))
 
 
 def _trim(kept: Tensor, score: Tensor, target: int) -> Tensor:

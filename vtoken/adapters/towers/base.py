@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from ..._threads import PerThread
 from ...kernels import attention_rows, received_attention
 from ...tokens import EncoderMerge, Needs, TowerInfo
+
+if TYPE_CHECKING:
+    from .blocks import Block
+    from .frames import FramePass
 
 
 @dataclass
@@ -57,12 +61,14 @@ class Capture:
         modality: what is being encoded; a tower may serve several.
         needs: what is read for it.
         merged: while a tower runs whose tokens are being merged, what became of them.
+        frames: the frames of streams that the call encodes, None where nothing is reused between frames.
     """
 
     modality: str
     needs: Needs
     values: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     merged: Merged | None = None
+    frames: FramePass | None = None
 
     def add(self, what: str, layer: int, value: Tensor) -> None:
         self.values.setdefault((what, layer), []).append(value)
@@ -140,7 +146,28 @@ class Tower:
         """Values per patch (..., patches) -> per cell (..., cells); the mean where several patches make one cell."""
         return value if self.pool is None else self.pool(value)
 
+    def block(self, layer: int) -> Block:
+        """The parts of a layer, for towers whose layers can be computed in part."""
+        raise NotImplementedError(f"{type(self).__name__} cannot compute a part of the tokens of a layer.")
+
+    def frame_grids(self, args: Any, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
+        """(rows, columns) of the patches of every frame of a forward with these arguments."""
+        pixels: Tensor = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        patch: Any = self.module.config.patch_size  # type: ignore[union-attr]
+        return [(pixels.shape[-2] // patch, pixels.shape[-1] // patch)] * len(pixels)
+
+    def on_grid(
+        self, values: list[Tensor], grids: list[tuple[int, int]], args: Any, kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        """Per frame values of its patches in the tower's order (patches,) -> (rows, columns)."""
+        return [value.view(grid) for value, grid in zip(values, grids, strict=True)]
+
     # -- provided -----------------------------------------------------------------------------------------------
+    @property
+    def can_reuse(self) -> bool:
+        """Whether a part of a frame's tokens can be computed and the rest taken from an earlier frame."""
+        return type(self).block is not Tower.block
+
     @property
     def can_merge(self) -> bool:
         """Whether tokens may be merged inside: a patch is a cell, and all segments have one length."""
@@ -154,7 +181,7 @@ class Tower:
     def tap(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Any]:
         """Hook the projections of the layers in `needs`; returns the handles. Hooks act while `active()` is a Capture."""
         handles: list[Any] = []
-        for layer in sorted({*needs.cls_attention, *needs.cls_logits, *needs.received_attention, *needs.keys}):
+        for layer in sorted(needs.tower_layers):
             query, key = self.projections(layer)
             pending = _Pending()
             handles.append(query.register_forward_hook(functools.partial(self._on_query, pending, active)))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from .base import Tower
-
-
-class ClipTower(Tower):
-    """CLIP vision transformer: token 0 is the class token."""
-
-    has_cls = True
-    equal_grids = True
+from .blocks import Block, SplitBlock
 
 
 class SiglipTower(Tower):
     """SigLIP vision transformer: patches only."""
 
     equal_grids = True
+
+    def block(self, layer: int) -> Block:
+        return SplitBlock(self.layers[layer])
+
+
+class ClipTower(SiglipTower):
+    """CLIP vision transformer: token 0 is the class token."""
+
+    has_cls = True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
+from .blocks import Block, FusedBlock
 from .packed import PackedTower, Packing
 
 
@@ -31,7 +32,7 @@ class QwenTower(PackedTower):
 
     def packing(self, args: Any, kwargs: dict[str, Any]) -> Packing:
         tower: Any = self.module
-        grid, merge = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1], tower.spatial_merge_size
+        grid, merge = self._grid(args, kwargs), tower.spatial_merge_size
         items = [(t, (h // merge) * (w // merge)) for t, h, w in grid.tolist()]
         order = torch.arange(sum(t * n for t, n in items), device=grid.device)
         if hasattr(tower, "fullatt_block_indexes"):
@@ -46,3 +47,24 @@ class QwenTower(PackedTower):
     def query_key(self, layer: int, outputs: list[Tensor]) -> Iterable[Tensor]:
         heads: Any = self.attention(layer).num_heads
         return outputs[0].view(len(outputs[0]), 3, heads, -1)[:, :2].unbind(1)
+
+    @staticmethod
+    def _grid(args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """(items, 3) int64: frames, rows and columns of patches."""
+        return kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+
+    def block(self, layer: int) -> Block:
+        return FusedBlock(self.layers[layer])
+
+    def frame_grids(self, args: Any, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
+        return [(h, w) for t, h, w in self._grid(args, kwargs).tolist() for _ in range(t)]
+
+    def on_grid(
+        self, values: list[Tensor], grids: list[tuple[int, int]], args: Any, kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        """The means of the patches that are merged into one cell."""
+        cells = torch.cat(values)[self.packing(args, kwargs).patches].mean(1)
+        merge: Any = self.module.spatial_merge_size
+        sizes = [(h // merge, w // merge) for h, w in grids]
+        each = cells.split([h * w for h, w in sizes])
+        return [value.view(size) for value, size in zip(each, sizes, strict=True)]

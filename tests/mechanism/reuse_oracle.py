@@ -1,0 +1,151 @@
+"""Reuse between frames written out: every frame alone, every token computed, masks decide what is taken from where."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.models import FAMILIES
+from vtoken.adapters.registry import adapter_for
+
+TOWERS = {
+    "clip": "llava_next_video/video",
+    "siglip": "llava_onevision/video",
+    "qwen2": "qwen2_vl/video",
+    "qwen2.5": "qwen2_5_vl/video",
+    "qwen3": "qwen3_vl/video",
+}
+GRID = (6, 8)  # patches of a Qwen frame; windows of 4 x 4, some of them cut
+
+
+def build(kind: str, dtype: torch.dtype = torch.float64):
+    return FAMILIES[TOWERS[kind]].build(dtype=dtype)
+
+
+def layers_of(model):
+    return adapter_for(model).towers["video"].layers
+
+
+def film(kind: str, frames: int, seed: int = 0, dtype: torch.dtype = torch.float64, grid=GRID) -> list[Tensor]:
+    """Frames of pixels as the model takes them one by one; between frames a few patches change and all of them flicker."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (grid[0] * grid[1], 3 * 2 * 7 * 7) if kind.startswith("qwen") else (3, 28, 28)
+    still = torch.randn(shape, generator=generator, dtype=torch.float64)
+    out = []
+    for _ in range(frames):
+        frame = still + 0.02 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        if kind.startswith("qwen"):
+            frame[torch.randperm(len(frame), generator=generator)[:9]] *= -1
+        else:
+            top, left = torch.randint(0, 3, (2,), generator=generator).tolist()
+            frame[:, 7 * top : 7 * top + 14, 7 * left : 7 * left + 14] *= -1
+        out.append(frame.to(dtype))
+    return out
+
+
+def arguments(kind: str, *videos: list[Tensor], grid=GRID) -> dict:
+    """Arguments of `get_video_features` for videos of equal length."""
+    if kind.startswith("qwen"):
+        grids = torch.tensor([[len(v), *grid] for v in videos])
+        return dict(pixel_values_videos=torch.cat([torch.cat(v) for v in videos]), video_grid_thw=grids)
+    return dict(pixel_values_videos=torch.stack([torch.stack(v) for v in videos]))
+
+
+@torch.no_grad()
+def run(model, kind: str, *videos: list[Tensor], grid=GRID) -> list[Tensor]:
+    """Behind every tower layer (tokens, C), the frames of all videos one behind the other; input of the first in front."""
+    seen: list[Tensor] = []
+    layers = layers_of(model)
+    handles = [layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, -2)))]
+    handles += [layer.register_forward_hook(lambda m, args, out: seen.append(out.flatten(0, -2))) for layer in layers]
+    try:
+        model.base_model.get_video_features(**arguments(kind, *videos, grid=grid))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def facts(model, kind: str, frame: Tensor, grid=GRID) -> list[tuple[Tensor, tuple | None]]:
+    """Per layer of the unpatched model (n, n) bool, who may see whom in one frame, and the rotary tables."""
+    out: list = []
+    layers = layers_of(model)
+
+    def note(module, args, kwargs):
+        bounds = kwargs.get("cu_seqlens")
+        n = args[0].shape[-2]
+        ends = torch.tensor([n]) if bounds is None else bounds[1:]
+        window = torch.searchsorted(ends, torch.arange(n), right=True)
+        out.append((window[:, None] == window[None], kwargs.get("position_embeddings")))
+
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    model.base_model.get_video_features(**arguments(kind, [frame], grid=grid))
+    for handle in handles:
+        handle.remove()
+    return out
+
+
+def turn(x: Tensor, rotary) -> Tensor:
+    """Rotary embedding of (n, heads, d), pair by pair."""
+    cos, sin = (r.double() for r in rotary)
+    half = x.shape[-1] // 2
+    out = x.clone()
+    for i in range(half):
+        a, b = x[..., i], x[..., i + half]
+        out[..., i] = a * cos[:, None, i] - b * sin[:, None, i]
+        out[..., i + half] = b * cos[:, None, i + half] + a * sin[:, None, i + half]
+    return out
+
+
+def anatomy(layer, x: Tensor):
+    """Queries, keys, values (n, C), the output projection, the second norm, the MLP and the number of heads."""
+    if hasattr(layer, "self_attn"):
+        a, normed = layer.self_attn, layer.layer_norm1(x)
+        return a.q_proj(normed), a.k_proj(normed), a.v_proj(normed), a.out_proj, layer.layer_norm2, layer.mlp, a.num_heads
+    q, k, v = layer.attn.qkv(layer.norm1(x)).chunk(3, -1)
+    return q, k, v, layer.attn.proj, layer.norm2, layer.mlp, layer.attn.num_heads
+
+
+@torch.no_grad()
+def oracle(model, kind: str, video: list[Tensor], interval: int, ratio: float | int, shared=False, grid=GRID):
+    """Per layer (frames * n, C) as `run` gives them, and per frame and layer the set of computed tokens."""
+    geometry = facts(model, kind, video[0], grid)
+    layers, reference, picked = layers_of(model), {}, []
+    outs: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
+    for number, frame in enumerate(video):
+        x = run(model, kind, [frame], grid=grid)[0]
+        outs[0].append(x)
+        sets = []
+        for i, layer in enumerate(layers):
+            seen, rotary = geometry[i]
+            q, k, v, project, norm2, mlp, heads = anatomy(layer, x)
+            n = len(x)
+            computed = torch.ones(n, dtype=torch.bool)
+            if number % interval:
+                key, value, attended, thought = reference[i]
+                m = max(1, min(n, int(n * ratio) if isinstance(ratio, float) else ratio))
+                like = [float(k[t] @ key[t] / (k[t].norm() * key[t].norm())) for t in range(n)]
+                order = sorted(range(n), key=lambda t: like[t])
+                computed = torch.tensor([t in order[:m] for t in range(n)])
+                if shared and i:
+                    computed = sets[0]
+                v = torch.where(computed[:, None], v, value)
+            qh, kh, vh = (y.double().view(n, heads, -1) for y in (q, k, v))
+            if rotary is not None:
+                qh, kh = turn(qh, rotary), turn(kh, rotary)
+            logits = torch.einsum("qhd,khd->hqk", qh, kh) / qh.shape[-1] ** 0.5
+            weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+            a = project(torch.einsum("hqk,khd->qhd", weights, vh).flatten(1).to(x.dtype))
+            if number % interval:
+                a = torch.where(computed[:, None], a, attended)
+            m_out = mlp(norm2(x + a))
+            if number % interval:
+                m_out = torch.where(computed[:, None], m_out, thought)
+            else:
+                reference[i] = k, v, a, m_out
+            x = x + a + m_out
+            outs[i + 1].append(x)
+            sets.append(computed)
+        picked.append(sets)
+    return [torch.cat(o) for o in outs], picked

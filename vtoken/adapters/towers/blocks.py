@@ -1,0 +1,160 @@
+"""The parts of a transformer layer of a vision tower, for computing some of its tokens only."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(ABC):
+    """A pre-norm layer: `x += attention(norm1(x)); x += mlp(norm2(x))`.
+
+    Attributes:
+        norm1, attention, norm2, mlp: its modules.
+        heads: attention heads.
+        width: channels inside the attention, all heads side by side.
+        scale: factor on the logits.
+    """
+
+    norm1: nn.Module
+    attention: Any
+    norm2: nn.Module
+    mlp: nn.Module
+    heads: int
+    width: int
+    scale: float
+
+    @abstractmethod
+    def key(self, x: Tensor) -> Tensor:
+        """(..., C) behind norm1 -> keys (..., C), heads side by side, before rotary embedding."""
+
+    @abstractmethod
+    def query_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., C) behind norm1 -> queries and values (..., C)."""
+
+    @abstractmethod
+    def out(self, x: Tensor) -> Tensor:
+        """Attention output (..., C), heads side by side, through the output projection."""
+
+    @abstractmethod
+    def watch(self, record: Callable[[str, Tensor], None]) -> list[Any]:
+        """Hooks that call `record` with "key", "value", "attention" and "mlp" of a full forward; returns the handles."""
+
+    @property
+    @abstractmethod
+    def key_flops(self) -> int:
+        """FLOPs of the projection of one token's key, two per multiply-add."""
+
+    @property
+    @abstractmethod
+    def chosen_flops(self) -> int:
+        """FLOPs that a token costs beyond its key, if it is computed in a frame that reuses; attention left out."""
+
+    def dense_flops(self, windows: Sequence[int]) -> int:
+        """FLOPs of the layer on one frame whose attention is cut into windows of these lengths."""
+        linear = sum(windows) * linear_flops(self.attention, self.mlp)
+        return linear + 4 * self.width * sum(n * n for n in windows)
+
+
+def linear_flops(*modules: nn.Module) -> int:
+    """FLOPs per token of the linear layers among the given modules and their children."""
+    every: list[Any] = [m for module in modules for m in module.modules()]
+    return sum(2 * int(m.in_features) * int(m.out_features) for m in every if hasattr(m, "in_features"))
+
+
+# partial objects and no closures, so that a deep copy of the model records for itself
+def _note(record: Callable[[str, Tensor], None], name: str, module: nn.Module, args: Any, out: Any) -> None:
+    record(name, out[0] if isinstance(out, tuple) else out)
+
+
+def _note_fused(record: Callable[[str, Tensor], None], module: nn.Module, args: Any, out: Tensor) -> None:
+    _, key, value = out.chunk(3, -1)
+    record("key", key)
+    record("value", value)
+
+
+class SplitBlock(Block):
+    """CLIP and SigLIP: one projection each for queries, keys and values."""
+
+    def __init__(self, layer: Any) -> None:
+        self.norm1, self.norm2, self.mlp = layer.layer_norm1, layer.layer_norm2, layer.mlp
+        self.attention = layer.self_attn
+        self.heads, self.scale = int(self.attention.num_heads), float(self.attention.scale)
+        self.width = int(self.attention.out_proj.in_features)
+
+    def key(self, x: Tensor) -> Tensor:
+        return self.attention.k_proj(x)
+
+    def query_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attention.q_proj(x), self.attention.v_proj(x)
+
+    def out(self, x: Tensor) -> Tensor:
+        return self.attention.out_proj(x)
+
+    def watch(self, record: Callable[[str, Tensor], None]) -> list[Any]:
+        a = self.attention
+        parts = {"key": a.k_proj, "value": a.v_proj, "attention": a, "mlp": self.mlp}
+        return [part.register_forward_hook(functools.partial(_note, record, name)) for name, part in parts.items()]
+
+    @property
+    def key_flops(self) -> int:
+        return linear_flops(self.attention.k_proj)
+
+    @property
+    def chosen_flops(self) -> int:
+        a = self.attention
+        return linear_flops(a.q_proj, a.v_proj, a.out_proj, self.mlp)
+
+
+class FusedBlock(Block):
+    """The Qwen-VL towers: one projection for all three, whose rows are taken apart to compute keys alone."""
+
+    def __init__(self, layer: Any) -> None:
+        self.norm1, self.norm2, self.mlp = layer.norm1, layer.norm2, layer.mlp
+        self.attention = layer.attn
+        self.heads, self.scale = int(self.attention.num_heads), float(self.attention.scaling)
+        self.width = int(self.attention.proj.in_features)
+
+    @property
+    def _sliceable(self) -> bool:
+        """Whether the projection is a plain matrix: not quantised, adapted or offloaded."""
+        qkv = self.attention.qkv
+        return type(qkv) is nn.Linear and "forward" not in qkv.__dict__ and not qkv.weight.is_meta
+
+    def _rows(self, x: Tensor, part: int) -> Tensor:
+        qkv = self.attention.qkv
+        if not self._sliceable:
+            return qkv(x).chunk(3, -1)[part]
+        bias = None if qkv.bias is None else qkv.bias.chunk(3)[part]
+        return F.linear(x, qkv.weight.chunk(3)[part], bias)
+
+    def key(self, x: Tensor) -> Tensor:
+        return self._rows(x, 1)
+
+    def query_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._sliceable:
+            query, _, value = self.attention.qkv(x).chunk(3, -1)
+            return query, value
+        return self._rows(x, 0), self._rows(x, 2)
+
+    def out(self, x: Tensor) -> Tensor:
+        return self.attention.proj(x)
+
+    def watch(self, record: Callable[[str, Tensor], None]) -> list[Any]:
+        parts = {"attention": self.attention, "mlp": self.mlp}
+        handles = [part.register_forward_hook(functools.partial(_note, record, name)) for name, part in parts.items()]
+        return [self.attention.qkv.register_forward_hook(functools.partial(_note_fused, record)), *handles]
+
+    @property
+    def key_flops(self) -> int:
+        return linear_flops(self.attention.qkv) // (3 if self._sliceable else 1)
+
+    @property
+    def chosen_flops(self) -> int:
+        qkv = linear_flops(self.attention.qkv)
+        return linear_flops(self.attention.proj, self.mlp) + (qkv - qkv // 3 if self._sliceable else qkv)

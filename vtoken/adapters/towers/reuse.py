@@ -1,0 +1,186 @@
+"""Frames of a stream that compute a part of their tokens and reuse the rest of an earlier frame, inside a vision tower.
+
+All frames of a call pass a layer together: first those that are references, through the layer as it is, then the others
+in one batch, each beside its reference. So a video in one call gives what its frames give one by one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._threads import PerThread
+from ...kernels import gather_rows
+from ...streams import FrameTokens, Reuse, keep
+from ..state import Wrapped
+from .base import Capture, Tower
+from .blocks import Block
+from .frames import FramePass, Rows, stack
+from .packed import rotate
+from .windows import attend
+
+
+class _Local(PerThread):
+    """What the hooks of a full forward gather, None outside of one."""
+
+    parts: dict[str, Tensor] | None = None
+
+
+class FrameReuse:
+    """The wrapped layers of one tower.
+
+    Args:
+        tower: with `tower.can_reuse`.
+        reuse: what the strategy declares.
+        read: layers whose projections taps read; they are computed in full.
+        active: the capture of the running `get_*_features` call, if any.
+    """
+
+    def __init__(self, tower: Tower, reuse: Reuse, read: set[int], active: Callable[[], Capture | None]) -> None:
+        self.tower, self.reuse, self.active = tower, reuse, active
+        self.prefix, self.local = int(tower.has_cls), _Local()
+        self.blocks = [tower.block(i) for i in range(len(tower.layers))]
+        self.layers = set(reuse.layers) - read
+        self.wrapped = Wrapped()
+        self.handles: list[Any] = [
+            tower.module.register_forward_pre_hook(self._before_tower, with_kwargs=True),
+            tower.module.register_forward_hook(self._behind_tower, with_kwargs=True),
+        ]
+        for i, layer in enumerate(tower.layers):
+            self.wrapped.wrap(layer, "forward", functools.partial(self._layer, i))
+            if i in self.layers:
+                self.handles += self.blocks[i].watch(self._record)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self.wrapped.remove()
+
+    def _record(self, name: str, value: Tensor) -> None:
+        if self.local.parts is not None:
+            self.local.parts[name] = value
+
+    def _running(self) -> FramePass | None:
+        capture = self.active()
+        return None if capture is None else capture.frames
+
+    # -- the tower ----------------------------------------------------------------------------------------------
+    def _before_tower(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        run = self._running()
+        if run is None:
+            return
+        run.grids = self.tower.frame_grids(args, kwargs)
+        if len(run.grids) != sum(run.videos):
+            raise RuntimeError(
+                f"The tower was given {len(run.grids)} frames but the call has {sum(run.videos)}: "
+                "the adapter does not know this kind of input."
+            )
+        run.plan((str(module.dtype), str(module.device)), self.reuse.interval)
+
+    def _behind_tower(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        run = self._running()
+        if run is None or not run.layers:
+            return
+        run.use.tokens = run.sizes
+        run.use.recomputed = [round(float(count.sum()) / run.layers) for count in run.counts]
+        shares = [count[self.prefix :] / run.layers for count in run.counts]
+        run.use.shares = self.tower.on_grid(shares, run.grids, args, kwargs)
+
+    # -- one layer ----------------------------------------------------------------------------------------------
+    def _layer(self, i: int, original: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        run, layer = self._running(), self.tower.layers[i]
+        if run is None:
+            return original(hidden_states, *args, **kwargs)
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            raise NotImplementedError(
+                "Reusing frames keeps state, which gradient checkpointing would meet twice: call model.eval() or "
+                "model.gradient_checkpointing_disable()."
+            )
+        rows, block, use = Rows(hidden_states, run, kwargs), self.blocks[i], run.use
+        every = list(range(len(rows.sizes)))
+        full, groups = (run.full, run.groups) if i in self.layers else (every, [])
+        use.flops_dense += sum(block.dense_flops(rows.windows[j]) for j in every)
+        use.flops += sum(block.dense_flops(rows.windows[j]) for j in full)
+        if i not in self.layers:
+            return original(hidden_states, *args, **kwargs)
+        if not run.layers:
+            run.sizes = rows.sizes
+            run.counts = [torch.zeros(n, device=hidden_states.device) for n in rows.sizes]
+        run.layers += 1
+        made = self._in_full(i, run, rows, full, original, args, kwargs) if full else None
+        if made is not None and not groups:
+            return made
+        parts = [self._in_part(i, run, rows, group) for group in groups]
+        run.entries = {}
+        if made is None and len(parts) == 1:
+            return parts[0].view_as(hidden_states)
+        out = torch.empty_like(hidden_states)
+        for frames, x in zip([full, *groups] if full else groups, parts if made is None else [made, *parts], strict=True):
+            rows.put(out, frames, x)
+        return out
+
+    def _in_full(
+        self, i: int, run: FramePass, rows: Rows, full: list[int], original: Callable[..., Tensor], args: Any, kwargs: Any
+    ) -> Tensor:
+        """Reference frames through the layer as it is; what it computed is noted for the others."""
+        parts: dict[str, Tensor] = {}
+        self.local.parts = parts
+        try:
+            made = original(rows.take(full), *args, **(kwargs | rows.arguments(full)))
+        finally:
+            self.local.parts = None
+        each = (rows.split(x, full) for x in (parts["key"], parts["value"], parts["attention"] + parts["mlp"]))
+        run.entries = dict(zip(full, zip(*each, strict=True), strict=True))
+        for j in full:
+            run.counts[j] += 1
+        if run.state is not None:
+            key, value, added = run.entries[full[-1]]
+            run.stored[i] = keep(key), keep(value), keep(added)
+        return made
+
+    def _in_part(self, i: int, run: FramePass, rows: Rows, group: list[int]) -> Tensor:
+        """Frames of one shape beside their references -> (frames, n, C)."""
+        block, x = self.blocks[i], rows.of(group)
+        key_then, value_then, added = (stack(list(e)) for e in zip(*(run.entry(j, i) for j in group), strict=True))
+        normed = block.norm1(x)
+        key = block.key(normed)
+        chosen = run.chosen.get(group[0])
+        if chosen is None or not self.reuse.shared:
+            with torch.no_grad():
+                chosen = self.reuse.choose(FrameTokens(i, key, key_then, self.prefix)).sort(1).values
+            run.chosen[group[0]] = chosen
+        chosen = chosen.to(x.device)
+        for j, mine in zip(group, chosen, strict=True):
+            run.counts[j][mine.to(run.counts[j].device)] += 1
+        normed, here = gather_rows([normed, x], chosen)
+        query, value = block.query_value(normed)
+        value = put_rows(value_then.to(value), chosen, value)
+        rotary = rows.rotary(group[0])
+        if rotary is not None:
+            query, key = rotate_both(block, query, key, chosen, rotary)
+        mixed, pairs = attend(query, key, value, chosen, rows.windows[group[0]], block.heads, block.scale)
+        linear = x.shape[1] * block.key_flops + chosen.shape[1] * block.chosen_flops
+        run.use.flops += len(group) * linear + 4 * pairs * block.width
+        here = here + block.out(mixed)
+        here = here + block.mlp(block.norm2(here))
+        return put_rows(x + added.to(x), chosen, here)
+
+
+def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """(B, n, C) with the rows `index` (B, m) replaced by (B, m, C)."""
+    return x.scatter(1, index[..., None].expand_as(rows), rows.to(x.dtype))
+
+
+def rotate_both(
+    block: Block, query: Tensor, key: Tensor, chosen: Tensor, rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Queries (frames, m, C) of the chosen tokens and keys (frames, n, C) of all, after rotary embedding."""
+    flat = chosen.flatten()
+    q = rotate(query.reshape(len(flat), block.heads, -1), (rotary[0][flat], rotary[1][flat]))
+    k = rotate(key.unflatten(-1, (block.heads, -1)), rotary)
+    return q.reshape(query.shape), k.flatten(-2)

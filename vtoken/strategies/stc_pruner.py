@@ -1,0 +1,109 @@
+"""STC-Pruner: of every frame keep the tokens least like the frame itself and the stream so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tokens import Selection, VisualTokens
+from .base import Strategy, top_k
+from .grouping import gaussian_similarity, rows_per_segment, unit
+from .registry import register
+from .stc_cacher import CODE, LICENCE, PAPER
+
+SCORES = ("gaussian", "dual_anchor")
+CHANNELS = ("frame", "fixed")
+
+
+@register(
+    "stc_pruner",
+    summary="Keep of every frame the tokens least like the frame's mean and the mean of the stream so far.",
+    stages=("projector",),
+    paper=PAPER,
+    code=CODE,
+    code_licence=LICENCE,
+    differs="Follows the public code where paper and code disagree (score='dual_anchor' is the paper's formula, with a blend "
+    "that it does not state); the history belongs to one stream and is its running mean, the code's never ends; scores are "
+    "float32; the newline row behind a video stays; an image is a stream of its segments.",
+)
+@dataclass
+class StcPruner(Strategy):
+    """The pruner of Streaming Token Compression (arXiv 2512.00891), causal and blind to the question.
+
+    "gaussian": of a frame, the half of the channels with the lowest variance over its tokens, in ascending order; `y` are
+    its tokens there, normalised, `b` their mean, and `a` the mean of all frames of the stream up to this one (the mean over
+    tokens before normalising, each in its own frame's order of channels), normalised. With
+    `K(y, c) = sum_w exp(-|y - c|^2 / (2 w))` over five widths the tokens with the lowest `K(y, b) + K(y, a)` stay.
+    "dual_anchor": those with the highest `alpha (1 - cos(x, h)) + (1 - alpha) (1 - cos(x, s))` stay, where `s` is the mean
+    of the frame's tokens x and `h` the mean of `s` over the frames before; the first frame has the second term alone.
+
+    Args:
+        score: "gaussian" (the public code) or "dual_anchor" (the paper's formula).
+        window: frames that the history spans; None for the whole stream.
+        channels: "frame" chooses the channels anew in every frame, "fixed" once per stream.
+        alpha: weight of the history in "dual_anchor".
+    """
+
+    budget: float | int = 0.25
+    score: str = "gaussian"
+    window: int | None = None
+    channels: str = "frame"
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, found {self.score!r}.")
+        if self.channels not in CHANNELS:
+            raise ValueError(f"channels must be one of {', '.join(CHANNELS)}, found {self.channels!r}.")
+        if self.window is not None and (isinstance(self.window, bool) or not self.window >= 1):
+            raise ValueError(f"window must be a number of frames, at least 1, or None, found {self.window!r}.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], found {self.alpha!r}.")
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        kept = [tokens.separator_rows]
+        scores = self._gaussian if self.score == "gaussian" else self._dual_anchor
+        for rows, count in zip(rows_per_segment(tokens), self.counts(tokens.segments), strict=True):
+            if len(rows):
+                x = tokens.features[rows].float()
+                kept.append(rows[top_k(scores(x, tokens.memory), count)])
+        return Selection(torch.cat(kept).sort().values)
+
+    def _gaussian(self, x: Tensor, memory: dict[str, Any]) -> Tensor:
+        """(n,) scores of the tokens of one frame (n, d); the highest stay."""
+        channels = memory.get("channels")
+        if channels is None:
+            channels = x.var(0, correction=0).sort(stable=True).indices[: max(1, x.shape[1] // 2)]
+            if self.channels == "fixed":
+                memory["channels"] = channels
+        u = x[:, channels.to(x.device)]
+        self._remember(u.mean(0), memory)
+        y = unit(u)
+        return -gaussian_similarity(y, y.mean(0)) - gaussian_similarity(y, unit(self._history(memory, x.device)))
+
+    def _dual_anchor(self, x: Tensor, memory: dict[str, Any]) -> Tensor:
+        spatial = x.mean(0)
+        scores = 1 - unit(x) @ unit(spatial)
+        if memory:
+            history = unit(self._history(memory, x.device))
+            scores = self.alpha * (1 - unit(x) @ history) + (1 - self.alpha) * scores
+        self._remember(spatial, memory)
+        return scores
+
+    def _remember(self, mean: Tensor, memory: dict[str, Any]) -> None:
+        if self.window is not None:
+            memory["means"] = [*memory.get("means", []), mean.double()][-self.window :]
+            return
+        before = memory.get("total")
+        memory["total"] = mean.double() if before is None else before.to(mean.device) + mean
+        memory["count"] = memory.get("count", 0) + 1
+
+    def _history(self, memory: dict[str, Any], device: torch.device) -> Tensor:
+        """(channels,) float32, the mean over the frames that are remembered."""
+        if self.window is not None:
+            return torch.stack([m.to(device) for m in memory["means"]]).mean(0).float()
+        return (memory["total"].to(device) / memory["count"]).float()
