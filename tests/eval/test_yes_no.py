@@ -119,7 +119,10 @@ def spoiled(**changes):
         (spoiled(answer="Maybe"), "e2.png.*fox.*answer 'Maybe'"),
         (spoiled(answer=""), "e2.png.*fox.*answer ''"),
         (spoiled(category="colour"), "e2.png.*category that MME does not have"),
-        (spoiled(question="Is a cow here? Please answer yes or no."), "asks 'existence: existence/e2.png: Is a cow.*twice"),
+        (
+            spoiled(question="Is a cow here? Please answer yes or no."),
+            "asks 'existence: existence/e2.png: Is a cow.*twice",
+        ),
         (spoiled(question_id="e9.png"), "two questions, but 'existence: existence/e2.png' has 1, and 1 more"),
         (mme_rows()[:5], "two questions, but 'code_reasoning: code_reasoning/c1.png' has 1"),
         ([{k: v for k, v in row.items() if k != "category"} for row in mme_rows()], "lacks the column category"),
@@ -133,21 +136,21 @@ def test_a_wrong_data_set_is_refused_by_name(tmp_path, rows, words):
 @pytest.mark.parametrize("source", ["nowhere", "nobody/nothing"])
 def test_a_missing_data_set_says_how_to_get_it(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"{source}.*hf download lmms-lab/MME") as raised:
+    with pytest.raises(ValueError, match=rf"{source}.*hf download lmms-lab/MME") as raised:
         load(source)
     assert "\n" not in str(raised.value)
 
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has no parquet files.*hf download"):
+    with pytest.raises(ValueError, match=r"has no parquet files.*hf download"):
         load(tmp_path / "empty")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test-0.parquet").write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match="test-0.parquet.*is no parquet file"):
+    with pytest.raises(ValueError, match=r"test-0.parquet.*is no parquet file"):
         load(tmp_path / "data")
     (tmp_path / "mme.csv").write_text("a,b\n")
-    with pytest.raises(ValueError, match="is a file, but no .tsv"):
+    with pytest.raises(ValueError, match=r"is a file, but no .tsv"):
         load(tmp_path / "mme.csv")
     (tmp_path / "mme.tsv").write_text("index\tquestion\n1\ta?\n")
     with pytest.raises(ValueError, match=r"lacks the column image, answer, category, image_path"):
@@ -166,7 +169,7 @@ def test_an_image_that_cannot_be_decoded_counts_as_wrong_and_is_named(tmp_path, 
     rows[0]["image"] = rows[1]["image"] = png(rows[0]["image"])[:40] + b"x" * 60
     source = write_mme(tmp_path / "mme", rows) if layout == "parquet" else write_mme_tsv(tmp_path / "a.tsv", rows)
     task = MME(load(source), "lmms-eval")
-    with pytest.raises(Unreadable, match="image of existence: existence/e1.png: Is a dog"):
+    with pytest.raises(Unreadable, match=r"image of existence: existence/e1.png: Is a dog"):
         task.prompt(task.items[0])
     outcome = Evaluation(task, Canned(MME_SAID), tmp_path / "out").run(Run(None, 1.0))
     assert list(outcome.unreadable) == [task.items[0].name, task.items[1].name]
@@ -176,5 +179,5 @@ def test_an_image_that_cannot_be_decoded_counts_as_wrong_and_is_named(tmp_path, 
 
 
 def test_an_unknown_protocol(tmp_path):
-    with pytest.raises(ValueError, match="no protocol 'loose': use strict, lmms-eval, vlmevalkit"):
+    with pytest.raises(ValueError, match=r"no protocol 'loose': use strict, lmms-eval, vlmevalkit"):
         MME(load(mme_folder(tmp_path)), "loose")
