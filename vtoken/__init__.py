@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .config import VTokenConfig
     from .patching import applied, disabled, list_strategies, patch, report, unpatch
     from .resize import resized
+    from .streaming import StreamSession
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "Selection",
     "Strategy",
     "StrategyInfo",
+    "StreamSession",
     "StreamState",
     "TowerInfo",
     "VTokenConfig",
@@ -56,6 +58,7 @@ _LAZY = {
     "VTokenConfig": "config",
     "Report": "accounting",
     "resized": "resize",
+    "StreamSession": "streaming",
     **dict.fromkeys(("applied", "disabled", "list_strategies", "patch", "report", "unpatch"), "patching"),
 }
 

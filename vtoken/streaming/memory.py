@@ -1,0 +1,159 @@
+"""What a stream remembers of its frames: the first ones, the latest ones, and between them those at which much changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from ..strategies.base import share, top_k
+
+CHANGED_PART = 10  # the change of a picture is read from a tenth of its tokens
+
+
+@dataclass(frozen=True)
+class Step:
+    """One frame, or the frames that the vision tower joins into one, as the LLM would read it.
+
+    Attributes:
+        seconds: times of its frames, ascending.
+        features: (k, d) visual tokens that were kept, the model's dtype.
+        kept: (k,) int64 on the CPU, ascending: which of the step's `rows` tokens they are.
+        rows: visual tokens that the unpruned model would read.
+        cells: (k,) int64 on the CPU, grid cell of every kept token, -1 for tokens that are no patch.
+        grid: (rows, columns) of the cells, None where a step is several crops.
+        tail: (s, d) rows that the model puts behind the last step of a video, where it does.
+        deepstack: (levels, k, d), for models that feed features of earlier tower layers into early LLM layers.
+        change: how much changed since the step before it in memory, >= 0.
+    """
+
+    seconds: tuple[float, ...]
+    features: Tensor
+    kept: Tensor
+    rows: int
+    cells: Tensor
+    grid: tuple[int, int] | None = None
+    tail: Tensor | None = None
+    deepstack: Tensor | None = None
+    change: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.features, self.kept, self.cells, self.tail, self.deepstack)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def only(self, places: Tensor) -> Step:
+        """The step with the kept tokens at `places` (ascending int64 on the features' device)."""
+        here = places.cpu()
+        deep = None if self.deepstack is None else self.deepstack[:, places]
+        return replace(
+            self, features=self.features[places], kept=self.kept[here], cells=self.cells[here], deepstack=deep
+        )
+
+
+def change_between(before: Tensor | None, now: Tensor) -> float:
+    """How much changed between two pictures of (n, d) features each: 1 - cosine, mean of the tenth that changed most."""
+    if before is None or before.shape != now.shape:
+        return 1.0
+    moved = 1 - cosine_similarity(before.float(), now.float(), dim=-1)
+    return float(moved.topk(max(1, len(moved) // CHANGED_PART)).values.mean().clamp(min=0))
+
+
+def thinnest(changes: Sequence[float], first: int, last: int) -> int:
+    """The step of [first, last) that a memory misses least: the one with the least change; the earliest of equals."""
+    return min(range(first, last), key=changes.__getitem__)
+
+
+class RecentMemory:
+    """First steps, a window of the latest, and a history between them, within a number of bytes and of tokens.
+
+    Where a new step does not fit, the history step with the least change since its predecessor in memory is forgotten, and
+    its change is added to its successor's: what stays is about evenly spaced in change, not in time, and long still
+    stretches shrink first. Only when no history is left the window shrinks. Steps that leave the window may be pruned to
+    `history_tokens`, those that resemble the mean of their step least (the spatial anchor of STC, arXiv 2512.00891).
+
+    Args:
+        max_bytes: bytes of features and indices that are kept at most.
+        max_tokens: visual tokens, as `count_rows` counts them, that are kept at most.
+        sinks: first steps that are never forgotten.
+        recent: latest steps that are forgotten last and not pruned further.
+        history_tokens: share or number of a history step's kept tokens that stay; None keeps them all.
+        count_rows: count the tokens that a step would have unpruned, as its positions do, not those kept.
+
+    Raises:
+        ValueError: for a bound that is not positive.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int,
+        max_tokens: int,
+        sinks: int = 1,
+        recent: int = 8,
+        history_tokens: float | int | None = None,
+        count_rows: bool = False,
+    ) -> None:
+        for name, value, least in (("max_bytes", max_bytes, 1), ("max_tokens", max_tokens, 1), ("recent", recent, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, found {value}.")
+        if sinks < 0:
+            raise ValueError(f"sinks must be at least 0, found {sinks}.")
+        self.max_bytes, self.max_tokens, self.sinks, self.recent = max_bytes, max_tokens, sinks, recent
+        self.history_tokens, self.count_rows = history_tokens, count_rows
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps: list[Step] = []
+        self.nbytes = self.tokens = self.forgotten = 0
+
+    def _tokens(self, step: Step) -> int:
+        return step.rows if self.count_rows else len(step.kept)
+
+    def _count(self, step: Step, sign: int) -> None:
+        self.nbytes += sign * step.nbytes
+        self.tokens += sign * self._tokens(step)
+
+    def _replace(self, place: int, step: Step) -> None:
+        self._count(self.steps[place], -1)
+        self.steps[place] = step
+        self._count(step, 1)
+
+    def add(self, step: Step) -> None:
+        """Remember one step. Raises ValueError if it alone is larger than the memory."""
+        if step.nbytes > self.max_bytes or self._tokens(step) > self.max_tokens:
+            raise ValueError(
+                f"One step of {self._tokens(step)} visual tokens, {step.nbytes} bytes, does not fit a memory of "
+                f"{self.max_tokens} tokens, {self.max_bytes} bytes: raise max_tokens or max_bytes, or lower the budget."
+            )
+        self.steps.append(step)
+        self._count(step, 1)
+        left = len(self.steps) - 1 - self.recent
+        if self.history_tokens is not None and left >= self.sinks:
+            self._replace(left, self._pruned(self.steps[left]))
+        while self.nbytes > self.max_bytes or self.tokens > self.max_tokens:
+            self._forget()
+
+    def _forget(self) -> None:
+        first = min(self.sinks, len(self.steps) - 2)
+        last = len(self.steps) - self.recent
+        changes = [s.change for s in self.steps]
+        place = thinnest(changes, first, last) if last > first else first
+        step = self.steps.pop(place)
+        self._count(step, -1)
+        self.forgotten += 1
+        after = self.steps[place]
+        self.steps[place] = replace(after, change=after.change + step.change)
+
+    def _pruned(self, step: Step) -> Step:
+        assert self.history_tokens is not None
+        k = share(self.history_tokens, len(step.kept))
+        if k == len(step.kept):
+            return step
+        unit = normalize(step.features.float(), dim=-1)
+        return step.only(top_k(-unit @ unit.mean(0), k))
+
+    def view(self, t: float | None = None) -> list[Step]:
+        """The steps in memory whose frames all lie at or before time `t` (seconds; None for all), in time order."""
+        return [s for s in self.steps if t is None or s.seconds[-1] <= t]

@@ -1,0 +1,328 @@
+"""Questions to a model about a stream of frames that is still running."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..adapters.registry import adapter_for
+from ..patching import Patch, describe, disabled, make_strategy, needs_of, patch, patch_of, unpatch
+from ..streams import StreamState, stream
+from .answers import Answer, AnswerStream, Asked, generate_answer
+from .frames import Frames
+from .memory import RecentMemory, Step
+
+SHARED = "_vtoken_sessions"  # on a Patch that sessions made: how many use it
+SPARE = 256  # positions left for the question and the answer
+
+
+class StreamSession:
+    """One stream of frames, and questions about it at any moment.
+
+    Every frame goes once through the model's own processor, vision tower and projector; what the strategy keeps of its
+    visual tokens goes into a memory of bounded size. A question becomes the model's ordinary prompt, whose placeholders are
+    filled from the memory. While nothing has been pruned or forgotten, the answer is what `model.generate` gives for the same
+    frames. The stream may go on forever: memory, prompt length and work per frame stay constant.
+
+    `push` may be called by one thread while others ask. An answer has seen frames up to its time only.
+
+    Args:
+        model: a transformers model that reads videos, or several images; patched or not.
+        processor: its processor.
+        strategy: patches the model while the session is open, see `vtoken.patch`; sessions with equal strategies share it.
+            None takes the model as it is, with the patch it has or none.
+        budget, options: of the strategy.
+        memory: "recent", see `RecentMemory`.
+        max_bytes: bytes that the memory may hold.
+        max_tokens: visual tokens of a prompt; None for what the LLM's positions leave room for.
+        sinks, recent, history_tokens: see `RecentMemory`; `recent` counts steps.
+        prompt: text of a prompt with {frames} and {question}, for processors without a chat template.
+        system: system message for those with one.
+        fps: frames per second of the stream; None to take the median distance between frames. Decides time positions of
+            Qwen2.5-VL, and the time of frames that are pushed without one.
+        processor_options: further arguments of the processor, such as `size`; a processor that shrinks long videos as a whole
+            (Qwen3-VL) sees one step at a time here.
+        max_new_tokens: tokens of an answer, unless the question says otherwise.
+
+    Raises:
+        TypeError, ValueError: as `vtoken.patch`; for a memory, a processor or a strategy that cannot serve a stream.
+
+    Example:
+        with vtoken.StreamSession(model, processor, "stc_pruner", budget=0.3) as session:
+            for frame in vtoken.video.open_video("clip.mp4"):
+                session.push(frame.image, frame.seconds)
+            print(session.ask("What did the person put on the table?").text)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        strategy: Any = None,
+        budget: float | int | None = None,
+        *,
+        memory: str = "recent",
+        max_bytes: int = 256 * 2**20,
+        max_tokens: int | None = None,
+        sinks: int = 1,
+        recent: int = 8,
+        history_tokens: float | int | None = None,
+        prompt: str | None = None,
+        system: str | None = None,
+        fps: float | None = None,
+        processor_options: dict[str, Any] | None = None,
+        max_new_tokens: int = 128,
+        **options: Any,
+    ) -> None:
+        self.adapter = adapter_for(model)
+        if not hasattr(model, "_prepare_multimodal_encoder_kwargs_for_generation"):
+            raise ValueError(
+                "A StreamSession hands visual features to generate(), which takes them from transformers 5.18 on."
+            )
+        self.model, self.processor = model, processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.frames = Frames(self.adapter, processor, prompt, system, fps, processor_options or {})
+        self.max_new_tokens = max_new_tokens
+        self.closed = False
+        self._waiting: list[tuple[np.ndarray, float]] = []
+        self._last: float | None = None
+        self._size: tuple[int, int] | None = None
+        self._pushed = self._asked = 0
+        self.state = StreamState()
+        self._encoding, self._remembering = threading.Lock(), threading.Lock()
+        self._patch = self._patched(strategy, budget, options)
+        try:
+            self._check(self._patch)
+            self.renumber = self._patch is not None and self._patch.strategy.positions == "renumber"
+            counts_rows = not self.renumber and not hasattr(self.adapter.base, "get_rope_index")
+            self.memory = self._make_memory(
+                memory,
+                max_bytes,
+                max_tokens,
+                sinks=sinks,
+                recent=recent,
+                history_tokens=history_tokens,
+                count_rows=counts_rows,
+            )
+        except BaseException:
+            self._release()
+            raise
+
+    def _make_memory(self, name: str, max_bytes: int, max_tokens: int | None, **options: Any) -> RecentMemory:
+        if name != "recent":
+            raise ValueError(f"Unknown memory {name!r}: use 'recent'.")
+        positions = int(getattr(self.adapter.decoder.config, "max_position_embeddings", 4096))
+        return RecentMemory(
+            max_bytes, positions - min(SPARE, positions // 2) if max_tokens is None else max_tokens, **options
+        )
+
+    def _patched(self, strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Patch | None:
+        current = patch_of(self.model)
+        if strategy is None:
+            if budget is not None or options:
+                raise ValueError(f"{', '.join(['budget'] * (budget is not None) + list(options))} needs a strategy.")
+        else:
+            made = make_strategy(strategy, budget, options)
+            if current is None:
+                patch(self.model, made)
+                current = patch_of(self.model)
+                current.__dict__[SHARED] = 0
+            elif describe(current.strategy) != describe(made):
+                raise ValueError(
+                    f"This model is patched with {describe(current.strategy)} already, which its other sessions may use: "
+                    "use the same strategy, or another model."
+                )
+        if current is not None and SHARED in current.__dict__:
+            current.__dict__[SHARED] += 1
+        return current
+
+    def _release(self) -> None:
+        """Take off the patch that sessions put on the model, if this is the last of them."""
+        current = self._patch
+        if current is not None and SHARED in current.__dict__:
+            current.__dict__[SHARED] -= 1
+            if not current.__dict__[SHARED] and patch_of(self.model) is current:
+                unpatch(self.model)
+
+    def _check(self, current: Patch | None) -> None:
+        if current is None or current.strategy.is_identity:
+            return
+        strategy = current.strategy
+        if any(needs_of(self.adapter, strategy, m).text_embeddings for m in self.adapter.modalities):
+            raise ValueError(
+                f"{strategy.info.name} reads the question when it chooses, and a stream is pruned before there is one: use a "
+                "strategy that does not read the text."
+            )
+        if strategy.acts_inside:
+            raise ValueError(
+                f"{strategy.info.name} drops inside the LLM, which a StreamSession does not do: use a strategy of the stages "
+                "encoder and projector."
+            )
+
+    # -- the stream ---------------------------------------------------------------------------------------------
+    def push(self, frame: Any, t: float | None = None) -> Step | None:
+        """Take the stream's next frame.
+
+        Args:
+            frame: (h, w, 3) uint8 RGB array or tensor, a PIL image, or a frame of a `VideoReader`, which knows its time. Frames
+                of another size than the first are resized to it.
+            t: its time in seconds, later than the frame before; None for the next of `fps` per second.
+
+        Returns:
+            What was remembered of it: the kept tokens and their cells; None while the tower waits for a second frame.
+
+        Raises:
+            TypeError: for what is no picture.
+            ValueError: for a time that is not later than the frame before, or a frame larger than the memory.
+            RuntimeError: if the session is closed.
+        """
+        image, seconds = picture_of(frame)
+        t = seconds if t is None else float(t)
+        with self._encoding:
+            self._check_open()
+            if t is None:
+                t = 0.0 if self._last is None else self._last + 1 / (self.frames.fps or 1.0)
+            if (self._last is not None and t <= self._last) or not np.isfinite(t):
+                raise ValueError(f"Frames come in the order of their times: found {t} s after {self._last} s.")
+            self._size = self._size or image.shape[:2]
+            waiting = [*self._waiting, (resized_to(image, self._size), t)]
+            step = None
+            if len(waiting) == self.frames.unit:
+                step, waiting = self._encode(waiting), []
+            with self._remembering:
+                if step is not None:
+                    self.memory.add(step)
+                self._waiting, self._last = waiting, t
+                self._pushed += 1
+            return step
+
+    def _encode(self, frames: list[tuple[np.ndarray, float]], remember: bool = True) -> Step:
+        """One step; without `remember` the stream goes on as if it had not been looked at."""
+        images, seconds = zip(*frames, strict=True)
+        with stream(self.model, self.state if remember else copy.deepcopy(self.state)):
+            return self.frames.encode(images, seconds, self._patch, remember)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("This StreamSession is closed: make a new one.")
+        if patch_of(self.model) is not self._patch:
+            raise RuntimeError("The model was patched or unpatched while a session used it: make a new session.")
+
+    def reset(self) -> None:
+        """Forget the stream; the next frame is the first of another."""
+        with self._encoding, self._remembering:
+            self.memory.reset()
+            self.frames.reset()
+            self.state.reset()
+            self._waiting, self._last, self._size = [], None, None
+            self._pushed = self._asked = 0
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Numbers of the stream so far: `frames`, `steps` in memory, `forgotten` steps, `tokens` and `bytes` in memory with
+        their bounds, `first` and `last` time in memory, `questions`.
+        """
+        with self._remembering:
+            steps = self.memory.view()
+            return {
+                "frames": self._pushed,
+                "steps": len(steps),
+                "forgotten": self.memory.forgotten,
+                "tokens": sum(len(s.kept) for s in steps),
+                "max_tokens": self.memory.max_tokens,
+                "bytes": self.memory.nbytes,
+                "max_bytes": self.memory.max_bytes,
+                "first": steps[0].seconds[0] if steps else None,
+                "last": self._last,
+                "questions": self._asked,
+            }
+
+    # -- questions ----------------------------------------------------------------------------------------------
+    def ask(self, text: str, t: float | None = None, **generate: Any) -> Answer:
+        """Answer a question about the stream.
+
+        Args:
+            text: the question.
+            t: the answer sees frames up to this time only; None for all so far.
+            generate: further arguments of `model.generate`, such as `max_new_tokens`.
+
+        Raises:
+            ValueError: if the memory holds no frame up to `t`.
+        """
+        return self._answer(self._take(text, t), generate)
+
+    def stream_answer(self, text: str, t: float | None = None, **generate: Any) -> AnswerStream:
+        """As `ask`, an iterator of pieces of the answer's text; the question is taken at once, whenever they are read."""
+        asked = self._take(text, t)
+        return AnswerStream(self.tokenizer, lambda **more: self._answer(asked, generate, **more))
+
+    def _take(self, text: str, t: float | None) -> Asked:
+        """All that an answer needs, from one moment of the stream."""
+        began = time.perf_counter()
+        self._check_open()
+        with ExitStack() as stack:
+            if self._waiting:  # a frame without its second one is encoded for this answer only
+                stack.enter_context(self._encoding)
+            with self._remembering:
+                steps, waiting, last = self.memory.view(t), self._waiting, self._last
+                self._asked += 1
+            waiting = [w for w in waiting if t is None or w[1] <= t]
+            if waiting:
+                steps = [*steps, self._encode(waiting, remember=False)]
+        if last is None:
+            raise ValueError("There is no frame to ask about yet: push one first.")
+        if not steps:
+            raise ValueError(f"The memory holds no frame up to {t} s: ask about a later time.")
+        prompt = self.frames.inputs(text, steps, self.renumber)
+        seen = tuple(s for step in steps for s in step.seconds)
+        return Asked(began, prompt, seen, last if t is None else float(t))
+
+    def _answer(self, asked: Asked, options: dict[str, Any], **more: Any) -> Answer:
+        options = {"max_new_tokens": self.max_new_tokens} | options
+        if self._patch is None:
+            return generate_answer(self.model, self.tokenizer, asked, options, **more)
+        with disabled(self.model):  # the frames were pruned when they came
+            return generate_answer(self.model, self.tokenizer, asked, options, **more)
+
+    # -- the end ------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Forget the stream and take off the patch that the session put on the model, if no other session uses it."""
+        if not self.closed:
+            self.reset()
+            self.closed = True
+            self._release()
+
+    def __enter__(self) -> StreamSession:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def picture_of(frame: Any) -> tuple[np.ndarray, float | None]:
+    """(h, w, 3) uint8 RGB of a frame, and its time if it knows it. Raises TypeError for what is no picture."""
+    image, seconds = getattr(frame, "image", frame), getattr(frame, "seconds", None)
+    if hasattr(image, "convert"):
+        image = image.convert("RGB")
+    array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
+    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
+        raise TypeError(
+            f"A frame is an (h, w, 3) uint8 RGB array or a PIL image, found {type(frame).__name__} of shape {array.shape} and "
+            f"{array.dtype}."
+        )
+    return array, seconds
+
+
+def resized_to(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The picture at (height, width), bilinear where it has another size."""
+    if image.shape[:2] == size:
+        return image
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))
