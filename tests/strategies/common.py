@@ -103,14 +103,15 @@ def separators_kept(tokens: VisualTokens, selection: Selection) -> int:
     return int((tokens.cells[selection.keep] < 0).sum())
 
 
-def answer(strategy: Strategy, tokens: VisualTokens) -> Selection:
-    """A checked answer to tokens that provide only what was declared."""
+def answer(strategy: Strategy, tokens: VisualTokens, memory: dict | None = None) -> Selection:
+    """A checked answer to tokens that provide only what was declared; `memory` is that of a stream going on."""
     needs = strategy.needs(tokens.tower)
     declared = {(what, layer) for what in ("cls_attention", "cls_logits", "received_attention", "keys")
                 for layer in getattr(needs, what)}  # fmt: skip
     assert tokens.modality in needs.modalities
     given = replace(
         tokens,
+        memory={} if memory is None else memory,
         text_embeddings=tokens.text_embeddings if needs.text_embeddings else None,
         provided={key: value for key, value in tokens.provided.items() if key in declared},
     )

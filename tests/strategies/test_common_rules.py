@@ -16,7 +16,7 @@ PROJECTOR = [n for n in list_names() if strategy_info(n).stages == ("projector",
 IMAGE = [n for n in PROJECTOR if "image" in create(n).needs(None).modalities]
 VIDEO = [n for n in PROJECTOR if "video" in create(n).needs(None).modalities]
 BUDGETS = [0.01, 0.3, 3, 10_000]
-EXACT_PER_SEGMENT = ["cdpruner", "random", "uniform", "visionzip", "vtc_cls"]
+EXACT_PER_SEGMENT = ["cdpruner", "random", "stc_pruner", "uniform", "visionzip", "vtc_cls"]
 
 
 @pytest.mark.parametrize("case", edge_cases())
