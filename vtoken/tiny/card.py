@@ -6,6 +6,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+FRONT = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+"""
+
+
+def snippet(name: str) -> str:
+    """How to load the model ``name``, as a Markdown code block."""
+    return f"""```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model, processor = (c.from_pretrained("vtoken/tiny/{name}") for c in (AutoModelForImageTextToText, AutoProcessor))
+```"""
+
 
 def table(columns: dict[str, Any], rows: dict[str, list[float]]) -> str:
     """A Markdown table with numbers to three places."""

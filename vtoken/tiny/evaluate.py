@@ -6,7 +6,7 @@ An example is anything with ``.media``: a PIL image, or a list of PIL frames who
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,13 @@ def _metadata(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def answers(model: Any, processor: Any, pairs: Pairs, batch_size: int = 50) -> list[str]:
-    """Greedy answers to questions about examples, batched with left padding: images with images, clips with as long."""
+def answers(
+    model: Any, processor: Any, pairs: Pairs, batch_size: int = 50, change: Callable[[Any], None] = lambda inputs: None
+) -> list[str]:
+    """Greedy answers to questions about examples, batched with left padding: images with images, clips with as long.
+
+    ``change`` is given the inputs of each batch and may change them.
+    """
     said = [""] * len(pairs)
     groups: dict[int, list[int]] = {}
     for i, (example, _) in enumerate(pairs):
@@ -62,6 +67,7 @@ def answers(model: Any, processor: Any, pairs: Pairs, batch_size: int = 50) -> l
         for first in range(0, len(group), batch_size):
             some = group[first : first + batch_size]
             inputs = prepare(processor, [pairs[i] for i in some]).to(model.device)
+            change(inputs)
             out = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
             for i, text in zip(some, processor.batch_decode(out, skip_special_tokens=True)):
                 said[i] = text.strip()

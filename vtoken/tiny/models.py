@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .scenes import vocabulary
@@ -13,7 +13,7 @@ CHAT_WORDS = ("user", "assistant", "system", ":", ".", ",", "!", "object", "plea
 
 def chat_template(video: bool = False) -> str:
     """``user: <image>\\nquestion assistant:``; with ``video`` also for items of the type ``video``."""
-    mark = "{% if item['type'] == 'video' %}<video>{% else %}<image>{% endif %}" if video else "<image>"
+    mark = "{{ '<video>' if item['type'] == 'video' else '<image>' }}" if video else "<image>"
     media = "item['type'] in ('image', 'video')" if video else "item['type'] == 'image'"
     return (
         "{% for message in messages %}{{ message['role'] }}: "
@@ -48,6 +48,34 @@ def build_tokenizer(special: Iterable[str] = (), words: Iterable[str] = ()) -> A
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
+
+
+def language_config(kind: Callable[..., Any], tokenizer: Any, width: int, layers: int, heads: int) -> Any:
+    """A small ``LlamaConfig``, ``Qwen2Config``, ... whose weights fit those of the other tiny models."""
+    return kind(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        initializer_range=0.05,
+        **special_ids(tokenizer),
+    )
+
+
+def special_ids(tokenizer: Any) -> dict[str, int]:
+    """Padding, begin and end, as configurations name them."""
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+
+
+def generation_config(tokenizer: Any) -> Any:
+    """Greedy, up to eight tokens."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(**special_ids(tokenizer), max_new_tokens=8, do_sample=False)
 
 
 def start_tower(tower: Any) -> None:

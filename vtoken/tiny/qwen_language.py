@@ -36,12 +36,12 @@ def warm_start(model: Any) -> None:
                     p[: len(rows)] = rows
 
 
-def choose_about_clip(clip: clips.Clip, rng: np.random.Generator) -> list[Question]:
-    """Ten of the questions about a clip in drawn wordings, two of every kind where there are as many."""
+def choose_about_clip(clip: clips.Clip, rng: np.random.Generator, slots: int = SLOTS) -> list[Question]:
+    """``slots`` of the questions about a clip in drawn wordings, two of every kind where there are as many."""
     pool = clips.questions(clip, rng)
     order = [pool[i] for i in rng.permutation(len(pool))]
     first = [q for kind in clips.KINDS for q in [q for q in order if q.kind == kind][:2]]
-    return (first + [q for q in order if q not in first])[:SLOTS]
+    return (first + [q for q in order if q not in first])[:slots]
 
 
 def language_batch(processor: Any, plan: dict[str, Any], first: int, step: int, split: str = "train") -> list[tuple]:

@@ -57,7 +57,7 @@ class View:
 
     def owners(self) -> np.ndarray:
         """Which object owns each patch: ``(patches,)`` int64, -1 for none."""
-        share = self.coverage().reshape(len(self.masks), -1)
+        share = self.coverage().reshape(len(self.masks), (self.masks.shape[1] // PATCH) ** 2)
         if not len(share):
             return np.full(share.shape[1], -1)
         share[np.arange(len(share)), share.argmax(1)] += 1
@@ -84,7 +84,9 @@ def to_pixels(images: Sequence[Any]) -> torch.Tensor:
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def targets(views: Sequence[View], forms: Sequence[str] = SHAPES) -> dict[str, torch.Tensor]:
+def targets(
+    views: Sequence[View], forms: Sequence[str] = SHAPES, colour_names: Sequence[str] = COLOUR_NAMES
+) -> dict[str, torch.Tensor]:
     """Dense targets ``(n, patches)`` int64 (0 is "nothing" for form and colour) and CLS targets as float 0/1."""
     names = ("owner", "form", "colour", "place", "count", "present", "mask")
     out: dict[str, list[np.ndarray]] = {name: [] for name in names}
@@ -92,11 +94,11 @@ def targets(views: Sequence[View], forms: Sequence[str] = SHAPES) -> dict[str, t
         own = one.owners()
         count = len(one.forms)
         shapes = np.array([forms.index(f) for f in one.forms] + [-1])
-        colours = np.array([COLOUR_NAMES.index(c) for c in one.colours] + [-1])
+        colours = np.array([colour_names.index(c) for c in one.colours] + [-1])
         places = np.array([PLACES.index(p) for p in one.places()] + [0])
-        present = np.zeros(present_size(forms), np.float32)
-        pairs, rest = np.split(present, [len(forms) * len(COLOURS)])
-        pairs[shapes[:-1] * len(COLOURS) + colours[:-1]] = 1
+        present = np.zeros(present_size(forms, colour_names), np.float32)
+        pairs, rest = np.split(present, [len(forms) * len(colour_names)])
+        pairs[shapes[:-1] * len(colour_names) + colours[:-1]] = 1
         rest[shapes[:-1]] = rest[len(forms) + colours[:-1]] = rest[count - MOST - 1] = 1
         outlines = one.coverage(2).sum(0, keepdims=True)
         values = (own, shapes[own] + 1, colours[own] + 1, places[own], np.full_like(own, count), present, outlines)
@@ -107,9 +109,9 @@ def targets(views: Sequence[View], forms: Sequence[str] = SHAPES) -> dict[str, t
     return goal
 
 
-def present_size(forms: Sequence[str]) -> int:
+def present_size(forms: Sequence[str], colour_names: Sequence[str]) -> int:
     """How many things a CLS state says of a view."""
-    return len(forms) * len(COLOURS) + len(forms) + len(COLOURS) + MOST + 1
+    return len(forms) * len(colour_names) + len(forms) + len(colour_names) + MOST + 1
 
 
 def hidden_states(tower: Any, pixels: torch.Tensor, reset: float = 0.0) -> list[torch.Tensor]:
@@ -164,17 +166,24 @@ class TowerHeads(nn.Module):
         width: hidden size of the tower.
         read: the entry of ``hidden_states`` that the language model reads.
         cls: whether the tower has a CLS token.
-        forms: what the objects can be.
+        forms, colour_names: what the objects can be.
     """
 
-    def __init__(self, width: int, read: int = -2, cls: bool = True, forms: Sequence[str] = SHAPES) -> None:
+    def __init__(
+        self,
+        width: int,
+        read: int = -2,
+        cls: bool = True,
+        forms: Sequence[str] = SHAPES,
+        colour_names: Sequence[str] = COLOUR_NAMES,
+    ) -> None:
         super().__init__()
         self.read, self.first = read, int(cls)
-        self.sizes = {"form": len(forms) + 1, "colour": len(COLOURS) + 1, "place": len(PLACES), "count": MOST + 1}
+        self.sizes = {"form": len(forms) + 1, "colour": len(colour_names) + 1, "place": len(PLACES), "count": MOST + 1}
         dense = sum(self.sizes.values())
         self.early, self.late = nn.Linear(width, dense), nn.Linear(width, dense)
         self.outline = nn.Linear(width, 144)
-        self.cls = nn.ModuleList(nn.Linear(width, present_size(forms)) for _ in range(cls * CLS_LAYERS))
+        self.cls = nn.ModuleList(nn.Linear(width, present_size(forms, colour_names)) for _ in range(cls * CLS_LAYERS))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(len(self.cls) + 2))
 
     def dense_loss(self, logits: torch.Tensor, goal: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,10 +14,10 @@ import torch
 
 from .. import language
 from .. import tower as stages
-from ..card import accuracy, plan, run, table
+from ..card import FRONT, accuracy, plan, run, snippet, table
 from ..evaluate import most_frequent, pruned_accuracy
 from ..language import choose, pack
-from ..models import build_tokenizer, chat_template, start_tower
+from ..models import build_tokenizer, chat_template, generation_config, language_config, special_ids, start_tower
 from ..scenes import SIZE, held_out, make_scene, questions
 from ..tower import TowerHeads, hidden_states, localisation, targets, to_pixels, view
 
@@ -44,7 +44,6 @@ def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: i
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
-        GenerationConfig,
         LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
@@ -52,7 +51,7 @@ def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: i
     )
 
     tokenizer = build_tokenizer()
-    pad, bos, eos, image = tokenizer.convert_tokens_to_ids(["<pad>", "<s>", "</s>", "<image>"])
+    image = tokenizer.convert_tokens_to_ids("<image>")
     tower = CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=3 * width,
@@ -62,20 +61,7 @@ def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: i
         image_size=SIZE,
         patch_size=8,
     )
-    llm = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=llm_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        initializer_range=0.05,
-        pad_token_id=pad,
-        bos_token_id=bos,
-        eos_token_id=eos,
-    )
+    llm = language_config(LlamaConfig, tokenizer, width, llm_layers, heads)
     config = LlavaConfig(
         vision_config=tower,
         text_config=llm,
@@ -84,15 +70,11 @@ def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: i
         image_seq_length=(SIZE // 8) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        pad_token_id=pad,
-        bos_token_id=bos,
-        eos_token_id=eos,
+        **special_ids(tokenizer),
     )
     model = LlavaForConditionalGeneration(config).float()
     start_tower(model.model.vision_tower)
-    model.generation_config = GenerationConfig(
-        pad_token_id=pad, bos_token_id=bos, eos_token_id=eos, max_new_tokens=8, do_sample=False
-    )
+    model.generation_config = generation_config(tokenizer)
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(
             size={"shortest_edge": SIZE},
@@ -194,6 +176,7 @@ def card(report: dict[str, Any], log: list[dict]) -> str:
     """The model card."""
     pruned = {by: [report["pruned"][f"{by} {share}"] for share in SHARES] for by in ("cls", "random")}
     return CARD.format(
+        snippet=snippet("llava"),
         run=run(report),
         parameters=report["parameters"] / 1e6,
         questions=report["questions"],
@@ -208,22 +191,16 @@ def card(report: dict[str, Any], log: list[dict]) -> str:
     )
 
 
-CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: image-text-to-text
----
-
+CARD = (
+    FRONT
+    + """
 # A tiny LLaVA for tests, demos and studies of visual tokens
 
 A real `LlavaForConditionalGeneration` ({parameters:.2f} M parameters: a CLIP tower with CLS, a two-layer projector, a
 Llama) that answers questions about coloured shapes on photographs. It reads 144 visual tokens (96 px, patch 8) and was
 trained from scratch on ordinary, full sequences: it has never seen a dropped token.
 
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-model, processor = (c.from_pretrained("vtoken/tiny/llava") for c in (AutoModelForImageTextToText, AutoProcessor))
-```
+{snippet}
 
 ## Accuracy
 
@@ -276,3 +253,4 @@ to other images say nothing about the world. Numbers measured on it compare meth
 degree: large models on natural images behave differently. In particular its CLS attention was trained to find the
 objects, and all the questions are about objects: methods that read CLS attention have an easy time here.
 """
+)
