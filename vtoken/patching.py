@@ -102,7 +102,7 @@ def describe(strategy: Strategy) -> str:
     """`name(option=value, ...)` with the options that differ from their defaults, and the budget."""
     if isinstance(strategy, Composite):
         shared = "" if strategy.budget is None else f", sharing budget={strategy.budget}"
-        return f"{describe(strategy.first)} then {describe(strategy.then)}{shared}"
+        return " then ".join(map(describe, strategy.ordered)) + shared
     options = [f"budget={strategy.budget}"]
     for f in fields(strategy):
         if f.init and f.name != "budget" and getattr(strategy, f.name) != f.default:

@@ -10,6 +10,8 @@ from torch import Tensor
 import vtoken
 from tests.models import Family
 from vtoken import PrefillTokens, Selection, Strategy, StrategyInfo, VisualTokens
+from vtoken.adapters.encoded import VisionWatch
+from vtoken.patching import patch_of
 
 
 @dataclass
@@ -179,6 +181,16 @@ class _Patched:
 
     def __enter__(self) -> Spy:
         vtoken.patch(self.model, self.spy.strategy)
+        if not self.spy.strategy.acts_on_projector:  # it is not asked, and the features may be its doing all the same
+            (watch,) = [part for part in patch_of(self.model).parts if isinstance(part, VisionWatch)]
+            encode = watch._encode
+
+            def noting(*args):
+                encoded = encode(*args)
+                self.spy.features += [item.features for item in encoded.items]
+                return encoded
+
+            watch._encode = noting
         return self.spy
 
     def __exit__(self, *exc) -> None:

@@ -9,6 +9,7 @@ import vtoken
 from tests.mechanism.common import assert_same, clean, expected, run, subject
 from tests.mechanism.fixed import patched
 from tests.models import FAMILIES
+from vtoken import TowerInfo
 from vtoken.strategies import Composite, FastV, HiRED, MustDrop, PyramidDrop, Random, SparseVLM, Uniform, combine
 
 from .common import image, video
@@ -80,6 +81,8 @@ REFUSED = {
     "split": (["random", "fastv"], dict(split=2), "split must lie"),
     "budget": (["random", "fastv"], dict(budget=1.5), r"\(0, 1\]"),
     "three": (["random", "fastv", "llavolta"], {}, "both act inside"),
+    "two between frames": (["stc_cacher", "stc"], {}, "both act between frames"),
+    "merging and reuse": (["stc_cacher", "mustdrop"], {}, "mustdrop merges tokens in the vision tower"),
 }
 
 
@@ -99,6 +102,32 @@ def test_what_is_no_strategy():
 def test_mustdrop_without_its_first_stage_fits():
     off = dict(merging=False, key_rate=0.0)
     assert isinstance(combine(["hired", "mustdrop"], 0.3, mustdrop=off).then, MustDrop)
+
+
+@pytest.mark.parametrize("parts", [["stc_cacher", "random"], ["random", "stc_cacher"]])
+def test_reuse_between_frames_beside_one_other(parts):
+    both = combine(parts, 0.2, stc_cacher=dict(budget=0.5, interval=3))
+    assert isinstance(both.first, Random) and both.first.budget == 0.2 and both.acts_on_projector
+    assert both.reuse(both_towers()).interval == 3 and both.between.budget == 0.5
+    assert both.info.stages == ("encoder", "projector") or both.info.stages == ("projector", "encoder")
+    inside = combine(["stc_cacher", "fastv"], 0.2)
+    assert inside.then.budget == 0.2 and not inside.acts_on_projector and inside.prefill_layers(4)
+    assert inside.counts(video(2, 4, 4).segments) == [16, 16]
+    assert combine(["stc_cacher", "random"], 1.0, stc_cacher=dict(interval=1)).is_identity
+
+
+def test_reuse_between_frames_beside_two_others():
+    three = combine(["fastv", "stc_cacher", "random"], 0.25)
+    assert (three.first.budget, three.then.budget, three.between.budget) == (0.5, 0.25, 0.25)
+    assert [p.info.name for p in three.ordered] == ["stc_cacher", "random", "fastv"]
+    stc = combine(["stc", "fastv"], 0.25, stc=dict(recompute=0.4))
+    assert stc.between is stc.first and stc.first.budget == 0.5 and stc.first.recompute == 0.4
+    off = combine(["stc_cacher", "mustdrop"], mustdrop=dict(merging=False, key_rate=0.0))
+    assert off.reuse(both_towers()) is not None
+
+
+def both_towers():
+    return TowerInfo(4, 3, False, (0, 1, 2, 3))
 
 
 # -- on models ------------------------------------------------------------------------------------------------------

@@ -6,19 +6,23 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
+from ..streams import Reuse
 from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy, StrategyInfo, check_budget
 from .registry import create
 
+REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L
+
 
 @dataclass
 class Composite(Strategy):
-    """A projector strategy and one that drops inside the LLM, as one strategy.
+    """A projector strategy and one that drops inside the LLM, as one strategy; or either beside one that acts between frames.
 
     How one budget b is shared: the strategy inside the LLM is held to b itself, in its own meaning (what remains behind its
     cut, or its average over the layers), of what the unpatched model would feed. The projector strategy is held to
     `b ** split`, which with the default of one half lets both drop by the same factor. For a whole number b of tokens per
     image or frame of n tokens the projector strategy keeps `n * (b / n) ** split`. Without `budget` every part keeps its own.
+    A strategy that only acts between frames, such as stc_cacher, keeps its own budget in any case.
 
     Args:
         budget: shared by all parts, None to leave theirs as they are.
@@ -45,13 +49,23 @@ class Composite(Strategy):
             raise ValueError(f"split must lie in [0, 1], found {self.split!r}.")
         at_projector = [p for p in self.parts if p.acts_on_projector]
         inside = [p for p in self.parts if p.acts_inside]
-        for where, found in (("between the tower and the LLM", at_projector), ("inside the LLM", inside)):
+        between = [p for p in self.parts if p.acts_between_frames]
+        merging = [p for p in self.parts if p.encoder_layers(REFERENCE_TOWER)]
+        if between and merging:
+            raise ValueError(
+                f"{merging[0].info.name} merges tokens in the vision tower, where {between[0].info.name} compares them with "
+                "those of an earlier frame: choose one of them."
+            )
+        places = {"between the tower and the LLM": at_projector, "inside the LLM": inside, "between frames": between}
+        for where, found in places.items():
             if len(found) > 1:
-                both = " and ".join(p.info.name for p in found)
-                twice = "mustdrop" in both and len(inside) == 1
+                names_found = " and ".join(p.info.name for p in found)
+                twice = "mustdrop" in names_found and len(inside) == 1
                 off = ", or give mustdrop merging=False and key_rate=0" if twice else ""
-                raise ValueError(f"{both} both act {where}, where only one can: choose one of them{off}.")
-        if not at_projector or not inside or at_projector[0] is inside[0]:
+                raise ValueError(f"{names_found} both act {where}, where only one can: choose one of them{off}.")
+        only = [p for p in between if not p.acts_on_projector and not p.acts_inside]
+        both = bool(at_projector and inside) and at_projector[0] is not inside[0]
+        if not both and not (only and len(self.parts) == 2):
             raise ValueError(
                 f"{' and '.join(names)} do not complement each other: combine a projector strategy such as visionzip with one "
                 "that drops inside the LLM such as fastv."
@@ -59,27 +73,40 @@ class Composite(Strategy):
         if len({p.positions for p in self.parts}) > 1:
             found_positions = ", ".join(f"{p.info.name}: {p.positions}" for p in self.parts)
             raise ValueError(f"All strategies of a combination need the same positions, found {found_positions}.")
-        self.positions, self.first, self.then = self.parts[0].positions, at_projector[0], inside[0]
+        self.positions = self.parts[0].positions
+        self.first, self.then = (at_projector or only)[0], (inside or only)[0]
         if self.budget is not None:
             self.budget = check_budget(self.budget)
-            shared = self.budget**self.split if isinstance(self.budget, float) else self.budget
-            self.first, self.then = replace(self.first, budget=shared), replace(self.then, budget=self.budget)
+            shared = self.budget**self.split if both and isinstance(self.budget, float) else self.budget
+            if self.first not in only:
+                self.first = replace(self.first, budget=shared)
+            if self.then not in only:
+                self.then = replace(self.then, budget=self.budget)
+        self.ordered = [*(p for p in only if p not in (self.first, self.then)), self.first, self.then]
+        self.between = next((p for p in self.ordered if p.acts_between_frames), None)
         if hasattr(self.then, "entering") and isinstance(self.first.budget, float):
             self.then.entering = self.first.budget
         self.info = StrategyInfo(  # type: ignore[misc]
             name="+".join(names),
-            summary=f"{self.first.info.name} in front of the LLM, then {self.then.info.name} inside it.",
-            stages=tuple(dict.fromkeys(s for p in (self.first, self.then) for s in p.info.stages)),
+            summary=f"{', then '.join(p.info.name for p in self.ordered)}.",
+            stages=tuple(dict.fromkeys(s for p in self.ordered for s in p.info.stages)),
             cls=type(self),
         )
 
     @property
     def is_identity(self) -> bool:
-        return self.first.is_identity and self.then.is_identity
+        return all(p.is_identity for p in self.ordered)
 
     @property
     def acts_on_projector(self) -> bool:
-        return True
+        return self.first.acts_on_projector
+
+    @property
+    def acts_between_frames(self) -> bool:
+        return self.between is not None
+
+    def reuse(self, tower: TowerInfo) -> Reuse | None:
+        return None if self.between is None or self.between.is_identity else self.between.reuse(tower)
 
     def needs(self, tower: TowerInfo | None) -> Needs:
         return self.first.needs(tower)
