@@ -1,7 +1,8 @@
-"""Random access through decord, which is fast where it is right: in whole, upright mp4 and mkv files.
+"""Random access through decord, which is fast where it is right.
 
-It gives wrong frames of MPEG-TS, AVI, FLV and fragmented mp4, and four channels of a rotated video. So it is asked for
-pixels alone, and only of files that it reads right; which frame is where, PyAV says.
+It gives wrong frames, without a word, of MPEG-TS, AVI, FLV and fragmented mp4, of MPEG-4 with B-frames, and of H.264 and HEVC
+with open groups of pictures or gradual refresh; and four channels of a rotated video. So it is asked for pixels alone, and
+only of files that it reads right; which frame is where, PyAV says.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def unfit(reader: PyAVReader) -> str | None:
         return "decord is not exact in fragmented mp4 files"
     if track.turned:
         return "decord does not read rotated video right"
+    if not reader.table.closed:
+        return "decord is not exact where a key frame does not start a closed group of pictures"
     return None
 
 

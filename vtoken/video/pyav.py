@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,8 @@ from .reader import Frame
 from .source import Source
 from .table import Clock, FrameTable, from_packets
 from .track import Track
+
+_FURTHER = (1, 2, 4, 8)  # key frames that the decoder goes back where it cannot decode a frame from the nearest
 
 
 class Picker(Protocol):
@@ -82,9 +85,8 @@ class PyAVReader:
         found = from_packets(track.packets(), track.time_base, track.origin)
         if found is None:
             track.rewind()
-            clock = Clock(self.fps)
-            times = [clock(frame.time) for frame in decoded(track.packets(), self.damage)]
-            found = FrameTable(np.asarray([t for t in times if t is not None], np.float64))
+            clock = Clock(self.fps, keep=True)
+            found = FrameTable(np.asarray([clock(frame.time) for frame in decoded(track.packets(), self.damage)]))
         if not len(found):
             raise VideoError(f"{self.source.name!r} holds no frame that can be decoded")
         return found
@@ -226,12 +228,17 @@ class PyAVReader:
             yield wanted, nearest
 
     def _again(self, wanted: int) -> tuple[int, Any] | None:
-        """The last frame up to `wanted` that can be decoded, coming from one key frame further back."""
-        best = None
-        for ordinal, frame in self._frames_from(wanted, back=1):
-            if ordinal > wanted:
+        """The last frame up to `wanted` that can be decoded, coming from key frames further back: a picture that is refreshed
+        bit by bit takes more than one of them."""
+        best: tuple[int, Any] | None = None
+        for back in _FURTHER:
+            for ordinal, frame in self._frames_from(wanted, back):
+                if ordinal > wanted:
+                    break
+                if best is None or ordinal > best[0]:
+                    best = ordinal, frame
+            if best is not None and best[0] == wanted:
                 break
-            best = ordinal, frame
         return best
 
     def _key_between(self, at: int, wanted: int) -> bool:
@@ -257,9 +264,4 @@ class PyAVReader:
 
     def _count_from(self, ordinal: int) -> Iterator[tuple[int, Any]]:
         self.track.rewind()
-        clock, count = Clock(self.fps), 0
-        for frame in decoded(self.track.packets(), self.damage):
-            if clock(frame.time) is not None:
-                if count >= ordinal:
-                    yield count, frame
-                count += 1
+        yield from islice(enumerate(decoded(self.track.packets(), self.damage)), ordinal, None)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from .bitstream import hidden, is_closed
+
 _REORDER = 1.0  # seconds that a time may lie back and still be a frame out of order rather than a clock set anew
 
 
@@ -20,11 +22,13 @@ class FrameTable:
         seconds: (n,) float64, strictly increasing, 0 at the start of the source.
         pts: (n,) int64 in units of `time_base`, strictly increasing; None where frames can only be counted.
         keys: (k,) int64, pts of those frames at which decoding can start, ascending.
+        closed: whether it starts cleanly at every one of them, see `bitstream.is_closed`.
     """
 
     seconds: np.ndarray
     pts: np.ndarray | None = None
     keys: np.ndarray | None = None
+    closed: bool = False
 
     def __len__(self) -> int:
         return len(self.seconds)
@@ -48,10 +52,11 @@ class FrameTable:
 
 
 def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None) -> FrameTable | None:
-    """The table of a file from its packets alone, None where they do not tell: times missing, or a clock that steps back."""
-    pts, keys, last = [], [], None
+    """The table of a file from its packets alone, None where they do not tell: times that are missing or come twice, or a
+    clock that steps back."""
+    pts, keys, last, closed = [], [], None, True
     for packet in packets:
-        if not packet.size or packet.is_discard or _hidden(packet):
+        if not packet.size or packet.is_discard or hidden(packet):
             continue
         if packet.pts is None or (last is not None and packet.dts is not None and packet.dts < last):
             return None
@@ -59,29 +64,28 @@ def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None
         pts.append(packet.pts)
         if packet.is_keyframe:
             keys.append(packet.pts)
+            closed = closed and is_closed(packet)
     if not pts or not keys:
         return None
     times = np.unique(np.asarray(pts, np.int64))
+    if len(times) != len(pts):
+        return None
     start = int(times[0]) if origin is None else min(origin, int(times[0]))
     seconds = (times - start).astype(np.float64) * time_base.numerator / time_base.denominator
-    return FrameTable(seconds, times, np.unique(np.asarray(keys, np.int64)))
-
-
-def _hidden(packet: Any) -> bool:
-    """Whether a VP8 packet holds a reference that is never shown: bit 4 of its frame tag (RFC 6386, 9.1)."""
-    return packet.stream.codec_context.name in ("vp8", "libvpx") and not bytes(packet)[0] >> 4 & 1
+    return FrameTable(seconds, times, np.unique(np.asarray(keys, np.int64)), closed)
 
 
 class Clock:
     """Turns the times of a stream into seconds that only ever increase.
 
     A time that is missing lies one frame after the last, or `passed` seconds if that is longer. One that lies back a little
-    is a frame out of order and has no place (None). One that lies back further, or forward by more than `leap` seconds and
-    twice the seconds `passed`, comes of a clock that was set anew: the stream goes on as if it were missing.
+    is a frame out of order: it has no place (None), or with `keep` one half a frame after the last. One that lies back
+    further, or forward by more than `leap` seconds and twice the seconds `passed`, comes of a clock that was set anew: the
+    stream goes on as if it were missing.
     """
 
-    def __init__(self, fps: float, leap: float = float("inf")):
-        self.interval, self.leap = 1.0 / fps, leap
+    def __init__(self, fps: float, leap: float = float("inf"), keep: bool = False):
+        self.interval, self.leap, self.keep = 1.0 / fps, leap, keep
         self.last: float | None = None
         self.jumps = 0
         self._offset: float | None = None
@@ -101,8 +105,10 @@ class Clock:
         if step < -_REORDER or step > max(self.leap, 2 * passed):
             self.jumps += 1
             self._offset, step = follows - time, follows - self.last
-        if step <= 0:
+        if step <= 0 and not self.keep:
             return None
+        if step <= 0:
+            step = self.interval / 2
         self.last += step
         return self.last
 
