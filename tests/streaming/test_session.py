@@ -68,7 +68,7 @@ def test_pruned_stream_is_the_patched_model(name, positions):
     options = dict(strategy="uniform", budget=0.5, positions=positions)
     with vtoken.applied(model, **options):
         text, logits = plain(name, frames)
-        assert vtoken.report(model).visual_out < vtoken.report(model).visual_in
+        assert vtoken.report(model).tokens_out < vtoken.report(model).tokens_in
     with fed(session_of(name, **options), frames) as session:
         assert session.ask(Q, **SHORT).text == text
         assert torch.allclose(logits_of(session), logits, atol=1e-4)
@@ -80,7 +80,7 @@ def test_pruned_stream_is_the_patched_model(name, positions):
 def test_forgotten_frames_are_as_if_never_shown():
     """Without time in the prompt the rest is a shorter video."""
     frames = frames_of(5)
-    with fed(session_of("llava_onevision", max_tokens=3 * 4, recent=2), frames) as session:
+    with fed(session_of("llava_onevision", max_tokens=3 * 4, memory_options={"recent": 2}), frames) as session:
         assert [s.seconds for s in session.memory.view()][:1] == [(0.0,)]
         used = [int(2 * t) for t in session.ask(Q, **SHORT).frames_used]
         assert len(used) == 3 and used[-2:] == [3, 4] and session.stats["forgotten"] == 2
@@ -92,7 +92,7 @@ def test_forgotten_frames_leave_their_time_in_multimodal_rope(name):
     """The oracle: the whole video's embeddings and positions, without the columns of the frames that were forgotten."""
     frames, model = frames_of(8), model_of(name)
     inputs = plain_inputs(name, frames, Q)
-    with fed(session_of(name, max_tokens=2 * 6, recent=1, max_bytes=10**6), frames) as session:
+    with fed(session_of(name, max_tokens=2 * 6, memory_options={"recent": 1}, max_bytes=10**6), frames) as session:
         steps = session.memory.view()
         assert [s.seconds[0] for s in steps] == [0.0, 3.0] and session.memory.forgotten == 2
         got = logits_of(session)[0]
@@ -259,7 +259,10 @@ def test_what_cannot_be_served_is_refused():
     refused("drops inside the LLM", strategy="fastv")
     refused("Unknown memory 'all'", memory="all")
     refused("budget needs a strategy", budget=0.5)
-    refused("recent must be at least 1", recent=0, strategy="uniform")
+    refused("recent must be at least 1", memory_options={"recent": 0}, strategy="uniform")
+    refused("has no option topk", memory_options={"topk": 0})
+    refused("serve qwen2_vl: it needs one-dimensional positions", name="qwen2_vl", memory="rekv")
+    refused("topk must be a positive multiple of chunk", memory="rekv", memory_options={"topk": 3, "chunk": 2})
     with pytest.raises(ValueError, match="needs the model's processor"):
         vtoken.StreamSession(model_of("llava"), processor_of("llava").tokenizer)
     bare = processor_of("llava_onevision").__class__.__new__(processor_of("llava_onevision").__class__)
@@ -284,7 +287,9 @@ def test_bad_frames_and_questions_get_a_sentence():
             session.push(bad, 2.0)
     with pytest.raises(ValueError, match=r"no frame up to 0.5 s"):
         session.ask(Q, t=0.5)
-    with pytest.raises(RuntimeError, match="must not contain <video>"):
+    with pytest.raises(ValueError, match="must not contain <video>"):
         session.ask("what is in this <video> ?")
+    with pytest.raises(ValueError, match="question is empty"):
+        session.ask(" ")
     with pytest.raises(ValueError, match="does not fit a memory of 3 tokens"):
         session_of("llava_onevision", max_tokens=3).push(frame, 0.0)

@@ -44,7 +44,6 @@ class Asked:
 
     began: float
     prompt: PromptInputs
-    frames: tuple[float, ...]
     time: float
 
 
@@ -87,7 +86,7 @@ def generate_answer(
         tokens=asked.prompt.length,
         visual_tokens=int(asked.prompt.visual.sum()),
         new_tokens=len(new),
-        frames_used=asked.frames,
+        frames_used=asked.prompt.seconds,
         time=asked.time,
     )
 

@@ -39,6 +39,8 @@ class Stand:
         return copy.copy(self.given)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copy and pickle look for
+            raise AttributeError(name)
         return getattr(self.part, name)
 
 
@@ -49,10 +51,12 @@ class PromptInputs:
     Attributes:
         arguments: of `generate`, on the model's device: `input_ids` (1, n), masks, `position_ids`, and the features.
         visual: (n,) bool, which tokens are visual.
+        seconds: times of the frames that it is about.
     """
 
     arguments: dict[str, Any]
     visual: Tensor
+    seconds: tuple[float, ...]
 
     @property
     def length(self) -> int:
@@ -113,12 +117,13 @@ class Frames:
     # -- frames -------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def encode(self, frames: Sequence[np.ndarray], seconds: Sequence[float], patch: Any, remember: bool = True) -> Step:
-        """One step of `unit` frames (h, w, 3) uint8; fewer are filled up by the processor with the last one.
+        """One step of `unit` frames (h, w, 3) uint8; fewer are filled up with the last one.
 
         Args:
             patch: what `vtoken.patch` put on the model, None if nothing.
             remember: whether the next step's change is measured from this one.
         """
+        frames = [*frames, *[frames[-1]] * (self.unit - len(frames))]
         inputs = self._process(frames)
         model, base = self.adapter.model, self.adapter.base
         method = getattr(base, f"get_{self.modality}_features")
@@ -237,6 +242,7 @@ class Frames:
         Positions are those of the whole prompt; `renumber` closes their gaps where they count tokens. In multimodal rope
         without time stamps in the text, a gap between steps counts as the frames that would fill it, `GAP` at most.
         """
+        self._check(question)
         fps = self.fps or _usual_fps(steps)
         places = self._times(steps, fps)
         times = [t for s in steps for t in (*s.seconds, *[s.seconds[-1]] * (self.unit - len(s.seconds)))]
@@ -246,7 +252,7 @@ class Frames:
         if len(columns) != (places[-1] + 1) * self.rows + self.tail:
             raise RuntimeError(
                 f"The prompt of {places[-1] + 1} steps has {len(columns)} visual placeholders, expected "
-                f"{(places[-1] + 1) * self.rows + self.tail}: the question must not contain {self.token}."
+                f"{(places[-1] + 1) * self.rows + self.tail}: a prompt of one's own has {{frames}} once."
             )
         keep = ~visual
         for place, step in zip(places, steps, strict=True):
@@ -259,8 +265,38 @@ class Frames:
             k: v[:, keep].to(device) for k, v in full.items() if isinstance(v, Tensor) and v.shape == (1, length)
         }
         arguments["position_ids"] = self._positions(full, keep, renumber).to(device)
-        arguments["mm_encoder_outputs"] = {self.modality: self._features(steps)}
-        return PromptInputs(arguments, visual[keep])
+        arguments["mm_encoder_outputs"] = {self.modality: self.features_of(steps)}
+        return PromptInputs(arguments, visual[keep], tuple(t for s in steps for t in s.seconds))
+
+    def around(self, question: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids of a prompt in front of the frames and behind them, and placeholders of a video's end; (n,) int64 each.
+
+        Raises ValueError where the processor writes text between frames.
+        """
+        self._check(question)
+        full = self._replay(self.text(question, 2), 2, [], 1.0)
+        ids, places = full["input_ids"][0], self._placeholders(full).nonzero()[:, 0]
+        first, last = int(places[0]), int(places[-1])
+        if last - first + 1 != len(places):
+            raise ValueError(
+                f"memory='rekv' needs frames without text between them, and {type(self.processor).__name__} writes some: use "
+                "memory='recent'."
+            )
+        return ids[:first], ids[last + 1 :], ids[last + 1 - self.tail : last + 1]
+
+    def ids_of(self, question: str) -> Tensor:
+        """(n,) int64, the question alone."""
+        with self.lock:
+            tokenizer = getattr(self.processor, "tokenizer", self.processor)
+            return tokenizer(question, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+
+    def _check(self, question: str) -> None:
+        if not question.strip():
+            raise ValueError("The question is empty: ask something.")
+        if self.token in question:
+            raise ValueError(
+                f"The question must not contain {self.token}, which stands for frames in this model's prompts."
+            )
 
     def _times(self, steps: Sequence[Step], fps: float) -> list[int]:
         """The place of every step among the steps of the video that the prompt is about."""
@@ -280,7 +316,7 @@ class Frames:
             return torch.cat([torch.arange(rope.shape[-1]).expand(1, 1, -1).to(rope), rope])
         return (torch.arange(int(keep.sum())) if renumber else keep.nonzero()[:, 0])[None]
 
-    def _features(self, steps: Sequence[Step]) -> Any:
+    def features_of(self, steps: Sequence[Step]) -> Any:
         """What `get_*_features` would have returned for these steps."""
         device = self.adapter.model.device
         tail = steps[-1].tail

@@ -154,6 +154,11 @@ class RecentMemory:
         unit = normalize(step.features.float(), dim=-1)
         return step.only(top_k(-unit @ unit.mean(0), k))
 
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens in memory."""
+        return sum(len(s.kept) for s in self.steps)
+
     def view(self, t: float | None = None) -> list[Step]:
         """The steps in memory whose frames all lie at or before time `t` (seconds; None for all), in time order."""
         return [s for s in self.steps if t is None or s.seconds[-1] <= t]

@@ -16,9 +16,14 @@ from ..patching import Patch, describe, disabled, make_strategy, needs_of, patch
 from ..streams import StreamState, stream
 from .answers import Answer, AnswerStream, Asked, generate_answer
 from .frames import Frames
+from .layers import Layers
 from .memory import RecentMemory, Step
+from .rekv import ReKVMemory
 
 SHARED = "_vtoken_sessions"  # on a Patch that sessions made: how many use it
+RECENT_BYTES, REKV_BYTES = 256 * 2**20, 4 * 2**30
+N_LOCAL = 15000  # tokens of ReKV's window, as published
+REKV_OPTIONS = ("n_local", "topk", "chunk", "metric", "disk")
 SPARE = 256  # positions left for the question and the answer
 
 
@@ -38,10 +43,12 @@ class StreamSession:
         strategy: patches the model while the session is open, see `vtoken.patch`; sessions with equal strategies share it.
             None takes the model as it is, with the patch it has or none.
         budget, options: of the strategy.
-        memory: "recent", see `RecentMemory`.
-        max_bytes: bytes that the memory may hold.
-        max_tokens: visual tokens of a prompt; None for what the LLM's positions leave room for.
-        sinks, recent, history_tokens: see `RecentMemory`; `recent` counts steps.
+        memory: "recent" keeps visual tokens, see `vtoken.streaming.RecentMemory`; "rekv" keeps what the LLM made of them and
+            retrieves per question, see `vtoken.streaming.ReKVMemory`, for models without multimodal rope.
+        max_bytes: bytes that the memory may hold; None for 256 MiB ("recent") or 4 GiB ("rekv").
+        max_tokens: visual tokens of a prompt ("recent"); None for what the LLM's positions leave room for.
+        memory_options: `sinks`, `recent` (in steps), `history_tokens` of "recent"; `n_local`, `topk`, `chunk`, `metric`, `disk`
+            of "rekv".
         prompt: text of a prompt with {frames} and {question}, for processors without a chat template.
         system: system message for those with one.
         fps: frames per second of the stream; None to take the median distance between frames. Decides time positions of
@@ -68,11 +75,9 @@ class StreamSession:
         budget: float | int | None = None,
         *,
         memory: str = "recent",
-        max_bytes: int = 256 * 2**20,
+        max_bytes: int | None = None,
         max_tokens: int | None = None,
-        sinks: int = 1,
-        recent: int = 8,
-        history_tokens: float | int | None = None,
+        memory_options: dict[str, Any] | None = None,
         prompt: str | None = None,
         system: str | None = None,
         fps: float | None = None,
@@ -100,27 +105,33 @@ class StreamSession:
         try:
             self._check(self._patch)
             self.renumber = self._patch is not None and self._patch.strategy.positions == "renumber"
-            counts_rows = not self.renumber and not hasattr(self.adapter.base, "get_rope_index")
-            self.memory = self._make_memory(
-                memory,
-                max_bytes,
-                max_tokens,
-                sinks=sinks,
-                recent=recent,
-                history_tokens=history_tokens,
-                count_rows=counts_rows,
-            )
+            self.memory = self._make_memory(memory, max_bytes, max_tokens, memory_options or {})
         except BaseException:
             self._release()
             raise
 
-    def _make_memory(self, name: str, max_bytes: int, max_tokens: int | None, **options: Any) -> RecentMemory:
-        if name != "recent":
-            raise ValueError(f"Unknown memory {name!r}: use 'recent'.")
+    def _make_memory(
+        self, name: str, max_bytes: int | None, max_tokens: int | None, options: dict[str, Any]
+    ) -> RecentMemory | ReKVMemory:
+        kinds = {"recent": (RecentMemory, ("sinks", "recent", "history_tokens")), "rekv": (ReKVMemory, REKV_OPTIONS)}
+        if name not in kinds:
+            raise ValueError(f"Unknown memory {name!r}: use {' or '.join(kinds)}.")
+        unknown = ", ".join(sorted(set(options) - set(kinds[name][1])))
+        if unknown:
+            raise ValueError(f"memory={name!r} has no option {unknown}: it has {', '.join(kinds[name][1])}.")
         positions = int(getattr(self.adapter.decoder.config, "max_position_embeddings", 4096))
-        return RecentMemory(
-            max_bytes, positions - min(SPARE, positions // 2) if max_tokens is None else max_tokens, **options
-        )
+        if name == "rekv":
+            if max_tokens is not None:
+                raise ValueError(
+                    "memory='rekv' counts blocks: pass memory_options={'topk': ...} instead of max_tokens."
+                )
+            options = {"n_local": min(N_LOCAL, positions)} | options
+            return ReKVMemory(
+                Layers(self.adapter), self.frames, REKV_BYTES if max_bytes is None else max_bytes, **options
+            )
+        counts_rows = not self.renumber and not hasattr(self.adapter.base, "get_rope_index")
+        most = positions - min(SPARE, positions // 2) if max_tokens is None else max_tokens
+        return RecentMemory(RECENT_BYTES if max_bytes is None else max_bytes, most, count_rows=counts_rows, **options)
 
     def _patched(self, strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Patch | None:
         current = patch_of(self.model)
@@ -234,7 +245,7 @@ class StreamSession:
                 "frames": self._pushed,
                 "steps": len(steps),
                 "forgotten": self.memory.forgotten,
-                "tokens": sum(len(s.kept) for s in steps),
+                "tokens": self.memory.visual_tokens,
                 "max_tokens": self.memory.max_tokens,
                 "bytes": self.memory.nbytes,
                 "max_bytes": self.memory.max_bytes,
@@ -270,7 +281,8 @@ class StreamSession:
             if self._waiting:  # a frame without its second one is encoded for this answer only
                 stack.enter_context(self._encoding)
             with self._remembering:
-                steps, waiting, last = self.memory.view(t), self._waiting, self._last
+                steps: list[Any] = list(self.memory.view(t))
+                waiting, last = self._waiting, self._last
                 self._asked += 1
             waiting = [w for w in waiting if t is None or w[1] <= t]
             if waiting:
@@ -279,9 +291,11 @@ class StreamSession:
             raise ValueError("There is no frame to ask about yet: push one first.")
         if not steps:
             raise ValueError(f"The memory holds no frame up to {t} s: ask about a later time.")
-        prompt = self.frames.inputs(text, steps, self.renumber)
-        seen = tuple(s for step in steps for s in step.seconds)
-        return Asked(began, prompt, seen, last if t is None else float(t))
+        if isinstance(self.memory, ReKVMemory):
+            prompt = self.memory.inputs(text, steps)
+        else:
+            prompt = self.frames.inputs(text, steps, self.renumber)
+        return Asked(began, prompt, last if t is None else float(t))
 
     def _answer(self, asked: Asked, options: dict[str, Any], **more: Any) -> Answer:
         options = {"max_new_tokens": self.max_new_tokens} | options
