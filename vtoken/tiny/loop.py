@@ -57,8 +57,9 @@ def optimise(
     """
     steps = steps or plan["steps"]
     used = optimisers(parameters.items(), plan["rate"], plan["muon_rate"])
-    groups = [(group, group["lr"]) for optimiser in used for group in optimiser.param_groups]
+    rates = [group["lr"] for optimiser in used for group in optimiser.param_groups]
     first, spent = _resume(keep, stage, parameters, used, log)
+    groups = [*zip((group for optimiser in used for group in optimiser.param_groups), rates)]
     began = time.perf_counter() - spent
     batches = Steps(steps, make, first)
     for step, item in enumerate(DataLoader(batches, batch_size=None, num_workers=workers), first):

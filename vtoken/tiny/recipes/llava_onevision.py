@@ -30,8 +30,8 @@ from ..wide import LARGE, cut, held_out_wide, make_wide
 
 __all__ = ["build", "card", "held_out", "measure", "train"]
 
-TOWER: dict[str, Any] = {"steps": 650, "batch": 32, "rate": 1.5e-3, "muon_rate": 0.015, "reset": 0.0, "look": 0.0}
-LANGUAGE: dict[str, Any] = {"steps": 700, "batch": 12, "rate": 1.5e-3, "muon_rate": 0.015}
+TOWER: dict[str, Any] = {"steps": 700, "batch": 32, "rate": 2e-3, "muon_rate": 0.02, "reset": 0.0, "look": 0.0}
+LANGUAGE: dict[str, Any] = {"steps": 700, "batch": 12, "rate": 2e-3, "muon_rate": 0.02}
 LENGTHS = (4, 6, 8, 10, 12, 16)  # frames of the clips in training
 HELD_OUT_LENGTHS = (6, 8, 10)
 SLOTS = 16  # questions per clip
