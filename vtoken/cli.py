@@ -112,7 +112,7 @@ def info(name: str) -> None:
     out.print(f'vtoken.patch(model, "{known.name}", budget=0.2)', style="cyan", highlight=False)
 
 
-@cli.command()
+@cli.group(invoke_without_command=True)
 @click.option("--image", type=click.Path(), help="Ask about this image instead of a generated scene.")
 @click.option("--question", help="The question; needed with --image unless the tiny model answers.")
 @click.option("--strategy", default="hired", show_default=True, help="See `vtoken list`; two are joined by +.")
@@ -121,8 +121,11 @@ def info(name: str) -> None:
 @click.option("--output", type=click.Path(dir_okay=False), default="vtoken_demo.png", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which held-out scene.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
-def demo(**options: Any) -> None:
+@click.pass_context
+def demo(context: click.Context, **options: Any) -> None:
     """Ask a model with all visual tokens and with fewer, and draw the ones that were kept."""
+    if context.invoked_subcommand is not None:
+        return
     from .demo import run
 
     options["max_new_tokens"] = int(options["max_new_tokens"])
@@ -132,7 +135,19 @@ def demo(**options: Any) -> None:
         raise fail(error) from None
 
 
-@cli.command("eval", context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
+PASSED_ON = {"context_settings": {"ignore_unknown_options": True, "help_option_names": []}, "add_help_option": False}
+
+
+@demo.command("stream", **PASSED_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def stream(arguments: tuple[str, ...]) -> None:
+    """Questions to a live stream, in a browser or at a terminal; try `vtoken demo stream --help`."""
+    from .streaming.command import stream_command
+
+    stream_command.main(args=list(arguments), prog_name="vtoken demo stream", standalone_mode=False)
+
+
+@cli.command("eval", **PASSED_ON)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def eval_command(arguments: tuple[str, ...]) -> None:
     """Accuracy against kept tokens, as `python -m vtoken.eval`; try `vtoken eval --help`."""

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 TINY_QUESTION = "how many objects are there?"
 
 
-def load(model_id: str | None) -> tuple[Any, Any]:
-    """Model in eval mode and its processor: the tiny LLaVA if `model_id` is None.
+def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
+    """Model in eval mode and its processor: a tiny one that ships with vtoken if `model_id` is None.
 
     Raises:
         OSError, ValueError: if nothing of that name can be loaded.
@@ -27,7 +27,7 @@ def load(model_id: str | None) -> tuple[Any, Any]:
     if model_id is None:
         from . import tiny
 
-        return tiny.load("llava")
+        return tiny.load(shipped)
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
