@@ -40,6 +40,21 @@ def test_small_budgets_move_the_cuts_towards_the_input():
     assert PyramidDrop(0.4).prefill_layers(32) == (8, 16, 24)
 
 
+@pytest.mark.parametrize(
+    "budget, num_layers, cuts", [(0.33, 4, (1, 2, 3)), (0.05, 32, (1, 2, 3)), (0.26, 4, (1, 2, 3))]
+)
+def test_embeddings_are_not_ranked_while_another_cut_reaches_the_budget(budget, num_layers, cuts):
+    strategy = PyramidDrop(budget)
+    assert strategy.prefill_layers(num_layers) == cuts
+    reads = run_through(strategy, prompt(visual=144, num_layers=num_layers, layer=1))
+    assert reads[0] == 144 and budget * 144 - 2 < sum(reads) / num_layers <= budget * 144
+
+
+def test_embeddings_are_ranked_by_budgets_that_one_full_layer_uses_up():
+    assert PyramidDrop(0.25).prefill_layers(4) == PyramidDrop(0.1).prefill_layers(4) == (0, 1, 2)
+    assert PyramidDrop(0.03).prefill_layers(32) == (0, 1, 2)
+
+
 def test_whole_number_budgets():
     tokens = prompt(visual=[300, 300], layer=8)
     reads = run_through(PyramidDrop(128), tokens)

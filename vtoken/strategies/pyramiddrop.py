@@ -9,7 +9,7 @@ from .base import Strategy, top_k
 from .registry import register
 from .schedule import check_inside, check_layers, counts_for, lengths, ratio_for, refuse_if_unreachable, wanted
 
-LEAST_RATIO = 0.25  # under it a budget moves the cuts towards the input
+LEAST_RATIO = 0.25  # under it a budget moves the cuts towards the input, down to layer 1 as long as that reaches it
 
 
 @register(
@@ -21,8 +21,8 @@ LEAST_RATIO = 0.25  # under it a budget moves the cuts towards the input
     code="github.com/Cooperx521/PyramidDrop",
     code_licence="MIT",
     differs="The ratio follows from the budget; budgets below a third, for which the published cuts leave no room, move the "
-    "cuts towards the input. Grouped-query attention, left padding and several images work; positions are kept unless "
-    "positions='renumber'.",
+    "cuts towards the input, and rank the embeddings only if one layer that reads everything would use them up. "
+    "Grouped-query attention, left padding and several images work; positions are kept unless positions='renumber'.",
 )
 @dataclass
 class PyramidDrop(Strategy):
@@ -53,14 +53,11 @@ class PyramidDrop(Strategy):
         if self.layers is not None:
             return tuple(self.layers)
         share = self.budget / self.entering if isinstance(self.budget, float) and self.ratio is None else 1.0
-        for first in range(max(1, num_layers // 4), -1, -1):
-            cuts = [first * i * num_layers // (4 * max(1, num_layers // 4)) for i in (1, 2, 3)]
-            for i in (1, 2):
-                cuts[i] = max(cuts[i], cuts[i - 1] + 1)
-            inside = tuple(i for i in cuts if i < num_layers)
-            if ratio_for(share, lengths(inside, num_layers)) >= LEAST_RATIO or share == 1:
-                break
-        return inside
+        for first in range(max(1, num_layers // 4), 0, -1):
+            inside = quarters(first, num_layers)
+            if share == 1 or ratio_for(share, lengths(inside, num_layers)) >= LEAST_RATIO:
+                return inside
+        return inside if share * num_layers > 1 else quarters(0, num_layers)
 
     def check_depth(self, num_layers: int) -> None:
         cuts = self.prefill_layers(num_layers)
@@ -86,3 +83,11 @@ class PyramidDrop(Strategy):
         if average >= n:
             return [n] * len(cuts)
         return counts_for(n, average, lengths(cuts, tokens.num_layers), self.info.name)
+
+
+def quarters(first: int, num_layers: int) -> tuple[int, ...]:
+    """Three cuts, the first in front of layer `first`, as far apart as the quarters of the depth would then be."""
+    cuts = [first * i * num_layers // (4 * max(1, num_layers // 4)) for i in (1, 2, 3)]
+    for i in (1, 2):
+        cuts[i] = max(cuts[i], cuts[i - 1] + 1)
+    return tuple(i for i in cuts if i < num_layers)
