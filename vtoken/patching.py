@@ -47,7 +47,8 @@ class Patch:
         wants_text = any(n.text_embeddings for n in needs.values()) and not strategy.is_identity
         if strategy.is_identity:
             needs = {m: Needs(modalities=n.modalities) for m, n in needs.items()}
-        planner = Planner(adapter, self._select, self.state, self._chosen, wants_text, bool(stages))
+        together = not strategy.is_identity and any(n.together for n in needs.values())
+        planner = Planner(adapter, self._select, self.state, self._chosen, wants_text, bool(stages), together)
         self.wrapped = Wrapped()
         self.parts: list[Any] = [self.wrapped]
         try:
@@ -150,10 +151,11 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
         if lacking:
             cls = "the attention of a CLS token"
             words = {"cls_attention": cls, "cls_logits": cls, "received_attention": "attention maps of the tower"}
-            words["reuse"] = "layers that can be computed in part"
+            words |= {"reuse": "layers that can be computed in part", "pixels": "square frames of one size"}
             missing = " and ".join(words.get(x, x.replace("_", " ")) for x in lacking)
             received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
             extension = ' pass score="received" to rank by attention received, or' if received else ""
+            extension = " pass thumbnail=False, or" if lacking == ["pixels"] and hasattr(strategy, "thumbnail") else extension
             raise ValueError(
                 f"{name} needs {missing}, which the vision tower of this {kind} model does not have:{extension} "
                 f"use {', '.join(fitting(adapter))}."

@@ -94,6 +94,8 @@ class Needs:
         received_attention: tower layers whose received attention is read.
         keys: tower layers whose attention keys are read.
         text_embeddings: whether the prompt's text embeddings are read.
+        pixels: whether the frames' pixels are read, and further frames encoded.
+        together: whether the images of one prompt are seen as the frames of one video.
         modalities: the kinds of input the method is defined for.
     """
 
@@ -102,6 +104,8 @@ class Needs:
     received_attention: tuple[int, ...] = ()
     keys: tuple[int, ...] = ()
     text_embeddings: bool = False
+    pixels: bool = False
+    together: bool = False
     modalities: tuple[str, ...] = ("image", "video")
 
     @property
@@ -129,6 +133,8 @@ class VisualTokens:
             features. None if nothing was merged there.
         memory: what the strategy noted of earlier frames of the same stream (see `vtoken.stream`), empty at its start
             and for whatever is no stream. Constant in size and made of numbers, strings, tensors, lists and dicts, please.
+        pixels: (frames, 3, H, W) as the tower takes them, of images in crops the view of the whole; None unless declared.
+        encode: `encode(pixels (k, 3, H, W))` gives the features (k, cells, d) of further frames; None unless declared.
     """
 
     features: Tensor
@@ -140,6 +146,8 @@ class VisualTokens:
     merged: Tensor | None = None
     provided: dict[tuple[str, int], Tensor | Callable[[], Tensor]] = field(default_factory=dict, repr=False)
     memory: dict[str, Any] = field(default_factory=dict, repr=False)
+    pixels: Tensor | None = field(default=None, repr=False)
+    encode: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return self.cells.shape[0]
@@ -314,12 +322,15 @@ class Selection:
             that no one names in `into` stays as it is; one that absorbs must name itself for its own share.
         weight: (n,) float32 or None, the share with which token i is added.
         marked: (k,) bool or None: kept tokens that the strategy wants to recognise inside the LLM.
+        features: (k, d) or None: what the LLM reads in the kept tokens' places instead of their own features, for methods
+            that encode more than the model does; not together with `into`.
     """
 
     keep: Tensor
     into: Tensor | None = None
     weight: Tensor | None = None
     marked: Tensor | None = None
+    features: Tensor | None = None
 
     @classmethod
     def everything(cls, n: int, device: torch.device | str | None = None) -> Selection:
@@ -342,6 +353,11 @@ class Selection:
             raise ValueError(f"Selection.keep must be ascending, unique and within [0, {n}), found {keep.tolist()[:20]}.")
         if (self.into is None) != (self.weight is None):
             raise ValueError("Selection.into and Selection.weight go together: give both or none.")
+        if self.features is not None and (self.into is not None or self.features.shape[:-1] != keep.shape):
+            raise ValueError(
+                f"Selection.features must be ({len(keep)}, d) and stand alone, found {tuple(self.features.shape)}"
+                f"{'' if self.into is None else ' beside into'}."
+            )
         if self.marked is not None and (self.marked.shape != keep.shape or self.marked.dtype != torch.bool):
             raise ValueError(f"Selection.marked must be bool of shape {tuple(keep.shape)}, found {self.marked.dtype}.")
         if self.into is not None and self.weight is not None:
@@ -386,4 +402,8 @@ def concat_selections(selections: Sequence[Selection], sizes: Sequence[int]) -> 
     out = Selection(torch.cat(keep), torch.cat(into) if merging else None, torch.cat(weight) if merging else None)
     if any(s.marked is not None for s in selections):
         out.marked = torch.cat(marked)
+    written = [s.features for s in selections if s.features is not None]
+    if written and len(written) < len(selections):
+        raise ValueError("Selection.features must be given for all of several images or videos, or for none.")
+    out.features = torch.cat(written) if written else None
     return out

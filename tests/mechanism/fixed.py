@@ -130,9 +130,13 @@ class Spy:
         return keep, merge
 
     def by_row(self, family: Family, inputs: dict) -> list[Tensor]:
-        """The features of every row's visual tokens, as the strategy saw them."""
+        """The features of every row's visual tokens, as the strategy saw them or wrote them."""
         counts = family.visual(inputs).sum(1).tolist()
-        return list(torch.cat(self.features).split(counts))
+        read = [f.clone() for f in self.features]
+        for features, (_, answer) in zip(read, self.items, strict=False):
+            if answer.features is not None:
+                features[answer.keep] = answer.features
+        return list(torch.cat(read).split(counts))
 
     def inside(self, family: Family, inputs: dict, front: Tensor) -> tuple[dict[int, Tensor], list[dict[int, Tensor]]]:
         """What the answers inside the LLM mean: per layer bool (batch, L), per row and layer a matrix."""

@@ -53,6 +53,8 @@ def build(
         modality=modality,
         text_embeddings=randn(text, DIM).to(dtype) if text else None,
         provided=provided,
+        pixels=randn(count, 3, 12, 12).to(dtype),
+        encode=lambda pixels: pixels.mean((1, 2, 3))[:, None, None].expand(-1, size, DIM),
     )
 
 
@@ -113,6 +115,8 @@ def answer(strategy: Strategy, tokens: VisualTokens, memory: dict | None = None)
         tokens,
         memory={} if memory is None else memory,
         text_embeddings=tokens.text_embeddings if needs.text_embeddings else None,
+        pixels=tokens.pixels if needs.pixels else None,
+        encode=tokens.encode if needs.pixels else None,
         provided={key: value for key, value in tokens.provided.items() if key in declared},
     )
     return strategy.select(given).check(len(tokens))
@@ -120,6 +124,8 @@ def answer(strategy: Strategy, tokens: VisualTokens, memory: dict | None = None)
 
 def outputs(tokens: VisualTokens, selection: Selection) -> Tensor:
     """What the LLM would read: the kept features after merging, float64, one by one as `Selection` defines it."""
+    if selection.features is not None:
+        return selection.features.double()
     x = tokens.features.double()
     out = []
     for j, i in enumerate(selection.keep.tolist()):

@@ -27,7 +27,8 @@ def align_cache(run: Run, layers: Sequence[int], stage_of: Sequence[int]) -> Non
         index = _columns(run, stage, final, past)
         group = [run.cache.layers[i] for i in layers if stage_of[i] == stage]
         for device in {layer.keys.device for layer in group}:
-            _cut([layer for layer in group if layer.keys.device == device], index.to(device))
+            here = [layer for layer in group if layer.keys.device == device]
+            _cut(here, index.to(device), inplace=run.static and not run.ragged[final])
 
 
 def _columns(run: Run, stage: int, final: int, past: int) -> Tensor:
@@ -41,12 +42,13 @@ def _columns(run: Run, stage: int, final: int, past: int) -> Tensor:
     return torch.cat([torch.arange(past, device=now.device).expand(len(now), past), now], 1)
 
 
-def _cut(layers: list[Any], index: Tensor) -> None:
-    keys, values = kv_compact([x.keys for x in layers], [x.values for x in layers], index)
+def _cut(layers: list[Any], index: Tensor, inplace: bool) -> None:
+    keys, values = kv_compact([x.keys for x in layers], [x.values for x in layers], index, inplace)
     for layer, key, value in zip(layers, keys, values, strict=True):
         if layer.is_compileable:  # static buffers keep their address
-            layer.keys[:, :, : key.shape[2]].copy_(key)
-            layer.values[:, :, : value.shape[2]].copy_(value)
+            if not inplace:  # filler points back at slot 0
+                layer.keys[:, :, : key.shape[2]].copy_(key)
+                layer.values[:, :, : value.shape[2]].copy_(value)
             layer.cumulative_length.fill_(key.shape[2])
         else:
             layer.keys, layer.values = key, value

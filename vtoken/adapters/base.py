@@ -34,6 +34,8 @@ class Adapter:
         prompt_arguments: arguments of `forward` and `generate` that `layouts` wants beside those of `get_*_features`.
         join: for families whose prompt, not whose features, tells which tiles are one image.
         frames: where the tower's frames are no rows of the pixels.
+        square_frames: modalities whose pixels are squares of one size, so that a picture made of some can be encoded.
+        frame_arguments: what encodes such a picture, where pixels are not all that it takes.
 
     Attributes:
         model: what the user patches.
@@ -83,29 +85,49 @@ class Adapter:
 
         Default: pixels (videos, frames, 3, H, W) or (images, 3, H, W).
         """
-        given = (arguments.get(name) for name in self.pixel_arguments)
-        pixels = next(x for x in given if x is not None)
+        pixels = arguments[self.pixel_argument(arguments)]
         if modality == "video":
             return [int(pixels.shape[1])] * len(pixels)
         return [1] * len(pixels) if pixels.ndim == 4 else []
+
+    @property
+    def square_frames(self) -> tuple[str, ...]:
+        return ()
+
+    def frame_arguments(self, modality: str, pixels: Tensor, like: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of `get_*_features` for frames (k, 3, H, W), where it was called with `like` before."""
+        name = self.pixel_argument(like)
+        options = ("vision_feature_layer", "vision_feature_select_strategy")
+        given = {n: like[n] for n in options if like.get(n) is not None}
+        return given | {name: pixels[None] if modality == "video" else pixels}
 
     # -- provided -----------------------------------------------------------------------------------------------
     def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
         """The output of `get_*_features` as one (n, d) tensor per image or video."""
         return [f.flatten(0, -2) for f in output.pooler_output]
 
+    def pixel_argument(self, arguments: dict[str, Any]) -> str:
+        """The name under which a call was given its pixels."""
+        return next(name for name in self.pixel_arguments if arguments.get(name) is not None)
+
+    def frame_pixels(self, modality: str, arguments: dict[str, Any]) -> list[Tensor]:
+        """Per item of one call its frames (frames, 3, H, W), of images in crops the view of the whole."""
+        pixels = arguments[self.pixel_argument(arguments)]
+        return [p if modality == "video" else p[:1] if p.ndim == 4 else p[None] for p in pixels]
+
     def find_placeholders(self, input_ids: Tensor) -> dict[str, Tensor]:
         """Visual tokens by their ids, for families without `get_placeholder_mask`: modality -> (B, q) bool."""
         return {m: input_ids == getattr(self.config, f"{m}_token_id") for m in self.modalities}
 
     def provides(self, modality: str) -> frozenset[str]:
-        """Which of "cls_attention", "cls_logits", "received_attention", "keys", "text_embeddings" strategies can have."""
+        """Which of "cls_attention", "cls_logits", "received_attention", "keys", "text_embeddings", "pixels" there is."""
         tower = self.towers.get(modality)
-        return frozenset({"text_embeddings"}) | (tower.provides if tower is not None else frozenset())
+        own = {"text_embeddings", "pixels"} if modality in self.square_frames else {"text_embeddings"}
+        return frozenset(own) | (tower.provides if tower is not None else frozenset())
 
     def lacking(self, needs: Needs, modality: str) -> list[str]:
         """The needs that this model cannot serve for a modality."""
-        kinds = ("cls_attention", "cls_logits", "received_attention", "keys", "text_embeddings")
+        kinds = ("cls_attention", "cls_logits", "received_attention", "keys", "text_embeddings", "pixels")
         asked = [kind for kind in kinds if getattr(needs, kind)]
         return [kind for kind in asked if kind not in self.provides(modality)]
 

@@ -132,6 +132,9 @@ class VisionWatch:
         if isinstance(output, tuple):  # return_dict=False: not a call of generate() or forward()
             return output
         encoded = self._encode(modality, output, given, capture)
+        if self.needs[modality].pixels:
+            for item, pixels in zip(encoded.items, self.adapter.frame_pixels(modality, given), strict=True):
+                item.pixels, item.encode = pixels, functools.partial(self._encode_frames, modality, original, given)
         for item in encoded.items if stream is not None else ():
             item.memory = stream.memory
         setattr(output, ENCODED, encoded)
@@ -153,6 +156,22 @@ class VisionWatch:
         if not frames:
             return None
         return FramePass(frames if stream is None else [sum(frames)], stream)
+
+    def _encode_frames(
+        self, modality: str, original: Callable[..., Any], like: dict[str, Any], pixels: Tensor
+    ) -> Tensor:
+        """(k, cells, d) features of k further frames (k, 3, H, W), cells in raster order."""
+        given = self.adapter.frame_arguments(modality, pixels.to(like[self.adapter.pixel_argument(like)]), like)
+        with torch.no_grad():
+            output = original(**given)
+        features = self.adapter.split_features(modality, output, given)
+        frames = []
+        for f, layout in zip(features, self.adapter.layouts(modality, features, given), strict=True):
+            place, first = layout.cells.to(f.device), 0
+            for segment in layout.segments[: None if modality == "video" else 1]:
+                frames.append(f[(place >= first) & (place < first + segment.size)])
+                first += segment.size
+        return torch.stack(frames)
 
     def _told(self) -> dict[str, Any]:
         """The prompt's arguments that the adapter wants beside those of `get_*_features`."""

@@ -28,6 +28,10 @@ class Gemma3Adapter(Adapter):
         pooled = self.base.multi_modal_projector.avg_pool(value.reshape(-1, 1, *square(value.shape[-1])))
         return pooled.reshape(*value.shape[:-1], -1)
 
+    @property
+    def square_frames(self) -> tuple[str, ...]:
+        return self.modalities
+
     def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
         return list(output.pooler_output)
 

@@ -44,6 +44,10 @@ class LlavaAdapter(Adapter):
     def make_towers(self) -> dict[str, Tower]:
         return find_tower(self.base.vision_tower, self.config)
 
+    @property
+    def square_frames(self) -> tuple[str, ...]:
+        return () if self.config.vision_config.model_type == "pixtral" else self.modalities
+
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         sizes = arguments.get("image_sizes")
         out = []

@@ -35,6 +35,18 @@ class LlavaNextAdapter(Adapter):
         vision = self.config.vision_config
         return int(vision.image_size // vision.patch_size)
 
+    @property
+    def square_frames(self) -> tuple[str, ...]:
+        return self.modalities
+
+    def frame_arguments(self, modality: str, pixels: Tensor, like: dict[str, Any]) -> dict[str, Any]:
+        given = super().frame_arguments(modality, pixels, like)
+        if modality == "image":  # as an image of the size of a tile, whose crops nobody will look at
+            tiles = like[self.pixel_argument(like)].shape[1]
+            given[self.pixel_argument(like)] = pixels[:, None].expand(-1, tiles, -1, -1, -1)
+            given["image_sizes"] = torch.tensor([list(pixels.shape[-2:])] * len(pixels))
+        return given
+
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         if modality == "video":
             return self.video_layouts(features, arguments)

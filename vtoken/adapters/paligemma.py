@@ -25,6 +25,10 @@ class PaliGemmaAdapter(Adapter):
             return {}
         return {"image": SiglipTower(tower, tower.config.num_hidden_layers - 1)}
 
+    @property
+    def square_frames(self) -> tuple[str, ...]:
+        return self.modalities
+
     def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
         return list(output.pooler_output)
 

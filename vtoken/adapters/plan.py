@@ -12,6 +12,7 @@ from ..tokens import Selection, VisualTokens, concat_selections
 from .base import Adapter
 from .encoded import EncodedVisuals
 from .state import Call, Plan, PromptLayout, Run, State
+from .tiles import join_images
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Planner:
         chosen: called once per prompt batch with what was chosen and the number of beams per prompt row.
         wants_text: whether the strategy reads the prompt's text embeddings.
         inside: whether something will be dropped inside the LLM, which wants to know which token is what.
+        together: whether the strategy sees the images of a prompt as one video.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class Planner:
         chosen: Callable[[list[Chosen], int], None],
         wants_text: bool,
         inside: bool = False,
+        together: bool = False,
     ) -> None:
         self.adapter, self.select, self.state, self.chosen = adapter, select, state, chosen
-        self.wants_text, self.inside = wants_text, inside
+        self.wants_text, self.inside, self.together = wants_text, inside, together
 
     def __call__(self, call: Call, run: Run, embeds: Tensor, real: Tensor) -> Plan | None:
         if self.state.disabled:
@@ -85,16 +88,23 @@ class Planner:
         for modality, places_of in self._places(call.visual, beams).items():
             for b, places, items in _assign(places_of, encoded[modality].items):
                 ids = None if call.input_ids is None else call.input_ids[b * beams]
-                items = self.adapter.join(items, ids, places)
+                items = self._join(modality, items, ids, places)
                 text = embeds[b * beams][self._text(call, b * beams, real)] if self.wants_text else None
-                picks = [self._select(item, text) for item in items]
+                picks = complete([self._select(item, text) for item in items], items)
                 chosen += [Chosen(b, item, s) for item, s in zip(items, picks, strict=True)]
                 rows = slice(b * beams, (b + 1) * beams)
                 if self.inside:
                     self._lay_out(run, rows, places, items, picks)
                 plan.follow(rows, places, concat_selections(picks, [len(item) for item in items]))
         self.chosen(chosen, beams)
-        return None if plan.into is None and bool(plan.keep.all()) else plan
+        return None if plan.into is None and plan.source is None and bool(plan.keep.all()) else plan
+
+    def _join(
+        self, modality: str, items: list[VisualTokens], ids: Tensor | None, places: Tensor
+    ) -> list[VisualTokens]:
+        """The images or videos of one row as the strategy sees them."""
+        items = self.adapter.join(items, ids, places)
+        return [join_images(items)] if self.together and modality == "image" and len(items) > 1 else items
 
     @staticmethod
     def _lay_out(run: Run, rows: slice, places: Tensor, items: list[VisualTokens], picks: list[Selection]) -> None:
@@ -169,12 +179,12 @@ class Planner:
             longest = max(len(p) for p in places_of)
             keep = torch.ones(ids.shape[0], longest, dtype=torch.bool, device=embeds.device)
             for b, places, items in _assign(places_of, encoded[modality].items):
-                items = self.adapter.join(items, ids[b], places)
-                picks = [self._select(item, None) for item in items]
+                items = self._join(modality, items, ids[b], places)
+                picks = complete([self._select(item, None) for item in items], items)
                 selection = concat_selections(picks, [len(item) for item in items])
-                if selection.into is not None:
+                if selection.into is not None or selection.features is not None:
                     raise NotImplementedError(
-                        "A merging strategy needs the whole prompt in one prefill: leave out prefill_chunk_size."
+                        "A strategy that makes new features needs the whole prompt in one prefill: leave out prefill_chunk_size."
                     )
                 chosen += [Chosen(b, item, s) for item, s in zip(items, picks, strict=True)]
                 keep[b, : len(places)] = False
@@ -196,6 +206,14 @@ class Planner:
             keep = kept if keep is None else keep & kept
         assert keep is not None
         return Plan(keep)
+
+
+def complete(picks: list[Selection], items: list[VisualTokens]) -> list[Selection]:
+    """Answers of which all have features of their own, if one has."""
+    if all(p.features is None for p in picks):
+        return picks
+    each = zip(picks, items, strict=True)
+    return [replace(p, features=item.features[p.keep]) if p.features is None else p for p, item in each]
 
 
 def _assign(places_of: list[Tensor], items: list[VisualTokens]) -> list[tuple[int, Tensor, list[VisualTokens]]]:

@@ -34,6 +34,12 @@ def take_merged(x: Tensor, index: Tensor, valid: Tensor, into: Tensor | None = N
     return gather_merge(x, index, torch.where(into >= 0, column.gather(1, into.clamp(min=0)), -1), weight)
 
 
+def overwrite(x: Tensor, source: Tensor, features: Tensor) -> Tensor:
+    """(B, m, d) with row `source[b, i]` of `features` (w, d) in place i where `source` (B, m) is not negative."""
+    rows = features.to(x)[source.clamp(min=0)]
+    return torch.where((source >= 0)[..., None], rows, x)
+
+
 def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     """Gather with one index row per sample; x: (B, n, ...) for dim 1, (..., B, n) for dim -1; index (B, m)."""
     index = index.to(x.device)

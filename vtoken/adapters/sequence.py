@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .cache import Ledger, ledger_of, make_logical, new_dynamic_cache, physical_length
 from .layers import LayerStages, Stage
 from .masks import cut_mask, sees_itself
-from .ragged import expand_batch, right_aligned, take, take_merged
+from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
 from .state import ENCODED, Call, Observer, Plan, Run, State, Wrapped
 
 
@@ -242,6 +242,8 @@ class Sequence:
         run.ragged = [not bool(valid.all())]
 
         kwargs["inputs_embeds"] = take_merged(embeds, index, valid, *((plan.into, plan.weight) if plan is not None else ()))
+        if plan is not None and plan.source is not None and plan.features is not None:
+            kwargs["inputs_embeds"] = overwrite(kwargs["inputs_embeds"], plan.source.gather(1, index), plan.features)
         run.positions = self._positions(kwargs.get("position_ids"), ledger, keep, real, index)
         kwargs["position_ids"] = run.positions
         kwargs["attention_mask"] = self._mask(mask, mask_2d, real, run)

@@ -31,11 +31,16 @@ class Call:
 
 @dataclass
 class Plan:
-    """What to do with the tokens of one forward: `keep` (B, q) bool, and who absorbs whom ((B, q), by position)."""
+    """What to do with the tokens of one forward: `keep` (B, q) bool, and who absorbs whom ((B, q), by position).
+
+    `source` (B, q) int64 is the row of `features` that is read instead of a token's own, -1 for none.
+    """
 
     keep: Tensor
     into: Tensor | None = None
     weight: Tensor | None = None
+    source: Tensor | None = None
+    features: Tensor | None = None
 
     def follow(self, rows: int | slice, places: Tensor, selection: Selection) -> None:
         """Enter for batch `rows` what a strategy answered about the tokens at the positions `places` (n,)."""
@@ -43,6 +48,12 @@ class Plan:
         dropped = torch.ones(len(places), dtype=torch.bool, device=places.device)
         dropped[kept] = False
         self.keep[rows, places[dropped]] = False
+        if selection.features is not None:
+            before = selection.features[:0] if self.features is None else self.features
+            if self.source is None:
+                self.source = torch.full_like(self.keep, -1, dtype=torch.long)
+            self.source[rows, places[kept]] = torch.arange(len(kept), device=places.device) + len(before)
+            self.features = torch.cat([before, selection.features])
         if selection.into is None or selection.weight is None:
             return
         if self.into is None or self.weight is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,6 +31,24 @@ def join_tiles(tiles: Sequence[VisualTokens], segments: Sequence[Segment], order
         modality=tiles[0].modality,
         memory=tiles[0].memory,
         provided={key: torch.cat([tiles[i]._get(*key) for i in order]) for key in tiles[0].provided},
+    )
+
+
+def join_images(images: Sequence[VisualTokens]) -> VisualTokens:
+    """The images of a prompt as the frames of one video; of one in crops, the view of the whole is the frame."""
+    start = [0]
+    for image in images:
+        start.append(start[-1] + image.num_cells)
+    cells = [torch.where(x.cells < 0, -1, x.cells + s) for x, s in zip(images, start, strict=False)]
+    segments = [s if s.kind == "crop" else replace(s, kind="frame") for image in images for s in image.segments]
+    pixels = [x.pixels for x in images if x.pixels is not None]
+    return replace(
+        images[0],
+        features=torch.cat([x.features for x in images]),
+        segments=tuple(segments),
+        cells=torch.cat(cells),
+        provided={},
+        pixels=torch.cat(pixels) if pixels else None,
     )
 
 
