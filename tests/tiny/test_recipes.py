@@ -146,7 +146,7 @@ def test_packed_sequences_read_what_the_model_reads(name):
 def test_a_few_steps_reduce_the_loss(name, monkeypatch):
     recipe = GROWN[name]
     for plan in (recipe.TOWER, recipe.LANGUAGE):
-        monkeypatch.setitem(plan, "batch", 8 if plan is recipe.TOWER else 1)
+        monkeypatch.setitem(plan, "batch", 4 if plan is recipe.TOWER else 1)
     model, processor = small(name)
     log: list[dict] = []
     recipe.train_tower(model, processor, log, steps=21, checks=4)

@@ -44,7 +44,7 @@ def run(report: dict[str, Any]) -> str:
     """The command of a run, its time and where it ran."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     command = f"python -m vtoken.tiny.train {report['model']} --seed {report['seed']}"
-    return f"`{command}`: {report['training_minutes']} minutes of training on {report['machine']} ({versions})."
+    return f"`{command}`: {report['training_minutes']} minutes of training on {report['machine']}\n({versions})."
 
 
 def draw(file: Path, log: list[dict]) -> None:
@@ -68,7 +68,7 @@ def draw(file: Path, log: list[dict]) -> None:
             points = [(e["step"], e[measure]) for e in some if measure in e]
             right.plot(*zip(*points), marker=".", label=measure.replace("_", " "))
         right.set(ylim=(0, 1.02), ylabel="held-out share")
-        right.legend(loc="center right", fontsize=8)
+        right.legend(loc="lower right", fontsize=7, framealpha=0.6)
     figure.savefig(file, dpi=90)
     plt.close(figure)
 

@@ -260,8 +260,8 @@ def card(report: dict[str, Any], log: list[dict]) -> str:
         accuracy=accuracy(report),
         form=last["held_out_form"],
         digit=last["held_out_digit"],
-        images=", ".join(f"{n} for {w} x {h} px" for n, (w, h) in zip(tokens["images"], LARGE.canvases)),
-        clips=", ".join(f"{n} for {frames} frames" for n, frames in zip(tokens["clips"], HELD_OUT_LENGTHS)),
+        images=", ".join(f"{n} ({w} x {h} px)" for n, (w, h) in zip(tokens["images"], LARGE.canvases)),
+        clips=", ".join(f"{n} ({frames} frames)" for n, frames in zip(tokens["clips"], HELD_OUT_LENGTHS)),
         lengths=f"{', '.join(map(str, LENGTHS[:-1]))} or {LENGTHS[-1]}",
         tower=plan(TOWER, log, "tower"),
         language=plan(LANGUAGE, log, "language"),
@@ -276,8 +276,9 @@ CARD = (
 A real `LlavaOnevisionForConditionalGeneration` ({parameters:.2f} M parameters: a SigLIP tower without CLS, a two-layer
 projector, a Qwen2) that answers questions about coloured shapes on photographs and about digits and shapes in short clips.
 Images are read as a base image (96 x 96 px, 144 visual tokens) and crops of 96 px, unpadded, with a newline token after
-each row of patches ("anyres_max_9"): {images}. Of a clip it reads 36 tokens per frame, pooled 2 x 2, and a newline
-token: {clips}. It was trained on full sequences: it has never seen a dropped token.
+each row of patches ("anyres_max_9"): {images}.
+Of a clip it reads 36 tokens per frame, pooled 2 x 2, and a newline token: {clips}.
+It was trained on full sequences: it has never seen a dropped token.
 
 {snippet}
 
