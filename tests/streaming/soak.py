@@ -24,7 +24,7 @@ from tests.models.common import IMG, LM, VID, randomize
 from tests.streaming.common import processor_of
 
 SCENE = 50  # frames
-WINDOW = 32  # frames over which work is counted
+WINDOW = 16  # frames over which work is counted, a multiple of every interval
 
 
 @dataclass

@@ -135,6 +135,26 @@ def test_asking_changes_nothing():
         assert torch.equal(logits_of(asked), logits_of(silent))
 
 
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
+def test_state_of_two_streams_does_not_mix(name):
+    """Reuse in the tower and the pruner's history belong to a session, also where a question looks at half a step."""
+    options = dict(strategy="stc", budget=0.5, interval=3)
+    videos = [frames_of(7), frames_of(7, seed=1)]
+    alone = []
+    for frames in videos:
+        with fed(session_of(name, **options), frames) as session:
+            alone.append(logits_of(session))
+            assert 0 < session.state.flops < session.state.flops_dense
+    with session_of(name, **options) as a, session_of(name, **options) as b:
+        for i in range(7):
+            a.push(videos[0][i], i / 2)
+            a.ask(Q, max_new_tokens=1)
+            b.push(videos[1][i], i / 2)
+        assert torch.equal(logits_of(a), alone[0]) and torch.equal(logits_of(b), alone[1])
+    with fed(session_of(name, "stc_cacher", interval=1), videos[0]) as session:
+        assert torch.equal(logits_of(session), plain(name, videos[0])[1])
+
+
 def test_frames_arrive_while_an_answer_is_given():
     """The answer waits for the reader, who must therefore not wait for the answer."""
     session, frames = fed(session_of("llava_onevision"), frames_of(3)), frames_of(8)
@@ -199,7 +219,7 @@ def test_an_answer_can_be_stopped_and_fails_aloud():
 
 
 def test_reset_starts_another_stream():
-    session = fed(session_of("qwen2_5_vl"), frames_of(5, (56, 56)))
+    session = fed(session_of("qwen2_5_vl", fps=None), frames_of(5, (56, 56)))
     session.reset()
     assert session.stats["frames"] == session.stats["bytes"] == 0
     assert torch.equal(logits_of(fed(session, frames_of(4))), plain("qwen2_5_vl", frames_of(4))[1])

@@ -6,7 +6,7 @@ import pytest
 
 from tests.streaming.soak import Mark, run
 
-OPTIONS = {"recent": dict(max_bytes=20_000), "rekv": dict(max_bytes=60_000, memory_options=dict(n_local=16, topk=4))}
+OPTIONS = {"recent": dict(max_bytes=20_000), "rekv": dict(max_bytes=30_000, memory_options=dict(n_local=16, topk=4))}
 
 
 def check_flat(marks: list[Mark]) -> list[Mark]:
@@ -22,7 +22,7 @@ def check_flat(marks: list[Mark]) -> list[Mark]:
 
 @pytest.mark.parametrize("memory", OPTIONS)
 def test_a_long_stream(memory):
-    marks = run(2000 if memory == "recent" else 400, marks=4, memory=memory, **OPTIONS[memory])
+    marks = run(2000 if memory == "recent" else 320, marks=4, memory=memory, **OPTIONS[memory])
     check_flat(marks)
 
 

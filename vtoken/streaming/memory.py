@@ -76,11 +76,12 @@ class RecentMemory:
 
     Args:
         max_bytes: bytes of features and indices that are kept at most.
-        max_tokens: visual tokens, as `count_rows` counts them, that are kept at most.
+        max_tokens: visual tokens that are kept at most, which bounds the prompt.
         sinks: first steps that are never forgotten.
         recent: latest steps that are forgotten last and not pruned further.
         history_tokens: share or number of a history step's kept tokens that stay; None keeps them all.
-        count_rows: count the tokens that a step would have unpruned, as its positions do, not those kept.
+        max_rows: bound of the tokens that the kept steps would have unpruned, for prompts whose positions count those; None
+            for no bound.
 
     Raises:
         ValueError: for a bound that is not positive.
@@ -93,7 +94,7 @@ class RecentMemory:
         sinks: int = 1,
         recent: int = 8,
         history_tokens: float | int | None = None,
-        count_rows: bool = False,
+        max_rows: int | None = None,
     ) -> None:
         for name, value, least in (("max_bytes", max_bytes, 1), ("max_tokens", max_tokens, 1), ("recent", recent, 1)):
             if value < least:
@@ -101,19 +102,22 @@ class RecentMemory:
         if sinks < 0:
             raise ValueError(f"sinks must be at least 0, found {sinks}.")
         self.max_bytes, self.max_tokens, self.sinks, self.recent = max_bytes, max_tokens, sinks, recent
-        self.history_tokens, self.count_rows = history_tokens, count_rows
+        self.history_tokens, self.max_rows = history_tokens, max_rows
         self.reset()
 
     def reset(self) -> None:
         self.steps: list[Step] = []
-        self.nbytes = self.tokens = self.forgotten = 0
-
-    def _tokens(self, step: Step) -> int:
-        return step.rows if self.count_rows else len(step.kept)
+        self.nbytes = self.visual_tokens = self.rows = self.forgotten = 0
 
     def _count(self, step: Step, sign: int) -> None:
         self.nbytes += sign * step.nbytes
-        self.tokens += sign * self._tokens(step)
+        self.visual_tokens += sign * len(step.kept)
+        self.rows += sign * step.rows
+
+    @property
+    def _full(self) -> bool:
+        rows = self.max_rows is not None and self.rows > self.max_rows
+        return rows or self.nbytes > self.max_bytes or self.visual_tokens > self.max_tokens
 
     def _replace(self, place: int, step: Step) -> None:
         self._count(self.steps[place], -1)
@@ -122,9 +126,9 @@ class RecentMemory:
 
     def add(self, step: Step) -> None:
         """Remember one step. Raises ValueError if it alone is larger than the memory."""
-        if step.nbytes > self.max_bytes or self._tokens(step) > self.max_tokens:
+        if step.nbytes > self.max_bytes or len(step.kept) > self.max_tokens or step.rows > (self.max_rows or step.rows):
             raise ValueError(
-                f"One step of {self._tokens(step)} visual tokens, {step.nbytes} bytes, does not fit a memory of "
+                f"One step of {len(step.kept)} visual tokens, {step.nbytes} bytes, does not fit a memory of "
                 f"{self.max_tokens} tokens, {self.max_bytes} bytes: raise max_tokens or max_bytes, or lower the budget."
             )
         self.steps.append(step)
@@ -132,7 +136,7 @@ class RecentMemory:
         left = len(self.steps) - 1 - self.recent
         if self.history_tokens is not None and left >= self.sinks:
             self._replace(left, self._pruned(self.steps[left]))
-        while self.nbytes > self.max_bytes or self.tokens > self.max_tokens:
+        while self._full:
             self._forget()
 
     def _forget(self) -> None:
@@ -153,11 +157,6 @@ class RecentMemory:
             return step
         unit = normalize(step.features.float(), dim=-1)
         return step.only(top_k(-unit @ unit.mean(0), k))
-
-    @property
-    def visual_tokens(self) -> int:
-        """Visual tokens in memory."""
-        return sum(len(s.kept) for s in self.steps)
 
     def view(self, t: float | None = None) -> list[Step]:
         """The steps in memory whose frames all lie at or before time `t` (seconds; None for all), in time order."""

@@ -55,8 +55,9 @@ class ReKVMemory:
     away than `n_local - 1`. At a question each LLM layer takes the `topk` blocks whose mean key has the largest product with
     the question's mean query, in the order of time; sinks and blocks get positions 0, 1, 2, ... and the prompt's end
     continues them, through the model's own `generate`. Differs from the published code: a sink is not counted twice while it
-    is in the window, the end of a video (`Step.tail`) stays in the prompt, a short group is filled up, `n_local` does not limit the answer, and blocks
-    are bounded: where a new one does not fit, that with the least change is forgotten as in `RecentMemory`.
+    is in the window, the end of a video (`Step.tail`) stays in the prompt, a short last group is filled up, `n_local` does
+    not limit the answer, and blocks are bounded: where a new one does not fit, that with the least change is forgotten as in
+    `RecentMemory`.
 
     Args:
         layers: the LLM.

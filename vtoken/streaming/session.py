@@ -129,9 +129,14 @@ class StreamSession:
             return ReKVMemory(
                 Layers(self.adapter), self.frames, REKV_BYTES if max_bytes is None else max_bytes, **options
             )
+        room = positions - min(SPARE, positions // 2)
         counts_rows = not self.renumber and not hasattr(self.adapter.base, "get_rope_index")
-        most = positions - min(SPARE, positions // 2) if max_tokens is None else max_tokens
-        return RecentMemory(RECENT_BYTES if max_bytes is None else max_bytes, most, count_rows=counts_rows, **options)
+        return RecentMemory(
+            RECENT_BYTES if max_bytes is None else max_bytes,
+            room if max_tokens is None else max_tokens,
+            max_rows=room if counts_rows else None,
+            **options,
+        )
 
     def _patched(self, strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Patch | None:
         current = patch_of(self.model)
