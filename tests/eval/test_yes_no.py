@@ -73,7 +73,8 @@ def test_scores_by_hand(tmp_path, protocol, layout):
     right = round(existence[0] / 25) + round(code[0] / 50)
     assert (outcome.cell.right, outcome.cell.asked) == (right, 6)
     assert outcome.cell.tokens == 20 and outcome.cell.tokens_in == 100 and outcome.cell.flops == pytest.approx(0.2)
-    assert outcome.ttft == 0.25 and not outcome.unreadable
+    assert outcome.ttft == 0.25 and not outcome.unreadable and len(outcome.wrong) == 6 - right
+    assert len(outcome.unparsed) == {"strict": 5, "lmms-eval": 1, "vlmevalkit": 3}[protocol]
     perception_shown, cognition_shown, total = outcome.breakdown.columns.values()
     assert perception_shown == f"{perception:.1f} of 200" and cognition_shown == f"{cognition:.1f} of 200"
     assert total == f"{perception + cognition:.1f}"

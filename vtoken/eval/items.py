@@ -79,8 +79,8 @@ class Task(ABC):
         """Open the media of an item. Raises Unreadable."""
 
     @abstractmethod
-    def is_right(self, item: Item, text: str) -> bool:
-        """Whether the protocol reads `text` as the right answer; unreadable items are asked with an empty text."""
+    def read(self, item: Item, text: str) -> str:
+        """What the protocol takes for the answer in a model's text, in the words of `Item.answer`; "" if there is none."""
 
     @abstractmethod
     def breakdown(self, right: dict[str, bool]) -> Breakdown:

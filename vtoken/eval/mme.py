@@ -82,8 +82,8 @@ class MME(Task):
     def prompt(self, item: Item, frames: int | None = None) -> Prompt:
         return Prompt(self.protocol.prompt(item.question), image=decoded(item.name, item.media))
 
-    def is_right(self, item: Item, text: str) -> bool:
-        return self.protocol.read(text) == item.answer
+    def read(self, item: Item, text: str) -> str:
+        return self.protocol.read(text)
 
     def breakdown(self, right: dict[str, bool]) -> Breakdown:
         """acc (questions) and acc+ (images with both questions right) per category; their sum is its score, at most 200."""

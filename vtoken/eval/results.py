@@ -19,8 +19,8 @@ def summary(outcomes: Sequence[Outcome]) -> list[list[str]]:
     frames = any(o.run.frames for o in outcomes)
     columns = list(dict.fromkeys(c for o in outcomes for c in o.breakdown.columns))
     head = ["strategy", "budget", *["frames"] * frames, "visual tokens", "FLOPs", "right, % [95 %]"]
-    unreadable = any(o.unreadable for o in outcomes)
-    rows = [[*head, *columns, "TTFT, ms", *["unreadable"] * unreadable]]
+    unreadable, unparsed = any(o.unreadable for o in outcomes), any(o.unparsed for o in outcomes)
+    rows = [[*head, *columns, "TTFT, ms", *["unparsed"] * unparsed, *["unreadable"] * unreadable]]
     for o in outcomes:
         low, high = o.cell.interval
         rows.append(
@@ -33,6 +33,7 @@ def summary(outcomes: Sequence[Outcome]) -> list[list[str]]:
                 f"{100 * o.cell.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
                 *(o.breakdown.columns.get(c, "") for c in columns),
                 f"{1000 * o.ttft:.1f}",
+                *[str(len(o.unparsed))] * unparsed,
                 *[str(len(o.unreadable))] * unreadable,
             ]
         )
@@ -45,7 +46,10 @@ def markdown(title: str, outcomes: Sequence[Outcome], settings: dict[str, Any], 
     lines += [
         "Visual tokens per question are measured, averaged over the LLM's layers; FLOPs are the LLM's prefill, against"
     ]
-    lines += ["all visual tokens; the time to the first token (TTFT) is the median.", ""]
+    lines += [
+        "all visual tokens; the time to the first token (TTFT) is the median. Answers that the protocol takes for"
+    ]
+    lines += ["none are unparsed; both they and questions whose image or video is unreadable count as wrong.", ""]
     lines += _markdown_table(summary(outcomes))
     for o in outcomes:
         lines += ["", f"## {o.run.name}", "", *_markdown_table(o.breakdown.rows)]

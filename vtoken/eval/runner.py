@@ -44,6 +44,8 @@ class Outcome:
         cell: measured tokens, FLOPs and right answers, per group in `cell.kinds`.
         ttft: median seconds to the first token.
         breakdown: the benchmark's own scores.
+        wrong: the items that were answered wrong.
+        unparsed: those among them whose answers the protocol takes for none.
         unreadable: per item that could not be opened, why; each counts as answered wrong.
     """
 
@@ -51,6 +53,8 @@ class Outcome:
     cell: Cell
     ttft: float
     breakdown: Breakdown
+    wrong: list[str]
+    unparsed: list[str]
     unreadable: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,6 +63,8 @@ class Outcome:
             **self.cell.to_dict(),
             "ttft": self.ttft,
             "scores": self.breakdown.scores,
+            "wrong": self.wrong,
+            "unparsed": self.unparsed,
             "unreadable": self.unreadable,
         }
 
@@ -107,14 +113,17 @@ class Processes:
 
     @classmethod
     def found(cls) -> Processes:
-        """As `accelerate launch` started them; one if accelerate is not installed."""
+        """As `accelerate launch` or `torchrun` started them, on GPUs or, with gloo, on a CPU; one without accelerate."""
         from datetime import timedelta
+
+        import torch
 
         try:
             from accelerate import PartialState
         except ImportError:
             return cls()
-        state = PartialState(timeout=timedelta(days=7))  # processes wait for the one with the longest videos
+        # a week, as processes wait for the one with the longest videos
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
         return cls(state.process_index, state.num_processes, state.wait_for_everyone)
 
 
@@ -227,11 +236,11 @@ class Evaluation:
             raise ValueError(
                 f"None of the {len(records)} items could be opened; the first: {records[self.names[0]]['error']}"
             )
+        labels = {item.name: self._label(item, records[item.name]) for item in self.task.items}
         right: dict[str, bool] = {}
         kinds: dict[str, tuple[int, int]] = {}
         for item in self.task.items:
-            text = records[item.name].get("answer")
-            right[item.name] = text is not None and self.task.is_right(item, text)
+            right[item.name] = labels[item.name] == item.answer
             hits, asked = kinds.get(item.group, (0, 0))
             kinds[item.group] = (hits + right[item.name], asked + 1)
         total = {key: sum(r[key] for r in answered) for key in SHARES}
@@ -248,8 +257,13 @@ class Evaluation:
             seconds=total["seconds"],
         )
         unreadable = {name: records[name]["error"] for name in self.names if "error" in records[name]}
+        wrong = [name for name in self.names if not right[name] and name not in unreadable]
+        unparsed = [name for name in wrong if not labels[name]]
         ttft = statistics.median(r["ttft"] for r in answered)
-        return Outcome(run, cell, ttft, self.task.breakdown(right), unreadable)
+        return Outcome(run, cell, ttft, self.task.breakdown(right), wrong, unparsed, unreadable)
+
+    def _label(self, item: Item, record: Record) -> str:
+        return self.task.read(item, record["answer"]) if "answer" in record else ""
 
 
 def is_baseline(strategy: str) -> bool:

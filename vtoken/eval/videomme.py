@@ -172,8 +172,8 @@ class VideoMME(Task):
         question = "\n".join((item.question, *item.options))
         return Prompt(self.protocol.prompt(question, self.letters, self.said(item, clip)), clip=clip)
 
-    def is_right(self, item: Item, text: str) -> bool:
-        return self.protocol.read(text, self.letters, item.options) == item.answer
+    def read(self, item: Item, text: str) -> str:
+        return self.protocol.read(text, self.letters, item.options)
 
     def breakdown(self, right: dict[str, bool]) -> Breakdown:
         """Accuracy in % overall, per duration and per task type, domain and sub-category."""
