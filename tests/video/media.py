@@ -29,7 +29,9 @@ def picture(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
 def number(image: np.ndarray) -> int:
     """The number that a picture shows."""
     assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.flags.c_contiguous
-    cells = [image[4 : image.shape[0] // 2 - 4, bit * CELL + 4 : (bit + 1) * CELL - 4].mean() for bit in range(BITS)]
+    height = image.shape[0]
+    rows = slice(height // 8, height // 2 - height // 8)
+    cells = [image[rows, bit * CELL + 4 : (bit + 1) * CELL - 4].mean() for bit in range(BITS)]
     assert all(cell < 90 or cell > 165 for cell in cells), f"not a picture with a number: {cells}"
     return sum((cell > 128) << bit for bit, cell in enumerate(cells))
 

@@ -77,7 +77,6 @@ DECORD = {
     *(
         "mp4 that starts late",
         "mov",
-        "mp4, HEVC",
         "mp4, AV1",
         "mkv",
         "mkv, variable rate",
@@ -167,6 +166,12 @@ def test_decord_is_not_trusted_where_it_is_wrong(made, kind):
     with open_video(made(kind)) as reader:
         assert reader.backend == "pyav" and "decord" in reader.why
     with pytest.raises(ValueError, match=r"decord is not exact in .* needs backend 'pyav'"):
+        open_video(made(kind), backend="decord")
+
+
+@pytest.mark.parametrize("kind", ["mp4, HEVC", "mp4 with open groups", "mp4 with gradual refresh", "mp4, MPEG-4"])
+def test_decord_is_trusted_with_closed_groups_alone(made, kind):
+    with pytest.raises(ValueError, match="closed group"):
         open_video(made(kind), backend="decord")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-_IDR = {"h264": ((5,), 0, 0x1F), "hevc": ((19, 20), 1, 0x3F)}  # types of NAL units; where and how wide the type stands
-_LENGTH = {"h264": 4, "hevc": 21}  # where avcC and hvcC records say how long a NAL unit's length is
+_IDR = 5  # type of the NAL units of an instantaneous refresh
+_LENGTH = 4  # byte of an avcC record that says how long the length of a NAL unit is
 _WHOLE = {"vp8", "vp9", "av1"}  # codecs in which nothing after a key frame refers to what was before it
 
 
@@ -15,18 +15,15 @@ def hidden(packet: Any) -> bool:
 
 
 def is_closed(packet: Any) -> bool:
-    """Whether a key packet of an mp4 or mkv surely starts a group of pictures that needs nothing before it: VP8, VP9 and
-    AV1 key frames, and instantaneous refreshes of H.264 (ITU-T H.264, 7.4.1) and HEVC (H.265, 7.4.2.2). Their other key
-    packets start open groups, or pictures that are refreshed bit by bit."""
-    codec = codec_of(packet)
-    if codec not in _IDR:
+    """Whether a key packet of an mp4 or mkv surely starts a group of pictures that needs nothing before it: key frames of
+    VP8, VP9 and AV1, and instantaneous refreshes of H.264 (ITU-T H.264, 7.4.1). Its other key packets start open groups, or
+    pictures that are refreshed bit by bit."""
+    codec, extra = codec_of(packet), packet.stream.codec_context.extradata or b""
+    if codec != "h264" or len(extra) <= _LENGTH or extra[0] != 1:  # without the record, NAL units have start codes
         return codec in _WHOLE
-    (idr, shift, mask), extra = _IDR[codec], packet.stream.codec_context.extradata or b""
-    if len(extra) <= _LENGTH[codec] or extra[0] != 1:
-        return False  # start codes instead of lengths
-    data, width, at = bytes(packet), (extra[_LENGTH[codec]] & 3) + 1, 0
+    data, width, at = bytes(packet), (extra[_LENGTH] & 3) + 1, 0
     while at + width < len(data):
-        if data[at + width] >> shift & mask in idr:
+        if data[at + width] & 31 == _IDR:
             return True
         at += width + int.from_bytes(data[at : at + width], "big")
     return False

@@ -1,6 +1,6 @@
 """Random access through decord, which is fast where it is right.
 
-It gives wrong frames, without a word, of MPEG-TS, AVI, FLV and fragmented mp4, of MPEG-4 with B-frames, and of H.264 and HEVC
+It gives wrong frames, without a word, of MPEG-TS, AVI, FLV and fragmented mp4, of MPEG-4 with B-frames, of HEVC, and of H.264
 with open groups of pictures or gradual refresh; and four channels of a rotated video. So it is asked for pixels alone, and
 only of files that it reads right; which frame is where, PyAV says.
 """
@@ -29,7 +29,7 @@ def unfit(reader: PyAVReader) -> str | None:
     if track.turned:
         return "decord does not read rotated video right"
     if not reader.table.closed:
-        return "decord is not exact where a key frame does not start a closed group of pictures"
+        return "decord is exact only where each key frame is known to start a closed group of pictures"
     return None
 
 

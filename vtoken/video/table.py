@@ -79,9 +79,10 @@ class Clock:
     """Turns the times of a stream into seconds that only ever increase.
 
     A time that is missing lies one frame after the last, or `passed` seconds if that is longer. One that lies back a little
-    is a frame out of order: it has no place (None), or with `keep` one half a frame after the last. One that lies back
-    further, or forward by more than `leap` seconds and twice the seconds `passed`, comes of a clock that was set anew: the
-    stream goes on as if it were missing.
+    is a frame out of order and has no place (None). One that lies back further, or forward by more than `leap` seconds and
+    twice the seconds `passed`, comes of a clock that was set anew: the stream goes on as if it were missing.
+
+    With `keep`, every frame has a place: after less than a frame's time, it lies half a frame after the last.
     """
 
     def __init__(self, fps: float, leap: float = float("inf"), keep: bool = False):
@@ -102,7 +103,7 @@ class Clock:
         if self._offset is None:
             self._offset = follows - time
         step = time + self._offset - self.last
-        if step < -_REORDER or step > max(self.leap, 2 * passed):
+        if step < -(self.interval if self.keep else _REORDER) or step > max(self.leap, 2 * passed):
             self.jumps += 1
             self._offset, step = follows - time, follows - self.last
         if step <= 0 and not self.keep:
