@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
+from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import vtoken
 from vtoken import tiny
-from vtoken.eval.board import Board, Cell, measure, wilson
-from vtoken.eval.tiny_board import plan, tiny_board
-from vtoken.tiny.evaluate import answers, score
-from vtoken.tiny.scenes import KINDS, held_out
+from vtoken.eval import board_page, tiny_command
+from vtoken.eval.board import Batch, Board, Cell, measure, wilson
+from vtoken.eval.tiny_board import plan, subjects, tiny_board
+from vtoken.tiny.evaluate import answers, held_out, score
+from vtoken.tiny.scenes import KINDS, Question
 
 
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -42,87 +44,82 @@ def test_wilson_refuses_what_is_no_share(case):
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    return tiny.load("llava")
+def subject():
+    return subjects("llava", questions=10, seed=3, batch_size=4)[0]
 
 
-def test_measure_reads_what_the_report_says(loaded):
-    model, processor = loaded
-    pairs = held_out(10, seed=3)
-    asked, calls = [(q.kind, q.answer) for _, q in pairs], []
+def test_subjects_are_prepared_as_the_model_is_measured(subject):
+    model, processor = tiny.load("llava")
+    pairs = held_out("llava", 10, 3)
+    assert (subject.stem, subject.medium) == ("llava", "image") and [len(b.asked) for b in subject.batches] == [4, 4, 2]
+    assert [a for b in subject.batches for a in b.asked] == [(q.kind, q.answer) for _, q in pairs]
+    assert [text for b in subject.batches for text in b.say(subject.model)] == answers(model, processor, pairs)
 
-    def say(patched, first, last):
-        said = answers(patched, processor, pairs[first:last])
-        calls.append((last - first, vtoken.report(patched)))
-        return said
 
-    cell = measure(model, asked, say, "vtc_cls", 0.25, batch_size=4)
-    assert [n for n, _ in calls] == [4, 4, 2] and cell.asked == 10
-    assert cell.tokens == sum(r.average_visual_tokens for _, r in calls) / 10 == 36 and cell.tokens_in == 144
-    assert cell.flops == pytest.approx(sum(r.flops for _, r in calls) / sum(r.flops_dense for _, r in calls))
-    with vtoken.applied(model, "vtc_cls", budget=0.25):
-        right = score(pairs, answers(model, processor, pairs, batch_size=10))
+def test_media_are_asked_about_apart(monkeypatch):
+    clips = [SimpleNamespace(media=[0] * n) for n in (6, 8, 6)]
+    pairs = [(example, Question("who?", "me", "k")) for example in (SimpleNamespace(media=1), *clips)]
+    monkeypatch.setattr("vtoken.tiny.evaluate.held_out", lambda *a: pairs)
+    monkeypatch.setattr("vtoken.eval.tiny_board._batch", lambda processor, some: Batch([p[0].media for p in some], len))
+    images, videos = subjects("llava", 4)
+    assert (images.stem, videos.stem) == ("llava_image", "llava_video")
+    assert [b.asked for b in images.batches] == [[1]]
+    assert [b.asked for b in videos.batches] == [[[0] * 6, [0] * 6], [[0] * 8]]
+    monkeypatch.setattr(vtoken, "list_strategies", lambda model: ["uniform", "vidcom2"])
+    assert images.fitting() == ["uniform"] and videos.fitting() == ["uniform", "vidcom2"]
+
+
+def test_measure_reads_what_the_report_says(subject):
+    calls = []
+
+    def spied(batch):
+        def say(model):
+            said = batch.say(model)
+            calls.append(vtoken.report(model))
+            return said
+
+        return Batch(batch.asked, say)
+
+    cell = measure(subject.model, [spied(b) for b in subject.batches], "vtc_cls", 0.25)
+    assert len(calls) == 3 and cell.asked == 10 and cell.seconds > 0
+    assert cell.tokens == sum(r.average_visual_tokens for r in calls) / 10 == 36 and cell.tokens_in == 144
+    assert cell.flops == pytest.approx(sum(r.flops for r in calls) / sum(r.flops_dense for r in calls))
+    pairs = held_out("llava", 10, 3)
+    with vtoken.applied(subject.model, "vtc_cls", budget=0.25):
+        right = score(pairs, answers(subject.model, tiny.load("llava")[1], pairs))
     assert cell.accuracy == pytest.approx(right["all"])
     assert {k: r / n for k, (r, n) in cell.kinds.items()} == pytest.approx({k: right[k] for k in KINDS})
     with pytest.raises(ValueError, match="not patched"):
-        vtoken.report(model)
+        vtoken.report(subject.model)
 
 
-def test_the_dense_row_is_the_unpatched_model(loaded):
-    model, processor = loaded
-    pairs = held_out(10, seed=4)
-    plain = answers(model, processor, pairs)
+def test_the_dense_row_is_the_unpatched_model(subject):
+    plain = [b.say(subject.model) for b in subject.batches]
     heard = []
-    cell = measure(
-        model,
-        [(q.kind, q.answer) for _, q in pairs],
-        lambda m, a, b: heard.extend(answers(m, processor, pairs[a:b])) or heard[a:b],
-        None,
-    )
+    batches = [Batch(b.asked, lambda m, b=b: heard.append(b.say(m)) or heard[-1]) for b in subject.batches]
+    cell = measure(subject.model, batches, None)
     assert heard == plain and cell.strategy == "dense" and cell.tokens == cell.tokens_in == 144 and cell.flops == 1
 
 
-def test_wrong_answers_count_as_wrong(loaded):
-    model, processor = loaded
-    pairs = held_out(5, seed=5)
-
-    def stubborn(m, first, last):
-        answers(m, processor, pairs[first:last])
-        return ["no idea"] * (last - first)
-
-    cell = measure(model, [(q.kind, q.answer) for _, q in pairs], stubborn, "random", 0.5)
-    assert cell.right == 0 and cell.asked == 5 and all(r == 0 and n == 1 for r, n in cell.kinds.values())
+def test_wrong_answers_count_as_wrong(subject):
+    batches = [Batch(b.asked, lambda m, b=b: ["no idea"] * len(b.say(m))) for b in subject.batches]
+    cell = measure(subject.model, batches, "random", 0.5)
+    assert cell.right == 0 and cell.asked == 10 and all(r == 0 and n == 2 for r, n in cell.kinds.values())
 
 
 def test_budget_one_is_measured_once():
     assert plan(["a", "b"], [1.0, 0.5, 1]) == [(None, 1.0), ("a", 0.5), ("a", 1), ("b", 0.5), ("b", 1)]
 
 
-def test_board_round_trip_table_and_plot(tmp_path):
-    seen = []
-    board = tiny_board(["uniform", "hired"], [1.0, 0.5, 16], questions=10, step=lambda what, n: seen.append(n))
-    assert sum(seen) == 5 * 10 and len(board.cells) == 5
-    paths = board.save(tmp_path / "sub" / "board", "the command")
-    assert [p.name for p in paths] == ["board.json", "board.md", "board.png"]
-    assert Board.load(paths[0]) == board
-    stored = json.loads(paths[0].read_text())["cells"]
-    assert stored[0]["interval"] == list(board.cells[0].interval)
-    table = paths[1].read_text()
-    assert "| *uniform* |" in table and "| hired |" in table and "@ 16.0" in table and "`the command`" in table
-    for cell in board.cells:
-        assert f"{100 * cell.accuracy:.1f} [" in table
-    with Image.open(paths[2]) as plot:
-        assert len(plot.convert("RGB").getcolors(maxcolors=1 << 20)) > 20
-
-
-def test_same_seed_same_board():
-    a, b = (tiny_board(["random"], [0.2], questions=10, seed=7) for _ in range(2))
+def test_same_seed_same_board(subject):
+    a, b = (tiny_board(subject, ["random"], [0.2], seed=3) for _ in range(2))
     assert [(c.right, c.kinds, c.tokens) for c in a.cells] == [(c.right, c.kinds, c.tokens) for c in b.cells]
+    assert a.settings["questions"] == 10 and a.settings["seed"] == 3
 
 
-def test_unknown_strategy_is_refused_before_the_work():
+def test_unknown_strategy_is_refused_before_the_work(subject):
     with pytest.raises(ValueError, match="did you mean hired"):
-        tiny_board(["hirde"])
+        tiny_board(subject, ["hirde"])
 
 
 def test_cell_share_and_interval():
@@ -130,22 +127,78 @@ def test_cell_share_and_interval():
     assert cell.accuracy == 0.9 and cell.interval == wilson(45, 50)
 
 
-def test_an_interrupted_board_goes_on_where_it_stopped(monkeypatch):
+def test_an_interrupted_board_goes_on_where_it_stopped(subject, monkeypatch):
     partial = []
-    whole = tiny_board(["random"], [0.5, 0.2], questions=5, board_done=lambda b: partial.append(len(b.cells)))
+    whole = tiny_board(subject, ["random"], [0.5, 0.2], board_done=lambda b: partial.append(len(b.cells)))
     assert partial == [1, 2, 3]
     half = Board(whole.title, whole.settings, whole.cells[:2])
     measured = []
-    monkeypatch.setattr("vtoken.eval.tiny_board.measure", lambda *a, **k: measured.append(a[4]) or whole.cells[2])
-    assert tiny_board(["random"], [0.5, 0.2], questions=5, known=half) == whole
+    monkeypatch.setattr("vtoken.eval.tiny_board.measure", lambda *a, **k: measured.append(a[3]) or whole.cells[2])
+    assert tiny_board(subject, ["random"], [0.5, 0.2], known=half) == whole
     assert measured == [0.2]
     other = Board(whole.title, whole.settings | {"weights": "other"}, whole.cells)
-    tiny_board(["random"], [0.5, 0.2], questions=5, known=other)
+    tiny_board(subject, ["random"], [0.5, 0.2], known=other)
     assert measured == [0.2, 1.0, 0.5, 0.2]
 
 
-def test_a_budget_that_a_strategy_refuses_is_left_out(tmp_path):
+def test_a_budget_that_a_strategy_refuses_is_left_out(subject, monkeypatch):
     said = []
-    board = tiny_board(["sparsevlm", "uniform"], [0.1], questions=5, refused=said.append)
+    board = tiny_board(subject, ["sparsevlm", "uniform"], [0.1], refused=said.append)
     assert [c.strategy for c in board.cells] == ["dense", "uniform"]
     assert len(said) == 1 and said[0].startswith("sparsevlm at 0.1: ")
+
+    def refuses(model, batches, strategy, *rest):
+        raise ValueError(f"no {strategy}")
+
+    monkeypatch.setattr("vtoken.eval.tiny_board.measure", refuses)
+    assert not tiny_board(subject, ["uniform"], [0.1], refused=said.append).cells
+    assert said[1:] == ["all visual tokens: no None", "uniform at 0.1: no uniform"]
+
+
+def cell(strategy, budget, tokens, right, baseline=False, asked=100):
+    kinds = {"count": (right, asked)}
+    return Cell(strategy, budget, baseline, tokens, 100.0, tokens / 100, right, asked, kinds, 1.0)
+
+
+def test_below_random_is_judged_at_equal_tokens():
+    cells = [cell("dense", 1.0, 100, 100, True), cell("random", 0.5, 50, 80, True), cell("random", 0.1, 10, 40, True)]
+    board = Board("t", {}, cells)
+    assert board.chance(50) == 0.8 and board.chance(75) == pytest.approx(0.9) and board.chance(30) == pytest.approx(0.6)
+    assert board.chance(9) is None and Board("t", {}, cells[:1]).chance(100) is None
+    low, fine, out = cell("low", 0.5, 75, 80), cell("fine", 0.5, 75, 86), cell("out", 0.1, 5, 0)
+    pool = cell("pool", 0.5, 75, 10, baseline=True)
+    board.cells += [low, fine, out, pool]
+    assert board.below_random() == [(low, pytest.approx(0.9))]
+    assert board_page.low(board) == [
+        "Below *random* at equal tokens, whole interval: low at 0.5 (80.0 with 75.0 tokens, random 90.0)."
+    ]
+
+
+def test_page_round_trip(tmp_path):
+    page = tmp_path / "sub" / "board.md"
+    run = ["--strategies", "uniform,hired", "--questions", "10", "--budgets", "0.5,0.2", "--output", str(page)]
+    for again in ([], ["--resume"]):
+        ran = CliRunner().invoke(tiny_command.tiny, [*run, *again], catch_exceptions=False)
+        assert ran.exit_code == 0, ran.output
+        text = page.read_text()
+        page.write_text(text.replace("# The board", "# The board\n\nProse in front.") + "Prose behind.\n")
+    board = Board.load(tmp_path / "sub" / "board" / "llava.json")
+    assert len(board.cells) == 5 and len({c.seconds for c in board.cells}) > 1
+    text = page.read_text()
+    assert text.count("Prose in front.") == 2 and text.count("Prose behind.") == 2 and text.count("### Tiny llava") == 1
+    assert (
+        "`vtoken eval tiny --model llava --strategies uniform,hired --budgets 0.5,0.2 --questions 10 --seed 0`" in text
+    )
+    assert "| *uniform* |" in text and "| hired |" in text
+    for one in board.cells:
+        assert f"{100 * one.accuracy:.1f} [" in text and f"@ {one.tokens:.1f}" in text
+    with Image.open(tmp_path / "sub" / "board" / "llava.png") as plot:
+        assert len(plot.convert("RGB").getcolors(maxcolors=1 << 20)) > 20
+    page.write_text(board_page.BEGIN)
+    with pytest.raises(ValueError, match="one of the marks"):
+        board_page.write(page, [], "", [])
+
+
+def test_unknown_models_are_refused_with_the_list():
+    ran = CliRunner().invoke(tiny_command.tiny, ["--model", "lava"])
+    assert ran.exit_code == 2 and "the shipped models are" in ran.output and "llava" in ran.output

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-BUDGETS: tuple[float | int, ...] = (1.0, 0.5, 0.33, 0.2, 0.1)
+BUDGETS: tuple[float | int, ...] = (0.5, 0.33, 0.2, 0.1, 0.05)
 Z95 = 1.959963984540054
 
 
@@ -55,7 +55,7 @@ class Cell:
         flops: LLM prefill FLOPs as a share of the unpatched model's.
         right, asked: exact answers and questions.
         kinds: per kind of question, (exact answers, questions).
-        seconds: wall clock of all questions.
+        seconds: processor time of all questions.
     """
 
     strategy: str
@@ -87,51 +87,56 @@ class Cell:
         return cls(**fields | {"kinds": {k: tuple(v) for k, v in fields["kinds"].items()}})
 
 
+@dataclass
+class Batch:
+    """Questions that are asked in one call.
+
+    Attributes:
+        asked: (kind, right answer) of each.
+        say: the patched model's answers, in the same order.
+    """
+
+    asked: Sequence[tuple[str, str]]
+    say: Callable[[Any], Sequence[str]]
+
+
 def measure(
     model: Any,
-    questions: Sequence[tuple[str, str]],
-    say: Callable[[Any, int, int], Sequence[str]],
+    batches: Sequence[Batch],
     strategy: str | None,
     budget: float | int = 1.0,
-    batch_size: int = 50,
     step: Callable[[int], None] = lambda asked: None,
 ) -> Cell:
     """Ask all questions under one strategy.
 
     Args:
         model: the unpatched model; it is unpatched again afterwards.
-        questions: (kind, right answer) each.
-        say: the model's answers to questions first..last, `say(model, first, last)`.
+        batches: the questions.
         strategy: registered name, or several joined by "+"; None asks the unpatched model.
         budget: as for `vtoken.patch`.
-        batch_size: questions per call of `say`.
         step: told the number of questions after each batch.
     """
-    import contextlib
     import time
 
     import vtoken
 
-    # the dense row reads its counts off a patch that keeps everything, which is the unpatched model bit for bit
-    context = vtoken.applied(model, parse_strategy(strategy or "uniform"), budget=budget if strategy else 1.0)
     tokens = tokens_in = flops = flops_dense = 0.0
     kinds: dict[str, list[int]] = {}
-    start = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(context)
-        for first in range(0, len(questions), batch_size):
-            some = questions[first : first + batch_size]
-            said = say(model, first, first + len(some))
+    start = time.process_time()
+    # the dense row reads its counts off a patch that keeps everything, which is the unpatched model bit for bit
+    with vtoken.applied(model, parse_strategy(strategy or "uniform"), budget=budget if strategy else 1.0):
+        for batch in batches:
+            said = batch.say(model)
             report = vtoken.report(model)
             tokens += report.average_visual_tokens
             tokens_in += report.tokens_in
             flops, flops_dense = flops + report.flops, flops_dense + report.flops_dense
-            for (kind, answer), text in zip(some, said, strict=True):
+            for (kind, answer), text in zip(batch.asked, said, strict=True):
                 counted = kinds.setdefault(kind, [0, 0])
                 counted[0] += text == answer
                 counted[1] += 1
-            step(len(some))
-    asked = len(questions)
+            step(len(batch.asked))
+    asked = sum(n for _, n in kinds.values())
     return Cell(
         strategy=strategy or "dense",
         budget=budget if strategy else 1.0,
@@ -142,16 +147,16 @@ def measure(
         right=sum(r for r, _ in kinds.values()),
         asked=asked,
         kinds={k: (r, n) for k, (r, n) in sorted(kinds.items())},
-        seconds=time.perf_counter() - start,
+        seconds=time.process_time() - start,
     )
 
 
 @dataclass
 class Board:
-    """A table of cells with what is needed to make it again.
+    """Cells of one model with what is needed to measure them again.
 
     Attributes:
-        title: what was measured.
+        title: whose answers to what.
         settings: model, number of questions, seed, versions.
         cells: the unpatched model first.
     """
@@ -168,60 +173,44 @@ class Board:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(values["title"], values["settings"], [Cell.from_dict(c) for c in values["cells"]])
 
-    def markdown(self, command: str) -> str:
-        """Tables of accuracy per strategy and budget, and per kind of question at each budget."""
-        budgets = list(dict.fromkeys(c.budget for c in self.cells if c.strategy != "dense"))
-        names = list(dict.fromkeys(c.strategy for c in self.cells if c.strategy != "dense"))
-        at = {(c.strategy, c.budget): c for c in self.cells}
-        dense = at.get(("dense", 1.0))
-        lines = [f"# {self.title}", "", f"Made by `{command}`.", ""]
-        lines += [f"- {key}: {value}" for key, value in self.settings.items()]
-        lines += [
-            "",
-            "Exact answers in %, 95 % Wilson interval in brackets, measured visual tokens per question (average over",
-        ]
-        lines += [
-            "the LLM's layers) behind the @. Baselines are in italics; an empty field is a budget that the strategy refuses"
-        ]
-        lines += ["for a model of so few layers.", ""]
-        if dense:
-            lines += [f"Budget 1.0 is the unpatched model, the same for every strategy: {_entry(dense)}.", ""]
-        lines += [_row(["strategy", *(f"budget {b}" for b in budgets)]), _row(["---"] * (len(budgets) + 1))]
-        for name in names:
-            cells = [at.get((name, b)) for b in budgets]
-            shown = f"*{name}*" if any(c and c.baseline for c in cells) else name
-            lines.append(_row([shown, *(_entry(c) if c else "" for c in cells)]))
-        kinds = list(self.cells[0].kinds)
-        for budget in budgets:
-            lines += ["", f"## Per kind of question, budget {budget}", ""]
-            lines += [
-                _row(["strategy", "tokens", "LLM FLOPs", *kinds]),
-                _row(["---", "---:", "---:", *["---:"] * len(kinds)]),
-            ]
-            for c in (dense, *(at.get((name, budget)) for name in names)):
-                if c is None:
-                    continue
-                shares = (f"{100 * c.kinds[k][0] / c.kinds[k][1]:.1f}" for k in kinds)
-                lines.append(_row([c.strategy, f"{c.tokens:.1f}", f"{100 * c.flops:.1f} %", *shares]))
-        return "\n".join(lines) + "\n"
-
-    def save_json(self, path: str | Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write what `load` reads; folders are made if needed."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
-    def save(self, stem: str | Path, command: str) -> list[Path]:
-        """Write `stem`.json, `stem`.md and `stem`.png; returns the three paths."""
-        stem = Path(stem)
-        paths = [stem.with_name(stem.name + end) for end in (".json", ".md", ".png")]
-        self.save_json(paths[0])
-        paths[1].write_text(
-            self.markdown(command) + f"\n![accuracy against kept tokens]({paths[2].name})\n", encoding="utf-8"
-        )
-        from .plot import draw
+    @property
+    def at(self) -> dict[tuple[str, float | int], Cell]:
+        return {(c.strategy, c.budget): c for c in self.cells}
 
-        draw(self, paths[2])
-        return paths
+    @property
+    def names(self) -> list[str]:
+        """The strategies, in the order in which they were measured."""
+        return list(dict.fromkeys(c.strategy for c in self.cells if c.strategy != "dense"))
+
+    @property
+    def budgets(self) -> list[float | int]:
+        return list(dict.fromkeys(c.budget for c in self.cells if c.strategy != "dense"))
+
+    def chance(self, tokens: float) -> float | None:
+        """Accuracy of `random` at so many visual tokens, linear between its own cells and the unpatched model.
+
+        None if that lies below its smallest cell, or if `random` was not measured.
+        """
+        known = sorted((c.tokens, c.accuracy) for c in self.cells if c.strategy in ("random", "dense"))
+        if not any(c.strategy == "random" for c in self.cells) or not known[0][0] <= tokens <= known[-1][0]:
+            return None
+        high = next(i for i, (t, _) in enumerate(known) if t >= tokens)
+        (t0, a0), (t1, a1) = known[max(0, high - 1)], known[high]
+        return a1 if t1 == t0 else a0 + (a1 - a0) * (tokens - t0) / (t1 - t0)
+
+    def below_random(self) -> list[tuple[Cell, float]]:
+        """Cells of published methods whose whole interval lies below what `random` has at equal tokens, with that."""
+        found = []
+        for cell in self.cells:
+            chance = None if cell.baseline else self.chance(cell.tokens)
+            if chance is not None and cell.interval[1] < chance:
+                found.append((cell, chance))
+        return found
 
 
 def versions() -> dict[str, str]:
@@ -237,12 +226,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _entry(cell: Cell) -> str:
-    low, high = cell.interval
-    return f"{100 * cell.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}] @ {cell.tokens:.1f}"
-
-
-def _row(entries: Sequence[str]) -> str:
-    return f"| {' | '.join(entries)} |"

@@ -1,4 +1,4 @@
-"""The board of the tiny LLaVA that ships with the package: a few minutes on a CPU, no download."""
+"""The board of the tiny models that ship with the package: minutes on a CPU, no download."""
 
 from __future__ import annotations
 
@@ -6,21 +6,92 @@ import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .board import BUDGETS, Board, measure, parse_strategy, versions
-
-TITLE = "Accuracy of the tiny LLaVA against kept visual tokens"
+from .board import BUDGETS, Batch, Board, measure, parse_strategy, versions
 
 
-def fitting_strategies(model: Any) -> list[str]:
-    """Strategies with published or baseline behaviour that fit `model` and read single images."""
-    import vtoken
+@dataclass
+class Subject:
+    """A tiny model and what it is asked about one medium; inputs are prepared once and shared by all cells.
 
-    names = vtoken.list_strategies(model=model)
-    return [n for n in names if "image" in vtoken.strategy_info(n).cls().needs(None).modalities]
+    Attributes:
+        name: of the tiny model.
+        medium: "image" or "video".
+        only: whether the model is asked about no other medium.
+    """
+
+    name: str
+    medium: str
+    only: bool
+    model: Any
+    batches: list[Batch]
+
+    @property
+    def stem(self) -> str:
+        """For file names."""
+        return self.name if self.only else f"{self.name}_{self.medium}"
+
+    def fitting(self) -> list[str]:
+        """Strategies that fit the model and are defined for the medium."""
+        import vtoken
+
+        names = vtoken.list_strategies(model=self.model)
+        return [n for n in names if self.medium in vtoken.strategy_info(n).cls().needs(None).modalities]
+
+
+def subjects(name: str, questions: int = 500, seed: int = 0, batch_size: int = 50) -> list[Subject]:
+    """A tiny model with held-out questions, one subject per medium that its recipe asks about.
+
+    Args:
+        name: one of `vtoken.tiny.names()`.
+        questions: how many of all media together, each about a test example of its own.
+        seed: which test examples.
+        batch_size: prompts per `generate` call, ragged, left-padded; clips with clips of as many frames.
+
+    Raises:
+        ValueError: for an unknown model.
+    """
+    from vtoken import tiny
+    from vtoken.tiny.evaluate import held_out
+
+    model, processor = tiny.load(name)
+    pairs = held_out(name, questions, seed)
+    groups: dict[tuple[str, int], list[Any]] = {}
+    for example, question in pairs:
+        frames = len(example.media) if isinstance(example.media, list) else 0
+        groups.setdefault(("video" if frames else "image", frames), []).append((example, question))
+    media = sorted({medium for medium, _ in groups})
+    out = []
+    for medium in media:
+        batches = [
+            _batch(processor, some[first : first + batch_size])
+            for (of, _), some in sorted(groups.items())
+            if of == medium
+            for first in range(0, len(some), batch_size)
+        ]
+        out.append(Subject(name, medium, len(media) == 1, model, batches))
+    return out
+
+
+def _batch(processor: Any, pairs: Sequence[Any]) -> Batch:
+    from vtoken.tiny.evaluate import prepare
+
+    inputs = prepare(processor, pairs)
+    asked = [(question.kind, question.answer) for _, question in pairs]
+    # one word and an end more than any answer has: a longer text is wrong whatever follows
+    longest = max(len(ids) for ids in processor.tokenizer([a for _, a in asked], add_special_tokens=False).input_ids)
+
+    @torch.no_grad()
+    def say(model: Any) -> list[str]:
+        given = inputs.to(model.device)
+        out = model.generate(**given, max_new_tokens=longest + 1, do_sample=False)[:, given["input_ids"].shape[1] :]
+        return [text.strip() for text in processor.batch_decode(out, skip_special_tokens=True)]
+
+    return Batch(asked, say)
 
 
 def plan(strategies: Sequence[str], budgets: Sequence[float | int]) -> list[tuple[str | None, float | int]]:
@@ -30,24 +101,22 @@ def plan(strategies: Sequence[str], budgets: Sequence[float | int]) -> list[tupl
 
 
 def tiny_board(
+    subject: Subject,
     strategies: Sequence[str] = (),
     budgets: Sequence[float | int] = BUDGETS,
-    questions: int = 500,
     seed: int = 0,
-    batch_size: int = 50,
     step: Callable[[str, int], None] = lambda what, asked: None,
     board_done: Callable[[Board], None] = lambda board: None,
     known: Board | None = None,
     refused: Callable[[str], None] = warnings.warn,
 ) -> Board:
-    """Measure strategies on held-out questions of the tiny LLaVA.
+    """Measure strategies on the held-out questions of one subject.
 
     Args:
-        strategies: registered names, or several joined by "+"; all that fit the model if empty.
+        subject: see `subjects`.
+        strategies: registered names, or several joined by "+"; all that fit the subject if empty.
         budgets: as for `vtoken.patch`. 1.0 is the unpatched model whatever the strategy and is measured once.
-        questions: how many, each about a test scene of its own, balanced over the kinds.
-        seed: which test scenes.
-        batch_size: prompts per `generate` call, ragged, left-padded.
+        seed: of the subject's questions, to be written down.
         step: told what is measured and how many questions were just answered.
         board_done: told the board so far after each measured cell.
         known: an earlier board; its cells are taken over if its settings are the same.
@@ -56,37 +125,32 @@ def tiny_board(
     Raises:
         ValueError: for an unknown strategy or a budget out of range.
     """
-    from vtoken import tiny
-    from vtoken.tiny.evaluate import answers
-    from vtoken.tiny.scenes import held_out
-
     for name in strategies:
         parse_strategy(name)
-    model, processor = tiny.load("llava")
-    pairs = held_out(questions, seed)
-    asked = [(question.kind, question.answer) for _, question in pairs]
-
-    def say(model: Any, first: int, last: int) -> list[str]:
-        return answers(model, processor, pairs[first:last], batch_size)
-
+    questions = sum(len(batch.asked) for batch in subject.batches)
     settings = {
-        "model": "vtoken.tiny llava",
-        "weights": weights(model),
+        "model": subject.name,
+        "medium": subject.medium,
+        "weights": weights(subject.model),
         "questions": questions,
         "seed": seed,
         **versions(),
     }
-    board = Board(TITLE, settings, [])
-    had = {(c.strategy, c.budget): c for c in known.cells} if known and known.settings == settings else {}
-    for named, budget in plan(strategies or fitting_strategies(model), budgets):
+    board = Board(f"Tiny {subject.name}, {subject.medium}s", settings, [])
+    had = known.at if known and known.settings == settings else {}
+    for named, budget in plan(strategies or subject.fitting(), budgets):
         cell = had.get((named or "dense", budget))
         if cell is None:
             what = f"{named} at {budget}" if named else "all visual tokens"
-            if sentence := refusal(model, named, budget):
+            if sentence := refusal(subject.model, named, budget):
                 refused(f"{what}: {sentence}")
                 step(what, questions)
                 continue
-            cell = measure(model, asked, say, named, budget, batch_size, functools.partial(step, what))
+            try:
+                cell = measure(subject.model, subject.batches, named, budget, functools.partial(step, what))
+            except ValueError as error:  # an input that the strategy refuses
+                refused(f"{what}: {error}")
+                continue
         else:
             step("taken over", questions)
         board.cells.append(cell)

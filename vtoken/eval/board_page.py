@@ -1,0 +1,87 @@
+"""The page of the boards: tables and plots between two marks, prose around them that stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .board import Board, Cell
+
+BEGIN, END = "<!-- board: made by the command below -->", "<!-- board: end -->"
+KINDS_AT = 0.2
+
+
+def tables(boards: Sequence[Board], command: str, pictures: Sequence[str]) -> str:
+    """Markdown of all boards: per board accuracy by strategy and budget, the kinds of question at one budget, a plot."""
+    lines = [f"Made by `{command}`.", ""]
+    for board, picture in zip(boards, pictures, strict=True):
+        settings = ", ".join(f"{key} {value}" for key, value in board.settings.items())
+        lines += [f"### {board.title}", "", f"{settings}.", ""]
+        dense = board.at.get(("dense", 1.0))
+        if dense:
+            lines += [f"All visual tokens: {entry(dense)}.", ""]
+        lines += accuracy(board) + [""] + low(board)
+        if any(c.budget == KINDS_AT for c in board.cells):
+            lines += ["", f"Exact answers in % by kind of question, budget {KINDS_AT}:", "", *kinds(board, KINDS_AT)]
+        lines += ["", f"![accuracy against kept tokens, {board.title}]({picture})", ""]
+    return "\n".join(lines)
+
+
+def accuracy(board: Board) -> list[str]:
+    """One row per strategy, one column per budget."""
+    at = board.at
+    lines = [row(["strategy", *(f"budget {b}" for b in board.budgets)]), row(["---"] * (len(board.budgets) + 1))]
+    for name in board.names:
+        cells = [at.get((name, b)) for b in board.budgets]
+        shown = f"*{name}*" if any(c and c.baseline for c in cells) else name
+        lines.append(row([shown, *(entry(c) if c else "" for c in cells)]))
+    return lines
+
+
+def kinds(board: Board, budget: float | int) -> list[str]:
+    """One row per strategy, one column per kind of question."""
+    at, names = board.at, list(board.cells[0].kinds)
+    lines = [
+        row(["strategy", "tokens", "LLM FLOPs", *names]),
+        row(["---", "---:", "---:", *["---:"] * len(names)]),
+    ]
+    for cell in (at.get(("dense", 1.0)), *(at.get((name, budget)) for name in board.names)):
+        if cell is not None:
+            shares = (f"{100 * cell.kinds[k][0] / cell.kinds[k][1]:.1f}" for k in names)
+            lines.append(row([cell.strategy, f"{cell.tokens:.1f}", f"{100 * cell.flops:.1f} %", *shares]))
+    return lines
+
+
+def low(board: Board) -> list[str]:
+    """The cells below `random` at equal tokens, in words."""
+    found = [
+        f"{c.strategy} at {c.budget} ({100 * c.accuracy:.1f} with {c.tokens:.1f} tokens, random {100 * chance:.1f})"
+        for c, chance in board.below_random()
+    ]
+    return [f"Below *random* at equal tokens, whole interval: {'; '.join(found) or 'none'}."]
+
+
+def entry(cell: Cell) -> str:
+    bottom, top = cell.interval
+    return f"{100 * cell.accuracy:.1f} [{100 * bottom:.1f}, {100 * top:.1f}] @ {cell.tokens:.1f}"
+
+
+def row(entries: Sequence[str]) -> str:
+    return f"| {' | '.join(entries)} |"
+
+
+def write(page: Path, boards: Sequence[Board], command: str, pictures: Sequence[str]) -> None:
+    """Replace what lies between the marks of `page`; a page without marks gets them at its end.
+
+    Raises:
+        ValueError: if only one of the marks is there.
+    """
+    text = page.read_text(encoding="utf-8") if page.is_file() else "# The board\n"
+    if (BEGIN in text) != (END in text):
+        raise ValueError(f"{page} has one of the marks {BEGIN!r} and {END!r}: put both, or none.")
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(
+        f"{before.rstrip()}\n\n{BEGIN}\n{tables(boards, command, pictures)}\n{END}{after or chr(10)}", encoding="utf-8"
+    )
