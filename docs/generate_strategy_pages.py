@@ -117,6 +117,12 @@ def reads(strategy: Strategy) -> str:
             parts.append(f"a tower without CLS token is refused{asked}")
         elif without != with_cls:
             parts.append(f"on towers without CLS token {describe(without) or 'features alone'}")
+    if with_cls.pixels:
+        parts.append("the frames' pixels")
+    if with_cls.together:
+        parts.append("all images of a prompt at once, as the frames of one video")
+    if strategy.reuse(CLIP) is not None:
+        parts.append("attention keys of every tower layer, beside those of an earlier frame")
     encoder = strategy.encoder_layers(CLIP)
     if encoder:
         parts.append(f"features behind tower {numbers(encoder)}")

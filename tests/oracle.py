@@ -174,12 +174,14 @@ def shortened(
     features: list[Tensor] | None = None,
     renumber: bool = False,
     door: str = "generate",
+    deepstack: list[list[Tensor]] | None = None,
 ) -> list[Prompt]:
     """The prompts of a batch after pruning in front of the language model.
 
     ``keep`` is a bool (batch, L). ``merge[b]`` is a (kept, all) matrix over the visual tokens of row b, in order: what
     the kept ones are made of. ``features[b]`` stands for the visual tokens of row b if something in front of the
-    language model changed them. ``renumber`` gives the survivors consecutive positions.
+    language model changed them, ``deepstack[b]`` for their rows of each early layer. ``renumber`` gives the survivors
+    consecutive positions.
     """
     prompts = []
     for b, prompt in enumerate(capture(model, inputs, door)):
@@ -187,6 +189,9 @@ def shortened(
         visual = torch.isin(inputs["input_ids"][b, prompt.index], torch.tensor(_placeholders(model)))
         if features is not None:
             prompt = replace(prompt, embeds=prompt.embeds.masked_scatter(visual[:, None], features[b]))
+        if deepstack is not None and prompt.deepstack is not None:
+            planes = zip(prompt.deepstack, deepstack[b], strict=True)
+            prompt = replace(prompt, deepstack=[p.masked_scatter(visual[:, None], mine) for p, mine in planes])
         if merge is not None and merge[b] is not None:
             embeds = prompt.embeds.clone()
             embeds[visual & kept] = merge[b].to(embeds.dtype) @ prompt.embeds[visual]
@@ -217,6 +222,7 @@ def generate(
     *,
     merge: list[Tensor | None] | None = None,
     features: list[Tensor] | None = None,
+    deepstack: list[list[Tensor]] | None = None,
     drop: dict[int, Tensor] | None = None,
     mix: list[dict[int, Tensor]] | None = None,
     evict: dict[int, Tensor] | None = None,
@@ -232,7 +238,7 @@ def generate(
     """
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
     ids, logits = [], []
-    for b, prompt in enumerate(shortened(model, inputs, keep, merge, features, renumber)):
+    for b, prompt in enumerate(shortened(model, inputs, keep, merge, features, renumber, deepstack=deepstack)):
         inside = None
         if drop or evict or any(mix or ()):
             cuts = [{k: d[b, prompt.index] for k, d in (of or {}).items()} for of in (drop, evict)]

@@ -78,7 +78,9 @@ def test_equals_the_oracle_or_refuses(family, row):
         whole, again = first_turn(model, inputs, steps=2)
         made = "encoder" in stages(parts) or any(answer.features is not None for _, answer in spy.items)
         seen = dict(features=spy.by_row(FAMILIES[family], inputs)) if made else {}
+        planes = spy.planes_by_row(FAMILIES[family], inputs)
         second = run(model, again, 2)
+    seen |= dict(deepstack=planes) if planes else {}
     ids, logits = expected(family, inputs, spy, 2, **seen)
     still = strategy.acts_between_frames and not strategy.acts_on_projector and modality == "image"
     start = inputs["input_ids"].shape[1]

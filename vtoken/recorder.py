@@ -19,10 +19,16 @@ from .streams import TowerUse
 
 
 class Stopwatch:
-    """Times named stages; on CUDA with events, so that nothing waits until the times are read."""
+    """Times named stages; on CUDA with events, so that nothing waits until the times are read.
+
+    A stage that is timed without end (a stream whose frames are encoded before any prompt) takes no more memory.
+    """
+
+    PENDING = 64  # spans per stage whose events are kept
 
     def __init__(self) -> None:
         self._spans: dict[str, list[tuple[Any, Any]]] = {}
+        self._sums: dict[str, float] = {}
 
     @staticmethod
     def mark(device: torch.device | None) -> Any:
@@ -34,19 +40,25 @@ class Stopwatch:
         return event
 
     def add(self, name: str, start: Any, end: Any) -> None:
-        self._spans.setdefault(name, []).append((start, end))
+        self._sums.setdefault(name, 0.0)
+        if isinstance(start, float):
+            self._sums[name] += end - start
+            return
+        spans = self._spans.setdefault(name, [])
+        spans.append((start, end))
+        if len(spans) > self.PENDING:
+            self._settle(name, spans.pop(0))
+
+    def _settle(self, name: str, span: tuple[Any, Any]) -> None:
+        span[1].synchronize()
+        self._sums[name] += span[0].elapsed_time(span[1]) / 1000
 
     def seconds(self) -> dict[str, float]:
         """Sum per stage; waits for the device where it must."""
-        out: dict[str, float] = {}
         for name, spans in self._spans.items():
-            for start, end in spans:
-                if not isinstance(start, float):
-                    end.synchronize()
-                    out[name] = out.get(name, 0.0) + start.elapsed_time(end) / 1000
-                else:
-                    out[name] = out.get(name, 0.0) + end - start
-        return out
+            while spans:
+                self._settle(name, spans.pop(0))
+        return dict(self._sums)
 
 
 @dataclass

@@ -72,11 +72,12 @@ class Spy:
     Attributes:
         items: for every image or video asked about, in order: number of tokens and the answer.
         features: what each of these was made of.
+        planes: per early LLM layer what all visual tokens add there (DeepStack), if the tower reuses between frames.
         drops: per LLM layer, for every prompt asked about: columns of its visual tokens and the answer.
     """
 
     def __init__(self, strategy: Strategy) -> None:
-        self.strategy, self.items, self.features, self.drops = strategy, [], [], {}
+        self.strategy, self.items, self.features, self.drops, self.planes = strategy, [], [], {}, []
         select, in_prefill = strategy.select, strategy.select_in_prefill
 
         def spy_select(tokens: VisualTokens) -> Selection:
@@ -138,6 +139,10 @@ class Spy:
                 features[answer.keep] = answer.features
         return list(torch.cat(read).split(counts))
 
+    def planes_by_row(self, family: Family, inputs: dict) -> list[list[Tensor]] | None:
+        counts = family.visual(inputs).sum(1).tolist()
+        return [list(rows) for rows in zip(*(plane.split(counts) for plane in self.planes))] if self.planes else None
+
     def inside(self, family: Family, inputs: dict, front: Tensor) -> tuple[dict[int, Tensor], list[dict[int, Tensor]]]:
         """What the answers inside the LLM mean: per layer bool (batch, L), per row and layer a matrix."""
         visual, drop = family.visual(inputs), {}
@@ -185,13 +190,15 @@ class _Patched:
 
     def __enter__(self) -> Spy:
         vtoken.patch(self.model, self.spy.strategy)
-        if not self.spy.strategy.acts_on_projector:  # it is not asked, and the features may be its doing all the same
+        if self.spy.strategy.acts_between_frames:
             (watch,) = [part for part in patch_of(self.model).parts if isinstance(part, VisionWatch)]
             encode = watch._encode
 
-            def noting(*args):
-                encoded = encode(*args)
-                self.spy.features += [item.features for item in encoded.items]
+            def noting(modality, output, *args):
+                encoded = encode(modality, output, *args)
+                self.spy.planes = list(getattr(output, "deepstack_features", []))
+                if not self.spy.strategy.acts_on_projector:  # it is not asked
+                    self.spy.features += [item.features for item in encoded.items]
                 return encoded
 
             watch._encode = noting

@@ -40,7 +40,7 @@ class TsLlava(Strategy):
     whole image is the frame. Separator rows are dropped.
 
     Args:
-        frames: of the collage.
+        frames: how many of them the collage shows.
         thumbnail: whether to add it; without it the method is a uniform sample, for any model.
         thumbnail_first: whether its tokens come in front of the sample.
     """
