@@ -80,16 +80,13 @@ def test_bytes_are_bounded_whatever_the_size_of_a_frame():
 
 
 def test_dropped_frames_are_forgotten():
-    alive, drawn = weakref.WeakSet(), itertools.count()
-
-    class Pixels(np.ndarray):
-        """An array that can be counted."""
+    alive: set[int] = set()
 
     def source():
         for i in range(3000):
-            image = np.zeros((8, 8, 3), np.uint8).view(Pixels)
-            alive.add(image)
-            next(drawn)
+            image = np.zeros((8, 8, 3), np.uint8)
+            alive.add(i)
+            weakref.finalize(image, alive.discard, i)
             yield Frame(image, float(i), i)
 
     with LiveReader(source(), speed=None, queue=5) as live:
@@ -217,9 +214,9 @@ def test_an_iterable_that_breaks():
 
     with LiveReader(source(), speed=None, drop=False) as live:
         got = []
-        with pytest.raises(VideoError, match="'source'|'generator' broke off: KeyError: 'lost'"):
+        with pytest.raises(VideoError, match=r"'source' broke off: KeyError: 'lost'"):
             in_time(lambda: got.extend(live))
-        assert len(got) <= 3 and live.stats.read == 3 and live.stats.reconnects == 0
+        assert [f.index for f in got] == [0, 1, 2] and live.stats.read == 3 and live.stats.reconnects == 0
 
 
 def test_clocks_that_jump():
@@ -268,7 +265,7 @@ def test_the_synthetic_stream_and_other_readers():
     [dict(fps=0), dict(queue=0), dict(timeout=-1), dict(backoff=float("inf")), dict(speed=0), dict(growing=True)],
 )
 def test_arguments_out_of_range(wrong):
-    with pytest.raises(VideoError, match="above 0|file on disk"):
+    with pytest.raises(VideoError, match=r"above 0|file on disk"):
         LiveReader("rtsp://127.0.0.1:9/x", **wrong)
 
 
@@ -279,5 +276,5 @@ def test_frames_that_have_passed_are_gone():
 
 @pytest.mark.parametrize("missing", ["/none/clip.mp4", "/tmp", 77, None, 1.5])
 def test_what_does_not_exist_is_said_at_once(missing):
-    with pytest.raises(VideoError, match="no such file|directory|cannot open|a path"):
+    with pytest.raises(VideoError, match=r"no such file|directory|cannot open|a path"):
         LiveReader(missing)

@@ -43,6 +43,8 @@ def open_container(
     """
     av = load("av", "PyAV")
     options = dict(source.options)
+    if live:
+        options.setdefault("fpsprobesize", "2")  # or libav waits for twenty frames to guess the rate from
     if source.kind == "network" and source.target.lower().startswith("rtsp"):
         options.setdefault("rtsp_transport", "tcp")  # frames that UDP loses come out damaged
     try:
