@@ -196,7 +196,8 @@ class _Patched:
 
             def noting(modality, output, *args):
                 encoded = encode(modality, output, *args)
-                self.spy.planes = list(getattr(output, "deepstack_features", []))
+                planes = getattr(output, "deepstack_features", None) or []
+                self.spy.planes = [p if isinstance(p, Tensor) else torch.cat(list(p)) for p in planes]
                 if not self.spy.strategy.acts_on_projector:  # it is not asked
                     self.spy.features += [item.features for item in encoded.items]
                 return encoded

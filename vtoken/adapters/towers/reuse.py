@@ -159,7 +159,7 @@ class FrameReuse:
             run.counts[j][mine.to(run.counts[j].device)] += 1
         normed, here = gather_rows([normed, x], chosen)
         query, value = block.query_value(normed)
-        value = put_rows(value_then.to(value), chosen, value)
+        value = value_then.to(value).scatter(1, spread(chosen, value), value)
         rotary = rows.rotary(group[0])
         if rotary is not None:
             query, key = rotate_both(block, query, key, chosen, rotary)
@@ -168,12 +168,12 @@ class FrameReuse:
         run.use.flops += len(group) * linear + 4 * pairs * block.width
         here = here + block.out(mixed)
         here = here + block.mlp(block.norm2(here))
-        return put_rows(x + added.to(x), chosen, here)
+        return (x + added.to(x)).scatter_(1, spread(chosen, here), here.to(x))
 
 
-def put_rows(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """(B, n, C) with the rows `index` (B, m) replaced by (B, m, C)."""
-    return x.scatter(1, index[..., None].expand_as(rows), rows.to(x.dtype))
+def spread(index: Tensor, rows: Tensor) -> Tensor:
+    """(B, m) as an index of whole rows (B, m, C), for `scatter`."""
+    return index[..., None].expand_as(rows)
 
 
 def rotate_both(
