@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .frames import PromptInputs
+from .prompts import PromptInputs
 
 
 @dataclass(frozen=True)

@@ -124,13 +124,17 @@ class RecentMemory:
         self.steps[place] = step
         self._count(step, 1)
 
-    def add(self, step: Step) -> None:
-        """Remember one step. Raises ValueError if it alone is larger than the memory."""
+    def prepare(self, step: Step) -> Step:
+        """What `add` takes. Raises ValueError if the step alone is larger than the memory."""
         if step.nbytes > self.max_bytes or len(step.kept) > self.max_tokens or step.rows > (self.max_rows or step.rows):
             raise ValueError(
                 f"One step of {len(step.kept)} visual tokens, {step.nbytes} bytes, does not fit a memory of "
                 f"{self.max_tokens} tokens, {self.max_bytes} bytes: raise max_tokens or max_bytes, or lower the budget."
             )
+        return step
+
+    def add(self, step: Step) -> None:
+        """Remember one step."""
         self.steps.append(step)
         self._count(step, 1)
         left = len(self.steps) - 1 - self.recent

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..adapters.rows import rotate
-from .frames import Frames, PromptInputs
 from .layers import Layers
 from .memory import Step, thinnest
+from .prompts import PromptInputs, Prompts
 
 METRICS = ("dot", "cosine")
 
@@ -61,7 +61,7 @@ class ReKVMemory:
 
     Args:
         layers: the LLM.
-        frames: makes prompts.
+        prompts: writes them.
         max_bytes: bytes of blocks, window and sinks.
         n_local: tokens of the window.
         topk: blocks a layer takes.
@@ -76,7 +76,7 @@ class ReKVMemory:
     def __init__(
         self,
         layers: Layers,
-        frames: Frames,
+        prompts: Prompts,
         max_bytes: int,
         n_local: int = 15000,
         topk: int = 64,
@@ -92,7 +92,7 @@ class ReKVMemory:
             raise ValueError(f"n_local must be at least 1, found {n_local}.")
         if disk is not None and not Path(disk).is_dir():
             raise ValueError(f"disk must be a directory, found {str(disk)!r}.")
-        self.layers, self.frames, self.max_bytes = layers, frames, max_bytes
+        self.layers, self.prompts, self.max_bytes = layers, prompts, max_bytes
         self.n_local, self.topk, self.chunk, self.metric, self.disk = n_local, topk, chunk, metric, disk
         self.reset()
 
@@ -118,8 +118,9 @@ class ReKVMemory:
         return sum(len(b.step.kept) for b in self.blocks)
 
     # -- frames -------------------------------------------------------------------------------------------------
-    def add(self, step: Step) -> None:
-        """Let the LLM read one step. Raises ValueError if it is longer than the window or does not fit the memory."""
+    @torch.no_grad()
+    def prepare(self, step: Step) -> Block:
+        """Let the LLM read the next step. Raises ValueError if it is longer than the window, or than the step before."""
         tokens = len(step.kept)
         if tokens > self.n_local:
             raise ValueError(f"A step of {tokens} tokens is longer than the window of {self.n_local}: raise n_local.")
@@ -129,7 +130,7 @@ class ReKVMemory:
                 "a strategy that keeps as much of every frame."
             )
         if self.prefix is None:
-            self.prefix = self.frames.around("?")[0]
+            self.prefix = self.prompts.around("?")[0]
             self._read(self.layers.embed(self.prefix))
             self.sinks = [(k.clone(), v.clone()) for k, v in self.window]
         made = self._read(step.features[None].to(self.layers.device))
@@ -138,17 +139,20 @@ class ReKVMemory:
         block = Block(replace(step, features=step.features[:0].clone(), deepstack=None), kv, mean, step.change)
         if self.disk is not None:
             block.kv = _to_file(block, self.disk)
+        return block
+
+    def add(self, block: Block) -> None:
+        """Remember a block that was prepared. Raises ValueError if it alone does not fit."""
         blocks = [*self.blocks, block]
         self._block_bytes += block.nbytes
         while self.nbytes > self.max_bytes:
             if len(blocks) == 1:
-                self._block_bytes -= block.nbytes
+                needed, self._block_bytes = self.nbytes, 0
                 raise ValueError(
-                    f"The window, the sinks and one block take {self.nbytes + block.nbytes} bytes and max_bytes is "
-                    f"{self.max_bytes}: raise max_bytes or lower n_local."
+                    f"The window, the sinks and one block take {needed} bytes and max_bytes is {self.max_bytes}: raise "
+                    "max_bytes or lower n_local."
                 )
-            changes = [b.change for b in blocks]
-            place = thinnest(changes, 0, len(blocks) - 1)
+            place = thinnest([b.change for b in blocks], 0, len(blocks) - 1)
             gone = blocks.pop(place)
             blocks[place] = replace(blocks[place], change=blocks[place].change + gone.change)
             self._block_bytes -= gone.nbytes
@@ -233,12 +237,12 @@ class ReKVMemory:
         """A prompt whose beginning is in its cache: the sinks, and what every layer took of `blocks`."""
         from transformers import DynamicCache
 
-        prefix, suffix, tail = self.frames.around(question)
+        prefix, suffix, tail = self.prompts.around(question)
         if self.prefix is None or not torch.equal(prefix, self.prefix):
             raise ValueError(
                 "memory='rekv' reads frames before it knows the question: use a prompt with {frames} first."
             )
-        hidden = self.layers.embed(self.frames.ids_of(question))
+        hidden = self.layers.embed(self.prompts.ids_of(question))
         cache, used = DynamicCache(config=self.layers.decoder.config), set()
         visual = 0
 
@@ -268,8 +272,9 @@ class ReKVMemory:
             "attention_mask": torch.ones_like(whole),
             "past_key_values": cache,
         }
+        frames = self.prompts.frames
         if len(tail):
-            arguments["mm_encoder_outputs"] = {self.frames.modality: self.frames.features_of([end])}
+            arguments["mm_encoder_outputs"] = {frames.modality: frames.features_of([end])}
         seen = torch.zeros(whole.shape[1], dtype=torch.bool)
         seen[len(prefix) : len(prefix) + visual + len(tail)] = True
         times = tuple(s for b in sorted(used) for s in blocks[b].seconds)

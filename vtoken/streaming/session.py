@@ -9,22 +9,17 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..adapters.registry import adapter_for
-from ..patching import Patch, describe, disabled, make_strategy, needs_of, patch, patch_of, unpatch
+from ..patching import disabled, patch_of
 from ..streams import StreamState, stream
 from .answers import Answer, AnswerStream, Asked, generate_answer
+from .choice import SharedPatch, make_memory
 from .frames import Frames
-from .layers import Layers
-from .memory import RecentMemory, Step
+from .memory import Step
+from .pictures import picture_of, resized_to
+from .prompts import Prompts
 from .rekv import ReKVMemory
-
-SHARED = "_vtoken_sessions"  # on a Patch that sessions made: how many use it
-RECENT_BYTES, REKV_BYTES = 256 * 2**20, 4 * 2**30
-N_LOCAL = 15000  # tokens of ReKV's window, as published
-REKV_OPTIONS = ("n_local", "topk", "chunk", "metric", "disk")
-SPARE = 256  # positions left for the question and the answer
 
 
 class StreamSession:
@@ -92,7 +87,8 @@ class StreamSession:
             )
         self.model, self.processor = model, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.frames = Frames(self.adapter, processor, prompt, system, fps, processor_options or {})
+        self.frames = Frames(self.adapter, processor, processor_options or {})
+        self.prompts = Prompts(self.frames, prompt, system, fps)
         self.max_new_tokens = max_new_tokens
         self.closed = False
         self._waiting: list[tuple[np.ndarray, float]] = []
@@ -101,85 +97,15 @@ class StreamSession:
         self._pushed = self._asked = 0
         self.state = StreamState()
         self._encoding, self._remembering = threading.Lock(), threading.Lock()
-        self._patch = self._patched(strategy, budget, options)
+        self._shared = SharedPatch(self.adapter, strategy, budget, options)
+        self._patch = self._shared.patch
         try:
-            self._check(self._patch)
-            self.renumber = self._patch is not None and self._patch.strategy.positions == "renumber"
-            self.memory = self._make_memory(memory, max_bytes, max_tokens, memory_options or {})
+            self.memory = make_memory(
+                memory, self.adapter, self.prompts, self._shared.renumbers, max_bytes, max_tokens, memory_options or {}
+            )
         except BaseException:
-            self._release()
+            self._shared.release()
             raise
-
-    def _make_memory(
-        self, name: str, max_bytes: int | None, max_tokens: int | None, options: dict[str, Any]
-    ) -> RecentMemory | ReKVMemory:
-        kinds = {"recent": (RecentMemory, ("sinks", "recent", "history_tokens")), "rekv": (ReKVMemory, REKV_OPTIONS)}
-        if name not in kinds:
-            raise ValueError(f"Unknown memory {name!r}: use {' or '.join(kinds)}.")
-        unknown = ", ".join(sorted(set(options) - set(kinds[name][1])))
-        if unknown:
-            raise ValueError(f"memory={name!r} has no option {unknown}: it has {', '.join(kinds[name][1])}.")
-        positions = int(getattr(self.adapter.decoder.config, "max_position_embeddings", 4096))
-        if name == "rekv":
-            if max_tokens is not None:
-                raise ValueError(
-                    "memory='rekv' counts blocks: pass memory_options={'topk': ...} instead of max_tokens."
-                )
-            options = {"n_local": min(N_LOCAL, positions)} | options
-            return ReKVMemory(
-                Layers(self.adapter), self.frames, REKV_BYTES if max_bytes is None else max_bytes, **options
-            )
-        room = positions - min(SPARE, positions // 2)
-        counts_rows = not self.renumber and not hasattr(self.adapter.base, "get_rope_index")
-        return RecentMemory(
-            RECENT_BYTES if max_bytes is None else max_bytes,
-            room if max_tokens is None else max_tokens,
-            max_rows=room if counts_rows else None,
-            **options,
-        )
-
-    def _patched(self, strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Patch | None:
-        current = patch_of(self.model)
-        if strategy is None:
-            if budget is not None or options:
-                raise ValueError(f"{', '.join(['budget'] * (budget is not None) + list(options))} needs a strategy.")
-        else:
-            made = make_strategy(strategy, budget, options)
-            if current is None:
-                patch(self.model, made)
-                current = patch_of(self.model)
-                current.__dict__[SHARED] = 0
-            elif describe(current.strategy) != describe(made):
-                raise ValueError(
-                    f"This model is patched with {describe(current.strategy)} already, which its other sessions may use: "
-                    "use the same strategy, or another model."
-                )
-        if current is not None and SHARED in current.__dict__:
-            current.__dict__[SHARED] += 1
-        return current
-
-    def _release(self) -> None:
-        """Take off the patch that sessions put on the model, if this is the last of them."""
-        current = self._patch
-        if current is not None and SHARED in current.__dict__:
-            current.__dict__[SHARED] -= 1
-            if not current.__dict__[SHARED] and patch_of(self.model) is current:
-                unpatch(self.model)
-
-    def _check(self, current: Patch | None) -> None:
-        if current is None or current.strategy.is_identity:
-            return
-        strategy = current.strategy
-        if any(needs_of(self.adapter, strategy, m).text_embeddings for m in self.adapter.modalities):
-            raise ValueError(
-                f"{strategy.info.name} reads the question when it chooses, and a stream is pruned before there is one: use a "
-                "strategy that does not read the text."
-            )
-        if strategy.acts_inside:
-            raise ValueError(
-                f"{strategy.info.name} drops inside the LLM, which a StreamSession does not do: use a strategy of the stages "
-                "encoder and projector."
-            )
 
     # -- the stream ---------------------------------------------------------------------------------------------
     def push(self, frame: Any, t: float | None = None) -> Step | None:
@@ -203,17 +129,18 @@ class StreamSession:
         with self._encoding:
             self._check_open()
             if t is None:
-                t = 0.0 if self._last is None else self._last + 1 / (self.frames.fps or 1.0)
+                t = 0.0 if self._last is None else self._last + 1 / (self.prompts.fps or 1.0)
             if (self._last is not None and t <= self._last) or not np.isfinite(t):
                 raise ValueError(f"Frames come in the order of their times: found {t} s after {self._last} s.")
             self._size = self._size or image.shape[:2]
             waiting = [*self._waiting, (resized_to(image, self._size), t)]
-            step = None
+            step = ready = None
             if len(waiting) == self.frames.unit:
                 step, waiting = self._encode(waiting), []
+                ready = self.memory.prepare(step)
             with self._remembering:
-                if step is not None:
-                    self.memory.add(step)
+                if ready is not None:
+                    self.memory.add(ready)  # type: ignore[arg-type]
                 self._waiting, self._last = waiting, t
                 self._pushed += 1
             return step
@@ -242,7 +169,8 @@ class StreamSession:
     @property
     def stats(self) -> dict[str, Any]:
         """Numbers of the stream so far: `frames`, `steps` in memory, `forgotten` steps, `tokens` and `bytes` in memory with
-        their bounds, `first` and `last` time in memory, `questions`.
+        their bounds, `state_bytes` that the strategy remembers besides, of constant size, `first` time in memory, `last` time,
+        `questions`.
         """
         with self._remembering:
             steps = self.memory.view()
@@ -254,6 +182,7 @@ class StreamSession:
                 "max_tokens": self.memory.max_tokens,
                 "bytes": self.memory.nbytes,
                 "max_bytes": self.memory.max_bytes,
+                "state_bytes": self.state.nbytes,
                 "first": steps[0].seconds[0] if steps else None,
                 "last": self._last,
                 "questions": self._asked,
@@ -299,7 +228,7 @@ class StreamSession:
         if isinstance(self.memory, ReKVMemory):
             prompt = self.memory.inputs(text, steps)
         else:
-            prompt = self.frames.inputs(text, steps, self.renumber)
+            prompt = self.prompts.inputs(text, steps, self._shared.renumbers)
         return Asked(began, prompt, last if t is None else float(t))
 
     def _answer(self, asked: Asked, options: dict[str, Any], **more: Any) -> Answer:
@@ -315,33 +244,10 @@ class StreamSession:
         if not self.closed:
             self.reset()
             self.closed = True
-            self._release()
+            self._shared.release()
 
     def __enter__(self) -> StreamSession:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-def picture_of(frame: Any) -> tuple[np.ndarray, float | None]:
-    """(h, w, 3) uint8 RGB of a frame, and its time if it knows it. Raises TypeError for what is no picture."""
-    image, seconds = getattr(frame, "image", frame), getattr(frame, "seconds", None)
-    if hasattr(image, "convert"):
-        image = image.convert("RGB")
-    array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
-    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
-        raise TypeError(
-            f"A frame is an (h, w, 3) uint8 RGB array or a PIL image, found {type(frame).__name__} of shape {array.shape} and "
-            f"{array.dtype}."
-        )
-    return array, seconds
-
-
-def resized_to(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The picture at (height, width), bilinear where it has another size."""
-    if image.shape[:2] == size:
-        return image
-    from PIL import Image
-
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR))

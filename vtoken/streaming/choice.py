@@ -1,0 +1,123 @@
+"""Which memory and which strategy a session has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..adapters.base import Adapter
+from ..patching import Patch, describe, make_strategy, needs_of, patch, patch_of, unpatch
+from .layers import Layers
+from .memory import RecentMemory
+from .prompts import Prompts
+from .rekv import ReKVMemory
+
+SHARED = "_vtoken_sessions"  # on a Patch that sessions made: how many use it
+RECENT_BYTES, REKV_BYTES = 256 * 2**20, 4 * 2**30
+N_LOCAL = 15000  # tokens of ReKV's window, as published
+SPARE = 256  # positions left for the question and the answer
+OPTIONS = {
+    "recent": ("sinks", "recent", "history_tokens"),
+    "rekv": ("n_local", "topk", "chunk", "metric", "disk"),
+}
+
+
+def make_memory(
+    name: str,
+    adapter: Adapter,
+    prompts: Prompts,
+    renumber: bool,
+    max_bytes: int | None,
+    max_tokens: int | None,
+    options: dict[str, Any],
+) -> RecentMemory | ReKVMemory:
+    """A memory by its name; None for bounds chooses them. Raises ValueError for what there is not, or cannot serve the model.
+
+    Args:
+        renumber: whether prompts count the tokens that were kept, not those that might have been.
+    """
+    if name not in OPTIONS:
+        raise ValueError(f"Unknown memory {name!r}: use {' or '.join(OPTIONS)}.")
+    unknown = ", ".join(sorted(set(options) - set(OPTIONS[name])))
+    if unknown:
+        raise ValueError(f"memory={name!r} has no option {unknown}: it has {', '.join(OPTIONS[name])}.")
+    positions = int(getattr(adapter.decoder.config, "max_position_embeddings", 4096))
+    if name == "rekv":
+        if max_tokens is not None:
+            raise ValueError("memory='rekv' counts blocks: pass memory_options={'topk': ...} instead of max_tokens.")
+        options = {"n_local": min(N_LOCAL, positions)} | options
+        return ReKVMemory(Layers(adapter), prompts, REKV_BYTES if max_bytes is None else max_bytes, **options)
+    room = positions - min(SPARE, positions // 2)
+    counts_rows = not renumber and not hasattr(adapter.base, "get_rope_index")
+    return RecentMemory(
+        RECENT_BYTES if max_bytes is None else max_bytes,
+        room if max_tokens is None else max_tokens,
+        max_rows=room if counts_rows else None,
+        **options,
+    )
+
+
+class SharedPatch:
+    """The patch of a model while sessions use it: the one that is there, or one that the first of them makes.
+
+    Args:
+        adapter: of the model.
+        strategy, budget, options: as for `vtoken.patch`; None takes the model as it is.
+
+    Attributes:
+        patch: None if the model has none.
+
+    Raises:
+        TypeError, ValueError: as `vtoken.patch`; for another strategy than the model's, or one that cannot serve a stream.
+    """
+
+    def __init__(self, adapter: Adapter, strategy: Any, budget: float | int | None, options: dict[str, Any]) -> None:
+        self.adapter = adapter
+        self.patch: Patch | None = patch_of(adapter.model)
+        if strategy is None:
+            if budget is not None or options:
+                raise ValueError(f"{', '.join(['budget'] * (budget is not None) + list(options))} needs a strategy.")
+            self._check(self.patch)
+        else:
+            made = make_strategy(strategy, budget, options)
+            if self.patch is not None and describe(self.patch.strategy) != describe(made):
+                raise ValueError(
+                    f"This model is patched with {describe(self.patch.strategy)} already, which its other sessions may use: "
+                    "use the same strategy, or another model."
+                )
+            if self.patch is None:
+                patch(adapter.model, made)
+                self.patch = patch_of(adapter.model)
+                try:
+                    self._check(self.patch)
+                except ValueError:
+                    unpatch(adapter.model)
+                    raise
+                self.patch.__dict__[SHARED] = 0
+        if self.patch is not None and SHARED in self.patch.__dict__:
+            self.patch.__dict__[SHARED] += 1
+
+    @property
+    def renumbers(self) -> bool:
+        return self.patch is not None and self.patch.strategy.positions == "renumber"
+
+    def release(self) -> None:
+        """Take off the patch that sessions put on the model, if this is the last of them."""
+        if self.patch is not None and SHARED in self.patch.__dict__:
+            self.patch.__dict__[SHARED] -= 1
+            if not self.patch.__dict__[SHARED] and patch_of(self.adapter.model) is self.patch:
+                unpatch(self.adapter.model)
+
+    def _check(self, current: Patch | None) -> None:
+        if current is None or current.strategy.is_identity:
+            return
+        strategy = current.strategy
+        if any(needs_of(self.adapter, strategy, m).text_embeddings for m in self.adapter.modalities):
+            raise ValueError(
+                f"{strategy.info.name} reads the question when it chooses, and a stream is pruned before there is one: use a "
+                "strategy that does not read the text."
+            )
+        if strategy.acts_inside:
+            raise ValueError(
+                f"{strategy.info.name} drops inside the LLM, which a StreamSession does not do: use a strategy of the stages "
+                "encoder and projector."
+            )
