@@ -15,6 +15,7 @@ import torch
 from . import clips
 from .language import answer_loss, choose, pack
 from .loop import optimise
+from .qwen_reading import ReadingHeads, clip_targets, places, stack
 from .qwen_tower import IMAGE_SIDE, encode, image_patches, video_patches
 from .scenes import SIZE, Question, make_scene
 
@@ -45,7 +46,7 @@ def choose_about_clip(clip: clips.Clip, rng: np.random.Generator, slots: int = S
 
 
 def language_batch(processor: Any, plan: dict[str, Any], first: int, step: int, split: str = "train") -> list[tuple]:
-    """Patches, grid, seconds per grid step and packed questions of a step: scenes, and clips of one drawn length."""
+    """Patches, grid, seconds per grid step, packed questions and targets of a step: scenes, clips of a drawn length."""
     vocabulary, half = processor.tokenizer.get_vocab(), plan["batch"] // 2
     start = first + step * half
     rng = np.random.Generator(np.random.PCG64([start, 9]))
@@ -61,6 +62,7 @@ def language_batch(processor: Any, plan: dict[str, Any], first: int, step: int, 
             (1, IMAGE_SIDE // 8, IMAGE_SIDE // 8),
             1.0,
             pack(asked[0], vocabulary, SLOTS, WIDTHS["image"]),
+            stack([places(1, IMAGE_SIDE // 16)] * half),
         ),
         (
             "video",
@@ -68,6 +70,7 @@ def language_batch(processor: Any, plan: dict[str, Any], first: int, step: int, 
             (frames // 2, SIZE // 8, SIZE // 8),
             2 / fps,
             pack(asked[1], vocabulary, SLOTS, WIDTHS["video"]),
+            stack([clip_targets(clip) for clip in seen]),
         ),
     ]
 
@@ -100,30 +103,38 @@ def positions(
 def train_language(
     model: Any, processor: Any, plan: dict[str, Any], log: list[dict], first: int, checks: int = 6, **limits: Any
 ) -> None:
-    """Stage two, in place, with the tower's blocks frozen; arguments as in `vtoken.tiny.qwen_tower.train_tower`."""
+    """Stage two, in place, with the tower's blocks frozen; arguments as in `vtoken.tiny.qwen_tower.train_tower`.
+
+    ``plan["reading"]`` is the weight of the read-outs of `vtoken.tiny.qwen_reading`.
+    """
     vocabulary = processor.tokenizer.get_vocab()
     before = [vocabulary[token] for token in ("user", ":", "<|vision_start|>")]
     frozen = [model.model.visual.blocks, model.model.visual.patch_embed]
     for part in frozen:
         part.requires_grad_(False)
+    heads = ReadingHeads(model, len(before)).to(model.device)
 
     def loss_of(item: Any, done: float = 0) -> tuple[torch.Tensor, dict[str, float]]:
         total, facts = 0, {}
-        for kind, patches, grid, seconds, (ids, labels) in item:
+        for kind, patches, grid, seconds, (ids, labels), goal in item:
             where = positions(model, kind, grid, seconds, SLOTS, WIDTHS[kind])
             visual = visual_tokens(model, patches, grid)
             loss, right = answer_loss(model, visual, ids, labels, before, WIDTHS[kind], where)
-            total = total + loss / 2
-            facts[f"{kind}_answers"] = right.item()
+            reading, read = heads({name: value.to(model.device) for name, value in goal.items()})
+            total = total + (loss + plan["reading"] * reading) / 2
+            facts |= {f"{kind}_answers": right.item(), **read}
         return total, facts
 
     @torch.no_grad()
     def facts() -> dict[str, float]:
         found = [loss_of(language_batch(processor, plan, 7_000_000, i, "test"))[1] for i in range(checks)]
-        return {f"held_out_{name}": float(np.mean([f[name] for f in found])) for name in found[0]}
+        means = {name: float(np.mean([f[name] for f in found])) for name in found[0]}
+        return {f"{'held_out' if name.endswith('answers') else 'test'}_{name}": mean for name, mean in means.items()}
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters |= dict(heads.named_parameters(prefix="heads"))
     make = partial(language_batch, processor, plan, first)
     optimise("language", parameters, make, loss_of, plan, log, facts, **limits)
+    heads.remove()
     for part in frozen:
         part.requires_grad_(True)
