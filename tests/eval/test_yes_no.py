@@ -142,6 +142,14 @@ def test_a_missing_data_set_says_how_to_get_it(tmp_path, monkeypatch, source):
     assert "\n" not in str(raised.value)
 
 
+def test_an_id_on_the_hub_downloads_parquet_files_alone(tmp_path, monkeypatch):
+    folder, calls = mme_folder(tmp_path), []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: calls.append((a, k)) or str(folder))
+    assert len(load()) == len(load("some/where")) == 6
+    only = {"repo_type": "dataset", "allow_patterns": ["*.parquet"]}
+    assert calls == [(("lmms-lab/MME",), only), (("some/where",), only)]
+
+
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"has no parquet files.*hf download"):

@@ -210,6 +210,6 @@ def one_task(
             out.print(f"counted as wrong: {sentence}", highlight=False, markup=False)
     for sentence in left_out:
         out.print(f"left out, {sentence}", highlight=False, markup=False)
-    show(out, f"\n{title}", summary(outcomes))
+    show(out, f"\n{title}; * marks baselines" if optional else f"\n{title}", summary(outcomes))
     for path in save(folder, title, outcomes, task.settings() | settings, left_out):
         out.print(f"wrote {path}", highlight=False)

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[list[str]]:
-    """One row per run under a head: measured tokens, LLM FLOPs, accuracy, the benchmark's figures, TTFT."""
+    """One row per run under a head: measured tokens, LLM FLOPs, accuracy, the benchmark's figures, TTFT.
+
+    Baselines are marked by a star.
+    """
     frames = any(o.run.frames for o in outcomes)
     columns = list(dict.fromkeys(c for o in outcomes for c in o.breakdown.columns))
     head = ["strategy", "budget", *["frames"] * frames, "visual tokens", "FLOPs", "right, % [95 %]"]
@@ -25,7 +28,7 @@ def summary(outcomes: Sequence[Outcome]) -> list[list[str]]:
         low, high = o.cell.interval
         rows.append(
             [
-                f"{o.cell.strategy} (baseline)" if o.run.strategy and o.cell.baseline else o.cell.strategy,
+                f"{o.cell.strategy} *" if o.run.strategy and o.cell.baseline else o.cell.strategy,
                 str(o.run.budget),
                 *[str(o.run.frames)] * frames,
                 f"{o.cell.tokens:.1f} of {o.cell.tokens_in:.1f}",
@@ -49,7 +52,11 @@ def markdown(title: str, outcomes: Sequence[Outcome], settings: dict[str, Any], 
     lines += [
         "all visual tokens; the time to the first token (TTFT) is the median. Answers that the protocol takes for"
     ]
-    lines += ["none are unparsed; both they and questions whose image or video is unreadable count as wrong.", ""]
+    lines += [
+        "none are unparsed; both they and questions whose image or video is unreadable count as wrong.",
+        "Baselines are marked by a star.",
+        "",
+    ]
     lines += _markdown_table(summary(outcomes))
     for o in outcomes:
         lines += ["", f"## {o.run.name}", "", *_markdown_table(o.breakdown.rows)]
