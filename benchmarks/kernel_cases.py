@@ -15,7 +15,7 @@ Case = tuple[Call, Call, int]
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "small": {
         "merge": (1, 576, 1024, 115), "cls": (3, 8, 145, 32), "text": (1, 8, 320, 64), "tower": (2, 8, 256, 32),
-        "windows": (1, 8, 1024, 32), "tome": (2, 257, 64, 32), "select": (1, 576, 1024, 115), "kv": (4, 1, 4, 640, 64, 160),
+        "windows": (1, 8, 1024, 32), "tome": (1, 577, 64, 64), "select": (1, 576, 1024, 115), "kv": (4, 1, 4, 640, 64, 160),
     },
     "7b": {
         "merge": (8, 2880, 4096, 576), "cls": (5, 16, 577, 64), "text": (1, 32, 2944, 128), "tower": (5, 16, 729, 72),
@@ -64,13 +64,17 @@ def naive_greedy(x: Tensor, quality: Tensor, k: int) -> Tensor:
     return torch.stack(chosen)[None]
 
 
-def naive_match(keys: Tensor, r: int) -> Tensor:
-    """ToMe's matching as published: sources, their targets, and the sorted rest (which the comparison leaves out)."""
+def naive_match(keys: Tensor, r: int) -> list[Tensor]:
+    """ToMe's matching as published, behind one CLS token: sources, their targets, the rest in order, and who owns whom."""
     unit = keys.float() / keys.float().norm(dim=-1, keepdim=True)
     best, partner = (unit[:, 2::2] @ unit[:, 1::2].mT).max(-1)
     order = best.argsort(dim=-1, descending=True)
-    order, _rest = order[:, :r], order[:, r:].sort(-1).values
-    return torch.stack([2 + 2 * order, 1 + 2 * partner.gather(1, order)])
+    order, rest = order[:, :r], order[:, r:].sort(-1).values
+    source, target = 2 + 2 * order, 1 + 2 * partner.gather(1, order)
+    places = torch.arange(keys.shape[1], device=keys.device).expand(len(keys), -1)
+    keep = torch.cat([places[:, :1], 2 + 2 * rest, places[:, 1::2]], 1)
+    owner = torch.zeros_like(places).scatter(1, keep, places[:, : keep.shape[1]])
+    return [source, target, keep, owner.scatter(1, source, owner.gather(1, target))]
 
 
 class Inputs:
@@ -142,7 +146,7 @@ class Inputs:
         x, quality = self.rand(batch, n, d), self.share(batch, n) + 0.1
         return {
             "bipartite_match": (
-                lambda: torch.stack(kernels.bipartite_match(keys, r, 1)[:2]), lambda: naive_match(keys, r), 0
+                lambda: list(kernels.bipartite_match(keys, r, 1)), lambda: naive_match(keys, r), 0
             ),
             "farthest_point": (lambda: kernels.farthest_point(x, k), lambda: naive_farthest(x, k), 0),
             "greedy_map": (lambda: kernels.greedy_map(x, quality, k), lambda: naive_greedy(x, quality, k), 0),

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
+import re
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from kernel_cases import SHAPES, Call, Inputs
 from torch import Tensor
 
 from vtoken import kernels
+from vtoken.bench.report import machine, save
+from vtoken.bench.timing import spread
 
 BASE = "torch"  # the twin, whose answers the others are compared with
 
@@ -56,12 +58,12 @@ def with_backend(name: str, call: Call) -> Call:
     return run
 
 
-def clock(call: Call, cuda: bool) -> float:
-    """Milliseconds of one call."""
+def clock(call: Call, cuda: bool, now: Callable[[], float]) -> float:
+    """Milliseconds of one call, on a CPU by the clock `now`."""
     if not cuda:
-        start = time.perf_counter()
+        start = now()
         call()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (now() - start)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(1_000_000)  # the launches queue up behind it, so that short kernels are not timed by the host
     first.record()
@@ -80,7 +82,9 @@ def extra_memory(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - before - sum(t.untyped_storage().nbytes() for t in flat(out))
 
 
-def measure(call: Call, usual: Call, nbytes: int, device: torch.device, repeats: int) -> dict[str, Any]:
+def measure(
+    call: Call, usual: Call, nbytes: int, device: torch.device, repeats: int, now: Callable[[], float]
+) -> dict[str, Any]:
     cuda = device.type == "cuda"
     field = {BASE: with_backend("torch", call)}
     if cuda:
@@ -96,14 +100,12 @@ def measure(call: Call, usual: Call, nbytes: int, device: torch.device, repeats:
     times: dict[str, list[float]] = {name: [] for name in field}
     for turn in range(repeats + 2):
         for name, run in field.items():
-            spent = clock(run, cuda)
+            spent = clock(run, cuda, now)
             if turn >= 2:
                 times[name].append(spent)
 
     def ratio(over: str, under: str) -> dict[str, float]:
-        pairs = [a / b for a, b in zip(times[over], times[under], strict=True)]
-        low, middle, high = statistics.quantiles(pairs, n=4)
-        return {"median": middle, "q1": low, "q3": high}
+        return spread([a / b for a, b in zip(times[over], times[under], strict=True)])
 
     best = "triton" if cuda else BASE
     result: dict[str, Any] = {"ms": {name: statistics.median(t) for name, t in times.items()}, "difference": agreement}
@@ -119,6 +121,8 @@ def goals(results: dict[str, dict[str, Any]], cuda: bool) -> dict[str, dict[str,
     """What the kernels are meant to reach, and whether this run did."""
     wanted: dict[str, tuple[float, float]] = {}
     for name, result in results.items():
+        if "failed" in result:
+            continue
         if not cuda:
             wanted[f"{name}: usual / twin at least"] = (result["usual / vtoken"]["median"], 1.0)
         elif name in ("gather", "gather_merge"):
@@ -130,52 +134,48 @@ def goals(results: dict[str, dict[str, Any]], cuda: bool) -> dict[str, dict[str,
     return {name: {"value": value, "goal": goal, "reached": value >= goal} for name, (value, goal) in wanted.items()}
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "device": name, "type": device.type, "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
-        "python": platform.python_version(), "torch": torch.__version__, "triton": triton_version,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-    }  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=[*SHAPES], help="7b on a GPU, small on a CPU, if not given")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, on a busy CPU")
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds of each case")
-    parser.add_argument("--only", default="", help="only cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="write the results as JSON here")
+    parser.add_argument("--only", default="", help="only cases whose name matches this expression")
+    parser.add_argument("--out", type=Path, help="write the results as JSON here; a file that exists gains cases")
     args = parser.parse_args()
-    if args.repeats < 2:
-        parser.error(f"quartiles need at least 2 repeats; found {args.repeats}")
     device = torch.device(args.device)
+    now = time.process_time if args.clock == "cpu" else time.perf_counter
+    about = machine(device) | {"clock": args.clock}
     shape = args.shape or ("7b" if device.type == "cuda" else "small")
-    report: dict[str, Any] = {"machine": machine(device), "shape": shape, "shapes": SHAPES[shape], "cases": {}}
+    report: dict[str, Any] = {"machine": about, "shape": shape, "shapes": SHAPES[shape], "cases": {}}
+    if args.out and args.out.exists():
+        report["cases"] = json.loads(args.out.read_text())["cases"]
+    failed = False
     print(f"{report['machine']['device']}, torch {torch.__version__}, shape {shape}")
     if device.type != "cuda":
         print("No GPU: the torch twins against the usual way; Triton is not timed.")
     with torch.no_grad():
         for name, (call, usual, nbytes) in Inputs(SHAPES[shape], device).all().items():
-            if args.only not in name:
+            if not re.search(args.only, name):
                 continue
-            result = report["cases"][name] = measure(call, usual, nbytes, device, args.repeats)
+            try:
+                result = report["cases"][name] = measure(call, usual, nbytes, device, args.repeats, now)
+            except Exception as error:  # one kernel that a device cannot run must not lose the others
+                failed, report["cases"][name] = True, {"failed": f"{type(error).__name__}: {error}"[:500]}
+                print(f"{name:40s} FAILED {error}", flush=True)
+                continue
+            finally:
+                report["goals"] = goals(report["cases"], device.type == "cuda")
+                if args.out:
+                    save(report, args.out)
             parts = [f"{k} {v:.3f} ms" for k, v in result["ms"].items()]
             for label in ("usual / vtoken", "torch / triton", "share of copy bandwidth"):
                 if r := result[label]:
                     parts.append(f"{label} {r['median']:.2f} [{r['q1']:.2f}, {r['q3']:.2f}]")
             print(f"{name:40s} " + "  ".join(parts), flush=True)
-    report["goals"] = goals(report["cases"], device.type == "cuda")
     for name, goal in report["goals"].items():
         print(f"{'reached' if goal['reached'] else 'MISSED ':8s} {name} {goal['goal']}: {goal['value']:.2f}")
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    raise SystemExit(failed)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,13 @@ def eval_command(arguments: tuple[str, ...]) -> None:
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed pairs per cell.")
 @click.option("--decode", "steps", type=click.IntRange(min=0), default=64, show_default=True, help="Decode steps.")
 @click.option("--limit", type=click.FloatRange(min=0), help="Seconds per shape after which no further turn begins.")
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="cpu: processor time, for a CPU that others use too; with OMP_NUM_THREADS=1.",
+)
 @click.option("--output", type=click.Path(dir_okay=False), help="JSON report; one that exists gains these shapes.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Picture of measured against promised speed-ups.")
 @click.option(

@@ -48,11 +48,11 @@ def test_every_moment_belongs_to_one_phase(work, monkeypatch):
     for cls, name, seconds in ((HiRED, "select", 11), (FastV, "select_in_prefill", 13)):
         monkeypatch.setattr(cls, name, slowly(getattr(cls, name), ticks, seconds))
     try:
-        dense, _ = timing.prefill(work)
+        dense = timing.prefill(work)
         with vtoken.applied(model, "hired", budget=0.5):
-            short, _ = timing.prefill(work)
+            short = timing.prefill(work)
         with vtoken.applied(model, "fastv", budget=0.6):
-            inside, _ = timing.prefill(work)
+            inside = timing.prefill(work)
     finally:
         for handle in handles:
             handle.remove()
@@ -79,7 +79,7 @@ def test_watching_changes_nothing(work, strategy):
         before = traces(model)
         with torch.inference_mode():
             want = model(**work.inputs).logits
-            with timing.phases(model):
+            with timing.phases(work):
                 got = model(**work.inputs).logits
                 assert traces(model) != before
         assert traces(model) == before and torch.equal(got, want)
@@ -114,9 +114,8 @@ def test_peak_and_cache_bytes_fall_with_the_tokens(work):
     peaks, caches = [], []
     for budget in (1.0, 0.2):
         with vtoken.applied(work.model, "uniform", budget=budget):
-            peaks.append(timing.peak_bytes(work))
-            _, cache = timing.prefill(work)
-            caches.append(timing.cache_bytes(cache))
+            for values, value in zip((peaks, caches), timing.peak_bytes(work)):
+                values.append(value)
             assert caches[-1] == vtoken.report(work.model).kv_bytes
     assert peaks[1] < peaks[0] and peaks[0] > caches[0] > caches[1]
 

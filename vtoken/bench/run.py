@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from .timing import measure
 if TYPE_CHECKING:
     from rich.console import Console
 
-SAME = ("device", "type", "threads", "torch", "transformers", "vtoken")  # of runs that may share a report
+SAME = ("device", "type", "threads", "clock", "torch", "transformers", "vtoken")  # of runs that may share a report
 
 
 def run(
@@ -32,6 +33,7 @@ def run(
     repeats: int,
     steps: int,
     limit: float | None,
+    clock: str,
     output: str | None,
     plot: str | None,
 ) -> None:
@@ -45,7 +47,10 @@ def run(
         raise ValueError("Give either --shape or --model: a shape is built with random weights, a model is loaded.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     scale = scale or ("full" if device.startswith("cuda") else "cpu")
-    report: dict[str, Any] = {"machine": reports.machine(torch.device(device)), "repeats": repeats, "shapes": {}}
+    if clock == "cpu" and device != "cpu":
+        raise ValueError(f"--clock cpu times this process's processor, not the {device} device: leave it out.")
+    machine = reports.machine(torch.device(device)) | {"clock": clock}
+    report: dict[str, Any] = {"machine": machine, "repeats": repeats, "shapes": {}}
     if output is not None:
         _check_folder(output)
         if Path(output).exists():
@@ -55,7 +60,8 @@ def run(
     every: list[str | None] = [*SHAPES] if "all" in shapes else [*shapes]
     for name in every or [None]:
         with out.status(f"building {name or model_id or 'the tiny model'}"):
-            work = shipped(model_id) if name is None else build(name, scale, device)
+            built = shipped(model_id) if name is None else build(name, scale, device)
+            work = replace(built, clock=clock)
         cells = _measured(out, work, strategies, budgets, repeats, steps, limit)
         report["shapes"][work.name] = work.about | {"cells": cells}
         if output is not None:

@@ -24,20 +24,26 @@ from ..recorder import Stopwatch
 from .shapes import Workload
 
 PHASES = ("tower", "choose", "llm", "rest")
+SHARED_DENSE = 3  # cells that are compared with the run of the unpatched model just before them
 Times = dict[str, float]
+
+
+def now(work: Workload) -> Any:
+    """A point in time on the workload's clock."""
+    return time.process_time() if work.clock == "cpu" else Stopwatch.mark(work.model.device)
 
 
 class Phases:
     """Which phase is under way; `seconds()` adds up the stretches of each."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.marks: list[tuple[str, Any]] = [("rest", Stopwatch.mark(device))]
+    def __init__(self, work: Workload) -> None:
+        self.work = work
+        self.marks: list[tuple[str, Any]] = [("rest", now(work))]
 
     def switch(self, phase: str) -> str:
         """Begin a phase and return the one before."""
         before = self.marks[-1][0]
-        self.marks.append((phase, Stopwatch.mark(self.device)))
+        self.marks.append((phase, now(self.work)))
         return before
 
     def during(self, phase: str, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,11 +72,11 @@ def _ours(hook: Any) -> bool:
 
 
 @contextmanager
-def phases(model: Any) -> Iterator[Phases]:
+def phases(work: Workload) -> Iterator[Phases]:
     """Watch the calls of a model inside the block, patched or not; the model is left as it was."""
-    watch, undo = Phases(model.device), []
-    base, decoder = model.base_model, model.get_decoder()
-    for module in model.modules():
+    watch, undo = Phases(work), []
+    base, decoder = work.model.base_model, work.model.get_decoder()
+    for module in work.model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in [*hooks.items()]:
                 if _ours(hook):
@@ -103,34 +109,34 @@ def _restore(owner: Any, name: str, was: Any) -> None:
         owner.__dict__[name] = was
 
 
-def prefill(work: Workload) -> tuple[Times, Any]:
-    """Seconds of reading the prompt, per phase, and the KV cache."""
-    with torch.inference_mode(), phases(work.model) as watch:
-        out = work.model(**work.inputs, use_cache=True, logits_to_keep=1)
-        return watch.seconds(), out.past_key_values
+def prefill(work: Workload) -> Times:
+    """Seconds of reading the prompt, per phase."""
+    with torch.inference_mode(), phases(work) as watch:
+        work.model(**work.inputs, use_cache=True, logits_to_keep=1)
+        return watch.seconds()
 
 
 def floor(work: Workload, tokens: int) -> float:
     """Seconds that the LLM alone takes for a prompt of so many tokens: what no reduction can undercut."""
-    decoder, device = work.model.get_decoder(), work.model.device
-    embeds = torch.randn(1, tokens, decoder.config.hidden_size, device=device).to(work.model.dtype)
+    decoder = work.model.get_decoder()
+    embeds = torch.randn(1, tokens, decoder.config.hidden_size, device=work.model.device).to(work.model.dtype)
     with torch.inference_mode():
-        watch = Phases(device)
+        watch = Phases(work)
         decoder(inputs_embeds=embeds, use_cache=True)
         return watch.seconds()["total"]
 
 
-def decode(work: Workload, steps: int) -> Times:
-    """Seconds of `generate`: "total", and "decode" for the steps behind the first token, which prefill gives."""
+def decode(work: Workload, steps: int, call: Callable[[], Any] | None = None) -> Times:
+    """Seconds of `generate`, or of `call`: "total", and "decode" for what comes behind the prompt and its first token."""
     ends: list[Any] = []
-    decoder, device = work.model.get_decoder(), work.model.device
-    handle = decoder.register_forward_hook(lambda *_: ends.append(Stopwatch.mark(device)) if not ends else None)
+    hook = work.model.get_decoder().register_forward_hook
+    handle = hook(lambda *_: ends.append(now(work)) if not ends else None)
     try:
-        watch, start = Stopwatch(), Stopwatch.mark(device)
+        watch, start = Stopwatch(), now(work)
         config = dict(do_sample=False, min_new_tokens=steps + 1, max_new_tokens=steps + 1)
         with torch.inference_mode():
-            work.model.generate(**work.inputs, **config)
-        end = Stopwatch.mark(device)
+            work.model.generate(**work.inputs, **config) if call is None else call()
+        end = now(work)
     finally:
         handle.remove()
     watch.add("decode", ends[0], end)
@@ -171,19 +177,20 @@ def _storage_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def peak_bytes(work: Workload) -> int:
-    """The most bytes that reading the prompt held at once beyond the model and its inputs, the KV cache included."""
+def peak_bytes(work: Workload) -> tuple[int, int]:
+    """The most bytes that reading the prompt held at once beyond the model and its inputs, and those of its KV cache."""
     device = work.model.device
+    arguments = work.inputs | {"use_cache": True, "logits_to_keep": 1}
     if device.type != "cuda":
         with torch.inference_mode(), LiveBytes() as bytes_:
-            work.model(**work.inputs, use_cache=True, logits_to_keep=1)
-        return bytes_.peak
+            out = work.model(**arguments)
+        return bytes_.peak, cache_bytes(out.past_key_values)
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
-        work.model(**work.inputs, use_cache=True, logits_to_keep=1)
-    return torch.cuda.max_memory_allocated(device) - before
+        out = work.model(**arguments)
+    return torch.cuda.max_memory_allocated(device) - before, cache_bytes(out.past_key_values)
 
 
 def cache_bytes(cache: Any) -> int:
@@ -214,12 +221,14 @@ class Cell:
         names = self.strategy.split("+")
         return vtoken.applied(self.work.model, names if len(names) > 1 else names[0], budget=self.budget)
 
-    def look(self, dense_peak: int, dense_cache: int) -> None:
-        """One untimed call: counts, bytes, the FLOPs' promise, or the sentence with which the strategy refuses."""
+    def look(self, dense: tuple[int, int]) -> None:
+        """One untimed call: counts, bytes, the FLOPs' promise, or the sentence with which the strategy refuses.
+
+        `dense` are the bytes at the peak and in the cache of the unpatched model.
+        """
         try:
             with self.applied():
-                peak = peak_bytes(self.work)
-                _, cache = prefill(self.work)
+                peak, cache = peak_bytes(self.work)
                 report = vtoken.report(self.work.model)
         except (ValueError, NotImplementedError) as refusal:
             self.refused = str(refusal)
@@ -230,19 +239,34 @@ class Cell:
         self.facts = {
             "tokens": [report.tokens_in, report.average_visual_tokens],
             "flops": [report.flops_dense, report.flops],
-            "kv_bytes": [dense_cache, cache_bytes(cache)],
-            "peak_bytes": [dense_peak, peak],
+            "kv_bytes": [dense[1], cache],
+            "peak_bytes": [dense[0], peak],
         }
 
-    def turn(self) -> None:
-        """One timed pair, and the LLM alone on as many tokens as were kept."""
-        dense, _ = prefill(self.work)
+    def share(self, other: Cell) -> None:
+        """Take what another cell measures for one's own, if the strategy serves this model."""
+        try:
+            with self.applied():
+                self.facts, self.even = other.facts, other.even
+                self.dense, self.short, self.floors, self.decoding = (
+                    other.dense,
+                    other.short,
+                    other.floors,
+                    other.decoding,
+                )
+        except (ValueError, NotImplementedError) as refusal:
+            self.refused = str(refusal)
+
+    def turn(self, dense: Times, floors: dict[int, float]) -> None:
+        """One timed prefill beside that of the unpatched model, and the LLM alone on as many tokens as were kept."""
         with self.applied():
-            short, _ = prefill(self.work)
+            short = prefill(self.work)
         self.dense.append(dense)
         self.short.append(short)
         if self.even is not None:
-            self.floors.append(floor(self.work, self.even))
+            if self.even not in floors:
+                floors[self.even] = floor(self.work, self.even)
+            self.floors.append(floors[self.even])
 
     def decode_turn(self, steps: int) -> None:
         dense = decode(self.work, steps)
@@ -296,13 +320,16 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Every strategy at every budget beside the unpatched model, in turns.
 
+    A turn is the unpatched model, then up to three cells: A B C D A E F G. What cannot differ is measured once: budget 1.0 is
+    the unpatched model whatever the strategy; decode steps depend only on how much the cache holds; so does the LLM alone on
+    the number of its tokens, within a round.
+
     Args:
         work: the model, which must not be patched, and its prompt.
         strategies: names; two joined by + share a budget.
         budgets: shares or counts.
-        repeats: timed pairs of prefills per cell; a third as many of generation.
-        steps: decode steps, 0 for none. They depend only on what the cache holds: cells that hold equally many bytes
-            share one measurement.
+        repeats: timed turns per cell; a third as many of generation.
+        steps: decode steps, 0 for none.
         limit: seconds after which no further turn begins; a cell that had none says so.
         progress: told in words what comes next.
     """
@@ -311,25 +338,37 @@ def measure(
     def late(share: float) -> bool:
         return limit is not None and time.monotonic() - start > share * limit
 
-    _, cache = prefill(work)
-    dense_cache, dense_peak = cache_bytes(cache), peak_bytes(work)
+    prefill(work)
+    whole = peak_bytes(work)
     cells = [Cell(work, s, b) for b in budgets for s in strategies]
+    timed: list[Cell] = []
+    identity: Cell | None = None
     for cell in cells:
         progress(f"{cell.strategy} {cell.budget}")
-        if not late(0.7):
-            cell.look(dense_peak, dense_cache)
-    timed = [c for c in cells if c.facts]
-    shared: dict[int, Cell] = {}
+        if identity is not None and cell.budget == 1.0 and isinstance(cell.budget, float):
+            cell.share(identity)
+        elif not late(0.5):
+            cell.look(whole)
+            if cell.facts:
+                timed.append(cell)
+                identity = cell if cell.budget == 1.0 and isinstance(cell.budget, float) else None
     for i in range(repeats):
-        for cell in timed:
-            if not late(0.7):
-                progress(f"{cell.strategy} {cell.budget}, {i + 1} of {repeats}")
-                cell.turn()
+        floors: dict[int, float] = {}
+        for n, cell in enumerate(timed):
+            if late(0.75):
+                break
+            progress(f"{cell.strategy} {cell.budget}, {i + 1} of {repeats}")
+            if n % SHARED_DENSE == 0:
+                dense = prefill(work)
+            cell.turn(dense, floors)
+    leads: dict[int, Cell] = {}
+    for cell in timed:
+        leads.setdefault(cell.facts["kv_bytes"][1], cell)
     for i in range(-(-repeats // 3) if steps else 0):
-        for cell in timed:
-            lead = shared.setdefault(cell.facts["kv_bytes"][1], cell)
-            if lead is cell and not late(1.0):
+        for cell in leads.values():
+            if not late(1.0):
                 progress(f"generating {cell.strategy} {cell.budget}, {i + 1}")
                 cell.decode_turn(steps)
-            cell.decoding = lead.decoding
+    for cell in timed:
+        cell.decoding += leads[cell.facts["kv_bytes"][1]].decoding if cell not in leads.values() else []
     return [cell.result() for cell in cells]

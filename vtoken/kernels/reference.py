@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -89,14 +88,6 @@ def _merge_with_grad(x: Tensor, kept: Tensor, into: Tensor, weight: Tensor | Non
     total = total.scatter_add(1, column[..., None].expand(batch, n, d), rows)[:, :m]
     named = torch.zeros(batch, m + 1, dtype=torch.bool, device=x.device).scatter_(1, column, True)[:, :m, None]
     return torch.where(named, total.to(x.dtype), kept)
-
-
-def merge_map(source: Tensor, target: Tensor, keep: Tensor) -> Tensor:
-    """Where each of n tokens goes in `keep`'s order: (B, n), from pairs of one merge."""
-    batch, kept = keep.shape
-    owner = keep.new_empty(batch, kept + source.shape[1])
-    owner.scatter_(1, keep, torch.arange(kept, device=keep.device).expand(batch, -1))
-    return owner.scatter_(1, source, owner.gather(1, target))
 
 
 @full_precision
@@ -189,4 +180,5 @@ def kv_compact_(tensors: Sequence[Tensor], index: Tensor) -> None:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    return F.normalize(x.to(compute_dtype(x)), dim=-1, eps=1e-12)
+    x = x.to(compute_dtype(x))
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1e-12)

@@ -6,10 +6,11 @@ the lower index wins; both backends then pick the same tokens, exact duplicates 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .reference import compute_dtype, full_precision, merge_map, unit_rows
+from .reference import compute_dtype, full_precision, unit_rows
 
 TIE = 1e-6  # two cosines closer than this are a tie
 DPP_TIE = 1e-5  # the same for residual variances, relative
@@ -35,16 +36,16 @@ def bipartite_match(keys: Tensor, r: int, protect: int = 0, sort: bool = True) -
     if not r:
         return match_tensors(keys.new_empty(batch, 0), keys.new_empty(batch, 0, dtype=torch.long), n, 0, protect, sort)
     sources, targets = unit[:, a::2], unit[:, b::2].mT
+    count = targets.shape[2]
+    rank = torch.arange(count, 0, -1, dtype=unit.dtype, device=keys.device)  # highest for the first
     best, to = [], []
-    rank = torch.arange(targets.shape[2], 0, -1, dtype=unit.dtype, device=keys.device)  # highest for the first
-    step = max(1, 2**22 // max(1, batch * targets.shape[2]))
-    for i in range(0, sources.shape[1], step):
-        cosine = sources[:, i : i + step] @ targets
+    for block in sources.split(max(1, 2**22 // max(1, batch * count)), 1):
+        cosine = block @ targets
         best.append(cosine.amax(-1))
         # Many times faster than argmax along short rows.
-        first = cosine.ge_(best[-1][..., None] - TIE).mul_(rank).amax(-1)
-        to.append((targets.shape[2] - first).long())
-    return match_tensors(torch.cat(best, 1), torch.cat(to, 1), n, r, protect, sort)
+        to.append(cosine.ge_(best[-1][..., None] - TIE).mul_(rank).amax(-1))
+    first = (count - (to[0] if len(to) == 1 else torch.cat(to, 1))).long()
+    return match_tensors(best[0] if len(best) == 1 else torch.cat(best, 1), first, n, r, protect, sort)
 
 
 def match_tensors(best: Tensor, to: Tensor, n: int, r: int, protect: int, sort: bool) -> list[Tensor]:
@@ -55,87 +56,87 @@ def match_tensors(best: Tensor, to: Tensor, n: int, r: int, protect: int, sort: 
         everything = torch.arange(n, device=device).repeat(batch, 1)
         return [none, none.clone(), everything, everything.clone()]
     a, b = parity_split(n, protect)
-    order = (best * RANK_STEPS).round().argsort(dim=-1, descending=True, stable=True)
-    source, target = a + 2 * order[:, :r], b + 2 * to.gather(1, order[:, :r])
-    stay = order[:, r:].sort(-1).values if sort else order[:, r:]
-    prefix, odd = torch.arange(protect, device=device), torch.arange(b, n, 2, device=device)
-    keep = torch.cat([prefix.expand(batch, -1), a + 2 * stay, odd.expand(batch, -1)], 1)
-    return [source, target, keep, merge_map(source, target, keep)]
+    order = (best * RANK_STEPS).round_().argsort(dim=-1, descending=True, stable=True)
+    target = to.gather(1, order[:, :r]).mul_(2).add_(b)
+    source, stay = order.mul_(2).add_(a).split([r, order.shape[1] - r], 1)
+    places = torch.arange(n, device=device).expand(batch, -1)
+    keep = torch.cat([places[:, :protect], stay.sort(-1).values if sort else stay, places[:, b::2]], 1)
+    owner = keep.new_empty(batch, n).scatter_(1, keep, places[:, : n - r])
+    return [source.contiguous(), target, keep, owner.scatter_(1, source, owner.gather(1, target))]
 
 
 class _Cosines:
-    """Rows of the cosine matrix of (B, n, d) features; the matrix is kept only where it is no larger than they are."""
+    """Rows of the cosine matrix of (n, d) unit rows, on the host; kept whole only where it is no larger than they are."""
 
-    def __init__(self, features: Tensor, scale: Tensor | None = None):
-        self.unit = unit_rows(features)
-        if scale is not None:
-            self.unit *= scale[..., None]
-        self.batch, self.n, d = self.unit.shape
-        self.all = self.unit @ self.unit.mT if self.n <= d else None
-        self.b = torch.arange(self.batch, device=features.device)
+    def __init__(self, unit: Tensor):
+        self.unit, (n, d) = unit, unit.shape
+        self.all = unit @ unit.mT if n <= d else None
+        self.host = None if self.all is None else self.all.cpu().numpy()
 
-    def row(self, pick: Tensor) -> Tensor:
-        if self.batch == 1:  # without the cost of indexing by tensors
-            if self.all is not None:
-                return self.all[0].index_select(0, pick)
-            return self.unit[0].index_select(0, pick) @ self.unit[0].T
-        if self.all is not None:
-            return self.all[self.b, pick]
-        return (self.unit @ self.unit[self.b, pick][..., None])[..., 0]
+    def row(self, pick: int) -> np.ndarray:
+        return (self.unit @ self.unit[pick]).cpu().numpy() if self.host is None else self.host[pick]
 
-    def nearest_other(self) -> Tensor:
-        """Highest cosine of each row with another row, (B, n); -inf for a row that is alone."""
+    def nearest_other(self) -> np.ndarray:
+        """Highest cosine of each row with another row, (n,); -inf for a row that is alone."""
         out = []
-        for i in range(0, self.n, 256):
+        for i in range(0, len(self.unit), 256):
             rows = slice(i, i + 256)
-            block = self.unit[:, rows] @ self.unit.mT if self.all is None else self.all[:, rows].clone()
-            block.diagonal(i, 1, 2).fill_(-torch.inf)
+            block = self.unit[rows] @ self.unit.mT if self.all is None else self.all[rows].clone()
+            block.diagonal(i).fill_(-torch.inf)
             out.append(block.amax(-1))
-        return torch.cat(out, 1)
+        return torch.cat(out).cpu().numpy()
 
 
+# The steps of the two greedy loops run on the host in numpy: a step is a handful of operations on n numbers, and each costs
+# torch more to launch, on any device, than to do.
 @full_precision
 def farthest_point(features: Tensor, k: int, start: Tensor | None = None) -> Tensor:
     batch = features.shape[0]
     if not batch or not k:
         return torch.empty(batch, k, dtype=torch.long, device=features.device)
-    cosines = _Cosines(features)
-    pick = first_max(-cosines.nearest_other(), TIE) if start is None else start.long()
-    picks = [pick]
-    closest = cosines.row(pick).clone()  # cosine with the nearest chosen token; +inf once chosen itself
-    hit = torch.empty_like(closest)
+    starts = [None] * batch if start is None else start.tolist()
+    picks = [_farthest(_Cosines(unit), k, first) for unit, first in zip(unit_rows(features), starts, strict=True)]
+    return torch.tensor(picks, device=features.device)
+
+
+def _farthest(cosines: _Cosines, k: int, pick: int | None) -> list[int]:
+    if pick is None:
+        near = cosines.nearest_other()
+        pick = int((near <= near.min() + near.dtype.type(TIE)).argmax())
+    closest = cosines.row(pick).copy()  # cosine with the nearest chosen token; +inf once chosen itself
+    tie, picks = closest.dtype.type(TIE), [pick]
     for _ in range(1, k):
-        closest.scatter_(1, pick[:, None], torch.inf)
-        near = closest.amin(-1, keepdim=True).add_(TIE)
-        pick = torch.le(closest, near, out=hit).argmax(-1)
+        closest[pick] = np.inf
+        pick = int((closest <= closest.min() + tie).argmax())
         picks.append(pick)
-        torch.maximum(closest, cosines.row(pick), out=closest)
-    return torch.stack(picks, 1)
+        np.maximum(closest, cosines.row(pick), out=closest)
+    return picks
 
 
 @full_precision
 def greedy_map(features: Tensor, quality: Tensor, k: int) -> Tensor:
-    batch, n, _ = features.shape
+    batch = features.shape[0]
     if not batch or not k:
         return torch.empty(batch, k, dtype=torch.long, device=features.device)
     q = quality.to(compute_dtype(features))
     q = q / q.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    kernel = _Cosines(features, q)
-    gain = q * q  # variance of each token that the chosen ones do not explain, at least its floor; -inf once chosen
-    floor, hit = DPP_FLOOR * gain, torch.empty_like(gain)
-    factor = q.new_empty(batch, k, n)  # rows of the incremental Cholesky factor
-    picks = []
-    for t in range(k):
-        enough = gain.amax(-1, keepdim=True).mul_(1 - DPP_TIE)
-        at = torch.ge(gain, enough, out=hit).argmax(-1, keepdim=True)
-        picks.append(at)
-        row = kernel.row(at[:, 0])[:, None]
-        if t:
-            head = factor[:, :t]
-            along = head.index_select(2, at[0]) if batch == 1 else head.gather(2, at[:, None].expand(-1, t, 1))
-            row = torch.baddbmm(row, along.mT, head, alpha=-1)
-        step = torch.mul(row[:, 0], gain.gather(1, at).clamp_min_(1e-30).rsqrt_(), out=factor[:, t])
-        gain.addcmul_(step, step, value=-1).scatter_(1, at, -torch.inf)
-        floor.scatter_(1, at, -torch.inf)
-        torch.maximum(gain, floor, out=gain)
-    return torch.cat(picks, 1)
+    scaled = unit_rows(features) * q[..., None]
+    picks = [_greedy(_Cosines(x), variance.cpu().numpy(), k) for x, variance in zip(scaled, q * q, strict=True)]
+    return torch.tensor(picks, device=features.device)
+
+
+def _greedy(kernel: _Cosines, variance: np.ndarray, k: int) -> list[int]:
+    gain = variance.copy()  # what the chosen ones do not explain of each token, at least its floor; -inf once chosen
+    number = gain.dtype.type
+    floor, most, least = number(DPP_FLOOR) * gain, number(1 - DPP_TIE), number(1e-30)
+    factor = np.empty((k, len(gain)), gain.dtype)  # rows of the incremental Cholesky factor
+    picks: list[int] = []
+    for step in factor:
+        pick, done = int((gain >= gain.max() * most).argmax()), len(picks)
+        picks.append(pick)
+        np.subtract(kernel.row(pick), factor[:done, pick] @ factor[:done], out=step)
+        step /= np.sqrt(max(gain[pick], least))
+        gain -= step * step
+        gain[pick] = floor[pick] = -np.inf
+        np.maximum(gain, floor, out=gain)
+    return picks
