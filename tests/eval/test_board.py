@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,8 @@ from vtoken import tiny
 from vtoken.eval import board_page, tiny_command
 from vtoken.eval.board import Batch, Board, Cell, measure, wilson
 from vtoken.eval.tiny_board import plan, subjects, tiny_board
-from vtoken.tiny.evaluate import answers, held_out, score
+from vtoken.eval.tower_memo import TowerMemo
+from vtoken.tiny.evaluate import answers, held_out, prepare, score
 from vtoken.tiny.scenes import KINDS, Question
 
 
@@ -56,11 +58,39 @@ def test_subjects_are_prepared_as_the_model_is_measured(subject):
     assert [text for b in subject.batches for text in b.say(subject.model)] == answers(model, processor, pairs)
 
 
+def test_a_shared_tower_changes_no_answer():
+    model, processor = tiny.load("llava")
+    pairs = held_out("llava", 4, 8)
+    inputs = [prepare(processor, pairs[:2]), prepare(processor, pairs[2:])]
+    memo, spared = TowerMemo(model), []
+
+    def logits(i):
+        with torch.no_grad():
+            return model(**inputs[i]).logits
+
+    assert len(memo.layers) == model.config.vision_config.num_hidden_layers
+    for strategy in ("uniform", "hired", "mustdrop", "visionzip", "hired"):
+        with vtoken.applied(model, strategy, budget=0.5):
+            plain, before = [logits(i) for i in (0, 1)], memo.spared
+            for i in (0, 1):
+                with memo.reading(i):
+                    assert torch.equal(logits(i), plain[i]), strategy
+            spared.append((memo.spared - before) // 2)
+    layers = len(memo.layers)
+    assert spared[0] == 0 and layers - 2 <= spared[4] < layers and spared[2] <= 1, spared
+    assert not any("forward" in layer.__dict__ for layer in memo.layers)
+    memo.known[0, 2][1].add_(0)  # written to in place: no longer to be trusted
+    with vtoken.applied(model, "uniform", budget=0.5), memo.reading(0):
+        before = memo.spared
+        logits(0)
+    assert memo.spared == before + layers - 2
+
+
 def test_media_are_asked_about_apart(monkeypatch):
     clips = [SimpleNamespace(media=[0] * n) for n in (6, 8, 6)]
     pairs = [(example, Question("who?", "me", "k")) for example in (SimpleNamespace(media=1), *clips)]
     monkeypatch.setattr("vtoken.tiny.evaluate.held_out", lambda *a: pairs)
-    monkeypatch.setattr("vtoken.eval.tiny_board._batch", lambda processor, some: Batch([p[0].media for p in some], len))
+    monkeypatch.setattr("vtoken.eval.tiny_board._batch", lambda p, some, *memo: Batch([q[0].media for q in some], len))
     images, videos = subjects("llava", 4)
     assert (images.stem, videos.stem) == ("llava_image", "llava_video")
     assert [b.asked for b in images.batches] == [[1]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 
 from .board import BUDGETS, Batch, Board, measure, parse_strategy, versions
+from .tower_memo import TowerMemo
 
 
 @dataclass
 class Subject:
-    """A tiny model and what it is asked about one medium; inputs are prepared once and shared by all cells.
+    """A tiny model and what it is asked about one medium; what all cells share is computed once.
 
     Attributes:
         name: of the tiny model.
@@ -65,10 +67,10 @@ def subjects(name: str, questions: int = 500, seed: int = 0, batch_size: int = 5
         frames = len(example.media) if isinstance(example.media, list) else 0
         groups.setdefault(("video" if frames else "image", frames), []).append((example, question))
     media = sorted({medium for medium, _ in groups})
-    out = []
+    out, memo, number = [], TowerMemo(model), itertools.count()
     for medium in media:
         batches = [
-            _batch(processor, some[first : first + batch_size])
+            _batch(processor, some[first : first + batch_size], memo, next(number))
             for (of, _), some in sorted(groups.items())
             if of == medium
             for first in range(0, len(some), batch_size)
@@ -77,7 +79,7 @@ def subjects(name: str, questions: int = 500, seed: int = 0, batch_size: int = 5
     return out
 
 
-def _batch(processor: Any, pairs: Sequence[Any]) -> Batch:
+def _batch(processor: Any, pairs: Sequence[Any], memo: TowerMemo, number: int) -> Batch:
     from vtoken.tiny.evaluate import prepare
 
     inputs = prepare(processor, pairs)
@@ -87,8 +89,9 @@ def _batch(processor: Any, pairs: Sequence[Any]) -> Batch:
 
     @torch.no_grad()
     def say(model: Any) -> list[str]:
-        given = inputs.to(model.device)
-        out = model.generate(**given, max_new_tokens=longest + 1, do_sample=False)[:, given["input_ids"].shape[1] :]
+        with memo.reading(number):
+            out = model.generate(**inputs, max_new_tokens=longest + 1, do_sample=False)
+        out = out[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in processor.batch_decode(out, skip_special_tokens=True)]
 
     return Batch(asked, say)
