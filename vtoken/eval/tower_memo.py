@@ -64,7 +64,7 @@ def _overheard(layer: nn.Module) -> bool:
         if m is not layer
         for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
     )
-    return any(not getattr(h, "__module__", None) == "transformers.utils.output_capturing" for h in hooks)
+    return any(getattr(h, "__module__", None) != "transformers.utils.output_capturing" for h in hooks)
 
 
 def _versions(given: Tensor, answer: Any) -> list[int]:
