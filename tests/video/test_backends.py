@@ -125,7 +125,7 @@ def test_torchcodec(tmp_path, monkeypatch):
     with pytest.raises(VideoError, match="upright"):
         open_video(turned, "torchcodec")
     monkeypatch.setattr(Decoder, "extra", 1)
-    with pytest.raises(VideoError, match="torchcodec counts 9 frames in .* and PyAV 8"):
+    with pytest.raises(VideoError, match=r"torchcodec counts 9 frames in .* and PyAV 8"):
         open_video(path, "torchcodec")
 
 
