@@ -17,6 +17,7 @@ from .streams import FrameTokens, Reuse, StreamState, stream
 from .tokens import Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
 
 if TYPE_CHECKING:
+    from . import video
     from .accounting import Report
     from .config import VTokenConfig
     from .patching import applied, disabled, list_strategies, patch, report, unpatch
@@ -51,6 +52,7 @@ __all__ = [
     "strategy_info",
     "stream",
     "unpatch",
+    "video",
 ]
 
 # transformers and huggingface_hub are imported when something is patched, not before
@@ -64,6 +66,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "video":
+        return importlib.import_module(".video", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
