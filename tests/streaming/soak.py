@@ -10,6 +10,7 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,9 @@ def _tensors() -> tuple[int, int]:
     return len(alive), sum(stores.values())
 
 
-def run(frames: int, marks: int = 10, memory: str = "recent", strategy: str = "stc", **options: Any) -> list[Mark]:
+def run(frames: int, marks: int = 10, memory: str = "recent", strategy: str = "stc", **options: Any) -> Iterator[Mark]:
     """Feed a stream, look at it `marks` times at equal distances, and ask a question each time."""
-    found, times = [], []
+    times: list[float] = []
     every = frames // marks
     with vtoken.StreamSession(
         cheap_model(), processor_of("llava_onevision"), strategy, budget=0.5, memory=memory, fps=2.0, **options
@@ -104,8 +105,7 @@ def run(frames: int, marks: int = 10, memory: str = "recent", strategy: str = "s
                 alive = _tensors()
                 flops, middle = counter.get_total_flops(), 1000 * statistics.median(times)
                 held = session.stats["bytes"]
-                found.append(Mark(index + 1, _resident(), *alive, flops, middle, held, tokens))
-    return found
+                yield Mark(index + 1, _resident(), *alive, flops, middle, held, tokens)
 
 
 def main() -> None:

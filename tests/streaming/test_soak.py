@@ -22,14 +22,13 @@ def check_flat(marks: list[Mark]) -> list[Mark]:
 
 @pytest.mark.parametrize("memory", OPTIONS)
 def test_a_long_stream(memory):
-    marks = run(2000 if memory == "recent" else 320, marks=4, memory=memory, **OPTIONS[memory])
-    check_flat(marks)
+    check_flat(list(run(2000 if memory == "recent" else 320, marks=4, memory=memory, **OPTIONS[memory])))
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("memory", OPTIONS)
 def test_a_very_long_stream(memory):
-    warm = check_flat(run(100_000, memory=memory, **OPTIONS[memory]))
+    warm = check_flat(list(run(100_000, memory=memory, **OPTIONS[memory])))
     assert max(m.resident for m in warm) < warm[0].resident * 1.01
     early, late = warm[:3], warm[-3:]
     assert sorted(m.milliseconds for m in late)[1] < 2 * sorted(m.milliseconds for m in early)[1]
