@@ -43,12 +43,12 @@ def film(kind: str, frames: int, seed: int = 0, dtype: torch.dtype = torch.float
     return out
 
 
-def arguments(kind: str, *videos: list[Tensor], grid=GRID) -> dict:
-    """Arguments of `get_video_features` for videos of equal length."""
+def features(model, kind: str, *videos: list[Tensor], grid=GRID):
+    """What `get_video_features` gives for videos of equal length; releases differ in the name of its first argument."""
     if kind.startswith("qwen"):
         grids = torch.tensor([[len(v), *grid] for v in videos])
-        return dict(pixel_values_videos=torch.cat([torch.cat(v) for v in videos]), video_grid_thw=grids)
-    return dict(pixel_values_videos=torch.stack([torch.stack(v) for v in videos]))
+        return model.base_model.get_video_features(torch.cat([torch.cat(v) for v in videos]), video_grid_thw=grids)
+    return model.base_model.get_video_features(torch.stack([torch.stack(v) for v in videos]))
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def run(model, kind: str, *videos: list[Tensor], grid=GRID) -> list[Tensor]:
     handles = [layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, -2)))]
     handles += [layer.register_forward_hook(lambda m, args, out: seen.append(out.flatten(0, -2))) for layer in layers]
     try:
-        model.base_model.get_video_features(**arguments(kind, *videos, grid=grid))
+        features(model, kind, *videos, grid=grid)
     finally:
         for handle in handles:
             handle.remove()
@@ -80,7 +80,7 @@ def facts(model, kind: str, frame: Tensor, grid=GRID) -> list[tuple[Tensor, tupl
         out.append((window[:, None] == window[None], kwargs.get("position_embeddings")))
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    model.base_model.get_video_features(**arguments(kind, [frame], grid=grid))
+    features(model, kind, [frame], grid=grid)
     for handle in handles:
         handle.remove()
     return out

@@ -15,7 +15,7 @@ from tests.models import FAMILIES
 from vtoken import StreamState
 from vtoken.adapters.registry import adapter_for
 
-from .reuse_oracle import GRID, TOWERS, arguments, build, film, layers_of, oracle, run
+from .reuse_oracle import GRID, TOWERS, build, features, film, layers_of, oracle, run
 
 CLOSE = dict(rtol=0, atol=1e-5)  # float64, but transformers rotates and normalises in float32
 
@@ -190,7 +190,7 @@ def test_threads_feed_streams_of_their_own(patched):
             for frame in video:
                 if wait:
                     barrier.wait(60)  # all frames meet in the tower
-                out.append(model.base_model.get_video_features(**arguments("siglip", [frame])).pooler_output)
+                out.append(features(model, "siglip", [frame]).pooler_output)
 
     alone: list[list] = [[], [], []]
     together: list[list] = [[], [], []]
@@ -283,18 +283,18 @@ def test_images_are_untouched_unless_they_are_a_stream(patched):
     pixels = torch.stack(film("clip", 5))
     model = vtoken.patch(family.build(dtype=torch.float64), "stc_cacher", budget=0.3, interval=3)
 
-    def features(m, x):
+    def encoded(m, x):
         with torch.no_grad():
             return torch.stack(list(m.base_model.get_image_features(x).pooler_output))
 
-    assert torch.equal(features(model, pixels), features(clean, pixels))
+    assert torch.equal(encoded(model, pixels), encoded(clean, pixels))
     with vtoken.stream(model) as state:
-        whole = features(model, pixels)
+        whole = encoded(model, pixels)
     with vtoken.stream(model):
-        each = torch.cat([features(model, frame[None]) for frame in pixels])
+        each = torch.cat([encoded(model, frame[None]) for frame in pixels])
     torch.testing.assert_close(each, whole, **CLOSE)
-    assert (whole - features(clean, pixels))[[1, 2, 4]].abs().amax((1, 2)).min() > 0.01
-    torch.testing.assert_close(whole[[0, 3]], features(clean, pixels)[[0, 3]], **CLOSE)
+    assert (whole - encoded(clean, pixels))[[1, 2, 4]].abs().amax((1, 2)).min() > 0.01
+    torch.testing.assert_close(whole[[0, 3]], encoded(clean, pixels)[[0, 3]], **CLOSE)
     assert state.frames == 5 and state.last.references == 2
 
 
@@ -328,7 +328,7 @@ def test_half_precision_and_inference_mode(kind, dtype):
 
 def test_gradients_flow_and_checkpointing_is_refused(patched):
     model, video = patched("siglip", budget=0.5, interval=2), film("siglip", 4)
-    out = model.base_model.get_video_features(**arguments("siglip", video)).pooler_output
+    out = features(model, "siglip", video).pooler_output
     weight = layers_of(model)[0].mlp.fc1.weight
     (grad,) = torch.autograd.grad(out.double().square().sum(), weight)
     assert bool(torch.isfinite(grad).all()) and float(grad.abs().sum()) > 0
@@ -336,7 +336,7 @@ def test_gradients_flow_and_checkpointing_is_refused(patched):
     trained.gradient_checkpointing_enable()
     vtoken.patch(trained, "stc_cacher")
     with pytest.raises(NotImplementedError, match="gradient_checkpointing_disable"):
-        trained.base_model.get_video_features(**arguments("siglip", video))
+        features(trained, "siglip", video)
 
 
 def test_a_copy_of_a_patched_model_is_patched_itself(patched):

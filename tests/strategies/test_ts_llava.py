@@ -123,7 +123,7 @@ def thumbnail(name: str, inputs: dict) -> torch.Tensor:
         picture = torch.cat([torch.nn.functional.avg_pool2d(frames[i], (2, 1)) for i in (0, 2)], -2)
     with torch.no_grad():
         if video_of:
-            out = model.base_model.get_video_features(pixel_values_videos=picture[None, None]).pooler_output
+            out = model.base_model.get_video_features(picture[None, None]).pooler_output
             return out[0][1:] if name.startswith("video_llava") else out[0][:4]
         if name == "llava":
             return model.base_model.get_image_features(picture[None]).pooler_output[0]
