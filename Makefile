@@ -65,7 +65,7 @@ format: $(VENV)/.stamp-dev
 	$(py) -m ruff format .
 
 bench: $(VENV)/.stamp-dev
-	OMP_NUM_THREADS=$$(nproc) $(VENV)/bin/vtoken bench --shape llava-1.5-7b --limit 170
+	benchmarks/cpu.sh
 
 docs: $(VENV)/.stamp-dev
 	$(py) docs/generate_strategy_pages.py

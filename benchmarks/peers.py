@@ -1,5 +1,6 @@
-"""Other packages beside vtoken: same shape, same number of kept tokens, same clock; see `peers.sh`, which makes their
-environments and calls this once in each.
+"""Other packages beside vtoken: same shape, same number of kept tokens, same clock (processor time).
+
+`peers.sh` makes their environments and calls this once in each.
 
     python benchmarks/peers.py llm --out peers.json         # sparsevlm, eager attention maps, vtoken: one process, in turns
     python benchmarks/peers.py tower --out peers.json       # vtoken's VisionZip: tower, scoring and selection
@@ -17,6 +18,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def llm(repeats: int) -> dict[str, Any]:
     from vtoken.bench.shapes import build
     from vtoken.bench.timing import decode
 
-    work = build("qwen2.5-vl-7b-image", "cpu")
+    work = replace(build("qwen2.5-vl-7b-image", "cpu"), clock="cpu")
     total = work.about["visual_tokens"]
     kept = round(BUDGET * total)
 
@@ -91,21 +93,19 @@ def llm(repeats: int) -> dict[str, Any]:
         "sparsevlm 0.1.3": peer,
         "vtoken fastv": lambda: generated("sdpa", "fastv"),
         "vtoken sparsevlm": lambda: generated("sdpa", "sparsevlm"),
-        "vtoken divprune": lambda: generated("sdpa", "divprune"),
     }
     return {"about": work.about | {"kept": kept, "steps": STEPS}, "ms": turns(field, repeats)}
 
 
 def tower(repeats: int) -> dict[str, Any]:
     """Tower, projector, scoring and selection of 20 % of 576 tokens, by vtoken's VisionZip."""
-    from dataclasses import replace
-
     import vtoken
     from vtoken.bench.shapes import SHAPES
     from vtoken.bench.timing import prefill
 
     shape = SHAPES["llava-1.5-7b"]
     work = replace(shape, tower={"cpu": tuple(TOWER.values())}, llm={"cpu": (64, 128, 1, 1, 1)}).build("", "cpu")
+    work = replace(work, clock="cpu")
 
     def ours() -> Times:
         with vtoken.applied(work.model, "visionzip", budget=BUDGET):

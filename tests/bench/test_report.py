@@ -27,7 +27,7 @@ def cell(strategy="hired", budget=0.2, total=50.0, kept=0.95, overhead=0.01, **m
 
 def whole(*cells, kind="cpu"):
     machine = report.machine(torch.device("cpu")) | {"type": kind}
-    return {"machine": machine, "repeats": 3, "shapes": {"s": {"scale": "cpu", "cells": list(cells)}}}
+    return {"machine": machine, "shapes": {"s": {"scale": "cpu", "cells": list(cells)}}}
 
 
 def test_save_and_load_and_what_is_no_report(tmp_path):

@@ -50,7 +50,7 @@ def run(
     if clock == "cpu" and device != "cpu":
         raise ValueError(f"--clock cpu times this process's processor, not the {device} device: leave it out.")
     machine = reports.machine(torch.device(device)) | {"clock": clock}
-    report: dict[str, Any] = {"machine": machine, "repeats": repeats, "shapes": {}}
+    report: dict[str, Any] = {"machine": machine, "shapes": {}}
     if output is not None:
         _check_folder(output)
         if Path(output).exists():
@@ -63,7 +63,7 @@ def run(
             built = shipped(model_id) if name is None else build(name, scale, device)
             work = replace(built, clock=clock)
         cells = _measured(out, work, strategies, budgets, repeats, steps, limit)
-        report["shapes"][work.name] = work.about | {"cells": cells}
+        report["shapes"][work.name] = work.about | {"repeats": repeats, "steps": steps, "cells": cells}
         if output is not None:
             reports.save(report, output)
     if plot is not None:
@@ -101,7 +101,7 @@ def _joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
                 f"The report at --output was made with {key} {was}, this is {new['machine'][key]}: choose another file, and "
                 "--compare the two."
             )
-    return old | {"machine": new["machine"], "repeats": new["repeats"]}
+    return old | {"machine": new["machine"]}
 
 
 def _check_folder(path: str) -> None:
