@@ -330,10 +330,10 @@ def test_zero_thresholds_are_the_unpatched_model(threshold):
 @pytest.mark.parametrize(
     "cache", [{}, dict(cache_implementation="static", disable_compile=True)], ids=["dynamic", "static"]
 )
-@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
-def test_aligned_cache(name, cache):
+@pytest.mark.parametrize(("name", "kind"), [("llava", "ragged"), ("llava", "one"), ("qwen3_vl", "ragged")])
+def test_aligned_cache(name, kind, cache):
     """Decoding reads the last survivors in every aligned layer: the oracle's answer, which differs from the unaligned one."""
-    inputs, model = FAMILIES[name].batch("ragged"), subject(name)
+    inputs, model = FAMILIES[name].batch(kind), subject(name)
     strategy = MustDrop(0.75, **OFF, layers=(1, 2))
     with patched(model, strategy) as spy:
         out = run(model, inputs, **cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import gather_merge
+from ..kernels import gather_merge, gather_rows
 
 
 def right_aligned(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,8 +45,7 @@ def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     index = index.to(x.device)
     if dim == -1:
         return x.gather(-1, index.expand(x.shape[:-1] + index.shape[-1:]))
-    tail = x.shape[2:]
-    return x.gather(1, index.reshape(index.shape + (1,) * len(tail)).expand(index.shape + tail))
+    return gather_rows([x], index)[0]
 
 
 def expand_batch(x: Tensor, batch_size: int) -> Tensor:
