@@ -105,10 +105,10 @@ def test_thinning_happens_before_conversion():
 
 @pytest.mark.parametrize("speed", [1.0, 4.0])
 def test_recordings_play_at_their_speed(speed):
+    start = time.monotonic()
     with LiveReader(frames(6, fps=20), speed=speed, drop=False) as live:
-        start = time.monotonic()
         assert len(in_time(lambda: list(live))) == 6
-    assert time.monotonic() - start >= 0.25 / speed * 0.8
+    assert time.monotonic() - start >= 0.25 / speed
 
 
 def test_ten_disconnections():

@@ -102,7 +102,7 @@ def test_a_growing_file(tmp_path, suffix):
                 file.write(data[i : i + len(data) // 6])
                 time.sleep(0.03)
 
-    live = LiveReader(path, growing=True, timeout=2, drop=False)
+    live = LiveReader(path, growing=True, timeout=4, drop=False)
     later(grow)
     with live:
         got = in_time(lambda: list(live), 60)
