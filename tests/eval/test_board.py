@@ -95,8 +95,8 @@ def test_media_are_asked_about_apart(monkeypatch):
     assert (images.stem, videos.stem) == ("llava_image", "llava_video")
     assert [b.asked for b in images.batches] == [[1]]
     assert [b.asked for b in videos.batches] == [[[0] * 6, [0] * 6], [[0] * 8]]
-    monkeypatch.setattr(vtoken, "list_strategies", lambda model: ["uniform", "vidcom2"])
-    assert images.fitting() == ["uniform"] and videos.fitting() == ["uniform", "vidcom2"]
+    monkeypatch.setattr(vtoken, "list_strategies", lambda model: ["stc_cacher", "uniform", "vidcom2"])
+    assert images.fitting() == ["uniform"] and videos.fitting() == ["stc_cacher", "uniform", "vidcom2"]
 
 
 def test_measure_reads_what_the_report_says(subject):

@@ -38,11 +38,13 @@ class Subject:
         return self.name if self.only else f"{self.name}_{self.medium}"
 
     def fitting(self) -> list[str]:
-        """Strategies that fit the model and are defined for the medium."""
+        """Strategies that fit the model and are defined for the medium; on images those that are not about frames."""
         import vtoken
 
-        names = vtoken.list_strategies(model=self.model)
-        return [n for n in names if self.medium in vtoken.strategy_info(n).cls().needs(None).modalities]
+        made = {name: vtoken.strategy_info(name).cls() for name in vtoken.list_strategies(model=self.model)}
+        if self.medium == "image":
+            made = {name: strategy for name, strategy in made.items() if not strategy.acts_between_frames}
+        return [name for name, strategy in made.items() if self.medium in strategy.needs(None).modalities]
 
 
 def subjects(name: str, questions: int = 500, seed: int = 0, batch_size: int = 50) -> list[Subject]:
