@@ -67,6 +67,8 @@ def optimise(
         if seconds:
             done = max(done, (time.perf_counter() - began) / seconds)
         if done >= 1:
+            if keep:
+                _save(keep, stage, parameters, used, log, step, time.perf_counter() - began)
             break
         for group, rate in groups:
             group["lr"] = rate * min(1, (step + 1) / 50) * (0.01 + 0.99 * min(1, 3 * (1 - done)))
@@ -84,10 +86,14 @@ def optimise(
                 print(*(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()), flush=True)
             log.append({k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()})
         if keep and (step % 50 == 49 or step == steps - 1):
-            state = {"parameters": parameters, "used": [o.state_dict() for o in used], "next": step + 1}
-            state |= {"seconds": time.perf_counter() - began, "log": log}
-            torch.save(state, keep / f"{stage}.part")
-            (keep / f"{stage}.part").replace(keep / f"{stage}.pt")
+            _save(keep, stage, parameters, used, log, step + 1, time.perf_counter() - began)
+
+
+def _save(keep: Path, stage: str, parameters: dict, used: list, log: list[dict], following: int, spent: float) -> None:
+    """Writes ``<stage>.pt`` so that an interruption leaves the old one or the new one."""
+    state = {"parameters": parameters, "used": [o.state_dict() for o in used], "next": following}
+    torch.save(state | {"seconds": spent, "log": log}, keep / f"{stage}.part")
+    (keep / f"{stage}.part").replace(keep / f"{stage}.pt")
 
 
 def _resume(
