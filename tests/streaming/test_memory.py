@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import vtoken
+from tests.models import FAMILIES
 from vtoken.streaming import RecentMemory, Step
 from vtoken.streaming.memory import change_between
 
@@ -92,6 +94,18 @@ def test_view_ends_in_time():
     for t in range(4):
         memory.add(step(t))
     assert [s.seconds[0] for s in memory.view(2.5)] == [0, 1, 2] and memory.view(-1.0) == []
+
+
+def test_releases_that_cannot_are_refused(monkeypatch):
+    model = FAMILIES["llava"].build()
+    forward = model.model.forward
+
+    def older(input_ids=None, pixel_values=None, **kwargs):
+        return forward(input_ids, pixel_values, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", older)
+    with pytest.raises(ValueError, match=r"use transformers 5\.18 or newer"):
+        vtoken.StreamSession(model, None)
 
 
 def test_bad_limits():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import time
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import transformers
 
 from ..adapters.registry import adapter_for
 from ..patching import disabled, patch_of
@@ -81,9 +83,10 @@ class StreamSession:
         **options: Any,
     ) -> None:
         self.adapter = adapter_for(model)
-        if not hasattr(model, "_prepare_multimodal_encoder_kwargs_for_generation"):
+        if "mm_encoder_outputs" not in inspect.signature(self.adapter.base.forward).parameters:
             raise ValueError(
-                "A StreamSession hands visual features to generate(), which takes them from transformers 5.18 on."
+                f"A StreamSession hands visual features to the model, and {type(model).__name__} of transformers "
+                f"{transformers.__version__} does not take any: use transformers 5.18 or newer."
             )
         self.model, self.processor = model, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
