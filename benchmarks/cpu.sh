@@ -4,6 +4,7 @@
 #     benchmarks/cpu.sh [repeats [decode steps]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+mkdir -p benchmarks/results
 repeats=${1:-3} steps=${2:-64} results=benchmarks/results
 export OMP_NUM_THREADS=1
 rm -f $results/cpu.json $results/kernels_cpu.json $results/peers.json

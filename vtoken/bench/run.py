@@ -86,6 +86,8 @@ def _measured(
         )
     title = f"{work.name}, {work.about['scale']} scale, {work.about['dtype']} on {work.model.device}"
     out.print(reports.table(cells, title))
+    for line in reports.goals(cells, work.model.device.type):
+        out.print(line, highlight=False)
     for refused in [c for c in cells if "refused" in c]:
         out.print(
             f"left out: {refused['strategy']} {refused['budget']}: {refused['refused']}", highlight=False, markup=False
