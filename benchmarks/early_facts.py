@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--strategy", default="stc_pruner")
     parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--only", nargs="*", help="which memories, all if left out")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     model, processor = load(arguments.model)
@@ -87,6 +88,8 @@ def main() -> None:
     rows["all frames"]["visual_tokens"] = tokens
     print("all frames", rows["all frames"], flush=True)
     for name, options in memories(tokens, arguments.strategy, arguments.budget).items():
+        if arguments.only and name not in arguments.only:
+            continue
         rows[name] = row(*ask(model, processor, pairs, options))
         print(name, rows[name], f"{time.perf_counter() - began:.0f} s", flush=True)
     facts = {k: v for k, v in vars(arguments).items() if k != "out"}
