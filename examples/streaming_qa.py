@@ -11,6 +11,7 @@ import argparse
 
 import vtoken
 from vtoken import tiny
+from vtoken.streaming.player import passes_by
 from vtoken.tiny.clips import stream as synthetic
 from vtoken.video import LiveReader
 
@@ -28,13 +29,13 @@ if args.model:
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto").eval()
     processor = AutoProcessor.from_pretrained(args.model)
 else:
-    model, processor = tiny.load("llava_onevision")
+    model, processor = tiny.load("qwen2_5_vl")
 
 labels = None if args.source else synthetic(0)
 source = args.source or ((frame.image, frame.seconds) for frame in synthetic(0))
 with (
     vtoken.StreamSession(model, processor, "stc", budget=0.5) as session,
-    LiveReader(source, fps=2, speed=None, drop=False) as live,
+    LiveReader(source, fps=2, speed=None, drop=passes_by(source)) as live,
 ):
     due = args.every
     for frame in live:

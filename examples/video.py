@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto").to(device).eval()
         processor = AutoProcessor.from_pretrained(args.model)
     else:
-        model, processor = tiny.load("llava_onevision")
+        model, processor = tiny.load("qwen2_5_vl")
 
     with open_video(args.video) as video:
         frames = sample_uniform(video, args.frames)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .session import StreamSession
 
 SYNTHETIC = "synthetic://0"
-TINY = "llava_onevision"
+TINY = "qwen2_5_vl"
 STRATEGIES = ("stc", "stc_cacher", "stc_pruner", "none")
 
 
