@@ -9,10 +9,10 @@ repeats=${1:-3} steps=${2:-64} results=benchmarks/results
 export OMP_NUM_THREADS=1
 rm -f $results/cpu.json $results/kernels_cpu.json $results/peers.json
 .venv/bin/vtoken bench --shape llava-1.5-7b --scale cpu --device cpu --clock cpu --repeats "$repeats" --decode "$steps" \
-    --output $results/cpu.json --plot docs/performance.png
+    --output $results/cpu.json
 for shape in llava-next-7b qwen2.5-vl-7b-image qwen2.5-vl-7b-video llava-onevision-7b-video; do
     .venv/bin/vtoken bench --shape $shape --scale cpu --device cpu --clock cpu --repeats "$repeats" --decode "$steps" \
-        --budget 0.1 --budget 0.2 --budget 0.5 --output $results/cpu.json --plot docs/performance.png
+        --budget 0.1 --budget 0.2 --budget 0.5 --output $results/cpu.json
 done
 .venv/bin/python benchmarks/kernels.py --device cpu --shape small --clock cpu --out $results/kernels_cpu.json || true
 benchmarks/peers.sh $results/peers.json "$repeats"
