@@ -70,6 +70,7 @@ bench: $(VENV)/.stamp-dev
 docs: $(VENV)/.stamp-dev
 	$(py) docs/generate_strategy_pages.py
 	$(py) docs/generate_readme.py
+	$(py) docs/generate_performance.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(OLDEST) $(HARNESS)
