@@ -95,7 +95,9 @@ def test_media_are_asked_about_apart(monkeypatch):
     assert (images.stem, videos.stem) == ("llava_image", "llava_video")
     assert [b.asked for b in images.batches] == [[1]]
     assert [b.asked for b in videos.batches] == [[[0] * 6, [0] * 6], [[0] * 8]]
-    monkeypatch.setattr(vtoken, "list_strategies", lambda model: ["stc_cacher", "uniform", "vidcom2"])
+    monkeypatch.setattr(vtoken, "list_strategies", lambda: ["mustdrop", "stc_cacher", "uniform", "vidcom2"])
+    assert images.fitting() == ["mustdrop", "uniform"]  # the tiny LLaVA reads no clips
+    monkeypatch.setattr("vtoken.eval.tiny_board.refusal", lambda model, name, budget: "no" * (name == "mustdrop"))
     assert images.fitting() == ["uniform"] and videos.fitting() == ["stc_cacher", "uniform", "vidcom2"]
 
 

@@ -15,6 +15,8 @@ import torch
 from .board import BUDGETS, Batch, Board, measure, parse_strategy, versions
 from .tower_memo import TowerMemo
 
+LARGEST = 0.5  # a method that cannot reach this budget on a model does not fit it
+
 
 @dataclass
 class Subject:
@@ -38,10 +40,11 @@ class Subject:
         return self.name if self.only else f"{self.name}_{self.medium}"
 
     def fitting(self) -> list[str]:
-        """Strategies that fit the model and are defined for the medium; on images those that are not about frames."""
+        """Strategies that fit the model at half its tokens and are defined for the medium; on images none about frames."""
         import vtoken
 
-        made = {name: vtoken.strategy_info(name).cls() for name in vtoken.list_strategies(model=self.model)}
+        names = [name for name in vtoken.list_strategies() if not refusal(self.model, name, LARGEST)]
+        made = {name: vtoken.strategy_info(name).cls() for name in names}
         if self.medium == "image":
             made = {name: strategy for name, strategy in made.items() if not strategy.acts_between_frames}
         return [name for name, strategy in made.items() if self.medium in strategy.needs(None).modalities]
