@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vtoken
-from vtoken.bench import timing
+from vtoken.bench import cells, timing
 from vtoken.bench.shapes import build
 from vtoken.strategies import FastV, HiRED
 
@@ -126,7 +126,7 @@ def test_spread():
 
 
 def test_a_cell_computes_ratios_of_neighbours_and_promises_by_the_split(work):
-    cell = timing.Cell(work, "uniform", 0.5)
+    cell = cells.Cell(work, "uniform", 0.5)
     cell.facts = {"flops": [400.0, 100.0], "kv_bytes": [8, 2], "peak_bytes": [8, 4], "tokens": [36, 18]}
 
     def times(tower, choose, llm, rest):
@@ -146,8 +146,8 @@ def test_a_cell_computes_ratios_of_neighbours_and_promises_by_the_split(work):
 
 
 def test_measure_covers_every_cell_and_says_what_it_left_out(work):
-    cells = timing.measure(work, ["uniform", "fastv", "visionzip+fastv", "vidcom2"], [0.5, 1.0], repeats=1, steps=2)
-    known = {(c["strategy"], c["budget"]): c for c in cells}
+    found = cells.measure(work, ["uniform", "fastv", "visionzip+fastv", "vidcom2"], [0.5, 1.0], repeats=1, steps=2)
+    known = {(c["strategy"], c["budget"]): c for c in found}
     assert len(known) == 8 and "vidcom2 is defined for" in known["vidcom2", 0.5]["refused"]
     half, one = known["uniform", 0.5], known["uniform", 1.0]
     assert half["tokens"] == [36, 18.0] and one["kv_bytes"][0] == one["kv_bytes"][1] > half["kv_bytes"][1]
@@ -155,5 +155,5 @@ def test_measure_covers_every_cell_and_says_what_it_left_out(work):
     assert half["attainable"] and "attainable" not in known["fastv", 0.5] and known["visionzip+fastv", 0.5]["decode"]
     assert known["fastv", 1.0]["decode_ms"] == one["decode_ms"]  # equally many bytes in the cache: one measurement
     assert vtoken.patching.patch_of(work.model) is None
-    late = timing.measure(work, ["uniform"], [0.5], limit=0.0)
+    late = cells.measure(work, ["uniform"], [0.5], limit=0.0)
     assert late == [{"strategy": "uniform", "budget": 0.5, "refused": "the time limit came first"}]

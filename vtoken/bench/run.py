@@ -13,8 +13,8 @@ import vtoken
 
 from ..eval.board import parse_strategy
 from . import report as reports
+from .cells import measure
 from .shapes import SHAPES, Workload, build, shipped
-from .timing import measure
 
 if TYPE_CHECKING:
     from rich.console import Console
