@@ -42,7 +42,8 @@ def test_code_runs(monkeypatch, tmp_path):
     ids = torch.full((1, 150), 5)
     ids[0, 2:146] = model.config.image_token_id
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(1, 3, 96, 96)}
-    run("README.md", monkeypatch, model=model, inputs=inputs, folder=tmp_path)
+    stream = {"source": "synthetic://0?fps=2&frames=3", "somebody_asks": lambda: True}
+    run("README.md", monkeypatch, model=model, inputs=inputs, folder=tmp_path, **stream)
     assert vtoken.report is not None and (tmp_path / "vtoken_config.json").is_file()
     assert vtoken.patching.describe(vtoken.patching.patch_of(model).strategy) == "hired(budget=0.2, alpha=0.4)"
 

@@ -54,16 +54,15 @@ def test_play_ask_and_see_the_right_answer(desk, address, browser, tmp_path):
     labels = stream(SEED)
     page.wait_for_function("document.querySelector('#status').innerText.includes('visual tokens in memory')", timeout=60_000)
     assert desk.player.wait_until(3.0)
-    while True:  # until a digit is on screen
-        now = desk.player.readings[-1].seconds
+    while True:  # until it stands still with a digit on screen
+        page.locator("#pause").click()
+        page.wait_for_function("document.querySelector('#status').innerText.includes('paused')", timeout=60_000)
+        now = desk.session.stats["last"]
         right = {q.text: q.answer for q in labels.questions_at(now) if q.kind == "now"}
         if right["which digit is shown now?"] != "none":
             break
+        page.locator("#play").click()
         assert desk.player.wait_until(now + 0.5) and now < 60
-    page.locator("#pause").click()
-    page.wait_for_function("document.querySelector('#status').innerText.includes('paused')", timeout=60_000)
-    now = desk.session.stats["last"]
-    right = {q.text: q.answer for q in labels.questions_at(now) if q.kind == "now"}
     page.locator("#question textarea").fill("which digit is shown now?")
     page.locator("#ask").click()
     page.wait_for_function("document.querySelector('#chat').innerText.includes('visual tokens')", timeout=60_000)

@@ -136,7 +136,8 @@ def build_page(desk: Desk, strategies: list[str], source: str = SYNTHETIC, budge
     def look() -> tuple[Any, ...]:
         table = desk.table()
         picture = desk.player.picture() if desk.player is not None else None
-        return picture, desk.status(), *(table for _ in PLOTS)
+        highest = (table[name].max() if len(table) else 0 for name in PLOTS)
+        return picture, desk.status(), *(gr.LinePlot(table, y_lim=[0, 1.1 * top or 1]) for top in highest)
 
     def ask(question: str, chat: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         if not question.strip():
@@ -153,7 +154,7 @@ def build_page(desk: Desk, strategies: list[str], source: str = SYNTHETIC, budge
                 frame = gr.Image(label="stream", interactive=False, buttons=[], height=500, elem_id="frame")
                 status = gr.Markdown(desk.status(), elem_id="status")
             with gr.Column(scale=2):
-                chat = gr.Chatbot(label="answers", height=420, elem_id="chat")
+                chat = gr.Chatbot(label="answers", height=420, buttons=["copy"], elem_id="chat")
                 question = gr.Textbox(
                     placeholder="Ask at any moment, then press Enter", show_label=False, elem_id="question"
                 )
