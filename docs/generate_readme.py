@@ -1,4 +1,4 @@
-"""Fills the tables of README.md from the registries and from docs/tiny_llava.json: `python docs/generate_readme.py`."""
+"""Fills the tables of README.md from the registries and from docs/board/llava.json: `python docs/generate_readme.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def board() -> str:
-    cells = {(c.strategy, c.budget): c for c in Board.load(ROOT / "docs" / "tiny_llava.json").cells}
+    cells = {(c.strategy, c.budget): c for c in Board.load(ROOT / "docs" / "board" / "llava.json").cells}
     dense = cells["dense", 1.0]
     budgets = sorted({b for s, b in cells if s in SHOWN}, reverse=True)
     rows = [["all visual tokens", *[f"{100 * dense.accuracy:.1f} %"] * len(budgets)]]
