@@ -161,13 +161,17 @@ def test_cell_share_and_interval():
 
 def test_an_interrupted_board_goes_on_where_it_stopped(subject, monkeypatch):
     partial = []
-    whole = tiny_board(subject, ["random"], [0.5, 0.2], board_done=lambda b: partial.append(len(b.cells)))
+    whole = tiny_board(subject, ["random"], [0.5, 0.2], cell_done=lambda b, c: partial.append(len(b.cells)))
     assert partial == [1, 2, 3]
     half = Board(whole.title, whole.settings, whole.cells[:2])
     measured = []
     monkeypatch.setattr("vtoken.eval.tiny_board.measure", lambda *a, **k: measured.append(a[3]) or whole.cells[2])
     assert tiny_board(subject, ["random"], [0.5, 0.2], known=half) == whole
     assert measured == [0.2]
+    kept = []
+    gap = Board(whole.title, whole.settings, [whole.cells[0], whole.cells[2]])
+    tiny_board(subject, ["random"], [0.5, 0.2], known=gap, cell_done=lambda b, c: kept.append(list(b.cells)))
+    assert measured.pop() == 0.5 and len(kept[0]) == 3  # cells behind the gap are not lost
     other = Board(whole.title, whole.settings | {"weights": "other"}, whole.cells)
     tiny_board(subject, ["random"], [0.5, 0.2], known=other)
     assert measured == [0.2, 1.0, 0.5, 0.2]

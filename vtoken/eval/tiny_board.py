@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .board import BUDGETS, Batch, Board, measure, parse_strategy, versions
+from .board import BUDGETS, Batch, Board, Cell, measure, parse_strategy, versions
 from .tower_memo import TowerMemo
 
 LARGEST = 0.5  # a method that cannot reach this budget on a model does not fit it
@@ -114,7 +114,7 @@ def tiny_board(
     budgets: Sequence[float | int] = BUDGETS,
     seed: int = 0,
     step: Callable[[str, int], None] = lambda what, asked: None,
-    board_done: Callable[[Board], None] = lambda board: None,
+    cell_done: Callable[[Board, Cell], None] = lambda board, cell: None,
     known: Board | None = None,
     refused: Callable[[str], None] = warnings.warn,
 ) -> Board:
@@ -126,7 +126,7 @@ def tiny_board(
         budgets: as for `vtoken.patch`. 1.0 is the unpatched model whatever the strategy and is measured once.
         seed: of the subject's questions, to be written down.
         step: told what is measured and how many questions were just answered.
-        board_done: told the board so far after each measured cell.
+        cell_done: told the board so far and the cell that was just measured.
         known: an earlier board; its cells are taken over if its settings are the same.
         refused: told of each cell that is left out because the strategy cannot serve this model with this budget.
 
@@ -145,24 +145,26 @@ def tiny_board(
         **versions(),
     }
     board = Board(f"Tiny {subject.name}, {subject.medium}s", settings, [])
-    had = known.at if known and known.settings == settings else {}
-    for named, budget in plan(strategies or subject.fitting(), budgets):
-        cell = had.get((named or "dense", budget))
-        if cell is None:
-            what = f"{named} at {budget}" if named else "all visual tokens"
-            if sentence := refusal(subject.model, named, budget):
-                refused(f"{what}: {sentence}")
-                step(what, questions)
-                continue
-            try:
-                cell = measure(subject.model, subject.batches, named, budget, functools.partial(step, what))
-            except ValueError as error:  # an input that the strategy refuses
-                refused(f"{what}: {error}")
-                continue
-        else:
+    wanted = plan(strategies or subject.fitting(), budgets)
+    keys = [(named or "dense", budget) for named, budget in wanted]
+    done = {key: known.at[key] for key in keys if key in known.at} if known and known.settings == settings else {}
+    board.cells = [done[key] for key in keys if key in done]
+    for (named, budget), key in zip(wanted, keys, strict=True):
+        if key in done:
             step("taken over", questions)
-        board.cells.append(cell)
-        board_done(board)
+            continue
+        what = f"{named} at {budget}" if named else "all visual tokens"
+        if sentence := refusal(subject.model, named, budget):
+            refused(f"{what}: {sentence}")
+            step(what, questions)
+            continue
+        try:
+            done[key] = measure(subject.model, subject.batches, named, budget, functools.partial(step, what))
+        except ValueError as error:  # an input that the strategy refuses
+            refused(f"{what}: {error}")
+            continue
+        board.cells = [done[key] for key in keys if key in done]
+        cell_done(board, done[key])
     return board
 
 

@@ -52,7 +52,7 @@ def tiny(
     resume: bool,
 ) -> None:
     """The tiny models that ship with vtoken, on scenes and clips they have never seen."""
-    from .board import Board, parse_strategy
+    from .board import Board, Cell, parse_strategy
     from .board_page import write
     from .plot import draw
 
@@ -81,8 +81,7 @@ def tiny(
                 asked = sum(len(batch.asked) for batch in subject.batches)
                 task = bar.add_task(subject.stem, total=len(plan(chosen, shares)) * asked)
 
-                def board_done(board: Board) -> None:
-                    cell = board.cells[-1]
+                def cell_done(board: Board, cell: Cell) -> None:
                     board.save(path)
                     said = (
                         f"{cell.right} of {cell.asked} right with {cell.tokens:.1f} visual tokens, {cell.seconds:.1f} s"
@@ -95,7 +94,7 @@ def tiny(
                 def refused(sentence: str) -> None:
                     bar.console.print(f"left out, {sentence}", highlight=False, markup=False)
 
-                board = tiny_board(subject, chosen, shares, seed, step, board_done, known, refused)
+                board = tiny_board(subject, chosen, shares, seed, step, cell_done, known, refused)
             draw(board, folder / f"{subject.stem}.png")
             return board
 
