@@ -333,7 +333,8 @@ norm before the first layer: it became part of the weights of patches and positi
 The shipped weights come from these stages in several goes. Tower: 350 steps with half of the views crowded frames and
 rates of 0.01 and 0.001 that fell to nothing, 100 more at that end's rate (which taught it little), the other 250 as
 above. Language: 500 steps with clips of 4 to 16 frames evenly, 150 with a quarter of 4 and a third of 6 frames, the
-rest as above, in two goes with a falling rate each: 200 steps ended by the clock (`--minutes 54.5`), then the last 300. The command runs the plan, {steps} steps, in one go.
+rest as above, in two goes with a falling rate each: 200 steps ended by the clock (`--minutes 54.5`), then the last 300.
+The command runs the plan, {steps} steps, in one go.
 
 ![loss and accuracy](curve.png)
 
