@@ -184,7 +184,7 @@ class Planner:
                 selection = concat_selections(picks, [len(item) for item in items])
                 if selection.into is not None or selection.features is not None:
                     raise NotImplementedError(
-                        "A strategy that makes new features needs the whole prompt in one prefill: leave out prefill_chunk_size."
+                        "A strategy that makes features needs the whole prompt in one prefill: leave out prefill_chunk_size."
                     )
                 chosen += [Chosen(b, item, s) for item, s in zip(items, picks, strict=True)]
                 keep[b, : len(places)] = False

@@ -35,6 +35,7 @@ class Desk:
         self.make_session, self.fps, self.speed = make_session, fps, speed
         self.session: StreamSession | None = None
         self.player: Player | None = None
+        self.wanted: tuple[str, str, float, float] | None = None
 
     def play(self, source: str, strategy: str, budget: float, fps: float | None = None) -> None:
         """Begin a stream, or go on with the one that was paused if nothing has changed.
