@@ -181,23 +181,18 @@ def test_every_manifest_resolves_in_the_real_lmms_eval():
             assert made.__mro__[1].__module__.startswith("lmms_eval.models.") and made.__name__.startswith("VToken")
 
 
+def lmms_eval(given: str) -> list[str]:
+    """The start of a command line with these model arguments."""
+    return [sys.executable, "-m", "lmms_eval", "--model", "vtoken_llava_hf", "--model_args", given, "--device", "cpu"]
+
+
 @pytest.mark.harness
 @pytest.mark.parametrize("simple", [True, False], ids=["simple", "chat"])
 def test_the_real_lmms_eval_scores_what_vtoken_answers(tmp_path, simple):
     pairs = held_out(12, seed=5)
     write_task(tmp_path, pairs)
     given = f"pretrained={tiny.path('llava')},device_map=cpu,vtoken_strategy=uniform,vtoken_budget=0.1"
-    command = [
-        sys.executable,
-        "-m",
-        "lmms_eval",
-        "--model",
-        "vtoken_llava_hf",
-        "--model_args",
-        given,
-        "--device",
-        "cpu",
-    ]
+    command = lmms_eval(given)
     command += [
         "--tasks",
         "scenes_on_disk",
@@ -236,17 +231,7 @@ def test_the_real_lmms_eval_scores_what_vtoken_answers(tmp_path, simple):
 def test_the_real_lmms_eval_stops_at_a_refusal(tmp_path):
     write_task(tmp_path, held_out(1))
     given = f"pretrained={tiny.path('llava')},device_map=cpu,vtoken_strategy=hierd"
-    command = [
-        sys.executable,
-        "-m",
-        "lmms_eval",
-        "--model",
-        "vtoken_llava_hf",
-        "--model_args",
-        given,
-        "--device",
-        "cpu",
-    ]
+    command = lmms_eval(given)
     command += ["--tasks", "scenes_on_disk", "--include_path", tmp_path, "--verbosity", "DEBUG"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert ran.returncode != 0 and "hired" in ran.stdout + ran.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .command import SYNTHETIC
 from .player import Player
 from .session import StreamSession
 
@@ -14,7 +15,6 @@ PLOTS = {  # column -> title
     "memory": "memory (MiB)",
     "latency": "latency per step (ms)",
 }
-SYNTHETIC = "synthetic://0"
 EVERY = 0.5  # seconds between two looks at the stream
 WINDOW = 120  # readings in a plot
 LEGEND = "Outlined: visual tokens that were kept. Red dots: cells that the vision tower computed anew."
