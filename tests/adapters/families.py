@@ -76,6 +76,16 @@ def check(name: str, strategy: str, inputs: dict, budget: float = 0.3, **options
         assert ((out.logits[0][b] - dense[b]).abs().max() > 1e-2) == bool(row.any())
 
 
+def check_full_budget(name: str) -> None:
+    """generate() with a budget of one is the unpatched model's, bit for bit."""
+    inputs = FAMILIES[name].batch("ragged")
+    with vtoken.applied(subject(name), "random", budget=1.0):
+        out = run(subject(name), inputs)
+    plain = run(clean(name), inputs)
+    assert torch.equal(torch.stack(out.logits), torch.stack(plain.logits))
+    assert torch.equal(out.sequences, plain.sequences)
+
+
 def mixed(name: str, rows: list[list[str]]) -> dict[str, Tensor]:
     """Prompts that hold images ("i0") and videos ("v1") of a family side by side, left-padded."""
     tensors: dict[str, list[Tensor]] = {}

@@ -9,7 +9,7 @@ import torch
 
 import vtoken
 from tests import oracle
-from tests.mechanism.common import assert_close, assert_moved, assert_same, clean, expected, new_ids, run, subject
+from tests.mechanism.common import assert_close, assert_moved, assert_same, clean, expected, run, subject
 from tests.mechanism.fixed import Spy, matrix, patched
 from tests.mechanism.test_turns import first_turn
 from tests.models import FAMILIES
@@ -18,6 +18,7 @@ from vtoken.adapters.sequence import ENCODED
 from vtoken.strategies import create
 
 from .anyres import SIDE, encode, model_of, picture, prompts
+from .families import check_full_budget
 
 NAMES = [
     "vipllava",
@@ -40,7 +41,9 @@ def strategy(name: str, family: str, budget: float | int = 0.3):
     return create(name, budget=budget, **(dict(score="received") if received else {}))
 
 
-@pytest.mark.parametrize("method, kind", [*((m, "ragged") for m in STRATEGIES), ("hired", "one"), ("pool", "text_only_row")])
+@pytest.mark.parametrize(
+    "method, kind", [*((m, "ragged") for m in STRATEGIES), ("hired", "one"), ("pool", "text_only_row")]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_generates_what_the_oracle_generates(name, method, kind):
     model, inputs = subject(name), FAMILIES[name].batch(kind)
@@ -67,12 +70,7 @@ def test_several_images_and_two_turns(name, method):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_budget_of_one_is_the_unpatched_model(name):
-    model, inputs = subject(name), FAMILIES[name].batch("ragged")
-    with vtoken.applied(model, "random", budget=1.0):
-        out = run(model, inputs)
-    plain = run(clean(name), inputs)
-    assert torch.equal(torch.stack(out.logits), torch.stack(plain.logits))
-    assert torch.equal(new_ids(out, inputs), new_ids(plain, inputs))
+    check_full_budget(name)
 
 
 @pytest.mark.parametrize("method", ["hired", "pool"])
@@ -152,7 +150,11 @@ def test_pooling_of_odd_grids():
     scores = torch.rand(2, 3, 49)
     for name, want, box in [
         ("llava_next_video", torch.nn.functional.avg_pool2d(scores.view(2, 3, 7, 7), 2), (0, 0, 6 / 7, 6 / 7)),
-        ("llava_onevision", torch.nn.functional.interpolate(scores.view(2, 3, 7, 7), (4, 4), mode="bilinear"), (0, 0, 1, 1)),
+        (
+            "llava_onevision",
+            torch.nn.functional.interpolate(scores.view(2, 3, 7, 7), (4, 4), mode="bilinear"),
+            (0, 0, 1, 1),
+        ),
     ]:
         model = model_of(name, 0, None, 7)
         with vtoken.applied(model, "uniform", budget=0.5), torch.no_grad():

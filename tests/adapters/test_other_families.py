@@ -25,6 +25,7 @@ from .families import (
     attention,
     block_means,
     check,
+    check_full_budget,
     eager,
     loudest,
     maps_of,
@@ -51,11 +52,7 @@ def test_class_token_of_internvl(strategy):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_full_budget_is_the_unpatched_model(name):
-    inputs = FAMILIES[name].batch("ragged")
-    with vtoken.applied(subject(name), "random", budget=1.0):
-        out = run(subject(name), inputs)
-    plain = run(clean(name), inputs)
-    assert torch.equal(torch.stack(out.logits), torch.stack(plain.logits))
+    check_full_budget(name)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,7 +16,19 @@ from tests.models.common import END, IMG, START, VID, left_pad, text
 from tests.models.qwen import IMAGES, VIDEOS, token_types
 from vtoken.strategies import create
 
-from .families import STRATEGIES, Probe, assert_near, check, eager, expected_mixed, loudest, maps_of, mixed, seen
+from .families import (
+    STRATEGIES,
+    Probe,
+    assert_near,
+    check,
+    check_full_budget,
+    eager,
+    expected_mixed,
+    loudest,
+    maps_of,
+    mixed,
+    seen,
+)
 
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 BOTH = [f"{name}{kind}" for name in NAMES for kind in ("", "/video")]
@@ -48,11 +60,7 @@ def test_image_and_video_in_one_prompt(name, strategy):
 
 @pytest.mark.parametrize("name", BOTH)
 def test_full_budget_is_the_unpatched_model(name):
-    inputs = FAMILIES[name].batch("ragged")
-    with vtoken.applied(subject(name), "random", budget=1.0):
-        out = run(subject(name), inputs)
-    plain = run(clean(name), inputs)
-    assert torch.equal(torch.stack(out.logits), torch.stack(plain.logits))
+    check_full_budget(name)
 
 
 @pytest.mark.parametrize("name", NAMES)

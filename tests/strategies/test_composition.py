@@ -146,6 +146,19 @@ def test_projector_then_prefill(name):
     assert "then fastv(budget=0.25, layer=1), sharing budget=0.25" in str(report)
 
 
+@pytest.mark.parametrize("name", ["llava_next_video/video", "qwen2_5_vl/video"])
+def test_reuse_then_projector_then_prefill(name):
+    """A layer that the projector strategy reads is computed in full, and it reads all of every frame."""
+    family, model = FAMILIES[name], subject(name)
+    inputs, cacher = family.batch("ragged"), dict(budget=0.3, interval=3)
+    chain = combine(["stc_cacher", "visionzip", "fastv"], 0.5, stc_cacher=cacher, fastv={"layer": 1})
+    with patched(model, chain) as spy:
+        out = run(model, inputs, 2)
+        use, text = vtoken.report(model).tower["video"], str(vtoken.report(model))
+    assert_same(out, inputs, expected(name, inputs, spy, 2, features=spy.by_row(family, inputs)))
+    assert use.flops < use.flops_dense and "stc_cacher(budget=0.3, interval=3) then " in text
+
+
 def test_as_the_user_writes_it():
     model, inputs = subject("llava"), FAMILIES["llava"].batch("ragged")
     outs = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,7 +38,7 @@ def number(image: np.ndarray) -> int:
 
 def write(
     target: Any,
-    frames: int | Sequence[int] = 24,
+    frames: int | Iterable[int] = 24,
     *,
     codec: str = "libx264",
     format: str | None = None,

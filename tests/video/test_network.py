@@ -15,7 +15,7 @@ from fractions import Fraction
 import av
 import pytest
 
-from tests.video.media import SIZE, in_time, number, picture, write
+from tests.video.media import in_time, number, picture, write
 from tests.video.servers import BITSTREAM, later, read_all, serving
 from tests.video.test_live import _no_thread_left, ascending, until  # noqa: F401
 from vtoken.video import LiveReader, VideoError, open_video
@@ -194,35 +194,24 @@ def test_a_file_of_the_web(site):
 
 def test_hls(site):
     folder, address = site
-    with av.open(
-        str(folder / "live.m3u8"), "w", format="hls", options={"hls_time": "0.3", "hls_list_size": "0"}
-    ) as out:
-        video = out.add_stream("libx264", rate=25, options={"tune": "zerolatency"})
-        video.width, video.height, video.pix_fmt = *SIZE, "yuv420p"
-        video.codec_context.gop_size = 8
-        for i in range(40):
-            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24").reformat(format="yuv420p")
-            frame.pts = i
-            out.mux(video.encode(frame))
-        out.mux(video.encode(None))
+    container = {"hls_time": "0.3", "hls_list_size": "0"}
+    write(folder / "live.m3u8", 40, format="hls", container=container, between=0, options={"tune": "zerolatency"})
     assert len(list(folder.glob("*.ts"))) > 2
     got, live = read_all(f"{address}/live.m3u8")
     assert [number(f.image) for f in got] == list(range(40)) and live.stats.reconnects == 0
 
 
 PUSH = """
-import sys, time, av
-from tests.video.media import SIZE, picture
-with av.open(sys.argv[1], "w", format="rtsp", options={"rtsp_transport": "tcp"}) as out:
-    video = out.add_stream("libx264", rate=25, options={"tune": "zerolatency"})
-    video.width, video.height, video.pix_fmt = *SIZE, "yuv420p"
-    video.codec_context.gop_size = 4
+import sys, time
+from tests.video.media import write
+
+def slowly():
     for i in range(40):
-        frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24").reformat(format="yuv420p")
-        frame.pts = i
-        out.mux(video.encode(frame))
+        yield i
         time.sleep(0.005)
-    out.mux(video.encode(None))
+
+options = dict(container={"rtsp_transport": "tcp"}, options={"tune": "zerolatency"})
+write(sys.argv[1], slowly(), format="rtsp", group=4, between=0, **options)
 """
 
 
