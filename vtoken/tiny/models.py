@@ -66,6 +66,57 @@ def language_config(kind: Callable[..., Any], tokenizer: Any, width: int, layers
     )
 
 
+def clip_llava(
+    kind: Callable[..., Any], tokenizer: Any, width: int, layers: tuple[int, int], heads: int, side: int
+) -> Any:
+    """A ``LlavaConfig`` or its like: a Llama that reads the last layer but one of a CLIP tower, patches of 8 px, no CLS.
+
+    ``layers`` of tower and language model, ``side`` of the tower's images in px; ``width`` and ``heads`` of both.
+    """
+    from transformers import CLIPVisionConfig, LlamaConfig
+
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    tower = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        projection_dim=width,
+        num_hidden_layers=layers[0],
+        num_attention_heads=heads,
+        image_size=side,
+        patch_size=8,
+    )
+    return kind(
+        vision_config=tower,
+        text_config=language_config(LlamaConfig, tokenizer, width, layers[1], heads),
+        image_token_id=image,
+        image_token_index=image,
+        image_seq_length=(side // 8) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        **special_ids(tokenizer),
+    )
+
+
+def clip_pixels(side: int) -> dict[str, Any]:
+    """What the image processor of such a tower does: ``side`` px, values in -1..1."""
+    return {
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+def clip_reading() -> dict[str, Any]:
+    """How the processor of such a model counts visual tokens and writes a prompt."""
+    return {
+        "patch_size": 8,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": chat_template(),
+    }
+
+
 def special_ids(tokenizer: Any) -> dict[str, int]:
     """Padding, begin and end, as configurations name them."""
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}

@@ -17,7 +17,7 @@ from .. import tower as stages
 from ..card import FRONT, accuracy, plan, run, snippet, table
 from ..evaluate import most_frequent, pruned_accuracy
 from ..language import choose, pack
-from ..models import build_tokenizer, chat_template, generation_config, language_config, special_ids, start_tower
+from ..models import build_tokenizer, clip_llava, clip_pixels, clip_reading, generation_config, start_tower
 from ..scenes import SIZE, held_out, make_scene, questions
 from ..tower import TowerHeads, hidden_states, localisation, targets, to_pixels, view
 
@@ -43,50 +43,18 @@ def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: i
     """
     from transformers import (
         CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
         LlavaProcessor,
     )
 
     tokenizer = build_tokenizer()
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    tower = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=3 * width,
-        projection_dim=width,
-        num_hidden_layers=tower_layers,
-        num_attention_heads=heads,
-        image_size=SIZE,
-        patch_size=8,
-    )
-    llm = language_config(LlamaConfig, tokenizer, width, llm_layers, heads)
-    config = LlavaConfig(
-        vision_config=tower,
-        text_config=llm,
-        image_token_id=image,
-        image_token_index=image,
-        image_seq_length=(SIZE // 8) ** 2,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        **special_ids(tokenizer),
-    )
+    config = clip_llava(LlavaConfig, tokenizer, width, (tower_layers, llm_layers), heads, SIZE)
     model = LlavaForConditionalGeneration(config).float()
     start_tower(model.model.vision_tower)
     model.generation_config = generation_config(tokenizer)
     processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": SIZE},
-            crop_size={"height": SIZE, "width": SIZE},
-            image_mean=[0.5, 0.5, 0.5],
-            image_std=[0.5, 0.5, 0.5],
-        ),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template(),
+        image_processor=CLIPImageProcessor(**clip_pixels(SIZE)), tokenizer=tokenizer, **clip_reading()
     )
     return model, processor
 

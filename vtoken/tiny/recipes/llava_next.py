@@ -17,7 +17,7 @@ from .. import tower as stages
 from ..card import FRONT, accuracy, plan, run, snippet, table
 from ..evaluate import answers, most_frequent, score
 from ..language import choose, pack
-from ..models import build_tokenizer, chat_template, generation_config, language_config, special_ids
+from ..models import build_tokenizer, clip_llava, clip_pixels, clip_reading, generation_config
 from ..scenes import questions
 from ..tower import TowerHeads, View, hidden_states, localisation, targets
 from ..wide import SMALL, cut, make_wide
@@ -45,8 +45,6 @@ def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: i
         ``(LlavaNextForConditionalGeneration, LlavaNextProcessor)`` in float32.
     """
     from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
         LlavaNextConfig,
         LlavaNextForConditionalGeneration,
         LlavaNextImageProcessor,
@@ -54,43 +52,15 @@ def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: i
     )
 
     tokenizer = build_tokenizer()
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    tower = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=3 * width,
-        projection_dim=width,
-        num_hidden_layers=tower_layers,
-        num_attention_heads=heads,
-        image_size=TILE,
-        patch_size=8,
-    )
-    llm = language_config(LlamaConfig, tokenizer, width, llm_layers, heads)
-    config = LlavaNextConfig(
-        vision_config=tower,
-        text_config=llm,
-        image_token_id=image,
-        image_token_index=image,
-        image_seq_length=(TILE // 8) ** 2,
-        image_grid_pinpoints=[list(size) for size in SMALL.pinpoints],
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        **special_ids(tokenizer),
-    )
+    pinpoints = [list(size) for size in SMALL.pinpoints]
+    kind = partial(LlavaNextConfig, image_grid_pinpoints=pinpoints)
+    config = clip_llava(kind, tokenizer, width, (tower_layers, llm_layers), heads, TILE)
     model = LlavaNextForConditionalGeneration(config).float()
     model.generation_config = generation_config(tokenizer)
     processor = LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessor(
-            size={"shortest_edge": TILE},
-            crop_size={"height": TILE, "width": TILE},
-            image_mean=[0.5, 0.5, 0.5],
-            image_std=[0.5, 0.5, 0.5],
-            image_grid_pinpoints=[list(size) for size in SMALL.pinpoints],
-        ),
+        image_processor=LlavaNextImageProcessor(**clip_pixels(TILE), image_grid_pinpoints=pinpoints),
         tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template(),
+        **clip_reading(),
     )
     return model, processor
 
