@@ -10,6 +10,7 @@ from vtoken.tiny import clips, digits
 from vtoken.tiny.assets import PHOTOGRAPHS, SHAPES
 from vtoken.tiny.clips import KINDS, held_out, make_clip, questions, stream
 from vtoken.tiny.digits import DIGITS
+from vtoken.tiny.moments import _assets, bend
 from vtoken.tiny.scenes import COLOURS, NUMBERS
 
 
@@ -136,6 +137,17 @@ def test_objects_are_where_their_boxes_say_and_gaps_are_nearly_still():
         assert not clip.scene(0).objects or clip.moments[0].start == 0
         still = [abs(a - b).max() <= 4 for a, b in zip(pixels[::2], pixels[1::2])]
         assert all(still) or not any(still)  # one camera per clip
+
+
+def test_bent_masks_are_like_their_originals_and_no_two_alike():
+    rng = np.random.default_rng(0)
+    for mask in _assets()["digits_train"].reshape(-1, 24, 24)[::30]:
+        some = [bend(mask, rng) for _ in range(6)]
+        assert len({bent.tobytes() for bent in some}) == 6
+        for bent in some:
+            assert bent.shape == (24, 24) and bent.dtype == np.uint8 and 0.4 < bent.mean() / mask.mean() < 2.2
+            both = np.minimum(bent, mask).astype(float).sum() / min(bent.astype(float).sum(), mask.astype(float).sum())
+            assert both > 0.5
 
 
 def test_held_out_questions_are_balanced():

@@ -8,19 +8,22 @@ from vtoken import tiny
 from vtoken.tiny import clips, scenes
 from vtoken.tiny.assets import SHAPES
 from vtoken.tiny.clips import Frames, make_clip
+from vtoken.tiny.digits import DIGITS
 from vtoken.tiny.evaluate import answers, prepare, score
 from vtoken.tiny.language import layout
 from vtoken.tiny.qwen_language import (
     SLOTS,
     WIDTHS,
+    choose_about_clip,
+    choose_about_scene,
     language_batch,
     positions,
     train_language,
     visual_tokens,
     warm_start,
 )
-from vtoken.tiny.qwen_reading import clip_targets, places
 from vtoken.tiny.qwen_tower import OBJECTS, crowd, encode, image_patches, owners, targets, train_tower, video_patches
+from vtoken.tiny.reading import SIZES, ReadingHeads, clip_targets, look_targets, places, stack
 from vtoken.tiny.recipes import qwen2_5_vl as recipe
 from vtoken.tiny.scenes import Question, make_scene
 
@@ -112,22 +115,25 @@ def test_targets_are_where_the_objects_are():
         np.testing.assert_allclose(drawn, expected, atol=1e-6)
 
 
-def test_read_outs_ask_for_what_has_been_shown_and_nothing_later():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_read_outs_ask_for_what_has_been_shown_and_nothing_later(stride):
     for i in range(30):
         clip = make_clip(i, frames=8)
-        goal = clip_targets(clip)
-        assert all(target.shape == (4, 36) for target in goal.values())
-        for step in range(4):
-            seen = [m for m in clip.moments if m.start <= 2 * step]
+        goal = clip_targets(clip, stride)
+        assert all(target.shape == (8 // stride, 36) for target in goal.values())
+        for step in range(8 // stride):
+            seen = [m for m in clip.moments if m.start <= stride * step]
             begun = sum(m.digit is not None for m in seen)
             assert goal["so_far"][step, -1] == begun and (np.diff(goal["so_far"].flatten()) >= 0).all()
-            now = [m for m in seen if 2 * step < m.stop]
+            now = [m for m in seen if stride * step < m.stop]
             asked = (goal["digit"][step] >= 0).nonzero()[0]
             assert bool(len(asked)) == bool(now)
             for cell in asked:
                 assert goal["digit"][step, cell] == (10 if now[0].digit is None else int(now[0].digit))
                 assert goal["shape"][step, cell] == (8 if now[0].shape is None else SHAPES.index(now[0].shape))
-                if now[0].start == 2 * step:  # every object of the moment has a cell up to here
+                shown = {digit for digit in range(10) if goal["seen"][step, cell] >> digit & 1}
+                assert shown == {int(m.digit) for m in seen if m.digit is not None}
+                if now[0].start == stride * step:  # every object of the moment has a cell up to here
                     tops = [(o.box[1] + 5) // 16 * 6 + (o.box[0] + 5) // 16 for o in now[0].objects]
                     assert all(top <= cell + 7 for top in tops)
             for cell in (goal["shape_before"][step] >= 0).nonzero()[0]:
@@ -138,9 +144,74 @@ def test_read_outs_ask_for_what_has_been_shown_and_nothing_later():
     assert (halves["column"].reshape(10, 10) == halves["row"].reshape(10, 10).T).all()
 
 
+def test_questions_in_training_hold_what_is_hard_to_learn():
+    for i in range(40):
+        rng = np.random.default_rng(i)
+        clip = make_clip(i, frames=8)
+        asked = choose_about_clip(clip, rng, 10)
+        assert len(asked) == len(set(asked)) == 10
+        assert sum(q.text[-2] in DIGITS and q.kind == "presence" for q in asked) >= 2
+        assert {q.kind for q in asked} == set(clips.KINDS)
+        about = choose_about_scene(make_scene(i), rng)
+        assert len(about) == 10 and sum(q.kind == "where" for q in about) >= 4
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_named_thing_is_looked_for_where_it_is_shown(stride):
+    named = 0
+    for i in range(20):
+        clip = make_clip(i, frames=8)
+        asked = choose_about_clip(clip, np.random.default_rng(i), 10)
+        words, shows = look_targets(clip, asked, stride, 12)
+        assert words.shape == (12, 2) and shows.shape == (12, 2, 8 // stride * 36) and not shows[10:].any()
+        for question, (word, end), (where, read) in zip(asked, words, shows.reshape(12, 2, -1, 6, 6)):
+            told = question.text.replace("?", " ?").split()
+            assert end == (-1 if word < 0 else f"{' '.join(told)} assistant :".split().index(":"))
+            if "after" in told:
+                assert read.any() and not (read & where).any()
+                answers_at = [m for m in clip.moments if m.digit == question.answer]
+                assert {s for s in range(8 // stride) if read[s].any()} == {
+                    s for m in answers_at for s in range(8 // stride) if m.start <= s * stride < m.stop
+                }
+            else:
+                assert (read == where).all()
+            names = {w for w in told if w in (*DIGITS, *SHAPES, *scenes.COLOURS)}
+            assert (word >= 0) == bool(names) and (word < 0 or told[word] in names)
+            named += bool(names)
+            if question.kind == "presence":
+                assert where.any() == (question.answer == "yes")
+            for step, frame in enumerate(range(0, 8, stride)):
+                objects = [o for m in clip.moments if m.start <= frame < m.stop for o in m.objects]
+                fits = [o for o in objects if names and names <= {o.shape, o.colour}]
+                assert where[step].any() == bool(fits)
+                for o in fits:
+                    assert where[step, (o.box[1] + o.box[3]) // 32, (o.box[0] + o.box[2]) // 32]
+    assert named > 50
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrong", [None, 4])
+def test_a_read_out_of_what_has_been_seen_is_right_only_as_a_whole(wrong):
+    heads = ReadingHeads(recipe.build(width=32, tower_width=32, tower_layers=3, llm_layers=4)[0], 3)
+    heads.remove()
+    goal = stack([clip_targets(make_clip(0, frames=8), 2)])
+    bits = (goal["seen"][..., None] >> torch.arange(10) & 1) * 2.0 - 1
+    if wrong is not None:
+        bits[..., wrong] *= -1
+    before = sum(list(SIZES.values())[: list(SIZES).index("seen")])
+    for read in heads.read:
+        read[0] = torch.nn.Identity()
+        read[1].weight.zero_()
+        read[1].bias.zero_()
+        read[1].weight[before : before + 10, :10] = torch.eye(10)
+    state = torch.nn.functional.pad(bits, (0, 22, 3, 0))
+    heads.states[:] = [state, state]
+    assert heads(goal)[1]["seen"] == (wrong is None) and not heads.states
+
+
 def test_a_few_steps_reduce_the_loss():
     torch.manual_seed(0)
-    model, processor = recipe.build(width=32, tower_width=32, tower_layers=3, llm_layers=3)
+    model, processor = recipe.build(width=32, tower_width=32, tower_layers=3, llm_layers=4)
     start = model.model.visual.blocks[0].attn.qkv.weight.clone()
     log: list[dict] = []
     tower = {**recipe.TOWER, "batch": 5, "scenes": 1}
@@ -176,8 +247,8 @@ def test_shipped_model_answers_held_out_questions(shipped):
     assert [type(part).__name__ for part in shipped] == ["Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"]
     pairs = recipe.held_out(80, seed=3)
     said = answers(*shipped, pairs)
-    assert score(pairs[::2], said[::2])["all"] >= 0.85
-    assert score(pairs[1::2], said[1::2])["all"] >= 0.7
+    assert score(pairs[::2], said[::2])["all"] >= 0.95
+    assert score(pairs[1::2], said[1::2])["all"] >= 0.9
 
 
 def test_shipped_model_sees_the_order_of_frames(shipped):
@@ -190,4 +261,4 @@ def test_shipped_model_sees_the_order_of_frames(shipped):
         backwards = clips.Clip(turned, clip.moments, clip.seed, clip.split, clip.background, clip.fps)
         said = answers(*shipped, [(clip, first), (backwards, first), (clip, last), (backwards, last)])
         right.append(said == [shown[0], shown[-1], shown[-1], shown[0]])
-    assert sum(right) >= 7
+    assert sum(right) >= 10

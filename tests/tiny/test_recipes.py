@@ -30,7 +30,7 @@ def shipped(request):
 
 def small(name):
     torch.manual_seed(0)
-    return GROWN[name].build(width=32, tower_layers=5, llm_layers=2)
+    return GROWN[name].build(width=32, tower_layers=5, llm_layers=4)
 
 
 def digest(example):
@@ -72,8 +72,8 @@ def test_shipped_model_is_small_and_answers(shipped):
     assert sum(f.stat().st_size for f in tiny.path(name).iterdir()) <= 10e6
     pairs = held_out(name, 40, seed=5)
     said = answers(model, processor, pairs, batch_size=10)
-    told = json.loads((tiny.path(name) / "training_log.json").read_text())["accuracy"]["all"]
-    assert told > 0.85 and score(pairs, said)["all"] >= told - 0.1
+    told = json.loads((tiny.path(name) / "training_log.json").read_text())["accuracy"]
+    assert told["all"] > 0.95 and min(told.values()) > 0.8 and score(pairs, said)["all"] >= 0.9
     single = [answers(model, processor, [pair])[0] for pair in pairs[:4]]
     assert single == said[:4]
 
@@ -154,7 +154,7 @@ def test_a_few_steps_reduce_the_loss(name, monkeypatch):
     recipe.train_tower(model, processor, log, steps=21, checks=4)
     recipe.train_language(model, processor, log, steps=21, checks=1)
     for stage in ("tower", "language"):
-        losses = [entry["loss"] for entry in log if entry["stage"] == stage]
+        losses = [entry.get("held_out_loss", entry["loss"]) for entry in log if entry["stage"] == stage]
         assert losses[-1] < 0.9 * losses[0]
 
 

@@ -8,12 +8,14 @@ of them looks exactly like a prompt with a single question.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 
 from .loop import optimise
+from .reading import ReadingHeads
 from .scenes import Question, Scene, questions
 
 SLOTS = 10  # questions per scene
@@ -47,6 +49,19 @@ def pack(
             ids[row, slot, : len(both)] = both
             labels[row, slot, len(prompt) - 1 : len(both)] = [*answer, vocabulary["</s>"]]
     return tuple(torch.from_numpy(a.reshape(len(asked), -1)) for a in (ids, labels))
+
+
+def choose_kinds(
+    pool: Sequence[Question],
+    rng: np.random.Generator,
+    wanted: dict[str, int],
+    slots: int = SLOTS,
+    kind: Callable[[Question], str] = attrgetter("kind"),
+) -> list[Question]:
+    """``slots`` of a pool of questions, drawn: as many of each kind as ``wanted`` says, where there are, then any."""
+    order = [pool[i] for i in rng.permutation(len(pool))]
+    first = [q for name, n in wanted.items() for q in [q for q in order if kind(q) == name][:n]]
+    return (first + [q for q in order if q not in first])[:slots]
 
 
 def layout(
@@ -108,6 +123,7 @@ def train_language(
     user: list[int],
     stage: str = "language",
     width: int = WIDTH,
+    reading: ReadingHeads | None = None,
     **limits: Any,
 ) -> None:
     """Trains everything but the tower, in place; appends to ``log``.
@@ -120,19 +136,29 @@ def train_language(
         plan: ``steps``, ``rate``, ``muon_rate``.
         user: token ids before the visual tokens.
         width: tokens per question, as in `pack`.
+        reading: asks the visual tokens too, where a batch has targets for them (a third item), with the weight
+            ``plan["reading"]``.
         **limits: as in `vtoken.tiny.loop.optimise`.
     """
 
     def loss_of(item: Any, done: float) -> tuple[torch.Tensor, dict[str, float]]:
-        shown, (ids, labels) = item
+        shown, (ids, labels), *goals = item
         loss, right = answer_loss(model, visual_of(shown), ids, labels, user, width)
-        return loss, {"answers": right.item()}
+        facts = {"answers": right.item()}
+        if reading:
+            asked, read = reading(*goals)
+            loss, facts = loss + plan["reading"] * asked, facts | read
+        return loss, facts
 
     @torch.no_grad()
     def facts() -> dict[str, float]:
         told = [loss_of(check, 1.0) for check in checks]
         loss, right = (sum(values) / len(told) for values in zip(*((t[0].item(), t[1]["answers"]) for t in told)))
-        return {"held_out_loss": loss, "held_out_answers": right}
+        names = {name: None for _, found in told for name in found if name != "answers"}
+        means = {f"test_{name}": float(np.mean([f[name] for _, f in told if name in f])) for name in names}
+        return {"held_out_loss": loss, "held_out_answers": right, **means}
 
     parameters = {name: p for name, p in model.named_parameters() if "vision_tower" not in name}
+    if reading:
+        parameters |= dict(reading.named_parameters(prefix="heads"))
     optimise(stage, parameters, make, loss_of, plan, log, facts, **limits)

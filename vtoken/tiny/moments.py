@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from .assets import CANVAS, FILE, PHOTOGRAPHS, SHAPES
 from .digits import DIGITS
@@ -68,11 +68,36 @@ class Camera:
         return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def draw_object(rng: np.random.Generator, split: str, name: str, colour: str, quadrant: int) -> SceneObject:
-    """A digit or shape drawn from the masks of a split and placed in a quadrant, 3 px or more from its borders."""
+def bend(mask: np.ndarray, rng: np.random.Generator, most: float = 2.0) -> np.ndarray:
+    """A mask ``(24, 24)`` uint8 with a 3 x 3 mesh of points moved by up to ``most`` px, strokes thinner or thicker."""
+    grid = np.linspace(0, CANVAS, 4).round().astype(int)
+    moved = np.stack(np.meshgrid(grid, grid), -1) + rng.uniform(-most, most, (4, 4, 2))
+    mesh = [
+        (
+            (int(grid[x]), int(grid[y]), int(grid[x + 1]), int(grid[y + 1])),
+            tuple(moved[[y, y + 1, y + 1, y], [x, x, x + 1, x + 1]].flatten()),
+        )
+        for y in range(3)
+        for x in range(3)
+    ]
+    bent = Image.fromarray(mask).transform(mask.shape, Image.Transform.MESH, mesh, Image.Resampling.BICUBIC)
+    soft = np.asarray(bent.filter(ImageFilter.GaussianBlur(0.5)), np.float64)
+    out = ((soft - 128) * 1.8 + 128 + rng.uniform(-70, 90)).clip(0, 255).astype(np.uint8)
+    return out if (out > 127).sum() > 20 else mask
+
+
+def draw_object(
+    rng: np.random.Generator, split: str, name: str, colour: str, quadrant: int, bent: bool = False
+) -> SceneObject:
+    """A digit or shape drawn from the masks of a split and placed in a quadrant, 3 px or more from its borders.
+
+    ``bent`` also deforms the mask: a tower that sees no two alike reads the test split's fonts better.
+    """
     kind, number = ("digits", DIGITS.index(name)) if name in DIGITS else ("glyphs", SHAPES.index(name))
     masks = _assets()[f"{kind}_{split}"][number]
     mask = masks[int(rng.integers(len(masks)))]
+    if bent:
+        mask = bend(mask, rng)
     left, top = (quadrant % 2 * 48 + int(rng.integers(3, 22)), quadrant // 2 * 48 + int(rng.integers(3, 22)))
     rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     box = (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)

@@ -13,14 +13,16 @@ import numpy as np
 import torch
 
 from . import clips
-from .language import answer_loss, choose, pack
+from .digits import DIGITS
+from .language import answer_loss, choose_kinds, pack
 from .loop import optimise
-from .qwen_reading import ReadingHeads, clip_targets, places, stack
 from .qwen_tower import IMAGE_SIDE, encode, image_patches, video_patches
-from .scenes import SIZE, Question, make_scene
+from .reading import ReadingHeads, clip_targets, look_targets, places, stack
+from .scenes import SIZE, Question, Scene, make_scene, questions
 
 SLOTS, WIDTHS = 10, {"image": 10, "video": 13}  # questions per example and tokens per question
-LENGTHS, RATES = (4, 6, 8, 10, 12, 16), (1.0, 2.0, 2.0)  # frames and frames per second of the clips in training
+LENGTHS = (4, 4, 6, 6, 8, 8, 8, 10, 16)  # frames of the clips in training
+RATES = (1.0, 2.0, 2.0)  # frames per second
 
 
 def warm_start(model: Any) -> None:
@@ -38,11 +40,18 @@ def warm_start(model: Any) -> None:
 
 
 def choose_about_clip(clip: clips.Clip, rng: np.random.Generator, slots: int = SLOTS) -> list[Question]:
-    """``slots`` of the questions about a clip in drawn wordings, two of every kind where there are as many."""
-    pool = clips.questions(clip, rng)
-    order = [pool[i] for i in rng.permutation(len(pool))]
-    first = [q for kind in clips.KINDS for q in [q for q in order if q.kind == kind][:2]]
-    return (first + [q for q in order if q not in first])[:slots]
+    """``slots`` of the questions about a clip in drawn wordings; those that are hardest to learn are always there."""
+    wanted = {"presence of a digit": 2, "moment": 2, "digits": 1, "order": 2, "presence": 1, "now": 1}
+
+    def kind(question: Question) -> str:
+        return question.kind + " of a digit" * (question.kind == "presence" and question.text[-2] in DIGITS)
+
+    return choose_kinds(clips.questions(clip, rng), rng, wanted, slots, kind)
+
+
+def choose_about_scene(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Ten of the questions about a scene in drawn wordings, four of them where something is."""
+    return choose_kinds(questions(scene, rng), rng, {"count": 1, "exists": 2, "where": 4})
 
 
 def language_batch(processor: Any, plan: dict[str, Any], first: int, step: int, split: str = "train") -> list[tuple]:
@@ -53,7 +62,7 @@ def language_batch(processor: Any, plan: dict[str, Any], first: int, step: int, 
     frames, fps = int(rng.choice(LENGTHS)), float(rng.choice(RATES))
     some = [make_scene(start + i, split) for i in range(half)]
     seen = [clips.make_clip(start + i, split, frames, fps) for i in range(half)]
-    asked = [choose(scene, rng) for scene in some], [choose_about_clip(clip, rng) for clip in seen]
+    asked = [choose_about_scene(scene, rng) for scene in some], [choose_about_clip(clip, rng) for clip in seen]
     pixels = np.stack([np.asarray(frame) for clip in seen for frame in clip.media])
     return [
         (
@@ -70,7 +79,10 @@ def language_batch(processor: Any, plan: dict[str, Any], first: int, step: int, 
             (frames // 2, SIZE // 8, SIZE // 8),
             2 / fps,
             pack(asked[1], vocabulary, SLOTS, WIDTHS["video"]),
-            stack([clip_targets(clip) for clip in seen]),
+            stack(
+                [clip_targets(clip, 2) for clip in seen],
+                [look_targets(clip, some, 2, SLOTS) for clip, some in zip(seen, asked[1])],
+            ),
         ),
     ]
 
@@ -105,7 +117,7 @@ def train_language(
 ) -> None:
     """Stage two, in place, with the tower's blocks frozen; arguments as in `vtoken.tiny.qwen_tower.train_tower`.
 
-    ``plan["reading"]`` is the weight of the read-outs of `vtoken.tiny.qwen_reading`.
+    ``plan["reading"]`` is the weight of the read-outs of `vtoken.tiny.reading`.
     """
     vocabulary = processor.tokenizer.get_vocab()
     before = [vocabulary[token] for token in ("user", ":", "<|vision_start|>")]
@@ -120,7 +132,7 @@ def train_language(
             where = positions(model, kind, grid, seconds, SLOTS, WIDTHS[kind])
             visual = visual_tokens(model, patches, grid)
             loss, right = answer_loss(model, visual, ids, labels, before, WIDTHS[kind], where)
-            reading, read = heads({name: value.to(model.device) for name, value in goal.items()})
+            reading, read = heads(goal)
             total = total + (loss + plan["reading"] * reading) / 2
             facts |= {f"{kind}_answers": right.item(), **read}
         return total, facts

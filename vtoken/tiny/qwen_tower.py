@@ -102,10 +102,10 @@ def start(tower: Any) -> None:
             part.weight.normal_(std=part.in_features**-0.5)
 
 
-def crowd(seed: int, split: str = "train") -> tuple[list[Any], Scene]:
+def crowd(seed: int, split: str = "train", bent: bool = False) -> tuple[list[Any], Scene]:
     """Two frames as in a clip, but with up to four digits and shapes at once, and the objects on them.
 
-    A clip shows one or two things at a time; a tower learns to read them faster from more.
+    A clip shows one or two things at a time; a tower learns to read them faster from more. ``bent``: none like another.
     """
     rng = np.random.Generator(np.random.PCG64([seed, SPLITS.index(split), 8]))
     camera, colours = Camera(rng, split), tuple(COLOURS)
@@ -114,13 +114,15 @@ def crowd(seed: int, split: str = "train") -> tuple[list[Any], Scene]:
         digit = rng.integers(2)
         name = DIGITS[int(rng.integers(len(DIGITS)))] if digit else SHAPES[int(rng.integers(len(SHAPES)))]
         colour = WHITE if digit else colours[int(rng.integers(len(colours)))]
-        objects.append(draw_object(rng, split, name, colour, int(quadrant)))
+        objects.append(draw_object(rng, split, name, colour, int(quadrant), bent))
     frames = [camera.frame(i, objects) for i in range(2)]
     return frames, Scene(frames[0], tuple(objects), seed, split, camera.name)
 
 
 def owners(scene: Scene, side: int) -> np.ndarray:
     """Which object each of ``side * side`` cells belongs to by its box: ``(cells,)`` int64, -1 for none."""
+    if not scene.objects:
+        return np.full(side * side, -1)
     edges = np.arange(side + 1) * SIZE / side
     share = np.zeros((len(scene.objects), side * side))
     for row, item in zip(share, scene.objects):

@@ -2,7 +2,7 @@
 
 Stage ``tower`` teaches the tower and its merger (`vtoken.tiny.qwen_tower`); stage ``language`` freezes the tower and
 teaches the merger and the language model, half of it on the scenes of `vtoken.tiny.scenes`, half on `vtoken.tiny.clips`
-(`vtoken.tiny.qwen_language`, with the read-outs of `vtoken.tiny.qwen_reading`).
+(`vtoken.tiny.qwen_language`, with the read-outs of `vtoken.tiny.reading`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..qwen_tower import IMAGE_SIDE, start, train_tower
 __all__ = ["build", "card", "held_out", "measure", "train"]
 
 TOWER = {"steps": 700, "batch": 32, "scenes": 10, "rate": 2e-3, "muon_rate": 0.02}
-LANGUAGE = {"steps": 1000, "batch": 24, "rate": 2e-3, "muon_rate": 0.02, "reading": 0.1}
+LANGUAGE = {"steps": 2500, "batch": 24, "rate": 2e-3, "muon_rate": 0.02, "reading": 0.1}
 LATER = 50_000_000  # stage two goes on with scenes that stage one has not seen
 MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 
@@ -234,7 +234,9 @@ or after the red star (`order`), which digit, shape or colour was shown with ano
    frames per second): ten questions per example in one sequence, each of which sees the image or clip and itself only,
    at the M-RoPE positions of a prompt with one question. The language model starts from the tiny LLaVA's Llama. Behind
    its second and third layer, linear read-outs ask the visual tokens in which half of the image they are, what else is
-   on screen at their time, how many digits have come so far and which shape came before (`vtoken/tiny/qwen_reading.py`).
+   on screen at their time, which and how many digits have come so far and which shape came before; a
+   head of the third layer is to look from the word that names a thing at the tokens that show it
+   (`vtoken/tiny/reading.py`).
 
 ![loss and accuracy](curve.png)
 
