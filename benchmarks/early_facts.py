@@ -1,6 +1,6 @@
 """Are facts that were shown only early in a stream still answered, and how often, next to a model that reads all frames?
 
-    python benchmarks/early_facts.py --model qwen2_5_vl --n 200 --out docs/early_facts.json
+    python benchmarks/early_facts.py --model qwen2_5_vl --n 200 --out benchmarks/results/early_facts.json
 
 Clips of the held-out split; the questions are those that the first half of a clip answers for good. Every memory is asked the
 same questions about the same frames at the clip's end, which all fit the model's positions.
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import vtoken
+from vtoken.bench.report import machine
 from vtoken.tiny import clips, load
 from vtoken.tiny.evaluate import answers
 
@@ -94,7 +95,8 @@ def main() -> None:
         print(name, rows[name], f"{time.perf_counter() - began:.0f} s", flush=True)
     facts = {k: v for k, v in vars(arguments).items() if k != "out"}
     if arguments.out:
-        arguments.out.write_text(json.dumps({"about": facts, "memories": rows}, indent=1) + "\n")
+        report = {"about": facts, "machine": machine(model.device), "memories": rows}
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a frame and a question cost in a stream that goes on: with and without reuse in the tower and pruning, against giving
 the model all frames and against giving it a few sampled ones.
 
-    python benchmarks/streaming.py --shape small --out docs/streaming.json
+    python benchmarks/streaming.py --shape small --out benchmarks/results/streaming.json
     python benchmarks/streaming.py --shape 7b --device cuda --out streaming-7b.json
 
 Random weights; LLaVA-OneVision with 64 (small) or 196 (7b) visual tokens per frame. Plain models encode their frames when the

@@ -1,4 +1,4 @@
-"""Fills the tables of docs/performance.md from benchmarks/results: `python docs/generate_performance.py`."""
+"""Fills the tables of performance.md and streaming.md from benchmarks/results: `python docs/generate_performance.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vtoken.bench.report import GOAL_KEPT, GOAL_OVERHEAD, load, markdown, rows
 from vtoken.strategies import strategy_info
 
 ROOT = Path(__file__).parents[1]
-PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 SHOWN = ("strategy", "budget", "visual tokens", "choosing", "LLM promised", "LLM measured", "quartiles", "attainable")
 SHOWN += ("prefill promised", "prefill measured", "decode", "end to end", "KV", "peak")
 
@@ -85,15 +85,60 @@ def peers() -> str:
     return markdown(["contestant", "kept tokens", "median"], body)
 
 
-def page() -> str:
-    """docs/performance.md with fresh tables behind their markers; an empty line ends a table's place."""
-    text = PAGE.read_text(encoding="utf-8")
-    made: dict[str, Callable[[], str]] = {f.__name__: f for f in (machine, goals, models, kernels, peers)}
-    for name, make in made.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+def streaming() -> str:
+    """What a frame and a question cost, by contestant; a number for each length of the stream."""
+    report = json.loads((RESULTS / "streaming.json").read_text(encoding="utf-8"))
+    about, m = report.pop("about"), report.pop("machine")
+    lengths = [row["frames"] for row in next(iter(report.values()))]
+
+    def each(found: list[dict[str, Any]], write: Callable[[dict[str, Any]], str]) -> str:
+        written = [write(row) for row in found]
+        return written[0] if len(set(written)) == 1 else " / ".join(written)
+
+    body = []
+    for name, found in report.items():
+        frame = ["when asked", "when asked"]
+        if "frame_ms" in found[0]:
+            frame = [each(found, lambda r: f"{r['frame_ms']['median']:.0f}")]
+            frame += [each(found, lambda r: f"{r['frame_flops'] / 1e9:.2f}")]
+        wait = each(found, lambda r: f"{r['first_token_s']['median']:.2f}" if r["first_token_s"] else "-")
+        read = each(found, lambda r: f"{r.get('prompt_tokens', '-')}")
+        held = each(found, lambda r: f"{r['memory_bytes'] / 2**20:.1f}" if "memory_bytes" in r else "-")
+        body.append([name, *frame, wait, read, held])
+    header = ["", "ms per frame", "GFLOP per frame", "seconds to the first token", "tokens read", "memory in MiB"]
+    told = ", ".join(f"{n:,}" for n in lengths)
+    return (
+        f"After {told} frames of {about['tokens_per_frame']} visual tokens; LLaVA-OneVision, scale {about['shape']}, a "
+        f"memory of {about['max_tokens']} tokens; {m['device']}, {m['threads']} thread(s), torch {m['torch']}, transformers "
+        f"{m['transformers']}.\n\n{markdown(header, body)}"
+    )
+
+
+def early_facts() -> str:
+    report = json.loads((RESULTS / "early_facts.json").read_text(encoding="utf-8"))
+    about = report["about"]
+    body = [
+        [name, str(row["visual_tokens"]), f"{row['right']} of {row['n']}", f"{100 * row['rate']:.1f} %"]
+        for name, row in report["memories"].items()
+    ]
+    told = f"{about['model']}, clips of {about['frames']} frames, {about['n']} questions, seed {about['seed']}."
+    return f"{told}\n\n{markdown(['memory', 'visual tokens', 'right', 'rate'], body)}"
+
+
+PAGES: dict[Path, tuple[Callable[[], str], ...]] = {
+    ROOT / "docs" / "performance.md": (machine, goals, models, kernels, peers),
+    ROOT / "docs" / "streaming.md": (streaming, early_facts),
+}
+
+
+def page(path: Path) -> str:
+    """One of `PAGES` with fresh tables between their markers."""
+    text = path.read_text(encoding="utf-8")
+    for make in PAGES[path]:
+        begin, end = f"<!-- {make.__name__} -->", f"<!-- end of {make.__name__} -->"
         pattern, fresh = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.S), make()
         text, found = pattern.subn(_constant(f"{begin}\n{fresh}\n{end}"), text)
-        assert found == 1, f"{PAGE.name} needs the markers {begin} and {end} once"
+        assert found == 1, f"{path.name} needs the markers {begin} and {end} once"
     return text
 
 
@@ -102,4 +147,5 @@ def _constant(text: str) -> Callable[[Any], str]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(page(path), encoding="utf-8")

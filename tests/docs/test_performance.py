@@ -1,16 +1,25 @@
-"""docs/performance.md shows the figures that are in benchmarks/results."""
+"""docs/performance.md and docs/streaming.md show the figures that are in benchmarks/results."""
 
 from __future__ import annotations
 
 import importlib.util
 
+import pytest
+
 from .test_guides import ROOT
 
+SHOWN = {
+    "performance": ("| hired | 0.1 |", "| farthest_point |", "| vtoken visionzip |"),
+    "streaming": ("| session, stc |", "| sampled frames |", "| only the latest half |"),
+}
 
-def test_tables_are_fresh():
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_tables_are_fresh(name):
     spec = importlib.util.spec_from_file_location("generate_performance", ROOT / "docs" / "generate_performance.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    text = module.PAGE.read_text(encoding="utf-8")
-    assert text == module.page(), "docs/performance.md is stale: run python docs/generate_performance.py"
-    assert all(line in text for line in ("| hired | 0.1 |", "| farthest_point |", "| vtoken visionzip |"))
+    path = ROOT / "docs" / f"{name}.md"
+    text = path.read_text(encoding="utf-8")
+    assert text == module.page(path), f"docs/{name}.md is stale: run python docs/generate_performance.py"
+    assert all(line in text for line in SHOWN[name])

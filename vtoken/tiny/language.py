@@ -116,8 +116,8 @@ def answer_loss(
 def train_language(
     model: Any,
     visual_of: Callable[[Any], torch.Tensor],
-    make: Callable[[int], tuple[Any, tuple[torch.Tensor, torch.Tensor]]],
-    checks: Sequence[tuple[Any, tuple[torch.Tensor, torch.Tensor]]],
+    make: Callable[[int], tuple[Any, ...]],
+    checks: Sequence[tuple[Any, ...]],
     plan: dict[str, Any],
     log: list[dict],
     user: list[int],
@@ -131,7 +131,7 @@ def train_language(
     Args:
         model: a LLaVA-like model.
         visual_of: what a batch shows -> visual tokens ``(n, tokens, hidden)``, with the gradient of the projector.
-        make: what the batch of a step shows, and its packed questions.
+        make: what the batch of a step shows, its packed questions and, with ``reading``, the targets of the read-outs.
         checks: held-out batches.
         plan: ``steps``, ``rate``, ``muon_rate``.
         user: token ids before the visual tokens.
