@@ -81,13 +81,16 @@ def peers() -> str:
     for part in report.values():
         for name, times in part["ms"].items():
             words = times.get("failed") or ", ".join(f"{k} {v:.0f} ms" for k, v in times.items())
-            body.append([name, str(part["about"]["kept"]), words])
+            body.append([name, "all" if name.startswith("transformers") else str(part["about"]["kept"]), words])
     return markdown(["contestant", "kept tokens", "median"], body)
 
 
 def streaming() -> str:
-    """What a frame and a question cost, by contestant; a number for each length of the stream."""
-    report = json.loads((RESULTS / "streaming.json").read_text(encoding="utf-8"))
+    """What a frame and a question cost, by shape and contestant; a number for each length of the stream."""
+    return "\n\n".join(_stream(json.loads(file.read_text("utf-8"))) for file in sorted(RESULTS.glob("streaming_*.json")))
+
+
+def _stream(report: dict[str, Any]) -> str:
     about, m = report.pop("about"), report.pop("machine")
     lengths = [row["frames"] for row in next(iter(report.values()))]
 
@@ -100,16 +103,17 @@ def streaming() -> str:
         frame = ["when asked", "when asked"]
         if "frame_ms" in found[0]:
             frame = [each(found, lambda r: f"{r['frame_ms']['median']:.0f}")]
-            frame += [each(found, lambda r: f"{r['frame_flops'] / 1e9:.2f}")]
+            frame += [each(found, lambda r: f"{r['frame_flops'] / 1e9:.3g}")]
         wait = each(found, lambda r: f"{r['first_token_s']['median']:.2f}" if r["first_token_s"] else "-")
         read = each(found, lambda r: f"{r.get('prompt_tokens', '-')}")
-        held = each(found, lambda r: f"{r['memory_bytes'] / 2**20:.1f}" if "memory_bytes" in r else "-")
+        held = each(found, lambda r: f"{r['memory_bytes'] / 2**20:.2f}" if "memory_bytes" in r else "-")
         body.append([name, *frame, wait, read, held])
     header = ["", "ms per frame", "GFLOP per frame", "seconds to the first token", "tokens read", "memory in MiB"]
     told = ", ".join(f"{n:,}" for n in lengths)
+    clock = "processor time" if m["clock"] == "cpu" else "wall time"
     return (
-        f"After {told} frames of {about['tokens_per_frame']} visual tokens; LLaVA-OneVision, scale {about['shape']}, a "
-        f"memory of {about['max_tokens']} tokens; {m['device']}, {m['threads']} thread(s), torch {m['torch']}, transformers "
+        f"LLaVA-OneVision, {about['shape']}, after {told} frames of {about['tokens_per_frame']} visual tokens; a memory of "
+        f"{about['max_tokens']} tokens; {m['device']}, {m['threads']} thread(s), {clock}, torch {m['torch']}, transformers "
         f"{m['transformers']}.\n\n{markdown(header, body)}"
     )
 
