@@ -77,9 +77,10 @@ def llm(repeats: int) -> dict[str, Any]:
         asked = dict(output_attentions=True, return_dict_in_generate=True)
         return generated("eager", call=lambda: work.model.generate(**work.inputs, **config, **asked))
 
+    # sparsevlm brings a package that is called like a script beside this one
+    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
+
     def peer() -> Times:
-        # its package brings another one that is called like a script beside this one
-        sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
         from sparsevlm import sparsevlm_generate
 
         return generated(

@@ -27,6 +27,7 @@ from vtoken.bench.report import machine
 from vtoken.bench.shapes import PLACEHOLDER, SHAPES
 from vtoken.bench.timing import spread
 
+Clock = Callable[[], float]
 SCALE = {"tiny": "tiny", "small": "cpu", "7b": "full"}
 TOKENS = {"tiny": 256, "small": 1024, "7b": 12544}  # visual tokens that a memory may hold
 SESSIONS: dict[str, dict[str, Any]] = {
@@ -37,7 +38,6 @@ SESSIONS: dict[str, dict[str, Any]] = {
     "session, rekv and stc": dict(strategy="stc", budget=0.3, memory="rekv"),
 }
 QUESTION, WINDOW, SCENE = "what is here ?", 32, 30
-CLOCK = [time.perf_counter]
 COUNTED = 8  # frames whose FLOPs are counted, a multiple of every interval
 
 
@@ -75,20 +75,15 @@ def picture(index: int, side: int) -> np.ndarray:
     return image
 
 
-def seconds() -> float:
-    """Wall time, or with ``--clock cpu`` the processor time of this process, which other work on the machine does not touch."""
-    return CLOCK[0]()
-
-
-def first_token(ask: Callable[[], Any], repeats: int, device: torch.device) -> dict[str, float]:
-    """Seconds to an answer of one token, as quartiles."""
+def first_token(ask: Callable[[], Any], repeats: int, device: torch.device, now: Clock) -> dict[str, float]:
+    """Seconds by the clock `now` to an answer of one token, as quartiles."""
     times = []
     for _ in range(repeats):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        start = seconds()
+        start = now()
         ask()
-        times.append(seconds() - start)
+        times.append(now() - start)
     return spread(times)
 
 
@@ -107,7 +102,14 @@ def plain(model: Any, processor: Any, frames: Sequence[np.ndarray]) -> int:
 
 
 def measure_session(
-    model: Any, processor: Any, asked: Sequence[int], tokens: int, per_frame: int, repeats: int, **options: Any
+    model: Any,
+    processor: Any,
+    asked: Sequence[int],
+    tokens: int,
+    per_frame: int,
+    repeats: int,
+    now: Clock,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """One entry per number of frames in `asked`, ascending; FLOPs are those of a frame, the LLM's share of rekv included."""
     device, side, rows = model.device, model.config.vision_config.image_size, []
@@ -123,12 +125,12 @@ def measure_session(
                 counter = FlopCounterMode(display=False)
                 counter.__enter__()
             counting = any(index < n <= index + COUNTED for n in asked)
-            start = seconds()
+            start = now()
             session.push(frame)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if not counting:  # counting takes time of its own
-                times = [*times[1 - WINDOW :], seconds() - start]
+                times = [*times[1 - WINDOW :], now() - start]
             if index + 1 in asked:
                 counter.__exit__(None, None, None)
                 answer = session.ask(QUESTION, max_new_tokens=1)
@@ -137,7 +139,7 @@ def measure_session(
                     "frame_ms": {k: 1000 * v for k, v in spread(times).items()},
                     "frame_flops": counter.get_total_flops() / COUNTED,
                     "first_token_s": first_token(
-                        lambda: session.ask(QUESTION, max_new_tokens=1, do_sample=False), repeats, device
+                        lambda: session.ask(QUESTION, max_new_tokens=1, do_sample=False), repeats, device, now
                     ),
                     "prompt_tokens": answer.tokens,
                     "frames_used": len(answer.frames_used),
@@ -148,7 +150,9 @@ def measure_session(
     return rows
 
 
-def measure_plain(model: Any, processor: Any, asked: Sequence[int], most: int, sampled: int, repeats: int) -> Any:
+def measure_plain(
+    model: Any, processor: Any, asked: Sequence[int], most: int, sampled: int, repeats: int, now: Clock
+) -> Any:
     """Per number of frames the time to the first token of all frames, and of some sampled evenly; None if it does not fit."""
     side, out = model.config.vision_config.image_size, {"all frames": [], "sampled frames": []}
     for count in asked:
@@ -158,7 +162,9 @@ def measure_plain(model: Any, processor: Any, asked: Sequence[int], most: int, s
             if taken <= most:
                 frames = [picture(int(i), side) for i in places]
                 row["prompt_tokens"] = plain(model, processor, frames)
-                row["first_token_s"] = first_token(lambda f=frames: plain(model, processor, f), repeats, model.device)
+                row["first_token_s"] = first_token(
+                    lambda f=frames: plain(model, processor, f), repeats, model.device, now
+                )
             out[name].append(row)
             print(name, json.dumps(row), flush=True)
     return out
@@ -171,13 +177,13 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=[10, 100, 1000, 10000], help="when to ask")
     parser.add_argument("--plain", type=int, default=100, help="most frames that a plain model is given")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time of this process")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, on a busy CPU")
     parser.add_argument("--only", nargs="*", default=list(SESSIONS), help="which sessions")
     parser.add_argument("--out", type=Path, help="JSON file; entries of other runs in it stay")
     arguments = parser.parse_args()
     if min(arguments.frames) <= COUNTED:
         parser.error(f"--frames must be more than {COUNTED}")
-    CLOCK[0] = time.process_time if arguments.clock == "cpu" else time.perf_counter
+    now = time.process_time if arguments.clock == "cpu" else time.perf_counter
     asked, tokens = sorted(arguments.frames), TOKENS[arguments.shape]
     work = SHAPES["llava-onevision-7b-video"].build("llava-onevision", SCALE[arguments.shape], arguments.device)
     processor, vision = processor_for(work.model), work.model.config.vision_config
@@ -188,11 +194,13 @@ def main() -> None:
     for name in arguments.only:
         print(name, flush=True)
         result[name] = measure_session(
-            work.model, processor, asked, tokens, per_frame, arguments.repeats, **SESSIONS[name]
+            work.model, processor, asked, tokens, per_frame, arguments.repeats, now, **SESSIONS[name]
         )
         _save(result, arguments.out)
     if arguments.plain:
-        result |= measure_plain(work.model, processor, asked, arguments.plain, tokens // per_frame, arguments.repeats)
+        result |= measure_plain(
+            work.model, processor, asked, arguments.plain, tokens // per_frame, arguments.repeats, now
+        )
         _save(result, arguments.out)
 
 

@@ -19,11 +19,13 @@ SHOWN += ("prefill promised", "prefill measured", "decode", "end to end", "KV", 
 
 def machine() -> str:
     m = load(RESULTS / "cpu.json")["machine"]
+    return f"{_where(m)}, float32, load average {m['load']} at the start."
+
+
+def _where(m: dict[str, Any]) -> str:
     clock = "processor time" if m["clock"] == "cpu" else "wall time"
     versions = ", ".join(f"{name} {m[name]}" for name in ("torch", "transformers"))
-    return (
-        f"{m['device']}, {m['threads']} thread(s), float32, {versions}, {clock}, load average {m['load']} at the start."
-    )
+    return f"{m['device']}, {m['threads']} thread(s), {clock}, {versions}"
 
 
 def models() -> str:
@@ -87,7 +89,9 @@ def peers() -> str:
 
 def streaming() -> str:
     """What a frame and a question cost, by shape and contestant; a number for each length of the stream."""
-    return "\n\n".join(_stream(json.loads(file.read_text("utf-8"))) for file in sorted(RESULTS.glob("streaming_*.json")))
+    return "\n\n".join(
+        _stream(json.loads(file.read_text("utf-8"))) for file in sorted(RESULTS.glob("streaming_*.json"))
+    )
 
 
 def _stream(report: dict[str, Any]) -> str:
@@ -110,11 +114,9 @@ def _stream(report: dict[str, Any]) -> str:
         body.append([name, *frame, wait, read, held])
     header = ["", "ms per frame", "GFLOP per frame", "seconds to the first token", "tokens read", "memory in MiB"]
     told = ", ".join(f"{n:,}" for n in lengths)
-    clock = "processor time" if m["clock"] == "cpu" else "wall time"
     return (
         f"LLaVA-OneVision, {about['shape']}, after {told} frames of {about['tokens_per_frame']} visual tokens; a memory of "
-        f"{about['max_tokens']} tokens; {m['device']}, {m['threads']} thread(s), {clock}, torch {m['torch']}, transformers "
-        f"{m['transformers']}.\n\n{markdown(header, body)}"
+        f"{about['max_tokens']} tokens; {_where(m)}.\n\n{markdown(header, body)}"
     )
 
 

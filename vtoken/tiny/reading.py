@@ -159,10 +159,12 @@ class ReadingHeads(nn.Module):
     def _keep_rows(self, attention: nn.Module, args: Any, out: Any) -> None:
         self.rows.append(out[1][:, 0])
 
-    def look(self, goal: dict[str, torch.Tensor], width: int = 13) -> tuple[torch.Tensor, float]:
+    def look(
+        self, seen: list[torch.Tensor], goal: dict[str, torch.Tensor], width: int = 13
+    ) -> tuple[torch.Tensor, float]:
         """Divergence of the words' attention from the tokens that they are to look at; the share that is on them."""
         slots, _, count = goal["shows"].shape[1:]
-        rows = torch.stack([rows[:, -slots * width :, : self.prefix + count] for rows in self.rows], 2)
+        rows = torch.stack([row[:, -slots * width :, : self.prefix + count] for row in seen], 2)
         rows = rows.unflatten(1, (slots, width)).transpose(2, 3)  # (n, slots, 2, width, prefix + count)
         asked = goal["word"] >= 0
         at = goal["word"].clamp(min=0)[..., None, None].expand(-1, -1, -1, 1, rows.shape[-1])
@@ -180,14 +182,13 @@ class ReadingHeads(nn.Module):
 
         ``goal`` is from `stack`; without one nothing is asked.
         """
-        loss, right = self.states[0].new_zeros(()), {}
+        states, rows, self.states, self.rows = self.states, self.rows, [], []
+        loss, right = states[0].new_zeros(()), {}
         if goal is None:
-            self.states.clear()
-            self.rows.clear()
             return loss, right
         goal = {name: value.to(loss.device) for name, value in goal.items()}
         count = goal["row"].shape[1]
-        for read, state in zip(self.read, self.states):
+        for read, state in zip(self.read, states):
             logits = read(state[:, self.prefix : self.prefix + count])
             for name, part in zip(SIZES, logits.split(list(SIZES.values()), -1)):
                 asked = goal[name] >= 0
@@ -202,8 +203,6 @@ class ReadingHeads(nn.Module):
                     loss = loss + F.cross_entropy(said, wanted)
                     right[name] = (said.argmax(-1) == wanted).float().mean().item()
         if "word" in goal:
-            missed, right["look"] = self.look(goal)
+            missed, right["look"] = self.look(rows, goal)
             loss = loss + 5 * missed
-        self.states.clear()
-        self.rows.clear()
         return loss, right
