@@ -13,10 +13,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import create_causal_mask
 
 from .models import SPECIAL
 
 STEPS = 5
+# transformers 5.24 renamed the argument and the output
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 @dataclass
@@ -154,7 +157,7 @@ def _layer_by_layer(lm, prompt: Prompt, inside: Inside) -> Tensor:
         mask = torch.zeros(n, n, dtype=h.dtype).masked_fill(~seen, lowest)[None, None]
         gaps = (~alive).cumsum(0) if inside.renumber else 0
         rotary = lm.rotary_emb(h, (positions - gaps).clamp(min=0), *[kinds[i]] * typed)
-        h = layer(h, attention_mask=mask, position_embeddings=rotary, past_key_values=None)
+        h = layer(h, attention_mask=mask, position_embeddings=rotary)
         h = h[0] if isinstance(h, tuple) else h
         if prompt.deepstack is not None and i < len(prompt.deepstack):
             h = h + prompt.deepstack[i][None]

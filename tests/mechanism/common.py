@@ -47,6 +47,12 @@ def subject(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32):
     return FAMILIES[name].build(attn, dtype)
 
 
+def checkpointing(model):
+    """The same model, which keeps no activations of its layers for backward; transformers 5.24 renamed the method."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model
+
+
 def run(model, inputs: dict, steps: int = STEPS, **kwargs):
     """generate() with exactly ``steps`` greedy tokens, their logits kept."""
     fixed = dict(max_new_tokens=steps, min_new_tokens=steps, do_sample=False, suppress_tokens=SPECIAL)

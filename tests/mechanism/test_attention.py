@@ -8,7 +8,7 @@ import transformers.modeling_flash_attention_utils as flash_utils
 
 import vtoken
 from tests.models import FAMILIES
-from tests.oracle import clone
+from tests.oracle import CACHE, clone
 
 from .common import BOTH, FRONT, PATCHABLE, SOME, assert_close, assert_moved, assert_same, expected, run, subject
 from .fixed import Fixed, patched
@@ -83,9 +83,9 @@ def test_flash_with_a_new_image_on_an_old_cache(flash):
     cut = int(family.visual(whole)[0].nonzero()[16, 0])
     with patched(model) as spy, torch.no_grad():
         one = dict(input_ids=whole["input_ids"][:, :cut], **family.vision(0))
-        cache = model(**one, use_cache=True).past_key_values
+        cache = model(**one, use_cache=True)[CACHE]
         two = {k: whole[k] for k in ("input_ids", "attention_mask")} | family.vision(1)
-        out = run(model, dict(two, past_key_values=cache))
+        out = run(model, two | {CACHE: cache})
     assert_same(out, whole, expected("llava", whole, spy))
 
 

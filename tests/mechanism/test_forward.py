@@ -7,7 +7,8 @@ import torch
 
 from tests import oracle
 from tests.models import FAMILIES
-from tests.oracle import clone, pick
+from tests.oracle import CACHE, clone, pick
+from vtoken.adapters.layers import HOOKS_INSIDE_CHECKPOINT
 
 from .common import (
     BOTH,
@@ -17,6 +18,7 @@ from .common import (
     assert_close,
     assert_moved,
     assert_same,
+    checkpointing,
     clean,
     everywhere,
     expected,
@@ -93,9 +95,9 @@ def test_loop_by_hand(name, options):
         assert out.logits.shape[1] == 1
         ids = [pick(out.logits[:, -1])]
         for _ in range(3):
-            out = model(input_ids=ids[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=ids[-1][:, None], **{CACHE: out[CACHE]}, use_cache=True)
             ids.append(pick(out.logits[:, -1]))
-        return torch.stack(ids, 1), out.past_key_values
+        return torch.stack(ids, 1), out[CACHE]
 
     if not torch.equal(loop(clean(name))[0], oracle.generate(clean(name), whole, steps=4)[0]):
         pytest.skip("the unpatched model disagrees with itself")
@@ -168,3 +170,19 @@ def test_attentions_and_hidden_states(name):
         row = attention[:, :, -1].sum(-1)
         assert_close(row, torch.ones_like(row))
     assert len(out.hidden_states[0]) == 5
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
+def test_a_cache_that_the_model_makes_counts_prompt_tokens(options, training):
+    """With gradient checkpointing, too: from transformers 5.24 on, a model in training mode caches where gradients are off."""
+    if training and options is BOTH and HOOKS_INSIDE_CHECKPOINT:
+        pytest.skip("refused on this transformers")
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
+    checkpointing(model).train(training)
+    with patched(model, **options), torch.no_grad():
+        cache = model(**clone(inputs), use_cache=True).get(CACHE)
+    if cache is None:
+        assert training
+    else:
+        assert {int(x.get_seq_length()) for x in cache.layers} == {inputs["input_ids"].shape[1]}

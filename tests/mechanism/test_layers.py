@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.models import FAMILIES
+from tests.oracle import CACHE
 
 from .common import ALIGNED, BOTH, PATCHABLE, SOME, assert_moved, assert_same, expected, run, subject
 from .fixed import patched
@@ -38,7 +39,7 @@ def test_greedy(name, plan):
         alive = alive & spy.inside(FAMILIES[name], inputs, keep)[0].get(i, keep)
         stored.append(alive)
     stored = [stored[-1] if i in spy.strategy.aligned else rows for i, rows in enumerate(stored)]
-    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == [int(s.sum(1).max()) + 4 for s in stored]
+    assert [layer.keys.shape[2] for layer in out[CACHE].layers] == [int(s.sum(1).max()) + 4 for s in stored]
 
 
 @pytest.mark.parametrize("kind", ["one", "text_only_row"])

@@ -14,7 +14,7 @@ from transformers.cache_utils import QuantizedLayer
 import vtoken
 from tests.models import FAMILIES
 from tests.models.common import IMG, text
-from tests.oracle import clone, pick
+from tests.oracle import CACHE, clone, pick
 from vtoken import PrefillTokens, Selection, Strategy, StrategyInfo, strategies
 from vtoken.adapters.cache import physical_length
 
@@ -110,10 +110,10 @@ def test_rows_on_a_cache_with_an_earlier_turn(name, static):
     ids = position["position_ids"]
     with patched(model, probe), torch.no_grad():
         one = {k: whole[k][:, :cut] for k in names if k in whole} | family.vision(0)
-        model(**one, past_key_values=cache, position_ids=None if ids is None else ids[..., :cut])
+        model(**one, **{CACHE: cache}, position_ids=None if ids is None else ids[..., :cut])
         two = {k: whole[k][:, cut:] for k in names if k in whole and k != "attention_mask"} | family.vision(1)
         two["attention_mask"] = whole["attention_mask"]
-        model(**two, past_key_values=cache, position_ids=None if ids is None else ids[..., cut:])
+        model(**two, **{CACHE: cache}, position_ids=None if ids is None else ids[..., cut:])
     tokens, before, preview = probe.seen[-1]
     assert len(tokens) == whole["input_ids"].shape[1] - cut
     for got, layer in ((before, 1), (preview, 2)):
@@ -134,8 +134,8 @@ def test_rows_leave_out_the_padding_of_an_earlier_turn(static):
     model, probe = subject("llava"), Probe(2)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=40) if static else DynamicCache()
     with patched(model, probe), torch.no_grad():
-        model(ids[:, :6], attention_mask=mask[:, :6], position_ids=positions[:, :6], past_key_values=cache)
-        model(ids[:, 6:], position_ids=positions[:, 6:], past_key_values=cache, **clone(whole))
+        model(ids[:, :6], attention_mask=mask[:, :6], position_ids=positions[:, :6], **{CACHE: cache})
+        model(ids[:, 6:], position_ids=positions[:, 6:], **{CACHE: cache}, **clone(whole))
     for b, (_, before, preview) in enumerate(probe.seen):
         for got, layer in ((before, 1), (preview, 2)):
             assert (got - maps[layer][b, :, -3:, 6:]).abs().max() < 1e-5
@@ -214,8 +214,8 @@ def test_lengths_of_the_layers():
         out = run(model, inputs, 3)
         report = vtoken.report(model)
     assert report.visual_per_layer == [16, 8, 4, 2]
-    assert [physical_length(x) for x in out.past_key_values.layers] == [length - 16 + n + 2 for n in (16, 8, 4, 2)]
-    assert {int(x.get_seq_length()) for x in out.past_key_values.layers} == {length + 2}
+    assert [physical_length(x) for x in out[CACHE].layers] == [length - 16 + n + 2 for n in (16, 8, 4, 2)]
+    assert {int(x.get_seq_length()) for x in out[CACHE].layers} == {length + 2}
     assert "average over 4 LLM layers: 7.5" in str(report) and "16 8 4 2" in str(report)
 
 
@@ -231,7 +231,7 @@ def test_alignment_leaves_two_lengths(cache):
     last = len(spy.drops[3][0][1].keep)
     length = inputs["input_ids"].shape[1]
     stored = [length - 16 + last] * 4  # the first filter sits behind layer 0, which is aligned
-    assert [physical_length(x) for x in out.past_key_values.layers] == stored
+    assert [physical_length(x) for x in out[CACHE].layers] == stored
     assert report.tokens_per_layer == stored and report.visual_per_layer[0] == 16
 
 
@@ -256,7 +256,7 @@ def test_quantized_caches():
     """Layers of different lengths are right there; keys cannot be cut and say so before the first token."""
     model, inputs = subject("llava"), FAMILIES["llava"].batch("ragged")
     with patched(model, strategies.create("fastv", layer=1, budget=0.3)) as spy:
-        out = run(model, inputs, past_key_values=fake_quantized(model))
+        out = run(model, inputs, **{CACHE: fake_quantized(model)})
         spy.items.clear()
     assert_same(out, inputs, expected("llava", inputs, spy))
     aligned = strategies.create("mustdrop", budget=0.5, merging=False)
@@ -264,7 +264,7 @@ def test_quantized_caches():
         patched(model, aligned),
         pytest.raises(NotImplementedError, match=r"found Fake: use a Dynamic.*align_cache=False"),
     ):
-        run(model, inputs, past_key_values=fake_quantized(model))
+        run(model, inputs, **{CACHE: fake_quantized(model)})
 
 
 def test_a_cache_filled_under_another_patch():
@@ -272,7 +272,7 @@ def test_a_cache_filled_under_another_patch():
     with patched(model, layers=(1,), projector=False):
         out = run(model, inputs, 2)
     ids = torch.cat([out.sequences, torch.tensor([text(3, 5)])], 1)
-    again = dict(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=out.past_key_values)
+    again = dict(input_ids=ids, attention_mask=torch.ones_like(ids), **{CACHE: out[CACHE]})
     with patched(model, layers=(2,), projector=False), pytest.raises(ValueError, match="filled under a strategy"):
         run(model, again, 2)
 
@@ -329,9 +329,9 @@ def test_a_new_image_on_quantized_keys_is_refused():
     cut = int(family.visual(whole)[0].nonzero()[16, 0])
     cache = fake_quantized(model)
     with patched(model, strategies.create("fastv", layer=1, budget=0.5)), torch.no_grad():
-        model(input_ids=whole["input_ids"][:, :cut], **family.vision(0), past_key_values=cache)
+        model(input_ids=whole["input_ids"][:, :cut], **family.vision(0), **{CACHE: cache})
         with pytest.raises(NotImplementedError, match="a cache of Fake that holds earlier turns"):
-            model(input_ids=whole["input_ids"][:, cut:], **family.vision(1), past_key_values=cache)
+            model(input_ids=whole["input_ids"][:, cut:], **family.vision(1), **{CACHE: cache})
 
 
 # -- cost -----------------------------------------------------------------------------------------------------------
@@ -409,14 +409,14 @@ def test_compiled_decode_does_not_recompile(case, cache):
     dynamo.utils.counters.clear()
     with nullcontext() if case == "unpatched" else patched(model, strategies.create(case, **options)), torch.no_grad():
         want = run(model, inputs, 6)
-        out = model(**clone(inputs), past_key_values=store, position_ids=positions)
+        out = model(**clone(inputs), **{CACHE: store}, position_ids=positions)
         compiled, graphs, ids = torch.compile(model.forward, backend="eager", fullgraph=True), [], []
         for _ in range(6):
             ids.append(pick(out.logits[:, -1]))
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             positions = positions[:, -1:] + 1
             step = dict(input_ids=ids[-1][:, None], attention_mask=mask, position_ids=positions)
-            out = compiled(**step, past_key_values=store)
+            out = compiled(**step, **{CACHE: store})
             graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
     assert torch.equal(torch.stack(ids, 1), want.sequences[:, length:])
     assert graphs == [1, 2, 2, 2, 2, 2], "the second graph is for a mask of any width, no further one is expected"

@@ -11,7 +11,7 @@ import torch
 from tests import oracle
 from tests.models import FAMILIES, SPECIAL
 from tests.models.common import text
-from tests.oracle import clone
+from tests.oracle import CACHE, clone
 
 from .common import (
     ALIGNED,
@@ -44,7 +44,7 @@ def first_turn(model, inputs: dict, steps: int = 4, seed: int = 77):
         whole["token_type_ids"][:, inputs["input_ids"].shape[1] :] = (
             1  # the prompt alone sees itself in both directions
         )
-    again = {k: whole[k] for k in ("input_ids", "attention_mask")} | dict(past_key_values=out.past_key_values)
+    again = {k: whole[k] for k in ("input_ids", "attention_mask")} | {CACHE: out[CACHE]}
     if "mm_token_type_ids" in whole:
         again["mm_token_type_ids"] = torch.zeros_like(whole["input_ids"], dtype=torch.int)
     return whole, again
@@ -80,9 +80,9 @@ def test_new_image_in_the_second_turn(name, options):
     def converse(model):
         one = {k: whole[k][:, :cut] for k in PLAIN if k in whole} | family.vision(0)
         with torch.no_grad():
-            cache = model(**clone(one), use_cache=True).past_key_values
+            cache = model(**clone(one), use_cache=True)[CACHE]
         two = {k: whole[k] for k in PLAIN if k in whole} | family.vision(1)
-        return run(model, dict(two, past_key_values=cache))
+        return run(model, two | {CACHE: cache})
 
     try:
         assert_same(converse(clean(name)), whole, oracle.generate(clean(name), whole))
@@ -119,12 +119,12 @@ def test_new_image_by_hand(name, options):
         cache = None
         for part, vision in parts:
             text = {k: whole[k][:, part] for k in ("input_ids", "mm_token_type_ids")}
-            options = dict(position_ids=positions[..., part], past_key_values=cache, use_cache=True)
+            options = dict(position_ids=positions[..., part], **{CACHE: cache}, use_cache=True)
             out = model(**clone(text | vision), **options)
-            cache, logits = out.past_key_values, [out.logits[:, -1]]
+            cache, logits = out[CACHE], [out.logits[:, -1]]
         for step in range(3):
             ids, last = oracle.pick(logits[-1])[:, None], positions[..., -1:] + 1 + step
-            out = model(input_ids=ids, position_ids=last, past_key_values=cache, use_cache=True)
+            out = model(input_ids=ids, position_ids=last, **{CACHE: cache}, use_cache=True)
             logits.append(out.logits[:, -1])
         return torch.stack(logits)
 
@@ -146,8 +146,8 @@ def test_text_turn_before_the_first_image(name):
     def converse(model):
         one = {k: whole[k][:, :cut] for k in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            cache = model(**one, use_cache=True).past_key_values
-        return run(model, dict(whole, past_key_values=cache))
+            cache = model(**one, use_cache=True)[CACHE]
+        return run(model, whole | {CACHE: cache})
 
     try:
         assert_same(converse(clean(name)), whole, oracle.generate(clean(name), whole))
@@ -163,11 +163,11 @@ def test_copies_of_one_prompt_cache(name):
     model, inputs = subject(name), FAMILIES[name].batch("one")
     with patched(model, **BOTH) as spy:
         with torch.no_grad():
-            cache = model(**clone(inputs), use_cache=True).past_key_values
+            cache = model(**clone(inputs), use_cache=True)[CACHE]
         for seed in (1, 2):
             whole = extend(inputs, torch.tensor([text(4, seed)]))
             again = {k: whole[k] for k in ("input_ids", "attention_mask", "mm_token_type_ids") if k in whole}
-            out = run(model, dict(again, past_key_values=copy.deepcopy(cache)))
+            out = run(model, again | {CACHE: copy.deepcopy(cache)})
             assert_same(out, whole, expected(name, whole, spy))
     assert torch.equal(pickle.loads(pickle.dumps(cache.layers[0])).keys, cache.layers[0].keys)
 
@@ -178,7 +178,7 @@ def test_cropping_a_cache_into_the_text(name):
     model, inputs = subject(name), FAMILIES[name].batch("one")
     with patched(model, **BOTH) as spy:
         with torch.no_grad():
-            cache = model(**clone(inputs), use_cache=True).past_key_values
+            cache = model(**clone(inputs), use_cache=True)[CACHE]
         length = inputs["input_ids"].shape[1]
         assert int(cache.get_seq_length()) == length
         assert cache.layers[0].keys.shape[2] < length
@@ -187,7 +187,7 @@ def test_cropping_a_cache_into_the_text(name):
         again = {k: inputs[k] for k in ("input_ids", "attention_mask", "mm_token_type_ids") if k in inputs}
         if "mm_token_type_ids" in again:
             again["mm_token_type_ids"] = torch.zeros_like(again["mm_token_type_ids"])
-        out = run(model, dict(again, past_key_values=cache))
+        out = run(model, again | {CACHE: cache})
     assert_same(out, inputs, expected(name, inputs, spy))
 
 
@@ -211,8 +211,8 @@ def test_a_placeholder_in_the_text_is_no_image(name):
         out = run(model, inputs, 2)
         more = torch.full((1, 1), SPECIAL[0])
         whole = extend(inputs, more)
-        again = {k: whole[k] for k in ("input_ids", "attention_mask")} | dict(past_key_values=out.past_key_values)
-        out.past_key_values.crop(-1)
+        again = {k: whole[k] for k in ("input_ids", "attention_mask")} | {CACHE: out[CACHE]}
+        out[CACHE].crop(-1)
         if "mm_token_type_ids" in whole:
             again["mm_token_type_ids"] = torch.zeros_like(whole["input_ids"], dtype=torch.int)
         after = run(model, again, 2)
@@ -242,10 +242,10 @@ def test_rows_of_a_cache_move_together(name, operation):
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
     now = dict(input_ids=torch.tensor([[5], [6]]), attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1)
     with patched(model, **ALIGNED), torch.no_grad():
-        cache = model(**clone(inputs), use_cache=True).past_key_values
+        cache = model(**clone(inputs), use_cache=True)[CACHE]
         moved = copy.deepcopy(cache)
-        want = model(**now, past_key_values=cache).logits
+        want = model(**now, **{CACHE: cache}).logits
         operate(moved)
-        got = model(**{k: v[rows] for k, v in now.items()}, past_key_values=moved).logits
+        got = model(**{k: v[rows] for k, v in now.items()}, **{CACHE: moved}).logits
     assert_close(got, want[rows])
     assert (want[0] - want[1]).abs().max() > 1e-2

@@ -15,6 +15,7 @@ import vtoken
 from tests.mechanism.common import assert_close, assert_same, clean, expected, run, subject
 from tests.mechanism.fixed import Spy, patched
 from tests.models import FAMILIES
+from tests.oracle import CACHE
 from vtoken.adapters.cache import physical_length
 from vtoken.strategies import MustDrop
 from vtoken.strategies.windows import merge_windows, similar_windows, window_cells
@@ -343,9 +344,9 @@ def test_aligned_cache(name, kind, cache):
     counts = [max(len(a.keep) for _, a in spy.drops[k]) for k in (2, 3)]
     assert counts[0] > counts[1]
     if not cache:
-        lengths = [physical_length(x) for x in out.past_key_values.layers]
+        lengths = [physical_length(x) for x in out[CACHE].layers]
         assert lengths[0] > lengths[1] == lengths[2] == lengths[3]
-        assert len({int(x.get_seq_length()) for x in out.past_key_values.layers}) == 1
+        assert len({int(x.get_seq_length()) for x in out[CACHE].layers}) == 1
         with patched(model, MustDrop(0.75, **OFF, layers=(1, 2), align_cache=False)):
             apart = run(model, inputs)
         assert torch.equal(apart.logits[0], out.logits[0])

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 LEDGER = "_vtoken_ledger"
@@ -60,7 +60,10 @@ def logical_layer_class(cls: type) -> Any:
             return kv_length + (0 if self.is_compileable else more_slots), kv_offset + dropped
 
         def crop(self, tokens_to_remove: int) -> Any:
-            return self.physically(super().crop, tokens_to_remove)
+            out = self.physically(super().crop, tokens_to_remove)
+            if self.ledger is not None:  # rejected drafts may reach into the prompt's tables
+                self.ledger.follow(physical_length(self), grow=False)
+            return out
 
         def reset(self) -> Any:
             self.dropped, self.behind_stage, self.ledger = 0, None, None
@@ -133,11 +136,6 @@ def make_logical(cache: Cache, ledger: Ledger, num_layers: int, inside: bool = F
             layer.__class__ = logical_layer_class(type(layer))  # type: ignore[arg-type]
     cache.layers[0].ledger = ledger  # type: ignore[attr-defined]
     setattr(cache, LEDGER, ledger)
-
-
-def new_dynamic_cache(config: PretrainedConfig) -> DynamicCache:
-    """The cache that the language model would have made for itself."""
-    return DynamicCache(config=config)
 
 
 class Ledger:

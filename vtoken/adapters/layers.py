@@ -25,6 +25,7 @@ from .masks import WINDOW_FULL, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged
 from .rows import rows_of_attention
 from .state import Plan
+from .transformers_contract import cache_argument, check_length
 
 if TYPE_CHECKING:
     from .cache import Ledger
@@ -70,6 +71,10 @@ class LayerStages:
     @property
     def count(self) -> int:
         return len(self.stages)
+
+    @property
+    def hooks_layers(self) -> bool:
+        return self.count > 0 or self.flash
 
     @property
     def flash(self) -> bool:
@@ -177,6 +182,7 @@ class LayerStages:
         """Ask the strategy and gather what it keeps: (B, n, d) -> (B, m, d)."""
         assert run.visual is not None and run.index is not None
         index, valid = run.now[stage - 1]
+        check_length(f"Layer {self.stages[stage - 1].layer} was given", hidden.shape[1], index.shape[1])
         prompt_index = run.index.gather(1, index)
         visual = run.visual.gather(1, prompt_index) & valid
         plan = Plan(valid.clone())
@@ -316,7 +322,7 @@ class LayerStages:
                 config=self.decoder.config,
                 inputs_embeds=hidden,
                 attention_mask=ledger.validity(table, valid),
-                past_key_values=run.cache,
+                **{cache_argument(create_causal_mask): run.cache},
                 layer_idx=i if run.cache is not None else None,
             )
         finally:

@@ -16,11 +16,12 @@ import torch
 import transformers.masking_utils
 from torch import Tensor, nn
 
-from .cache import Ledger, ledger_of, make_logical, new_dynamic_cache, physical_length
+from .cache import Ledger, ledger_of, make_logical, physical_length
 from .layers import LayerStages, Stage
 from .masks import cut_mask, sees_itself
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
 from .state import ENCODED, Call, Observer, Plan, Run, State, Wrapped
+from .transformers_contract import cache_in, changed, check_names, check_prompt
 
 
 class Sequence:
@@ -53,6 +54,7 @@ class Sequence:
         self.wrapped = Wrapped()
         self.handles: list[Any] = []
         self.stages = LayerStages(self.decoder, stages, state, positions, aligned)
+        check_names(adapter, self.stages.hooks_layers)
         h = self.handles
         h.append(self.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         h.append(self.base.register_forward_hook(self._after_base, always_call=True))
@@ -96,8 +98,8 @@ class Sequence:
         call.has_features = bool(outputs) or pixels
         if isinstance(outputs, dict):
             call.encoded = {m: getattr(out, ENCODED, None) for m, out in outputs.items() if out is not None}
-        cache, mask = given.get("past_key_values"), kwargs.get("attention_mask")
-        ledger = ledger_of(cache)
+        cache, mask = cache_in(given), kwargs.get("attention_mask")
+        ledger = call.ledger = ledger_of(cache)
         if ledger is None or not isinstance(mask, Tensor) or mask.ndim != 2:
             return None
         if given.get("position_ids") is None and hasattr(module, "rope_deltas"):
@@ -125,7 +127,7 @@ class Sequence:
 
     def _masks_for_generate(self, original: Callable[..., Any], **kwargs: Any) -> Any:
         """Static cache: generate() makes the 4-D mask itself, in front of (and outside) the compiled forward."""
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
         ledger = ledger_of(cache)
         if ledger is not None and cache is not None:
             embeds = kwargs["inputs_embeds"]
@@ -144,8 +146,10 @@ class Sequence:
         call, embeds = self.state.call, kwargs.get("inputs_embeds")
         if call is None or embeds is None:
             return None
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         ledger = ledger_of(cache)
+        if ledger is not call.ledger:
+            raise changed(f"{type(self.base).__name__} did not hand its KV cache on to {type(decoder).__name__}")
         visual = self._visual(call, embeds) if call.visual or call.has_features else None
         if visual is None:
             return None if ledger is None else self._text_turn(call, cache, ledger, args, dict(kwargs))
@@ -223,13 +227,9 @@ class Sequence:
         if plan is None and fresh and (not self.stages.count or self.state.disabled):
             self.observer.entered(run, real)
             return None  # nothing to drop: the call goes on untouched
-        if fresh:
-            if cache is None and self._would_cache(kwargs):
-                cache = run.cache = kwargs["past_key_values"] = new_dynamic_cache(self.decoder.config)
-            if cache is not None:
-                inside, aligned = self.stages.count > 0, bool(self.stages.aligned)
-                make_logical(cache, ledger, len(self.decoder.layers), inside, aligned)
-                ledger.follow(physical_length(cache.layers[0]), grow=True)  # a text turn went before
+        if fresh and cache is not None:
+            self._adopt(cache, ledger)
+            ledger.follow(physical_length(cache.layers[0]), grow=True)  # a text turn went before
         run.past_slots = ledger.slots[0].shape[1]
         if mask_2d is not None and run.past_slots:
             run.past_seen = mask_2d[:, ledger.dropped[0] : ledger.end].bool()
@@ -251,10 +251,8 @@ class Sequence:
         self.observer.entered(run, real)
         return args, kwargs
 
-    def _would_cache(self, kwargs: dict[str, Any]) -> bool:
-        use = kwargs.get("use_cache")
-        use = getattr(self.decoder.config, "use_cache", False) if use is None else use
-        return bool(use) and not (self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False))
+    def _adopt(self, cache: Any, ledger: Ledger) -> None:
+        make_logical(cache, ledger, len(self.decoder.layers), self.stages.count > 0, bool(self.stages.aligned))
 
     def _positions(self, positions: Tensor | None, ledger: Ledger, keep: Tensor, real: Tensor, index: Tensor) -> Tensor:
         """Position ids as the language model would have chosen them, of the kept tokens."""
@@ -306,6 +304,10 @@ class Sequence:
             return None
         index, valid = run.now[-1]
         final = run.index.gather(1, index)
+        if run.cache is None and (made := cache_in(out)) is not None:  # by the language model, which was given none
+            self._adopt(made, run.ledger)
+            run.cache = made
+        check_prompt(run, self.stages, (out[0] if isinstance(out, tuple) else out.last_hidden_state).shape[1])
         if run.cache is not None:
             self.stages.store(run)
         # Every original position gets the state of the nearest kept token at or before it: logits_to_keep, labels and

@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..adapters.transformers_contract import cache_in
 from ..recorder import Stopwatch
 from .shapes import Workload
 
@@ -181,13 +182,13 @@ def peak_bytes(work: Workload) -> tuple[int, int]:
     if device.type != "cuda":
         with torch.inference_mode(), LiveBytes() as bytes_:
             out = work.model(**arguments)
-        return bytes_.peak, cache_bytes(out.past_key_values)
+        return bytes_.peak, cache_bytes(cache_in(out))
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
         out = work.model(**arguments)
-    return torch.cuda.max_memory_allocated(device) - before, cache_bytes(out.past_key_values)
+    return torch.cuda.max_memory_allocated(device) - before, cache_bytes(cache_in(out))
 
 
 def cache_bytes(cache: Any) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.rows import rotate
+from ..adapters.transformers_contract import cache_argument
 from .layers import Layers
 from .memory import Step, thinnest
 from .prompts import PromptInputs, Prompts
@@ -270,7 +271,7 @@ class ReKVMemory:
         arguments: dict[str, Any] = {
             "input_ids": whole,
             "attention_mask": torch.ones_like(whole),
-            "past_key_values": cache,
+            cache_argument(self.layers.decoder.forward): cache,
         }
         frames = self.prompts.frames
         if len(tail):

@@ -121,6 +121,7 @@ def pruned_accuracy(model: Any, processor: Any, share: float, by: str, n: int = 
         share: share of the visual tokens that stays, in (0, 1].
         by: ``cls`` keeps the tokens with most CLS attention in the layer whose output is read; ``random`` draws them.
     """
+    from ..adapters.transformers_contract import cache_argument, cache_in
     from .tower import cls_rows, hidden_states
 
     if by not in ("cls", "random"):
@@ -147,12 +148,11 @@ def pruned_accuracy(model: Any, processor: Any, share: float, by: str, n: int = 
         stays[visual] = torch.zeros_like(rank, dtype=torch.bool, device=device).scatter_(1, keep, True).flatten()
         hidden = embeds[stays].view(len(some), -1, embeds.shape[-1])
         position = torch.arange(ids.shape[1], device=device).expand_as(ids)[stays].view(len(some), -1)
-        cache, words = None, []
+        cached: dict[str, Any] = {}
+        words = []
         for _ in range(4):
-            out = inner.language_model(
-                inputs_embeds=hidden, position_ids=position, past_key_values=cache, use_cache=True
-            )
-            cache = out.past_key_values
+            out = inner.language_model(inputs_embeds=hidden, position_ids=position, use_cache=True, **cached)
+            cached = {cache_argument(inner.language_model.forward): cache_in(out)}
             words.append(model.lm_head(out.last_hidden_state[:, -1]).argmax(-1))
             hidden, position = model.get_input_embeddings()(words[-1])[:, None], position[:, -1:] + 1
         for i, row in zip(some, torch.stack(words, 1).tolist()):

@@ -1,0 +1,231 @@
+"""What a later transformers may do, done to today's model: each is answered by a sentence, none by a wrong answer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import time
+import warnings
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers import Cache, DynamicCache
+
+import vtoken
+from tests.models import FAMILIES
+from tests.oracle import CACHE, clone
+from vtoken.adapters import transformers_contract as contract
+from vtoken.adapters.registry import adapter_for
+
+from .common import ALIGNED, BOTH, FRONT, PATCHABLE, run
+from .fixed import patched
+
+KINDS = pytest.mark.parametrize(
+    "options", [FRONT, BOTH, ALIGNED, dict(merge=True)], ids=["before", "both", "aligned", "merge"]
+)
+SENTENCE = f"vtoken is tested with transformers {contract.OLDEST} to {contract.NEWEST} and found"
+
+
+def between(module, change):
+    """Lets `module.forward` be called with `change(kwargs)` in place of its keyword arguments, after all hooks."""
+    original = module.forward
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        return original(*args, **change(kwargs))
+
+    module.forward = forward
+
+
+def other_cache(kwargs):
+    return {k: DynamicCache() if isinstance(v, Cache) else v for k, v in kwargs.items()}
+
+
+def test_the_installed_transformers_was_tested():
+    """Raise NEWEST once all tests have passed on the new release, and note it in docs/compatibility.md."""
+    installed = Version(transformers.__version__)
+    assert (installed.major, installed.minor) <= tuple(map(int, contract.NEWEST.split("."))), (
+        f"transformers {installed} is newer than the newest release that was tested, {contract.NEWEST}."
+    )
+    assert (installed.major, installed.minor) >= tuple(map(int, contract.OLDEST.split(".")))
+
+
+# -- after a prompt ---------------------------------------------------------------------------------------------
+@KINDS
+@pytest.mark.parametrize("kind", ["one", "ragged"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_prepared_cache_that_is_not_filled(name, kind, options):
+    model, inputs = FAMILIES[name].build(), FAMILIES[name].batch(kind)
+    between(model.get_decoder(), other_cache)
+    with patched(model, **options), pytest.raises(RuntimeError, match=SENTENCE):
+        run(model, inputs)
+
+
+def test_a_later_turn_whose_cache_does_not_reach_the_language_model():
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
+    with patched(model), torch.no_grad():
+        cache = model(**clone(inputs), use_cache=True)[CACHE]
+        model.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs: (args, other_cache(kwargs)), with_kwargs=True, prepend=True
+        )
+        with pytest.raises(RuntimeError, match=SENTENCE):
+            model(input_ids=torch.ones(2, 1, dtype=torch.long), **{CACHE: cache})
+
+
+@KINDS
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_unshortened_embeddings_that_are_read_all_the_same(options, use_cache):
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
+    whole = {}
+    model.get_decoder().register_forward_pre_hook(lambda m, a, kw: whole.update(kw), with_kwargs=True, prepend=True)
+    between(model.get_decoder(), lambda kw: kw | {k: whole[k] for k in ("inputs_embeds", "position_ids", "attention_mask")})
+    with patched(model, **options), pytest.raises(RuntimeError, match=SENTENCE):
+        run(model, inputs, 1, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("options", [BOTH, ALIGNED, dict(layers=(2,), projector=False)])
+def test_layers_that_are_called_without_their_hooks(options):
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
+    with patched(model, **options), pytest.raises(RuntimeError, match=SENTENCE):
+        for layer in model.get_decoder().layers:
+            layer._forward_pre_hooks.clear()
+        run(model, inputs)
+
+
+def test_the_sentence_leaves_nothing_behind():
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
+    decoder = model.get_decoder()
+    with patched(model, **BOTH):
+        want = run(model, inputs).sequences
+        between(decoder, other_cache)
+        with pytest.raises(RuntimeError, match=SENTENCE):
+            run(model, inputs)
+        del decoder.forward
+        assert torch.equal(run(model, inputs).sequences, want)
+
+
+# -- when a model is patched ------------------------------------------------------------------------------------
+def renamed(function, old: str):
+    """`function` with a signature in which `old` has another name."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def forward(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    parameters = [p.replace(name="renamed") if p.name == old else p for p in signature.parameters.values()]
+    assert parameters != list(signature.parameters.values())
+    forward.__signature__ = signature.replace(parameters=parameters)
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("decoder", n) for n in ("inputs_embeds", "attention_mask", "position_ids")]
+    + [("base", n) for n in ("inputs_embeds", "attention_mask", "position_ids", "pixel_values")]
+    + [("layer", n) for n in ("attention_mask", "position_embeddings")]
+    + [("attention", n) for n in ("hidden_states", "attention_mask", "position_embeddings")],
+)
+def test_a_renamed_argument_is_refused(part, name):
+    model = FAMILIES["llava"].build()
+    layer = model.get_decoder().layers[0]
+    module = dict(base=model.base_model, decoder=model.get_decoder(), layer=layer, attention=layer.self_attn)[part]
+    module.forward = renamed(module.forward, name)
+    with pytest.raises(RuntimeError, match=name) as error, patched(model, **BOTH):
+        pass
+    assert SENTENCE in str(error.value) and not model.get_decoder()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["visual_pos_masks", "deepstack_visual_embeds"])
+def test_renamed_deepstack_arguments_are_refused(name):
+    model = FAMILIES["qwen3_vl"].build()
+    model.get_decoder().forward = renamed(model.get_decoder().forward, name)
+    with pytest.raises(RuntimeError, match=name), patched(model):
+        pass
+
+
+@pytest.mark.parametrize("part", ["base", "decoder"])
+def test_a_part_that_takes_no_cache_is_refused(part):
+    model = FAMILIES["llava"].build()
+    module = dict(base=model.base_model, decoder=model.get_decoder())[part]
+    signature = inspect.signature(module.forward)
+    module.forward = functools.partial(module.forward)
+    module.forward.__signature__ = signature.replace(
+        parameters=[p for p in signature.parameters.values() if "Cache" not in str(p.annotation)]
+    )
+    with pytest.raises(RuntimeError, match="takes no KV cache") as error, patched(model):
+        pass
+    assert SENTENCE in str(error.value)
+
+
+@pytest.mark.parametrize("name", PATCHABLE)
+def test_every_family_keeps_the_contract(name):
+    """The names are those of the parts, in about 2 ms."""
+    adapter = adapter_for(FAMILIES[name].build())
+    contract.check_names(adapter, inside=True)
+    start = time.process_time()
+    contract.check_names(adapter, inside=True)
+    assert time.process_time() - start < 0.1  # generous: a loaded machine
+    assert contract.cache_argument(adapter.decoder.forward) == contract.cache_argument(adapter.base.forward) == CACHE
+
+
+# -- what a user sees -------------------------------------------------------------------------------------------
+def turns(model, inputs) -> None:
+    """generate(), a second turn on its cache, and decode steps by hand."""
+    out = run(model, inputs, 2)
+    again = dict(input_ids=out.sequences, attention_mask=torch.ones_like(out.sequences))
+    run(model, again | {CACHE: out[CACHE]}, 2)
+    with torch.no_grad():
+        first = model(**clone(inputs), use_cache=True)
+        model(input_ids=out.sequences[:, -1:], **{CACHE: first[CACHE]}, use_cache=True)
+
+
+@pytest.mark.parametrize("options", [FRONT, BOTH, ALIGNED], ids=["before", "both", "aligned"])
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_no_warning_of_transformers_comes_from_a_patched_model(name, options, caplog):
+    """As many lines are logged, and as many warnings shown, as without the patch."""
+    model, inputs = FAMILIES[name].build(), FAMILIES[name].batch("one")
+
+    def heard() -> list[str]:
+        caplog.clear()
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            turns(model, inputs)
+        return sorted([r.getMessage() for r in caplog.records] + [str(w.message) for w in shown])
+
+    logger, level = logging.getLogger("transformers"), transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
+    logger.propagate = True
+    try:
+        plain = heard()
+        with patched(model, **options):
+            assert heard() == plain
+    finally:
+        transformers.logging.set_verbosity(level)
+        logger.propagate = False
+
+
+@pytest.mark.skipif(CACHE == "past_key_values", reason="this release knows the old name only")
+@pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*:FutureWarning")
+def test_a_user_who_writes_the_old_name(options):
+    """`past_key_values=` still works in transformers; the answer is that of the new name."""
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
+    step = torch.tensor([[7], [8]])
+    with patched(model, **options), torch.no_grad():
+        got = [
+            model(input_ids=step, **{name: model(**clone(inputs), use_cache=True)[CACHE]}).logits
+            for name in (CACHE, "past_key_values")
+        ]
+    assert torch.equal(*got)
+
+
+def test_disabled_calls_are_not_checked():
+    """budget=1.0 and `disabled` go through untouched, whatever the parts do."""
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
+    want = run(model, inputs).sequences
+    with patched(model), vtoken.disabled(model):
+        assert torch.equal(run(model, inputs).sequences, want)
