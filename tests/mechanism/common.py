@@ -26,13 +26,19 @@ ALIGNED = dict(layers=(1, 3), aligned=(0, 1, 2), budget=0.6)
 SOME = [name for name in ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3") if name in PATCHABLE]
 
 
-def everywhere(**few: dict) -> pytest.MarkDecorator:
+PRODUCT = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl")
+OPTIONS = dict(before=FRONT, both=BOTH, aligned=ALIGNED, merge=dict(merge=True))
+
+
+def everywhere(never: tuple[str, ...] = (), **few: dict) -> pytest.MarkDecorator:
     """Parametrises over `name` and `options` of `Fixed`: drops before and inside the LLM for every family, further
-    options for some of them.
+    options for some of them; under the marker `product` all options but `never` for the families of `PRODUCT`.
     """
-    cases = [(name, BOTH) for name in PATCHABLE] + [(name, options) for options in few.values() for name in SOME]
-    ids = [f"{name}-both" for name in PATCHABLE] + [f"{name}-{key}" for key in few for name in SOME]
-    return pytest.mark.parametrize(("name", "options"), cases, ids=ids)
+    cheap = [(name, "both") for name in PATCHABLE] + [(name, key) for key in few for name in SOME]
+    more = [(name, key) for name in PRODUCT for key in OPTIONS if key not in never and (name, key) not in cheap]
+    rows = [(case, ()) for case in cheap] + [(case, (pytest.mark.product,)) for case in more]
+    params = [pytest.param(n, OPTIONS[key], id=f"{n}-{key}", marks=marks) for (n, key), marks in rows]
+    return pytest.mark.parametrize(("name", "options"), params)
 
 
 @functools.cache

@@ -99,8 +99,7 @@ def test_prompt_lookup(name, options):
     assert max(lengths[1:]) > 1
 
 
-@pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
-@pytest.mark.parametrize("name", SOME)
+@everywhere(before=FRONT)
 def test_prompt_lookup_on_a_static_cache(name, options):
     """Drafts of the first forward are cropped out of the prompt's tables; transformers allows it from 5.24 on."""
     inputs = extend(FAMILIES[name].batch("one"), torch.tensor([[5, 6, 7, 8, 9, 10, 5]]))

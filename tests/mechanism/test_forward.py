@@ -173,16 +173,20 @@ def test_attentions_and_hidden_states(name):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
-def test_a_cache_that_the_model_makes_counts_prompt_tokens(options, training):
+@everywhere(before=FRONT)
+def test_without_gradients_in_training_mode(name, options, training):
     """With gradient checkpointing, too: from transformers 5.24 on, a model in training mode caches where gradients are off."""
-    if training and options is BOTH and HOOKS_INSIDE_CHECKPOINT:
+    if training and options.get("layers") and HOOKS_INSIDE_CHECKPOINT:
         pytest.skip("refused on this transformers")
-    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
-    checkpointing(model).train(training)
-    with patched(model, **options), torch.no_grad():
-        cache = model(**clone(inputs), use_cache=True).get(CACHE)
-    if cache is None:
-        assert training
-    else:
-        assert {int(x.get_seq_length()) for x in cache.layers} == {inputs["input_ids"].shape[1]}
+    family, model = FAMILIES[name], checkpointing(FAMILIES[name].build()).train(training)
+    inputs = family.batch("one")
+    prompt = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    with patched(model, **options) as spy, torch.no_grad():
+        out = model(**clone(prompt), use_cache=True)
+        logits, cache = [out.logits[:, -1]], out.get(CACHE)
+        if cache is None:
+            assert training
+        else:
+            assert {int(x.get_seq_length()) for x in cache.layers} == {inputs["input_ids"].shape[1]}
+            logits.append(model(input_ids=pick(logits[0])[:, None], **{CACHE: cache}).logits[:, -1])
+    assert_close(torch.stack(logits), expected(name, inputs, spy, len(logits))[1])

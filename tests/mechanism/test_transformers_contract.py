@@ -81,7 +81,9 @@ def test_unshortened_embeddings_that_are_read_all_the_same(options, use_cache):
     model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
     whole = {}
     model.get_decoder().register_forward_pre_hook(lambda m, a, kw: whole.update(kw), with_kwargs=True, prepend=True)
-    between(model.get_decoder(), lambda kw: kw | {k: whole[k] for k in ("inputs_embeds", "position_ids", "attention_mask")})
+    between(
+        model.get_decoder(), lambda kw: kw | {k: whole[k] for k in ("inputs_embeds", "position_ids", "attention_mask")}
+    )
     with patched(model, **options), pytest.raises(RuntimeError, match=SENTENCE):
         run(model, inputs, 1, use_cache=use_cache)
 

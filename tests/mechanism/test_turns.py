@@ -70,7 +70,7 @@ def test_second_turn(name, options):
     assert_same(out, whole, expected(name, whole, spy, read=inputs["input_ids"].shape[1]))
 
 
-@everywhere(before=FRONT)
+@everywhere(never=("aligned",), before=FRONT)
 def test_new_image_in_the_second_turn(name, options):
     family = FAMILIES[name]
     whole = family.prompt([[0, 1]], turns=True)
