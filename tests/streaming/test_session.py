@@ -50,7 +50,7 @@ def test_answer_is_the_models_own_where_everything_is_kept(name):
         text, logits = plain(name, frames)
         with fed(session_of(name), frames) as session:
             answer = session.ask(Q, **SHORT)
-            assert torch.equal(logits_of(session), logits)
+            assert torch.allclose(logits_of(session), logits, atol=1e-5)  # frames pass the tower one by one, not as a batch
         assert answer.text == text
         assert answer.frames_used == tuple(i / 2 for i in range(count))
         assert (answer.time, answer.new_tokens) == ((count - 1) / 2, 6)

@@ -57,14 +57,13 @@ def _gather_merge(
         tl.device_assert((row >= 0) & (row < n), "index out of range")
         tl.store(target, tl.load(source + row * x_row, mask=inside), mask=inside)
     else:
-        # -0.0 is the one start of a sum that leaves every value, -0.0 too, as it is.
-        total = tl.full((BLOCK_D,), -0.0, tl.float32)
+        total = tl.zeros((BLOCK_D,), tl.float32)
         for place in range(start, stop):
             row = tl.load(order + batch * n + place).to(tl.int64)
             value = tl.load(source + row * x_row, mask=inside, other=0.0).to(tl.float32)
             if WEIGHTED:
                 value *= tl.load(weight + batch * weight_batch + row).to(tl.float32)
-            total += value
+            total = tl.where(place == start, value, total + value)  # 0.0 + -0.0 would be another bit pattern
         tl.store(target, total.to(out.dtype.element_ty), mask=inside)
 
 

@@ -117,7 +117,7 @@ def _agree(slots, places, n, PROGRAMS: tl.constexpr, BLOCK_P: tl.constexpr, slac
     value = tl.load(slots + program, mask=program < PROGRAMS, other=float("-inf"), volatile=True)
     place = tl.load(places + program, mask=program < PROGRAMS, other=n, volatile=True)
     high = tl.max(value, 0)
-    return tl.min(tl.where(value >= high - slack_abs - slack_rel * high, place, n), 0)
+    return tl.min(tl.where(value >= high - slack_abs - high * slack_rel, place, n), 0)
 
 
 @triton.jit(do_not_specialize=["first_step", "last_step", "n", "k", "share"])
@@ -201,10 +201,10 @@ def _greedy(
             rest = tl.load(left + rows, mask=inside, other=float("-inf")) - row * row
             rest = tl.where(rows == pick, float("-inf"), rest)
             tl.store(left + rows, rest, mask=inside)
-            value = tl.where(rest == float("-inf"), rest, tl.maximum(rest, _DPP_FLOOR * q * q))
+            value = tl.where(rest == float("-inf"), rest, tl.maximum(rest, q * q * _DPP_FLOOR))
             here = tl.max(value, 0)
-            where = tl.min(tl.where(inside & (value >= here - _DPP_TIE * here), rows, n), 0)
-            better = (here > high + _DPP_TIE * tl.maximum(high, 0.0)) | (place == n)
+            where = tl.min(tl.where(inside & (value >= here - here * _DPP_TIE), rows, n), 0)
+            better = (here > high + tl.maximum(high, 0.0) * _DPP_TIE) | (place == n)
             high_gain = tl.where(better, tl.sum(tl.where(rows == where, value, 0.0), 0), high_gain)
             place = tl.where(better, where, place)
             high = tl.maximum(high, here)
