@@ -1,11 +1,13 @@
 # Every target prepares what it needs; a fresh machine needs only Python >= 3.10 and this file.
 PYTHON ?= python3
 VENV ?= .venv
-OLDEST ?= .venv-oldest
+WITH ?= # further requirements for $(VENV), such as 'torch==2.11.*'
 OLDEST_TRANSFORMERS ?= 5.17.0
-HARNESS ?= .venv-harness
+NEXT_TRANSFORMERS ?= git+https://github.com/huggingface/transformers
 LMMS_EVAL ?= 0.7.3
-OLDEST_TESTS ?= tests/mechanism tests/adapters tests/strategies/test_generate.py tests/test_config.py
+# what depends on transformers
+RELEASE_TESTS ?= tests/mechanism tests/adapters tests/strategies/test_generate.py tests/test_config.py
+CHEAP = not slow and not soak and not browser and not harness and not product
 JOBS ?= 2
 PYTEST_ARGS ?=
 
@@ -14,33 +16,35 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
 py := $(VENV)/bin/python
+pip := -m pip install --quiet --disable-pip-version-check
+release := .venv-transformers-$(OLDEST_TRANSFORMERS)
 
-.PHONY: help demo test test-oldest harness lint format bench docs clean
+.PHONY: help demo test test-oldest test-next harness lint format bench docs clean
+.SECONDARY: # keep what only other rules ask for
 
 help:
-	@echo "make demo | test | test-oldest | harness | lint | format | bench | docs | clean"
+	@echo "make demo | test | test-oldest | test-next | harness | lint | format | bench | docs | clean"
 
 # One stamp per set of extras: pip runs again only after pyproject.toml has changed.
 $(VENV)/.stamp-%: pyproject.toml
 	@test -x $(py) || $(PYTHON) -m venv $(VENV)
-	$(py) -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	$(py) $(pip) -e '.[$*]' $(WITH)
 	@touch $@
 
-# The lowest supported transformers, in a venv that looks through to $(VENV) for everything else.
-$(OLDEST)/.stamp: pyproject.toml $(VENV)/.stamp-dev
-	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+# A venv that looks through to $(VENV) for everything that it has not installed itself.
+.venv-%/.layered: $(VENV)/.stamp-dev
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	@$(py) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check transformers==$(OLDEST_TRANSFORMERS)
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
 	@touch $@
 
-# lmms-eval, whose requirements are many, in a venv that looks through to $(VENV) for torch and transformers.
-$(HARNESS)/.stamp: pyproject.toml $(VENV)/.stamp-dev
-	@test -x $(HARNESS)/bin/python || $(PYTHON) -m venv $(HARNESS)
-	@$(py) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-		> "$$($(HARNESS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
-	$(HARNESS)/bin/python -m pip install --quiet --disable-pip-version-check lmms-eval==$(LMMS_EVAL)
-	$(HARNESS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+.venv-transformers-%/.stamp: .venv-transformers-%/.layered
+	$(@D)/bin/python $(pip) transformers==$*
+	@touch $@
+
+.venv-harness/.stamp: .venv-harness/.layered
+	$(@D)/bin/python $(pip) lmms-eval==$(LMMS_EVAL)
+	$(@D)/bin/python $(pip) --no-deps -e .
 	@touch $@
 
 demo: $(VENV)/.stamp-demo
@@ -49,12 +53,19 @@ demo: $(VENV)/.stamp-demo
 test: $(VENV)/.stamp-dev
 	$(py) -m pytest -q -n $(JOBS) $(PYTEST_ARGS)
 
-test-oldest: $(OLDEST)/.stamp
-	$(OLDEST)/bin/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST_TRANSFORMERS)"'
-	$(OLDEST)/bin/python -m pytest -q -n $(JOBS) -m 'not slow and not soak and not browser and not harness' $(OLDEST_TESTS) $(PYTEST_ARGS)
+test-oldest: $(release)/.stamp
+	$(release)/bin/python -c 'import transformers; assert transformers.__version__ == "$(OLDEST_TRANSFORMERS)"'
+	$(release)/bin/python -m pytest -q -n $(JOBS) -m '$(CHEAP)' $(RELEASE_TESTS) $(PYTEST_ARGS)
 
-harness: $(HARNESS)/.stamp
-	$(HARNESS)/bin/python -m pytest -q -m harness tests/eval $(PYTEST_ARGS)
+# What the next release will be; the newest one where its source cannot be fetched.
+test-next: .venv-next/.layered
+	.venv-next/bin/python $(pip) '$(NEXT_TRANSFORMERS)' || .venv-next/bin/python $(pip) --upgrade transformers
+	.venv-next/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	.venv-next/bin/python -m pytest -q -n $(JOBS) -m '$(CHEAP)' $(RELEASE_TESTS) $(PYTEST_ARGS) \
+		--deselect tests/mechanism/test_transformers_contract.py::test_the_installed_transformers_was_tested
+
+harness: .venv-harness/.stamp
+	.venv-harness/bin/python -m pytest -q -m harness tests/eval $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(py) -m ruff check .
@@ -73,5 +84,5 @@ docs: $(VENV)/.stamp-dev
 	$(py) docs/generate_performance.py
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(OLDEST) $(HARNESS)
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv-*
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
