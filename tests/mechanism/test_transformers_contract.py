@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import time
 import warnings
 
 import pytest
@@ -165,12 +164,8 @@ def test_a_part_that_takes_no_cache_is_refused(part):
 
 @pytest.mark.parametrize("name", PATCHABLE)
 def test_every_family_keeps_the_contract(name):
-    """The names are those of the parts, in about 2 ms."""
     adapter = adapter_for(FAMILIES[name].build())
     contract.check_names(adapter, inside=True)
-    start = time.process_time()
-    contract.check_names(adapter, inside=True)
-    assert time.process_time() - start < 0.1  # generous: a loaded machine
     assert contract.cache_argument(adapter.decoder.forward) == contract.cache_argument(adapter.base.forward) == CACHE
 
 
