@@ -184,17 +184,20 @@ class LayerStages:
         index, valid = run.now[stage - 1]
         check_length(f"Layer {self.stages[stage - 1].layer} was given", hidden.shape[1], index.shape[1])
         prompt_index = run.index.gather(1, index)
-        visual = run.visual.gather(1, prompt_index) & valid
+        candidates = run.candidates
+        visual = candidates.gather(1, prompt_index) & valid
         plan = Plan(valid.clone())
         for b in range(0 if self.state.disabled else hidden.shape[0]):
             rows = valid[b].nonzero()[:, 0]
             places = rows[visual[b][rows]]
             if not len(places):
                 continue
-            tokens = self._view(run, stage, b, rows, prompt_index[b, rows], hidden, (layer, rotary, mask))
-            with torch.no_grad():
-                selection = self.stages[stage - 1].select(tokens).check(len(places))
-            plan.follow(b, places, selection)
+            if (stage, b) not in run.drops:
+                ahead = layer, rotary, mask
+                tokens = self._view(run, stage, b, rows, prompt_index[b, rows], hidden, ahead, candidates[b])
+                with torch.no_grad():
+                    run.drops[stage, b] = self.stages[stage - 1].select(tokens).check(len(places))
+            plan.follow(b, places, run.drops[stage, b])
         if plan.into is None and torch.equal(plan.keep, valid):
             run.now.append(run.now[-1])
             run.ragged.append(run.ragged[-1])
@@ -205,13 +208,21 @@ class LayerStages:
         return take_merged(hidden, sub, sub_valid, plan.into, plan.weight)
 
     def _view(
-        self, run: Run, stage: int, b: int, rows: Tensor, places: Tensor, hidden: Tensor, ahead: tuple[Any, Any, Any]
+        self,
+        run: Run,
+        stage: int,
+        b: int,
+        rows: Tensor,
+        places: Tensor,
+        hidden: Tensor,
+        ahead: tuple[Any, Any, Any],
+        candidates: Tensor,
     ) -> PrefillTokens:
         """What the strategy sees of sample b: `rows` of the current tokens, at `places` of the prompt's forward.
 
-        `ahead` is the layer about to run, its rotary tables and its mask (of stage 0).
+        `ahead` is the layer about to run, its rotary tables and its mask (of stage 0); `candidates` (q,) bool.
         """
-        assert run.visual is not None and run.layout is not None
+        assert run.layout is not None and run.ends is not None and run.queries is not None
         k = self.stages[stage - 1].layer
         tables = None
         if run.tap is not None:
@@ -235,15 +246,16 @@ class LayerStages:
         return PrefillTokens(
             layer=k,
             hidden_states=hidden[b] if len(rows) == hidden.shape[1] else hidden[b, rows],
-            visual=run.visual[b, places],
+            visual=candidates[places],
             positions=places,
-            total_visual=int(run.visual[b].sum()),
+            total_visual=int(candidates.sum()),
             attention_rows=before,
             preview_rows=preview,
-            end=int((places < run.end).sum()),
+            end=int((places < run.ends[b]).sum()),
+            query=int((places < run.queries[b]).sum()),
             num_layers=len(self.decoder.layers),
             units=run.layout.units[b],
-            item=run.layout.item[b, places],
+            item=torch.where(candidates, run.layout.item[b], -1)[places],
             separator=run.layout.separator[b, places],
             marked=run.layout.marked[b, places],
             rotary=tables,  # type: ignore[arg-type]
