@@ -49,12 +49,14 @@ class Choice:
         encoded: modality -> what the strategy was asked about.
         answered: its answers before the language model.
         drops: its answers inside, by (stage, row).
+        survivors: (B, prompt) bool, what the last drop left; None while the prompt is read for the first time.
     """
 
     visual: dict[str, Tensor]
     encoded: dict[str, EncodedVisuals]
     answered: list[Answered]
     drops: dict[tuple[int, int], Selection]
+    survivors: Tensor | None = None
 
     def serves(self, visual: dict[str, Tensor], encoded: dict[str, EncodedVisuals]) -> bool:
         """Whether a forward reads the same pictures at the same places, whatever text follows them."""

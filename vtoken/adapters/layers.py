@@ -136,7 +136,7 @@ class LayerStages:
         if self.flash:
             # rope is applied from position_embeddings; flash attention would read the gaps as packed sequences
             kwargs = kwargs | {"position_ids": None}
-        if table == 0 or (stage == 0 and not run.past_slots):
+        if table == 0 or (stage == 0 and not run.past_slots and not self._evicts(run, i)):
             return args, kwargs
         if len(run.now) == stage:
             before = self._rotary(run, i, stage - 1, kwargs, args[0])
@@ -309,8 +309,30 @@ class LayerStages:
     def _mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
         key = "mask", self.stage_of[i], self.tables[i], self.kind[i]  # not id(mask): torch.compile would guard on the object
         if key not in run.memo:
-            run.memo[key] = self._make_mask(run, i, mask, hidden)
+            made = self._make_mask(run, i, mask, hidden)
+            run.memo[key] = self._evicted(run, i, made) if self._evicts(run, i) else made
         return run.memo[key]
+
+    def _evicts(self, run: Run, i: int) -> bool:
+        """Whether generated tokens must not see here what a cache would have lost; without a cache nothing is lost."""
+        return i in self.aligned and run.choice is not None and run.choice.survivors is not None
+
+    def _evicted(self, run: Run, i: int, mask: Any) -> Tensor:
+        assert run.index is not None
+        if self.flash:
+            raise NotImplementedError(
+                "Flash attention without a KV cache cannot hide from the answer what an aligned cache loses: leave out "
+                "use_cache=False, or pass align_cache=False."
+            )
+        survivors = run.choice.survivors
+        place = run.index.gather(1, run.now[self.stage_of[i]][0])
+        answer = place >= survivors.shape[1]
+        lost = ~answer & ~survivors.gather(1, place.clamp(max=survivors.shape[1] - 1))
+        hidden = (answer[:, :, None] & lost[:, None])[:, None]
+        if mask is None:
+            mask = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device).tril()
+        off = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return torch.where(hidden.to(mask.device), torch.tensor(off, dtype=mask.dtype, device=mask.device), mask)
 
     def _make_mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
         ledger, stage, table = run.ledger, self.stage_of[i], self.tables[i]

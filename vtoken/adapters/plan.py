@@ -86,11 +86,12 @@ class Planner:
         prompt: Prompt | None = self.state.generating
         again = prompt if run.cache is None else None  # without a cache every step reads the prompt again
         if again is not None and again.choice is not None and again.choice.serves(call.visual, encoded):
-            answered, run.drops = again.choice.answered, again.choice.drops
+            run.choice, run.drops = again.choice, again.choice.drops
+            answered = again.choice.answered
         else:
             answered = self._ask(call, run, encoded, embeds, real, beams)
             if again is not None:
-                again.choice = Choice(dict(call.visual), encoded, answered, run.drops)
+                again.choice = run.choice = Choice(dict(call.visual), encoded, answered, run.drops)
         plan = Plan(torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device))
         chosen: list[Chosen] = []
         for a in answered:

@@ -322,6 +322,9 @@ class Sequence:
         check_prompt(run, self.stages, (out[0] if isinstance(out, tuple) else out.last_hidden_state).shape[1])
         if run.cache is not None:
             self.stages.store(run)
+        if run.choice is not None and run.choice.survivors is None:
+            left = torch.zeros_like(run.visual, dtype=torch.long).scatter_add_(1, final, valid.long())
+            run.choice.survivors = left > 0
         # Every original position gets the state of the nearest kept token at or before it: logits_to_keep, labels and
         # generate() find the length they expect, and the next-token loss of the first text token after an image is the
         # one of the shortened sequence.

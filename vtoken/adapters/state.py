@@ -100,6 +100,7 @@ class Run:
     ends: Tensor | None = None  # (B,): position in this forward at which a row's prompt ends and its answer begins
     queries: Tensor | None = None  # (B,): position of the token from which a row's answer is read, -1 for an empty row
     drops: dict[tuple[int, int], Selection] = field(default_factory=dict)  # answers inside the LLM, by (stage, row)
+    choice: Any = None  # generation.Choice, where every step reads the prompt again
     positions: Tensor | None = None  # position ids behind the entrance, for positions="renumber"
     past_seen: Tensor | None = None  # (B, past_slots) bool: what the mask lets through of earlier forwards
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)  # per row, see PrefillTokens
