@@ -56,10 +56,9 @@ class Patch:
         try:
             merging, merge = merging_layers(adapter, strategy), strategy.merge_in_encoder
             reuse, watch = reuse_of(adapter, strategy), self.recorder
+            push = None if wants_text else self._ask
             self.parts.append(
-                VisionWatch(
-                    adapter, needs, self.state, watch.timer, merging, merge, reuse, watch.used, None if wants_text else self._ask
-                )
+                VisionWatch(adapter, needs, self.state, watch.timer, merging, merge, reuse, watch.used, push)
             )
             self.parts.append(
                 Sequence(adapter, planner, stages, strategy.positions, self.state, self.recorder, aligned)

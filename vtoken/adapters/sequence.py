@@ -226,8 +226,8 @@ class Sequence:
         elif mask is not None:
             real = sees_itself(mask, past if fresh else ledger.slots[0].shape[1], real)
 
-        run = Run(cache, ledger, length, visual=visual, ends=prompt_ends(self.state, past, real))
-        run.queries = queries_of(run.ends, real, visual)
+        ends = prompt_ends(self.state, past, real)
+        run = Run(cache, ledger, length, visual=visual, ends=ends, queries=queries_of(ends, real, visual))
         prompt = self.state.generating
         if prompt is not None and self.stages.count and not self.state.disabled:
             if prompt.length > past + length:
