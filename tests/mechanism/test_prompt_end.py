@@ -255,22 +255,30 @@ def test_only_the_new_turn_is_given():
     whole = family.prompt([[0, 1]], turns=True)
     whole = extend(whole, whole["input_ids"][:, -3:-2])
     cut = int(family.visual(whole)[0].nonzero()[16]) - 1
+    turn = dict(input_ids=whole["input_ids"][:, cut:], attention_mask=whole["attention_mask"], **family.vision(1))
+    plain = dict(max_new_tokens=4, do_sample=False, suppress_tokens=SPECIAL)
+    lookup = dict(prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
+
+    @torch.no_grad()
+    def said(model, **options) -> list:
+        head = model(input_ids=whole["input_ids"][:, :cut], **family.vision(0), use_cache=True)
+        cache = {k: v for k, v in head.items() if k in ("cache", "past_key_values")}
+        return model.generate(**clone(turn), **cache, **plain, **options)[0, -4:].tolist()
+
+    try:
+        assert said(clean("llava")) == clean("llava").generate(**clone(whole), **plain)[0, -4:].tolist()
+    except Exception:
+        pytest.skip("the unpatched model disagrees with itself")
     answers, lengths = [], []
-    for lookup in ({}, dict(prompt_lookup_num_tokens=3, max_matching_ngram_size=1)):
-        with patched(model, made("fastv")) as spy, torch.no_grad():
-            head = model(input_ids=whole["input_ids"][:, :cut], **family.vision(0), use_cache=True)
-            cache = {k: v for k, v in head.items() if k in ("cache", "past_key_values")}
-            spy.clear()
+    for options in ({}, lookup):
+        with patched(model, made("fastv")) as spy:
             hook = model.get_decoder().register_forward_pre_hook(
                 lambda m, a, kw: lengths.append(kw["inputs_embeds"].shape[1]), with_kwargs=True, prepend=True
             )
-            turn = dict(
-                input_ids=whole["input_ids"][:, cut:], attention_mask=whole["attention_mask"], **family.vision(1)
-            )
-            model.generate(**turn, **cache, **lookup, max_new_tokens=4, do_sample=False, suppress_tokens=SPECIAL)
+            said(model, **options)
             hook.remove()
             answers.append(kept(spy))
-    assert max(lengths) > whole["input_ids"].shape[1] - cut, "the first forward has no drafts"
+    assert turn["input_ids"].shape[1] < max(n for n in lengths if n != cut), "the first forward has no drafts"
     assert answers[0] == answers[1]
 
 
