@@ -19,6 +19,7 @@ from .tokens import Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualT
 if TYPE_CHECKING:
     from . import video
     from .accounting import Report
+    from .adapters.generation import prompt_length
     from .config import VTokenConfig
     from .patching import applied, disabled, list_strategies, patch, report, unpatch
     from .resize import resized
@@ -45,6 +46,7 @@ __all__ = [
     "disabled",
     "list_strategies",
     "patch",
+    "prompt_length",
     "register",
     "report",
     "resized",
@@ -59,6 +61,7 @@ __all__ = [
 _LAZY = {
     "VTokenConfig": "config",
     "Report": "accounting",
+    "prompt_length": "adapters.generation",
     "resized": "resize",
     "StreamSession": "streaming",
     **dict.fromkeys(("applied", "disabled", "list_strategies", "patch", "report", "unpatch"), "patching"),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from .accounting import Report
 from .adapters.base import Adapter
-from .adapters.encoded import VisionWatch, generating
+from .adapters.encoded import VisionWatch
+from .adapters.generation import generating
 from .adapters.layers import Stage
 from .adapters.plan import Chosen, Planner
 from .adapters.registry import adapter_for
@@ -54,8 +56,9 @@ class Patch:
         try:
             merging, merge = merging_layers(adapter, strategy), strategy.merge_in_encoder
             reuse, watch = reuse_of(adapter, strategy), self.recorder
+            push = None if wants_text else self._ask
             self.parts.append(
-                VisionWatch(adapter, needs, self.state, watch.timer, merging, merge, reuse, watch.used)
+                VisionWatch(adapter, needs, self.state, watch.timer, merging, merge, reuse, watch.used, push)
             )
             self.parts.append(
                 Sequence(adapter, planner, stages, strategy.positions, self.state, self.recorder, aligned)
@@ -71,6 +74,10 @@ class Patch:
             part.remove()
 
     def _select(self, tokens: VisualTokens) -> Selection:
+        """The strategy's answer; what it notes of the stream meanwhile is forgotten, so that the next answer is the same."""
+        return self._ask(replace(tokens, memory=copy.deepcopy(tokens.memory)))
+
+    def _ask(self, tokens: VisualTokens) -> Selection:
         if tokens.modality not in self.strategy.needs(tokens.tower).modalities:
             fit = ", ".join(n for n in list_strategies(model=self.adapter.model) if tokens.modality in modalities_of(n))
             raise ValueError(

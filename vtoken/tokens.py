@@ -257,13 +257,15 @@ class PrefillTokens:
     Attributes:
         layer: the layer in front of which the choice is made.
         hidden_states: (n, d) of all tokens, text included; the embeddings if `layer` is 0.
-        visual: (n,) bool.
+        visual: (n,) bool, the visual tokens to choose from.
         positions: (n,) int64, index of each token within the prompt's forward, padding included.
-        total_visual: visual tokens of this prompt before anything was dropped.
+        total_visual: such tokens of this prompt before anything was dropped.
         attention_rows: `attention_rows(rows)` with (r,) int64 indices into the n tokens -> (heads, r, n) float32, the
             softmaxed rows of the layer before.
         preview_rows: the same of layer `layer` itself, as it would attend if nothing were dropped in front of it.
-        end: tokens that belong to the prompt; those behind are drafts (assisted decoding) or generated already (no cache).
+        end: tokens that belong to the prompt; those after them are the answer, or drafts of it. -1 for all.
+        query: the token from which the answer is read, never one of the visual tokens to choose from; -1 for the last of the
+            prompt.
         num_layers: layers of the LLM.
         units: images and video frames of this prompt, for budgets in tokens per image or frame.
         item: (n,) int64, which image or video of the prompt a token belongs to, -1 for text.
@@ -281,6 +283,7 @@ class PrefillTokens:
     attention_rows: Callable[[Tensor], Tensor]
     preview_rows: Callable[[Tensor], Tensor] | None = None
     end: int = -1
+    query: int = -1
     num_layers: int = 0
     units: int = 1
     item: Tensor | None = None
@@ -296,14 +299,15 @@ class PrefillTokens:
 
     @property
     def last_row(self) -> Tensor:
-        """(1,) int64, the last token of the prompt."""
-        return torch.tensor([(self.end if self.end > 0 else len(self)) - 1], device=self.visual.device)
+        """(1,) int64, the last token of the prompt, from which the answer is read."""
+        last = (self.end if self.end > 0 else len(self)) - 1
+        return torch.tensor([self.query if self.query >= 0 else last], device=self.visual.device)
 
     @property
     def text_rows(self) -> Tensor:
         """(t,) int64, the prompt's text tokens behind its first visual token; the last token if there are none."""
         text = ~self.visual & (self.visual.cumsum(0) > 0)
-        if self.end > 0:
+        if self.end >= 0:
             text[self.end :] = False
         rows = text.nonzero()[:, 0]
         return rows if len(rows) else self.last_row
@@ -369,6 +373,16 @@ class Selection:
             if n and (int(self.into.min()) < -1 or int(self.into.max()) >= len(keep)):
                 raise ValueError(f"Selection.into must lie within [-1, {len(keep)}).")
         return self
+
+    def with_last(self, features: Tensor) -> Selection:
+        """This choice among tokens of `features` (n, d) with the last of them kept too, as it is."""
+        last = len(features) - 1
+        if len(self.keep) and int(self.keep[-1]) == last:
+            return self
+        own = None if self.features is None else torch.cat([self.features, features[last:].to(self.features)])
+        marked = None if self.marked is None else torch.cat([self.marked, self.marked.new_zeros(1)])
+        keep = torch.cat([self.keep, self.keep.new_tensor([last])])
+        return Selection(keep, self.into, self.weight, marked, own)
 
     def dense(self, n: int) -> Tensor:
         """The (k, n) float32 matrix that maps features to kept features; for tests and for composition."""

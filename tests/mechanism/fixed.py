@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -113,14 +113,25 @@ class Spy:
                     kept += [(n, answer)] if time == 0 else []
         self.items[:] = kept
 
-    def in_front(self, family: Family, inputs: dict) -> tuple[Tensor, list[Tensor | None]]:
-        """What the items' answers mean for a batch: bool (batch, L), and a (kept, all) matrix for rows that merge."""
+    def in_front(
+        self, family: Family, inputs: dict, labels: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """What the items' answers mean for a batch: bool (batch, L), and a (kept, all) matrix for rows that merge.
+
+        The last token of the prompt, which ends where `labels` begin, stays whatever was answered.
+        """
         visual, items = family.visual(inputs), iter(self.items)
         keep, merge = ~visual, []
+        real = inputs["attention_mask"].bool()
+        if labels is not None:
+            real = real & ((labels != -100).cumsum(1) == 0)
+        queries = [int(row.nonzero()[-1]) if row.any() else -1 for row in real]
         for b, row in enumerate(visual):
             places, at, blocks, merging = row.nonzero()[:, 0], 0, [], False
             while at < len(places):
                 n, answer = next(items)
+                if int(places[at + n - 1]) == queries[b] and n - 1 not in answer.keep.tolist():
+                    answer = replace(answer, keep=torch.cat([answer.keep, torch.tensor([n - 1])]))
                 keep[b, places[at : at + n][answer.keep]] = True
                 blocks.append(matrix(answer, n))
                 merging |= answer.into is not None

@@ -58,7 +58,7 @@ def test_loss_and_gradients(name, side):
             pytest.skip("the unpatched model's loss is not that of its rows")
     with patched(model, merge=side == "left") as spy:
         out = model(**clone(inputs), labels=labels, use_cache=False)
-    keep, merge = spy.in_front(family, inputs)
+    keep, merge = spy.in_front(family, inputs, labels)
     want = oracle.loss(clean(name), inputs, labels, keep, merge)
     assert_close(out.loss, want)
     assert (want - dense.loss).abs() > 1e-4 * dense.loss

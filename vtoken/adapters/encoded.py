@@ -6,18 +6,19 @@ result travels on the very object that the model's own method returns.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..streams import Reuse, StreamState, TowerUse, current_stream
-from ..tokens import EncoderMerge, EncoderTokens, Needs, VisualTokens
+from ..tokens import EncoderMerge, EncoderTokens, Needs, Selection, VisualTokens
 from .base import Adapter, Layout
 from .state import ENCODED, State, Wrapped
 from .towers.base import Capture
@@ -28,10 +29,14 @@ from .towers.reuse import FrameReuse
 
 @dataclass
 class EncodedVisuals:
-    """All images, or all videos, of one batch in placeholder order."""
+    """All images, or all videos, of one batch in placeholder order.
+
+    `picks` are the strategy's answers, given when the frames of a stream were pushed; None outside of a stream.
+    """
 
     modality: str
     items: list[VisualTokens]
+    picks: list[Selection] | None = None
 
     @property
     def total(self) -> int:
@@ -50,6 +55,8 @@ class VisionWatch:
         merge: asked there.
         reuse: per modality what its tower reuses between frames.
         used: told what a tower with reuse computed: `used(modality, TowerUse)`.
+        select: `select(VisualTokens) -> Selection`, asked once about every frame of a stream, so that the stream goes on;
+            None for a strategy that cannot choose before the prompt is known.
     """
 
     def __init__(
@@ -62,7 +69,9 @@ class VisionWatch:
         merge: Callable[[EncoderTokens], EncoderMerge | None] | None = None,
         reuse: dict[str, Reuse] | None = None,
         used: Callable[[str, TowerUse], None] | None = None,
+        select: Callable[[VisualTokens], Selection] | None = None,
     ) -> None:
+        self.select = select
         self.adapter, self.needs, self.state, self.timer = adapter, needs, state, timer
         self.reuse, self.used, self.key = reuse or {}, used, uuid.uuid4().hex
         self.wrapped = Wrapped()
@@ -135,14 +144,25 @@ class VisionWatch:
         if self.needs[modality].pixels:
             for item, pixels in zip(encoded.items, self.adapter.frame_pixels(modality, given), strict=True):
                 item.pixels, item.encode = pixels, functools.partial(self._encode_frames, modality, original, given)
-        for item in encoded.items if stream is not None else ():
-            item.memory = stream.memory
+        if stream is not None:
+            self._push(encoded, stream)
         setattr(output, ENCODED, encoded)
         if state.call is not None:  # encoded inside forward
             state.call.encoded[modality] = encoded
         elif state.generating is not None:
             state.generating.encoded[modality] = encoded
         return output
+
+    def _push(self, encoded: EncodedVisuals, stream: StreamState) -> None:
+        """Let a stream go on by these frames. Whoever asks about them later starts from the history before them."""
+        memory, picks = copy.deepcopy(stream.memory), []
+        for item in encoded.items:
+            item.memory = copy.deepcopy(memory)
+            if self.select is not None:
+                with torch.no_grad():
+                    picks.append(self.select(replace(item, memory=memory)))
+        stream.memory = memory
+        encoded.picks = picks if self.select is not None else None
 
     def _frames(self, modality: str, given: dict[str, Any], stream: StreamState | None) -> FramePass | None:
         """The frames of a call that reuses: every video is a stream, or all go on with the given one."""
@@ -206,42 +226,3 @@ class VisionWatch:
             merged=merged,
             provided=dict(provided),  # type: ignore[arg-type]
         )
-
-
-@dataclass
-class Prompt:
-    """A running `generate()` with its keyword arguments.
-
-    A chunked prefill sees only pieces of it, an assisted one sees draft tokens behind it.
-    """
-
-    input_ids: Tensor | None
-    given: dict[str, Any] = field(default_factory=dict)
-    encoded: dict[str, EncodedVisuals] = field(default_factory=dict)
-    default: Any = None  # the model's generation config
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt, 0 if unknown."""
-        embeds = self.given.get("inputs_embeds")
-        given = embeds if self.input_ids is None or not self.input_ids.shape[1] else self.input_ids
-        return 0 if given is None else int(given.shape[1])
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens that may be generated, 0 if unknown."""
-        config = self.given.get("generation_config") or self.default
-        most, longest = (self.given.get(n) or getattr(config, n, None) for n in ("max_new_tokens", "max_length"))
-        return int(most) if most else max(0, int(longest or 0) - self.length)
-
-
-def generating(state: State, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`generate` with a note of its prompt."""
-    ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-    default = getattr(getattr(original, "__self__", None), "generation_config", None)
-    prompt = Prompt(ids if isinstance(ids, Tensor) else None, kwargs, default=default)
-    outer, state.generating = state.generating, prompt
-    try:
-        return original(*args, **kwargs)
-    finally:
-        state.generating = outer

@@ -136,7 +136,7 @@ class LayerStages:
         if self.flash:
             # rope is applied from position_embeddings; flash attention would read the gaps as packed sequences
             kwargs = kwargs | {"position_ids": None}
-        if table == 0 or (stage == 0 and not run.past_slots):
+        if table == 0 or (stage == 0 and not run.past_slots and not self._evicts(run, i)):
             return args, kwargs
         if len(run.now) == stage:
             before = self._rotary(run, i, stage - 1, kwargs, args[0])
@@ -184,17 +184,20 @@ class LayerStages:
         index, valid = run.now[stage - 1]
         check_length(f"Layer {self.stages[stage - 1].layer} was given", hidden.shape[1], index.shape[1])
         prompt_index = run.index.gather(1, index)
-        visual = run.visual.gather(1, prompt_index) & valid
+        candidates = run.candidates
+        visual = candidates.gather(1, prompt_index) & valid
         plan = Plan(valid.clone())
         for b in range(0 if self.state.disabled else hidden.shape[0]):
             rows = valid[b].nonzero()[:, 0]
             places = rows[visual[b][rows]]
             if not len(places):
                 continue
-            tokens = self._view(run, stage, b, rows, prompt_index[b, rows], hidden, (layer, rotary, mask))
-            with torch.no_grad():
-                selection = self.stages[stage - 1].select(tokens).check(len(places))
-            plan.follow(b, places, selection)
+            if (stage, b) not in run.drops:
+                ahead = layer, rotary, mask
+                tokens = self._view(run, stage, b, rows, prompt_index[b, rows], hidden, ahead, candidates[b])
+                with torch.no_grad():
+                    run.drops[stage, b] = self.stages[stage - 1].select(tokens).check(len(places))
+            plan.follow(b, places, run.drops[stage, b])
         if plan.into is None and torch.equal(plan.keep, valid):
             run.now.append(run.now[-1])
             run.ragged.append(run.ragged[-1])
@@ -205,13 +208,21 @@ class LayerStages:
         return take_merged(hidden, sub, sub_valid, plan.into, plan.weight)
 
     def _view(
-        self, run: Run, stage: int, b: int, rows: Tensor, places: Tensor, hidden: Tensor, ahead: tuple[Any, Any, Any]
+        self,
+        run: Run,
+        stage: int,
+        b: int,
+        rows: Tensor,
+        places: Tensor,
+        hidden: Tensor,
+        ahead: tuple[Any, Any, Any],
+        candidates: Tensor,
     ) -> PrefillTokens:
         """What the strategy sees of sample b: `rows` of the current tokens, at `places` of the prompt's forward.
 
-        `ahead` is the layer about to run, its rotary tables and its mask (of stage 0).
+        `ahead` is the layer about to run, its rotary tables and its mask (of stage 0); `candidates` (q,) bool.
         """
-        assert run.visual is not None and run.layout is not None
+        assert run.layout is not None and run.ends is not None and run.queries is not None
         k = self.stages[stage - 1].layer
         tables = None
         if run.tap is not None:
@@ -235,15 +246,16 @@ class LayerStages:
         return PrefillTokens(
             layer=k,
             hidden_states=hidden[b] if len(rows) == hidden.shape[1] else hidden[b, rows],
-            visual=run.visual[b, places],
+            visual=candidates[places],
             positions=places,
-            total_visual=int(run.visual[b].sum()),
+            total_visual=int(candidates.sum()),
             attention_rows=before,
             preview_rows=preview,
-            end=int((places < run.end).sum()),
+            end=int((places < run.ends[b]).sum()),
+            query=int((places < run.queries[b]).sum()),
             num_layers=len(self.decoder.layers),
             units=run.layout.units[b],
-            item=run.layout.item[b, places],
+            item=torch.where(candidates, run.layout.item[b], -1)[places],
             separator=run.layout.separator[b, places],
             marked=run.layout.marked[b, places],
             rotary=tables,  # type: ignore[arg-type]
@@ -297,8 +309,30 @@ class LayerStages:
     def _mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
         key = "mask", self.stage_of[i], self.tables[i], self.kind[i]  # not id(mask): torch.compile would guard on the object
         if key not in run.memo:
-            run.memo[key] = self._make_mask(run, i, mask, hidden)
+            made = self._make_mask(run, i, mask, hidden)
+            run.memo[key] = self._evicted(run, i, made) if self._evicts(run, i) else made
         return run.memo[key]
+
+    def _evicts(self, run: Run, i: int) -> bool:
+        """Whether generated tokens must not see here what a cache would have lost; without a cache nothing is lost."""
+        return i in self.aligned and run.choice is not None and run.choice.survivors is not None
+
+    def _evicted(self, run: Run, i: int, mask: Any) -> Tensor:
+        assert run.index is not None
+        if self.flash:
+            raise NotImplementedError(
+                "Flash attention without a KV cache cannot hide from the answer what an aligned cache loses: leave out "
+                "use_cache=False, or pass align_cache=False."
+            )
+        survivors = run.choice.survivors
+        place = run.index.gather(1, run.now[self.stage_of[i]][0])
+        answer = place >= survivors.shape[1]
+        lost = ~answer & ~survivors.gather(1, place.clamp(max=survivors.shape[1] - 1))
+        hidden = (answer[:, :, None] & lost[:, None])[:, None]
+        if mask is None:
+            mask = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device).tril()
+        off = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return torch.where(hidden.to(mask.device), torch.tensor(off, dtype=mask.dtype, device=mask.device), mask)
 
     def _make_mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
         ledger, stage, table = run.ledger, self.stage_of[i], self.tables[i]

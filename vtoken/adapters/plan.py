@@ -11,6 +11,7 @@ from torch import Tensor
 from ..tokens import Selection, VisualTokens, concat_selections
 from .base import Adapter
 from .encoded import EncodedVisuals
+from .generation import Answered, Choice, Prompt
 from .state import Call, Plan, PromptLayout, Run, State
 from .tiles import join_images
 
@@ -65,7 +66,7 @@ class Planner:
         if pending is not None and not any(call.encoded.values()):
             return self._consume(call, pending)
         run.ledger.pending = None
-        prompt = self.state.generating
+        prompt: Prompt | None = self.state.generating
         encoded = {m: e for m, e in call.encoded.items() if e is not None}
         if not encoded and prompt is not None and self._complete(call, prompt.encoded):
             encoded = prompt.encoded  # a wrapper such as accelerate's copied the features on their way
@@ -81,23 +82,41 @@ class Planner:
     def _whole(
         self, call: Call, run: Run, encoded: dict[str, EncodedVisuals], embeds: Tensor, real: Tensor
     ) -> Plan | None:
-        batch, length = embeds.shape[:2]
         beams = self._beams(call.visual, encoded)
-        plan = Plan(torch.ones(batch, length, dtype=torch.bool, device=embeds.device))
+        prompt: Prompt | None = self.state.generating
+        again = prompt if run.cache is None else None  # without a cache every step reads the prompt again
+        if again is not None and again.choice is not None and again.choice.serves(call.visual, encoded):
+            run.choice, run.drops = again.choice, again.choice.drops
+            answered = again.choice.answered
+        else:
+            answered = self._ask(call, run, encoded, embeds, real, beams)
+            if again is not None:
+                again.choice = run.choice = Choice(dict(call.visual), encoded, answered, run.drops)
+        plan = Plan(torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device))
         chosen: list[Chosen] = []
+        for a in answered:
+            chosen += [Chosen(a.row, item, s) for item, s in zip(a.items, a.picks, strict=True)]
+            rows = slice(a.row * beams, (a.row + 1) * beams)
+            if self.inside:
+                self._lay_out(run, rows, a.places, a.items, a.picks)
+            plan.follow(rows, a.places, concat_selections(a.picks, [len(item) for item in a.items]))
+        self.chosen(chosen, beams)
+        return None if plan.into is None and plan.source is None and bool(plan.keep.all()) else plan
+
+    def _ask(
+        self, call: Call, run: Run, encoded: dict[str, EncodedVisuals], embeds: Tensor, real: Tensor, beams: int
+    ) -> list[Answered]:
+        assert run.ends is not None and run.queries is not None
+        # a picture after the prompt's end, as in the later turns of a training sample, holds no query of the prompt
+        queries, answered = torch.where(run.queries < run.ends, run.queries, -1).tolist(), []
         for modality, places_of in self._places(call.visual, beams).items():
             for b, places, items in _assign(places_of, encoded[modality].items):
                 ids = None if call.input_ids is None else call.input_ids[b * beams]
                 items = self._join(modality, items, ids, places)
-                text = embeds[b * beams][self._text(call, b * beams, real)] if self.wants_text else None
+                text = embeds[b * beams][self._text(call, run, b * beams, real)] if self.wants_text else None
                 picks = complete([self._select(item, text) for item in items], items)
-                chosen += [Chosen(b, item, s) for item, s in zip(items, picks, strict=True)]
-                rows = slice(b * beams, (b + 1) * beams)
-                if self.inside:
-                    self._lay_out(run, rows, places, items, picks)
-                plan.follow(rows, places, concat_selections(picks, [len(item) for item in items]))
-        self.chosen(chosen, beams)
-        return None if plan.into is None and plan.source is None and bool(plan.keep.all()) else plan
+                answered.append(Answered(b, places, items, keep_query(picks, items, places, queries[b * beams])))
+        return answered
 
     def _join(
         self, modality: str, items: list[VisualTokens], ids: Tensor | None, places: Tensor
@@ -131,8 +150,11 @@ class Planner:
         with torch.no_grad():
             return self.select(item)
 
-    def _text(self, call: Call, b: int, real: Tensor) -> Tensor:
-        text = real[b].clone()
+    @staticmethod
+    def _text(call: Call, run: Run, b: int, real: Tensor) -> Tensor:
+        """(q,) bool: the text of the prompt."""
+        assert run.ends is not None
+        text = real[b] & (torch.arange(real.shape[1], device=real.device) < run.ends[b])
         for mask in call.visual.values():
             text &= ~mask[b]
         return text
@@ -162,9 +184,8 @@ class Planner:
         return {m: [row.nonzero()[:, 0] for row in mask[::beams]] for m, mask in visual.items()}
 
     # -- chunked prefill ----------------------------------------------------------------------------------------
-    def _first_chunk(self, call: Call, run: Run, prompt: object, embeds: Tensor) -> Plan:
-        ids: Tensor | None = getattr(prompt, "input_ids", None)
-        encoded: dict[str, EncodedVisuals] = getattr(prompt, "encoded", {})
+    def _first_chunk(self, call: Call, run: Run, prompt: Prompt, embeds: Tensor) -> Plan:
+        ids, encoded = prompt.input_ids, prompt.encoded
         if ids is None or self.wants_text or run.cache is None:
             raise NotImplementedError(
                 "A chunked prefill needs input_ids, a cache and a strategy that does not read the text: "
@@ -173,7 +194,7 @@ class Planner:
         beams = embeds.shape[0] // ids.shape[0]
         visual = self.adapter.find_placeholders(ids)
         visual = {m: mask for m, mask in visual.items() if m in encoded}
-        plan = ChunkedPlan({}, {})
+        plan, last = ChunkedPlan({}, {}), prompt.last_columns()
         chosen: list[Chosen] = []
         for modality, places_of in self._places(visual, 1).items():
             longest = max(len(p) for p in places_of)
@@ -181,6 +202,7 @@ class Planner:
             for b, places, items in _assign(places_of, encoded[modality].items):
                 items = self._join(modality, items, ids[b], places)
                 picks = complete([self._select(item, None) for item in items], items)
+                picks = keep_query(picks, items, places, last[b])
                 selection = concat_selections(picks, [len(item) for item in items])
                 if selection.into is not None or selection.features is not None:
                     raise NotImplementedError(
@@ -214,6 +236,13 @@ def complete(picks: list[Selection], items: list[VisualTokens]) -> list[Selectio
         return picks
     each = zip(picks, items, strict=True)
     return [replace(p, features=item.features[p.keep]) if p.features is None else p for p, item in each]
+
+
+def keep_query(picks: list[Selection], items: list[VisualTokens], places: Tensor, query: int) -> list[Selection]:
+    """Answers that keep the token at column `query`, from which the answer is read, if it is the last of the visual tokens."""
+    if not len(places) or int(places[-1]) != query:
+        return picks
+    return [*picks[:-1], picks[-1].with_last(items[-1].features)]
 
 
 def _assign(places_of: list[Tensor], items: list[VisualTokens]) -> list[tuple[int, Tensor, list[VisualTokens]]]:

@@ -17,6 +17,7 @@ import transformers.masking_utils
 from torch import Tensor, nn
 
 from .cache import Ledger, ledger_of, make_logical, physical_length
+from .generation import prompt_ends, queries_of
 from .layers import LayerStages, Stage
 from .masks import cut_mask, sees_itself
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
@@ -65,6 +66,9 @@ class Sequence:
             self.wrapped.wrap(self.base, "get_placeholder_mask", self._placeholders)
         if hasattr(self.decoder, "_deepstack_process"):
             self.wrapped.wrap(self.decoder, "_deepstack_process", self.stages.deepstack)
+        self.model_arguments = list(inspect.signature(self.model.forward).parameters)
+        if "labels" in self.model_arguments:  # PEFT calls `forward` itself, around every hook
+            self.wrapped.wrap(self.model, "forward", self._labelled)
         make_masks = getattr(self.model, "create_masks_for_generate", None)
         self.wrapped.wrap(
             self.model,
@@ -79,7 +83,16 @@ class Sequence:
         self.handles = []
         self.wrapped.remove()
 
-    # -- what the base model is given ---------------------------------------------------------------------------
+    # -- what the models are given ------------------------------------------------------------------------------
+    def _labelled(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        outer, self.state.labels = self.state.labels, kwargs.get("labels")
+        if args and self.state.labels is None:
+            self.state.labels = dict(zip(self.model_arguments, args, strict=False)).get("labels")
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self.state.labels = outer
+
     def _placeholders(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
         call = self.state.call
@@ -213,15 +226,14 @@ class Sequence:
         elif mask is not None:
             real = sees_itself(mask, past if fresh else ledger.slots[0].shape[1], real)
 
-        run = Run(cache, ledger, length, visual=visual, end=length)
+        ends = prompt_ends(self.state, past, real)
+        run = Run(cache, ledger, length, visual=visual, ends=ends, queries=queries_of(ends, real, visual))
         prompt = self.state.generating
         if prompt is not None and self.stages.count and not self.state.disabled:
             if prompt.length > past + length:
                 raise NotImplementedError(
                     "A strategy that drops inside the LLM reads the end of the prompt: leave out prefill_chunk_size."
                 )
-            if prompt.length > past:
-                run.end = prompt.length - past
             self.stages.check_windows(past + length + prompt.new_tokens)
         plan = self.planner(call, run, embeds, real)
         if plan is None and fresh and (not self.stages.count or self.state.disabled):
@@ -310,6 +322,9 @@ class Sequence:
         check_prompt(run, self.stages, (out[0] if isinstance(out, tuple) else out.last_hidden_state).shape[1])
         if run.cache is not None:
             self.stages.store(run)
+        if run.choice is not None and run.choice.survivors is None:
+            left = torch.zeros_like(run.visual, dtype=torch.long).scatter_add_(1, final, valid.long())
+            run.choice.survivors = left > 0
         # Every original position gets the state of the nearest kept token at or before it: logits_to_keep, labels and
         # generate() find the length they expect, and the next-token loss of the first text token after an image is the
         # one of the shortened sequence.

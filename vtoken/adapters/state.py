@@ -97,7 +97,10 @@ class Run:
     memo: dict[Any, Any] = field(default_factory=dict)
     tap: tuple[int, nn.Module, Tensor, Any, Any] | None = None  # layer, attention, its input, rotary tables, mask
     layout: PromptLayout | None = None
-    end: int = 0  # position in this forward at which the prompt ends and drafts or generated tokens begin
+    ends: Tensor | None = None  # (B,): position in this forward at which a row's prompt ends and its answer begins
+    queries: Tensor | None = None  # (B,): position of the token from which a row's answer is read, -1 for an empty row
+    drops: dict[tuple[int, int], Selection] = field(default_factory=dict)  # answers inside the LLM, by (stage, row)
+    choice: Any = None  # generation.Choice, where every step reads the prompt again
     positions: Tensor | None = None  # position ids behind the entrance, for positions="renumber"
     past_seen: Tensor | None = None  # (B, past_slots) bool: what the mask lets through of earlier forwards
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)  # per row, see PrefillTokens
@@ -106,13 +109,21 @@ class Run:
     def static(self) -> bool:
         return self.cache is not None and self.cache.is_compileable
 
+    @property
+    def candidates(self) -> Tensor:
+        """(B, q) bool: the visual tokens that may be dropped, all but those from which an answer is read."""
+        assert self.visual is not None and self.queries is not None
+        place = torch.arange(self.query_length, device=self.visual.device)
+        return self.visual & (place != self.queries[:, None])
+
 
 class State(PerThread):
     """The forwards under way in this thread."""
 
     call: Call | None = None
     run: Run | None = None
-    generating: Any = None  # encoded.Prompt
+    generating: Any = None  # generation.Prompt
+    labels: Any = None  # of the forward under way
     prefill: torch.device | None = None  # set while the language model reads visual tokens
     capture: Any = None  # towers.base.Capture
     disabled: int = 0
@@ -126,18 +137,23 @@ class Wrapped:
     """
 
     def __init__(self) -> None:
-        self.places: list[tuple[Any, str]] = []
+        self.places: list[tuple[Any, str, Any, Any]] = []
 
     def wrap(self, owner: Any, name: str, instead: Callable[..., Any], original: Any = None) -> None:
         original = getattr(owner, name) if original is None else original
         partial = functools.partial(instead, original)
         functools.update_wrapper(partial, original)
+        self.places.append((owner, name, partial, owner.__dict__.get(name)))
         owner.__dict__[name] = partial
-        self.places.append((owner, name))
 
     def remove(self) -> None:
-        for owner, name in self.places:
-            owner.__dict__.pop(name, None)
+        for owner, name, partial, before in reversed(self.places):
+            if owner.__dict__.get(name) is not partial:
+                continue  # someone else wrapped it since
+            if before is None:
+                del owner.__dict__[name]
+            else:
+                owner.__dict__[name] = before
         self.places = []
 
 

@@ -130,7 +130,7 @@ class Frames:
         encoded = getattr(output, ENCODED, None)
         if patch is None or encoded is None or patch.state.disabled:
             return torch.arange(len(rows), device=rows.device), rows
-        picks = [patch._select(item) for item in encoded.items]
+        picks = encoded.picks or [patch._select(item) for item in encoded.items]
         selection: Selection = concat_selections(picks, [len(item) for item in encoded.items])
         keep = selection.keep.to(rows.device)
         into, weight = selection.into, selection.weight
