@@ -11,6 +11,7 @@ from torch import Tensor
 from ..tokens import Selection, VisualTokens, concat_selections
 from .base import Adapter
 from .encoded import EncodedVisuals
+from .packed import apart
 from .state import Call, Plan, PromptLayout, Run, State
 from .tiles import join_images
 
@@ -26,10 +27,16 @@ class Chosen:
 
 @dataclass
 class ChunkedPlan:
-    """A plan over whole prompts, consumed chunk by chunk: per modality (B, tokens) bool and what was consumed, (B,)."""
+    """A plan over whole prompts, consumed chunk by chunk: per modality (B, tokens) bool, what was consumed and all, (B,)."""
 
     keep: dict[str, Tensor]
     seen: dict[str, Tensor]
+    total: dict[str, Tensor]
+
+    @property
+    def read(self) -> bool:
+        """Whether every visual token has been consumed."""
+        return all(torch.equal(self.seen[m], self.total[m]) for m in self.total)
 
 
 class Planner:
@@ -61,9 +68,17 @@ class Planner:
     def __call__(self, call: Call, run: Run, embeds: Tensor, real: Tensor) -> Plan | None:
         if self.state.disabled:
             return None
+        if run.first is not None and self.wants_text:
+            raise NotImplementedError(
+                "A strategy that reads the text reads one prompt per row, found rows whose positions start again: give each "
+                "prompt a row of its own, or use a strategy that does not read the text."
+            )
         pending: ChunkedPlan | None = run.ledger.pending
         if pending is not None and not any(call.encoded.values()):
-            return self._consume(call, pending)
+            plan = self._consume(call, pending)
+            if pending.read:  # what comes later on this cache is another prompt
+                run.ledger.pending = None
+            return plan
         run.ledger.pending = None
         prompt = self.state.generating
         encoded = {m: e for m, e in call.encoded.items() if e is not None}
@@ -86,7 +101,7 @@ class Planner:
         plan = Plan(torch.ones(batch, length, dtype=torch.bool, device=embeds.device))
         chosen: list[Chosen] = []
         for modality, places_of in self._places(call.visual, beams).items():
-            for b, places, items in _assign(places_of, encoded[modality].items):
+            for b, places, items in apart(_assign(places_of, encoded[modality].items), run.first, beams):
                 ids = None if call.input_ids is None else call.input_ids[b * beams]
                 items = self._join(modality, items, ids, places)
                 text = embeds[b * beams][self._text(call, b * beams, real)] if self.wants_text else None
@@ -173,7 +188,7 @@ class Planner:
         beams = embeds.shape[0] // ids.shape[0]
         visual = self.adapter.find_placeholders(ids)
         visual = {m: mask for m, mask in visual.items() if m in encoded}
-        plan = ChunkedPlan({}, {})
+        plan = ChunkedPlan({}, {}, {})
         chosen: list[Chosen] = []
         for modality, places_of in self._places(visual, 1).items():
             longest = max(len(p) for p in places_of)
@@ -191,6 +206,7 @@ class Planner:
                 keep[b, selection.keep] = True
             plan.keep[modality] = keep.repeat_interleave(beams, 0)
             plan.seen[modality] = torch.zeros(embeds.shape[0], dtype=torch.long, device=embeds.device)
+            plan.total[modality] = visual[modality].sum(1).repeat_interleave(beams).to(embeds.device)
         self.chosen(chosen, beams)
         run.ledger.pending = plan
         return self._consume(call, plan)
