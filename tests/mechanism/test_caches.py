@@ -228,6 +228,24 @@ def test_one_layer_is_not_cropped_alone():
         cache.crop(-12)
         with pytest.raises(NotImplementedError, match="cropped alone"):
             cache.layers[2].crop(-3)
+        model(torch.tensor([[5, 6, 7]]), **{CACHE: cache})
+        with pytest.raises(NotImplementedError, match="cropped alone"):
+            cache.layers[2].crop(-3)
+        length = int(cache.get_seq_length())
+        cache.crop(-3)
+        assert {int(cache.get_seq_length(i)) for i in range(4)} == {length - 3}
+
+
+def test_what_a_layer_of_transformers_cannot_do_is_a_sentence():
+    model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
+    cache = new_cache(model, True)
+    with patched(model), torch.no_grad():
+        model(**clone(inputs), **{CACHE: cache})
+    with pytest.raises(NotImplementedError, match="StaticLayer of this transformers has no batch_select_indices"):
+        cache.batch_select_indices(torch.tensor([0]))
+    if not hasattr(StaticLayer, "crop"):
+        with pytest.raises(NotImplementedError, match="StaticLayer of this transformers has no crop"):
+            cache.crop(-1)
 
 
 def test_a_cache_that_cannot_be_gathered_is_not_cropped_into_a_ragged_prompt():
@@ -468,6 +486,21 @@ def test_an_error_in_a_patched_forward_leaves_no_door_open():
         layer = model.get_decoder().layers[3]
         hook = layer.register_forward_pre_hook(lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
+            model(torch.tensor([[5]]), **{CACHE: cache})
+        hook.remove()
+    with pytest.raises(RuntimeError, match="is not patched"), torch.no_grad():
+        model(torch.tensor([[5]]), **{CACHE: cache})
+
+
+def test_an_interrupted_forward_leaves_no_door_open():
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
+    with patched(model), torch.no_grad():
+        cache = model(**clone(inputs), use_cache=True)[CACHE]
+        hook = model.get_decoder().layers[0].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
             model(torch.tensor([[5]]), **{CACHE: cache})
         hook.remove()
     with pytest.raises(RuntimeError, match="is not patched"), torch.no_grad():

@@ -47,6 +47,11 @@ def logical_layer_class(cls: type) -> Any:
                 raise RuntimeError(UNOWNED)
             return super().update(*args, **kwargs)
 
+        def its_own(self, method: str) -> Any:
+            if not hasattr(super(), method):
+                raise NotImplementedError(f"A {cls.__name__} of this transformers has no {method}: use a DynamicCache.")
+            return getattr(super(), method)
+
         def physically(self, method: Any, *args: Any) -> Any:
             dropped, self.dropped = self.dropped, 0
             try:
@@ -81,33 +86,36 @@ def logical_layer_class(cls: type) -> Any:
 
         def crop(self, tokens_to_remove: int) -> Any:
             """Remove the last `-tokens_to_remove` logical tokens; the layers of a cache are cropped in order."""
-            if not hasattr(super(), "crop"):
-                raise NotImplementedError(f"This transformers cannot crop a {cls.__name__}: use a DynamicCache.")
+            crop_slots = self.its_own("crop")
             if self.ledger is None or not self.is_initialized or tokens_to_remove == 0:
-                return self.physically(super().crop, tokens_to_remove)
+                return self.physically(crop_slots, tokens_to_remove)
             if tokens_to_remove > 0:  # a length to crop to in older releases; newer ones raise
                 DynamicLayer.crop(DynamicLayer(), tokens_to_remove)
                 tokens_to_remove = min(0, tokens_to_remove - int(self.get_seq_length()))
-            return _crop(self, -tokens_to_remove, super().crop)
+            return _crop(self, -tokens_to_remove, crop_slots)
 
-        def reset(self) -> Any:
-            self.dropped, self.behind_stage, self.ledger = 0, None, None
-            return super().reset()
+        def reset(self) -> None:
+            held, self.ledger = self.ledger, None
+            self.dropped, self.behind_stage = 0, None
+            super().reset()
+            if held is not None and isinstance(self, DynamicLayer):  # older releases keep as many zeros
+                self.keys = self.values = None
+                self.is_initialized = False
 
         def reorder_cache(self, beam_idx: Tensor) -> Any:
-            out = super().reorder_cache(beam_idx)
+            out = self.its_own("reorder_cache")(beam_idx)
             self.moved(beam_idx)
             return out
 
         def batch_repeat_interleave(self, repeats: int) -> Any:
-            out = super().batch_repeat_interleave(repeats)
+            out = self.its_own("batch_repeat_interleave")(repeats)
             if self.ledger is not None and self.number == 0:
                 rows = torch.arange(self.ledger.batch_size, device=self.ledger.device)
                 self.moved(rows.repeat_interleave(repeats))
             return out
 
         def batch_select_indices(self, indices: Any) -> Any:
-            out = super().batch_select_indices(indices)
+            out = self.its_own("batch_select_indices")(indices)
             self.moved(indices)
             return out
 
@@ -141,7 +149,7 @@ def _crop(layer: Any, tokens: int, crop_slots: Any) -> None:
         layer.physically(crop_slots, -tokens)
         return
     cut, stored = crop.cuts[ledger.table(layer.number)], physical_length(layer)
-    if crop.length != max(0, stored + layer.dropped - tokens):
+    if layer.number in crop.done or crop.length != max(0, stored + layer.dropped - tokens):
         raise NotImplementedError("One layer of a shortened KV cache cannot be cropped alone: use cache.crop.")
     if not (ledger.gather or all(c.first for c in crop.cuts)):
         raise NotImplementedError(
@@ -156,6 +164,7 @@ def _crop(layer: Any, tokens: int, crop_slots: Any) -> None:
         cut_layers([layer], cut.index.to(layer.keys.device))
     elif gone:
         layer.physically(crop_slots, -gone)
+    crop.done.add(layer.number)
     settle(layer, ledger)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ class Cut:
 
 @dataclass
 class Crop:
-    """The latest crop of a cache into its tables: the logical length after it, and the cut of every stage."""
+    """The latest crop of a cache into its tables: the logical length after it, the cut of every stage, layers done."""
 
     length: int
     cuts: list[Cut]
+    done: set[int] = field(default_factory=set)
 
 
 class Ledger:

@@ -75,6 +75,8 @@ class Sequence:
         )
 
     def remove(self) -> None:
+        if self.state.run is not None:  # of an interrupted forward
+            self.state.run.ledger.announced = False
         for handle in self.handles:
             handle.remove()
         self.handles = []
