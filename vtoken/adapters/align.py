@@ -28,7 +28,7 @@ def align_cache(run: Run, layers: Sequence[int], stage_of: Sequence[int]) -> Non
         group = [run.cache.layers[i] for i in layers if stage_of[i] == stage]
         for device in {layer.keys.device for layer in group}:
             here = [layer for layer in group if layer.keys.device == device]
-            _cut(here, index.to(device), inplace=run.static and not run.ragged[final])
+            cut_layers(here, index.to(device), inplace=run.static and not run.ragged[final])
 
 
 def _columns(run: Run, stage: int, final: int, past: int) -> Tensor:
@@ -42,7 +42,8 @@ def _columns(run: Run, stage: int, final: int, past: int) -> Tensor:
     return torch.cat([torch.arange(past, device=now.device).expand(len(now), past), now], 1)
 
 
-def _cut(layers: list[Any], index: Tensor, inplace: bool) -> None:
+def cut_layers(layers: list[Any], index: Tensor, inplace: bool = False) -> None:
+    """Keep the slots `index` (B, m) int64 of layers on one device; `inplace` needs them strictly ascending."""
     keys, values = kv_compact([x.keys for x in layers], [x.values for x in layers], index, inplace)
     for layer, key, value in zip(layers, keys, values, strict=True):
         if layer.is_compileable:  # static buffers keep their address

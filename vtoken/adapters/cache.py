@@ -2,13 +2,13 @@
 
 `generate`, chat turns, `rope_deltas`, beams and assisted decoding all count prompt tokens with `get_seq_length()`. A cache
 layer that stores P of L tokens therefore goes on reporting L; masks, which need the physical size, learn it through
-`get_mask_sizes -> (kv_length, kv_offset)`, the pair that sliding layers use for the same purpose.
+`get_mask_sizes -> (kv_length, kv_offset)`, the pair that sliding layers use for the same purpose. Whatever else has a
+length or an index (`crop`, `get_max_length`, batch operations) counts prompt tokens as well.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-LEDGER = "_vtoken_ledger"
+from .align import cut_layers
+from .ledger import Crop, Ledger
+
+UNOWNED = (
+    "This KV cache holds a prompt that vtoken shortened, and the model that goes on with it is not patched: patch it with "
+    "the strategy that filled the cache, or start with a new cache."
+)
 
 
 @functools.cache
@@ -30,7 +36,21 @@ def logical_layer_class(cls: type) -> Any:
         _layer_type = None  # transformers registers subclasses that name a layer type for the whole process
         dropped = 0  # logical tokens that have no slot here
         behind_stage: tuple[int, int] | None = None  # (slots that stage 0 has more, tokens dropped in stage 0)
-        ledger: Ledger | None = None  # set on the first layer only, which sees every batch operation
+        ledger: Ledger | None = None
+        number = 0  # of the LLM layer; the first one sees every batch operation
+
+        def __reduce__(self) -> Any:  # the class is made anew where it does not exist yet
+            return _empty_layer, (cls,), self.__dict__
+
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            if self.ledger is not None and not self.ledger.announced and self.ledger.shortened:
+                raise RuntimeError(UNOWNED)
+            return super().update(*args, **kwargs)
+
+        def its_own(self, method: str) -> Any:
+            if not hasattr(super(), method):
+                raise NotImplementedError(f"A {cls.__name__} of this transformers has no {method}: use a DynamicCache.")
+            return getattr(super(), method)
 
         def physically(self, method: Any, *args: Any) -> Any:
             dropped, self.dropped = self.dropped, 0
@@ -44,6 +64,11 @@ def logical_layer_class(cls: type) -> Any:
 
         def get_seq_length(self) -> Any:
             return super().get_seq_length() + self.dropped
+
+        def get_max_length(self) -> int:
+            """Logical tokens that fit; a window counts survivors, -1 stands for no limit."""
+            slots = int(super().get_max_length())
+            return slots if slots < 0 or self.is_sliding else slots + self.dropped
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
             kv_length, kv_offset = self.physically(super().get_mask_sizes, query_length)
@@ -60,35 +85,110 @@ def logical_layer_class(cls: type) -> Any:
             return kv_length + (0 if self.is_compileable else more_slots), kv_offset + dropped
 
         def crop(self, tokens_to_remove: int) -> Any:
-            out = self.physically(super().crop, tokens_to_remove)
-            if self.ledger is not None:  # rejected drafts may reach into the prompt's tables
-                self.ledger.follow(physical_length(self), grow=False)
-            return out
+            """Remove the last `-tokens_to_remove` logical tokens; the layers of a cache are cropped in order."""
+            crop_slots = self.its_own("crop")
+            if self.ledger is None or not self.is_initialized or tokens_to_remove == 0:
+                return self.physically(crop_slots, tokens_to_remove)
+            if tokens_to_remove > 0:  # a length to crop to in older releases; newer ones raise
+                DynamicLayer.crop(DynamicLayer(), tokens_to_remove)
+                tokens_to_remove = min(0, tokens_to_remove - int(self.get_seq_length()))
+            return _crop(self, -tokens_to_remove, crop_slots)
 
-        def reset(self) -> Any:
-            self.dropped, self.behind_stage, self.ledger = 0, None, None
-            return super().reset()
+        def reset(self) -> None:
+            held, self.ledger = self.ledger, None
+            self.dropped, self.behind_stage = 0, None
+            super().reset()
+            if held is not None and isinstance(self, DynamicLayer):  # older releases keep as many zeros
+                self.keys = self.values = None
+                self.is_initialized = False
 
         def reorder_cache(self, beam_idx: Tensor) -> Any:
-            if self.ledger is not None:
-                self.ledger.select_rows(beam_idx)
-            return super().reorder_cache(beam_idx)
+            out = self.its_own("reorder_cache")(beam_idx)
+            self.moved(beam_idx)
+            return out
 
         def batch_repeat_interleave(self, repeats: int) -> Any:
-            if self.ledger is not None:
+            out = self.its_own("batch_repeat_interleave")(repeats)
+            if self.ledger is not None and self.number == 0:
                 rows = torch.arange(self.ledger.batch_size, device=self.ledger.device)
-                self.ledger.select_rows(rows.repeat_interleave(repeats))
-            return super().batch_repeat_interleave(repeats)
+                self.moved(rows.repeat_interleave(repeats))
+            return out
 
-        def batch_select_indices(self, indices: Tensor) -> Any:
-            if self.ledger is not None:
-                self.ledger.select_rows(indices)
-            return super().batch_select_indices(indices)
+        def batch_select_indices(self, indices: Any) -> Any:
+            out = self.its_own("batch_select_indices")(indices)
+            self.moved(indices)
+            return out
+
+        def moved(self, rows: Any) -> None:
+            if self.ledger is not None and self.number == 0:
+                self.ledger.select_rows(rows)
 
     Logical.__name__ = Logical.__qualname__ = "Logical" + cls.__name__
     Logical.__module__ = __name__
-    globals()[Logical.__name__] = Logical  # picklable
     return Logical
+
+
+def _empty_layer(cls: type) -> Any:
+    """A layer of the logical kind of `cls` without state, for copies and pickles."""
+    logical = logical_layer_class(cls)
+    return logical.__new__(logical)
+
+
+def _crop(layer: Any, tokens: int, crop_slots: Any) -> None:
+    """Remove the last `tokens` logical tokens of a layer; `crop_slots` is the crop of its own class.
+
+    The first layer cuts the tables and the others follow, as each of them stores another part of the tokens that go.
+    """
+    ledger: Ledger = layer.ledger
+    if layer.number == 0:
+        length = max(0, physical_length(layer) + layer.dropped - tokens)
+        ledger.crop = Crop(length, ledger.cuts(length)) if length < ledger.end else None
+    crop = ledger.crop
+    if crop is None:  # tokens that every layer stores, one slot each
+        _check_window(layer, tokens)
+        layer.physically(crop_slots, -tokens)
+        return
+    cut, stored = crop.cuts[ledger.table(layer.number)], physical_length(layer)
+    if layer.number in crop.done or crop.length != max(0, stored + layer.dropped - tokens):
+        raise NotImplementedError("One layer of a shortened KV cache cannot be cropped alone: use cache.crop.")
+    if not (ledger.gather or all(c.first for c in crop.cuts)):
+        raise NotImplementedError(
+            f"A KV cache of {name_of(layer)} cannot be cropped into a prompt whose rows lost different numbers of tokens: "
+            "crop less, or use a DynamicCache or StaticCache that is not offloaded."
+        )
+    gone = stored - cut.index.shape[1]
+    _check_window(layer, gone, whole=not cut.first)
+    if layer.number == 0:
+        ledger.forget(crop.length, crop.cuts)
+    if not cut.first:
+        cut_layers([layer], cut.index.to(layer.keys.device))
+    elif gone:
+        layer.physically(crop_slots, -gone)
+    crop.done.add(layer.number)
+    settle(layer, ledger)
+
+
+def _check_window(layer: Any, gone: int, whole: bool = False) -> None:
+    """Raise NotImplementedError if a sliding layer no longer has what it needs once `gone` slots are cropped.
+
+    With `whole`, it needs every slot that it ever stored.
+    """
+    if not layer.is_sliding:
+        return
+    stored = physical_length(layer)
+    window = layer.max_cache_len if layer.is_compileable else layer.sliding_window
+    held = min(stored, window) if layer.is_compileable else layer.keys.shape[-2]
+    if held < stored and (whole or layer.is_compileable or held - gone < min(window - 1, stored - gone)):
+        raise NotImplementedError(
+            f"A sliding-window layer has lost tokens that it needs after a crop (window {window}): start with a new cache."
+        )
+
+
+def settle(layer: Any, ledger: Ledger) -> None:
+    """Tell a layer what the tables say about it."""
+    table = ledger.table(layer.number)
+    layer.dropped = ledger.dropped[table]
+    layer.behind_stage = (ledger.dropped[table] - ledger.dropped[0], ledger.dropped[0]) if table else None
 
 
 def physical_length(layer: Any) -> int:
@@ -98,10 +198,10 @@ def physical_length(layer: Any) -> int:
 
 def ledger_of(cache: Cache | None) -> Ledger | None:
     """The ledger of a cache that holds a shortened prompt, None if it holds none (any more)."""
-    ledger = getattr(cache, LEDGER, None)
-    if ledger is None or cache is None or not cache.layers[0].is_initialized:
+    layers = getattr(cache, "layers", None)
+    if not layers or not layers[0].is_initialized:
         return None
-    return ledger
+    return getattr(layers[0], "ledger", None)
 
 
 def name_of(layer: Any) -> str:
@@ -118,8 +218,7 @@ def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
     """
     for layer in cache.layers:
         known = isinstance(layer, (DynamicLayer, StaticLayer)) and not hasattr(layer, "conv_states")
-        plain = known and not hasattr(layer, "_quantize") and not getattr(cache, "offloading", False)
-        if (inside and not known) or (aligned and not plain):
+        if (inside and not known) or (aligned and not _plain(cache, layer)):
             kind = "an offloaded cache" if getattr(cache, "offloading", False) else name_of(layer)
             instead = "a DynamicCache or StaticCache" if not known else "a DynamicCache or StaticCache, or align_cache=False"
             doing = "be shortened after prefill" if aligned and known else "hold layers of different lengths"
@@ -131,87 +230,14 @@ def make_logical(cache: Cache, ledger: Ledger, num_layers: int, inside: bool = F
     while getattr(cache, "layer_class_to_replicate", None) is not None and len(cache.layers) < num_layers:
         cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
     check_cache(cache, inside, aligned)
-    for layer in cache.layers:
+    for i, layer in enumerate(cache.layers):
         if not hasattr(layer, "physical_length"):
             layer.__class__ = logical_layer_class(type(layer))  # type: ignore[arg-type]
-    cache.layers[0].ledger = ledger  # type: ignore[attr-defined]
-    setattr(cache, LEDGER, ledger)
+        layer.ledger, layer.number = ledger, i  # type: ignore[attr-defined]
+    ledger.gather = all(_plain(cache, layer) for layer in cache.layers)
 
 
-class Ledger:
-    """Which logical token sits in which cache slot, one table per stage (stage 0 = before the LLM).
-
-    The tables end with the last visual token's forward. Whatever follows is one slot per token in every layer, so that
-    decoding never touches this object and needs no device synchronisation.
-
-    Attributes:
-        slots: per stage (batch, slots) int64, the logical index of a slot's token; -1 for filler.
-        columns: per stage (batch, slots) int64, the slot of stage 0 that holds the same token.
-        dropped: per stage, logical length minus number of slots.
-        ragged: per stage, whether some slots are filler (kept on the host).
-        shift: per stage (batch,) int64, tokens dropped so far, for `positions="renumber"`.
-        tables: per LLM layer, the stage whose table describes its slots.
-        pending: visual tokens still to come in a chunked prefill; see `plan.ChunkedPlan`.
-    """
-
-    def __init__(self, stages: int, batch_size: int, device: torch.device, tables: Sequence[int] = ()) -> None:
-        self.slots = [torch.empty(batch_size, 0, dtype=torch.long, device=device) for _ in range(stages)]
-        self.columns = list(self.slots)
-        self.dropped = [0] * stages
-        self.ragged = [False] * stages
-        self.shift = [torch.zeros(batch_size, dtype=torch.long, device=device) for _ in range(stages)]
-        self.tables = list(tables) or [0]
-        self.pending: Any = None
-
-    @property
-    def end(self) -> int:
-        """Logical tokens that the tables cover."""
-        return self.slots[0].shape[1] + self.dropped[0]
-
-    @property
-    def batch_size(self) -> int:
-        return self.slots[0].shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.slots[0].device
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Follow a batch operation of the cache (beam reordering, repetition, selection)."""
-        rows = rows.to(self.device)
-        self.slots = [t[rows] for t in self.slots]
-        self.columns = [t[rows] for t in self.columns]
-        self.shift = [t[rows] for t in self.shift]
-
-    def follow(self, physical: int, grow: bool) -> None:
-        """Adapt to the first layer's physical length: a crop may have reached into the prompt.
-
-        With `grow`, the tokens stored since then (text, or an earlier image) are taken into the tables.
-        """
-        extra = physical - self.slots[self.tables[0]].shape[1]
-        if extra < 0:
-            self.slots = [t[:, :extra] for t in self.slots]
-            self.columns = [t[:, :extra] for t in self.columns]
-        elif grow and extra:
-            new = torch.arange(extra, device=self.device).expand(self.batch_size, extra)
-            end, width = self.end, self.slots[0].shape[1]
-            self.slots = [torch.cat([t, end + new], 1) for t in self.slots]
-            self.columns = [torch.cat([t, width + new], 1) for t in self.columns]
-
-    def align(self, mask: Tensor) -> Tensor:
-        """A 2-D mask over logical tokens -> one whose last columns line up with the slots of stage 0."""
-        slots = self.slots[0]
-        mask = mask.to(slots.device)
-        past = mask.gather(1, slots.clamp(min=0)) * (slots >= 0).to(mask.dtype)
-        return torch.cat([mask.new_ones(mask.shape[0], self.dropped[0]), past, mask[:, self.end :]], 1)
-
-    def validity(self, stage: int, now: Tensor) -> Tensor:
-        """The same for one stage where there was no mask; `now` (batch, m): validity of what follows the tables."""
-        slots = self.slots[stage]
-        return torch.cat([now.new_ones(now.shape[0], self.dropped[stage]), slots >= 0, now], 1)
-
-    def append(self, stage: int, end: int, logical: Tensor, columns: Tensor, valid: Tensor, ragged: bool) -> None:
-        """Enter what one forward stored: `logical` (batch, m) indices within that forward, filler where not `valid`."""
-        self.slots[stage] = torch.cat([self.slots[stage], torch.where(valid, end + logical, -1)], 1)
-        self.columns[stage] = torch.cat([self.columns[stage], columns], 1)
-        self.ragged[stage] = self.ragged[stage] or ragged
+def _plain(cache: Cache, layer: Any) -> bool:
+    """Whether a layer's keys and values are there to be gathered."""
+    known = isinstance(layer, (DynamicLayer, StaticLayer)) and not hasattr(layer, "conv_states")
+    return known and not hasattr(layer, "_quantize") and not getattr(cache, "offloading", False)

@@ -20,7 +20,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ..tokens import PrefillTokens, Selection
 from .align import align_cache
-from .cache import name_of
+from .cache import name_of, settle
 from .masks import WINDOW_FULL, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged
 from .rows import rows_of_attention
@@ -108,7 +108,13 @@ class LayerStages:
             raise NotImplementedError(f"{WINDOW_FULL[:-1]} (window {window}, prompt and answer {tokens} tokens).")
 
     def check_ledger(self, ledger: Ledger) -> None:
-        """Raise ValueError for a cache that was filled under a patch with other layers."""
+        """Raise ValueError for a cache that was filled under a patch with other layers or positions."""
+        if ledger.renumber != self.renumber:
+            found, own = ("renumber", "original") if ledger.renumber else ("original", "renumber")
+            raise ValueError(
+                f"This KV cache was filled with positions={found!r}, the present strategy has positions={own!r}: go on with "
+                "the strategy that filled it, or start the conversation with a new cache."
+            )
         if len(ledger.slots) != self.count + 1 or ledger.tables != (self.tables or [0]):
             raise ValueError(
                 "This KV cache was filled under a strategy that drops at other LLM layers than the present one: go on with "
@@ -135,7 +141,7 @@ class LayerStages:
             return args, kwargs
         if self.flash:
             # rope is applied from position_embeddings; flash attention would read the gaps as packed sequences
-            kwargs = kwargs | {"position_ids": None}
+            kwargs = kwargs | {"position_ids": run.ranks}
         if table == 0 or (stage == 0 and not run.past_slots and not self._evicts(run, i)):
             return args, kwargs
         if len(run.now) == stage:
@@ -378,10 +384,10 @@ class LayerStages:
             ledger.shift[stage] = ledger.shift[stage] + entered - valid.sum(1)
         for stage in range(len(run.now)):
             ledger.dropped[stage] = end + run.query_length - ledger.slots[stage].shape[1]
-        for layer, table in zip(run.cache.layers, self.tables, strict=False):
-            layer.dropped = ledger.dropped[table]
-            if table:
-                layer.behind_stage = (ledger.dropped[table] - ledger.dropped[0], ledger.dropped[0])
+        if run.real is not None:
+            ledger.real = torch.cat([ledger.real, run.real.to(ledger.device)], 1)
+        for layer in run.cache.layers:
+            settle(layer, ledger)
 
     def deepstack(self, original: Callable[..., Any], hidden: Tensor, places: Tensor, embeds: Tensor) -> Tensor:
         """Qwen3-VL adds features after its first layers: re-index them once a stage has begun."""

@@ -12,6 +12,7 @@ from ..tokens import Selection, VisualTokens, concat_selections
 from .base import Adapter
 from .encoded import EncodedVisuals
 from .generation import Answered, Choice, Prompt
+from .packed import apart
 from .state import Call, Plan, PromptLayout, Run, State
 from .tiles import join_images
 
@@ -27,10 +28,16 @@ class Chosen:
 
 @dataclass
 class ChunkedPlan:
-    """A plan over whole prompts, consumed chunk by chunk: per modality (B, tokens) bool and what was consumed, (B,)."""
+    """A plan over whole prompts, consumed chunk by chunk: per modality (B, tokens) bool, what was consumed and all, (B,)."""
 
     keep: dict[str, Tensor]
     seen: dict[str, Tensor]
+    total: dict[str, Tensor]
+
+    @property
+    def read(self) -> bool:
+        """Whether every visual token has been consumed."""
+        return all(torch.equal(self.seen[m], self.total[m]) for m in self.total)
 
 
 class Planner:
@@ -62,9 +69,17 @@ class Planner:
     def __call__(self, call: Call, run: Run, embeds: Tensor, real: Tensor) -> Plan | None:
         if self.state.disabled:
             return None
+        if run.first is not None and self.wants_text:
+            raise NotImplementedError(
+                "A strategy that reads the text reads one prompt per row, found rows whose positions start again: give each "
+                "prompt a row of its own, or use a strategy that does not read the text."
+            )
         pending: ChunkedPlan | None = run.ledger.pending
         if pending is not None and not any(call.encoded.values()):
-            return self._consume(call, pending)
+            plan = self._consume(call, pending)
+            if pending.read:  # what comes later on this cache is another prompt
+                run.ledger.pending = None
+            return plan
         run.ledger.pending = None
         prompt: Prompt | None = self.state.generating
         encoded = {m: e for m, e in call.encoded.items() if e is not None}
@@ -110,7 +125,7 @@ class Planner:
         # a picture after the prompt's end, as in the later turns of a training sample, holds no query of the prompt
         queries, answered = torch.where(run.queries < run.ends, run.queries, -1).tolist(), []
         for modality, places_of in self._places(call.visual, beams).items():
-            for b, places, items in _assign(places_of, encoded[modality].items):
+            for b, places, items in apart(_assign(places_of, encoded[modality].items), run.first, beams):
                 ids = None if call.input_ids is None else call.input_ids[b * beams]
                 items = self._join(modality, items, ids, places)
                 text = embeds[b * beams][self._text(call, run, b * beams, real)] if self.wants_text else None
@@ -194,7 +209,7 @@ class Planner:
         beams = embeds.shape[0] // ids.shape[0]
         visual = self.adapter.find_placeholders(ids)
         visual = {m: mask for m, mask in visual.items() if m in encoded}
-        plan, last = ChunkedPlan({}, {}), prompt.last_columns()
+        plan, last = ChunkedPlan({}, {}, {}), prompt.last_columns()
         chosen: list[Chosen] = []
         for modality, places_of in self._places(visual, 1).items():
             longest = max(len(p) for p in places_of)
@@ -213,6 +228,7 @@ class Planner:
                 keep[b, selection.keep] = True
             plan.keep[modality] = keep.repeat_interleave(beams, 0)
             plan.seen[modality] = torch.zeros(embeds.shape[0], dtype=torch.long, device=embeds.device)
+            plan.total[modality] = visual[modality].sum(1).repeat_interleave(beams).to(embeds.device)
         self.chosen(chosen, beams)
         run.ledger.pending = plan
         return self._consume(call, plan)

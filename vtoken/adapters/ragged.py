@@ -8,10 +8,13 @@ from torch import Tensor
 from ..kernels import gather_merge, gather_rows
 
 
-def right_aligned(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, n) bool -> index (B, m) int64 of the kept tokens in order, aligned to the right, and valid (B, m) bool."""
+def right_aligned(keep: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
+    """(B, n) bool -> index (B, m) int64 of the kept tokens in order, aligned to the right, and valid (B, m) bool.
+
+    m is at least `least`: where every row loses all its tokens, a language model still needs one to read, as filler.
+    """
     count = keep.sum(1)
-    longest = int(count.max())
+    longest = max(least, int(count.max()))
     order = torch.argsort(keep.to(torch.int8), dim=1, stable=True)[:, keep.shape[1] - longest :]
     valid = torch.arange(longest, device=keep.device)[None] >= (longest - count)[:, None]
     return torch.where(valid, order, 0), valid

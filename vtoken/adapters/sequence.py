@@ -20,6 +20,7 @@ from .cache import Ledger, ledger_of, make_logical, physical_length
 from .generation import prompt_ends, queries_of
 from .layers import LayerStages, Stage
 from .masks import cut_mask, sees_itself
+from .packed import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
 from .state import ENCODED, Call, Observer, Plan, Run, State, Wrapped
 from .transformers_contract import cache_in, changed, check_names, check_prompt
@@ -78,6 +79,8 @@ class Sequence:
         )
 
     def remove(self) -> None:
+        if self.state.run is not None:  # of an interrupted forward
+            self.state.run.ledger.announced = False
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -97,9 +100,11 @@ class Sequence:
         out = original(*args, **kwargs)
         call = self.state.call
         if call is not None:
-            modality = "image" if kwargs.get("video_features") is None else "video"
-            mask = out[("image", "video").index(modality)] if isinstance(out, tuple) else out
-            call.visual[modality] = mask[..., 0] if mask.ndim == 3 else mask
+            given = dict(zip(inspect.signature(original).parameters, args, strict=False)) | kwargs
+            for i, modality in enumerate(("image", "video")):
+                if given.get(f"{modality}_features") is not None:
+                    mask = out[i] if isinstance(out, tuple) else out
+                    call.visual[modality] = mask[..., 0] if mask.ndim == 3 else mask
         return out
 
     def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -111,7 +116,7 @@ class Sequence:
         call.has_features = bool(outputs) or pixels
         if isinstance(outputs, dict):
             call.encoded = {m: getattr(out, ENCODED, None) for m, out in outputs.items() if out is not None}
-        cache, mask = cache_in(given), kwargs.get("attention_mask")
+        cache, mask = cache_in(given), given.get("attention_mask")
         ledger = call.ledger = ledger_of(cache)
         if ledger is None or not isinstance(mask, Tensor) or mask.ndim != 2:
             return None
@@ -124,7 +129,7 @@ class Sequence:
             x = given["inputs_embeds"] if call.input_ids is None else call.input_ids
             if mask.shape[1] != int(cache.get_seq_length()) + x.shape[1]:
                 return None  # generate() had it made by _masks_for_generate
-        return args, kwargs | {"attention_mask": self._align(ledger, cache, mask)}
+        return (), given | {"attention_mask": self._align(ledger, cache, mask)}
 
     def _after_base(self, module: nn.Module, args: Any, out: Any) -> None:
         self.state.call = None
@@ -156,11 +161,12 @@ class Sequence:
     # traces decode steps and text turns as one graph.
     def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self.state.run = None
-        call, embeds = self.state.call, kwargs.get("inputs_embeds")
+        call, embeds, cache = self.state.call, kwargs.get("inputs_embeds"), cache_in(kwargs)
+        ledger = ledger_of(cache)
+        if call is None and ledger is not None:  # the language model alone, on what its patched model has read
+            return self._text_turn(Call(ledger=ledger), cache, ledger, args, dict(kwargs))
         if call is None or embeds is None:
             return None
-        cache = cache_in(kwargs)
-        ledger = ledger_of(cache)
         if ledger is not call.ledger:
             raise changed(f"{type(self.base).__name__} did not hand its KV cache on to {type(decoder).__name__}")
         visual = self._visual(call, embeds) if call.visual or call.has_features else None
@@ -179,11 +185,13 @@ class Sequence:
 
     def _text_turn(self, call: Call, cache: Any, ledger: Ledger, args: Any, kwargs: dict[str, Any]) -> Any:
         embeds, mask, positions = (kwargs.get(k) for k in ("inputs_embeds", "attention_mask", "position_ids"))
+        embeds = kwargs["input_ids"] if embeds is None else embeds
         batch, length = embeds.shape[:2]  # type: ignore[union-attr]
         if not cache.is_compileable:
             ledger.follow(physical_length(cache.layers[0]), grow=False)
         self.stages.check_ledger(ledger)
         self.state.run = Run(cache, ledger, length)
+        ledger.announced = True
         if isinstance(mask, Tensor) and mask.ndim == 2 and not call.mask_aligned:
             kwargs["attention_mask"] = self._align(ledger, cache, mask)
         elif mask is None and ledger.ragged[0]:
@@ -209,7 +217,7 @@ class Sequence:
         self.stages.check_training()
         fresh = ledger is None
         if ledger is None:
-            ledger = Ledger(self.stages.count + 1, batch, device, self.stages.tables)
+            ledger = Ledger(self.stages.count + 1, batch, device, self.stages.tables, self.stages.renumber)
             past = 0 if cache is None else int(cache.get_seq_length())
         else:
             self.stages.check_ledger(ledger)
@@ -227,7 +235,11 @@ class Sequence:
             real = sees_itself(mask, past if fresh else ledger.slots[0].shape[1], real)
 
         ends = prompt_ends(self.state, past, real)
-        run = Run(cache, ledger, length, visual=visual, ends=ends, queries=queries_of(ends, real, visual))
+        queries = queries_of(ends, real, visual)
+        run = Run(cache, ledger, length, visual=visual, ends=ends, queries=queries, real=real)
+        if not past:
+            run.first = packed_rows(self.decoder, kwargs, call.given.get("attention_mask"), cache)
+        self._check_packed(run)
         prompt = self.state.generating
         if prompt is not None and self.stages.count and not self.state.disabled:
             if prompt.length > past + length:
@@ -246,6 +258,7 @@ class Sequence:
         if mask_2d is not None and run.past_slots:
             run.past_seen = mask_2d[:, ledger.dropped[0] : ledger.end].bool()
         self.state.run = run
+        ledger.announced = True
 
         keep = real if plan is None else (plan.keep.to(device) | ~visual) & real  # padding goes: rows re-align to the right
         index, valid = right_aligned(keep)
@@ -256,9 +269,17 @@ class Sequence:
         kwargs["inputs_embeds"] = take_merged(embeds, index, valid, *((plan.into, plan.weight) if plan is not None else ()))
         if plan is not None and plan.source is not None and plan.features is not None:
             kwargs["inputs_embeds"] = overwrite(kwargs["inputs_embeds"], plan.source.gather(1, index), plan.features)
-        run.positions = self._positions(kwargs.get("position_ids"), ledger, keep, real, index)
+        run.positions = self._positions(kwargs.get("position_ids"), run, keep, real, index)
         kwargs["position_ids"] = run.positions
-        kwargs["attention_mask"] = self._mask(mask, mask_2d, real, run)
+        if run.first is not None:
+            run.ranks = ranks_of(run.first, index, valid)
+            kwargs = packed_lengths(kwargs, run.ranks)
+        if run.ranks is not None and mask is None:
+            kwargs["attention_mask"] = (
+                None if self._flash else packed_mask(self.decoder.config, kwargs["inputs_embeds"], run.ranks)
+            )
+        else:
+            kwargs["attention_mask"] = self._mask(mask, mask_2d, real, run)
         self._deepstack(kwargs, run)
         self.observer.entered(run, real)
         return args, kwargs
@@ -266,14 +287,26 @@ class Sequence:
     def _adopt(self, cache: Any, ledger: Ledger) -> None:
         make_logical(cache, ledger, len(self.decoder.layers), self.stages.count > 0, bool(self.stages.aligned))
 
-    def _positions(self, positions: Tensor | None, ledger: Ledger, keep: Tensor, real: Tensor, index: Tensor) -> Tensor:
+    def _check_packed(self, run: Run) -> None:
+        """Raise NotImplementedError for packed prompts if something is dropped inside the LLM, where rows are one prompt."""
+        if run.first is not None and self.stages.count and not self.state.disabled:
+            raise NotImplementedError(
+                "A strategy that drops inside the LLM reads one prompt per row, found rows whose positions start again: give "
+                "each prompt a row of its own, or prune before the LLM."
+            )
+
+    def _positions(self, positions: Tensor | None, run: Run, keep: Tensor, real: Tensor, index: Tensor) -> Tensor:
         """Position ids as the language model would have chosen them, of the kept tokens."""
+        ledger = run.ledger
         batch, length = keep.shape
         if positions is None:
             positions = (torch.arange(length, device=keep.device) + ledger.end).expand(batch, length)
         positions = expand_batch(positions.to(keep.device), batch)
         if self.positions == "renumber":
-            lost = (~keep & real).long().cumsum(1)
+            gone = (~keep & real).long()
+            lost = gone.cumsum(1)
+            if run.first is not None:  # every packed prompt counts its own
+                lost = lost - (lost - gone).gather(1, run.first)
             positions = positions - lost - ledger.shift[0][:, None]
             ledger.shift = [shift + lost[:, -1] for shift in ledger.shift]
         return take(positions, index, dim=-1)
@@ -304,6 +337,8 @@ class Sequence:
     # -- behind the language model ------------------------------------------------------------------------------
     def _after_decoder(self, decoder: nn.Module, args: Any, out: Any) -> Any:
         run, self.state.run = self.state.run, None
+        if run is not None:
+            run.ledger.announced = False
         device, self.state.prefill = self.state.prefill, None
         if device is None or out is None:
             return None
@@ -331,7 +366,7 @@ class Sequence:
         column = torch.full((final.shape[0], run.query_length), -1, dtype=torch.long, device=final.device)
         row, place = valid.nonzero(as_tuple=True)
         column[row, final[row, place]] = place
-        column = column.cummax(1).values
+        column = column.cummax(1).values if run.first is None else within(run.first, final, column)
         column = torch.where(column < 0, valid.long().argmax(1, keepdim=True), column)
         if isinstance(out, tuple):
             return (take(out[0], column), *out[1:])

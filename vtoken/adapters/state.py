@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._threads import PerThread
 from ..tokens import Selection
-from .cache import Ledger
+from .ledger import Ledger
 
 ENCODED = "_vtoken_encoded"  # what a model's own features carry
 
@@ -91,6 +91,9 @@ class Run:
     query_length: int
     visual: Tensor | None = None  # (B, q) bool; None in decode and text turns
     index: Tensor | None = None  # (B, n): position in the prompt's forward of every token behind the entrance
+    real: Tensor | None = None  # (B, q) bool: what is no padding
+    first: Tensor | None = None  # (B, q) int64 if rows hold several packed prompts, see packed.py
+    ranks: Tensor | None = None  # (1, n) int64, for flash attention: places behind the entrance within packed prompts
     past_slots: int = 0
     now: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per stage: (index into stage 0, valid)
     ragged: list[bool] = field(default_factory=list)

@@ -1,0 +1,176 @@
+"""Which token of a prompt sits in which slot of a KV cache that stores fewer tokens than the prompt has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ragged import right_aligned
+
+
+@dataclass
+class Cut:
+    """The slots of one stage that stay: `index` (B, m) int64, `valid` (B, m) bool, and whether they are the first m."""
+
+    index: Tensor
+    valid: Tensor
+    first: bool
+
+
+@dataclass
+class Crop:
+    """The latest crop of a cache into its tables: the logical length after it, the cut of every stage, layers done."""
+
+    length: int
+    cuts: list[Cut]
+    done: set[int] = field(default_factory=set)
+
+
+class Ledger:
+    """Which logical token sits in which cache slot, one table per stage (stage 0 = before the LLM).
+
+    The tables end with the last visual token's forward. Whatever follows is one slot per token in every layer, so that
+    decoding never touches this object and needs no device synchronisation.
+
+    Attributes:
+        slots: per stage (batch, slots) int64, the logical index of a slot's token; -1 for filler.
+        columns: per stage (batch, slots) int64, the slot of stage 0 that holds the same token.
+        dropped: per stage, logical length minus number of slots.
+        ragged: per stage, whether some slots are filler (kept on the host).
+        shift: per stage (batch,) int64, tokens dropped so far, for `positions="renumber"`.
+        real: (batch, end) bool, the logical tokens that are no padding.
+        tables: per LLM layer, the stage whose table describes its slots.
+        renumber: whether the stored tokens have positions without gaps.
+        gather: whether keys and values may be gathered along the sequence.
+        announced: whether a patched language model is reading the cache at this moment.
+        crop: what the first layer's crop did, which the other layers follow.
+        pending: visual tokens still to come in a chunked prefill; see `plan.ChunkedPlan`.
+    """
+
+    def __init__(
+        self,
+        stages: int,
+        batch_size: int,
+        device: torch.device,
+        tables: Sequence[int] = (),
+        renumber: bool = False,
+    ) -> None:
+        self.slots = [torch.empty(batch_size, 0, dtype=torch.long, device=device) for _ in range(stages)]
+        self.columns = list(self.slots)
+        self.dropped = [0] * stages
+        self.ragged = [False] * stages
+        self.shift = [torch.zeros(batch_size, dtype=torch.long, device=device) for _ in range(stages)]
+        self.real = torch.empty(batch_size, 0, dtype=torch.bool, device=device)
+        self.tables = list(tables) or [0]
+        self.renumber = renumber
+        self.gather = True
+        self.announced = False
+        self.crop: Crop | None = None
+        self.pending: Any = None
+
+    @property
+    def end(self) -> int:
+        """Logical tokens that the tables cover."""
+        return self.slots[0].shape[1] + self.dropped[0]
+
+    @property
+    def batch_size(self) -> int:
+        return self.slots[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.slots[0].device
+
+    @property
+    def shortened(self) -> bool:
+        """Whether some layer stores another number of tokens than the prompt has, or filler."""
+        return any(self.dropped) or any(self.ragged)
+
+    def table(self, layer: int) -> int:
+        """The stage whose table describes the slots of LLM layer `layer`."""
+        return self.tables[layer] if layer < len(self.tables) else 0
+
+    def select_rows(self, rows: Any) -> None:
+        """Follow a batch operation of the cache (beam reordering, repetition, selection)."""
+        rows = rows.to(self.device) if isinstance(rows, Tensor) else rows
+        self.slots = [t[rows] for t in self.slots]
+        self.columns = [t[rows] for t in self.columns]
+        self.shift = [t[rows] for t in self.shift]
+        self.real = self.real[rows]
+
+    def follow(self, physical: int, grow: bool) -> None:
+        """Adapt to the first layer's physical length: with `grow`, text stored since then is taken into the tables.
+
+        Raises:
+            RuntimeError: if slots of the tables are gone.
+        """
+        extra = physical - self.slots[self.tables[0]].shape[1]
+        if extra < 0:
+            raise RuntimeError(
+                f"This KV cache lost {-extra} slots of a shortened prompt since it was read: shorten it with cache.crop, "
+                "or start with a new cache."
+            )
+        if grow and extra:
+            new = torch.arange(extra, device=self.device).expand(self.batch_size, extra)
+            end, width = self.end, self.slots[0].shape[1]
+            self.slots = [torch.cat([t, end + new], 1) for t in self.slots]
+            self.columns = [torch.cat([t, width + new], 1) for t in self.columns]
+            self.real = torch.cat([self.real, torch.ones_like(new, dtype=torch.bool)], 1)
+
+    def cuts(self, length: int) -> list[Cut]:
+        """Per stage what stays if the logical tokens from `length` on go, which is less than `end`.
+
+        Rows may have lost different numbers of the tokens that go, so that the rest is aligned to the right again.
+        """
+        out = []
+        for table in self.slots:
+            index, valid = right_aligned((table >= 0) & (table < length), least=0)
+            first = torch.arange(index.shape[1], device=index.device).expand_as(index)
+            out.append(Cut(index, valid, bool(valid.all()) and torch.equal(index, first)))
+        return out
+
+    def forget(self, length: int, cuts: list[Cut]) -> None:
+        """Remove the logical tokens from `length` on from the tables; `cuts` are those of `length`."""
+        column = torch.zeros_like(self.slots[0])
+        row, place = cuts[0].valid.nonzero(as_tuple=True)
+        column[row, cuts[0].index[row, place]] = place
+        tables = list(zip(cuts, self.slots, self.columns, strict=True))
+        self.slots = [torch.where(c.valid, slots.gather(1, c.index), -1) for c, slots, _ in tables]
+        self.columns = [torch.where(c.valid, column.gather(1, old.gather(1, c.index)), 0) for c, _, old in tables]
+        self.ragged = [not bool(c.valid.all()) for c in cuts]
+        self.dropped = [length - slots.shape[1] for slots in self.slots]
+        self.real = self.real[:, :length]
+        if self.renumber:
+            self.shift = [self.real.sum(1) - c.valid.sum(1) for c in cuts]
+        self.pending = None
+
+    def align(self, mask: Tensor) -> Tensor:
+        """A 2-D mask over logical tokens -> one whose last columns line up with the slots of stage 0.
+
+        Raises:
+            ValueError: if the mask says nothing about tokens that the cache holds.
+        """
+        if mask.shape[1] < self.end:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns, the prompt in the KV cache has {self.end} tokens: pass a "
+                "mask over the whole conversation, or none."
+            )
+        slots = self.slots[0]
+        mask = mask.to(slots.device)
+        past = mask.gather(1, slots.clamp(min=0)) * (slots >= 0).to(mask.dtype)
+        return torch.cat([mask.new_ones(mask.shape[0], self.dropped[0]), past, mask[:, self.end :]], 1)
+
+    def validity(self, stage: int, now: Tensor) -> Tensor:
+        """The same for one stage where there was no mask; `now` (batch, m): validity of what follows the tables."""
+        slots = self.slots[stage]
+        return torch.cat([now.new_ones(now.shape[0], self.dropped[stage]), slots >= 0, now], 1)
+
+    def append(self, stage: int, end: int, logical: Tensor, columns: Tensor, valid: Tensor, ragged: bool) -> None:
+        """Enter what one forward stored: `logical` (batch, m) indices within that forward, filler where not `valid`."""
+        self.slots[stage] = torch.cat([self.slots[stage], torch.where(valid, end + logical, -1)], 1)
+        self.columns[stage] = torch.cat([self.columns[stage], columns], 1)
+        self.ragged[stage] = self.ragged[stage] or ragged
