@@ -51,7 +51,7 @@ def test_adding_a_strategy(registries, monkeypatch, capsys):
     layer = getattr(tower, "vision_model", tower).encoder.layers[3]
     handle = layer.self_attn.k_proj.register_forward_hook(lambda m, i, out: keys.update(out=out[0, 1:]))
     ids = torch.full((1, 148), guide.model.config.image_token_id)
-    ids[0, :4] = 5
+    ids[0, -4:] = 5
     with vtoken.applied(guide.model, "odd_keys", budget=20, back=1), torch.no_grad():
         guide.model(input_ids=ids, pixel_values=pixels)
         kept = vtoken.report(guide.model).visuals[0].keep

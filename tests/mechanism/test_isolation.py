@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -223,3 +224,32 @@ def test_keeping_nothing():
     with patched(model, strategy) as spy:
         out = run(model, inputs)
     assert_same(out, inputs, expected("llava", inputs, spy))
+
+
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_a_forward_that_someone_else_wraps(first):
+    """Autocast and device maps set `forward` on the instance, before the patch or after it: each takes off its own."""
+    model = FAMILIES["llava"].build()
+    inputs, calls = FAMILIES["llava"].batch("one"), []
+
+    def wrap() -> None:
+        inner = model.forward
+
+        @functools.wraps(inner)
+        def theirs(*args, **kwargs):
+            calls.append(1)
+            return inner(*args, **kwargs)
+
+        model.forward = theirs
+
+    with torch.no_grad():
+        want = model(**clone(inputs)).logits
+        if first == "theirs":
+            wrap()
+        vtoken.patch(model, "random", budget=0.5)
+        if first == "ours":
+            wrap()
+        assert not torch.equal(model(**clone(inputs)).logits, want)
+        vtoken.unpatch(model)
+        assert torch.equal(model(**clone(inputs)).logits, want)
+    assert len(calls) == 2
