@@ -16,6 +16,7 @@ from .errors import VideoError, brief, load
 from .pyav import PyAVReader, check_count
 
 _STRICT = 1e-9  # share of a video's frames that decord may replace by others before it raises
+_STATED = 2**22  # frames that a file may state to have
 _WORK = 2**36  # pixels that may have to be decoded for one frame: decord cannot be interrupted
 
 
@@ -34,6 +35,8 @@ def unfit(reader: PyAVReader) -> str | None:
         return "decord does not read rotated video right"
     if not reader.table.closed:
         return "decord is exact only where each key frame is known to start a closed group of pictures"
+    if (track.stated_duration or 0) * track.fps > _STATED:
+        return "decord reserves memory for as many frames as a file's duration states"
     if reader.table.longest_group * track.size[0] * track.size[1] > _WORK:
         return "decord cannot be interrupted, and key frames are far apart here"
     return None

@@ -122,7 +122,7 @@ class Libav(Feed):
                     raise VideoError(f"no picture within {self._timeout:g} s, only data that cannot be decoded")
                 yield packet
 
-        for frame in decoded(fresh(), self.damage):
+        for frame in decoded(fresh(), self.damage, self._limits):
             yield frame
             since, barren = time.monotonic(), 0
 

@@ -15,6 +15,7 @@ from .errors import Unreadable, VideoError, brief, load
 from .source import Source
 from .waiting import Stopped, Waiting
 
+_ALIGNED = 2**21  # pixels by which a decoder's rows may be longer than the picture
 _GARBAGE = 64  # errors of the demuxer in a row after which a source is taken to have ended
 
 
@@ -49,7 +50,7 @@ def open_container(
     if live:
         options.setdefault("fpsprobesize", "2")  # or libav waits for twenty frames to guess the rate from
     if limits.pixels is not None:
-        options["max_pixels"] = str(limits.pixels)  # of the decoders that look for the size of the pictures
+        options["max_pixels"] = str(limits.pixels + _ALIGNED)  # of the decoders that look for the size of the pictures
     if source.kind == "network" and source.target.startswith("rtsp"):
         options.setdefault("rtsp_transport", "tcp")  # frames that UDP loses come out damaged
     container = None
@@ -88,7 +89,7 @@ def _video_stream(av: Any, container: Any, source: Source, live: bool, limits: L
         raise Unreadable(f"{source.name!r} {excess}")
     stream = max(fitting, key=lambda s: s.width * s.height)
     if limits.pixels is not None:
-        stream.codec_context.options = {"max_pixels": str(limits.pixels)}
+        stream.codec_context.options = {"max_pixels": str(limits.pixels + _ALIGNED)}
     # threads over frames hold back as many frames as there are threads
     stream.thread_type = "SLICE" if live else "AUTO"
     return stream
@@ -115,8 +116,9 @@ def _refusal(av: Any, error: Exception, source: Source, timeout: float) -> Video
     return VideoError(f"cannot open {name}: {brief(error)}")
 
 
-def decoded(packets: Iterable[Any], damage: Damage) -> Iterator[Any]:
-    """Frames of PyAV in the order the decoder gives them; what cannot be decoded is counted in `damage` and left out."""
+def decoded(packets: Iterable[Any], damage: Damage, limits: Limits) -> Iterator[Any]:
+    """Frames of PyAV in the order the decoder gives them; what cannot be decoded, or is too large, is counted in `damage`
+    and left out."""
     av = load("av", "PyAV")
     for packet in packets:
         try:
@@ -127,7 +129,7 @@ def decoded(packets: Iterable[Any], damage: Damage) -> Iterator[Any]:
             damage.packets += 1
             continue
         for frame in frames:
-            if frame.is_corrupt:
+            if frame.is_corrupt or limits.excess_pixels(frame.width, frame.height):
                 damage.frames += 1
             else:
                 yield frame

@@ -89,10 +89,10 @@ class PyAVReader:
         if found is None:
             track.rewind()
             clock = Clock(self.fps, keep=True)
-            frames = self._counted(decoded(track.packets(), self.damage))
+            frames = self._counted(decoded(track.packets(), self.damage, self.limits))
             found = FrameTable(np.asarray([clock(frame.time) for frame in frames]))
         if not len(found):
-            raise VideoError(f"{self.source.name!r} holds no frame that can be decoded")
+            raise self._nothing()
         return found
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ class PyAVReader:
             self._clock, self._passed = Clock(self.fps), 0
         turn = track.turn
         track.watch.start()
-        for frame in decoded(track.packets(live=True), self.damage):
+        for frame in decoded(track.packets(live=True), self.damage, self.limits):
             seconds = self._clock(frame.time)
             if seconds is not None:
                 self._passed += 1
@@ -174,11 +174,19 @@ class PyAVReader:
             else:
                 break
         if ordinal < 0:
-            raise VideoError(f"{self.source.name!r} holds no frame that can be decoded")
+            raise self._nothing()
 
     def _frame(self, ordinal: int, frame: Any) -> Frame:
         still = None if ordinal else self.track.still()
         return Frame(to_rgb(frame) if still is None else still, float(self.table.seconds[ordinal]), ordinal)
+
+    def _nothing(self, where: str = "") -> VideoError:
+        """The error of a source of which no frame comes. A picture that is too large is not decoded, not even for its size."""
+        most, size = self.limits.pixels, self.track.size
+        perhaps = "" if most is None or all(size) else (
+            f", or its pictures have more than {most:,} pixels, which limits=Limits(pixels=None) allows"
+        )
+        return VideoError(f"{self.source.name!r} holds no frame that can be decoded{where}{perhaps}")
 
     def _counted(self, frames: Iterable[Any]) -> Iterator[Any]:
         """The same frames or packets, as long as there are not too many."""
@@ -252,7 +260,7 @@ class PyAVReader:
             nearest = self._again(wanted) or before or ahead
             ahead = None  # the track has been moved
             if nearest is None:
-                raise VideoError(f"{self.source.name!r} cannot be decoded around {self.table.seconds[wanted]:.3f} s")
+                raise self._nothing(f" around {self.table.seconds[wanted]:.3f} s")
             yield wanted, nearest
 
     def _again(self, wanted: int) -> tuple[int, Any] | None:
@@ -284,7 +292,7 @@ class PyAVReader:
         key = table.key_before(ordinal, back)
         # what comes before the key frame refers to frames that were not decoded
         least = (table.ordinal(key) or 0) if back else ordinal
-        for frame in decoded(self.track.packets_from(key), self.damage):
+        for frame in decoded(self.track.packets_from(key), self.damage, self.limits):
             place = None if frame.pts is None else table.ordinal(frame.pts)
             if place is not None and place >= least:
                 least = place + 1
@@ -293,4 +301,4 @@ class PyAVReader:
     def _count_from(self, ordinal: int) -> Iterator[tuple[int, Any]]:
         self.track.rewind()
         # decoding damage in another way may bring more frames than were counted
-        yield from islice(enumerate(decoded(self.track.packets(), self.damage)), ordinal, len(self.table))
+        yield from islice(enumerate(decoded(self.track.packets(), self.damage, self.limits)), ordinal, len(self.table))

@@ -69,7 +69,7 @@ class Track:
     def turned(self) -> bool:
         """Whether the first frame carries a display matrix that turns or mirrors it."""
         self.rewind()
-        first = next(decoded(self.packets(), self.damage), None)
+        first = next(decoded(self.packets(), self.damage, self.limits), None)
         return first is not None and orientation(first) != (False, 1, 1)
 
     @property
