@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from .errors import Unreadable, VideoError
+from .errors import Unreadable, VideoError, brief
 from .waiting import over_pipe
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
@@ -74,7 +74,7 @@ def _object(file: Any, rest: dict[str, Any]) -> Source:
     try:
         text = isinstance(file.read(0), str)
     except Exception as error:
-        raise VideoError(f"cannot read from the file object {file!r}: {error}") from error
+        raise VideoError(f"cannot read from the file object {file!r}: {brief(error)}") from error
     if text:
         raise VideoError(f"{file!r} is a text file object; open it with mode 'rb'")
     name = getattr(file, "name", None)
