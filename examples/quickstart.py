@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 
 import torch
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vtoken
 from vtoken import tiny
+from vtoken.images import open_image
 from vtoken.tiny.scenes import make_scene
 
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype="auto").to(device).eval()
     processor = AutoProcessor.from_pretrained(args.model)
-    image = Image.open(args.image).convert("RGB") if args.image else make_scene(0, "test").image
+    image = open_image(args.image) if args.image else make_scene(0, "test").image
 
     content = [{"type": "image"}, {"type": "text", "text": args.question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from .images import open_image
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,19 +42,6 @@ def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
         )
         raise ValueError(f"Cannot load the model {model_id!r} ({found}): {str(error).splitlines()[0]}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
-
-
-def open_image(path: str) -> Image.Image:
-    """An RGB image; ValueError with one sentence if the file is missing or no image."""
-    if not Path(path).is_file():
-        raise ValueError(f"There is no image file {path!r}.")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(f"{path!r} is not an image that Pillow can read: use a PNG or JPEG, for instance.") from None
-    except OSError as error:
-        raise ValueError(f"The image {path!r} cannot be read: {error}.") from None
 
 
 def prompt(processor: Any, question: str) -> str:

@@ -55,6 +55,8 @@ MAY_IMPORT = {
     "streams": (),
     "kernels": (),
     "_threads": (),
+    "limits": (),
+    "images": ("limits",),
     "accounting": ("tokens", "streams"),
     "strategies": ("tokens", "streams", "kernels"),
     "adapters": ("tokens", "streams", "kernels", "_threads"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import socket
@@ -33,6 +34,30 @@ def raw(folder: Path, data: bytes, name: str = "clip.mp4") -> Path:
 def fifo(folder: Path) -> Path:
     os.mkfifo(folder / "pipe.ts")
     return folder / "pipe.ts"
+
+
+def bound(folder: Path) -> Path:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(folder / "s"))
+    return folder / "s"
+
+
+def tiff(folder: Path) -> bytes:
+    Image.fromarray(picture(5)).save(folder / "whole.tiff", compression="tiff_lzw")
+    return (folder / "whole.tiff").read_bytes()
+
+
+def closed(folder: Path) -> object:
+    file = write(folder / "a.mp4", 2).open("rb")
+    file.close()
+    return file
+
+
+class Failing(io.BytesIO):
+    """A file object whose disk is gone."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        raise RuntimeError("the disk\nis gone")
 
 
 def cut(folder: Path, share: float, suffix: str = ".mp4", **how) -> Path:
@@ -97,6 +122,25 @@ REFUSED = {
     "nobody answers, rtsp": (lambda d: f"rtsp://127.0.0.1:{closed_port()}/live", "cannot open"),
     "no such camera": (lambda d: 77, "cannot open '/dev/video77'"),
     "a device that is none": (lambda d: "/dev/null", "cannot open"),
+    "a device without end": (lambda d: "/dev/zero", "cannot open"),
+    "a socket": (bound, "a socket or a block device"),
+    "svg": (
+        lambda d: raw(d, b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "a.svg"),
+        "not a video",
+    ),
+    "svg called mp4": (
+        lambda d: raw(d, b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'),
+        "not a video",
+    ),
+    "tiff without its pixels": (lambda d: raw(d, tiff(d)[:60], "a.tiff"), "not a video|no frame|cannot open"),
+    "tiff without its directory": (
+        lambda d: raw(d, tiff(d)[:9] + noise(500), "a.tiff"),
+        "not a video|no frame|cannot open",
+    ),
+    "file object that is closed": (closed, "cannot read from the file object"),
+    "file object that fails": (lambda d: Failing(), "cannot (read|open)"),
+    "file of another machine": (lambda d: "file://host/a.mp4", "of another machine"),
+    "long address": (lambda d: "data:video/mp4;base64," + "A" * 9000, "cannot open"),
     "pipe that nobody writes to": (fifo, "no data within"),
     "number": (lambda d: 1.5, "a path, an address or a binary file object"),
     "nothing": (lambda d: None, "a path, an address or a binary file object"),

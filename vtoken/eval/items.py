@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..images import rgb
+
 
 class Unreadable(ValueError):
     """An image, video or subtitle file of one item that cannot be decoded; the sentence names it."""
@@ -133,7 +135,7 @@ def decoded(name: str, open_it: Callable[[], Image.Image]) -> Image.Image:
         Unreadable: with the item's name if Pillow cannot decode it; decoders fail in many ways, none of which may end a run.
     """
     try:
-        return open_it().convert("RGB")
+        return rgb(open_it())
     except Exception as error:
         raise Unreadable(f"The image of {name} cannot be decoded: {one_line(error)}") from None
 

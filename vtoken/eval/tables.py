@@ -15,6 +15,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..images import open_image
+
 Row = dict[str, Any]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -106,7 +108,7 @@ def _opener(path: Path, group: int, row: int, column: str) -> Callable[[], Image
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not data:
             raise ValueError(f"the column {column!r} has no bytes in this row")
-        return Image.open(io.BytesIO(data))
+        return open_image(io.BytesIO(data))
 
     return open_it
 
@@ -142,6 +144,6 @@ def _tsv_opener(images: dict[str, str], cell: str) -> Callable[[], Image.Image]:
         data = images.get(cell, "") if len(cell) <= 64 else cell
         if len(data) <= 64:
             raise ValueError(f"the column 'image' has neither base64 nor the index of a row that has it: {cell[:64]!r}")
-        return Image.open(io.BytesIO(base64.b64decode(data)))
+        return open_image(io.BytesIO(base64.b64decode(data)))
 
     return open_it

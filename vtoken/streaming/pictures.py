@@ -5,21 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
+
+from ..images import pixels
 
 
 def picture_of(frame: Any) -> tuple[np.ndarray, float | None]:
-    """(h, w, 3) uint8 RGB of a frame, and its time if it knows it. Raises TypeError for what is no picture."""
-    image, seconds = getattr(frame, "image", frame), getattr(frame, "seconds", None)
-    if hasattr(image, "convert"):
-        image = image.convert("RGB")
-    array = np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image)
-    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
-        raise TypeError(
-            f"A frame is an (h, w, 3) uint8 RGB array or a PIL image, found {type(frame).__name__} of shape {array.shape} and "
-            f"{array.dtype}."
-        )
-    return array, seconds
+    """(h, w, 3) uint8 RGB of a frame in C order, upright, and its time if it knows it.
+
+    Raises:
+        TypeError: for what is no picture.
+        ValueError: for a PIL image that is damaged, too large or of unknown colours.
+    """
+    return pixels(getattr(frame, "image", frame)), getattr(frame, "seconds", None)
 
 
 def resized_to(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -6,6 +6,7 @@ with vtoken.video.open_video("clip.mp4") as video:
 
 from __future__ import annotations
 
+from ..limits import Limits
 from .errors import VideoError
 from .live import LiveReader, LiveStats
 from .reader import BACKENDS, Frame, VideoReader, open_video
@@ -15,6 +16,7 @@ from .synthetic import SyntheticReader
 __all__ = [
     "BACKENDS",
     "Frame",
+    "Limits",
     "LiveReader",
     "LiveStats",
     "SyntheticReader",

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .allowed import by_itself
 from .errors import VideoError, brief, load
 from .pyav import PyAVReader, check_count
 
 _STRICT = 1e-9  # share of a video's frames that decord may replace by others before it raises
+_STATED = 2**22  # frames that a file may state to have
+_WORK = 2**36  # pixels that may have to be decoded for one frame: decord cannot be interrupted
 
 
 def unfit(reader: PyAVReader) -> str | None:
@@ -24,12 +27,18 @@ def unfit(reader: PyAVReader) -> str | None:
         return "decord reads files only"
     if not {"mp4", "matroska"} & track.format:
         return f"decord is not exact in {'/'.join(sorted(track.format))} files"
+    if not by_itself(reader.source.path):
+        return "decord opens what a playlist names, and only files that begin as mp4 or mkv surely are none"
     if track.fragmented:
         return "decord is not exact in fragmented mp4 files"
     if track.turned:
         return "decord does not read rotated video right"
     if not reader.table.closed:
         return "decord is exact only where each key frame is known to start a closed group of pictures"
+    if (track.stated_duration or 0) * track.fps > _STATED:
+        return "decord reserves memory for as many frames as a file's duration states"
+    if reader.table.longest_group * track.size[0] * track.size[1] > _WORK:
+        return "decord cannot be interrupted, and key frames are far apart here"
     return None
 
 

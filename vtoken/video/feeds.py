@@ -5,15 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..images import pixels
+from ..limits import Limits
 from .errors import VideoError
 from .libav import Damage, decoded, open_container, packets, to_rgb
 from .reader import Frame
 from .source import Source, resolve
+from .still import still_of
 from .waiting import Waiting
 
 _BARREN = 32  # packets in a row that may bring no picture: more than a decoder holds back
@@ -59,15 +63,16 @@ class Frames(Feed):
     """Pictures that Python code yields: `Frame`s, (image, seconds) pairs or bare arrays, by an iterable or by a function
     that makes a new one for each connection."""
 
-    def __init__(self, source: Any):
+    def __init__(self, source: Any, limits: Limits):
         super().__init__()
+        self._limits = limits
         self._source, self.again = source, callable(source)
         self.fps = getattr(source, "fps", None)
         self.name = getattr(source, "__name__", None) or type(source).__name__
 
     def connect(self) -> Iterator[Picture]:
         for item in self._source() if self.again else self._source:
-            yield _picture(item)
+            yield _picture(item, self._limits)
 
 
 class Libav(Feed):
@@ -75,24 +80,25 @@ class Libav(Feed):
 
     backend = "pyav"
 
-    def __init__(self, source: Source, timeout: float, stop: threading.Event, growing: bool):
+    def __init__(self, source: Source, timeout: float, stop: threading.Event, growing: bool, limits: Limits):
         super().__init__()
+        self._limits = limits
         self._source, self._timeout, self._stop = source, timeout, stop
         self._file = Waiting(source.path or source.target, timeout, stop) if growing or source.kind == "pipe" else None
         self.name, self.again = source.name, source.kind not in ("file", "object") or growing
 
     def connect(self) -> Iterator[Picture]:
-        target = self._file or self._source.target
-        kind = "object" if self._file else self._source.kind
-        source = Source(target, self.name, kind, self._source.format, options=self._source.options)
-        container, stream = open_container(source, timeout=self._timeout, live=True, stop=self._stop)
+        source = replace(self._source, target=self._file, kind="object") if self._file else self._source
+        container, stream = open_container(source, self._limits, timeout=self._timeout, live=True, stop=self._stop)
         try:
             rate = stream.average_rate or stream.guessed_rate
             self.fps = float(rate) if rate and rate <= 1000 else None
-            self.replays = kind == "network" and bool(container.duration)
+            self.replays = source.kind == "network" and bool(container.duration)
+            still = still_of(source, container, self._limits)  # of the first picture
             arriving = packets(container, stream, self.damage, live=self.again)
             for frame in self._watched(arriving):
-                yield Picture(frame.time, partial(to_rgb, frame))
+                yield Picture(frame.time, partial(to_rgb, frame) if still is None else partial(np.copy, still))
+                still = None
             if self._source.kind in ("network", "device") and not self.replays:
                 raise VideoError("the stream was ended at its source")
         finally:
@@ -116,18 +122,20 @@ class Libav(Feed):
                     raise VideoError(f"no picture within {self._timeout:g} s, only data that cannot be decoded")
                 yield packet
 
-        for frame in decoded(fresh(), self.damage):
+        for frame in decoded(fresh(), self.damage, self._limits):
             yield frame
             since, barren = time.monotonic(), 0
 
 
-def _picture(item: Any) -> Picture:
+def _picture(item: Any, limits: Limits) -> Picture:
     if isinstance(item, Frame):
         return Picture(item.seconds, lambda: item.image)
     image, seconds = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
-    array = np.asarray(image)
-    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8 or not array.size:
-        raise VideoError(f"a frame is (height, width, 3) uint8, got {array.shape} {array.dtype}")
+    try:
+        array = pixels(image, limits)
+    except (TypeError, ValueError) as error:
+        text = str(error).rstrip(".")
+        raise VideoError(text[0].lower() + text[1:]) from error
     return Picture(None if seconds is None else float(seconds), lambda: array)
 
 
@@ -138,6 +146,7 @@ def feed_of(
     growing: bool,
     format: str | None,
     options: dict[str, str] | None,
+    limits: Limits,
 ) -> tuple[Feed, bool]:
     """The feed of what a user named, and whether it is a recording, to be played at the speed at which it was made.
 
@@ -151,8 +160,9 @@ def feed_of(
     if callable(source) or (
         hasattr(source, "__iter__") and not isinstance(source, str) and not hasattr(source, "read")
     ):
-        return Frames(source), not callable(source)
+        return Frames(source, limits), not callable(source)
     found = resolve(source, format, options, growing)
     if growing and found.kind != "file":
         raise VideoError(f"growing=True is for a file on disk; {found.name!r} is a {found.kind}")
-    return Libav(found, timeout, stop, growing), found.kind in ("file", "object") and not (growing or found.live)
+    recorded = found.kind in ("file", "object") and not (growing or found.live)
+    return Libav(found, timeout, stop, growing, limits), recorded

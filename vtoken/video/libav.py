@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from ..limits import Limits
+from .allowed import restrictions
 from .errors import Unreadable, VideoError, brief, load
 from .source import Source
 from .waiting import Stopped, Waiting
 
+_ALIGNED = 2**21  # pixels by which a decoder's rows may be longer than the picture
 _GARBAGE = 64  # errors of the demuxer in a row after which a source is taken to have ended
-_PIXELS = 2**26  # of a picture of a live source; an 8K frame has half as many
 
 
 @dataclass
@@ -29,24 +31,29 @@ class Damage:
 
 
 def open_container(
-    source: Source, *, timeout: float, live: bool = False, stop: threading.Event | None = None
+    source: Source, limits: Limits, *, timeout: float, live: bool = False, stop: threading.Event | None = None
 ) -> tuple[Any, Any]:
-    """The opened container and its video stream.
+    """The opened container and its video stream. Nothing that the source names is opened, see `allowed`.
 
     Args:
+        limits: bounds on the size of its pictures.
         timeout: seconds that the network or a pipe may stay silent.
-        live: hold no frames back and refuse pictures of more than 2**26 pixels.
+        live: hold no frames back.
         stop: set to end waiting for a pipe, which then raises `Stopped`.
 
     Raises:
-        VideoError: the source cannot be opened or has no picture; `Unreadable` where it never will.
+        VideoError: the source cannot be opened, has no picture, or one that is too large; `Unreadable` where no second try
+            will help.
     """
     av = load("av", "PyAV")
-    options = dict(source.options)
+    options = restrictions(source)
     if live:
         options.setdefault("fpsprobesize", "2")  # or libav waits for twenty frames to guess the rate from
-    if source.kind == "network" and source.target.lower().startswith("rtsp"):
+    if limits.pixels is not None:
+        options["max_pixels"] = str(limits.pixels + _ALIGNED)  # of the decoders that look for the size of the pictures
+    if source.kind == "network" and source.target.startswith("rtsp"):
         options.setdefault("rtsp_transport", "tcp")  # frames that UDP loses come out damaged
+    container = None
     try:
         if source.kind == "object" and not source.live:
             source.target.seek(0)
@@ -57,31 +64,32 @@ def open_container(
             timeout=(timeout, timeout) if source.kind == "network" else None,
             metadata_errors="replace",
         )
-    except (VideoError, Stopped):
-        raise
-    except Exception as error:
+        return container, _video_stream(av, container, source, live, limits)
+    except BaseException as error:
+        if container is not None:
+            container.close()
+        if isinstance(error, VideoError | Stopped) or not isinstance(error, Exception):
+            raise
         raise _refusal(av, error, source, timeout) from error
-    try:
-        return container, _video_stream(av, container, source, live)
-    except BaseException:
-        container.close()
-        raise
 
 
-def _video_stream(av: Any, container: Any, source: Source, live: bool) -> Any:
-    if container.format.name == "tty":
-        raise Unreadable(f"{source.name!r} is a text file, not a video")
+def _video_stream(av: Any, container: Any, source: Source, live: bool, limits: Limits) -> Any:
     covers = [s for s in container.streams.video if s.disposition & av.stream.Disposition.attached_pic]
     streams = [s for s in container.streams.video if s not in covers]
     if not streams:
         kinds = sorted({s.type or "unknown" for s in container.streams if s not in covers})
         raise VideoError(f"{source.name!r} has no video stream, only {' and '.join(kinds) or 'nothing'}")
-    # of several renditions of one stream, the largest; the first of those
-    stream = max(streams, key=lambda s: (s.codec_context is not None, s.width * s.height))
-    if stream.codec_context is None:
+    # of several renditions of one stream, the largest that is not too large; the first of those
+    readable = [s for s in streams if s.codec_context is not None]
+    if not readable:
         raise Unreadable(f"{source.name!r} holds video that this build of PyAV cannot decode")
-    if live:
-        stream.codec_context.options = {"max_pixels": str(_PIXELS)}
+    fitting = [s for s in readable if not limits.excess_pixels(s.width, s.height)]
+    if not fitting:
+        excess = limits.excess_pixels(readable[0].width, readable[0].height)
+        raise Unreadable(f"{source.name!r} {excess}")
+    stream = max(fitting, key=lambda s: s.width * s.height)
+    if limits.pixels is not None:
+        stream.codec_context.options = {"max_pixels": str(limits.pixels + _ALIGNED)}
     # threads over frames hold back as many frames as there are threads
     stream.thread_type = "SLICE" if live else "AUTO"
     return stream
@@ -98,24 +106,30 @@ def _refusal(av: Any, error: Exception, source: Source, timeout: float) -> Video
         return Unreadable(f"cannot open {name}: this build of PyAV knows no such protocol or format ({brief(error)})")
     if isinstance(error, av.error.ExitError):
         return VideoError(f"cannot open {name}: no answer within {timeout:g} s")
+    if isinstance(error, av.error.ArgumentError) and source.kind != "network" and source.format is None:
+        return Unreadable(
+            f"{name} is not a video that is read by itself: it is damaged, text, or a playlist, which names other files (if "
+            "you trust it, name its format, such as format='hls')"
+        )
     if isinstance(error, av.error.InvalidDataError):
         return VideoError(f"{name} is not a video that libav can read, or its index is cut off ({brief(error)})")
     return VideoError(f"cannot open {name}: {brief(error)}")
 
 
-def decoded(packets: Iterable[Any], damage: Damage) -> Iterator[Any]:
-    """Frames of PyAV in the order the decoder gives them; what cannot be decoded is counted in `damage` and left out."""
+def decoded(packets: Iterable[Any], damage: Damage, limits: Limits) -> Iterator[Any]:
+    """Frames of PyAV in the order the decoder gives them; what cannot be decoded, or is too large, is counted in `damage`
+    and left out."""
     av = load("av", "PyAV")
     for packet in packets:
         try:
             frames = packet.decode()
         except av.error.EOFError:
             return
-        except av.error.FFmpegError:
+        except Exception:  # libav's own errors, and what PyAV raises for values that it does not expect
             damage.packets += 1
             continue
         for frame in frames:
-            if frame.is_corrupt:
+            if frame.is_corrupt or limits.excess_pixels(frame.width, frame.height):
                 damage.frames += 1
             else:
                 yield frame
@@ -144,7 +158,9 @@ def packets(container: Any, stream: Any, damage: Damage, *, live: bool = False) 
                 return
         except av.error.ExitError as error:
             raise VideoError("no data within the time-out") from error
-        except (av.error.FFmpegError, OSError) as error:
+        except (VideoError, Stopped):
+            raise
+        except Exception as error:
             if live:
                 raise VideoError(brief(error)) from error
             damage.packets += 1
@@ -153,17 +169,20 @@ def packets(container: Any, stream: Any, damage: Damage, *, live: bool = False) 
 
 def seek(container: Any, stream: Any, pts: int) -> bool:
     """Move to the key frame at or before a pts; False where libav cannot."""
-    av = load("av", "PyAV")
     try:
         container.seek(pts, stream=stream)
-    except (av.error.FFmpegError, OSError):
+    except Exception:  # OverflowError too, for a time that no file has
         return False
     return True
 
 
 def orientation(frame: Any) -> tuple[bool, int, int]:
     """How a frame's display matrix turns it, to the nearest quarter turn: (transpose, step of rows, step of columns)."""
-    side = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        side = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # other data on the frame are of a type that PyAV does not know, such as EXIF
+        turn = round(frame.rotation / 90) % 4
+        return turn % 2 == 1, -1 if turn in (1, 2) else 1, -1 if turn in (2, 3) else 1
     if side is None:
         return False, 1, 1
     a, b, _, c, d = (int(x) for x in np.frombuffer(bytes(side), np.int32)[:5])
@@ -173,9 +192,16 @@ def orientation(frame: Any) -> tuple[bool, int, int]:
 
 
 def to_rgb(frame: Any) -> np.ndarray:
-    """(height, width, 3) uint8 RGB of a PyAV frame, upright."""
-    image = frame.to_ndarray(format="rgb24")
-    transpose, rows, columns = orientation(frame)
+    """(height, width, 3) uint8 RGB of a PyAV frame, upright.
+
+    Raises:
+        VideoError: its pixels cannot be converted.
+    """
+    try:
+        image = frame.to_ndarray(format="rgb24")
+        transpose, rows, columns = orientation(frame)
+    except Exception as error:
+        raise VideoError(f"a picture of {frame.width} x {frame.height} cannot be converted: {brief(error)}") from error
     if transpose:
         image = image.transpose(1, 0, 2)
     return np.ascontiguousarray(image[::rows, ::columns])

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..limits import STANDARD, Limits, given
 from .buffer import Buffer
 from .errors import Unreadable, VideoError, brief
 from .feeds import Picture, feed_of
@@ -72,7 +73,8 @@ class LiveReader:
         speed: recordings (files, iterables) play this many times as fast as they were made; None for as fast as can be.
         growing: the file is still being written; its end is where nothing has been added for `timeout` seconds.
         max_bytes: bytes of all waiting frames together; one frame may wait however large it is.
-        format, options: as `open_video`.
+        format, options, limits: as `open_video`; of the limits, `pixels` and, for the next picture of a file, `seconds`
+            count: the others bound what is held at once, as `queue` and `max_bytes` do here.
 
     Raises:
         VideoError: the source does not exist, or an argument is out of range. What goes wrong later is raised by `read`.
@@ -96,9 +98,10 @@ class LiveReader:
         max_bytes: int = 2**28,
         format: str | None = None,
         options: dict[str, str] | None = None,
+        limits: Limits | None = STANDARD,
     ):
-        limits = {"fps": fps, "queue": queue, "timeout": timeout, "backoff": backoff, "speed": speed}
-        for name, value in limits.items():
+        ranges = {"fps": fps, "queue": queue, "timeout": timeout, "backoff": backoff, "speed": speed}
+        for name, value in ranges.items():
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise VideoError(f"{name} is a number above 0, got {value!r}")
         self._wanted, self._timeout, self._backoff = fps, timeout, backoff
@@ -106,7 +109,7 @@ class LiveReader:
         self._stop, self._buffer = threading.Event(), Buffer(queue, max_bytes, drop)
         self._stats = LiveStats()
         self._failure: VideoError | None = None
-        self._feed, self._recorded = feed_of(source, timeout, self._stop, growing, format, options)
+        self._feed, self._recorded = feed_of(source, timeout, self._stop, growing, format, options, given(limits))
         self._speed = speed if self._recorded else None
         self._clock: Clock | None = None
         self._start = self._arrived = 0.0  # of the real clock: first picture, last picture

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..limits import Limits
 from .errors import VideoError, brief
 from .libav import Damage, decoded, to_rgb
 from .reader import Frame
@@ -42,11 +43,12 @@ class PyAVReader:
 
     Attributes beyond the protocol:
         source: where it reads from.
+        limits: bounds on what it may cost.
         track: its video stream.
     """
 
-    def __init__(self, source: Source, timeout: float = 10.0):
-        self.source, self.track = source, Track(source, timeout)
+    def __init__(self, source: Source, timeout: float, limits: Limits):
+        self.source, self.limits, self.track = source, limits, Track(source, timeout, limits)
         self.backend, self.why = "pyav", "PyAV reads everything"
         self._picker: Picker | None = None
         self._clock, self._passed = Clock(self.fps), 0
@@ -77,18 +79,20 @@ class PyAVReader:
         """
         track = self.track
         track.check()
+        track.watch.start()
         if self.source.live or (self._in_passing and track.stated_duration is None):
             raise VideoError(
                 f"{self.source.name!r} is a stream: its frames can be iterated over, not counted or picked"
             )
         track.rewind()
-        found = from_packets(track.packets(), track.time_base, track.origin)
+        found = from_packets(self._counted(track.packets()), track.time_base, track.origin)
         if found is None:
             track.rewind()
             clock = Clock(self.fps, keep=True)
-            found = FrameTable(np.asarray([clock(frame.time) for frame in decoded(track.packets(), self.damage)]))
+            frames = self._counted(decoded(track.packets(), self.damage, self.limits))
+            found = FrameTable(np.asarray([clock(frame.time) for frame in frames]))
         if not len(found):
-            raise VideoError(f"{self.source.name!r} holds no frame that can be decoded")
+            raise self._nothing()
         return found
 
     def __len__(self) -> int:
@@ -109,6 +113,7 @@ class PyAVReader:
         self.track.check()
         if (indices is None) == (seconds is None):
             raise VideoError("get_frames takes either indices or seconds")
+        self.track.watch.start()
         if indices is not None:
             wanted = self._checked(indices)
         else:
@@ -145,11 +150,13 @@ class PyAVReader:
             track.rewind()
             self._clock, self._passed = Clock(self.fps), 0
         turn = track.turn
-        for frame in decoded(track.packets(live=True), self.damage):
+        track.watch.start()
+        for frame in decoded(track.packets(live=True), self.damage, self.limits):
             seconds = self._clock(frame.time)
             if seconds is not None:
                 self._passed += 1
                 yield Frame(to_rgb(frame), seconds, self._passed - 1)
+                track.watch.start()
             if track.turn != turn:
                 raise VideoError(f"{self.source.name!r} was closed or searched while it was iterated over")
 
@@ -157,18 +164,42 @@ class PyAVReader:
         ordinal = -1
         while True:
             run = self._frames_from(ordinal + 1)
+            self.track.watch.start()
             for ordinal, frame in run:
                 turn = self.track.turn
                 yield self._frame(ordinal, frame)
+                self.track.watch.start()
                 if self.track.turn != turn:
                     break  # frames were picked meanwhile; go on behind the last one given
             else:
                 break
         if ordinal < 0:
-            raise VideoError(f"{self.source.name!r} holds no frame that can be decoded")
+            raise self._nothing()
 
     def _frame(self, ordinal: int, frame: Any) -> Frame:
-        return Frame(to_rgb(frame), float(self.table.seconds[ordinal]), ordinal)
+        still = None if ordinal else self.track.still()
+        return Frame(to_rgb(frame) if still is None else still, float(self.table.seconds[ordinal]), ordinal)
+
+    def _nothing(self, where: str = "") -> VideoError:
+        """The error of a source of which no frame comes. A picture that is too large is not decoded, not even for its size."""
+        most, size = self.limits.pixels, self.track.size
+        perhaps = "" if most is None or all(size) else (
+            f", or its pictures have more than {most:,} pixels, which limits=Limits(pixels=None) allows"
+        )
+        return VideoError(f"{self.source.name!r} holds no frame that can be decoded{where}{perhaps}")
+
+    def _counted(self, frames: Iterable[Any]) -> Iterator[Any]:
+        """The same frames or packets, as long as there are not too many."""
+        for count, frame in enumerate(frames, 1):
+            excess = self.limits.excess_frames(count)
+            if excess:
+                raise VideoError(f"{self.source.name!r} holds {excess}")
+            yield frame
+
+    def _afford(self, count: int, nbytes: int) -> None:
+        excess = self.limits.excess_bytes(nbytes, count)
+        if excess:
+            raise VideoError(f"{self.source.name!r}: {excess}")
 
     def _checked(self, indices: Iterable[int]) -> list[int]:
         total, wanted = len(self.table), []
@@ -190,6 +221,8 @@ class PyAVReader:
         return times
 
     def _pick(self, ordinals: list[int], exact: bool) -> dict[int, Frame]:
+        width, height = self.track.size
+        self._afford(len(ordinals), 3 * width * height * len(ordinals))
         if self._picker is not None:
             try:
                 images = self._picker.images(ordinals)
@@ -199,11 +232,14 @@ class PyAVReader:
                 self._picker.close()
                 self.why = f"PyAV, because {self.backend} failed: {brief(error)}"
                 self._picker, self.backend = None, "pyav"
-        found = {}
+        found: dict[int, Frame] = {}
+        nbytes = 0
         for wanted, (ordinal, frame) in self._decode(ordinals):
             if exact and ordinal != wanted:
                 name = repr(self.source.name)
                 raise VideoError(f"frame {wanted} of {name} is damaged; get_frames(seconds=...) shows its neighbour")
+            nbytes += 3 * frame.width * frame.height
+            self._afford(len(found) + 1, nbytes)
             found[wanted] = self._frame(ordinal, frame)
         return found
 
@@ -224,7 +260,7 @@ class PyAVReader:
             nearest = self._again(wanted) or before or ahead
             ahead = None  # the track has been moved
             if nearest is None:
-                raise VideoError(f"{self.source.name!r} cannot be decoded around {self.table.seconds[wanted]:.3f} s")
+                raise self._nothing(f" around {self.table.seconds[wanted]:.3f} s")
             yield wanted, nearest
 
     def _again(self, wanted: int) -> tuple[int, Any] | None:
@@ -256,7 +292,7 @@ class PyAVReader:
         key = table.key_before(ordinal, back)
         # what comes before the key frame refers to frames that were not decoded
         least = (table.ordinal(key) or 0) if back else ordinal
-        for frame in decoded(self.track.packets_from(key), self.damage):
+        for frame in decoded(self.track.packets_from(key), self.damage, self.limits):
             place = None if frame.pts is None else table.ordinal(frame.pts)
             if place is not None and place >= least:
                 least = place + 1
@@ -264,4 +300,5 @@ class PyAVReader:
 
     def _count_from(self, ordinal: int) -> Iterator[tuple[int, Any]]:
         self.track.rewind()
-        yield from islice(enumerate(decoded(self.track.packets(), self.damage)), ordinal, None)
+        # decoding damage in another way may bring more frames than were counted
+        yield from islice(enumerate(decoded(self.track.packets(), self.damage, self.limits)), ordinal, len(self.table))

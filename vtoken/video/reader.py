@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..limits import STANDARD, Limits, given
 from .errors import VideoError
 from .source import resolve
 
@@ -74,20 +75,24 @@ def open_video(
     format: str | None = None,
     options: dict[str, str] | None = None,
     timeout: float = 10.0,
+    limits: Limits | None = STANDARD,
 ) -> VideoReader:
-    """Open a video for reading.
+    """Open a video for reading. Only what is named is opened: a playlist, which names other files, is refused unless its
+    `format` is asked for, except under http, where it may name addresses. See docs/security.md.
 
     Args:
-        source: path, address (http, rtsp, hls, ...), binary file object, camera number, or "synthetic://SEED".
+        source: path, address (http, rtsp, rtmp, srt, tcp, udp), binary file object, camera number, or "synthetic://SEED".
         backend: "auto" takes decord for random access in mp4 and mkv files that it reads right, and PyAV for everything
             else; "pyav", "decord" or "torchcodec" ask for one.
         format: demuxer of libav, None to probe; "lavfi" and "v4l2" name devices.
         options: options of libav for the source, such as {"rtsp_transport": "tcp"}.
         timeout: seconds that a stream of the network may stay silent.
+        limits: bounds on pixels, frames, bytes and seconds, None for none. Whatever exceeds them raises VideoError, here or
+            when it is read.
 
     Raises:
-        VideoError: the source is missing, empty, a directory, not a video or has no picture; or the back-end is unknown,
-            not installed, or cannot read this source right.
+        VideoError: the source is missing, empty, a directory, not a video, has no picture or too large ones; or the back-end
+            is unknown, not installed, or cannot read this source right.
     """
     if backend not in BACKENDS:
         raise VideoError(f"unknown back-end {backend!r}; there are {', '.join(BACKENDS)}")
@@ -97,7 +102,7 @@ def open_video(
         return from_address(source)
     from . import pyav
 
-    opened = pyav.PyAVReader(resolve(source, format, options), timeout=timeout)
+    opened = pyav.PyAVReader(resolve(source, format, options), timeout, given(limits))
     try:
         return _with_backend(opened, backend)
     except BaseException:

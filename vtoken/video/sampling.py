@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..limits import STANDARD
 from .errors import VideoError
 from .reader import Frame, VideoReader
 
@@ -63,7 +64,8 @@ def sample_fps(reader: VideoReader, fps: float, start: float = 0.0, end: float |
     Exact by presentation time, so on variable frame rates too. A frame that stays on screen longer than 1/fps comes again.
 
     Raises:
-        VideoError: fps not above 0, a span outside the video, or a source without random access.
+        VideoError: fps not above 0, a span outside the video, more frames than the reader's limits, or a source without
+            random access.
     """
     _check_rate(fps)
     if end is None:
@@ -74,7 +76,11 @@ def sample_fps(reader: VideoReader, fps: float, start: float = 0.0, end: float |
         raise VideoError(
             f"cannot sample from {start:g} s to {end:g} s; a span begins at 0 or later and ends after that"
         )
-    count = math.ceil((end - start) * fps - 1e-6)
+    span = (end - start) * fps
+    excess = getattr(reader, "limits", STANDARD).excess_frames(span)
+    if excess:
+        raise VideoError(f"{fps:g} frames per second from {start:g} s to {end:g} s are {excess}")
+    count = math.ceil(span - 1e-6)
     return reader.get_frames(seconds=(start + np.arange(count) / fps).tolist())
 
 

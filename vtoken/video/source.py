@@ -6,21 +6,23 @@ import os
 import re
 import stat
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from .errors import VideoError
+from .errors import Unreadable, VideoError, brief
 from .waiting import over_pipe
 
-_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
+_LONGEST = 200  # characters of a name in a message
 
 
 @dataclass(frozen=True)
 class Source:
     """Attributes:
-    target: what libav opens: a name or a file object.
+    target: what libav opens: a file object, or a name that begins with its protocol.
     name: what messages call it, without a password.
     kind: "file", "object", "network", "device" or "pipe".
     format: name of the demuxer, None to probe.
@@ -54,43 +56,85 @@ def resolve(
     if isinstance(source, int) and not isinstance(source, bool) and source >= 0:
         source = f"/dev/video{source}"
     if hasattr(source, "read"):
-        if isinstance(source.read(0), str):
-            raise VideoError(f"{source!r} is a text file object; open it with mode 'rb'")
-        name = getattr(source, "name", None)
-        name = name if isinstance(name, str) else type(source).__name__
-        return Source(source, name, "pipe" if over_pipe(source) else "object", **rest)
+        return _object(source, rest)
     if not isinstance(source, (str, os.PathLike)):
         raise VideoError(f"a video is a path, an address or a binary file object, got {type(source).__name__}")
-    text = os.fspath(source)
+    text = os.fsdecode(source)
+    if not isinstance(source, str):  # a path object is no address, whatever it is called
+        return _local(text, rest, growing)
     if text == "-":
         return Source(0, "standard input", "pipe", **rest)
-    if text.startswith("file://"):
-        text = unquote(urlsplit(text).path)
-    if _SCHEME.match(text):
-        return Source(text, _without_password(text), "network", **rest)
-    return _local(text, rest, growing)
+    if text[:5].lower() == "file:":
+        return _local(_path_of(text), rest, growing)
+    scheme = _SCHEME.match(text)
+    return _address(text, scheme[1].lower(), rest) if scheme else _local(text, rest, growing)
+
+
+def _object(file: Any, rest: dict[str, Any]) -> Source:
+    try:
+        text = isinstance(file.read(0), str)
+    except Exception as error:
+        raise VideoError(f"cannot read from the file object {file!r}: {brief(error)}") from error
+    if text:
+        raise VideoError(f"{file!r} is a text file object; open it with mode 'rb'")
+    name = getattr(file, "name", None)
+    name = name if isinstance(name, str) else type(file).__name__
+    return Source(file, _short(name), "pipe" if over_pipe(file) else "object", **rest)
+
+
+def _address(text: str, scheme: str, rest: dict[str, Any]) -> Source:
+    from .allowed import PROTOCOLS
+
+    name = _short(_without_password(text))
+    if scheme not in PROTOCOLS:
+        raise Unreadable(f"{name!r}: vtoken knows no such protocol as {scheme[:40]!r}, only {', '.join(PROTOCOLS)}")
+    if any(ord(c) < 32 or ord(c) == 127 for c in text):
+        raise VideoError(f"{name!r} holds a control character, which no address does")
+    return Source(scheme + text[len(scheme) :], name, "network", **rest)
+
+
+def _path_of(address: str) -> str:
+    """The path of an address that begins with file:."""
+    if address[5:7] != "//":
+        return address[5:]
+    parts = urlsplit(address)
+    if parts.netloc not in ("", "localhost"):
+        raise VideoError(f"{_short(address)!r} names a file of another machine; mount it, and name its path here")
+    return unquote(parts.path)
+
+
+def _existing(text: str) -> Path:
+    """The path of that name; if there is none, with the home of a user in place of its ~."""
+    path = Path(text)
+    if text.startswith("~"):
+        with suppress(RuntimeError, ValueError, OSError):
+            return path if os.path.lexists(path) else path.expanduser()
+    return path
 
 
 def _local(text: str, rest: dict[str, Any], growing: bool) -> Source:
-    path = Path(text).expanduser()
+    name, path = _short(text), _existing(text)
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
     except (OSError, ValueError) as error:
         if rest["format"] in ("lavfi", "dshow", "avfoundation"):
-            return Source(text, text, "device", **rest)
+            return Source(text, name, "device", **rest)
         why = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
-        raise VideoError(f"cannot open {text!r}: {why}") from error
+        raise VideoError(f"cannot open {name!r}: {why}") from error
+    path, mode = path.absolute(), status.st_mode
     if stat.S_ISDIR(mode):
-        raise VideoError(f"{text!r} is a directory, not a video; name one file in it")
+        raise VideoError(f"{name!r} is a directory, not a video; name one file in it")
     if stat.S_ISCHR(mode):
         rest["format"] = rest["format"] or ("v4l2" if sys.platform.startswith("linux") else None)
-        return Source(str(path), text, "device", path=str(path), **rest)
+        return Source(str(path), name, "device", path=str(path), **rest)
     if stat.S_ISFIFO(mode):
-        return Source(str(path), text, "pipe", path=str(path), **rest)
-    if path.stat().st_size == 0 and not growing:
-        raise VideoError(f"{text!r} is empty (0 bytes)")
+        return Source(str(path), name, "pipe", path=str(path), **rest)
+    if not stat.S_ISREG(mode):
+        raise VideoError(f"cannot open {name!r}: it is a socket or a block device, not a file")
+    if status.st_size == 0 and not growing:
+        raise VideoError(f"{name!r} is empty (0 bytes)")
     # with its protocol named, a file called "a:b.mp4" is not taken for an address
-    return Source(f"file:{path}", text, "file", path=str(path), **rest)
+    return Source(f"file:{path}", name, "file", path=str(path), **rest)
 
 
 def _seekable(file: Any) -> bool:
@@ -100,3 +144,7 @@ def _seekable(file: Any) -> bool:
 
 def _without_password(address: str) -> str:
     return re.sub(r"://[^/@]*@", "://", address)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}...{name[-_LONGEST // 2 :]}"

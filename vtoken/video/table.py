@@ -33,6 +33,13 @@ class FrameTable:
     def __len__(self) -> int:
         return len(self.seconds)
 
+    @property
+    def longest_group(self) -> int:
+        """Frames from one key frame to the next at most."""
+        if self.pts is None or self.keys is None:
+            return len(self)
+        return int(np.diff(np.append(np.searchsorted(self.pts, self.keys), len(self))).max())
+
     def on_screen(self, seconds: Iterable[float]) -> np.ndarray:
         """(m,) int64: the last frame that begins at or before each time (within a microsecond), the first one before that."""
         places = np.searchsorted(self.seconds, np.asarray(list(seconds), np.float64) + 1e-6, side="right") - 1
@@ -67,10 +74,12 @@ def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None
             closed = closed and is_closed(packet)
     if not pts or not keys:
         return None
+    if max(pts) - min(pts) >= 2**62:  # no clock runs that long, and differences would overflow
+        return None
     times = np.unique(np.asarray(pts, np.int64))
     if len(times) != len(pts):
         return None
-    start = int(times[0]) if origin is None else min(origin, int(times[0]))
+    start = int(times[0]) if origin is None or origin < times[0] - 2**62 else min(origin, int(times[0]))
     seconds = (times - start).astype(np.float64) * time_base.numerator / time_base.denominator
     return FrameTable(seconds, times, np.unique(np.asarray(keys, np.int64)), closed)
 

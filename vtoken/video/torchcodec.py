@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .allowed import by_itself
 from .errors import VideoError, brief, load
 from .pyav import PyAVReader, check_count
 
@@ -17,8 +18,10 @@ class TorchcodecPicker:
 
     def __init__(self, reader: PyAVReader):
         decoders = load("torchcodec.decoders", "torchcodec")
-        if reader.source.kind != "file" or reader.track.turned:
-            raise VideoError(f"torchcodec serves upright files here: {reader.source.name!r} needs backend 'pyav'")
+        if reader.source.kind != "file" or reader.track.turned or not by_itself(reader.source.path):
+            raise VideoError(
+                f"torchcodec serves upright mp4 and mkv files here: {reader.source.name!r} needs backend 'pyav'"
+            )
         try:
             self._decoder = decoders.VideoDecoder(reader.source.path, dimension_order="NHWC", seek_mode="exact")
         except Exception as error:

@@ -7,24 +7,29 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
+from ..limits import Limits, Watch
 from .errors import VideoError
 from .libav import Damage, decoded, open_container, orientation, packets, seek
 from .source import Source
+from .still import still_of
 
 
 class Track:
     """One video stream. libav's objects are replaced when it is rewound, so nobody else holds on to them.
 
     Attributes:
+        limits: bounds on its pictures.
+        watch: the time that is left to the call under way; its owner starts it.
         damage: what could not be decoded and was skipped.
         turn: how often the place in the stream has been moved; an iterator that finds it changed has lost its place.
     """
 
-    def __init__(self, source: Source, timeout: float):
-        self.source, self.timeout = source, timeout
+    def __init__(self, source: Source, timeout: float, limits: Limits):
+        self.source, self.timeout, self.limits = source, timeout, limits
+        self.watch = Watch(limits.seconds)
         self.damage, self.turn = Damage(), 0
         self._unread = True
-        self._container, self._stream = open_container(source, timeout=timeout, live=source.live)
+        self._container, self._stream = open_container(source, limits, timeout=timeout, live=source.live)
 
     @cached_property
     def format(self) -> set[str]:
@@ -64,7 +69,7 @@ class Track:
     def turned(self) -> bool:
         """Whether the first frame carries a display matrix that turns or mirrors it."""
         self.rewind()
-        first = next(decoded(self.packets(), self.damage), None)
+        first = next(decoded(self.packets(), self.damage, self.limits), None)
         return first is not None and orientation(first) != (False, 1, 1)
 
     @property
@@ -81,10 +86,21 @@ class Track:
         return None if start is None else round(start / 1e6 / self._stream.time_base)
 
     def packets(self, live: bool = False) -> Iterator[Any]:
-        """Packets from where the stream stands, see `libav.packets`."""
+        """Packets from where the stream stands, see `libav.packets`. VideoError once the call takes too long."""
         self.check()
         self._unread = False
-        return packets(self._container, self._stream, self.damage, live=live)
+        return self._watched(packets(self._container, self._stream, self.damage, live=live))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of its pictures, 0 where the source does not say."""
+        self.check()
+        return self._stream.width, self._stream.height
+
+    def still(self) -> Any:
+        """(h, w, 3) uint8 of the first picture of a file of stills, None for anything else, see `still_of`."""
+        self.check()
+        return still_of(self.source, self._container, self.limits)
 
     def packets_from(self, key: int) -> Iterator[Any]:
         """Packets from the key frame with pts `key`, or from an earlier one where libav cannot be moved there."""
@@ -107,7 +123,7 @@ class Track:
         self.turn += 1
         if not self._unread:
             self._container.close()
-            self._container, self._stream = open_container(self.source, timeout=self.timeout)
+            self._container, self._stream = open_container(self.source, self.limits, timeout=self.timeout)
             self._unread = True
 
     def check(self) -> None:
@@ -126,3 +142,12 @@ class Track:
         self.check()
         self.turn += 1
         return seek(self._container, self._stream, pts)
+
+    def _watched(self, arriving: Iterator[Any]) -> Iterator[Any]:
+        for packet in arriving:
+            if self.watch.over:
+                raise VideoError(
+                    f"reading {self.source.name!r} takes more than {self.watch.seconds:g} s; if you can wait, lift that with "
+                    "limits=Limits(seconds=None)"
+                )
+            yield packet

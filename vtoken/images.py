@@ -1,0 +1,112 @@
+"""Pictures as models read them: upright, 8-bit RGB. The one loader of all ways in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .limits import Limits, given
+
+# What is tried on a file: formats that are decoded in this process and name no other file (EPS, for one, runs a program).
+FORMATS = "JPEG,MPO,PNG,WEBP,GIF,BMP,DIB,TIFF,PPM,AVIF,HEIF,JPEG2000,ICO,TGA,PCX,SGI,QOI,DDS,PSD"
+PHOTO = Limits(pixels=2**27)  # large enough for the largest common phone sensor but one
+_FRAME = "A frame is an (h, w, 3) uint8 RGB array with h, w >= 1, or a PIL image"
+
+
+def open_image(source: Any, limits: Limits | None = PHOTO, name: str | None = None) -> Image.Image:
+    """An RGB picture, turned as its EXIF orientation says, as transformers' `load_image` does.
+
+    Args:
+        source: path, or binary file object with `seek`.
+        limits: bounds on its pixels, None for none. Pillow's own bound against decompression bombs stays as it is set.
+        name: what messages call it; default: the path.
+
+    Raises:
+        ValueError: one sentence: there is no such file, it is no picture, damaged, too large, or its colours are unknown.
+    """
+    if name is None:
+        name = "the picture" if hasattr(source, "read") else repr(str(source))
+    if not hasattr(source, "read"):
+        _check_file(source, name)
+    Image.init()
+    try:
+        with Image.open(source, formats=[f for f in FORMATS.split(",") if f in Image.OPEN]) as image:
+            return rgb(image, limits, f"The image {name}")
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is not an image that can be read: use a PNG or JPEG, for instance.") from None
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, DecompressionBombError and others
+        raise ValueError(f"The image {name} cannot be read: {_first_line(error)}.") from None
+
+
+def rgb(image: Image.Image, limits: Limits | None = PHOTO, name: str = "The picture") -> Image.Image:
+    """A picture in mode RGB, upright. Alpha is dropped, as transformers does; of 16 bits, the upper 8 are kept.
+
+    Raises:
+        ValueError: one sentence: it is damaged or too large, or its values have no known range.
+    """
+    excess = given(limits).excess_pixels(*image.size)
+    if excess:
+        raise ValueError(f"{name} {excess}.")
+    try:
+        return _eight_bits(_upright(image), image.format).convert("RGB")
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {_first_line(error)}.") from None
+
+
+def pixels(image: Any, limits: Limits | None = PHOTO) -> np.ndarray:
+    """(h, w, 3) uint8 RGB in C order of a PIL image, array or tensor.
+
+    Raises:
+        TypeError: for what is no picture: another shape or dtype, or no pixels.
+        ValueError: for a PIL image as `rgb`.
+    """
+    if isinstance(image, Image.Image):
+        array = np.asarray(rgb(image, limits))
+    else:
+        array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8 or not array.size:
+        raise TypeError(f"{_FRAME}, found {type(image).__name__} of shape {array.shape} and {array.dtype}.")
+    return np.ascontiguousarray(array)
+
+
+def _check_file(path: Any, name: str) -> None:
+    try:
+        found = Path(path).is_file()
+    except (TypeError, ValueError, OSError):
+        found = False
+    if not found:
+        raise ValueError(f"There is no image file {name}.")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF data that cannot be read turn nothing
+        return image
+
+
+def _eight_bits(image: Image.Image, format: str | None) -> Image.Image:
+    """The picture in a mode of which Pillow knows the range of values."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode not in ("I", "F"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "I" and format == "PNG":  # how earlier releases of Pillow open 16 bits of grey
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "I" and values.min() >= 0 and values.max() <= 255:
+        return Image.fromarray(values.astype(np.uint8))
+    raise ValueError(
+        f"its values, of mode {image.mode!r} from {values.min():g} to {values.max():g}, have no known range: convert it to "
+        "8-bit RGB"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
