@@ -50,7 +50,7 @@ def test_answer_is_the_models_own_where_everything_is_kept(name):
         text, logits = plain(name, frames)
         with fed(session_of(name), frames) as session:
             answer = session.ask(Q, **SHORT)
-            assert torch.equal(logits_of(session), logits)
+            assert torch.allclose(logits_of(session), logits, atol=1e-5)  # kernels may sum another batch in another order
         assert answer.text == text
         assert answer.frames_used == tuple(i / 2 for i in range(count))
         assert (answer.time, answer.new_tokens) == ((count - 1) / 2, 6)
@@ -299,8 +299,8 @@ def test_bad_frames_and_questions_get_a_sentence():
         session.ask(Q)
     frame = frames_of(1)[0]
     session.push(frame, 1.0)
-    for t in (1.0, 0.5, float("nan")):
-        with pytest.raises(ValueError, match="order of their times"):
+    for t, match in ((1.0, "order of their times"), (0.5, "order of their times"), (float("nan"), "finite number")):
+        with pytest.raises(ValueError, match=match):
             session.push(frame, t)
     for bad in (frame[..., 0], frame.astype(np.float32), "clip.mp4"):
         with pytest.raises(TypeError, match="uint8 RGB"):

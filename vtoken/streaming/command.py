@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SYNTHETIC = "synthetic://0"
 TINY = "qwen2_5_vl"
+TINY_STEPS = 4  # of two frames each, which the tiny model remembers: it has learnt from clips of 4 to 8 frames
 STRATEGIES = ("stc", "stc_cacher", "stc_pruner", "none")
 
 
@@ -81,11 +82,20 @@ def run(
 
 
 def make_session(
-    model: Any, processor: Any, strategy: str, budget: float | int, max_tokens: int | None = None
+    model: Any,
+    processor: Any,
+    strategy: str,
+    budget: float | int,
+    max_tokens: int | None = None,
+    max_steps: int | None = None,
+    max_bytes: int | None = None,
 ) -> StreamSession:
-    """A session with a strategy, or with none."""
+    """A session with a strategy, or with none; `max_steps` makes its memory a window of the latest steps."""
     from .session import StreamSession
 
+    bounds: dict[str, Any] = {"max_tokens": max_tokens, "max_bytes": max_bytes}
+    if max_steps is not None:
+        bounds["memory_options"] = {"sinks": 0, "recent": max_steps, "max_steps": max_steps}
     if strategy == "none":
-        return StreamSession(model, processor, max_tokens=max_tokens)
-    return StreamSession(model, processor, strategy, budget, max_tokens=max_tokens)
+        return StreamSession(model, processor, **bounds)
+    return StreamSession(model, processor, strategy, budget, **bounds)
