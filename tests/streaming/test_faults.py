@@ -325,7 +325,9 @@ def test_close_while_others_ask_and_push():
             except BaseException as error:
                 faults.append(error)
 
-        def push(session=session, at=iter(range(3, 10**6))) -> None:
+        at = iter(range(3, 10**6))
+
+        def push(session=session, at=at) -> None:
             session.push(FRAME, float(next(at)))
 
         actions = [push, lambda session=session: session.ask(Q, max_new_tokens=1)]

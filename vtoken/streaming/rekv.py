@@ -231,8 +231,8 @@ class ReKVMemory:
 
         self.layers.run(hidden, attend)
         before = window or [(k[:, :, :0], v[:, :, :0]) for k, v in made]
-        moved = [
-            tuple(torch.cat([old, new], 2)[:, :, -self.n_local :].clone() for old, new in zip(a, b, strict=True))  # type: ignore[misc]
+        moved: Any = [
+            tuple(torch.cat([old, new], 2)[:, :, -self.n_local :].clone() for old, new in zip(a, b, strict=True))
             for a, b in zip(before, made, strict=True)
         ]
         return made, replace(context, window=moved, seen=seen + piece)

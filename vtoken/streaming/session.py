@@ -20,7 +20,7 @@ from .choice import SharedPatch, make_memory
 from .frames import Frames
 from .memory import Step
 from .pictures import picture_of, resized_to, time_of
-from .prompts import PromptInputs, Prompts
+from .prompts import Prompts
 from .rekv import ReKVMemory
 
 
@@ -200,6 +200,7 @@ class StreamSession:
                 "forgotten": self.memory.forgotten,
                 "tokens": self.memory.visual_tokens,
                 "max_tokens": self.memory.max_tokens,
+                "max_steps": getattr(self.memory, "max_steps", None),
                 "bytes": self.memory.nbytes,
                 "max_bytes": self.memory.max_bytes,
                 "state_bytes": self.state.nbytes,
@@ -251,7 +252,14 @@ class StreamSession:
         with self._taking.one():
             self._check_open()
             steps, last = self._view(t)
-            prompt = self._prompt(text, steps, last, t)
+            if last is None:
+                raise ValueError("There is no frame to ask about yet: push one first.")
+            if not steps:
+                raise ValueError(f"The memory holds no frame up to {t} s: ask about a later time.")
+            if isinstance(self.memory, ReKVMemory):
+                prompt = self.memory.inputs(text, steps)
+            else:
+                prompt = self.prompts.inputs(text, steps, self._shared.renumbers)
             with self._remembering:
                 self._asked += 1
         return Asked(began, prompt, last if t is None else t)
@@ -272,15 +280,6 @@ class StreamSession:
                 with self.frames.unless_it_fails():
                     return [*steps, self._encode(waiting, self.state.fork(), remember=False)], last
         return self._view(t, alone=True)
-
-    def _prompt(self, text: str, steps: list[Any], last: float | None, t: float | None) -> PromptInputs:
-        if last is None:
-            raise ValueError("There is no frame to ask about yet: push one first.")
-        if not steps:
-            raise ValueError(f"The memory holds no frame up to {t} s: ask about a later time.")
-        if isinstance(self.memory, ReKVMemory):
-            return self.memory.inputs(text, steps)
-        return self.prompts.inputs(text, steps, self._shared.renumbers)
 
     def _answer(self, asked: Asked, options: dict[str, Any], **more: Any) -> Answer:
         options = {"max_new_tokens": self.max_new_tokens} | options
