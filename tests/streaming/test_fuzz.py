@@ -67,30 +67,29 @@ class Sessions(RuleBasedStateMachine):
     def push_no_picture(self, bad, t):
         self.refused(lambda: self.session.push([*NO_PICTURES, *NO_PIXELS][bad], t))
 
-    @rule(t=st.sampled_from([*NO_TIMES, math.nan, math.inf, -math.inf, -1e9]))
+    @rule(t=st.sampled_from([*NO_TIMES, math.nan, math.inf, -math.inf, 10**400]))
     def push_at_no_time(self, t):
-        if t != -1e9 or self.times or self.closed:
-            self.refused(lambda: self.session.push(FRAMES[0], t))
+        self.refused(lambda: self.session.push(FRAMES[0], t))
+
+    @rule(back=st.floats(0, 9))
+    @precondition(lambda self: self.times)
+    def push_in_the_past(self, back):
+        self.refused(lambda: self.session.push(FRAMES[0], self.times[-1] - back))
 
     @rule(text=st.sampled_from([Q, "what ?", "", " ", None, 3, b"what ?", "<video>", "<|video_pad|>"]), t=times)
     def ask(self, text, t):
-        token = self.session.frames.token
-        good = isinstance(text, str) and text.strip() and token not in text and not self.closed and self.times
-        if good and t is not None:
-            plain = isinstance(t, float) and math.isfinite(t)
-            first = self.session.stats["first"]
-            held = self.times if first is None else [x for x in self.times if x >= first]
-            good = plain and t >= held[min(self.unit, len(held)) - 1 if first is not None else 0]
-        if not good:
-            return self.refused(lambda: self.session.ask(text, t)) if not self._may_answer(text, t) else None
-        answer = self.session.ask(text, t)
+        asks = isinstance(text, str) and text.strip() and self.session.frames.token not in text
+        finite = t is None or (isinstance(t, float) and math.isfinite(t))
+        if not asks or not finite or self.closed or not self.times or (t is not None and t < self.times[0]):
+            return self.refused(lambda: self.session.ask(text, t))
+        try:
+            answer = self.session.ask(text, t)
+        except ValueError as error:  # frames up to t may have been forgotten
+            assert t is not None and t < self.times[-1] and "holds no frame up to" in str(error)
+            return
         self.asked += 1
-        assert answer.frames_used and max(answer.frames_used) <= (self.times[-1] if t is None else t)
-        assert set(answer.frames_used) <= set(self.times)
-
-    def _may_answer(self, text, t) -> bool:
-        """Whether the waiting frame of a pair alone can answer, which `first` does not tell."""
-        return isinstance(t, int) or (self.unit == 2 and isinstance(t, float) and len(self.times) % 2 == 1)
+        assert answer.frames_used and set(answer.frames_used) <= set(self.times)
+        assert max(answer.frames_used) <= (self.times[-1] if t is None else t)
 
     @rule()
     def stream(self):
