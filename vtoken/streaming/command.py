@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,8 @@ def show_page(
             room = MAX_UPLOAD if allow_sources else 0
             service = Service(page, listening, host, hosts, folder if allow_sources else None, room)
             announce(service, allow_sources, show)
-            service.run()
+            with suppress(KeyboardInterrupt):
+                service.run()
         finally:
             desks.close()
 
@@ -134,7 +136,7 @@ def announce(service: Any, allow_sources: bool, show: bool) -> None:
     out.print(f"The page is at {service.url} (Ctrl+C ends it).", highlight=False, soft_wrap=True)
     if service.token is not None:
         out.print(
-            "Warning: other machines can reach this page. Whoever has the address with its token can watch the stream and ask; "
+            "Warning: other machines can reach this page by the addresses of this one. Whoever has the address with its token can watch the stream and ask; "
             "it travels unencrypted.",
             style="yellow",
         )

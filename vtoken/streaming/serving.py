@@ -104,7 +104,8 @@ class Service:
         if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
             self.token = secrets.token_urlsafe(24)
             known |= {socket.gethostname().lower(), socket.getfqdn().lower()}
-        name = f"[{address}]" if ":" in address else address
+        name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # all addresses of this machine
+        name = f"[{name}]" if ":" in name else name
         self.url = f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
         fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         bare = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
