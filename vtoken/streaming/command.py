@@ -136,8 +136,8 @@ def announce(service: Any, allow_sources: bool, show: bool) -> None:
     out.print(f"The page is at {service.url} (Ctrl+C ends it).", highlight=False, soft_wrap=True)
     if service.token is not None:
         out.print(
-            "Warning: other machines can reach this page by the addresses of this one. Whoever has the address with its token can watch the stream and ask; "
-            "it travels unencrypted.",
+            "Warning: other machines can reach this page by the addresses of this one. Whoever has the address with its token "
+            "can watch the stream and ask; it travels unencrypted.",
             style="yellow",
         )
     if allow_sources:
