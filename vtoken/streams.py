@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -137,6 +137,18 @@ class StreamState:
         self.recomputed += sum(use.recomputed)
         self.flops_dense += use.flops_dense
         self.flops += use.flops
+
+    def fork(self) -> StreamState:
+        """Another state that goes on from here: tensors are shared, which nobody writes into, and containers are not."""
+        other = StreamState()
+        memory = {k: list(v) if isinstance(v, list) else v for k, v in self.memory.items()}
+        references = None if self.references is None else replace(self.references)
+        other.__dict__.update(self.__getstate__(), memory=memory, references=references)
+        return other
+
+    def adopt(self, other: StreamState) -> None:
+        """Go on where `other` stands."""
+        self.__dict__.update(other.__getstate__())
 
     @property
     def nbytes(self) -> int:

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import shutil
-from functools import partial
+import threading
 
 import pytest
 
 from vtoken import tiny
-from vtoken.streaming.command import TINY, make_session
-from vtoken.streaming.page import Desk, build_page
+from vtoken.streaming.command import EXAMPLES, TINY, TINY_STEPS, make_session
+from vtoken.streaming.desks import Desk, Desks
+from vtoken.streaming.page import build_page
+from vtoken.streaming.serving import Service, listen, private_folder
 from vtoken.tiny.clips import stream
 
 pytestmark = pytest.mark.browser
@@ -21,18 +23,23 @@ SEED = 0
 
 
 @pytest.fixture(scope="module")
-def desk():
-    model, processor = tiny.load(TINY)
-    desk = Desk(partial(make_session, model, processor), fps=2.0)
-    yield desk
-    desk.close()
+def desks():
+    def make(strategy, budget):
+        return make_session(*tiny.load(TINY), strategy, budget, max_steps=TINY_STEPS)
+
+    desks = Desks(lambda: Desk(make, fps=2.0), most=3)
+    yield desks
+    desks.close()
 
 
 @pytest.fixture(scope="module")
-def address(desk):
-    page = build_page(desk, ["stc", "none"], f"synthetic://{SEED}")
-    yield page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False, server_name="127.0.0.1")[1]
-    page.close()
+def address(desks):
+    with listen("127.0.0.1") as listening, private_folder() as folder:
+        page = build_page(desks, ["stc_pruner", "none"], f"synthetic://{SEED}", allow_sources=True, examples=EXAMPLES)
+        service = Service(page, listening, uploads=folder, max_upload=2**20)
+        service.start()
+        yield service.url
+        service.stop()
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +54,21 @@ def browser():
         browser.close()
 
 
-def test_play_ask_and_see_the_right_answer(desk, address, browser, tmp_path):
-    page = browser.new_page(viewport={"width": 1400, "height": 1250})
+def opened(browser, address, **kwargs):
+    """A page in a context of its own, and what it asked of other sites."""
+    page, foreign = browser.new_context(**kwargs).new_page(), []
+    page.on("request", lambda r: foreign.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None)
     page.goto(address)
+    page.locator("#play").wait_for(timeout=60_000)
+    return page, foreign
+
+
+def test_play_ask_and_see_the_right_answer(desks, address, browser, tmp_path):
+    page, foreign = opened(browser, address, viewport={"width": 1400, "height": 1250})
     page.locator("#play").click()
     labels = stream(SEED)
     page.wait_for_function("document.querySelector('#status').innerText.includes('visual tokens in memory')", timeout=60_000)
+    (desk,) = desks._desks.values()
     assert desk.player.wait_until(3.0)
     while True:  # until it stands still with a digit on screen
         page.locator("#pause").click()
@@ -63,21 +79,48 @@ def test_play_ask_and_see_the_right_answer(desk, address, browser, tmp_path):
             break
         page.locator("#play").click()
         assert desk.player.wait_until(now + 0.5) and now < 60
-    page.locator("#question textarea").fill("which digit is shown now?")
-    page.locator("#ask").click()
-    page.wait_for_function("document.querySelector('#chat').innerText.includes('visual tokens')", timeout=60_000)
+    page.get_by_role("button", name="which digit is shown now?").click()
+    page.wait_for_function("document.querySelector('#chat').innerText.includes('without pruning')", timeout=60_000)
     said = page.locator("#chat .bot.message").last.inner_text()
     page.screenshot(path=tmp_path / "asked.png")
     assert said.split()[0] == right["which digit is shown now?"], (said, right)
+    assert f"shown: {right['which digit is shown now?']}" in said
     assert page.locator("#frame img").count() == 1
     assert "visual tokens in memory" in page.locator("#status").inner_text()
     page.locator("#play").click()  # goes on
     assert desk.player.wait_until(now + 2.0)
 
 
+    hostile = "{{1+1}} ${2+2} ![x](http://evil.example/x.png) <img src=http://evil.example/y.png>"
+    page.locator("#question textarea, #question input").first.fill(hostile)
+    page.locator("#ask").click()
+    page.get_by_text(hostile).wait_for(timeout=60_000)
+    assert page.locator("#chat img").count() == 0 and foreign == []
+    other, _ = opened(browser, address)
+    other.wait_for_timeout(1500)
+    assert other.locator("#frame img").count() == 0 and "Nothing is playing" in other.locator("#status").inner_text()
+    assert hostile not in other.content()
+    page.context.close()
+    other.context.close()
+    for _ in range(600):
+        if not len(desks):
+            return
+        threading.Event().wait(0.1)
+    raise AssertionError("the stream plays on for nobody")
+
+
+def test_play_is_in_the_first_screen_of_a_phone(address, browser, tmp_path):
+    page, _ = opened(browser, address, viewport={"width": 390, "height": 844})
+    page.screenshot(path=tmp_path / "phone.png")
+    box = page.locator("#play").bounding_box()
+    assert box["y"] >= 0 and box["y"] + box["height"] <= 844 and box["x"] + box["width"] <= 390
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.context.close()
+
+
 def test_a_source_that_is_not_there_is_said_on_the_page(address, browser):
-    page = browser.new_page()
-    page.goto(address)
+    page, _ = opened(browser, address)
     page.locator("#source textarea, #source input").first.fill("nowhere.mp4")
     page.locator("#play").click()
     page.get_by_text("no such file").first.wait_for(timeout=60_000)
+    page.context.close()

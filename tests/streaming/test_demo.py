@@ -16,7 +16,7 @@ from tests.streaming.common import model_of, processor_of
 from vtoken.cli import cli
 from vtoken.streaming.command import make_session
 from vtoken.streaming.memory import Step
-from vtoken.streaming.page import PLOTS, Desk, build_page
+from vtoken.streaming.page import PLOTS, Desk, Desks, build_page
 from vtoken.streaming.player import COMPUTED, Player, draw_step, passes_by
 from vtoken.streaming.terminal import recite, show_status
 from vtoken.streams import TowerUse
@@ -87,13 +87,13 @@ def test_kept_cells_are_outlined_and_computed_ones_dotted():
 
 def test_the_desk_plays_pauses_answers_and_forgets(make):
     desk = Desk(make, fps=2.0, speed=200.0)
-    assert "Play" in next(desk.answer("what is here ?")) and desk.status() == "Nothing is playing."
+    assert "Play" in next(desk.answer("what is here ?")).answer and desk.status() == "Nothing is playing."
     desk.play(SHORT, "stc_pruner", 0.5)
     player = desk.player
     player.wait_until(99, timeout=60)
     said = list(desk.answer("what is here ?"))
-    assert "9 frames" in said[-1] and "visual tokens" in said[-1]
-    assert said[-2] in said[-1]
+    assert "9 frames" in said[-1].facts and "visual tokens" in said[-1].facts
+    assert said[-2].answer.strip() == said[-1].answer and list(desk.talk) == [said[-1]]
     table = desk.table()
     assert list(table.columns) == ["seconds", *PLOTS] and len(table) == 4
     assert table.tokens.max() < player.readings[0].rows
@@ -108,9 +108,12 @@ def test_the_desk_plays_pauses_answers_and_forgets(make):
 
 
 def test_the_page_has_its_parts(make):
-    page = build_page(Desk(make), ["stc", "none"])
+    desks = Desks(lambda: Desk(make))
+    page = build_page(desks, ["stc", "none"], examples=["what is here ?"])
+    desks.close()
     kinds = [block.get_block_name() for block in page.blocks.values()]
-    assert kinds.count("nativeplot") == len(PLOTS) and {"image", "chatbot", "textbox", "timer"} <= set(kinds)
+    assert kinds.count("nativeplot") == len(PLOTS) and {"textbox", "timer"} <= set(kinds)
+    assert not {"image", "chatbot", "markdown", "uploadbutton"} & set(kinds)  # they write files, or read Markdown
 
 
 def test_prepared_questions_see_nothing_later(make):

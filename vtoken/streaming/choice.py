@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from ..adapters.base import Adapter
@@ -11,12 +12,13 @@ from .memory import RecentMemory
 from .prompts import Prompts
 from .rekv import ReKVMemory
 
+_COUNTING = threading.RLock()  # sessions are opened and closed in several threads
 SHARED = "_vtoken_sessions"  # on a Patch that sessions made: how many use it
 RECENT_BYTES, REKV_BYTES = 256 * 2**20, 4 * 2**30
 N_LOCAL = 15000  # tokens of ReKV's window, as published
 SPARE = 256  # positions left for the question and the answer
 OPTIONS = {
-    "recent": ("sinks", "recent", "history_tokens"),
+    "recent": ("sinks", "recent", "history_tokens", "max_steps"),
     "rekv": ("n_local", "topk", "chunk", "metric", "disk"),
 }
 
@@ -72,6 +74,11 @@ class SharedPatch:
 
     def __init__(self, adapter: Adapter, strategy: Any, budget: float | int | None, options: dict[str, Any]) -> None:
         self.adapter = adapter
+        with _COUNTING:
+            self._take(strategy, budget, options)
+
+    def _take(self, strategy: Any, budget: float | int | None, options: dict[str, Any]) -> None:
+        adapter = self.adapter
         self.patch: Patch | None = patch_of(adapter.model)
         if strategy is None:
             if budget is not None or options:
@@ -102,10 +109,11 @@ class SharedPatch:
 
     def release(self) -> None:
         """Take off the patch that sessions put on the model, if this is the last of them."""
-        if self.patch is not None and SHARED in self.patch.__dict__:
-            self.patch.__dict__[SHARED] -= 1
-            if not self.patch.__dict__[SHARED] and patch_of(self.adapter.model) is self.patch:
-                unpatch(self.adapter.model)
+        with _COUNTING:
+            if self.patch is not None and SHARED in self.patch.__dict__:
+                self.patch.__dict__[SHARED] -= 1
+                if not self.patch.__dict__[SHARED] and patch_of(self.adapter.model) is self.patch:
+                    unpatch(self.adapter.model)
 
     def _check(self, current: Patch | None) -> None:
         if current is None or current.strategy.is_identity:

@@ -6,7 +6,8 @@ import copy
 import inspect
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..kernels import gather_merge
 from ..tokens import Selection, concat_selections
 from .memory import Step, change_between
 
+STREAM_FACTS = ("sample", "before", "rows", "tail", "modality", "timed", "shape")  # all that a stream changes in `Frames`
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()  # one per tokenizer
 
 
@@ -67,6 +69,7 @@ class Frames:
         self.reset()
 
     def reset(self) -> None:
+        """Forget the stream."""
         self.sample: dict[str, Any] | None = None
         self.before: Tensor | None = None
         self.rows = self.tail = 0
@@ -74,7 +77,21 @@ class Frames:
         self.timed = False
         self.shape: tuple[Any, int, Any] = (Tensor, 2, None)
 
+    @contextmanager
+    def unless_it_fails(self) -> Iterator[None]:
+        """Within the block the stream goes on; an error takes it back to where it was."""
+        before = {name: getattr(self, name) for name in STREAM_FACTS}
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+
     # -- frames -------------------------------------------------------------------------------------------------
+    def check(self, frame: np.ndarray) -> None:
+        """Raises ValueError if the processor cannot read the stream's first frame, (h, w, 3) uint8."""
+        self._process([frame] * self.unit)
+
     @torch.no_grad()
     def encode(self, frames: Sequence[np.ndarray], seconds: Sequence[float], patch: Any, remember: bool = True) -> Step:
         """One step of `unit` frames (h, w, 3) uint8; fewer are filled up with the last one.
@@ -141,7 +158,12 @@ class Frames:
     def _process(self, frames: Sequence[np.ndarray]) -> Mapping[str, Any]:
         """The processor's inputs of one step; the first also tells how many placeholders a step and a video's end have."""
         stand = Stand(getattr(self.processor, self.part))
-        inputs = self._run(self.token, stand, frames, [0.0] * len(frames), 1.0)
+        try:
+            inputs = self._run(self.token, stand, frames, [0.0] * len(frames), 1.0)
+        except Exception as error:
+            high, wide = frames[0].shape[:2]
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"The model's processor cannot read a frame of {wide} x {high} pixels: {why}") from error
         if self.sample is None:
             self.modality = "video" if "pixel_values_videos" in inputs else "image"
             self.sample = {k: _hollow(v) for k, v in stand.given.items() if k != "video_metadata"}

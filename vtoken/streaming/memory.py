@@ -82,6 +82,8 @@ class RecentMemory:
         history_tokens: share or number of a history step's kept tokens that stay; None keeps them all.
         max_rows: bound of the tokens that the kept steps would have unpruned, for prompts whose positions count those; None
             for no bound.
+        max_steps: steps that are kept at most, None for no bound. With `sinks=0` and `recent` as large, the memory is a window
+            of the latest steps.
 
     Raises:
         ValueError: for a bound that is not positive.
@@ -95,14 +97,16 @@ class RecentMemory:
         recent: int = 8,
         history_tokens: float | int | None = None,
         max_rows: int | None = None,
+        max_steps: int | None = None,
     ) -> None:
-        for name, value, least in (("max_bytes", max_bytes, 1), ("max_tokens", max_tokens, 1), ("recent", recent, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, found {value}.")
+        bounds = {"max_bytes": max_bytes, "max_tokens": max_tokens, "recent": recent, "max_steps": max_steps}
+        for name, value in bounds.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}.")
         if sinks < 0:
             raise ValueError(f"sinks must be at least 0, found {sinks}.")
         self.max_bytes, self.max_tokens, self.sinks, self.recent = max_bytes, max_tokens, sinks, recent
-        self.history_tokens, self.max_rows = history_tokens, max_rows
+        self.history_tokens, self.max_rows, self.max_steps = history_tokens, max_rows, max_steps
         self.reset()
 
     def reset(self) -> None:
@@ -117,7 +121,8 @@ class RecentMemory:
     @property
     def _full(self) -> bool:
         rows = self.max_rows is not None and self.rows > self.max_rows
-        return rows or self.nbytes > self.max_bytes or self.visual_tokens > self.max_tokens
+        steps = self.max_steps is not None and len(self.steps) > self.max_steps
+        return rows or steps or self.nbytes > self.max_bytes or self.visual_tokens > self.max_tokens
 
     def _replace(self, place: int, step: Step) -> None:
         self._count(self.steps[place], -1)
@@ -144,7 +149,7 @@ class RecentMemory:
             self._forget()
 
     def _forget(self) -> None:
-        first = min(self.sinks, len(self.steps) - 2)
+        first = max(0, min(self.sinks, len(self.steps) - 2))
         last = len(self.steps) - self.recent
         changes = [s.change for s in self.steps]
         place = thinnest(changes, first, last) if last > first else first

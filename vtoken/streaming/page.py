@@ -2,188 +2,209 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
 from typing import Any
 
+try:
+    import gradio as gr
+except ImportError:
+    raise ImportError("The page needs gradio: pip install 'vtoken[stream]', or use --terminal.") from None
+
 from .command import SYNTHETIC
-from .player import Player
-from .session import StreamSession
+from .desks import MAX_QUESTION, NOTHING, PLOTS, Desk, Desks, Said
 
-PLOTS = {  # column -> title
-    "tokens": "visual tokens kept per step",
-    "saved": "tower FLOPs saved (%)",
-    "memory": "memory (MiB)",
-    "latency": "latency per step (ms)",
-}
 EVERY = 0.5  # seconds between two looks at the stream
-WINDOW = 120  # readings in a plot
+MAX_FPS = 10.0
+MAX_UPLOAD = 200 * 2**20  # bytes of all uploaded files together
 LEGEND = "Outlined: visual tokens that were kept. Red dots: cells that the vision tower computed anew."
+CSS = """
+#frame img { max-height: min(52vh, 500px); max-width: 100%; display: block; margin: auto; image-rendering: pixelated; }
+#frame { min-height: 120px; }
+#status { min-height: 1.5em; overflow-wrap: anywhere; }
+#chat { max-height: 420px; overflow-y: auto; }
+#chat .message { white-space: pre-wrap; overflow-wrap: anywhere; padding: 2px 0; }
+#chat .user { font-weight: 600; margin-top: 8px; }
+#chat .facts { opacity: 0.7; font-size: 85%; }
+footer { display: none; }
+"""
 
 
-class Desk:
-    """What the buttons of the page act on: one session at a time, and the player that feeds it.
-
-    Args:
-        make_session: `make_session(strategy, budget) -> StreamSession`.
-        fps: frames per second to take from a source.
-        speed: how many times faster than life a recording plays.
-    """
-
-    def __init__(
-        self, make_session: Callable[[str, float], StreamSession], fps: float = 2.0, speed: float = 1.0
-    ) -> None:
-        self.make_session, self.fps, self.speed = make_session, fps, speed
-        self.session: StreamSession | None = None
-        self.player: Player | None = None
-        self.wanted: tuple[str, str, float, float] | None = None
-
-    def play(self, source: str, strategy: str, budget: float, fps: float | None = None) -> None:
-        """Begin a stream, or go on with the one that was paused if nothing has changed.
-
-        Raises:
-            ValueError: for a source that cannot be opened or a strategy that does not fit.
-        """
-        wanted = (source.strip(), strategy, budget, fps or self.fps)
-        if self.player is not None and self.wanted == wanted and not self.player.ended:
-            self.player.resume()
-            return
-        self.close()
-        self.session = self.make_session(strategy, budget)
-        name = int(wanted[0]) if wanted[0].isdigit() else wanted[0]
-        self.player = Player(self.session, name, fps=wanted[3], speed=self.speed)
-        self.wanted = wanted
-
-    def pause(self) -> None:
-        if self.player is not None:
-            self.player.pause()
-
-    def close(self) -> None:
-        """End the stream and forget it."""
-        if self.player is not None:
-            self.player.close()
-        if self.session is not None:
-            self.session.close()
-        self.player = self.session = None
-
-    def answer(self, question: str) -> Iterator[str]:
-        """The answer so far, again and again while it grows; at the end with what it took."""
-        if self.session is None or self.player is None or not self.player.readings:
-            yield "There is no frame to ask about yet: press Play first."
-            return
-        try:
-            pieces, said = self.session.stream_answer(question), ""
-            for piece in pieces:
-                said += piece
-                yield said
-        except ValueError as error:
-            yield str(error)
-            return
-        answer = pieces.answer
-        assert answer is not None
-        yield (
-            f"{answer.text}\n\n<sub>at {answer.time:.1f} s, from {len(answer.frames_used)} frames and "
-            f"{answer.visual_tokens} visual tokens, first word after {answer.first_token_seconds * 1000:.0f} ms</sub>"
-        )
-
-    def status(self) -> str:
-        """One line of Markdown about the stream."""
-        if self.player is None or self.session is None:
-            return "Nothing is playing."
-        stats = self.session.stats
-        state = "playing" if self.player.playing else "ended" if self.player.ended else "paused"
-        words = [
-            f"**{state}**",
-            f"{stats['last'] or 0:.1f} s",
-            f"{stats['frames']} frames",
-            f"{stats['tokens']} of at most {stats['max_tokens']} visual tokens in memory",
-            f"{stats['forgotten']} steps forgotten",
-        ]
-        if self.player.live.stats.dropped:
-            words.append(f"{self.player.live.stats.dropped} frames dropped")
-        return " · ".join(words) + (f"\n\n⚠ {self.player.error}" if self.player.error else "")
-
-    def table(self) -> Any:
-        """The latest readings as a data frame: `seconds` and the columns of `PLOTS`."""
-        import pandas as pd
-
-        readings = list(self.player.readings)[-WINDOW:] if self.player is not None else []
-        rows = [(r.seconds, r.tokens, 100 * r.saved, r.nbytes / 2**20, 1000 * r.latency) for r in readings]
-        return pd.DataFrame(rows, columns=["seconds", *PLOTS], dtype=float)
-
-
-def build_page(desk: Desk, strategies: list[str], source: str = SYNTHETIC, budget: float = 0.5) -> Any:
-    """The page as a `gradio.Blocks`, not launched yet.
+def build_page(
+    desks: Desks,
+    strategies: list[str],
+    source: str = SYNTHETIC,
+    budget: float = 0.5,
+    fps: float = 2.0,
+    allow_sources: bool = False,
+    examples: Sequence[str] = (),
+) -> Any:
+    """The page as a `gradio.Blocks`, not served yet.
 
     Args:
-        desk: what its buttons act on.
+        desks: what its buttons act on, one for every browser.
         strategies: names to choose from; the first is chosen.
-        source: what the source field holds at first.
+        source: what plays; what the source field holds at first, if there is one.
         budget: where the budget slider stands at first.
-
-    Raises:
-        ImportError: without gradio.
+        fps: frames per second at first.
+        allow_sources: whether visitors may name files, addresses and cameras of this machine, and upload files.
+        examples: questions to press.
     """
-    try:
-        import gradio as gr
-    except ImportError:
-        raise ImportError("The page needs gradio: pip install 'vtoken[stream]', or use --terminal.") from None
-
-    def play(source: str, strategy: str, budget: float, fps: float) -> None:
-        try:
-            desk.play(source, strategy, budget, fps)
-        except (ValueError, OSError, ImportError) as error:
-            raise gr.Error(str(error)) from None
-
-    def look() -> tuple[Any, ...]:
-        table = desk.table()
-        picture = desk.player.picture() if desk.player is not None else None
-        highest = (table[name].max() if len(table) else 0 for name in PLOTS)
-        return picture, desk.status(), *(gr.LinePlot(table, y_lim=[0, 1.1 * top or 1]) for top in highest)
-
-    def ask(question: str, chat: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-        if not question.strip():
-            yield question, chat
-            return
-        chat = [*chat, {"role": "user", "content": question}]
-        for said in desk.answer(question):
-            yield "", [*chat, {"role": "assistant", "content": said}]
-
-    with gr.Blocks(title="vtoken: questions to a live stream", analytics_enabled=False) as page:
-        gr.Markdown("## Questions to a live stream\n" + LEGEND)
+    buttons = Buttons(desks, strategies, source, allow_sources)
+    own: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
+    many = own | dict(concurrency_limit=desks.most)
+    delete = (600, 24 * 3600)  # seconds: look for files of an earlier day every ten minutes
+    with gr.Blocks(
+        title="vtoken: questions to a live stream", analytics_enabled=False, delete_cache=delete, fill_width=True
+    ) as page:
+        gr.HTML("<h3>Questions to a live stream</h3>")
+        with gr.Row():
+            start = gr.Button("Play", variant="primary", elem_id="play", min_width=80)
+            pause = gr.Button("Pause", elem_id="pause", min_width=80)
+            stop = gr.Button("Stop", elem_id="stop", min_width=80)
         with gr.Row():
             with gr.Column(scale=3):
-                frame = gr.Image(label="stream", interactive=False, buttons=[], height=500, elem_id="frame")
-                status = gr.Markdown(desk.status(), elem_id="status")
+                frame = gr.HTML(elem_id="frame")
+                status = gr.HTML(escape("Nothing is playing."), elem_id="status")
             with gr.Column(scale=2):
-                chat = gr.Chatbot(label="answers", height=420, buttons=["copy"], elem_id="chat")
+                chat = gr.HTML(elem_id="chat")
                 question = gr.Textbox(
-                    placeholder="Ask at any moment, then press Enter", show_label=False, elem_id="question"
+                    placeholder="Ask at any moment, then press Enter",
+                    show_label=False,
+                    elem_id="question",
+                    max_length=MAX_QUESTION,
                 )
                 send = gr.Button("Ask", variant="primary", elem_id="ask")
+                with gr.Row():
+                    pressed = [gr.Button(text, size="sm", min_width=120, elem_classes="example") for text in examples]
         with gr.Row():
             where = gr.Textbox(
-                source,
+                source if allow_sources else "",
                 label="source",
                 info="a file, an rtsp or http address, the number of a camera, or synthetic://SEED",
                 elem_id="source",
+                visible=allow_sources,
+                max_length=2000,
             )
             which = gr.Dropdown(strategies, value=strategies[0], label="strategy", elem_id="strategy")
             share = gr.Slider(0.05, 1.0, value=budget, step=0.05, label="budget")
-            rate = gr.Number(desk.fps, label="frames per second", minimum=0.1)
-            upload = gr.UploadButton("Open a file", file_types=["video"])
-        with gr.Row():
-            start = gr.Button("Play", variant="primary", elem_id="play")
-            pause = gr.Button("Pause", elem_id="pause")
-            stop = gr.Button("Stop and forget", elem_id="stop")
+            rate = gr.Slider(0.1, MAX_FPS, value=min(fps, MAX_FPS), step=0.1, label="frames per second")
+            if allow_sources:
+                upload = gr.UploadButton("Open a file", file_types=["video"])
+                upload.upload(buttons.upload, upload, where, **own)
         with gr.Row():
             plots = [
                 gr.LinePlot(x="seconds", y=name, title=title, height=200, min_width=220, elem_id=f"plot-{name}")
                 for name, title in PLOTS.items()
             ]
-        upload.upload(lambda path: str(path), upload, where)
-        start.click(play, [where, which, share, rate], None)
-        pause.click(desk.pause)
-        stop.click(desk.close)
-        gr.on([send.click, question.submit], ask, [question, chat], [question, chat])
-        gr.Timer(EVERY).tick(look, None, [frame, status, *plots], show_progress="hidden")
+        gr.HTML(f"<small>{escape(LEGEND)}</small>")
+        start.click(buttons.play, [where, which, share, rate], status, **many)
+        pause.click(buttons.pause, None, None, **many)
+        stop.click(buttons.stop, None, [frame, status, chat], **many)
+        gr.on([send.click, question.submit], buttons.ask, question, [question, chat], **many)
+        for button in pressed:
+            button.click(buttons.ask, button, [question, chat], **many)
+        gr.Timer(EVERY).tick(buttons.look, None, [frame, status, *plots], **many)
+        page.load(buttons.look, None, [frame, status, *plots], **many)
+        page.unload(buttons.leave)
+    page.queue(max_size=32 * desks.most, api_open=False, default_concurrency_limit=desks.most)
     return page
+
+
+class Buttons:
+    """What the page's events do, each for the desk of the browser that it comes from. All that they show is escaped."""
+
+    def __init__(self, desks: Desks, strategies: list[str], source: str, allow_sources: bool) -> None:
+        self.desks, self.strategies, self.source, self.allow_sources = desks, strategies, source, allow_sources
+
+    def play(self, source: str, strategy: str, budget: float, fps: float, request: gr.Request) -> str:
+        source = source.strip() if self.allow_sources else self.source
+        try:
+            if source == "-" and source != self.source:
+                raise ValueError("The standard input of the server is not the page's to read.")
+            if strategy not in self.strategies or not 0 < budget <= 1 or not 0 < fps <= MAX_FPS:
+                raise ValueError("That strategy, budget or frame rate is not on the page.")
+            desk = self.desks.open(request.session_hash)
+            desk.play(source, strategy, budget, fps)
+            return self._text(desk.status())
+        except (ValueError, OSError, ImportError) as error:
+            return self._text(str(error))
+
+    def pause(self, request: gr.Request) -> None:
+        desk = self.desks.of(request.session_hash)
+        if desk is not None:
+            desk.pause()
+
+    def stop(self, request: gr.Request) -> tuple[str, str, str]:
+        self.desks.leave(request.session_hash)
+        return "", self._text("Nothing is playing."), ""
+
+    def leave(self, request: gr.Request) -> None:
+        self.desks.leave(request.session_hash)
+
+    def upload(self, path: Any, request: gr.Request) -> str:
+        if not self.allow_sources:
+            return ""
+        desk = self.desks.open(request.session_hash)
+        if desk.upload is not None and desk.upload != Path(path):
+            desk.upload.unlink(missing_ok=True)
+        desk.upload = Path(path)
+        return str(path)
+
+    def ask(self, question: str, request: gr.Request) -> Iterator[tuple[str, str]]:
+        desk = self.desks.of(request.session_hash)
+        if not str(question).strip():
+            yield "", talk_html(desk.talk if desk is not None else ())
+            return
+        if desk is None:
+            yield "", talk_html([Said(question, NOTHING)])
+            return
+        for said in desk.answer(question):
+            yield "", talk_html(desk.talk or [said])
+
+    def look(self, request: gr.Request) -> tuple[Any, ...]:
+        desk = self.desks.of(request.session_hash)
+        if desk is None:
+            return gr.skip(), gr.skip(), *(gr.skip() for _ in PLOTS)
+        player, session = desk.player, desk.session
+        picture = player.picture() if player is not None else None
+        shown = "" if picture is None else picture_html(picture)
+        table = desk.table()
+        tops = {name: table[name].max() if len(table) else 0 for name in PLOTS}
+        if session is not None:
+            tops["memory"] = desk.bound(session.stats) or tops["memory"]
+        plots = (gr.LinePlot(table, y_lim=[0, 1.1 * float(top) or 1]) for top in tops.values())
+        return shown, self._text(desk.status()), *plots
+
+    def _text(self, text: str) -> str:
+        """Plain text as HTML; the source, which may hold a password, is the operator's to know."""
+        if not self.allow_sources:
+            text = text.replace(self.source, "the source") if len(self.source) > 1 else text
+        return escape(" ".join(text.split()))
+
+
+def talk_html(talk: Any) -> str:
+    """Questions and answers as HTML in which all text stands as it was said."""
+    lines = []
+    for said in list(talk):
+        lines.append(f'<div class="user message">{escape(said.question)}</div>')
+        answer = escape(said.answer)
+        for name, text in (("shown", said.truth), ("without pruning", said.unpruned)):
+            answer += "" if text is None else f'  <span class="facts">· {name}: {escape(text)}</span>'
+        lines.append(f'<div class="bot message">{answer}</div>')
+        if said.facts:
+            lines.append(f'<div class="facts">{escape(said.facts)}</div>')
+    return "".join(lines)
+
+
+def picture_html(picture: Any) -> str:
+    """A picture as part of the page: no file is written for it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return f'<img alt="the latest frame" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+__all__ = ["PLOTS", "Desk", "Desks", "build_page"]

@@ -1,22 +1,48 @@
-"""Frames as arrays."""
+"""Frames as arrays, times as numbers."""
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 import numpy as np
 
 from ..images import pixels
 
+MAX_PIXELS = 2**27
+MAX_RATIO = 200  # of the sides, that of Qwen's processors
 
-def picture_of(frame: Any) -> tuple[np.ndarray, float | None]:
-    """(h, w, 3) uint8 RGB of a frame in C order, upright, and its time if it knows it.
+
+def picture_of(frame: Any) -> tuple[np.ndarray, Any]:
+    """A copy of a frame as (h, w, 3) uint8 RGB in C order, upright, and its time if it knows it.
 
     Raises:
         TypeError: for what is no picture.
-        ValueError: for a PIL image that is damaged, too large or of unknown colours.
+        ValueError: for one with more than `MAX_PIXELS`, or narrower than a 200th of its length; for a PIL image that is
+            damaged or of unknown colours.
     """
-    return pixels(getattr(frame, "image", frame)), getattr(frame, "seconds", None)
+    array = pixels(getattr(frame, "image", frame))
+    high, wide = array.shape[:2]
+    if high * wide > MAX_PIXELS or max(high, wide) > MAX_RATIO * min(high, wide):
+        raise ValueError(
+            f"A frame has 1 to {MAX_PIXELS} pixels and sides that differ by a factor of {MAX_RATIO} at most, found {wide} x "
+            f"{high}."
+        )
+    return np.array(array, order="C"), getattr(frame, "seconds", None)
+
+
+def time_of(t: Any) -> float:
+    """A time in seconds. Raises TypeError for what is no number, ValueError for nan and infinity."""
+    if isinstance(t, bool | np.bool_) or not isinstance(t, numbers.Real | np.number | torch.Tensor | np.ndarray):
+        raise TypeError(f"A time is a number of seconds, found {type(t).__name__}.")
+    try:
+        seconds = float(t)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise TypeError(f"A time is one number of seconds, found {t!r}.") from None
+    if not math.isfinite(seconds):
+        raise ValueError(f"A time is a finite number of seconds, found {seconds}.")
+    return seconds
 
 
 def resized_to(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

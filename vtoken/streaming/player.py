@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -17,6 +17,9 @@ from ..streams import TowerUse
 from ..visualize import draw_cells
 from .memory import Step
 from .session import StreamSession
+
+if TYPE_CHECKING:
+    from ..tiny.clips import Stream
 
 COMPUTED = (255, 70, 70)
 SIDE = 480  # px of the longer side of a drawn frame
@@ -31,7 +34,8 @@ class Reading:
         tokens: visual tokens that were kept.
         rows: visual tokens that the unpruned model would read.
         saved: share of the tower's FLOPs that were not spent, 0 where nothing is reused.
-        nbytes: bytes of the session's memory behind this step.
+        nbytes: bytes of the session's memory after this step.
+        held: visual tokens in it.
         latency: seconds that the session took for it.
     """
 
@@ -40,6 +44,7 @@ class Reading:
     rows: int
     saved: float
     nbytes: int
+    held: int
     latency: float
 
 
@@ -52,17 +57,25 @@ class Player:
         fps: frames per second to take.
         speed: how many times faster than life a recording plays.
         history: readings that are kept.
+        frames: frames that are kept as they came, for `frames_at`.
 
     Raises:
         VideoError: if the source does not exist.
     """
 
     def __init__(
-        self, session: StreamSession, source: Any, fps: float = 2.0, speed: float = 1.0, history: int = 240
+        self,
+        session: StreamSession,
+        source: Any,
+        fps: float = 2.0,
+        speed: float = 1.0,
+        history: int = 240,
+        frames: int = 0,
     ) -> None:
         from ..video import LiveReader
 
-        self.session = session
+        self.session, self.source, self.fps = session, source, fps
+        self._frames: deque[Any] = deque(maxlen=frames)
         self.readings: deque[Reading] = deque(maxlen=history)
         self.error: str | None = None
         self._latest: tuple[np.ndarray, Step, TowerUse | None] | None = None
@@ -80,6 +93,7 @@ class Player:
                     return
                 began = time.perf_counter()
                 step = self.session.push(frame)
+                self._frames.append(frame)
                 if step is not None:
                     self._note(frame.image, step, time.perf_counter() - began)
         except Exception as error:  # the thread's user reads it
@@ -89,8 +103,9 @@ class Player:
         use = self.session.state.last
         saved = 1 - use.flops / use.flops_dense if use is not None and use.flops_dense else 0.0
         self._latest = image, step, use
+        stats = self.session.stats
         self.readings.append(
-            Reading(step.seconds[-1], len(step.kept), step.rows, saved, self.session.stats["bytes"], latency)
+            Reading(step.seconds[-1], len(step.kept), step.rows, saved, stats["bytes"], stats["tokens"], latency)
         )
 
     @property
@@ -121,6 +136,21 @@ class Player:
     def picture(self) -> Image.Image | None:
         """The latest frame with what was kept and what was computed drawn on it, None before the first."""
         return None if self._latest is None else draw_step(*self._latest)
+
+    def frames_at(self, seconds: Sequence[float]) -> list[Any] | None:
+        """The frames at these times of the stream, None if one of them is not kept."""
+        kept = {float(frame.seconds): frame for frame in list(self._frames)}
+        return [kept[t] for t in seconds] if all(t in kept for t in seconds) else None
+
+    def labels(self, since: float, now: float) -> tuple[Stream, float, float] | None:
+        """The labelled stream that shows what lies between two times, and its own times for them; None if none does."""
+        if not str(self.source).startswith("synthetic://"):
+            return None
+        from ..video.synthetic import from_address
+
+        reader = from_address(str(self.source))
+        (first, a), (last, b) = (reader.labels(int(t * reader.fps + 1e-6)) for t in (since, now))
+        return (last, a / last.fps, b / last.fps) if first is last else None
 
     def close(self) -> None:
         """Stop reading and wait for the thread."""

@@ -75,7 +75,7 @@ class Prompts:
         Positions are those of the whole prompt; `renumber` closes their gaps where they count tokens. In multimodal rope
         without time stamps in the text, a gap between steps counts as the frames that would fill it, `GAP` at most.
         """
-        self._check(question)
+        self.check(question)
         fps = self.fps or _usual_fps(steps)
         places = self._times(steps, fps)
         times = [t for s in steps for t in (*s.seconds, *[s.seconds[-1]] * (self.frames.unit - len(s.seconds)))]
@@ -106,7 +106,7 @@ class Prompts:
 
         Raises ValueError where the processor writes text between frames.
         """
-        self._check(question)
+        self.check(question)
         full = self.frames.replay(self.text(question, 2), 2, [], 1.0)
         ids, places = full["input_ids"][0], self.frames.placeholders(full).nonzero()[:, 0]
         first, last = int(places[0]), int(places[-1])
@@ -123,7 +123,10 @@ class Prompts:
             tokenizer = getattr(self.frames.processor, "tokenizer", self.frames.processor)
             return tokenizer(question, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
 
-    def _check(self, question: str) -> None:
+    def check(self, question: Any) -> None:
+        """Raises TypeError for what is no text; ValueError for an empty question, or one with a placeholder of frames."""
+        if not isinstance(question, str):
+            raise TypeError(f"A question is a text, found {type(question).__name__}.")
         if not question.strip():
             raise ValueError("The question is empty: ask something.")
         if self.frames.token in question:

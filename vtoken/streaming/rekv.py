@@ -5,10 +5,11 @@ ReKV, "Streaming Video Question-Answering with In-context Video KV-Cache Retriev
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,34 @@ class Block:
     @property
     def seconds(self) -> tuple[float, ...]:
         return self.step.seconds
+
+
+@dataclass(eq=False)
+class Context:
+    """What the LLM has read so far and still attends to.
+
+    Attributes:
+        window, sinks: per layer keys and values (1, kv_heads, n, head_dim), keys before their rotation.
+        prefix: (n,) int64, the prompt's beginning, None before the first frame.
+        seen: tokens read.
+    """
+
+    window: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    sinks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    prefix: Tensor | None = None
+    seen: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for pair in (*self.sinks, *self.window) for t in pair)
+
+
+@dataclass(eq=False)
+class Prepared:
+    """A block that the memory may take, and what the LLM attends to after it."""
+
+    block: Block
+    context: Context
 
 
 class ReKVMemory:
@@ -99,14 +128,12 @@ class ReKVMemory:
 
     def reset(self) -> None:
         self.blocks: list[Block] = []
-        self.sinks: list[tuple[Tensor, Tensor]] = []  # per layer keys and values (1, kv_heads, n_init, head_dim)
-        self.window: list[tuple[Tensor, Tensor]] = []
-        self.prefix: Tensor | None = None
-        self.seen = self.forgotten = self._block_bytes = 0
+        self.context = Context()
+        self.forgotten = self._block_bytes = 0
 
     @property
     def nbytes(self) -> int:
-        return self._block_bytes + sum(t.nbytes for pair in (*self.sinks, *self.window) for t in pair)
+        return self._block_bytes + self.context.nbytes
 
     @property
     def max_tokens(self) -> int | None:
@@ -120,8 +147,13 @@ class ReKVMemory:
 
     # -- frames -------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def prepare(self, step: Step) -> Block:
-        """Let the LLM read the next step. Raises ValueError if it is longer than the window, or than the step before."""
+    def prepare(self, step: Step) -> Prepared:
+        """Let the LLM read the next step, and write what it made of it to the disk. The memory stays as it is.
+
+        Raises:
+            ValueError: if the step is longer than the window, or than the step before.
+            OSError: if it cannot be written; no file is left.
+        """
         tokens = len(step.kept)
         if tokens > self.n_local:
             raise ValueError(f"A step of {tokens} tokens is longer than the window of {self.n_local}: raise n_local.")
@@ -130,65 +162,67 @@ class ReKVMemory:
                 f"memory='rekv' needs blocks of one length, found {tokens} tokens after {len(self.blocks[-1].step.kept)}: use "
                 "a strategy that keeps as much of every frame."
             )
-        if self.prefix is None:
-            self.prefix = self.prompts.around("?")[0]
-            self._read(self.layers.embed(self.prefix))
-            self.sinks = [(k.clone(), v.clone()) for k, v in self.window]
-        made = self._read(step.features[None].to(self.layers.device))
+        context = self.context
+        if context.prefix is None:
+            prefix = self.prompts.around("?")[0]
+            context = self._read(self.layers.embed(prefix), context)[1]
+            context = replace(context, prefix=prefix, sinks=[(k.clone(), v.clone()) for k, v in context.window])
+        made, context = self._read(step.features[None].to(self.layers.device), context)
         kv = torch.stack([torch.stack([k[0], v[0]]) for k, v in made]).cpu()
         mean = torch.stack([k[0].float().mean(1) for k, _ in made])
-        block = Block(replace(step, features=step.features[:0].clone(), deepstack=None), kv, mean, step.change)
         if self.disk is not None:
-            block.kv = _to_file(block, self.disk)
-        return block
+            kv = _to_file(kv, self.disk)
+        bare = replace(step, features=step.features[:0].clone(), deepstack=None)
+        return Prepared(Block(bare, kv, mean, step.change), context)
 
-    def add(self, block: Block) -> None:
-        """Remember a block that was prepared. Raises ValueError if it alone does not fit."""
-        blocks = [*self.blocks, block]
-        self._block_bytes += block.nbytes
-        while self.nbytes > self.max_bytes:
+    def add(self, prepared: Prepared) -> None:
+        """Remember a block that was prepared. Raises ValueError if it alone does not fit, and remembers nothing then."""
+        blocks = [*self.blocks, prepared.block]
+        held, forgotten = self._block_bytes + prepared.block.nbytes, self.forgotten
+        while prepared.context.nbytes + held > self.max_bytes:
             if len(blocks) == 1:
-                needed, self._block_bytes = self.nbytes, 0
                 raise ValueError(
-                    f"The window, the sinks and one block take {needed} bytes and max_bytes is {self.max_bytes}: raise "
-                    "max_bytes or lower n_local."
+                    f"The window, the sinks and one block take {prepared.context.nbytes + held} bytes and max_bytes is "
+                    f"{self.max_bytes}: raise max_bytes or lower n_local."
                 )
             place = thinnest([b.change for b in blocks], 0, len(blocks) - 1)
             gone = blocks.pop(place)
             blocks[place] = replace(blocks[place], change=blocks[place].change + gone.change)
-            self._block_bytes -= gone.nbytes
-            self.forgotten += 1
-        self.blocks = blocks
+            held -= gone.nbytes
+            forgotten += 1
+        self.blocks, self.context = blocks, prepared.context
+        self._block_bytes, self.forgotten = held, forgotten
 
-    def _read(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Prefill one piece; returns its keys and values per layer and moves the window."""
+    def _read(self, hidden: Tensor, context: Context) -> tuple[list[tuple[Tensor, Tensor]], Context]:
+        """Prefill one piece after a context; returns its keys and values per layer, and the context after it."""
         made: list[tuple[Tensor, Tensor]] = []
-        piece, past = hidden.shape[1], self.window[0][0].shape[2] if self.window else 0
+        window, sinks, seen = context.window, context.sinks, context.seen
+        piece, past = hidden.shape[1], window[0][0].shape[2] if window else 0
         total = past + piece
         position = torch.arange(total, device=hidden.device)
         distance = position[past:, None] - position[None]
         local = (distance >= 0) & (distance < self.n_local)
         tables = self.layers.tables(hidden, position)
         far = None
-        if self.sinks and self.seen + piece > self.n_local:
+        if sinks and seen + piece > self.n_local:
             ends = torch.tensor([0, self.n_local - 1], device=hidden.device)
             at = [tuple(t[:, i : i + 1] for t in self.layers.tables(hidden, ends)) for i in (0, 1)]
-            n_init = self.sinks[0][0].shape[2]
+            n_init = sinks[0][0].shape[2]
             first = torch.arange(n_init, device=hidden.device)
-            away = self.seen + torch.arange(piece, device=hidden.device)[:, None] - first[None] >= self.n_local
+            away = seen + torch.arange(piece, device=hidden.device)[:, None] - first[None] >= self.n_local
             far = at[0], at[1], torch.cat([away, local], 1)
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             made.append((k, v))
-            if self.window:
-                k, v = (torch.cat([old, new], 2) for old, new in zip(self.window[i], (k, v), strict=True))
+            if window:
+                k, v = (torch.cat([old, new], 2) for old, new in zip(window[i], (k, v), strict=True))
             near_q = rotate(q, *(t[:, past:] for t in tables))
             near_k = rotate(k, *tables)
             if far is None:
                 return self.layers.sdpa(i, near_q, near_k, v, local)
             # a sink sees another rotation of the query: both side by side, each against zeros in the other's keys
             at_zero, ceiling, mask = far
-            sink_k, sink_v = self.sinks[i]
+            sink_k, sink_v = sinks[i]
             sink_k = rotate(sink_k, *at_zero)
             both_q = torch.cat([near_q, rotate(q, *ceiling)], -1)
             zero = torch.zeros_like
@@ -196,13 +230,12 @@ class ReKVMemory:
             return self.layers.sdpa(i, both_q, both_k, torch.cat([sink_v, v], 2), mask)
 
         self.layers.run(hidden, attend)
-        before = self.window or [(k[:, :, :0], v[:, :, :0]) for k, v in made]
-        self.window = [
-            tuple(torch.cat([old, new], 2)[:, :, -self.n_local :].clone() for old, new in zip(a, b, strict=True))  # type: ignore[misc]
+        before = window or [(k[:, :, :0], v[:, :, :0]) for k, v in made]
+        moved: Any = [
+            tuple(torch.cat([old, new], 2)[:, :, -self.n_local :].clone() for old, new in zip(a, b, strict=True))
             for a, b in zip(before, made, strict=True)
         ]
-        self.seen += piece
-        return made
+        return made, replace(context, window=moved, seen=seen + piece)
 
     # -- questions ----------------------------------------------------------------------------------------------
     def view(self, t: float | None = None) -> list[Block]:
@@ -239,7 +272,7 @@ class ReKVMemory:
         from transformers import DynamicCache
 
         prefix, suffix, tail = self.prompts.around(question)
-        if self.prefix is None or not torch.equal(prefix, self.prefix):
+        if self.context.prefix is None or not torch.equal(prefix, self.context.prefix):
             raise ValueError(
                 "memory='rekv' reads frames before it knows the question: use a prompt with {frames} first."
             )
@@ -252,7 +285,7 @@ class ReKVMemory:
             taken = self.select(q[0].float().mean(1), torch.stack([b.mean[i] for b in blocks])).tolist()
             used.update(taken)
             own = torch.cat([blocks[b].kv[i] for b in taken], 2).to(q.device)
-            context_k, context_v = (torch.cat([s, x[None]], 2) for s, x in zip(self.sinks[i], own, strict=True))
+            context_k, context_v = (torch.cat([s, x[None]], 2) for s, x in zip(self.context.sinks[i], own, strict=True))
             visual = own.shape[2]
             n, m = context_k.shape[2], k.shape[2]
             cos, sin = self.layers.tables(q, torch.arange(n + m))
@@ -282,12 +315,21 @@ class ReKVMemory:
         return PromptInputs(arguments, seen, times)
 
 
-def _to_file(block: Block, folder: str | os.PathLike[str]) -> Tensor:
-    """The block's keys and values, mapped from a file that goes with the block."""
-    kv = block.kv.contiguous()
-    handle, path = tempfile.mkstemp(suffix=".kv", dir=folder)
-    with os.fdopen(handle, "wb") as file:
-        file.write(kv.view(-1).view(torch.uint8).numpy().data)
-    mapped = torch.from_file(path, shared=False, size=kv.numel(), dtype=kv.dtype).view(kv.shape)
-    Path(path).unlink()  # POSIX keeps what is mapped until nobody maps it, so that nothing is left behind
-    return mapped
+def _to_file(kv: Tensor, folder: str | os.PathLike[str]) -> Tensor:
+    """Keys and values mapped from a file without a name, which goes when nobody maps it."""
+    kv = kv.contiguous()
+    try:
+        handle, path = tempfile.mkstemp(suffix=".kv", dir=folder)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(kv.view(-1).view(torch.uint8).numpy().data)
+            return torch.from_file(path, shared=False, size=kv.numel(), dtype=kv.dtype).view(kv.shape)
+        finally:
+            Path(path).unlink()  # POSIX keeps what is mapped
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"{kv.nbytes} bytes of a frame could not be written ({why}): free some space, or pass another `disk`",
+            str(folder),
+        ) from error

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,11 @@ from ..adapters.registry import adapter_for
 from ..patching import disabled, patch_of
 from ..streams import StreamState, stream
 from .answers import Answer, AnswerStream, Asked, generate_answer
+from .calls import Calls
 from .choice import SharedPatch, make_memory
 from .frames import Frames
 from .memory import Step
-from .pictures import picture_of, resized_to
+from .pictures import picture_of, resized_to, time_of
 from .prompts import Prompts
 from .rekv import ReKVMemory
 
@@ -32,7 +32,8 @@ class StreamSession:
     filled from the memory. While nothing has been pruned or forgotten, the answer is what `model.generate` gives for the same
     frames. The stream may go on forever: memory, prompt length and work per frame stay constant.
 
-    `push` may be called by one thread while others ask. An answer has seen frames up to its time only.
+    `push` may be called by one thread while others ask; `reset` waits for questions to be taken, `close` for answers to end. An
+    answer has seen frames up to its time only.
 
     Args:
         model: a transformers model that reads videos, or several images; patched or not.
@@ -99,6 +100,7 @@ class StreamSession:
         self._size: tuple[int, int] | None = None
         self._pushed = self._asked = 0
         self.state = StreamState()
+        self._answering, self._taking = Calls(), Calls()  # locks are taken in this order
         self._encoding, self._remembering = threading.Lock(), threading.Lock()
         self._shared = SharedPatch(self.adapter, strategy, budget, options)
         self._patch = self._shared.patch
@@ -123,35 +125,47 @@ class StreamSession:
             What was remembered of it: the kept tokens and their cells; None while the tower waits for a second frame.
 
         Raises:
-            TypeError: for what is no picture.
-            ValueError: for a time that is not later than the frame before, or a frame larger than the memory.
+            TypeError: for what is no picture, or a time that is no number.
+            ValueError: for a frame that is empty or too large, a time that is not later than the frame before, or a frame
+                larger than the memory.
             RuntimeError: if the session is closed.
+
+        A call that raises leaves the session as it was.
         """
         image, seconds = picture_of(frame)
-        t = seconds if t is None else float(t)
+        t = seconds if t is None else t
+        t = None if t is None else time_of(t)
         with self._encoding:
             self._check_open()
             if t is None:
                 t = 0.0 if self._last is None else self._last + 1 / (self.prompts.fps or 1.0)
-            if (self._last is not None and t <= self._last) or not np.isfinite(t):
+            if self._last is not None and t <= self._last:
                 raise ValueError(f"Frames come in the order of their times: found {t} s after {self._last} s.")
-            self._size = self._size or image.shape[:2]
-            waiting = [*self._waiting, (resized_to(image, self._size), t)]
-            step = ready = None
+            return self._push(image, t)
+
+    def _push(self, image: np.ndarray, t: float) -> Step | None:
+        """Encode a frame and remember it, or leave the session as it was."""
+        step = ready = None
+        state, size = self.state.fork(), self._size or image.shape[:2]
+        waiting = [*self._waiting, (resized_to(image, size), t)]
+        with self.frames.unless_it_fails():
+            if self._size is None:
+                self.frames.check(image)
             if len(waiting) == self.frames.unit:
-                step, waiting = self._encode(waiting), []
+                step, waiting = self._encode(waiting, state), []
                 ready = self.memory.prepare(step)
             with self._remembering:
                 if ready is not None:
                     self.memory.add(ready)  # type: ignore[arg-type]
-                self._waiting, self._last = waiting, t
+                self.state.adopt(state)
+                self._waiting, self._last, self._size = waiting, t, size
                 self._pushed += 1
-            return step
+        return step
 
-    def _encode(self, frames: list[tuple[np.ndarray, float]], remember: bool = True) -> Step:
-        """One step; without `remember` the stream goes on as if it had not been looked at."""
+    def _encode(self, frames: list[tuple[np.ndarray, float]], state: StreamState, remember: bool = True) -> Step:
+        """One step, with `state` going on; `remember` as in `Frames.encode`."""
         images, seconds = zip(*frames, strict=True)
-        with stream(self.model, self.state if remember else copy.deepcopy(self.state)):
+        with stream(self.model, state):
             return self.frames.encode(images, seconds, self._patch, remember)
 
     def _check_open(self) -> None:
@@ -161,13 +175,16 @@ class StreamSession:
             raise RuntimeError("The model was patched or unpatched while a session used it: make a new session.")
 
     def reset(self) -> None:
-        """Forget the stream; the next frame is the first of another."""
-        with self._encoding, self._remembering:
-            self.memory.reset()
-            self.frames.reset()
-            self.state.reset()
-            self._waiting, self._last, self._size = [], None, None
-            self._pushed = self._asked = 0
+        """Forget the stream; the next frame is the first of another. Answers that are being given are of the old one."""
+        with self._taking.alone("be reset"), self._encoding, self._remembering:
+            self._forget()
+
+    def _forget(self) -> None:
+        self.memory.reset()
+        self.frames.reset()
+        self.state.reset()
+        self._waiting, self._last, self._size = [], None, None
+        self._pushed = self._asked = 0
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -183,6 +200,7 @@ class StreamSession:
                 "forgotten": self.memory.forgotten,
                 "tokens": self.memory.visual_tokens,
                 "max_tokens": self.memory.max_tokens,
+                "max_steps": getattr(self.memory, "max_steps", None),
                 "bytes": self.memory.nbytes,
                 "max_bytes": self.memory.max_bytes,
                 "state_bytes": self.state.nbytes,
@@ -201,38 +219,67 @@ class StreamSession:
             generate: further arguments of `model.generate`, such as `max_new_tokens`.
 
         Raises:
-            ValueError: if the memory holds no frame up to `t`.
+            TypeError: if the question is no text, or `t` no number.
+            ValueError: for an empty question; if the memory holds no frame up to `t`.
+            RuntimeError: if the session is closed.
         """
-        return self._answer(self._take(text, t), generate)
+        with self._answering.one():
+            return self._answer(self._take(text, t), generate)
 
     def stream_answer(self, text: str, t: float | None = None, **generate: Any) -> AnswerStream:
         """As `ask`, an iterator of pieces of the answer's text; the question is taken at once, whenever they are read."""
-        asked = self._take(text, t)
-        return AnswerStream(self.tokenizer, lambda **more: self._answer(asked, generate, **more))
+        self._answering.enter()
+        try:
+            asked = self._take(text, t)
+
+            def answer(**more: Any) -> Answer:
+                try:
+                    with self._answering.within():
+                        return self._answer(asked, generate, **more)
+                finally:
+                    self._answering.leave()
+
+            return AnswerStream(self.tokenizer, answer)
+        except BaseException:
+            self._answering.leave()
+            raise
 
     def _take(self, text: str, t: float | None) -> Asked:
         """All that an answer needs, from one moment of the stream."""
         began = time.perf_counter()
-        self._check_open()
-        with ExitStack() as stack:
-            if self._waiting:  # a frame without its second one is encoded for this answer only
-                stack.enter_context(self._encoding)
+        self.prompts.check(text)
+        t = None if t is None else time_of(t)
+        with self._taking.one():
+            self._check_open()
+            steps, last = self._view(t)
+            if last is None:
+                raise ValueError("There is no frame to ask about yet: push one first.")
+            if not steps:
+                raise ValueError(f"The memory holds no frame up to {t} s: ask about a later time.")
+            if isinstance(self.memory, ReKVMemory):
+                prompt = self.memory.inputs(text, steps)
+            else:
+                prompt = self.prompts.inputs(text, steps, self._shared.renumbers)
+            with self._remembering:
+                self._asked += 1
+        return Asked(began, prompt, last if t is None else t)
+
+    def _view(self, t: float | None, alone: bool = False) -> tuple[list[Any], float | None]:
+        """Steps of the memory up to a time, and the time of the latest frame.
+
+        A frame without its second one is encoded for this answer only: `alone`, without a frame that is pushed meanwhile.
+        """
+        with self._encoding if alone else nullcontext():
             with self._remembering:
                 steps: list[Any] = list(self.memory.view(t))
                 waiting, last = self._waiting, self._last
-                self._asked += 1
             waiting = [w for w in waiting if t is None or w[1] <= t]
-            if waiting:
-                steps = [*steps, self._encode(waiting, remember=False)]
-        if last is None:
-            raise ValueError("There is no frame to ask about yet: push one first.")
-        if not steps:
-            raise ValueError(f"The memory holds no frame up to {t} s: ask about a later time.")
-        if isinstance(self.memory, ReKVMemory):
-            prompt = self.memory.inputs(text, steps)
-        else:
-            prompt = self.prompts.inputs(text, steps, self._shared.renumbers)
-        return Asked(began, prompt, last if t is None else float(t))
+            if not waiting:
+                return steps, last
+            if alone:
+                with self.frames.unless_it_fails():
+                    return [*steps, self._encode(waiting, self.state.fork(), remember=False)], last
+        return self._view(t, alone=True)
 
     def _answer(self, asked: Asked, options: dict[str, Any], **more: Any) -> Answer:
         options = {"max_new_tokens": self.max_new_tokens} | options
@@ -243,10 +290,16 @@ class StreamSession:
 
     # -- the end ------------------------------------------------------------------------------------------------
     def close(self) -> None:
-        """Forget the stream and take off the patch that the session put on the model, if no other session uses it."""
-        if not self.closed:
-            self.reset()
-            self.closed = True
+        """Forget the stream and take off the patch that the session put on the model, if no other session uses it.
+
+        Answers that are being given in other threads are waited for. Raises RuntimeError from within one of them.
+        """
+        with self._answering.alone("be closed"), self._taking.alone("be closed"), self._encoding:
+            if self.closed:
+                return
+            with self._remembering:
+                self.closed = True
+                self._forget()
             self._shared.release()
 
     def __enter__(self) -> StreamSession:

@@ -277,15 +277,33 @@ class Stream:
         shown = [o for m in moments if index < m.stop for o in m.objects]
         return StreamFrame(self._camera.frame(index, shown), index / self.fps, index, moments)
 
-    def questions_at(self, seconds: float, seen_before: float | None = None) -> list[Question]:
+    def questions_at(
+        self, seconds: float, seen_before: float | None = None, since: float | None = None
+    ) -> list[Question]:
         """What can be asked at a time, with exactly one right answer given the frames up to then and no later one.
 
-        ``seen_before`` as in `questions`: facts that were shown only early.
+        ``seen_before`` as in `questions`: facts that were shown only early. ``since``: given the frames from this time on, for
+        those who have forgotten the earlier ones.
         """
         now = int(seconds * self.fps + 1e-6)
         rng = np.random.Generator(np.random.PCG64([self.seed, SPLITS.index(self.split), 7, max(now, 0)]))
-        asked = _ask(self.moments(now), now, rng, None)
+        first = 0 if since is None else int(since * self.fps + 1e-6)
+        asked = _ask([m for m in self.moments(now) if m.stop > first], now, rng, None)
         return [question for question, until in asked if seen_before is None or until / self.fps <= seen_before]
+
+    def answer_to(self, question: str, seconds: float, since: float | None = None) -> str | None:
+        """The right answer to a question in the first wording at a time, as `questions_at` counts it; None if there is none."""
+        for known in self.questions_at(seconds, since=since):
+            if known.text == question:
+                return known.answer
+        before, after = FORMS["was"][0].split("{name}")
+        name = question.removeprefix(before).removesuffix(after)
+        kinds = {*DIGITS, *SHAPES, *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)}
+        if name not in kinds or question != FORMS["was"][0].format(name=name):
+            return None
+        first = 0 if since is None else int(since * self.fps + 1e-6)
+        seen = [m for m in self.moments(int(seconds * self.fps + 1e-6)) if m.stop > first]
+        return "yes" if any(name in (m.digit, m.shape, f"{m.colour} {m.shape}") for m in seen) else "no"
 
 
 def stream(seed: int, split: str = "test", fps: float = 2.0, hold: int = 2) -> Stream:

@@ -1,0 +1,346 @@
+"""The page on a real socket: who may ask for what, who sees which stream, and what stays behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from tests.streaming.serving import SOURCE, Visitor, served
+from vtoken.cli import cli
+from vtoken.streaming import page as page_module
+from vtoken.streaming.desks import Desk, Desks, Said
+from vtoken.streaming.guard import LOOPBACK, MAX_BODY, Guard
+from vtoken.streaming.page import talk_html
+from vtoken.streaming.serving import listen, private_folder
+
+ROOM = 300_000
+
+
+@pytest.fixture(scope="module")
+def closed():
+    """A page as it is by default."""
+    with served() as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def open_to_sources():
+    with served(room=ROOM, most=3) as service:
+        yield service
+
+
+def until(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
+
+
+# -- whose stream -----------------------------------------------------------------------------------------------
+def test_every_browser_has_its_own_stream(closed):
+    a, b = Visitor(closed), Visitor(closed)
+    with a.here(), b.here():
+        assert "playing" in a.play() or "ended" in a.play()
+        closed.desks.of(a.session).player.wait_until(99)
+        shown, status, *_ = a.look()
+        assert "data:image/jpeg" in shown and "9 frames" in status
+        assert closed.desks.of(b.session) is None
+        assert not any("image" in str(part) for part in b.look())  # b sees nothing of a's
+        asked = b.press("ask", "what is here ?")
+        assert "press Play first" in asked[1]
+        b.press("pause")
+        b.press("stop")
+        assert closed.desks.of(a.session).session.stats["frames"] == 9  # and ends nothing
+        talk = a.press("ask", "what is here ?")[1]
+        assert "9 frames" in talk and "what is here ?" in talk
+        b.play()
+        assert "what is here" not in b.press("ask", "")[1]
+    until(lambda: len(closed.desks) == 0)
+
+
+def test_places_are_bounded_and_freed_when_a_browser_leaves(closed):
+    visitors = [Visitor(closed) for _ in range(3)]
+    with visitors[1].here():
+        with visitors[0].here():
+            assert "frames" in visitors[0].play() and "frames" in visitors[1].play()
+            assert "All 2 places are taken" in visitors[2].play() and len(closed.desks) == 2
+        until(lambda: closed.desks.of(visitors[0].session) is None)
+        assert "frames" in visitors[2].play()
+        visitors[2].press("stop")
+    until(lambda: len(closed.desks) == 0)
+
+
+def test_a_browser_that_went_without_a_word_is_freed():
+    made: list[Desk] = []
+
+    def make() -> Desk:
+        made.append(Desk(lambda *_: None))
+        return made[-1]
+
+    desks = Desks(make, most=1, idle=0.1)
+    desks.open("a")
+    until(lambda: len(desks) == 0)
+    desks.open("b")
+    with pytest.raises(ValueError, match="needs its session"):
+        desks.open(None)
+    desks.close()
+    with pytest.raises(ValueError, match="places are taken"):
+        desks.open("c")
+
+
+# -- sources ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("source", ["/etc/passwd", "http://127.0.0.1:9/", "-", "0", "synthetic://7", "concat:/etc/passwd"])
+def test_a_visitor_names_no_source(closed, source, monkeypatch):
+    opened = []
+    monkeypatch.setattr(Desk, "play", lambda self, source, *rest: opened.append(source))
+    visitor = Visitor(closed)
+    visitor.play(source)
+    visitor.press("stop")
+    assert opened == [SOURCE]
+
+
+def test_what_is_not_on_the_page_is_refused(closed):
+    visitor = Visitor(closed)
+    for strategy, budget, fps in (("fastv", 0.5, 2.0), ("none", 7.0, 2.0), ("none", 0.5, 1e9), ("none", 0.5, 0.0)):
+        said = str(visitor.press("play", "", strategy, budget, fps))
+        assert "playing" not in said and len(closed.desks) == 0
+    assert len(visitor.http.get("config").text) and SOURCE not in visitor.opened.text
+
+
+def test_a_page_that_takes_sources_still_keeps_its_input(open_to_sources):
+    visitor = Visitor(open_to_sources)
+    assert "standard input" in visitor.play("-") and "no such file" in visitor.play("nowhere.mp4")
+    assert "frames" in visitor.play("synthetic://1?frames=3")
+    visitor.press("stop")
+
+
+def test_the_source_is_not_told(monkeypatch):
+    secret = "rtsp://me:secret@camera/1"
+    buttons = page_module.Buttons(Desks(lambda: None), ["none"], secret, False)
+    assert "secret" not in buttons._text(f"cannot open {secret}: gone")
+    buttons.desks.close()
+
+
+# -- requests ---------------------------------------------------------------------------------------------------
+def test_routes_that_the_page_does_not_need_are_closed(closed):
+    http = Visitor(closed).http
+    for path in (
+        "gradio_api/file=/etc/passwd",
+        f"gradio_api/file={Path(__file__)}",
+        "gradio_api/file=http://127.0.0.1:9/",
+        "gradio_api/file/etc/passwd",
+        "file=/etc/passwd",
+        "gradio_api/proxy=https://example.org",
+        "gradio_api/info",
+        "gradio_api/openapi.json",
+        "openapi.json",
+        "docs",
+        "redoc",
+        "monitoring",
+        "gradio_api/runs",
+        "gradio_api/deep_link",
+        "gradio_api/upload_progress",
+        "static/../../etc/passwd",
+        "static/%2e%2e/%2e%2e/etc/passwd",
+        "assets/..%2f..%2fetc/passwd",
+    ):
+        assert http.get(path).status_code == 404, path
+    for path in ("gradio_api/upload", "gradio_api/run/play", "gradio_api/api/play", "gradio_api/call/play", "login",
+                 "gradio_api/process_recording", "gradio_api/vibe-edit", "gradio_api/component_server"):  # fmt: skip
+        assert http.post(path, json={"data": []}).status_code == 404, path
+    assert http.request("DELETE", "").status_code == http.options("").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "evil.example"}, 421),
+        ({"host": "evil.example:{port}"}, 421),
+        ({"host": "192.168.1.5:{port}"}, 421),
+        ({"host": "127.0.0.1.evil.example"}, 421),
+        ({"host": "[oops"}, 421),
+        ({"host": ""}, 421),
+        ({"host": "localhost:{port}"}, 200),
+        ({"host": "LOCALHOST"}, 200),
+        ({"host": "[::1]:{port}"}, 200),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://127.0.0.1:1"}, 403),
+        ({"origin": "http://localhost:{port}"}, 403),
+        ({"origin": "http://127.0.0.1:{port}"}, 200),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-site"}, 403),
+        ({"sec-fetch-site": "same-origin"}, 200),
+        ({}, 200),
+    ],
+)
+def test_other_names_and_other_sites_are_refused(closed, headers, status):
+    port = closed.url.rpartition(":")[2].strip("/")
+    headers = {name: value.format(port=port) for name, value in headers.items()}
+    visitor = Visitor(closed)
+    got = visitor.http.get("config", headers=headers)
+    assert got.status_code == status
+    body = {"fn_index": visitor.events["play"], "data": ["", "none", 0.5, 2.0], "session_hash": "foreign"}
+    got = visitor.http.post("gradio_api/queue/join", json=body | {"fn_index": visitor.events["pause"]}, headers=headers)
+    assert got.status_code == status and closed.desks.of("foreign") is None
+
+
+def test_sizes_are_bounded(closed, open_to_sources):
+    http = Visitor(closed).http
+    assert http.post("gradio_api/queue/join", content=b"x" * (MAX_BODY + 1)).status_code == 413
+    assert http.post("gradio_api/queue/join", content=iter([b"x"] * 3)).status_code == 411  # of unknown length
+    visitor = Visitor(open_to_sources)
+
+    def send(size: int, **kwargs) -> httpx.Response:
+        return visitor.http.post("gradio_api/upload", files={"files": ("a.mp4", b"x" * size)}, **kwargs)
+
+    assert send(ROOM + 1).status_code == 413
+    assert send(10, headers={"origin": "http://evil.example"}).status_code == 403
+    first = send(ROOM // 2)
+    assert first.status_code == 200 and Path(first.json()[0]).is_relative_to(open_to_sources.folder)
+    assert send(ROOM // 2 + 1).status_code == 413  # together they are too many
+    assert sum(f.stat().st_size for f in open_to_sources.folder.rglob("*") if f.is_file()) == ROOM // 2
+    assert visitor.http.get(f"gradio_api/file={first.json()[0]}").status_code == 404
+    named = {"path": first.json()[0], "meta": {"_type": "gradio.FileData"}}
+    assert visitor.press("upload", named)[0] == first.json()[0]
+    assert "error" in str(visitor.press("upload", named | {"path": "/etc/hostname"})).lower()
+    visitor.press("stop")
+    assert not Path(first.json()[0]).exists()
+
+
+def test_nothing_that_was_shown_stays_on_disk(closed):
+    visitor = Visitor(closed)
+    with visitor.here():
+        visitor.play()
+        for _ in range(5):
+            visitor.look()
+        visitor.press("ask", "what is here ?")
+    assert not [f for f in closed.folder.rglob("*") if f.is_file()]
+    assert closed.page.delete_cache is not None and not closed.page.analytics_enabled
+    assert all(fn.api_visibility == "private" for fn in closed.page.fns.values() if fn.name != "leave")
+    with private_folder() as folder:
+        (folder / "a.mp4").write_bytes(b"x")
+        assert os.environ["GRADIO_TEMP_DIR"] == str(folder)
+    assert not folder.exists() and os.environ.get("GRADIO_TEMP_DIR") != str(folder)
+
+
+def test_all_text_is_shown_as_it_is():
+    hostile = "![x](http://evil.example/x.png) <img src=x onerror=alert(1)> [a](javascript:b) &lt;"
+    html = talk_html([Said(hostile, hostile, truth=hostile, unpruned=hostile, facts=hostile)])
+    assert "<img" not in html and html.count("&lt;img src=x onerror=alert(1)&gt;") == 5 and "&amp;lt;" in html
+
+
+def test_every_answer_has_the_policy(closed):
+    http = Visitor(closed).http
+    for path in ("", "config", "nowhere"):
+        policy = http.get(path).headers["content-security-policy"]
+        assert "default-src 'self'" in policy and "img-src 'self' data: blob:;" in policy
+
+
+# -- other machines ---------------------------------------------------------------------------------------------
+def test_others_need_the_token():
+    with served("0.0.0.0", hosts=("box.example",)) as service:
+        assert len(service.token) >= 22 and service.token in service.url
+        bare = service.url.partition("?")[0]
+        port = bare.rpartition(":")[2].strip("/")
+        base = f"http://127.0.0.1:{port}/"
+        for url in (base, f"{base}?token=", f"{base}?token=wrong", f"{base}config", f"{base}assets/a.js"):
+            assert httpx.get(url, trust_env=False).status_code == 403, url
+        assert httpx.get(base, headers={"cookie": "vtoken_token=\u00e9".encode()}, trust_env=False).status_code == 403
+        assert httpx.post(f"{base}gradio_api/queue/join", json={}, trust_env=False).status_code == 403
+        with httpx.Client(base_url=base, trust_env=False) as http:
+            shown = http.get(f"/?token={service.token}")
+            assert shown.status_code == 303 and "token" not in shown.headers["location"]
+            cookie = shown.headers["set-cookie"].lower()
+            assert "httponly" in cookie and "samesite=lax" in cookie
+            assert http.get("/config").status_code == 200
+            assert http.get("/config", headers={"host": "192.168.1.5"}).status_code == 200  # an address is no name
+            assert http.get("/config", headers={"host": "box.example"}).status_code == 200
+            assert http.get("/config", headers={"host": "evil.example"}).status_code == 421
+        bearer = {"authorization": f"Bearer {service.token}"}
+        assert httpx.get(f"{base}config", headers=bearer, trust_env=False).status_code == 200
+
+
+def test_websockets_are_closed():
+    import asyncio
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Guard(None, LOOPBACK)({"type": "websocket", "headers": []}, None, send))
+    assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+# -- host and port ----------------------------------------------------------------------------------------------
+def test_hosts_and_ports_that_cannot_be_had():
+    with listen("127.0.0.1") as taken:
+        port = taken.getsockname()[1]
+        for host, wanted, match in (
+            ("127.0.0.1", port, "is in use"),
+            ("nowhere.invalid", None, "no known name or address"),
+            ("a b", 8000, "no known name or address"),
+            ("\u2603" * 100, None, "no known name or address"),
+            ("192.0.2.1", None, "cannot serve on"),
+            ("127.0.0.1", 70000, "from 0 to 65535"),
+            ("127.0.0.1", -1, "from 0 to 65535"),
+        ):
+            with pytest.raises(ValueError, match=match) as caught:
+                listen(host, wanted)
+            assert str(caught.value).count("\n") == 0
+        with listen("127.0.0.1") as second:  # the next free one
+            assert second.getsockname()[1] != port
+        said = CliRunner().invoke(cli, ["demo", "stream", "--no-open", "--port", str(port)])
+        assert said.exit_code == 2 and "is in use" in said.output and "Traceback" not in said.output
+
+
+def test_ports_that_need_rights(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket, "create_server", refuse)
+    with pytest.raises(ValueError, match="needs rights"):
+        listen("127.0.0.1", 80)
+
+
+# -- what is shown next to an answer -------------------------------------------------------------------------------
+def test_the_truth_and_the_unpruned_answer_stand_next_to_it():
+    from vtoken import tiny
+    from vtoken.streaming.command import make_session
+
+    loaded = tiny.load("qwen2_5_vl")
+    desk = Desk(lambda strategy, budget: make_session(*loaded, strategy, budget, max_steps=4), speed=500.0)
+    desk.play("synthetic://0?frames=40", "stc_pruner", 0.5)
+    desk.player.wait_until(99)
+    said = list(desk.answer("Which digit is shown now?"))[-1]
+    stream, since, now = desk.player.labels(16.0, 19.5)
+    assert (since, now) == (16.0, 19.5)
+    assert said.truth == stream.answer_to("which digit is shown now?", 19.5, 16.0) is not None
+    assert said.unpruned and desk.talk[-1] == said and "40 frames" not in said.facts and "8 frames" in said.facts
+    assert list(desk.answer("what is here ?"))[-1].truth is None
+    for name in ("star", "7", "red circle"):
+        shown = any(name in (m.digit, m.shape, f"{m.colour} {m.shape}") for m in stream.moments(39) if m.stop > 32)
+        assert stream.answer_to(f"was there a {name}?", 19.5, 16.0) == ("yes" if shown else "no")
+    assert stream.answer_to("was there a cow?", 19.5, 16.0) is None
+    assert desk.bound(desk.session.stats) == 4 * 36 >= desk.table().memory.max() > 0
+    assert desk.session.stats["steps"] == 4
+    desk.close()
+    assert not desk.talk
+
+
+def test_a_question_is_cut_and_a_stream_that_ends_meanwhile_is_a_sentence():
+    session = SimpleNamespace(stream_answer=lambda text: (_ for _ in ()).throw(RuntimeError(f"closed {len(text)}")))
+    desk = Desk(lambda *_: session)
+    desk.session, desk.player = session, SimpleNamespace(readings=[1])
+    assert list(desk.answer("x" * 10**5))[-1] == replace(desk.talk[-1], answer="closed 500")
+    assert len(desk.talk[-1].question) == 500

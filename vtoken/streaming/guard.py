@@ -1,0 +1,150 @@
+"""Which requests reach the page: for its own routes, from its own pages, of bounded size, with the token if there is one."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+from collections.abc import Callable
+from http.cookies import SimpleCookie
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+READ = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/gradio_api/queue/data")
+READ_UNDER = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
+WRITE = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
+UPLOAD, PROGRESS = "/gradio_api/upload", "/gradio_api/upload_progress"
+MAX_BODY = 64 * 2**10  # bytes of a request that is no upload
+MAX_DRAINED = 2**20
+COOKIE = "vtoken_token"
+HEADERS = {
+    # all that the page shows comes from the page; gradio's plots compile their own scripts
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+    "font-src 'self' data:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; media-src 'self' blob:; "
+    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+class Guard:
+    """An ASGI application that passes on what a browser with the page open asks for, and refuses the rest in one sentence.
+
+    Args:
+        app: the page.
+        hosts: names that requests may address (`Host`), besides addresses such as 192.168.1.5 if there is a token.
+        token: what a visitor must know; None for loopback.
+        uploads: the folder that uploaded files go to; None to take none.
+        max_upload: bytes of one upload, and of all that lie in the folder.
+    """
+
+    def __init__(
+        self,
+        app: Callable[..., Any],
+        hosts: frozenset[str] = LOOPBACK,
+        token: str | None = None,
+        uploads: Path | None = None,
+        max_upload: int = 0,
+    ) -> None:
+        self.app, self.hosts, self.token = app, hosts, token
+        self.uploads, self.max_upload = uploads, max_upload
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1008})
+        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+        refusal = self.refusal(scope["method"], scope["path"], headers)
+        if refusal is not None:
+            await _drain(receive)
+            return await _answer(send, *refusal)
+        if self.token is not None and not self._knows_token(headers):
+            given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+            if not secrets.compare_digest(given.encode(), self.token.encode()):
+                await _drain(receive)
+                return await _answer(send, 403, "Open the address with the token that `vtoken demo stream` has printed.")
+            cookie = f"{COOKIE}={self.token}; HttpOnly; SameSite=Lax; Path=/"
+            return await _answer(send, 303, "", {"location": "/", "set-cookie": cookie})
+
+        async def answer(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                own = [(k, v) for k, v in message["headers"] if k.decode().lower() not in HEADERS]
+                message = message | {"headers": own + [(k.encode(), v.encode()) for k, v in HEADERS.items()]}
+            await send(message)
+
+        return await self.app(scope, receive, answer)
+
+    def refusal(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
+        """Status and sentence for a request that is not passed on.
+
+        Args:
+            headers: with names in lower case.
+        """
+        host = headers.get("host", "")
+        if not self._is_own(host):
+            return 421, "This server does not go by that name: use the address that `vtoken demo stream` has printed."
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+        foreign = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+        if foreign or (site in ("cross-site", "same-site") and (method, path) != ("GET", "/")):
+            return 403, "Requests from other sites are refused."
+        if method in ("GET", "HEAD"):
+            known = path in READ or path.startswith(READ_UNDER) or (path == PROGRESS and self.uploads is not None)
+            return None if known and ".." not in path.split("/") else (404, "There is no such page.")
+        if method != "POST" or not (path in WRITE or (path == UPLOAD and self.uploads is not None)):
+            return 404, "There is no such page."
+        length = headers.get("content-length", "")
+        if not (length.isascii() and length.isdigit()):
+            return 411, "A request says how long it is."
+        if int(length) > (self._room() if path == UPLOAD else MAX_BODY):
+            return 413, f"That is too large: uploads may have {self.max_upload} bytes together, other requests {MAX_BODY}."
+        return None
+
+    def _room(self) -> int:
+        """Bytes that may be uploaded yet."""
+        assert self.uploads is not None
+        held = sum(f.stat().st_size for f in self.uploads.rglob("*") if f.is_file())
+        return self.max_upload - held
+
+    def _is_own(self, host: str) -> bool:
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+        except ValueError:
+            return False
+        if name in self.hosts:
+            return True
+        if self.token is None:
+            return False
+        try:  # a page of another site that makes its name point here sends its name
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    def _knows_token(self, headers: dict[str, str]) -> bool:
+        assert self.token is not None
+        try:
+            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        except Exception:
+            cookie = None
+        given = headers.get("authorization", "").removeprefix("Bearer ") if cookie is None else cookie.value
+        return secrets.compare_digest(given.encode(), self.token.encode())
+
+
+async def _drain(receive: Callable[..., Any]) -> None:
+    """Take a small body off the connection: who is still writing when it closes does not read the answer."""
+    taken, more = 0, True
+    while more and taken <= MAX_DRAINED:
+        message = await receive()
+        taken += len(message.get("body", b""))
+        more = message.get("more_body", False)
+
+
+async def _answer(send: Callable[..., Any], status: int, sentence: str, more: dict[str, str] | None = None) -> None:
+    headers = {"content-type": "text/plain; charset=utf-8", "cache-control": "no-store", "connection": "close"}
+    pairs = [(k.encode(), v.encode()) for k, v in (HEADERS | headers | (more or {})).items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": sentence.encode()})
