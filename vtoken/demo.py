@@ -1,4 +1,4 @@
-"""What `vtoken demo` and `vtoken bench` do: one prompt, all visual tokens against fewer."""
+"""What `vtoken demo` does: one prompt, all visual tokens against fewer."""
 
 from __future__ import annotations
 
@@ -16,42 +16,56 @@ TINY_QUESTION = "how many objects are there?"
 
 
 def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
-    """Model in eval mode and its processor: a tiny one that ships with vtoken if `model_id` is None.
+    """Model in eval mode and its processor.
+
+    Args:
+        model_id: the name of a tiny model that ships with vtoken, a folder or a Hub id; None: the tiny model `shipped`.
+        shipped: see there.
 
     Raises:
-        OSError, ValueError: if nothing of that name can be loaded.
+        OSError: if there is nothing of that name.
+        ValueError: if what is there cannot be loaded.
     """
-    from .cli import quiet
+    from . import tiny
+    from .shell import out_of_memory, quiet
 
     quiet()
-    if model_id is None:
-        from . import tiny
-
-        return tiny.load(shipped)
+    if model_id is None or model_id in tiny.names():
+        return tiny.load(model_id or shipped)
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
         model = AutoModelForImageTextToText.from_pretrained(model_id, dtype="auto")
         processor = AutoProcessor.from_pretrained(model_id)
-    except (OSError, ValueError) as error:
-        found = (
-            "a folder without a loadable model" if Path(model_id).is_dir() else "no folder, and the Hub did not answer"
-        )
-        raise ValueError(f"Cannot load the model {model_id!r} ({found}): {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever the files make transformers raise
+        if out_of_memory(error):
+            raise
+        here = Path(model_id).is_dir()
+        found = "a folder without a loadable model" if here else "no tiny model, no folder, and the Hub did not give it"
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        kind = ValueError if isinstance(error, ValueError) and not isinstance(error, OSError) else OSError
+        raise kind(f"Cannot load the model {model_id!r} ({found}): {first}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 
 def open_image(path: str) -> Image.Image:
-    """An RGB image; ValueError with one sentence if the file is missing or no image."""
+    """An RGB image.
+
+    Raises:
+        OSError: if the file is missing or may not be read.
+        ValueError: if it is no image.
+    """
     if not Path(path).is_file():
-        raise ValueError(f"There is no image file {path!r}.")
+        raise FileNotFoundError(f"There is no image file {path!r}.")
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"{path!r} is not an image that Pillow can read: use a PNG or JPEG, for instance.") from None
-    except OSError as error:
+    except (OSError, SyntaxError) as error:
+        if getattr(error, "errno", None):
+            raise
         raise ValueError(f"The image {path!r} cannot be read: {error}.") from None
 
 
@@ -101,7 +115,7 @@ def run(
     names = parse_strategy(strategy)
     folder = Path(output).resolve().parent
     if not folder.is_dir():
-        raise ValueError(f"The folder {str(folder)!r} for the picture does not exist.")
+        raise FileNotFoundError(f"The folder {str(folder)!r} for the picture does not exist.")
     if Path(output).suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"{output!r} does not name a picture file: end it with .png.")
     picture, questions = _questions(image, question, model_id, seed)

@@ -12,6 +12,7 @@ import torch
 import vtoken
 
 from ..eval.board import parse_strategy
+from ..shell import require
 from . import report as reports
 from .cells import measure
 from .shapes import SHAPES, Workload, build, shipped
@@ -56,6 +57,7 @@ def run(
         if Path(output).exists():
             report = _joined(reports.load(output), report)
     if plot is not None:
+        require("matplotlib", extra="demo")
         _check_folder(plot)
     every: list[str | None] = [*SHAPES] if "all" in shapes else [*shapes]
     for name in every or [None]:
@@ -109,7 +111,7 @@ def _joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def _check_folder(path: str) -> None:
     folder = Path(path).resolve().parent
     if not folder.is_dir():
-        raise ValueError(f"The folder {str(folder)!r} does not exist.")
+        raise FileNotFoundError(f"The folder {str(folder)!r} does not exist.")
 
 
 def compare(out: Console, a: str, b: str) -> None:

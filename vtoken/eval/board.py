@@ -175,8 +175,11 @@ class Board:
 
     def save(self, path: str | Path) -> None:
         """Write what `load` reads; folders are made if needed."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")  # a kill leaves the old cells or the new ones
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
 
     @property
     def at(self) -> dict[tuple[str, float | int], Cell]:

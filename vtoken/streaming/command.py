@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli import Budget, console, fail
+from ..shell import Budget, Command, console, fail, require
 
 if TYPE_CHECKING:
     from .session import StreamSession
@@ -17,7 +17,7 @@ TINY = "qwen2_5_vl"
 STRATEGIES = ("stc", "stc_cacher", "stc_pruner", "none")
 
 
-@click.command("stream")
+@click.command("stream", cls=Command)
 @click.option("--source", default=SYNTHETIC, show_default=True, help="File, rtsp/http address, camera number.")
 @click.option("--model", "model_id", help="Hub id or folder of a model that reads videos; default: a shipped tiny one.")
 @click.option("--strategy", default=STRATEGIES[0], show_default=True, help="A strategy that fits streams, or none.")
@@ -52,6 +52,10 @@ def run(
     port: int | None,
     show: bool,
 ) -> None:
+    if not questions and not terminal:
+        require("gradio", extra="stream")
+    if not source.startswith("synthetic:"):
+        require("av", extra="stream")
     from ..demo import load
 
     model, processor = load(model_id, TINY)
