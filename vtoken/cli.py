@@ -108,20 +108,35 @@ def demo(context: click.Context, **options: Any) -> None:
 
 @cli.command()
 @click.option(
-    "--shape", "shapes", multiple=True, help="A published shape with random weights, or all; may be repeated."
+    "--shape",
+    "shapes",
+    multiple=True,
+    help="A published shape with random weights, or all; may be repeated. [default: llava-1.5-7b, 3 strategies]",
 )
 @click.option("--model", "model_id", help=MODEL)
 @click.option(
-    "--scale", type=click.Choice(["full", "cpu", "tiny"]), help="Of shapes; default: full on a GPU, else cpu."
+    "--scale",
+    type=click.Choice(["full", "cpu", "quick", "tiny"]),
+    help="Of shapes: full is the published size. [default: full on a GPU, else cpu; quick without --shape]",
 )
 @click.option("--device", help="Where shapes are built; default: a GPU if there is one.")
-@click.option("--strategy", "strategies", multiple=True, help="May be repeated; default: all that fit the model.")
 @click.option(
-    "--budget", "budgets", type=Budget(), multiple=True, default=["0.1", "0.2", "0.33", "0.5", "1.0"], show_default=True
+    "--strategy", "strategies", multiple=True, help="May be repeated; two are joined by +. [default: all that fit]"
+)
+@click.option(
+    "--budget",
+    "budgets",
+    type=Budget(),
+    multiple=True,
+    help="May be repeated. [default: 0.1, 0.2, 0.33, 0.5 and 1.0; 0.2 and 0.5 without --shape]",
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed pairs per cell.")
-@click.option("--decode", "steps", type=click.IntRange(min=0), default=64, show_default=True, help="Decode steps.")
-@click.option("--limit", type=click.FloatRange(min=0), help="Seconds per shape after which no further turn begins.")
+@click.option("--decode", "steps", type=click.IntRange(min=0), help="Decode steps. [default: 64; 16 without --shape]")
+@click.option(
+    "--limit",
+    type=click.FloatRange(min=0),
+    help="Seconds per shape after which no further turn begins. [default: none; 40 without --shape]",
+)
 @click.option(
     "--clock",
     type=click.Choice(["wall", "cpu"]),
