@@ -106,7 +106,7 @@ class Asker:
         end = time.perf_counter()
         report, n = vtoken.report(self.model), len(prompts)
         shared = (
-            report.average_visual_tokens / n,
+            report.average_visual_tokens,
             report.tokens_in / n,
             report.flops / n,
             report.flops_dense / n,

@@ -128,7 +128,7 @@ def measure(
         for batch in batches:
             said = batch.say(model)
             report = vtoken.report(model)
-            tokens += report.average_visual_tokens
+            tokens += report.average_visual_tokens * report.prompts
             tokens_in += report.tokens_in
             flops, flops_dense = flops + report.flops, flops_dense + report.flops_dense
             for (kind, answer), text in zip(batch.asked, said, strict=True):
