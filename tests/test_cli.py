@@ -135,7 +135,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, tmp_path, s
         (("demo", "--model", "{text}", "--image", "{image}", "--question", "what?"), "Cannot load the model"),
         (("bench", "--plot", "nowhere/plot.png"), "does not exist"),
         (("bench", "--model", "no/such/model"), "Cannot load the model"),
-        (("bench", "--compare", "no.json", "no.json"), "no report 'no.json'"),
+        (("bench", "--compare", "no.json", "no.json"), "no report of `vtoken bench --output`: no such file"),
         (("eval", "mme", "--data", "no_such_folder", "--output", "{folder}/o"), "no data set folder 'no_such_folder'"),
         (("eval", "mme", "--example", "--output", "{text}/o"), "{text}"),
         (("eval", "tiny", "--output", "{text}/o.md"), "{text}"),

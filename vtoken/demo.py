@@ -23,8 +23,7 @@ def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
         shipped: see there.
 
     Raises:
-        OSError: if there is nothing of that name.
-        ValueError: if what is there cannot be loaded.
+        ValueError: if nothing of that name can be loaded.
     """
     from . import tiny
     from .shell import out_of_memory, quiet
@@ -44,8 +43,7 @@ def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
         here = Path(model_id).is_dir()
         found = "a folder without a loadable model" if here else "no tiny model, no folder, and the Hub did not give it"
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        kind = ValueError if isinstance(error, ValueError) and not isinstance(error, OSError) else OSError
-        raise kind(f"Cannot load the model {model_id!r} ({found}): {first}") from None
+        raise ValueError(f"Cannot load the model {model_id!r} ({found}): {first}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 

@@ -68,7 +68,8 @@ def failure(error: BaseException) -> click.ClickException | None:
     if isinstance(error, ImportError):
         return click.ClickException(_line(error))
     if isinstance(error, (ValueError, NotImplementedError)):
-        if isinstance(error.__cause__, (OSError, ImportError)):
+        cause = error.__cause__
+        if isinstance(cause, (OSError, ImportError)) or (cause is not None and of_the_network(cause)):
             return click.ClickException(_line(error))
         return click.UsageError(_line(error) or type(error).__name__)
     return None

@@ -53,9 +53,9 @@ def _processor() -> str:
 
 
 def load(path: str | Path) -> Report:
-    """Read a report that `vtoken bench --output` wrote. Raises FileNotFoundError if there is no file, ValueError if it is none."""
+    """Read a report that `vtoken bench --output` wrote. Raises ValueError if it is none."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no report {str(path)!r}.")
+        raise ValueError(f"{str(path)!r} is no report of `vtoken bench --output`: no such file.") from FileNotFoundError(path)
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         assert {"machine", "shapes"} <= set(report)
