@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 import vtoken
+from vtoken import demo, tiny
+from vtoken.bench.shapes import build
 from vtoken.cli import cli
 from vtoken.tiny.scenes import make_scene
-
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +38,11 @@ def test_info_shows_paper_and_defaults():
     for words in ("2408.10945", "alpha", "0.5", "projector"):
         assert words in shown
     assert "baseline" in run("info", "random").output
+
+
+@pytest.fixture(autouse=True)
+def small_shape(monkeypatch):
+    monkeypatch.setattr("vtoken.demo.SCALE", "tiny")
 
 
 @pytest.fixture
@@ -71,6 +78,45 @@ def test_demo_runs_any_folder_with_a_model(scene_file, tmp_path):
     result = run("demo", *asked, "--strategy", "fastv", "--output", str(tmp_path / "kept.png"))
     assert result.exit_code == 0, result.output
     assert "fastv" in result.output
+
+
+@pytest.mark.parametrize("name", tiny.names())
+@pytest.mark.parametrize("strategy", ["divprune", "uniform+fastv"])
+def test_demo_takes_tiny_models_by_name(name, strategy, tmp_path):
+    out = tmp_path / "kept.png"
+    result = run("demo", "--model", name, "--strategy", strategy, "--budget", "0.5", "--output", str(out))
+    assert result.exit_code == 0, result.output
+    assert "true answer" in result.output and out.is_file()
+    asked = ("--strategy", strategy, "--budget", "0.5", "--repeats", "1", "--decode", "1")
+    result = run("bench", "--model", name, *asked)
+    assert result.exit_code == 0 and f"tiny-{name}" in result.output, result.output
+
+
+def test_demo_says_what_a_tiny_model_shows_and_measures_a_real_shape(tmp_path):
+    result = run("demo", "--output", str(tmp_path / "kept.png"), "--question", "how many objects are there?")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 0, result.output
+    assert "say nothing about speed" in said and "the answers survive" in said
+    assert "llava-1.5-7b, tiny scale: 8 LLM layers of width 32 in place of 32 of width 4096, random weights" in said
+    assert re.search(r"\d+% of the LLM's FLOPs; the prompt is read in \d+ ms of processor time", said)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "budget", "share"), [("uniform", 0.5, 0.6), ("random", 1.0, 1.0), ("uniform+fastv", 0.25, 0.6)]
+)
+def test_the_share_of_a_real_shape_is_that_of_its_flops(strategy, budget, share):
+    said = demo.at_a_real_shape(strategy, budget)
+    found = int(re.search(r"(\d+)% of the LLM's FLOPs", said).group(1)) / 100
+    work = build(demo.SHAPE, demo.SCALE)
+    names = strategy.split("+")
+    with torch.inference_mode(), vtoken.applied(work.model, names if len(names) > 1 else names[0], budget=budget):
+        work.model(**work.inputs)
+        report = vtoken.report(work.model)
+    assert found == pytest.approx(report.flops / report.flops_dense, abs=0.006) and found <= share
+
+
+def test_a_strategy_that_refuses_a_real_shape_says_so():
+    assert "not measured. vidcom2 is defined for video input" in demo.at_a_real_shape("vidcom2", 0.5)
 
 
 def test_demo_joins_two_strategies(tmp_path):

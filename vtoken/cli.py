@@ -140,9 +140,7 @@ def demo(context: click.Context, **options: Any) -> None:
 @click.option(
     "--clock",
     type=click.Choice(["wall", "cpu"]),
-    default="wall",
-    show_default=True,
-    help="cpu: processor time, for a CPU that others use too; with OMP_NUM_THREADS=1.",
+    help="cpu: processor time, for a CPU that others use too; with OMP_NUM_THREADS=1. [default: wall; cpu without --shape]",
 )
 @click.option("--output", type=click.Path(dir_okay=False), help="JSON report; one that exists gains these shapes.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Picture of measured against promised speed-ups.")

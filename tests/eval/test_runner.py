@@ -156,8 +156,13 @@ def test_a_second_evaluation_in_a_folder_is_refused_until_the_first_dies(task, t
 def test_a_run_under_way_keeps_threads_out_too(task, tmp_path):
     heard = []
 
+    def second() -> None:
+        with pytest.raises(BlockingIOError):
+            made.run(RUN)
+        heard.append("refused")
+
     def intrude(prompts: object) -> None:
-        thread = threading.Thread(target=lambda: heard.append(pytest.raises(BlockingIOError, made.run, RUN)))
+        thread = threading.Thread(target=second)
         thread.start()
         thread.join()
 

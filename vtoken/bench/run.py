@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from ..shell import require
 from . import report as reports
 from .cells import measure
 from .shapes import SHAPES, Workload, build, in_words, parameters, shipped
+from .timing import one_thread
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +40,7 @@ def run(
     repeats: int,
     steps: int | None,
     limit: float | None,
-    clock: str,
+    clock: str | None,
     output: str | None,
     plot: str | None,
 ) -> None:
@@ -60,8 +62,29 @@ def run(
         budgets, limit = budgets or SHARES, SECONDS if limit is None else limit
     steps = steps if steps is not None else STEPS if quick else ALL_STEPS
     budgets = budgets or BUDGETS
+    alone = quick and clock is None and device == "cpu"
+    clock = clock or ("cpu" if alone else "wall")
     if clock == "cpu" and device != "cpu":
         raise ValueError(f"--clock cpu times this process's processor, not the {device} device: leave it out.")
+    with one_thread() if alone else nullcontext():
+        _measure_all(out, shapes, scale, device, model_id, strategies, budgets, repeats, steps, limit, clock, output, plot)
+
+
+def _measure_all(
+    out: Console,
+    shapes: Sequence[str],
+    scale: str,
+    device: str,
+    model_id: str | None,
+    strategies: Sequence[str],
+    budgets: Sequence[float | int],
+    repeats: int,
+    steps: int,
+    limit: float | None,
+    clock: str,
+    output: str | None,
+    plot: str | None,
+) -> None:
     machine = reports.machine(torch.device(device)) | {"clock": clock}
     report: dict[str, Any] = {"machine": machine, "shapes": {}}
     if output is not None:
@@ -100,6 +123,8 @@ def _measured(
             work, names, budgets, repeats, steps, limit, lambda words: status.update(f"{work.name}: {words}")
         )
     title = f"{work.name}, {work.about['scale']} scale, {work.about['dtype']} on {work.model.device}"
+    if work.clock == "cpu":
+        title += f", processor time, threads: {torch.get_num_threads()}"
     out.print(reports.table(cells, title))
     for line in reports.goals(cells, work.model.device.type):
         out.print(line, highlight=False)
