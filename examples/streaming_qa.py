@@ -69,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     told.add(question)
                     answer = session.ask(question.text, max_new_tokens=16)
                     hint = f"  (right: {question.answer})" if question.answer else ""
+                    hint += f"  [{answer.visual_tokens} visual tokens]"
                     right, total = right + (answer.text == question.answer), total + 1
-                    print(f"{frame.seconds:5.1f} s  {question.text}  {answer.text}{hint}  [{answer.visual_tokens} visual tokens]")
+                    print(f"{frame.seconds:5.1f} s  {question.text}  {answer.text}{hint}")
             if frame.seconds >= args.until:
                 break
         if labels is not None:

@@ -6,6 +6,7 @@ import errno
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import vtoken
 from vtoken import demo, tiny
 from vtoken.bench.shapes import build
 from vtoken.cli import cli
+from vtoken.eval.records import locked
 from vtoken.tiny.scenes import make_scene
 
 ROOT = Path(__file__).parents[1]
@@ -264,6 +266,35 @@ def test_a_missing_package_is_named_before_the_work(arguments, package, extra, m
     assert f"needs {package}, which" in " ".join(result.output.split()), result.output
     assert f"pip install 'vtoken[{extra}]'" in " ".join(result.output.split())
     assert not loaded and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("given", "page"),
+    [((), "vtoken-tiny/board.md"), (("--output", "mine"), "mine/board.md"), (("--output", "a/my.md"), "a/my.md")],
+)
+def test_eval_tiny_writes_where_it_says_and_nowhere_else(given, page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "board.md").write_text("somebody's own page")
+    asked = ("--strategies", "uniform+fastv", "--budgets", "0.5", "--questions", "5", *given)
+    result = run("eval", "tiny", *asked)
+    assert result.exit_code == 0, result.output
+    folder = page.removesuffix(".md")
+    assert f"the page is going to be {page}" in result.output and f"wrote {page}" in result.output
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"docs/board.md", page, *(f"{folder}/{name}" for name in ("llava.json", "llava.png", ".lock"))}
+    assert (tmp_path / "docs" / "board.md").read_text() == "somebody's own page"
+    assert "uniform+fastv" in (tmp_path / page).read_text()
+
+
+def test_a_second_eval_tiny_in_a_folder_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    heard = []
+    with locked(tmp_path / "vtoken-tiny" / "board"):
+        thread = threading.Thread(target=lambda: heard.append(run("eval", "tiny", "--strategies", "uniform")))
+        thread.start()
+        thread.join()
+    assert heard[0].exit_code == 1 and "Another evaluation writes into" in " ".join(heard[0].output.split())
 
 
 def test_processes_without_accelerate_do_not_all_do_the_work(monkeypatch, tmp_path):
