@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vtoken.accounting import LayersRead
 from vtoken.tokens import Segment
 from vtoken.visualize import KEPT, draw_cells, side_by_side, tower_images, visualize
 
@@ -99,6 +100,45 @@ def test_one_picture_per_segment():
     assert all(list(c) in pixels for c in colours)
     with pytest.raises(ValueError, match="3 segments, 2 pictures"):
         visualize([plain()] * 2, anyres())
+
+
+def in_layers(*keeps, cells=16, side=4):
+    """A report's entry for one image whose LLM layers 0, 1, ... read these tokens."""
+    layers = tuple(LayersRead(i, i, torch.as_tensor(keep)) for i, keep in enumerate(keeps))
+    segments = (Segment("image", (side, side)),)
+    return SimpleNamespace(
+        segments=segments, cells=torch.arange(cells), keep=torch.as_tensor(keeps[0]), layers=layers
+    )
+
+
+@pytest.mark.parametrize(
+    "keeps",
+    [
+        [range(16), range(4)],  # a strategy that drops inside the LLM only
+        [range(0, 16, 2), range(0, 16, 4)],  # and one before it
+        [range(16), range(8), range(4), range(2)],
+    ],
+)
+def test_what_layers_drop_is_shaded_the_lighter_the_earlier(keeps):
+    grey = plain((100, 100, 100), (64, 64))
+    pixels = np.asarray(visualize(grey, in_layers(*keeps), cell=16))[:64, :64]
+    centre = pixels[8::16, 8::16, 0].ravel().astype(int)
+    levels = np.array([sum(i in keep for keep in keeps) for i in range(16)])
+    for low in range(len(keeps)):
+        for high in range(low + 1, len(keeps) + 1):
+            lighter, darker = centre[levels == low], centre[levels == high]
+            assert not len(lighter) or not len(darker) or lighter.min() > darker.max() + 10
+    assert (centre[levels == len(keeps)] == 100).all()
+    outlined = (pixels == KEPT).all(-1).reshape(4, 16, 4, 16).any((1, 3)).ravel()
+    assert outlined[levels == len(keeps)].any() and not outlined[levels < len(keeps)].any()
+
+
+def test_the_legend_says_at_which_layer():
+    bare = visualize(plain(size=(64, 64)), in_layers(range(16)), cell=32)
+    two = visualize(plain(size=(64, 64)), in_layers(range(16), range(4)), cell=32)
+    three = visualize(plain(size=(64, 64)), in_layers(range(8), range(4)), cell=32)
+    assert bare.size == (128, 128) and bare.height < two.height < three.height and two.width == bare.width
+    assert (np.asarray(two)[128:] < 100).any()  # there are words
 
 
 def test_a_report_of_several_images_asks_which():

@@ -11,19 +11,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import strategies
-from .strategies import Strategy, StrategyInfo, register, strategy_info
-from .streams import FrameTokens, Reuse, StreamState, stream
-from .tokens import Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
-
 if TYPE_CHECKING:
-    from . import video
+    from . import strategies, video
     from .accounting import Report
     from .adapters.generation import prompt_length
     from .config import VTokenConfig
     from .patching import applied, disabled, list_strategies, patch, report, unpatch
     from .resize import resized
+    from .strategies import Strategy, StrategyInfo, register, strategy_info
     from .streaming import StreamSession
+    from .streams import FrameTokens, Reuse, StreamState, stream
+    from .tokens import Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
 
 __version__ = "0.1.0"
 
@@ -57,7 +55,8 @@ __all__ = [
     "video",
 ]
 
-# transformers and huggingface_hub are imported when something is patched, not before
+# Everything is imported when it is used: `vtoken --help` needs no torch, a strategy no transformers.
+_MODULES = ("strategies", "video")
 _LAZY = {
     "VTokenConfig": "config",
     "Report": "accounting",
@@ -65,12 +64,19 @@ _LAZY = {
     "resized": "resize",
     "StreamSession": "streaming",
     **dict.fromkeys(("applied", "disabled", "list_strategies", "patch", "report", "unpatch"), "patching"),
+    **dict.fromkeys(("Strategy", "StrategyInfo", "register", "strategy_info"), "strategies"),
+    **dict.fromkeys(("FrameTokens", "Reuse", "StreamState", "stream"), "streams"),
+    **dict.fromkeys(("Needs", "PrefillTokens", "Segment", "Selection", "TowerInfo", "VisualTokens"), "tokens"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "video":
-        return importlib.import_module(".video", __name__)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,6 +12,23 @@ from .tokens import Segment
 
 
 @dataclass(frozen=True)
+class LayersRead:
+    """What neighbouring LLM layers read of one image or video.
+
+    Attributes:
+        first, last: the layers, both included, counted from 0.
+        keep: (n,) ascending indices of the tokens that they read, among those that the unpatched model would read.
+    """
+
+    first: int
+    last: int
+    keep: Tensor = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"LLM layer {self.first}" if self.first == self.last else f"LLM layers {self.first}-{self.last}"
+
+
+@dataclass(frozen=True)
 class VisualReport:
     """One image or video of the last call.
 
@@ -22,8 +39,9 @@ class VisualReport:
         tokens_out: visual tokens that entered the LLM.
         segments: the crops, frames or the one image.
         cells: (tokens_in,) cell of each token, -1 for separators.
-        keep: (tokens_out,) ascending indices of the kept tokens.
+        keep: (tokens_out,) ascending indices of the tokens that entered the LLM.
         into: (tokens_in,) slot among the kept that absorbed each token (-1: none), or None if nothing was merged.
+        layers: what the LLM's layers read, in their order; more than one entry if tokens are dropped inside the LLM.
     """
 
     row: int
@@ -34,10 +52,11 @@ class VisualReport:
     cells: Tensor = field(repr=False)
     keep: Tensor = field(repr=False)
     into: Tensor | None = field(default=None, repr=False)
+    layers: tuple[LayersRead, ...] = field(default=(), repr=False)
 
     @property
     def kept_cells(self) -> Tensor:
-        """Cells that survived, ascending."""
+        """Cells of the tokens that entered the LLM, ascending."""
         cells = self.cells[self.keep]
         return cells[cells >= 0]
 
@@ -79,16 +98,27 @@ class Report:
         return sum(v.tokens_out for v in self.visuals)
 
     @property
+    def prompts(self) -> int:
+        """Rows of the batch, beam copies counted once."""
+        return max(1, len(self.prompt_tokens))
+
+    @property
     def average_visual_tokens(self) -> float:
-        """Visual tokens averaged over the LLM's layers, as multi-layer methods are counted."""
-        return sum(self.visual_per_layer) / max(1, len(self.visual_per_layer))
+        """Visual tokens per prompt, averaged over the LLM's layers, as multi-layer methods are counted."""
+        return sum(self.visual_per_layer) / max(1, len(self.visual_per_layer)) / self.prompts
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
         return {
             "strategy": self.strategy,
             "visuals": [
-                {"row": v.row, "modality": v.modality, "tokens_in": v.tokens_in, "tokens_out": v.tokens_out}
+                {
+                    "row": v.row,
+                    "modality": v.modality,
+                    "tokens_in": v.tokens_in,
+                    "tokens_out": v.tokens_out,
+                    "layers": [{"first": r.first, "last": r.last, "tokens": len(r.keep)} for r in v.layers],
+                }
                 for v in self.visuals
             ],
             "tokens_in": self.tokens_in,
@@ -111,10 +141,13 @@ class Report:
         lines = [f"vtoken report: {self.strategy}"]
         for v in self.visuals:
             parts = f"{len(v.segments)} {v.segments[-1].kind}s, " if len(v.segments) > 1 else ""
-            lines.append(
-                f"  {v.modality} in row {v.row}: {parts}{v.tokens_in} -> {v.tokens_out} visual tokens "
-                f"({change(v.tokens_out, v.tokens_in)})"
-            )
+            head = f"  {v.modality} in row {v.row}: {parts}{v.tokens_in}"
+            if len(v.layers) < 2:
+                lines.append(f"{head} -> {v.tokens_out} visual tokens ({change(v.tokens_out, v.tokens_in)})")
+                continue
+            lines.append(f"{head} visual tokens")
+            read = [(r, len(r.keep)) for r in v.layers]
+            lines += [f"    {r}: {n} of {v.tokens_in} ({change(n, v.tokens_in)})" for r, n in read]
         for modality, use in self.tower.items():
             lines.append(
                 f"  {modality} tower: {len(use.tokens)} frames, {use.references} of them in full, {sum(use.recomputed)} of "
@@ -122,15 +155,19 @@ class Report:
                 f"({change(use.flops, use.flops_dense)})"
             )
         layers = self.visual_per_layer
-        lines.append(f"  visual tokens, average over {len(layers)} LLM layers: {self.average_visual_tokens:.1f}")
-        if len(set(layers)) > 1:
-            lines.append(f"  visual tokens per LLM layer: {' '.join(map(str, layers))}")
+        many, together = self.prompts > 1, f", {self.prompts} prompts together" if self.prompts > 1 else ""
         lines.append(
-            f"  LLM prefill: {_si(self.flops)}FLOP instead of {_si(self.flops_dense)}FLOP "
+            f"  visual tokens{' per prompt' if many else ''}, average over {len(layers)} LLM layers: "
+            f"{self.average_visual_tokens:.1f} of {self.tokens_in / self.prompts:.1f}"
+        )
+        if len(set(layers)) > 1:
+            lines.append(f"  visual tokens per LLM layer{together}: {' '.join(map(str, layers))}")
+        lines.append(
+            f"  LLM prefill{together}: {_si(self.flops)}FLOP instead of {_si(self.flops_dense)}FLOP "
             f"({change(self.flops, self.flops_dense)})"
         )
         lines.append(
-            f"  KV cache of the prompt: {_si(self.kv_bytes)}B instead of {_si(self.kv_bytes_dense)}B "
+            f"  KV cache of the prompt{'s' if many else ''}: {_si(self.kv_bytes)}B instead of {_si(self.kv_bytes_dense)}B "
             f"({change(self.kv_bytes, self.kv_bytes_dense)})"
         )
         times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in self.seconds.items())

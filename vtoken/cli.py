@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from .shell import MODEL, Budget, Group, console, fail, quiet
+
+__all__ = ["Budget", "cli", "console", "fail", "main", "quiet"]
 
 
-class Budget(click.ParamType):
-    """A share with a decimal point, a number of tokens without one."""
-
-    name = "budget"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | int:
-        from .strategies.base import check_budget
-
-        try:
-            return check_budget(
-                value if isinstance(value, (int, float)) else float(value) if "." in value else int(value)
-            )
-        except ValueError as error:
-            words = str(error) if "budget" in str(error) else f"{value!r} is no number: use 0.2 or 128, for instance."
-            return self.fail(words, param, ctx)
-
-
-def fail(sentence: object) -> click.UsageError:
-    """Bad input: one sentence and exit code 2."""
-    return click.UsageError(" ".join(str(sentence).split()))
-
-
-def console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 110)
-
-
-def quiet() -> None:
-    """Keep transformers' own progress bars and notices out of the picture."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Group, lazy={"eval": "vtoken.eval.__main__:cli"}, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="vtoken")
 def cli() -> None:
     """Vision-language models that read fewer visual tokens."""
@@ -81,7 +44,21 @@ def list_command(pattern: str, names: bool) -> None:
 @cli.command()
 @click.argument("name")
 def info(name: str) -> None:
-    """What is known of one strategy: paper, code, hyper-parameters with defaults."""
+    """What is known of one strategy: paper, code, hyper-parameters with defaults; of two, joined by +, of each."""
+    from .eval.board import parse_strategy
+    from .strategies import combine
+
+    names = parse_strategy(name)
+    if isinstance(names, list):
+        combine(names)  # says why if they do not go together
+    for part in [names] if isinstance(names, str) else names:
+        show_info(part)
+    given = f'"{names}"' if isinstance(names, str) else str(names).replace("'", '"')
+    console().print(f"vtoken.patch(model, {given}, budget=0.2)", style="cyan", highlight=False, markup=False)
+
+
+def show_info(name: str) -> None:
+    """Print what is registered about one strategy."""
     from dataclasses import MISSING
 
     from rich.markup import escape
@@ -89,10 +66,7 @@ def info(name: str) -> None:
 
     from .strategies import strategy_info
 
-    try:
-        known = strategy_info(name)
-    except ValueError as error:
-        raise fail(error) from None
+    known = strategy_info(name)
     out = console()
     out.print(f"[bold]{known.name}[/bold]  {escape(known.summary)}")
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -109,15 +83,14 @@ def info(name: str) -> None:
     for key, default in known.defaults.items():
         table.add_row(f"[dim]{key}[/dim]", "required" if default is MISSING else escape(repr(default)))
     out.print(table)
-    out.print(f'vtoken.patch(model, "{known.name}", budget=0.2)', style="cyan", highlight=False)
 
 
-@cli.group(invoke_without_command=True)
+@cli.group(invoke_without_command=True, lazy={"stream": "vtoken.streaming.command:stream_command"})
 @click.option("--image", type=click.Path(), help="Ask about this image instead of a generated scene.")
 @click.option("--question", help="The question; needed with --image unless the tiny model answers.")
 @click.option("--strategy", default="hired", show_default=True, help="See `vtoken list`; two are joined by +.")
-@click.option("--budget", type=Budget(), default="0.2", show_default=True, help="A share such as 0.2, or a count: 64.")
-@click.option("--model", "model_id", help="Hub id or folder of a vision-language model; default: the shipped tiny one.")
+@click.option("--budget", type=Budget(), help="A share such as 0.2, or a count: 64.  [default: 0.2]")
+@click.option("--model", "model_id", help=MODEL)
 @click.option("--output", type=click.Path(dir_okay=False), default="vtoken_demo.png", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which held-out scene.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
@@ -128,56 +101,46 @@ def demo(context: click.Context, **options: Any) -> None:
         return
     from .demo import run
 
-    options["max_new_tokens"] = int(options["max_new_tokens"])
-    try:
-        run(console(), **options)
-    except (ValueError, OSError, ImportError) as error:
-        raise fail(error) from None
-
-
-PASSED_ON = {"context_settings": {"ignore_unknown_options": True, "help_option_names": []}, "add_help_option": False}
-
-
-@demo.command("stream", **PASSED_ON)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def stream(arguments: tuple[str, ...]) -> None:
-    """Questions to a live stream, in a browser or at a terminal; try `vtoken demo stream --help`."""
-    from .streaming.command import stream_command
-
-    stream_command.main(args=list(arguments), prog_name="vtoken demo stream", standalone_mode=False)
-
-
-@cli.command("eval", **PASSED_ON)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def eval_command(arguments: tuple[str, ...]) -> None:
-    """Accuracy against kept tokens, as `python -m vtoken.eval`; try `vtoken eval --help`."""
-    from .eval.__main__ import cli as evaluation
-
-    evaluation.main(args=list(arguments), prog_name="vtoken eval", standalone_mode=False)
+    # not click's default: it would be converted, by code that needs torch, for `vtoken demo stream --help` as well
+    options["budget"] = 0.2 if options["budget"] is None else options["budget"]
+    run(console(), **options)
 
 
 @cli.command()
 @click.option(
-    "--shape", "shapes", multiple=True, help="A published shape with random weights, or all; may be repeated."
+    "--shape",
+    "shapes",
+    multiple=True,
+    help="A published shape with random weights, or all; may be repeated. [default: llava-1.5-7b, 3 strategies]",
 )
-@click.option("--model", "model_id", help="Hub id or folder of a vision-language model; default: the shipped tiny one.")
+@click.option("--model", "model_id", help=MODEL)
 @click.option(
-    "--scale", type=click.Choice(["full", "cpu", "tiny"]), help="Of shapes; default: full on a GPU, else cpu."
+    "--scale",
+    type=click.Choice(["full", "cpu", "quick", "tiny"]),
+    help="Of shapes: full is the published size. [default: full on a GPU, else cpu; quick without --shape]",
 )
 @click.option("--device", help="Where shapes are built; default: a GPU if there is one.")
-@click.option("--strategy", "strategies", multiple=True, help="May be repeated; default: all that fit the model.")
 @click.option(
-    "--budget", "budgets", type=Budget(), multiple=True, default=["0.1", "0.2", "0.33", "0.5", "1.0"], show_default=True
+    "--strategy", "strategies", multiple=True, help="May be repeated; two are joined by +. [default: all that fit]"
+)
+@click.option(
+    "--budget",
+    "budgets",
+    type=Budget(),
+    multiple=True,
+    help="May be repeated. [default: 0.1, 0.2, 0.33, 0.5 and 1.0; 0.2 and 0.5 without --shape]",
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed pairs per cell.")
-@click.option("--decode", "steps", type=click.IntRange(min=0), default=64, show_default=True, help="Decode steps.")
-@click.option("--limit", type=click.FloatRange(min=0), help="Seconds per shape after which no further turn begins.")
+@click.option("--decode", "steps", type=click.IntRange(min=0), help="Decode steps. [default: 64; 16 without --shape]")
+@click.option(
+    "--limit",
+    type=click.FloatRange(min=0),
+    help="Seconds per shape after which no further turn begins. [default: none; 40 without --shape]",
+)
 @click.option(
     "--clock",
     type=click.Choice(["wall", "cpu"]),
-    default="wall",
-    show_default=True,
-    help="cpu: processor time, for a CPU that others use too; with OMP_NUM_THREADS=1.",
+    help="cpu: processor time, for a CPU that others use too; with OMP_NUM_THREADS=1. [default: wall; cpu without --shape]",
 )
 @click.option("--output", type=click.Path(dir_okay=False), help="JSON report; one that exists gains these shapes.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Picture of measured against promised speed-ups.")
@@ -188,13 +151,10 @@ def bench(compare: tuple[str, str] | None, **options: Any) -> None:
     """Time every stage with and without a strategy, in turns, next to what the FLOPs promise."""
     from .bench import run
 
-    try:
-        if compare:
-            run.compare(console(), *compare)
-        else:
-            run.run(console(), **options)
-    except (ValueError, OSError, ImportError) as error:
-        raise fail(error) from None
+    if compare:
+        run.compare(console(), *compare)
+    else:
+        run.run(console(), **options)
 
 
 def main(arguments: list[str] | None = None) -> None:

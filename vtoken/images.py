@@ -80,7 +80,7 @@ def _check_file(path: Any, name: str) -> None:
     except (TypeError, ValueError, OSError):
         found = False
     if not found:
-        raise ValueError(f"There is no image file {name}.")
+        raise ValueError(f"There is no image file {name}.") from FileNotFoundError(name)
 
 
 def _upright(image: Image.Image) -> Image.Image:

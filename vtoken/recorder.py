@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._threads import PerThread
-from .accounting import LanguageModelShape, Report, VisualReport
+from .accounting import LanguageModelShape, LayersRead, Report, VisualReport
 from .adapters.plan import Chosen
 from .adapters.state import Run
 from .streams import TowerUse
@@ -70,13 +70,17 @@ class Forward:
     dense: Tensor  # (rows,)
     tokens: list[Tensor]  # per stage (rows,)
     visual: list[Tensor]
+    # of a prompt that loses tokens inside the LLM: (rows, q), which image of its row a token belongs to, and per stage
+    # behind the entrance which tokens are still read
+    item: Tensor | None = None
+    reads: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
 class Record:
     """One call under way or finished."""
 
-    chosen: list[Chosen]
+    visuals: list[VisualReport]
     beams: int
     watch: Stopwatch
     forwards: list[Forward] = field(default_factory=list)
@@ -127,8 +131,8 @@ class Recorder:
         self.local.tower = (self.local.tower or {}) | {modality: use}
 
     def chosen(self, chosen: list[Chosen], beams: int) -> None:
-        """A new prompt begins."""
-        record = Record(chosen, beams, self.local.watch or Stopwatch(), tower=self.local.tower or {})
+        """A new prompt begins. Facts are kept of it and no features: a record outlives the call."""
+        record = Record([_facts(c) for c in chosen], beams, self.local.watch or Stopwatch(), tower=self.local.tower or {})
         self.local.watch = self.local.tower = None
         self.local.record = self.last = record
 
@@ -166,6 +170,12 @@ class Recorder:
             visual = run.visual.gather(1, run.index.gather(1, index)) & valid
             forward.tokens.append(valid[:: record.beams].sum(1))
             forward.visual.append(visual[:: record.beams].sum(1))
+        if len(run.now) > 1 and run.layout is not None:
+            forward.item = run.layout.item[:: record.beams]
+            for index, valid in run.now[1:]:
+                times = torch.zeros_like(run.visual, dtype=torch.long)
+                times.scatter_add_(1, run.index.gather(1, index), valid.long())  # filler points anywhere and adds nothing
+                forward.reads.append(times[:: record.beams] > 0)
 
     def report(self) -> Report | None:
         """The last call of this thread, or of any thread if this one made none."""
@@ -191,19 +201,7 @@ class Recorder:
                 flops += sum(shape.layer_flops(n, forward.past[stage]) for n in tokens[stage])
         return Report(
             strategy=self.describe,
-            visuals=[
-                VisualReport(
-                    row=c.row,
-                    modality=c.tokens.modality,
-                    tokens_in=len(c.tokens),
-                    tokens_out=len(c.selection.keep),
-                    segments=c.tokens.segments,
-                    cells=c.tokens.cells,
-                    keep=c.selection.keep,
-                    into=c.selection.into,
-                )
-                for c in record.chosen
-            ],
+            visuals=self._with_layers(record),
             prompt_tokens=prompt,
             tokens_per_layer=per_layer,
             visual_per_layer=visual,
@@ -214,3 +212,42 @@ class Recorder:
             seconds=record.watch.seconds(),
             tower=record.tower,
         )
+
+    def _with_layers(self, record: Record) -> list[VisualReport]:
+        """The images and videos with what each LLM layer reads of them."""
+        before: dict[int, int] = {}
+        out = []
+        for visual in record.visuals:
+            ordinal = before[visual.row] = before.get(visual.row, -1) + 1
+            kept = [visual.keep]
+            for forward in record.forwards[-1:]:  # a prompt that is read in chunks loses nothing inside the LLM
+                if forward.item is not None:
+                    mine = forward.item[visual.row] == ordinal
+                    kept += [read[visual.row][mine].nonzero()[:, 0].to(visual.keep.device) for read in forward.reads]
+            out.append(replace(visual, layers=self._ranges(kept)))
+        return out
+
+    def _ranges(self, kept: list[Tensor]) -> tuple[LayersRead, ...]:
+        """Neighbouring layers that read the same tokens are one range."""
+        out: list[LayersRead] = []
+        for layer, stage in enumerate(self.stage_of):
+            keep = kept[min(stage, len(kept) - 1)]
+            if out and torch.equal(out[-1].keep, keep):
+                out[-1] = replace(out[-1], last=layer)
+            else:
+                out.append(LayersRead(layer, layer, keep))
+        return tuple(out)
+
+
+def _facts(chosen: Chosen) -> VisualReport:
+    tokens, selection = chosen.tokens, chosen.selection
+    return VisualReport(
+        row=chosen.row,
+        modality=tokens.modality,
+        tokens_in=len(tokens),
+        tokens_out=len(selection.keep),
+        segments=tokens.segments,
+        cells=tokens.cells,
+        keep=selection.keep,
+        into=selection.into,
+    )

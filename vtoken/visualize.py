@@ -35,7 +35,13 @@ def tower_images(pixel_values: Tensor, image_processor: Any) -> list[Image.Image
 
 
 def draw_cells(
-    image: Image.Image, grid: tuple[int, int], kept: Any, *, cell: int = 32, dim: float = 0.75
+    image: Image.Image,
+    grid: tuple[int, int],
+    kept: Any,
+    *,
+    cell: int = 32,
+    dim: float = 0.75,
+    fade: Any = None,
 ) -> Image.Image:
     """One picture with its kept cells in full colour and outlined, the others dimmed.
 
@@ -45,6 +51,7 @@ def draw_cells(
         kept: row-major indices of the kept cells, or a bool mask of rows * columns entries.
         cell: side of a cell in the result, px.
         dim: how far dropped cells fade to white, 0 (not at all) to 1 (white).
+        fade: (rows * columns,) share of `dim` for each dropped cell, 0 to 1; all of it if None.
 
     Returns:
         An RGB image of (columns * cell, rows * cell) px.
@@ -58,7 +65,9 @@ def draw_cells(
         image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC), np.float32
     )
     shown = mask.repeat(cell, 0).repeat(cell, 1)[..., None]
-    faded = pixels.mean(-1, keepdims=True) * (1 - dim) + 255 * dim
+    share = np.ones((rows, columns)) if fade is None else _array(fade).reshape(rows, columns)
+    white = dim * share.repeat(cell, 0).repeat(cell, 1)[..., None]
+    faded = pixels.mean(-1, keepdims=True) * (1 - white) + 255 * white
     drawn = Image.fromarray(np.where(shown, pixels, faded).astype(np.uint8))
     pen, width = ImageDraw.Draw(drawn), max(1, cell // 12)
     padded = np.pad(mask, 1)
@@ -80,16 +89,20 @@ def visualize(
 ) -> Image.Image:
     """The picture of one image's kept visual tokens, all crops or frames of it.
 
+    Tokens that are dropped inside the LLM lose their colour and fade the more, the earlier they go; a legend says which
+    layers read what. Outlined are the tokens that the last layer reads.
+
     Args:
         image: what the tower saw, one PIL image per segment (see `tower_images`), or the original image, of which every
             segment shows its `box`.
         tokens: a `vtoken.report(model)` of one image, one entry of its `visuals`, or anything that has `segments`
             (each with `grid`, `kind`, `place` and, if not the whole image, `box`), `cells` (cell of each token, -1 for
-            separators) and `keep` (indices of the kept tokens).
+            separators), `keep` (indices of the kept tokens) and, where the LLM drops some of them, `layers` (see
+            `vtoken.accounting.LayersRead`).
         cell, dim: as in `draw_cells`.
 
     Returns:
-        An RGB image: a thumbnail stands left of the canvas of its crops, frames stand side by side.
+        An RGB image: a thumbnail stands left of the canvas of its crops, frames stand side by side, a legend below.
 
     Raises:
         ValueError: if a report of several images is given, or the images do not match the segments.
@@ -102,17 +115,46 @@ def visualize(
             f"visualize needs one picture or one per segment: {len(segments)} segments, {len(images)} pictures."
         )
     sizes = [s.grid[0] * s.grid[1] for s in segments]
-    cells = _array(tokens.cells)[_array(tokens.keep)]
-    mask = _as_mask(cells[cells >= 0], sum(sizes))
+    layers = getattr(tokens, "layers", ())
+    keeps = [r.keep for r in layers] or [tokens.keep]
+    cells = _array(tokens.cells)
+    read = [_as_mask(c[c >= 0], sum(sizes)) for c in (cells[_array(keep)] for keep in keeps)]
+    levels = np.sum(read, 0)  # how many of the ranges of layers read a cell
+    fade, cuts = 1 - levels / len(read), np.cumsum(sizes)[:-1]
     panels = [
-        draw_cells(picture, segment.grid, part, cell=cell, dim=dim)
-        for picture, segment, part in zip(images, segments, np.split(mask, np.cumsum(sizes)[:-1]))
+        draw_cells(picture, segment.grid, part, cell=cell, dim=dim, fade=share)
+        for picture, segment, part, share in zip(images, segments, np.split(read[-1], cuts), np.split(fade, cuts))
     ]
     crops = [i for i, s in enumerate(segments) if s.kind == "crop"]
     blocks = [panels[i] for i in range(len(segments)) if i not in crops]
     if crops:
         blocks.append(_canvas([panels[i] for i in crops], [segments[i].place for i in crops]))
-    return side_by_side(blocks) if len(blocks) > 1 else blocks[0]
+    drawn = side_by_side(blocks) if len(blocks) > 1 else blocks[0]
+    return _with_legend(drawn, layers, levels, dim) if len(layers) > 1 else drawn
+
+
+def _with_legend(picture: Image.Image, layers: Sequence[Any], levels: np.ndarray, dim: float) -> Image.Image:
+    """The picture over one line per shade: which layers read the cells that have it, and how many cells these are."""
+    ranges = len(layers)
+    entries = [(ranges, "read by every LLM layer")]
+    entries += [(n, f"dropped before LLM layer {layers[n].first}") for n in range(ranges - 1, 0, -1)]
+    entries += [(0, "not read by the LLM")] * bool((levels == 0).any())
+    side, gap = 18, 6
+    lines = [_wrap(f"{words}: {int((levels == n).sum())} cells", picture.width - side - gap) for n, words in entries]
+    height = sum(max(1, len(line)) * 22 + gap for line in lines)
+    sheet = Image.new("RGB", (picture.width, picture.height + 2 * gap + height), PAPER)
+    sheet.paste(picture, (0, 0))
+    pen, y = ImageDraw.Draw(sheet), picture.height + 2 * gap
+    for (n, _), line in zip(entries, lines):
+        white = dim * (1 - n / ranges)
+        shade = tuple(round(110 * (1 - white) + 255 * white) for _ in range(3))
+        box = (0, y, side - 1, y + side - 1)
+        pen.rectangle(box, fill=(40, 90, 200) if n == ranges else shade, outline=KEPT if n == ranges else INK, width=2)
+        for words in line:
+            pen.text((side + gap, y - 1), words, fill=INK, font=_font())
+            y += 22
+        y += gap
+    return sheet
 
 
 def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str] = (), gap: int = 12) -> Image.Image:

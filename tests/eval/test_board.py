@@ -114,7 +114,8 @@ def test_measure_reads_what_the_report_says(subject):
 
     cell = measure(subject.model, [spied(b) for b in subject.batches], "vtc_cls", 0.25)
     assert len(calls) == 3 and cell.asked == 10 and cell.seconds > 0
-    assert cell.tokens == sum(r.average_visual_tokens for r in calls) / 10 == 36 and cell.tokens_in == 144
+    assert cell.tokens == sum(r.average_visual_tokens * r.prompts for r in calls) / 10 == 36
+    assert cell.tokens_in == 144
     assert cell.flops == pytest.approx(sum(r.flops for r in calls) / sum(r.flops_dense for r in calls))
     pairs = held_out("llava", 10, 3)
     with vtoken.applied(subject.model, "vtc_cls", budget=0.25):

@@ -96,12 +96,15 @@ def test_other_settings_are_refused(task, tmp_path):
         evaluation(task, tmp_path / "out", settings={"model": "a"}, batch_size=2)
 
 
-def test_an_answer_that_is_there_twice_is_an_error_with_its_name(task, tmp_path):
-    evaluation(task, tmp_path / "out").run(RUN)
+def test_an_answer_that_is_there_twice_is_read_once(task, tmp_path):
+    first = evaluation(task, tmp_path / "out").run(RUN)
     path = tmp_path / "out" / "hired-0.2.0.jsonl"
-    (tmp_path / "out" / "hired-0.2.1.jsonl").write_text(path.read_text().splitlines(keepends=True)[2])
-    with pytest.raises(ValueError, match=r"hired-0.2.1.jsonl' has a second answer to 'existence.*e2.png: Is a cow"):
-        evaluation(task, tmp_path / "out").run(RUN)
+    lines = path.read_text().splitlines(keepends=True)
+    other = json.dumps(json.loads(lines[2]) | {"answer": "something else"}) + "\n"
+    (tmp_path / "out" / "hired-0.2.1.jsonl").write_text(lines[2] + other)
+    path.write_text("".join(lines) + "".join(lines))  # all doubled
+    asker = Canned(MME_SAID)
+    assert evaluation(task, tmp_path / "out", asker).run(RUN) == first and not asker.prompts
 
 
 def test_foreign_and_broken_records_are_errors(task, tmp_path):
@@ -115,6 +118,59 @@ def test_foreign_and_broken_records_are_errors(task, tmp_path):
         path.write_text(broken + before)
         with pytest.raises(ValueError, match=r"Line 1 of .*hired-0.2.0.jsonl' is no record"):
             evaluation(task, tmp_path / "out").run(RUN)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from vtoken.eval.records import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other_evaluation(tmp_path):
+    """Another process that evaluates into a folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_evaluation_in_a_folder_is_refused_until_the_first_dies(task, tmp_path, other_evaluation):
+    with pytest.raises(BlockingIOError, match=r"Another evaluation writes into .*out'.*another --output"):
+        evaluation(task, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.json*"))
+    assert evaluation(task, tmp_path / "elsewhere").run(RUN)
+    other_evaluation.kill()  # as a crash or a power cut would
+    other_evaluation.wait()
+    assert len(read(tmp_path / "out", RUN.stem, [])) == 0
+    assert evaluation(task, tmp_path / "out").run(RUN).cell.asked == 6
+
+
+def test_a_run_under_way_keeps_threads_out_too(task, tmp_path):
+    heard = []
+
+    def second() -> None:
+        with pytest.raises(BlockingIOError):
+            made.run(RUN)
+        heard.append("refused")
+
+    def intrude(prompts: object) -> None:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+
+    made = evaluation(task, tmp_path / "out", step=intrude)
+    made.run(RUN)
+    assert len(heard) == 6 and len(read(tmp_path / "out", RUN.stem, made.names)) == 6
+    lines = (tmp_path / "out" / "hired-0.2.0.jsonl").read_text().splitlines()
+    assert len(lines) == 6 and made.run(RUN)
 
 
 def test_a_missing_answer_is_an_error_with_its_name(task, tmp_path):

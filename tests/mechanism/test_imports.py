@@ -119,3 +119,38 @@ def test_adapters_name_no_strategy():
 def test_a_strategy_is_one_short_file():
     lengths = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "strategies").glob("*.py")}
     assert not {name: n for name, n in lengths.items() if n > 250}
+
+
+UNPICKLES = {
+    "torch": ("load",),
+    "pickle": ("load", "loads", "Unpickler"),
+    "marshal": ("load", "loads"),
+    "shelve": ("open",),
+    "joblib": ("load",),
+    "dill": ("load", "loads"),
+    "cloudpickle": ("load", "loads"),
+    "pd": ("read_pickle",),
+    "pandas": ("read_pickle",),
+}
+
+
+def unpickling(code: str) -> list[str]:
+    """What in a file's code reads data in a form that can carry code, by name."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.attr in UNPICKLES.get(node.value.id, ()):
+                found.append(f"{node.value.id}.{node.attr}")
+        elif isinstance(node, ast.ImportFrom) and node.module in UNPICKLES:
+            names = [alias.name for alias in node.names if alias.name in UNPICKLES[node.module]]
+            found += [f"{node.module}.{name}" for name in names]
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            found += ["allow_pickle"] * (getattr(node.value, "value", True) is not False)
+    return found
+
+
+def test_nothing_in_the_package_reads_data_that_can_carry_code():
+    known = "import torch\ntorch.load('x', weights_only=True)\nfrom pickle import loads\nnp.load('x', allow_pickle=True)"
+    assert sorted(unpickling(known)) == ["allow_pickle", "pickle.loads", "torch.load"]
+    found = {str(path.relative_to(ROOT)): unpickling(path.read_text()) for path in ROOT.rglob("*.py")}
+    assert not {path: names for path, names in found.items() if names}

@@ -196,6 +196,7 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path):
         return parameters, [(entry["step"], entry["loss"]) for entry in log]
 
     (whole, log), _ = run(120, None), run(70, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["fit.safetensors"]
     again, same = run(120, tmp_path)
     assert log[-1][1] < 0.8 * log[0][1] and log == same
     assert all(torch.equal(whole[name], again[name]) for name in whole)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..shell import require
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -52,6 +54,8 @@ def _processor() -> str:
 
 def load(path: str | Path) -> Report:
     """Read a report that `vtoken bench --output` wrote. Raises ValueError if it is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"{str(path)!r} is no report of `vtoken bench --output`: no such file.") from FileNotFoundError(path)
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         assert {"machine", "shapes"} <= set(report)
@@ -166,10 +170,8 @@ def draw(report: Report, path: str | Path) -> None:
 
     Raises ImportError where matplotlib is missing, ValueError for an ending that names no picture format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("Drawing needs matplotlib: pip install 'vtoken[demo]'.") from None
+    require("matplotlib", extra="demo")
+    from matplotlib.figure import Figure
 
     shapes = {n: [c for c in s["cells"] if "refused" not in c] for n, s in report["shapes"].items()}
     shapes = {n: cells for n, cells in shapes.items() if cells}

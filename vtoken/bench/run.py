@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,19 @@ import torch
 import vtoken
 
 from ..eval.board import parse_strategy
+from ..shell import require
 from . import report as reports
 from .cells import measure
-from .shapes import SHAPES, Workload, build, shipped
+from .shapes import SHAPES, Workload, build, in_words, parameters, shipped
+from .timing import one_thread
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+# what is measured where nothing is asked for: the truth about a real shape in less than a minute
+SHAPE, STRATEGIES, SHARES, SECONDS, STEPS = "llava-1.5-7b", ("hired", "visionzip", "fastv"), (0.2, 0.5), 40.0, 16
+BUDGETS, ALL_STEPS = (0.1, 0.2, 0.33, 0.5, 1.0), 64
+SMALL = 30e6  # parameters of a model whose calls are mostly overhead
 SAME = ("device", "type", "threads", "clock", "torch", "transformers", "vtoken")  # of runs that may share a report
 
 
@@ -31,13 +38,15 @@ def run(
     strategies: Sequence[str],
     budgets: Sequence[float | int],
     repeats: int,
-    steps: int,
+    steps: int | None,
     limit: float | None,
-    clock: str,
+    clock: str | None,
     output: str | None,
     plot: str | None,
 ) -> None:
     """Measure the given shapes one after the other; a report that exists at `output` gains them.
+
+    Without shapes and model it is LLaVA-1.5's shape, smaller than published on a CPU, with a few strategies and a time limit.
 
     Raises ValueError for what is unknown, unreadable or does not fit together, ImportError where matplotlib is missing.
     """
@@ -46,9 +55,36 @@ def run(
     if shapes and model_id:
         raise ValueError("Give either --shape or --model: a shape is built with random weights, a model is loaded.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    scale = scale or ("full" if device.startswith("cuda") else "cpu")
+    quick = not shapes and model_id is None
+    scale = scale or ("full" if device.startswith("cuda") else "quick" if quick else "cpu")
+    if quick:
+        shapes, strategies = (SHAPE,), strategies or STRATEGIES
+        budgets, limit = budgets or SHARES, SECONDS if limit is None else limit
+    steps = steps if steps is not None else STEPS if quick else ALL_STEPS
+    budgets = budgets or BUDGETS
+    alone = quick and clock is None and device == "cpu"
+    clock = clock or ("cpu" if alone else "wall")
     if clock == "cpu" and device != "cpu":
         raise ValueError(f"--clock cpu times this process's processor, not the {device} device: leave it out.")
+    with one_thread() if alone else nullcontext():
+        _measure_all(out, shapes, scale, device, model_id, strategies, budgets, repeats, steps, limit, clock, output, plot)
+
+
+def _measure_all(
+    out: Console,
+    shapes: Sequence[str],
+    scale: str,
+    device: str,
+    model_id: str | None,
+    strategies: Sequence[str],
+    budgets: Sequence[float | int],
+    repeats: int,
+    steps: int,
+    limit: float | None,
+    clock: str,
+    output: str | None,
+    plot: str | None,
+) -> None:
     machine = reports.machine(torch.device(device)) | {"clock": clock}
     report: dict[str, Any] = {"machine": machine, "shapes": {}}
     if output is not None:
@@ -56,12 +92,14 @@ def run(
         if Path(output).exists():
             report = _joined(reports.load(output), report)
     if plot is not None:
+        require("matplotlib", extra="demo")
         _check_folder(plot)
     every: list[str | None] = [*SHAPES] if "all" in shapes else [*shapes]
     for name in every or [None]:
         with out.status(f"building {name or model_id or 'the tiny model'}"):
             built = shipped(model_id) if name is None else build(name, scale, device)
             work = replace(built, clock=clock)
+        out.print(in_words(work), highlight=False)
         cells = _measured(out, work, strategies, budgets, repeats, steps, limit)
         report["shapes"][work.name] = work.about | {"repeats": repeats, "steps": steps, "cells": cells}
         if output is not None:
@@ -85,9 +123,17 @@ def _measured(
             work, names, budgets, repeats, steps, limit, lambda words: status.update(f"{work.name}: {words}")
         )
     title = f"{work.name}, {work.about['scale']} scale, {work.about['dtype']} on {work.model.device}"
+    if work.clock == "cpu":
+        title += f", processor time, threads: {torch.get_num_threads()}"
     out.print(reports.table(cells, title))
     for line in reports.goals(cells, work.model.device.type):
         out.print(line, highlight=False)
+    if parameters(work) < SMALL and work.about["scale"] != "quick":
+        out.print(
+            f"{work.name} is so small that a call is mostly overhead, which no strategy saves: its times say nothing about "
+            "models of billions of parameters. Leave out --model for one that shows what they gain.",
+            highlight=False,
+        )
     for refused in [c for c in cells if "refused" in c]:
         out.print(
             f"left out: {refused['strategy']} {refused['budget']}: {refused['refused']}", highlight=False, markup=False
@@ -109,7 +155,7 @@ def _joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def _check_folder(path: str) -> None:
     folder = Path(path).resolve().parent
     if not folder.is_dir():
-        raise ValueError(f"The folder {str(folder)!r} does not exist.")
+        raise FileNotFoundError(f"The folder {str(folder)!r} does not exist.")
 
 
 def compare(out: Console, a: str, b: str) -> None:

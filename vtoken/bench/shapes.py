@@ -1,7 +1,8 @@
 """Models of published shapes with random weights, and a prompt for each; nothing is downloaded.
 
-Every shape comes in three scales: "full" is the published model, "cpu" one that a CPU reads in about a second, "tiny" is for
-tests.
+Every shape comes in four scales: "full" is the published model, "cpu" one that a CPU reads in about a second, "quick" one
+that it reads in a third of that; "tiny" is for tests. All but the last read hundreds of visual tokens, and reading them
+takes most of the time, as in the published model.
 """
 
 from __future__ import annotations
@@ -13,14 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCALES = ("full", "cpu", "tiny")
-PLACEHOLDER, VOCAB = 5, {"full": 32064, "cpu": 4096, "tiny": 128}
+SCALES = ("full", "cpu", "quick", "tiny")
+PLACEHOLDER, VOCAB = 5, {"full": 32064, "cpu": 4096, "quick": 4096, "tiny": 128}
 # hidden size, MLP size, layers, heads, key-value heads
-VICUNA = {"full": (4096, 11008, 32, 32, 32), "cpu": (768, 2048, 8, 12, 12), "tiny": (32, 64, 8, 2, 2)}
-QWEN = {"full": (3584, 18944, 28, 28, 4), "cpu": (768, 3072, 8, 12, 2), "tiny": (32, 64, 8, 2, 1)}
-CLIP = {"full": (1024, 4096, 24, 16), "cpu": (256, 1024, 6, 4), "tiny": (16, 32, 4, 2)}
-SIGLIP = {"full": (1152, 4304, 26, 16), "cpu": (256, 1024, 6, 4), "tiny": (16, 32, 4, 2)}
-QWEN_VIT = {"full": (1280, 3420, 32, 16), "cpu": (256, 684, 8, 4), "tiny": (16, 32, 4, 2)}
+VICUNA = {
+    "full": (4096, 11008, 32, 32, 32),
+    "cpu": (768, 2048, 8, 12, 12),
+    "quick": (512, 1376, 6, 8, 8),
+    "tiny": (32, 64, 8, 2, 2),
+}
+QWEN = {
+    "full": (3584, 18944, 28, 28, 4),
+    "cpu": (768, 3072, 8, 12, 2),
+    "quick": (512, 2048, 6, 8, 2),
+    "tiny": (32, 64, 8, 2, 1),
+}
+SMALL_VIT = {"cpu": (256, 1024, 6, 4), "quick": (128, 512, 6, 2), "tiny": (16, 32, 4, 2)}
+CLIP, SIGLIP = {"full": (1024, 4096, 24, 16), **SMALL_VIT}, {"full": (1152, 4304, 26, 16), **SMALL_VIT}
+QWEN_VIT = {
+    "full": (1280, 3420, 32, 16),
+    "cpu": (256, 684, 8, 4),
+    "quick": (128, 342, 8, 2),
+    "tiny": (16, 32, 4, 2),
+}
 PATCH = 14
 
 
@@ -45,7 +61,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Shape:
-    """One model family at three scales; `size` is what `make` wants to know of the picture or the video."""
+    """One model family at all scales; `size` is what `make` wants to know of the picture or the video."""
 
     make: Callable[[Shape, str], tuple[str, Any, int, dict[str, Any]]]
     llm: Mapping[str, tuple[int, ...]]
@@ -176,16 +192,16 @@ def llava_onevision(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, 
 
 
 SHAPES = {
-    "llava-1.5-7b": Shape(llava, VICUNA, CLIP, {"full": (24,), "cpu": (24,), "tiny": (6,)}),
-    "llava-next-7b": Shape(llava_next, VICUNA, CLIP, {"full": (24,), "cpu": (12,), "tiny": (4,)}),
+    "llava-1.5-7b": Shape(llava, VICUNA, CLIP, {"full": (24,), "cpu": (24,), "quick": (24,), "tiny": (6,)}),
+    "llava-next-7b": Shape(llava_next, VICUNA, CLIP, {"full": (24,), "cpu": (12,), "quick": (12,), "tiny": (4,)}),
     "qwen2.5-vl-7b-image": Shape(
-        qwen2_5_vl, QWEN, QWEN_VIT, {"full": (1, 72, 72), "cpu": (1, 44, 44), "tiny": (1, 12, 12)}
+        qwen2_5_vl, QWEN, QWEN_VIT, {"full": (1, 72, 72), "cpu": (1, 44, 44), "quick": (1, 44, 44), "tiny": (1, 12, 12)}
     ),
     "qwen2.5-vl-7b-video": Shape(
-        qwen2_5_vl, QWEN, QWEN_VIT, {"full": (16, 28, 28), "cpu": (4, 22, 22), "tiny": (3, 8, 8)}
+        qwen2_5_vl, QWEN, QWEN_VIT, {"full": (16, 28, 28), "cpu": (4, 22, 22), "quick": (4, 22, 22), "tiny": (3, 8, 8)}
     ),
     "llava-onevision-7b-video": Shape(
-        llava_onevision, QWEN, SIGLIP, {"full": (32, 27), "cpu": (8, 16), "tiny": (3, 8)}
+        llava_onevision, QWEN, SIGLIP, {"full": (32, 27), "cpu": (8, 16), "quick": (8, 16), "tiny": (3, 8)}
     ),
 }
 
@@ -197,16 +213,34 @@ def build(name: str, scale: str, device: str = "cpu") -> Workload:
     return SHAPES[name].build(name, scale, device)
 
 
+def in_words(work: Workload) -> str:
+    """What is measured: the size of the model and of its prompt, and of the published model where it is a smaller copy."""
+    about = work.about
+    if "llm" not in about:
+        return f"{work.name}: {parameters(work) / 1e6:.1f} M parameters, a prompt of {about['prompt_tokens']} tokens"
+    size = f"{about['llm']['layers']} LLM layers of width {about['llm']['hidden_size']}"
+    width, _, layers, *_ = SHAPES[work.name].llm["full"]
+    size += "" if about["scale"] == "full" else f" in place of {layers} of width {width}"
+    tokens = f"{about['visual_tokens']} visual and {about['text_tokens']} text tokens"
+    return f"{work.name}, {about['scale']} scale: {size}, random weights, {tokens}"
+
+
+def parameters(work: Workload) -> int:
+    return sum(p.numel() for p in work.model.parameters())
+
+
 def shipped(model_id: str | None) -> Workload:
-    """A model from the hub or a folder, the shipped tiny LLaVA if None, with a generated picture and one question.
+    """A model from the Hub or a folder, or a tiny one by name (None: llava), with a generated picture and one question.
 
     Raises ValueError if it cannot be loaded.
     """
     from ..demo import TINY_QUESTION, load, prepare
+    from ..tiny import names
     from ..tiny.scenes import make_scene
 
     model, processor = load(model_id)
     inputs = dict(prepare(model, processor, make_scene(0, "test").image, TINY_QUESTION))
     length = inputs["input_ids"].shape[1]
     about = {"scale": "as loaded", "dtype": str(model.dtype).removeprefix("torch."), "prompt_tokens": length}
-    return Workload(model_id or "tiny-llava", model, inputs, about)
+    tiny = model_id is None or model_id in names()
+    return Workload(f"tiny-{model_id or 'llava'}" if tiny else str(model_id), model, inputs, about)

@@ -31,6 +31,17 @@ def now(work: Workload) -> Any:
     return time.process_time() if work.clock == "cpu" else Stopwatch.mark(work.model.device)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread in a `with` block, whose processor time other processes hardly change."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Phases:
     """Which phase is under way; `seconds()` adds up the stretches of each."""
 

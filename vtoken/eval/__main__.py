@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import click
 
-from .commands import mme, videomme
-from .tiny_command import tiny
+from ..shell import Group
+
+COMMANDS = {name: f"vtoken.eval.commands:{name}" for name in ("mme", "videomme")}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Group,
+    lazy=COMMANDS | {"tiny": "vtoken.eval.tiny_command:tiny"},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 def cli() -> None:
     """Accuracy against kept visual tokens."""
-
-
-cli.add_command(mme)
-cli.add_command(videomme)
-cli.add_command(tiny)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class Asker:
         end = time.perf_counter()
         report, n = vtoken.report(self.model), len(prompts)
         shared = (
-            report.average_visual_tokens / n,
+            report.average_visual_tokens,
             report.tokens_in / n,
             report.flops / n,
             report.flops_dense / n,
@@ -169,12 +169,7 @@ class Asker:
 
 
 def load(model_id: str | None) -> Asker:
-    """A model from the Hub or a folder, or one of the tiny ones by name; the tiny LLaVA if None.
-
-    Raises:
-        ValueError: if nothing of that name can be loaded.
-    """
-    from .. import tiny
+    """A model from the Hub or a folder, or one of the tiny ones by name; the tiny LLaVA if None. Raises as `demo.load`."""
     from ..demo import load as load_any
 
-    return Asker(*(tiny.load(model_id) if model_id in tiny.names() else load_any(model_id)))
+    return Asker(*load_any(model_id))

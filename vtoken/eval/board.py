@@ -128,7 +128,7 @@ def measure(
         for batch in batches:
             said = batch.say(model)
             report = vtoken.report(model)
-            tokens += report.average_visual_tokens
+            tokens += report.average_visual_tokens * report.prompts
             tokens_in += report.tokens_in
             flops, flops_dense = flops + report.flops, flops_dense + report.flops_dense
             for (kind, answer), text in zip(batch.asked, said, strict=True):
@@ -175,8 +175,11 @@ class Board:
 
     def save(self, path: str | Path) -> None:
         """Write what `load` reads; folders are made if needed."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")  # a kill leaves the old cells or the new ones
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
 
     @property
     def at(self) -> dict[tuple[str, float | int], Cell]:

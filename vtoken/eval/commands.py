@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli import Budget, console, fail, quiet
-from .items import Task
+from ..shell import MODEL, Budget, Command, console, quiet, require
+
+if TYPE_CHECKING:
+    from .items import Task
 
 PROTOCOLS = ("strict", "lmms-eval", "vlmevalkit")
 BASELINES = "random,uniform,pool"
@@ -22,7 +25,7 @@ def separated(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 def common(default_output: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The options that all benchmarks have."""
     options = [
-        click.option("--model", "model_id", help="Hub id, folder, or a tiny model's name; default: the tiny LLaVA."),
+        click.option("--model", "model_id", help=MODEL + " [default: llava]"),
         click.option("--strategy", "strategies", callback=separated, default="hired", show_default=True,
                      help="Names separated by commas; two that work together are joined by +."),
         click.option("--budget", type=Budget(), help="One budget, such as 0.2, without baselines."),
@@ -46,13 +49,15 @@ def common(default_output: str) -> Callable[[Callable[..., None]], Callable[...,
     return decorate
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--data", help="Folder with MME's parquet files, VLMEvalKit's MME.tsv, or a Hub id. [default: lmms-lab/MME]"
 )
 @common("vtoken-mme")
 def mme(data: str | None, protocol: str, **options: Any) -> None:
     """MME: yes-or-no questions, two per image; perception and cognition apart."""
+    if options["example"]:
+        require("pandas", "pyarrow", extra="eval")
     from . import example_data
     from .mme import HUB, MME, load
 
@@ -63,7 +68,7 @@ def mme(data: str | None, protocol: str, **options: Any) -> None:
     evaluate(tasks, **options)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--data", help="Folder with Video-MME's parquet file, data/*.mp4 and subtitle/*.srt.")
 @click.option("--frames", type=click.IntRange(min=1), help="Per video; default: the protocol's number.")
 @click.option("--same-tokens-as", type=click.IntRange(min=1),
@@ -81,6 +86,7 @@ def videomme(
     **options: Any,
 ) -> None:
     """Video-MME: multiple-choice questions about videos; by duration and task type."""
+    require("av", "pyarrow", *["pysubs2"] * (subtitles != "no"), extra="eval")
     from . import example_data
     from .videomme import HOW, VideoMME, load
 
@@ -113,25 +119,28 @@ def evaluate(
     frames: int | None = None,
     same_tokens_as: int | None = None,
 ) -> None:
-    """Run tasks and print, write and draw what came out; bad input becomes one sentence and exit code 2."""
+    """Run tasks and print, write and draw what came out."""
     from .board import parse_strategy
+    from .records import locked
     from .runner import Processes, plan
 
-    try:
-        if budget is not None and budgets:
-            raise ValueError("--budget and --budgets exclude each other.")
-        shares = [Budget().convert(b, None, None) for b in budgets] or [0.2 if budget is None else budget]
-        if not baselines and budgets:
-            baselines = BASELINES.split(",")
-        beside = [] if baselines == ["none"] else baselines
-        for name in strategies + beside:
-            parse_strategy(name)
-        runs = plan(strategies + beside, shares, frames, same_tokens_as)
-        optional = set(beside) - set(strategies)
-        quiet()
-        from .asking import load
+    if budget is not None and budgets:
+        raise ValueError("--budget and --budgets exclude each other.")
+    shares = [Budget().convert(b, None, None) for b in budgets] or [0.2 if budget is None else budget]
+    if not baselines and budgets:
+        baselines = BASELINES.split(",")
+    beside = [] if baselines == ["none"] else baselines
+    for name in strategies + beside:
+        parse_strategy(name)
+    runs = plan(strategies + beside, shares, frames, same_tokens_as)
+    if len(runs) > 1:
+        require("matplotlib", extra="eval")
+    optional = set(beside) - set(strategies)
+    quiet()
+    from .asking import load
 
-        processes, folder = Processes.found(), Path(output)
+    processes, folder = Processes.found(), Path(output)
+    with locked(folder) if processes.index == 0 else nullcontext():
         if processes.index == 0:
             made = tasks(folder, example)
         processes.wait()  # one process writes the example or downloads, the others find it
@@ -141,8 +150,6 @@ def evaluate(
         for where, task in made:
             task.max_new_tokens = max_new_tokens or task.max_new_tokens
             one_task(task, asker, where, runs, optional, batch_size, str(model_id or "llava"), processes)
-    except (ValueError, OSError, ImportError) as error:
-        raise fail(error) from None
 
 
 def one_task(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..shell import require
+
 if TYPE_CHECKING:
     from .board import Board
 
@@ -15,12 +17,10 @@ def draw(board: Board, path: str | Path) -> None:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("The plot needs matplotlib: pip install 'vtoken[eval]'.") from None
+    require("matplotlib", extra="eval")
     from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)

@@ -4,11 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 Record = dict[str, Any]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other evaluations out of a folder, which is made if needed, within a `with` block; blocks may be nested.
+
+    The operating system holds the lock for this process: when it dies, however it dies, the folder is free again.
+
+    Raises:
+        BlockingIOError: if another process or thread evaluates into this folder.
+        OSError: if nothing can be written there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.resolve() / ".lock", timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"Another evaluation writes into {str(folder)!r}: wait until it ends, or give another --output."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
@@ -40,10 +67,10 @@ def check_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
 def read(folder: Path, stem: str, names: Iterable[str]) -> dict[str, Record]:
     """The records of one run by item, from the files of all processes; a half-written last line is left out.
 
-    An item that could not be opened may be there again, with an answer.
+    An item counts once: of several answers to it the first is read, of an answer and an error the answer.
 
     Raises:
-        ValueError: naming the file, for a broken line, an item that the data set does not have, or two answers to one.
+        ValueError: naming the file, for a broken line or an item that the data set does not have.
     """
     known = set(names)
     records: dict[str, Record] = {}
@@ -59,9 +86,7 @@ def read(folder: Path, stem: str, names: Iterable[str]) -> dict[str, Record]:
             if name not in known:
                 raise ValueError(f"{str(path)!r} has an answer to {name!r}, which the data set does not ask.")
             before = records.get(name)
-            if before and "error" not in before and "error" not in record:
-                raise ValueError(f"{str(path)!r} has a second answer to {name!r}: remove one of them.")
-            if before is None or "error" in before:
+            if before is None or ("error" in before and "error" not in record):
                 records[name] = record
     return records
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..shell import require
 from .board import Cell
 from .items import Breakdown, Item, Prompt, Task, Unreadable
-from .records import Record, Writer, check_settings, read
+from .records import Record, Writer, check_settings, locked, read
 
 SHARES = ("tokens", "tokens_in", "flops", "flops_dense", "seconds")
 
@@ -118,6 +121,8 @@ class Processes:
 
         import torch
 
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each would do all the work without it
+            require("accelerate", extra="eval")
         try:
             from accelerate import PartialState
         except ImportError:
@@ -155,10 +160,14 @@ class Evaluation:
         self.processes = processes or Processes()
         self.batches = [task.items[i : i + batch_size] for i in range(0, len(task.items), batch_size)]
         self.names = [item.name for item in task.items]
-        check_settings(
-            self.folder, task.settings() | {"batch_size": batch_size} | (settings or {}), self.processes.index == 0
-        )
+        used = task.settings() | {"batch_size": batch_size} | (settings or {})
+        with self.alone():
+            check_settings(self.folder, used, self.processes.index == 0)
         self.processes.wait()
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other evaluations out of the folder; the first process does it for all. See `records.locked`."""
+        return locked(self.folder) if self.processes.index == 0 else nullcontext()
 
     def run(self, run: Run) -> Outcome | str:
         """Ask what has no answer yet, wait for the other processes, and score.
@@ -167,8 +176,13 @@ class Evaluation:
             The outcome, or the sentence with which the strategy refuses this model, budget or kind of prompt.
 
         Raises:
-            ValueError: if records are there twice or missing (the item is named), or nothing could be opened.
+            ValueError: if a record is missing (the item is named), or nothing could be opened.
+            BlockingIOError: if another evaluation writes into the folder.
         """
+        with self.alone():
+            return self._run(run)
+
+    def _run(self, run: Run) -> Outcome | str:
         done = read(self.folder, run.stem, self.names)
         self.processes.wait()  # nobody writes before everybody has read
         prompt = self._readable(run) if self._open(done) else None  # asked by all processes, so that all hear the same

@@ -35,14 +35,14 @@ def parquet_folder(source: str | Path, how: str) -> Path:
     if folder.is_dir():
         return folder
     if not HUB_ID.fullmatch(str(source)) or folder.exists():
-        raise ValueError(f"There is no data set folder {str(source)!r}: {how}")
+        raise ValueError(f"There is no data set folder {str(source)!r}: {how}") from FileNotFoundError(source)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(source), repo_type="dataset", allow_patterns=["*.parquet"]))
     except Exception as error:  # the client has a dozen kinds, all of them mean that the data set is not here
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"The Hub did not give the data set {str(source)!r} ({reason}): {how}") from None
+        raise ValueError(f"The Hub did not give the data set {str(source)!r} ({reason}): {how}") from error
 
 
 def parquet_files(folder: Path, split: str = "test") -> list[Path]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..cli import Budget, console, fail, quiet
+from ..shell import Budget, Command, console, fail, quiet, require
 from .commands import separated
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-@click.command()
-@click.option("--model", "models", multiple=True, default=["llava"], show_default=True, help="May be repeated.")
+@click.command(cls=Command)
+@click.option("--model", "models", multiple=True, default=["llava"], show_default=True, help="A tiny model; may be repeated.")
 @click.option("--all", "everything", is_flag=True, help="All tiny models that ship with vtoken.")
 @click.option(
     "--strategies",
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=click.IntRange(min=1), default=50, show_default=True)
 @click.option(
     "--output",
-    default="docs/board.md",
+    default="vtoken-tiny",
     show_default=True,
-    help="Page whose tables are replaced; data and plots lie beside.",
+    help="Folder that gets board.md, or the page itself (NAME.md), whose tables are replaced if it is there.",
 )
 @click.option("--resume", is_flag=True, help="Take over cells of an interrupted run.")
 def tiny(
@@ -55,60 +55,67 @@ def tiny(
     from .board import Board, Cell, parse_strategy
     from .board_page import write
     from .plot import draw
+    from .records import locked
 
     shares = [Budget().convert(b, None, None) for b in budgets]
     if not shares:
         raise fail("Give at least one budget, such as --budgets 0.5,0.2.")
-    page = Path(output)
+    page = page_of(output)
     folder = page.with_suffix("")
-    try:
-        for name in strategies:
-            parse_strategy(name)
-        quiet()
-        from .. import tiny as shipped
-        from .tiny_board import Subject, plan, subjects, tiny_board
+    require("matplotlib", extra="eval")
+    for name in strategies:
+        parse_strategy(name)
+    quiet()
+    from .. import tiny as shipped
+    from .tiny_board import Subject, plan, subjects, tiny_board
 
-        names = shipped.names() if everything else list(dict.fromkeys(models))
-        for name in names:
-            shipped.path(name)
-        out, boards, pictures = console(), [], []
+    names = shipped.names() if everything else list(dict.fromkeys(models))
+    for name in names:
+        shipped.path(name)
+    out, boards, pictures = console(), [], []
 
-        def one(subject: Subject) -> Board:
-            path = folder / f"{subject.stem}.json"
-            known = Board.load(path) if resume and path.is_file() else None
-            chosen = strategies or subject.fitting()
-            with progress(out) as bar:
-                asked = sum(len(batch.asked) for batch in subject.batches)
-                task = bar.add_task(subject.stem, total=len(plan(chosen, shares)) * asked)
+    def one(subject: Subject) -> Board:
+        path = folder / f"{subject.stem}.json"
+        known = Board.load(path) if resume and path.is_file() else None
+        chosen = strategies or subject.fitting()
+        with progress(out) as bar:
+            asked = sum(len(batch.asked) for batch in subject.batches)
+            task = bar.add_task(subject.stem, total=len(plan(chosen, shares)) * asked)
 
-                def cell_done(board: Board, cell: Cell) -> None:
-                    board.save(path)
-                    said = (
-                        f"{cell.right} of {cell.asked} right with {cell.tokens:.1f} visual tokens, {cell.seconds:.1f} s"
-                    )
-                    bar.console.print(f"{subject.stem} {cell.strategy} {cell.budget}: {said}", highlight=False)
+            def cell_done(board: Board, cell: Cell) -> None:
+                board.save(path)
+                said = (
+                    f"{cell.right} of {cell.asked} right with {cell.tokens:.1f} visual tokens, {cell.seconds:.1f} s"
+                )
+                bar.console.print(f"{subject.stem} {cell.strategy} {cell.budget}: {said}", highlight=False)
 
-                def step(what: str, n: int) -> None:
-                    bar.update(task, advance=n, description=f"{subject.stem} {what}")
+            def step(what: str, n: int) -> None:
+                bar.update(task, advance=n, description=f"{subject.stem} {what}")
 
-                def refused(sentence: str) -> None:
-                    bar.console.print(f"left out, {sentence}", highlight=False, markup=False)
+            def refused(sentence: str) -> None:
+                bar.console.print(f"left out, {sentence}", highlight=False, markup=False)
 
-                board = tiny_board(subject, chosen, shares, seed, step, cell_done, known, refused)
-            draw(board, folder / f"{subject.stem}.png")
-            return board
+            board = tiny_board(subject, chosen, shares, seed, step, cell_done, known, refused)
+        draw(board, folder / f"{subject.stem}.png")
+        return board
 
+    out.print(f"the page is going to be {page}, its data and plots {folder}/", highlight=False)
+    with locked(folder):
         for name in names:
             for subject in subjects(name, questions, seed, batch_size):
                 boards.append(one(subject))
                 pictures.append(f"{folder.name}/{subject.stem}.png")
-        options = ["--all"] if everything else [f"--model {name}" for name in names]
-        options += [f"--strategies {','.join(strategies)}"] * bool(strategies)
-        options += [f"--budgets {','.join(budgets)} --questions {questions} --seed {seed}"]
-        write(page, boards, f"vtoken eval tiny {' '.join(options)}", pictures)
-        out.print(f"wrote {page}", highlight=False)
-    except (ValueError, OSError, ImportError) as error:
-        raise fail(error) from None
+    options = ["--all"] if everything else [f"--model {name}" for name in names]
+    options += [f"--strategies {','.join(strategies)}"] * bool(strategies)
+    options += [f"--budgets {','.join(budgets)} --questions {questions} --seed {seed}"]
+    write(page, boards, f"vtoken eval tiny {' '.join(options)}", pictures)
+    out.print(f"wrote {page}", highlight=False)
+
+
+def page_of(output: str) -> Path:
+    """The page that --output names: itself, or board.md in a folder."""
+    path = Path(output)
+    return path if path.suffix and not path.is_dir() else path / "board.md"
 
 
 def progress(out: Console) -> Progress:

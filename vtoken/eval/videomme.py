@@ -47,7 +47,7 @@ def load(source: str | Path, letters: str | None = None) -> list[Item]:
     """
     folder = Path(source)
     if not folder.is_dir():
-        raise ValueError(f"There is no data set folder {str(source)!r}: {HOW}")
+        raise ValueError(f"There is no data set folder {str(source)!r}: {HOW}") from FileNotFoundError(source)
     items = []
     for row in read_parquet(folder, COLUMNS, HOW):
         name, options = str(row["question_id"]), tuple(map(str, row["options"] or ()))

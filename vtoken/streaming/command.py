@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli import Budget, console, fail
+from ..shell import Budget, Command, console, fail, require
 
 if TYPE_CHECKING:
     from .session import StreamSession
@@ -23,7 +23,7 @@ SESSIONS = 4  # browsers at a time
 PAGE_BYTES = 256 * 2**20  # of the memories of all of them
 
 
-@click.command("stream")
+@click.command("stream", cls=Command)
 @click.option("--source", default=SYNTHETIC, show_default=True, help="File, rtsp/http address, camera number.")
 @click.option("--model", "model_id", help="Hub id or folder of a model that reads videos; default: a shipped tiny one.")
 @click.option("--strategy", default=STRATEGIES[0], show_default=True, help="A strategy that fits streams, or none.")
@@ -59,6 +59,10 @@ def run(
     questions: tuple[tuple[float, str], ...],
     **serving: Any,
 ) -> None:
+    if not questions and not terminal:
+        require("gradio", extra="stream")
+    if not source.startswith("synthetic:"):
+        require("av", extra="stream")
     from ..demo import load
 
     bounds: dict[str, Any] = {"max_tokens": max_tokens, "max_steps": TINY_STEPS if model_id is None else None}

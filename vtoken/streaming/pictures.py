@@ -7,6 +7,7 @@ import numbers
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..images import pixels
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from .optimiser import optimisers
@@ -52,7 +55,7 @@ def optimise(
         steps: number of steps instead of the plan's.
         seconds: the way is the number of steps, or this long where that comes first.
         workers: processes that make batches ahead.
-        keep: folder for ``<stage>.pt``, written every 50 steps; a stage that is found there goes on from its last
+        keep: folder for ``<stage>.safetensors``, written every 50 steps; a stage that is found there goes on from its last
             state, and a finished one is not run again.
     """
     steps = steps or plan["steps"]
@@ -90,23 +93,38 @@ def optimise(
 
 
 def _save(keep: Path, stage: str, parameters: dict, used: list, log: list[dict], following: int, spent: float) -> None:
-    """Writes ``<stage>.pt`` so that an interruption leaves the old one or the new one."""
-    state = {"parameters": parameters, "used": [o.state_dict() for o in used], "next": following}
-    torch.save(state | {"seconds": spent, "log": log}, keep / f"{stage}.part")
-    (keep / f"{stage}.part").replace(keep / f"{stage}.pt")
+    """Writes ``<stage>.safetensors`` so that an interruption leaves the old one or the new one.
+
+    Numbers that are no tensor lie in the file's metadata as JSON: reading the file runs no code.
+    """
+    tensors = {f"parameters/{name}": p for name, p in parameters.items()}
+    for i, optimiser in enumerate(used):
+        for number, values in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser/{i}/{number}/{key}": value for key, value in values.items()}
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    facts = json.dumps({"next": following, "seconds": spent, "log": log})
+    save_file(plain, keep / f"{stage}.part", metadata={"facts": facts})
+    (keep / f"{stage}.part").replace(keep / f"{stage}.safetensors")
 
 
 def _resume(
     keep: Path | None, stage: str, parameters: dict[str, torch.nn.Parameter], used: list, log: list[dict]
 ) -> tuple[int, float]:
     """The step to go on with and the seconds spent before it; restores weights, optimisers and log."""
-    if not keep or not (keep / f"{stage}.pt").exists():
+    path = keep and keep / f"{stage}.safetensors"
+    if not path or not path.exists():
         return 0, 0.0
-    state = torch.load(keep / f"{stage}.pt", map_location="cpu", weights_only=False)
-    with torch.no_grad():
-        for name, value in state["parameters"].items():
-            parameters[name].copy_(value)
-    for optimiser, stored in zip(used, state["used"]):
-        optimiser.load_state_dict(stored)
-    log[:] = state["log"]
-    return state["next"], state["seconds"]
+    states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in used]
+    with safe_open(path, "pt") as file, torch.no_grad():
+        facts = json.loads(file.metadata()["facts"])
+        for name in file.keys():  # noqa: SIM118 (a file is no mapping)
+            kind, _, rest = name.partition("/")
+            if kind == "parameters":
+                parameters[rest].copy_(file.get_tensor(name))
+            else:
+                i, number, key = rest.split("/")
+                states[int(i)].setdefault(int(number), {})[key] = file.get_tensor(name)
+    for optimiser, state in zip(used, states):
+        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    log[:] = facts["log"]
+    return facts["next"], facts["seconds"]

@@ -51,7 +51,7 @@ def train(
     keep = Path(out) / "stages"
     keep.mkdir(parents=True, exist_ok=True)
     if not resume:
-        for state in keep.glob("*.pt"):
+        for state in keep.glob("*.safetensors"):
             state.unlink()
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")

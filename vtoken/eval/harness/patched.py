@@ -115,7 +115,7 @@ def _counting(model: Any, generate: Callable[..., Any], calls: Calls, *args: Any
         report = vtoken.report(model)
         calls.calls += 1
         calls.tokens_in += report.tokens_in
-        calls.tokens += report.average_visual_tokens
+        calls.tokens += report.average_visual_tokens * report.prompts
         calls.flops += report.flops
         calls.flops_dense += report.flops_dense
     return out
