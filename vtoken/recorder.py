@@ -76,7 +76,7 @@ class Forward:
 class Record:
     """One call under way or finished."""
 
-    chosen: list[Chosen]
+    visuals: list[VisualReport]
     beams: int
     watch: Stopwatch
     forwards: list[Forward] = field(default_factory=list)
@@ -127,8 +127,8 @@ class Recorder:
         self.local.tower = (self.local.tower or {}) | {modality: use}
 
     def chosen(self, chosen: list[Chosen], beams: int) -> None:
-        """A new prompt begins."""
-        record = Record(chosen, beams, self.local.watch or Stopwatch(), tower=self.local.tower or {})
+        """A new prompt begins. Facts are kept of it and no features: a record outlives the call."""
+        record = Record([_facts(c) for c in chosen], beams, self.local.watch or Stopwatch(), tower=self.local.tower or {})
         self.local.watch = self.local.tower = None
         self.local.record = self.last = record
 
@@ -191,19 +191,7 @@ class Recorder:
                 flops += sum(shape.layer_flops(n, forward.past[stage]) for n in tokens[stage])
         return Report(
             strategy=self.describe,
-            visuals=[
-                VisualReport(
-                    row=c.row,
-                    modality=c.tokens.modality,
-                    tokens_in=len(c.tokens),
-                    tokens_out=len(c.selection.keep),
-                    segments=c.tokens.segments,
-                    cells=c.tokens.cells,
-                    keep=c.selection.keep,
-                    into=c.selection.into,
-                )
-                for c in record.chosen
-            ],
+            visuals=list(record.visuals),
             prompt_tokens=prompt,
             tokens_per_layer=per_layer,
             visual_per_layer=visual,
@@ -214,3 +202,17 @@ class Recorder:
             seconds=record.watch.seconds(),
             tower=record.tower,
         )
+
+
+def _facts(chosen: Chosen) -> VisualReport:
+    tokens, selection = chosen.tokens, chosen.selection
+    return VisualReport(
+        row=chosen.row,
+        modality=tokens.modality,
+        tokens_in=len(tokens),
+        tokens_out=len(selection.keep),
+        segments=tokens.segments,
+        cells=tokens.cells,
+        keep=selection.keep,
+        into=selection.into,
+    )

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..streams import Reuse, StreamState, TowerUse, current_stream
 from ..tokens import EncoderMerge, EncoderTokens, Needs, VisualTokens
 from .base import Adapter, Layout
-from .state import ENCODED, State, Wrapped
+from .state import ENCODED, Admission, State, Wrapped
 from .towers.base import Capture
 from .towers.frames import FramePass
 from .towers.merging import MERGED, EncoderMerging
@@ -45,6 +45,7 @@ class VisionWatch:
         adapter: the model's parts and geometry.
         needs: per modality what is read from the tower.
         state: shared with the sequence hooks.
+        gate: tells which calls are this patch's.
         timer: `timer(name)` is a context manager that times a stage.
         merging: per modality the tower layers behind which tokens are merged, where the tower allows it.
         merge: asked there.
@@ -57,13 +58,14 @@ class VisionWatch:
         adapter: Adapter,
         needs: dict[str, Needs],
         state: State,
+        gate: Admission,
         timer: Callable[[str], Any],
         merging: dict[str, tuple[int, ...]] | None = None,
         merge: Callable[[EncoderTokens], EncoderMerge | None] | None = None,
         reuse: dict[str, Reuse] | None = None,
         used: Callable[[str, TowerUse], None] | None = None,
     ) -> None:
-        self.adapter, self.needs, self.state, self.timer = adapter, needs, state, timer
+        self.adapter, self.needs, self.state, self.gate, self.timer = adapter, needs, state, gate, timer
         self.reuse, self.used, self.key = reuse or {}, used, uuid.uuid4().hex
         self.wrapped = Wrapped()
         self.handles: list[Any] = []
@@ -111,6 +113,11 @@ class VisionWatch:
 
     @torch.compiler.disable
     def _features(self, modality: str, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        with self.gate.call() as served:
+            self.state.disabled = self.gate.disabled()
+            return self._encoded(modality, original, args, kwargs) if served else original(*args, **kwargs)
+
+    def _encoded(self, modality: str, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         state = self.state
         if state.disabled or modality not in self.needs or state.capture is not None:
             return original(*args, **kwargs)

@@ -116,15 +116,15 @@ class LayerStages:
             )
 
     # -- hooks --------------------------------------------------------------------------------------------------
-    def _tap(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _tap(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         run = self.state.run
-        if run is not None and run.visual is not None:
+        if run is not None and run.visual is not None and kwargs is not None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             run.tap = (i, module, hidden, kwargs["position_embeddings"], kwargs.get("attention_mask"))
 
-    def _before_layer(self, i: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _before_layer(self, i: int, layer: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         run = self.state.run
-        if run is None:
+        if run is None or kwargs is None:
             return None
         stage, table, mask = self.stage_of[i], self.tables[i], kwargs.get("attention_mask")
         if run.visual is None:

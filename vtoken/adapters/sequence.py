@@ -20,7 +20,7 @@ from .cache import Ledger, ledger_of, make_logical, physical_length
 from .layers import LayerStages, Stage
 from .masks import cut_mask, sees_itself
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
-from .state import ENCODED, Call, Observer, Plan, Run, State, Wrapped
+from .state import ENCODED, Admission, Call, Observer, Plan, Run, State, Wrapped
 from .transformers_contract import cache_in, changed, check_names, check_prompt
 
 
@@ -33,6 +33,7 @@ class Sequence:
         stages: drops inside the LLM, ascending.
         positions: "original" or "renumber".
         state: shared with whoever watches the vision side.
+        gate: tells which calls are this patch's.
         observer: told what entered and left the language model.
         aligned: LLM layers whose cache is cut to the last stage's tokens behind the prompt.
     """
@@ -44,12 +45,13 @@ class Sequence:
         stages: list[Stage],
         positions: str,
         state: State,
+        gate: Admission,
         observer: Observer,
         aligned: tuple[int, ...] = (),
     ) -> None:
         self.adapter, self.planner, self.positions = adapter, planner, positions
         self.model, self.base, self.decoder = adapter.model, adapter.base, adapter.decoder
-        self.state, self.observer = state, observer
+        self.state, self.gate, self.observer = state, gate, observer
         self.base_arguments = list(inspect.signature(self.base.forward).parameters)
         self.wrapped = Wrapped()
         self.handles: list[Any] = []
@@ -89,7 +91,16 @@ class Sequence:
             call.visual[modality] = mask[..., 0] if mask.ndim == 3 else mask
         return out
 
-    def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    # A hook that another thread is putting on or taking off is called without `kwargs`, in a call that is not its own.
+    def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
+        self.state.call = None
+        if kwargs is None or not self.gate.forward_begins():
+            return None
+        if module is not self.base:
+            raise NotImplementedError(
+                "nn.DataParallel runs copies of the model, which read the vision tower of the original: use "
+                "DistributedDataParallel."
+            )
         call = self.state.call = Call()
         given = dict(zip(self.base_arguments, args, strict=False)) | kwargs
         call.given, call.input_ids = given, given.get("input_ids")
@@ -114,7 +125,9 @@ class Sequence:
         return args, kwargs | {"attention_mask": self._align(ledger, cache, mask)}
 
     def _after_base(self, module: nn.Module, args: Any, out: Any) -> None:
-        self.state.call = None
+        if self.state.call is not None:
+            self.state.call = None
+            self.gate.forward_ended()
 
     @property
     def _flash(self) -> bool:
@@ -129,7 +142,7 @@ class Sequence:
         """Static cache: generate() makes the 4-D mask itself, in front of (and outside) the compiled forward."""
         cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
         ledger = ledger_of(cache)
-        if ledger is not None and cache is not None:
+        if ledger is not None and cache is not None and self.gate.serves():
             embeds = kwargs["inputs_embeds"]
             if mask is None and ledger.ragged[0]:
                 length = int(cache.get_seq_length()) + embeds.shape[1]
@@ -141,10 +154,10 @@ class Sequence:
     # -- the entrance of the language model ---------------------------------------------------------------------
     # What reads visual tokens depends on data (who survives) and keeps state: torch.compile leaves it to eager mode, and
     # traces decode steps and text turns as one graph.
-    def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         self.state.run = None
-        call, embeds = self.state.call, kwargs.get("inputs_embeds")
-        if call is None or embeds is None:
+        call, embeds = self.state.call, None if kwargs is None else kwargs.get("inputs_embeds")
+        if call is None or embeds is None or kwargs is None:
             return None
         cache = cache_in(kwargs)
         ledger = ledger_of(cache)
@@ -191,6 +204,7 @@ class Sequence:
         embeds = kwargs["inputs_embeds"]
         batch, length, _ = embeds.shape
         device = embeds.device
+        self.state.disabled = self.gate.disabled()
         self.state.prefill = device
         self.observer.before_prefill(device)
         self.stages.check_training()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -115,30 +117,89 @@ class State(PerThread):
     generating: Any = None  # encoded.Prompt
     prefill: torch.device | None = None  # set while the language model reads visual tokens
     capture: Any = None  # towers.base.Capture
-    disabled: int = 0
+    disabled: bool = False  # read when visual tokens are encoded, and when they reach the language model
+
+
+class Method:
+    """An instance attribute in place of a method: `instead(original, ...)`.
+
+    With `__wrapped__`, so that `generate()` finds the method's signature; a deep copy of the model gets one bound to itself.
+    """
+
+    def __init__(self, instead: Callable[..., Any], original: Callable[..., Any], before: Any) -> None:
+        functools.update_wrapper(self, original)
+        self._instead: Callable[..., Any] | None = instead
+        self._original, self._before = original, before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._instead is None:
+            return self._original(*args, **kwargs)
+        return self._instead(self._original, *args, **kwargs)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        original, owner = self._original, getattr(self._original, "__self__", None)
+        if isinstance(original, MethodType):  # pickled by its name, under which the owner has this object
+            original = original.__name__
+        return self._instead, original, owner, self._before
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        instead, original, owner, before = state
+        if isinstance(original, str):
+            original = MethodType(getattr(type(owner), original), owner)
+        self.__init__(instead, original, before)  # type: ignore[misc]
+
+    def remove(self, owner: Any, name: str) -> None:
+        """Put back what was there, also where others have wrapped this one since."""
+        top = owner.__dict__.get(name)
+        if top is self:
+            if self._before is None:
+                del owner.__dict__[name]
+            else:
+                owner.__dict__[name] = self._before
+            return
+        self._instead = None  # for whoever holds on to it
+        while isinstance(top, Method):
+            if top._original is self:
+                top._original = top.__dict__["__wrapped__"] = self._original
+                top._before = self._before
+            top = top._original
 
 
 class Wrapped:
-    """Instance attributes that stand in front of a method, and their removal.
-
-    `functools.partial` objects with `__wrapped__`: `generate()` reads their signature, and a deep copy of the model gets
-    copies bound to itself.
-    """
+    """The methods that were replaced on instances, and their removal, in any order."""
 
     def __init__(self) -> None:
-        self.places: list[tuple[Any, str]] = []
+        self.places: list[tuple[Any, str, Method]] = []
 
     def wrap(self, owner: Any, name: str, instead: Callable[..., Any], original: Any = None) -> None:
         original = getattr(owner, name) if original is None else original
-        partial = functools.partial(instead, original)
-        functools.update_wrapper(partial, original)
-        owner.__dict__[name] = partial
-        self.places.append((owner, name))
+        method = Method(instead, original, owner.__dict__.get(name))
+        owner.__dict__[name] = method
+        self.places.append((owner, name, method))
 
     def remove(self) -> None:
-        for owner, name in self.places:
-            owner.__dict__.pop(name, None)
+        for owner, name, method in self.places:
+            method.remove(owner, name)
         self.places = []
+
+
+class Admission(Protocol):
+    """Which calls of a model are a patch's; several patches may have hooks on one model."""
+
+    def serves(self) -> bool:
+        """Whether what is called here and now uses the patch."""
+
+    def call(self) -> AbstractContextManager[bool]:
+        """A call that uses the patch to its end; yields False if the call is not the patch's."""
+
+    def disabled(self) -> bool:
+        """Whether calls read all visual tokens now."""
+
+    def forward_begins(self) -> bool:
+        """Whether a forward of the base model uses the patch, whose hooks then stay until `forward_ended`."""
+
+    def forward_ended(self) -> None:
+        """The forward is at its end."""
 
 
 class Observer(Protocol):
