@@ -7,7 +7,6 @@ A call uses the same patch from its beginning to its end.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 import threading
@@ -193,7 +192,8 @@ class Patches:
         with LOCK:
             mine = next((s for s in self._here() if s.kind == "applied"), None)
             if patch is not None:
-                holders: list[Any] = [x for x in (self, *self.blocks) if _held(x) is patch]
+                every: list[Any] = [self, *self.blocks]
+                holders = [x for x in every if _held(x) is patch]
             elif mine is not None:
                 holders = [mine]
             elif any(b.thread.is_alive() for b in self.blocks):
@@ -320,10 +320,9 @@ class Gate:
 
 
 # -- frames of running calls ------------------------------------------------------------------------------------
-@functools.cache
-def _generate_code(cls: type) -> CodeType | None:
-    function = inspect.unwrap(getattr(cls, "generate", None)) if hasattr(cls, "generate") else None
-    return getattr(function, "__code__", None)
+def _generate_code(cls: Any) -> CodeType | None:
+    function = getattr(cls, "generate", None)
+    return None if function is None else getattr(inspect.unwrap(function), "__code__", None)
 
 
 def _frame_of(frame: FrameType | None, code: CodeType, owner: Any) -> FrameType | None:

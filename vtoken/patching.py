@@ -12,12 +12,13 @@ from .accounting import Report
 from .active import LOCK, Gate, Patches, patches_for, patches_of
 from .adapters.base import Adapter
 from .adapters.encoded import VisionWatch, generating
+from .adapters.hooks import Wrapped
 from .adapters.layers import Stage
 from .adapters.plan import Chosen, Planner
 from .adapters.registry import adapter_for
 from .adapters.rows import check_projections
 from .adapters.sequence import Sequence
-from .adapters.state import State, Wrapped
+from .adapters.state import State
 from .config import VTokenConfig
 from .recorder import Recorder
 from .strategies import Composite, Strategy, combine, create, list_names, strategy_info
@@ -305,8 +306,8 @@ def check_unpatched(adapter: Adapter) -> None:
     name, other = current.strategy.info.name, current.adapter.model
     if other is not adapter.model:
         raise ValueError(
-            f"The {type(other).__name__} that shares its modules with this {type(adapter.model).__name__} is patched with {name} "
-            "already: a patch on either serves both, call vtoken.unpatch first to replace it."
+            f"The {type(other).__name__} that shares its modules with this {type(adapter.model).__name__} is patched with "
+            f"{name} already: a patch on either serves both, call vtoken.unpatch first to replace it."
         )
     raise ValueError(
         f"This model is patched with {name} already: call vtoken.unpatch(model) first, or use "

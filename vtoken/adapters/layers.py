@@ -21,6 +21,7 @@ from transformers.masking_utils import create_causal_mask
 from ..tokens import PrefillTokens, Selection
 from .align import align_cache
 from .cache import name_of
+from .hooks import Hook, Hooks, rebuilt
 from .masks import WINDOW_FULL, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged
 from .rows import rows_of_attention
@@ -67,6 +68,7 @@ class LayerStages:
         self.kind = list(kinds[: len(layers)]) if kinds else [None] * len(layers)
         rotary = getattr(decoder, "rotary_emb", None)
         self.typed_rotary = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        self.hooks = Hooks(self.find)
 
     @property
     def count(self) -> int:
@@ -80,16 +82,19 @@ class LayerStages:
     def flash(self) -> bool:
         return "flash" in (self.decoder.config._attn_implementation or "")
 
-    def register(self) -> list[Any]:
-        handles = []
-        layers = getattr(self.decoder, "layers", ())
+    def find(self) -> list[Hook]:
+        """The hooks, on the layers that the decoder has now."""
+        layers, hooks = list(getattr(self.decoder, "layers", ())), []
+        if len(layers) != len(self.stage_of):
+            raise rebuilt(f"The LLM has {len(layers)} layers where it had {len(self.stage_of)}")
         for i, layer in enumerate(layers):
             if self.tables[i] or self.flash:
-                handles.append(layer.register_forward_pre_hook(functools.partial(self._before_layer, i), with_kwargs=True))
+                hooks.append(Hook(layer, functools.partial(self._before_layer, i), before=True, kwargs=True))
             if i + 1 < len(layers) and self.stage_of[i + 1] > self.stage_of[i]:
-                tap = functools.partial(self._tap, i)
-                handles.append(layer.self_attn.register_forward_pre_hook(tap, with_kwargs=True))
-        return handles
+                if not hasattr(layer, "self_attn"):
+                    raise rebuilt(f"Layer {i} of the LLM has no self_attn, whose attention is read")
+                hooks.append(Hook(layer.self_attn, functools.partial(self._tap, i), before=True, kwargs=True))
+        return hooks
 
     # -- what cannot be served ----------------------------------------------------------------------------------
     def check_training(self) -> None:

@@ -34,7 +34,10 @@ def list_families() -> list[str]:
 
 
 def adapter_for(model: Any) -> Adapter:
-    """The adapter of a model, or of the model in a wrapper of torch or peft. Raises TypeError for what is no transformers model, ValueError without an adapter."""
+    """The adapter of a model, or of the model in a wrapper of torch or peft.
+
+    Raises TypeError for what is no transformers model, ValueError without an adapter.
+    """
     _discover()
     if isinstance(model, nn.DataParallel):
         raise TypeError(

@@ -16,11 +16,13 @@ import torch
 import transformers.masking_utils
 from torch import Tensor, nn
 
+from ..streams import unwrapped
 from .cache import Ledger, ledger_of, make_logical, physical_length
+from .hooks import Wrapped, rebuilt
 from .layers import LayerStages, Stage
 from .masks import cut_mask, sees_itself
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
-from .state import ENCODED, Admission, Call, Observer, Plan, Run, State, Wrapped
+from .state import ENCODED, Admission, Call, Observer, Plan, Run, State
 from .transformers_contract import cache_in, changed, check_names, check_prompt
 
 
@@ -58,11 +60,12 @@ class Sequence:
         self.stages = LayerStages(self.decoder, stages, state, positions, aligned)
         check_names(adapter, self.stages.hooks_layers)
         h = self.handles
+        if self.model is not self.base:
+            h.append(self.model.register_forward_pre_hook(self._before_model))
         h.append(self.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         h.append(self.base.register_forward_hook(self._after_base, always_call=True))
         h.append(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         h.append(self.decoder.register_forward_hook(self._after_decoder, always_call=True))
-        h.extend(self.stages.register())
         if hasattr(self.base, "get_placeholder_mask"):
             self.wrapped.wrap(self.base, "get_placeholder_mask", self._placeholders)
         if hasattr(self.decoder, "_deepstack_process"):
@@ -79,6 +82,7 @@ class Sequence:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        self.stages.hooks.remove()
         self.wrapped.remove()
 
     # -- what the base model is given ---------------------------------------------------------------------------
@@ -91,6 +95,20 @@ class Sequence:
             call.visual[modality] = mask[..., 0] if mask.ndim == 3 else mask
         return out
 
+    def _before_model(self, module: nn.Module, args: Any) -> None:
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Raise RuntimeError if the model no longer consists of the parts that carry the hooks."""
+        if torch.compiler.is_compiling() or not self.gate.serves():
+            return
+        for name, there, now in (
+            ("base model", self.base, self.model.base_model),
+            ("language model", self.decoder, self.model.get_decoder()),
+        ):
+            if unwrapped(there) is not unwrapped(now):
+                raise rebuilt(f"The {name} is another than the one that was patched")
+
     # A hook that another thread is putting on or taking off is called without `kwargs`, in a call that is not its own.
     def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         self.state.call = None
@@ -101,6 +119,8 @@ class Sequence:
                 "nn.DataParallel runs copies of the model, which read the vision tower of the original: use "
                 "DistributedDataParallel."
             )
+        if self.model is self.base:
+            self._check_parts()
         call = self.state.call = Call()
         given = dict(zip(self.base_arguments, args, strict=False)) | kwargs
         call.given, call.input_ids = given, given.get("input_ids")
@@ -159,6 +179,8 @@ class Sequence:
         call, embeds = self.state.call, None if kwargs is None else kwargs.get("inputs_embeds")
         if call is None or embeds is None or kwargs is None:
             return None
+        if not torch.compiler.is_compiling():
+            self.stages.hooks.refresh()
         cache = cache_in(kwargs)
         ledger = ledger_of(cache)
         if ledger is not call.ledger:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -118,69 +115,6 @@ class State(PerThread):
     prefill: torch.device | None = None  # set while the language model reads visual tokens
     capture: Any = None  # towers.base.Capture
     disabled: bool = False  # read when visual tokens are encoded, and when they reach the language model
-
-
-class Method:
-    """An instance attribute in place of a method: `instead(original, ...)`.
-
-    With `__wrapped__`, so that `generate()` finds the method's signature; a deep copy of the model gets one bound to itself.
-    """
-
-    def __init__(self, instead: Callable[..., Any], original: Callable[..., Any], before: Any) -> None:
-        functools.update_wrapper(self, original)
-        self._instead: Callable[..., Any] | None = instead
-        self._original, self._before = original, before
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._instead is None:
-            return self._original(*args, **kwargs)
-        return self._instead(self._original, *args, **kwargs)
-
-    def __getstate__(self) -> tuple[Any, ...]:
-        original, owner = self._original, getattr(self._original, "__self__", None)
-        if isinstance(original, MethodType):  # pickled by its name, under which the owner has this object
-            original = original.__name__
-        return self._instead, original, owner, self._before
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        instead, original, owner, before = state
-        if isinstance(original, str):
-            original = MethodType(getattr(type(owner), original), owner)
-        self.__init__(instead, original, before)  # type: ignore[misc]
-
-    def remove(self, owner: Any, name: str) -> None:
-        """Put back what was there, also where others have wrapped this one since."""
-        top = owner.__dict__.get(name)
-        if top is self:
-            if self._before is None:
-                del owner.__dict__[name]
-            else:
-                owner.__dict__[name] = self._before
-            return
-        self._instead = None  # for whoever holds on to it
-        while isinstance(top, Method):
-            if top._original is self:
-                top._original = top.__dict__["__wrapped__"] = self._original
-                top._before = self._before
-            top = top._original
-
-
-class Wrapped:
-    """The methods that were replaced on instances, and their removal, in any order."""
-
-    def __init__(self) -> None:
-        self.places: list[tuple[Any, str, Method]] = []
-
-    def wrap(self, owner: Any, name: str, instead: Callable[..., Any], original: Any = None) -> None:
-        original = getattr(owner, name) if original is None else original
-        method = Method(instead, original, owner.__dict__.get(name))
-        owner.__dict__[name] = method
-        self.places.append((owner, name, method))
-
-    def remove(self) -> None:
-        for owner, name, method in self.places:
-            method.remove(owner, name)
-        self.places = []
 
 
 class Admission(Protocol):
