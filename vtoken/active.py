@@ -69,7 +69,7 @@ class Patches:
         leaving: patches that were taken off and may still be used by a running call.
         running: by patch the number of its calls of `generate` and `get_*_features`.
         forwards: by thread the patch of the forward that it is, or was, inside; an interrupted one tells no hook of its end.
-        older: by thread the frame of a `generate` that began before its model had a patch, as an id.
+        older: threads that may be inside a `generate` that began before there was a patch, with its frame once it is known.
         simple: the only patch, if nothing else is going on.
     """
 
@@ -82,7 +82,7 @@ class Patches:
         self.running: dict[Patch, int] = {}
         self.forwards: dict[int, Patch] = {}
         self.held = 0  # by threads that are about to add something
-        self.older: dict[int, int] = {}
+        self.older: dict[int, int | None] = {}
         self.simple: Patch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,19 +117,24 @@ class Patches:
         """The open `applied` blocks."""
         return [s for s in self.scopes if s.kind == "applied"]
 
+    def has(self, patch: Patch) -> bool:
+        """Whether a patch is on the model, if only at rest outside of an `applied` block."""
+        holders: list[Any] = [self, *self.blocks]
+        return any(_held(holder) is patch for holder in holders)
+
     # -- which one ----------------------------------------------------------------------------------------------
     def _here(self) -> list[Scope]:
         """The open scopes of this thread or task, innermost first."""
         return [s for s in reversed(_scopes.get()) if s.patches is self and s.open]
 
-    def current(self) -> Patch | None:
-        """The patch that a call uses if it begins here and now.
+    def current(self, calls: bool = True) -> Patch | None:
+        """The patch that a call uses if it begins here and now; with `calls=False` if it did not begin in a running call.
 
         The innermost block or running call of this thread decides; without one the open block of other threads, and without
         any of these the patch of `vtoken.patch`. Raises RuntimeError if several other threads have a block open.
         """
         for scope in self._here():
-            if scope.kind != "disabled":
+            if scope.kind == "applied" or (calls and scope.kind == "call"):
                 return scope.patch
         blocks = self.blocks
         innermost = [b for b in blocks if not any(b in other.outer for other in blocks)]
@@ -167,12 +172,13 @@ class Patches:
 
     def _began(self, patch: Patch | None) -> None:
         """A patch is used from now on, but not by a `generate` that is running without one."""
-        code = None if patch is None else _generate_code(type(patch.adapter.model))
-        if code is not None and patch is not None:
-            for thread, frame in sys._current_frames().items():
-                found = _frame_of(frame, code, patch.adapter.model)
-                if found is not None:
-                    self.older[thread] = id(found)
+        if patch is not None:
+            own = threading.get_ident()
+            self.older = dict.fromkeys(_threads())
+            frame = _generate_frame(patch.adapter.model)
+            self.older.pop(own, None)
+            if frame is not None:
+                self.older[own] = id(frame)
         self._settle()
 
     def put(self, patch: Patch) -> None:
@@ -218,14 +224,17 @@ class Patches:
     def _settle(self) -> None:
         """Remove the hooks of patches that no call uses any more; LOCK is held."""
         if self.leaving:
-            used = {p for thread, p in self.forwards.items() if _in_forward(thread, self.base)} | set(self.running)
+            alive = _threads()
+            inside = {thread: p for thread, p in self.forwards.items() if thread in alive}
+            if not _in_forward(self.base):  # an interrupted forward of this thread
+                inside.pop(threading.get_ident(), None)
+            self.forwards = inside
+            used = {*inside.values(), *self.running}
             free = [p for p in self.leaving if p not in used]
             self.leaving = [p for p in self.leaving if p in used]
             for patch in free:
                 patch.remove()
-        threads = sys._current_frames() if self.older else {}
-        self.older = {thread: frame for thread, frame in self.older.items() if thread in threads}
-        alone = not self.blocks and not self.leaving and not self.older
+        alone = not self.blocks and not self.leaving
         self.simple = self.own if alone else None
         if self.own is None and not (self.scopes or self.leaving or self.held):  # leave no trace
             for owner in self.owners:
@@ -262,17 +271,15 @@ class Gate:
 
     def _older(self) -> bool:
         """Whether this is part of a `generate` that began without a patch."""
-        patches, thread = self.patches, threading.get_ident()
-        if thread not in patches.older:
+        older, thread = self.patches.older, threading.get_ident()
+        if thread not in older:
             return False
-        frame: FrameType | None = sys._getframe()
-        while frame is not None:
-            if id(frame) == patches.older[thread]:
-                return all(s.kind == "disabled" for s in patches._here())
-            frame = frame.f_back
-        del patches.older[thread]
-        patches._settle()
-        return False
+        frame = _generate_frame(self.patch.adapter.model)
+        if frame is None or older[thread] not in (None, id(frame)):
+            del older[thread]
+            return False
+        older[thread] = id(frame)
+        return all(s.kind == "disabled" for s in self.patches._here())
 
     def forward_begins(self) -> bool:
         """Whether a forward of the base model uses this patch; its hooks stay until `forward_ended`."""
@@ -281,7 +288,10 @@ class Gate:
         with LOCK:
             served = self._serves()
             if served:
+                threading.current_thread()  # makes a thread of foreign code known to `_threads`
                 self.patches.forwards[threading.get_ident()] = self.patch
+            elif self.patches.leaving:
+                self.patches._settle()
             return served
 
     def forward_ended(self) -> None:
@@ -320,23 +330,32 @@ class Gate:
 
 
 # -- frames of running calls ------------------------------------------------------------------------------------
-def _generate_code(cls: Any) -> CodeType | None:
-    function = getattr(cls, "generate", None)
-    return None if function is None else getattr(inspect.unwrap(function), "__code__", None)
+def _threads() -> list[int]:
+    """The threads that are alive."""
+    return [t.ident for t in threading.enumerate() if t.ident is not None]
 
 
-def _frame_of(frame: FrameType | None, code: CodeType, owner: Any) -> FrameType | None:
-    """The innermost frame at or below `frame` of a method with this code of this object."""
+# Of this thread only: the stack of a running thread changes while it is read.
+def _frame_of(code: CodeType | None, owner: Any) -> FrameType | None:
+    """The outermost frame of a method with this code of this object."""
+    frame, found = sys._getframe(), None
     while frame is not None:
         if frame.f_code is code and frame.f_locals.get("self") is owner:
-            return frame
-        frame = frame.f_back
-    return None
+            found = frame
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
 
 
-def _in_forward(thread: int, base: Any) -> bool:
-    """Whether a thread is inside a forward of this module, read from its stack."""
-    return _frame_of(sys._current_frames().get(thread), FORWARD, base) is not None
+def _generate_frame(model: Any) -> FrameType | None:
+    """The frame of a running `generate` of this model."""
+    function = getattr(type(model), "generate", None)
+    code = None if function is None else getattr(inspect.unwrap(function), "__code__", None)
+    return None if code is None else _frame_of(code, model)
+
+
+def _in_forward(base: Any) -> bool:
+    """Whether this thread is inside a forward of this module."""
+    return _frame_of(FORWARD, base) is not None
 
 
 # -- models -----------------------------------------------------------------------------------------------------

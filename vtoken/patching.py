@@ -19,9 +19,11 @@ from .adapters.registry import adapter_for
 from .adapters.rows import check_projections
 from .adapters.sequence import Sequence
 from .adapters.state import State
+from .adapters.unread import Unread
 from .config import VTokenConfig
 from .recorder import Recorder
 from .strategies import Composite, Strategy, combine, create, list_names, strategy_info
+from .strategies.base import check_methods
 from .streams import Reuse, unwrapped
 from .tokens import Needs, Segment, Selection, VisualTokens
 
@@ -36,6 +38,7 @@ class Patch:
         self.adapter, self.strategy = adapter, strategy
         self.state, self.gate = State(), Gate(patches, self)
         self.warned = False
+        self.unread = None if strategy.is_identity else Unread(strategy.info.name)
         layers = len(getattr(adapter.decoder, "layers", ()))
         drops = () if strategy.is_identity else strategy.prefill_layers(layers)
         aligned = strategy.aligned_layers(layers) if drops else ()
@@ -54,11 +57,12 @@ class Patch:
         try:
             merging, merge = merging_layers(adapter, strategy), strategy.merge_in_encoder
             reuse, watch = reuse_of(adapter, strategy), self.recorder
+            state, gate, noted = self.state, self.gate, None if self.unread is None else self.unread.note
             self.parts.append(
-                VisionWatch(adapter, needs, self.state, self.gate, watch.timer, merging, merge, reuse, watch.used)
+                VisionWatch(adapter, needs, state, gate, watch.timer, merging, merge, reuse, watch.used, noted)
             )
             self.parts.append(
-                Sequence(adapter, planner, stages, strategy.positions, self.state, self.gate, self.recorder, aligned)
+                Sequence(adapter, planner, stages, strategy.positions, state, gate, watch, aligned, self.unread)
             )
             if hasattr(adapter.model, "generate"):
                 self.wrapped.wrap(adapter.model, "generate", self._generate)
@@ -72,7 +76,13 @@ class Patch:
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.gate.call() as served:
-            return generating(self.state, original, *args, **kwargs) if served else original(*args, **kwargs)
+            if not served:
+                return original(*args, **kwargs)
+            self.state.unread = False
+            out = generating(self.state, original, *args, **kwargs)
+            if self.state.unread and self.unread is not None and not self.gate.disabled():
+                self.unread.warn()
+            return out
 
     def _select(self, tokens: VisualTokens) -> Selection:
         if tokens.modality not in self.strategy.needs(tokens.tower).modalities:
@@ -232,7 +242,13 @@ def list_strategies(pattern: str = "*", model: Any = None) -> list[str]:
 
 
 def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
-    """A Strategy from a name, an instance or a VTokenConfig."""
+    """A Strategy from a name, an instance or a VTokenConfig. Raises TypeError for one that has no method to ask."""
+    made = _make_strategy(strategy, budget, options)
+    check_methods(type(made))
+    return made
+
+
+def _make_strategy(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
     if isinstance(strategy, VTokenConfig):
         given = dict(strategy.options)
         given["budget"] = strategy.budget
@@ -285,12 +301,12 @@ def patch(model: M, strategy: Any, budget: float | int | None = None, **options:
     """
     adapter = adapter_for(model)
     made = make_strategy(strategy, budget, options)
-    check_unpatched(adapter)
     with patches_for(adapter.model) as patches:
+        check_unpatched(adapter, patches.current(calls=False))
         new = Patch(adapter, made, patches)
         with LOCK:
             try:
-                check_unpatched(adapter)  # another thread may have been faster
+                check_unpatched(adapter, patches.current(calls=False))  # another thread may have been faster
                 patches.put(new)
             except BaseException:
                 new.remove()
@@ -298,9 +314,8 @@ def patch(model: M, strategy: Any, budget: float | int | None = None, **options:
     return model
 
 
-def check_unpatched(adapter: Adapter) -> None:
+def check_unpatched(adapter: Adapter, current: Patch | None) -> None:
     """Raise ValueError if a model has a patch."""
-    current = patch_of(adapter.model)
     if current is None:
         return
     name, other = current.strategy.info.name, current.adapter.model

@@ -162,7 +162,7 @@ _streams: ContextVar[tuple[tuple[Any, StreamState], ...]] = ContextVar("vtoken_s
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside wrappers that call it: `torch.compile`, `DistributedDataParallel`, a `PeftModel`; else `model` itself.
+    """The model inside wrappers of it: `torch.compile`, `DistributedDataParallel`, a `PeftModel`; else `model` itself.
 
     A wrapper and what it wraps are one model to vtoken.
     """
@@ -170,7 +170,7 @@ def unwrapped(model: Any) -> Any:
         attributes = getattr(model, "__dict__", {})
         if "_orig_mod" in attributes.get("_modules", {}):  # torch.compile
             model = attributes["_modules"]["_orig_mod"]
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif callable(getattr(model, "get_base_model", None)):  # peft
             inner = model.get_base_model()

@@ -52,6 +52,7 @@ class VisionWatch:
         merge: asked there.
         reuse: per modality what its tower reuses between frames.
         used: told what a tower with reuse computed: `used(modality, TowerUse)`.
+        handed_out: told what was encoded for the user, outside of `forward`, `generate` and streams.
     """
 
     def __init__(
@@ -65,9 +66,11 @@ class VisionWatch:
         merge: Callable[[EncoderTokens], EncoderMerge | None] | None = None,
         reuse: dict[str, Reuse] | None = None,
         used: Callable[[str, TowerUse], None] | None = None,
+        handed_out: Callable[[EncodedVisuals], None] | None = None,
     ) -> None:
         self.adapter, self.needs, self.state, self.gate, self.timer = adapter, needs, state, gate, timer
-        self.reuse, self.used, self.key = reuse or {}, used, uuid.uuid4().hex
+        self.reuse, self.used, self.handed_out = reuse or {}, used, handed_out
+        self.key = uuid.uuid4().hex
         self.wrapped = Wrapped()
         self.hooks: list[Any] = []  # each has refresh() and remove()
         self.merging = merging or {}
@@ -173,6 +176,9 @@ class VisionWatch:
             state.call.encoded[modality] = encoded
         elif state.generating is not None:
             state.generating.encoded[modality] = encoded
+            state.unread = True
+        elif stream is None and self.handed_out is not None:
+            self.handed_out(encoded)
         return output
 
     def _frames(self, modality: str, given: dict[str, Any], stream: StreamState | None) -> FramePass | None:

@@ -24,6 +24,7 @@ from .masks import cut_mask, sees_itself
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
 from .state import ENCODED, Admission, Call, Observer, Plan, Run, State
 from .transformers_contract import cache_in, changed, check_names, check_prompt
+from .unread import Unread
 
 
 class Sequence:
@@ -38,6 +39,7 @@ class Sequence:
         gate: tells which calls are this patch's.
         observer: told what entered and left the language model.
         aligned: LLM layers whose cache is cut to the last stage's tokens behind the prompt.
+        unread: asked about embeddings without visual tokens.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class Sequence:
         gate: Admission,
         observer: Observer,
         aligned: tuple[int, ...] = (),
+        unread: Unread | None = None,
     ) -> None:
         self.adapter, self.planner, self.positions = adapter, planner, positions
         self.model, self.base, self.decoder = adapter.model, adapter.base, adapter.decoder
         self.state, self.gate, self.observer = state, gate, observer
+        self.unread = unread
         self.base_arguments = list(inspect.signature(self.base.forward).parameters)
         self.wrapped = Wrapped()
         self.handles: list[Any] = []
@@ -178,7 +182,7 @@ class Sequence:
         self.state.run = None
         call, embeds = self.state.call, None if kwargs is None else kwargs.get("inputs_embeds")
         if call is None or embeds is None or kwargs is None:
-            return None
+            return self._without_visual(embeds)
         if not torch.compiler.is_compiling():
             self.stages.hooks.refresh()
         cache = cache_in(kwargs)
@@ -187,8 +191,20 @@ class Sequence:
             raise changed(f"{type(self.base).__name__} did not hand its KV cache on to {type(decoder).__name__}")
         visual = self._visual(call, embeds) if call.visual or call.has_features else None
         if visual is None:
+            self._without_visual(embeds)
             return None if ledger is None else self._text_turn(call, cache, ledger, args, dict(kwargs))
         return self._visual_turn(call, cache, ledger, visual, args, dict(kwargs))
+
+    def _without_visual(self, embeds: Tensor | None) -> None:
+        """The language model reads embeddings that bring no visual tokens, as far as the model tells."""
+        unread = self.unread
+        if unread is not None and unread.given and embeds is not None and embeds.shape[1] > 1:
+            self._check_unread(unread, embeds)
+
+    @torch.compiler.disable
+    def _check_unread(self, unread: Unread, embeds: Tensor) -> None:
+        if self.gate.serves() and not self.gate.disabled():
+            unread.check(embeds)
 
     @torch.compiler.disable
     def _visual(self, call: Call, embeds: Tensor) -> Tensor | None:
@@ -227,7 +243,7 @@ class Sequence:
         batch, length, _ = embeds.shape
         device = embeds.device
         self.state.disabled = self.gate.disabled()
-        self.state.prefill = device
+        self.state.prefill, self.state.unread = device, False
         self.observer.before_prefill(device)
         self.stages.check_training()
         fresh = ledger is None

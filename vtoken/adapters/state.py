@@ -114,6 +114,7 @@ class State(PerThread):
     generating: Any = None  # encoded.Prompt
     prefill: torch.device | None = None  # set while the language model reads visual tokens
     capture: Any = None  # towers.base.Capture
+    unread: bool = False  # whether a running `generate()` has encoded what the language model was not yet given
     disabled: bool = False  # read when visual tokens are encoded, and when they reach the language model
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import transformers
 
 from ..adapters.registry import adapter_for
-from ..patching import disabled, patch_of
+from ..patching import disabled
 from ..streams import StreamState, stream
 from .answers import Answer, AnswerStream, Asked, generate_answer
 from .choice import SharedPatch, make_memory
@@ -151,13 +151,13 @@ class StreamSession:
     def _encode(self, frames: list[tuple[np.ndarray, float]], remember: bool = True) -> Step:
         """One step; without `remember` the stream goes on as if it had not been looked at."""
         images, seconds = zip(*frames, strict=True)
-        with stream(self.model, self.state if remember else copy.deepcopy(self.state)):
+        with self._shared.used(), stream(self.model, self.state if remember else copy.deepcopy(self.state)):
             return self.frames.encode(images, seconds, self._patch, remember)
 
     def _check_open(self) -> None:
         if self.closed:
             raise RuntimeError("This StreamSession is closed: make a new one.")
-        if patch_of(self.model) is not self._patch:
+        if not self._shared.is_there():
             raise RuntimeError("The model was patched or unpatched while a session used it: make a new session.")
 
     def reset(self) -> None:
@@ -238,7 +238,7 @@ class StreamSession:
         options = {"max_new_tokens": self.max_new_tokens} | options
         if self._patch is None:
             return generate_answer(self.model, self.tokenizer, asked, options, **more)
-        with disabled(self.model):  # the frames were pruned when they came
+        with self._shared.used(), disabled(self.model):  # the frames were pruned when they came
             return generate_answer(self.model, self.tokenizer, asked, options, **more)
 
     # -- the end ------------------------------------------------------------------------------------------------
