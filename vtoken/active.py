@@ -138,12 +138,12 @@ class Patches:
                 return scope.patch
         blocks = self.blocks
         innermost = [b for b in blocks if not any(b in other.outer for other in blocks)]
-        if len(innermost) > 1:
+        if len(innermost) > 1 and not self.disabled():
             raise RuntimeError(
                 f"{len(innermost)} other threads are inside `with vtoken.applied(...)` of this model, and this thread is not: "
                 "open a vtoken.applied block in the thread that calls the model."
             )
-        return innermost[0].patch if innermost else self.own
+        return innermost[0].patch if len(innermost) == 1 else self.own
 
     def disabled(self) -> bool:
         """Whether a call that begins here and now reads all visual tokens: the innermost block decides."""

@@ -227,6 +227,8 @@ def test_a_thread_without_a_block_takes_part_in_the_only_one_and_asks_for_one_wh
         try:
             with pytest.raises(RuntimeError, match="2 other threads are inside"):
                 subject()
+            with vtoken.disabled(subject.model):
+                assert subject.reads() == "dense"
             with vtoken.applied(subject.model, "uniform", budget=0.3):
                 assert subject.reads() == "uniform"
         finally:
