@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from .accounting import Report
+from .active import LOCK, Gate, Patches, patches_for, patches_of
 from .adapters.base import Adapter
 from .adapters.encoded import VisionWatch
 from .adapters.generation import generating
+from .adapters.hooks import Wrapped
 from .adapters.layers import Stage
 from .adapters.plan import Chosen, Planner
 from .adapters.registry import adapter_for
 from .adapters.rows import check_projections
 from .adapters.sequence import Sequence
-from .adapters.state import State, Wrapped
+from .adapters.state import State
+from .adapters.unread import Unread
 from .config import VTokenConfig
 from .recorder import Recorder
 from .strategies import Composite, Strategy, combine, create, list_names, strategy_info
-from .streams import Reuse
+from .strategies.base import check_methods
+from .streams import Reuse, unwrapped
 from .tokens import Needs, Segment, Selection, VisualTokens
 
 M = TypeVar("M")
-PATCH = "_vtoken_patch"
 
 
 class Patch:
-    """Everything that one `patch` put on a model. Made by `patch`, removed by `unpatch`."""
+    """Everything that one `patch` put on a model. Made by `patch` and `applied`; `patches` tells which calls use it."""
 
-    def __init__(self, adapter: Adapter, strategy: Strategy) -> None:
+    def __init__(self, adapter: Adapter, strategy: Strategy, patches: Patches) -> None:
         check_fit(adapter, strategy)
         self.adapter, self.strategy = adapter, strategy
-        self.state = State()
+        self.state, self.gate = State(), Gate(patches, self)
         self.warned = False
+        self.unread = None if strategy.is_identity else Unread(strategy.info.name)
         layers = len(getattr(adapter.decoder, "layers", ()))
         drops = () if strategy.is_identity else strategy.prefill_layers(layers)
         aligned = strategy.aligned_layers(layers) if drops else ()
@@ -56,15 +59,16 @@ class Patch:
         try:
             merging, merge = merging_layers(adapter, strategy), strategy.merge_in_encoder
             reuse, watch = reuse_of(adapter, strategy), self.recorder
+            state, gate, noted = self.state, self.gate, None if self.unread is None else self.unread.note
             push = None if wants_text else self._ask
             self.parts.append(
-                VisionWatch(adapter, needs, self.state, watch.timer, merging, merge, reuse, watch.used, push)
+                VisionWatch(adapter, needs, state, gate, watch.timer, merging, merge, reuse, watch.used, push, noted)
             )
             self.parts.append(
-                Sequence(adapter, planner, stages, strategy.positions, self.state, self.recorder, aligned)
+                Sequence(adapter, planner, stages, strategy.positions, state, gate, watch, aligned, self.unread)
             )
             if hasattr(adapter.model, "generate"):
-                self.wrapped.wrap(adapter.model, "generate", functools.partial(generating, self.state))
+                self.wrapped.wrap(adapter.model, "generate", self._generate)
         except BaseException:
             self.remove()
             raise
@@ -72,6 +76,16 @@ class Patch:
     def remove(self) -> None:
         for part in self.parts:
             part.remove()
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.gate.call() as served:
+            if not served:
+                return original(*args, **kwargs)
+            self.state.unread = False
+            out = generating(self.state, original, *args, **kwargs)
+            if self.state.unread and self.unread is not None and not self.gate.disabled():
+                self.unread.warn()
+            return out
 
     def _select(self, tokens: VisualTokens) -> Selection:
         """The strategy's answer; what it notes of the stream meanwhile is forgotten, so that the next answer is the same."""
@@ -235,7 +249,13 @@ def list_strategies(pattern: str = "*", model: Any = None) -> list[str]:
 
 
 def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
-    """A Strategy from a name, an instance or a VTokenConfig."""
+    """A Strategy from a name, an instance or a VTokenConfig. Raises TypeError for one that has no method to ask."""
+    made = _make_strategy(strategy, budget, options)
+    check_methods(type(made))
+    return made
+
+
+def _make_strategy(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
     if isinstance(strategy, VTokenConfig):
         given = dict(strategy.options)
         given["budget"] = strategy.budget
@@ -288,58 +308,83 @@ def patch(model: M, strategy: Any, budget: float | int | None = None, **options:
     """
     adapter = adapter_for(model)
     made = make_strategy(strategy, budget, options)
-    current = patch_of(model)
-    if current is not None:
-        raise ValueError(
-            f"This model is patched with {current.strategy.info.name} already: call vtoken.unpatch(model) first, or use "
-            "`with vtoken.applied(model, ...)` to replace it for a while."
-        )
-    adapter.model.__dict__[PATCH] = Patch(adapter, made)
+    with patches_for(adapter.model) as patches:
+        check_unpatched(adapter, patches.current(calls=False))
+        new = Patch(adapter, made, patches)
+        with LOCK:
+            try:
+                check_unpatched(adapter, patches.current(calls=False))  # another thread may have been faster
+                patches.put(new)
+            except BaseException:
+                new.remove()
+                raise
     return model
 
 
+def check_unpatched(adapter: Adapter, current: Patch | None) -> None:
+    """Raise ValueError if a model has a patch."""
+    if current is None:
+        return
+    name, other = current.strategy.info.name, current.adapter.model
+    if other is not adapter.model:
+        raise ValueError(
+            f"The {type(other).__name__} that shares its modules with this {type(adapter.model).__name__} is patched with "
+            f"{name} already: a patch on either serves both, call vtoken.unpatch first to replace it."
+        )
+    raise ValueError(
+        f"This model is patched with {name} already: call vtoken.unpatch(model) first, or use "
+        "`with vtoken.applied(model, ...)` to replace it for a while."
+    )
+
+
 def unpatch(model: M) -> M:
-    """Take every hook off again; a model that is not patched stays as it is. Returns the model."""
-    current = patch_of(model)
-    if current is not None:
-        current.remove()
-        del model.__dict__[PATCH]
+    """Take the patch off again; a model that is not patched stays as it is. Returns the model.
+
+    Calls of other threads that use the patch finish with it; its hooks go when the last of them has ended. Inside a
+    `vtoken.applied` block the patch of this block is taken off.
+
+    Raises:
+        RuntimeError: if another thread is inside `with vtoken.applied(...)` of this model, and this one is not.
+    """
+    patches = patches_of(model)
+    if patches is not None:
+        patches.take_off()
     return model
 
 
 def patch_of(model: Any) -> Patch | None:
-    """The patch of a model, None if it has none."""
-    return getattr(model, "__dict__", {}).get(PATCH)
+    """The patch that a call of the model would use here, None if there is none."""
+    patches = patches_of(model)
+    return None if patches is None else patches.current()
 
 
 @contextmanager
 def applied(model: M, strategy: Any, budget: float | int | None = None, **options: Any) -> Iterator[M]:
-    """Patch within a `with` block; whatever was there before is restored behind it. Arguments as for `patch`."""
-    before = patch_of(model)
+    """Patch within a `with` block. Arguments as for `patch`.
+
+    The patch that was there before rests inside the block and goes on after it: the same object, with its report, its
+    streams and its sessions. Blocks of several threads (or asynchronous tasks) do not see each other: each calls the model
+    with its own strategy. A thread that has no block of its own takes part in the only open one, if there is one.
+    Of `applied` and `disabled` blocks inside each other the innermost counts; they may be left in any order.
+    """
     adapter = adapter_for(model)
     made = make_strategy(strategy, budget, options)
-    check_fit(adapter, made)
-    unpatch(model)
-    try:
-        yield patch(model, made)
-    finally:
-        unpatch(model)
-        if before is not None:
-            patch(model, before.strategy)
+    with patches_for(adapter.model) as patches, patches.scope("applied", Patch(adapter, made, patches)):
+        yield model
 
 
 @contextmanager
 def disabled(model: M) -> Iterator[M]:
-    """Read all visual tokens within a `with` block, in this thread; a cache that was pruned before stays usable."""
-    current = patch_of(model)
-    if current is None:
+    """Read all visual tokens within a `with` block, in this thread; a cache that was pruned before stays usable.
+
+    An `applied` block inside it prunes nevertheless: the innermost block counts.
+    """
+    inner = unwrapped(model)
+    if not hasattr(inner, "base_model"):
         yield model
         return
-    current.state.disabled += 1
-    try:
+    with patches_for(inner) as patches, patches.scope("disabled", None, disabled=True):
         yield model
-    finally:
-        current.state.disabled -= 1
 
 
 def report(model: Any) -> Report:

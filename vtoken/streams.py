@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -173,6 +173,26 @@ def _nbytes(value: Any) -> int:
 _streams: ContextVar[tuple[tuple[Any, StreamState], ...]] = ContextVar("vtoken_streams", default=())
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside wrappers of it: `torch.compile`, `DistributedDataParallel`, a `PeftModel`; else `model` itself.
+
+    A wrapper and what it wraps are one model to vtoken.
+    """
+    while True:
+        attributes = getattr(model, "__dict__", {})
+        if "_orig_mod" in attributes.get("_modules", {}):  # torch.compile
+            model = attributes["_modules"]["_orig_mod"]
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif callable(getattr(model, "get_base_model", None)):  # peft
+            inner = model.get_base_model()
+            if inner is model:
+                return model
+            model = inner
+        else:
+            return model
+
+
 @contextmanager
 def stream(model: Any, state: StreamState | None = None) -> Iterator[StreamState]:
     """Within the block, the visual input of `model` continues a stream of frames: every image, and every frame of a video.
@@ -195,7 +215,7 @@ def stream(model: Any, state: StreamState | None = None) -> Iterator[StreamState
         raise TypeError(f"A stream's state is a vtoken.StreamState, found {type(state).__name__}.")
     if not state._lock.acquire(blocking=False):
         raise RuntimeError("Another thread is feeding this stream: give every stream a vtoken.StreamState of its own.")
-    token = _streams.set((*_streams.get(), (model, state)))
+    token = _streams.set((*_streams.get(), (unwrapped(model), state)))
     try:
         yield state
     finally:

@@ -20,7 +20,8 @@ from torch import Tensor
 from ..streams import Reuse, StreamState, TowerUse, current_stream
 from ..tokens import EncoderMerge, EncoderTokens, Needs, Selection, VisualTokens
 from .base import Adapter, Layout
-from .state import ENCODED, State, Wrapped
+from .hooks import Hooks, Wrapped, rebuilt
+from .state import ENCODED, Admission, State
 from .towers.base import Capture
 from .towers.frames import FramePass
 from .towers.merging import MERGED, EncoderMerging
@@ -50,6 +51,7 @@ class VisionWatch:
         adapter: the model's parts and geometry.
         needs: per modality what is read from the tower.
         state: shared with the sequence hooks.
+        gate: tells which calls are this patch's.
         timer: `timer(name)` is a context manager that times a stage.
         merging: per modality the tower layers behind which tokens are merged, where the tower allows it.
         merge: asked there.
@@ -57,6 +59,7 @@ class VisionWatch:
         used: told what a tower with reuse computed: `used(modality, TowerUse)`.
         select: `select(VisualTokens) -> Selection`, asked once about every frame of a stream, so that the stream goes on;
             None for a strategy that cannot choose before the prompt is known.
+        handed_out: told what was encoded for the user, outside of `forward`, `generate` and streams.
     """
 
     def __init__(
@@ -64,18 +67,21 @@ class VisionWatch:
         adapter: Adapter,
         needs: dict[str, Needs],
         state: State,
+        gate: Admission,
         timer: Callable[[str], Any],
         merging: dict[str, tuple[int, ...]] | None = None,
         merge: Callable[[EncoderTokens], EncoderMerge | None] | None = None,
         reuse: dict[str, Reuse] | None = None,
         used: Callable[[str, TowerUse], None] | None = None,
         select: Callable[[VisualTokens], Selection] | None = None,
+        handed_out: Callable[[EncodedVisuals], None] | None = None,
     ) -> None:
-        self.select = select
-        self.adapter, self.needs, self.state, self.timer = adapter, needs, state, timer
-        self.reuse, self.used, self.key = reuse or {}, used, uuid.uuid4().hex
+        self.adapter, self.needs, self.state, self.gate, self.timer = adapter, needs, state, gate, timer
+        self.reuse, self.used, self.select, self.handed_out = reuse or {}, used, select, handed_out
+        self.key = uuid.uuid4().hex
         self.wrapped = Wrapped()
-        self.handles: list[Any] = []
+        self.hooks: list[Any] = []  # each has refresh() and remove()
+        self.merging = merging or {}
         self._wrap_towers()
         for modality in adapter.modalities:
             name = f"get_{modality}_features"
@@ -83,10 +89,10 @@ class VisionWatch:
                 self.wrapped.wrap(adapter.base, name, getattr(self, f"_{modality}_features"))
             if modality in needs and modality in adapter.towers:
                 active = functools.partial(self._active, modality)
-                tower, layers = adapter.towers[modality], (merging or {}).get(modality, ())
-                self.handles += tower.tap(needs[modality], active)
+                tower, layers = adapter.towers[modality], self.merging.get(modality, ())
+                self.hooks.append(Hooks(functools.partial(tower.taps, needs[modality], active)))
                 if merge is not None and layers and tower.can_merge:
-                    self.handles.append(EncoderMerging(tower, layers, merge, active))
+                    self.hooks.append(EncoderMerging(tower, layers, merge, active))
 
     def _wrap_towers(self) -> None:
         """Wrap the layers of every tower that reuses, once where images and videos share it."""
@@ -96,13 +102,31 @@ class VisionWatch:
             if id(tower.module) not in modules:
                 modules.add(id(tower.module))
                 read = {layer for needs in self.needs.values() for layer in needs.tower_layers}
-                self.handles.append(FrameReuse(tower, reuse, read, self._capture))
+                self.hooks.append(FrameReuse(tower, reuse, read, self._capture))
 
     def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        for hooks in self.hooks:
+            hooks.remove()
+        self.hooks = []
         self.wrapped.remove()
+
+    def _follow(self) -> None:
+        """Look the towers and their parts up again: adapters or quantisation may have replaced them since the last call.
+
+        Raises RuntimeError for a tower that cannot be read as the one that was patched.
+        """
+        try:
+            now = self.adapter.make_towers()
+            for modality, tower in self.adapter.towers.items():
+                tower.follow(now[modality], modality in self.needs and self._reads(modality))
+            for hooks in self.hooks:
+                hooks.refresh()
+        except (AttributeError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+            raise rebuilt(f"The vision tower can no longer be read ({error})") from error
+
+    def _reads(self, modality: str) -> bool:
+        """Whether something inside the tower is read or changed."""
+        return bool(self.needs[modality].tower_layers or self.merging.get(modality) or modality in self.reuse)
 
     def _capture(self) -> Capture | None:
         return self.state.capture  # type: ignore[no-any-return]
@@ -120,9 +144,15 @@ class VisionWatch:
 
     @torch.compiler.disable
     def _features(self, modality: str, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        with self.gate.call() as served:
+            self.state.disabled = self.gate.disabled()
+            return self._encoded(modality, original, args, kwargs) if served else original(*args, **kwargs)
+
+    def _encoded(self, modality: str, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         state = self.state
         if state.disabled or modality not in self.needs or state.capture is not None:
             return original(*args, **kwargs)
+        self._follow()
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         bound.apply_defaults()
         given = self._told() | bound.arguments | bound.arguments.get("kwargs", {})
@@ -134,6 +164,9 @@ class VisionWatch:
                 output = original(*args, **kwargs)
         finally:
             state.capture = None
+        missing = capture.missing if modality in self.adapter.towers else []
+        if missing:
+            raise rebuilt(f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read from")
         if capture.frames is not None:
             capture.frames.commit()
             if self.used is not None:
@@ -151,6 +184,9 @@ class VisionWatch:
             state.call.encoded[modality] = encoded
         elif state.generating is not None:
             state.generating.encoded[modality] = encoded
+            state.unread = True
+        elif stream is None and self.handed_out is not None:
+            self.handed_out(encoded)
         return output
 
     def _push(self, encoded: EncodedVisuals, stream: StreamState) -> None:

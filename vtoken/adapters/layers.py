@@ -21,6 +21,7 @@ from transformers.masking_utils import create_causal_mask
 from ..tokens import PrefillTokens, Selection
 from .align import align_cache
 from .cache import name_of, settle
+from .hooks import Hook, Hooks, rebuilt
 from .masks import WINDOW_FULL, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged
 from .rows import rows_of_attention
@@ -67,6 +68,7 @@ class LayerStages:
         self.kind = list(kinds[: len(layers)]) if kinds else [None] * len(layers)
         rotary = getattr(decoder, "rotary_emb", None)
         self.typed_rotary = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        self.hooks = Hooks(self.find)
 
     @property
     def count(self) -> int:
@@ -80,16 +82,19 @@ class LayerStages:
     def flash(self) -> bool:
         return "flash" in (self.decoder.config._attn_implementation or "")
 
-    def register(self) -> list[Any]:
-        handles = []
-        layers = getattr(self.decoder, "layers", ())
+    def find(self) -> list[Hook]:
+        """The hooks, on the layers that the decoder has now."""
+        layers, hooks = list(getattr(self.decoder, "layers", ())), []
+        if len(layers) != len(self.stage_of):
+            raise rebuilt(f"The LLM has {len(layers)} layers where it had {len(self.stage_of)}")
         for i, layer in enumerate(layers):
             if self.tables[i] or self.flash:
-                handles.append(layer.register_forward_pre_hook(functools.partial(self._before_layer, i), with_kwargs=True))
+                hooks.append(Hook(layer, functools.partial(self._before_layer, i), before=True, kwargs=True))
             if i + 1 < len(layers) and self.stage_of[i + 1] > self.stage_of[i]:
-                tap = functools.partial(self._tap, i)
-                handles.append(layer.self_attn.register_forward_pre_hook(tap, with_kwargs=True))
-        return handles
+                if not hasattr(layer, "self_attn"):
+                    raise rebuilt(f"Layer {i} of the LLM has no self_attn, whose attention is read")
+                hooks.append(Hook(layer.self_attn, functools.partial(self._tap, i), before=True, kwargs=True))
+        return hooks
 
     # -- what cannot be served ----------------------------------------------------------------------------------
     def check_training(self) -> None:
@@ -122,15 +127,15 @@ class LayerStages:
             )
 
     # -- hooks --------------------------------------------------------------------------------------------------
-    def _tap(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _tap(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         run = self.state.run
-        if run is not None and run.visual is not None:
+        if run is not None and run.visual is not None and kwargs is not None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             run.tap = (i, module, hidden, kwargs["position_embeddings"], kwargs.get("attention_mask"))
 
-    def _before_layer(self, i: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _before_layer(self, i: int, layer: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         run = self.state.run
-        if run is None:
+        if run is None or kwargs is None:
             return None
         stage, table, mask = self.stage_of[i], self.tables[i], kwargs.get("attention_mask")
         if run.visual is None:

@@ -6,6 +6,9 @@ import importlib
 import pkgutil
 from typing import Any
 
+from torch import nn
+
+from ..streams import unwrapped
 from .base import Adapter
 
 _adapters: dict[str, type[Adapter]] = {}
@@ -31,8 +34,17 @@ def list_families() -> list[str]:
 
 
 def adapter_for(model: Any) -> Adapter:
-    """The adapter of a model. Raises TypeError for what is no transformers model, ValueError without an adapter."""
+    """The adapter of a model, or of the model in a wrapper of torch or peft.
+
+    Raises TypeError for what is no transformers model, ValueError without an adapter.
+    """
     _discover()
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            "nn.DataParallel runs copies of the model, which read the vision tower of the original: use "
+            "DistributedDataParallel, or one GPU."
+        )
+    model = unwrapped(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type is None or not hasattr(model, "base_model"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import attention_rows
+from .hooks import rebuilt
 
 
 def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
@@ -22,7 +23,10 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
 
 def heads(attention: Any, x: Tensor, which: str) -> Tensor:
     """(B, n, D) -> (B, heads, n, head_dim) behind the projection and its norm."""
-    x = getattr(attention, f"{which}_proj")(x)
+    projection = getattr(attention, f"{which}_proj", None)
+    if projection is None:
+        raise rebuilt(f"The LLM's attention has no {which}_proj, from which its rows are computed")
+    x = projection(x)
     x = x.view(*x.shape[:2], -1, attention.head_dim)
     norm = getattr(attention, f"{which}_norm", None)
     return (x if norm is None else norm(x)).transpose(1, 2)

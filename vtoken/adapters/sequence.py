@@ -16,14 +16,17 @@ import torch
 import transformers.masking_utils
 from torch import Tensor, nn
 
+from ..streams import unwrapped
 from .cache import Ledger, ledger_of, make_logical, physical_length
 from .generation import prompt_ends, queries_of
+from .hooks import Wrapped, rebuilt
 from .layers import LayerStages, Stage
 from .masks import cut_mask, sees_itself
 from .packed import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
-from .state import ENCODED, Call, Observer, Plan, Run, State, Wrapped
+from .state import ENCODED, Admission, Call, Observer, Plan, Run, State
 from .transformers_contract import cache_in, changed, check_names, check_prompt
+from .unread import Unread
 
 
 class Sequence:
@@ -35,8 +38,10 @@ class Sequence:
         stages: drops inside the LLM, ascending.
         positions: "original" or "renumber".
         state: shared with whoever watches the vision side.
+        gate: tells which calls are this patch's.
         observer: told what entered and left the language model.
         aligned: LLM layers whose cache is cut to the last stage's tokens behind the prompt.
+        unread: asked about embeddings without visual tokens.
     """
 
     def __init__(
@@ -46,23 +51,27 @@ class Sequence:
         stages: list[Stage],
         positions: str,
         state: State,
+        gate: Admission,
         observer: Observer,
         aligned: tuple[int, ...] = (),
+        unread: Unread | None = None,
     ) -> None:
         self.adapter, self.planner, self.positions = adapter, planner, positions
         self.model, self.base, self.decoder = adapter.model, adapter.base, adapter.decoder
-        self.state, self.observer = state, observer
+        self.state, self.gate, self.observer = state, gate, observer
+        self.unread = unread
         self.base_arguments = list(inspect.signature(self.base.forward).parameters)
         self.wrapped = Wrapped()
         self.handles: list[Any] = []
         self.stages = LayerStages(self.decoder, stages, state, positions, aligned)
         check_names(adapter, self.stages.hooks_layers)
         h = self.handles
+        if self.model is not self.base:
+            h.append(self.model.register_forward_pre_hook(self._before_model))
         h.append(self.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         h.append(self.base.register_forward_hook(self._after_base, always_call=True))
         h.append(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         h.append(self.decoder.register_forward_hook(self._after_decoder, always_call=True))
-        h.extend(self.stages.register())
         if hasattr(self.base, "get_placeholder_mask"):
             self.wrapped.wrap(self.base, "get_placeholder_mask", self._placeholders)
         if hasattr(self.decoder, "_deepstack_process"):
@@ -84,6 +93,7 @@ class Sequence:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        self.stages.hooks.remove()
         self.wrapped.remove()
 
     # -- what the models are given ------------------------------------------------------------------------------
@@ -107,7 +117,32 @@ class Sequence:
                     call.visual[modality] = mask[..., 0] if mask.ndim == 3 else mask
         return out
 
-    def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _before_model(self, module: nn.Module, args: Any) -> None:
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Raise RuntimeError if the model no longer consists of the parts that carry the hooks."""
+        if torch.compiler.is_compiling() or not self.gate.serves():
+            return
+        for name, there, now in (
+            ("base model", self.base, self.model.base_model),
+            ("language model", self.decoder, self.model.get_decoder()),
+        ):
+            if unwrapped(there) is not unwrapped(now):
+                raise rebuilt(f"The {name} is another than the one that was patched")
+
+    # A hook that another thread is putting on or taking off is called without `kwargs`, in a call that is not its own.
+    def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
+        self.state.call = None
+        if kwargs is None or not self.gate.forward_begins():
+            return None
+        if module is not self.base:
+            raise NotImplementedError(
+                "nn.DataParallel runs copies of the model, which read the vision tower of the original: use "
+                "DistributedDataParallel."
+            )
+        if self.model is self.base:
+            self._check_parts()
         call = self.state.call = Call()
         given = dict(zip(self.base_arguments, args, strict=False)) | kwargs
         call.given, call.input_ids = given, given.get("input_ids")
@@ -132,7 +167,9 @@ class Sequence:
         return (), given | {"attention_mask": self._align(ledger, cache, mask)}
 
     def _after_base(self, module: nn.Module, args: Any, out: Any) -> None:
-        self.state.call = None
+        if self.state.call is not None:
+            self.state.call = None
+            self.gate.forward_ended()
 
     @property
     def _flash(self) -> bool:
@@ -147,7 +184,7 @@ class Sequence:
         """Static cache: generate() makes the 4-D mask itself, in front of (and outside) the compiled forward."""
         cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
         ledger = ledger_of(cache)
-        if ledger is not None and cache is not None:
+        if ledger is not None and cache is not None and self.gate.serves():
             embeds = kwargs["inputs_embeds"]
             if mask is None and ledger.ragged[0]:
                 length = int(cache.get_seq_length()) + embeds.shape[1]
@@ -159,20 +196,36 @@ class Sequence:
     # -- the entrance of the language model ---------------------------------------------------------------------
     # What reads visual tokens depends on data (who survives) and keeps state: torch.compile leaves it to eager mode, and
     # traces decode steps and text turns as one graph.
-    def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         self.state.run = None
-        call, embeds, cache = self.state.call, kwargs.get("inputs_embeds"), cache_in(kwargs)
+        call, embeds = self.state.call, None if kwargs is None else kwargs.get("inputs_embeds")
+        cache = None if kwargs is None else cache_in(kwargs)
         ledger = ledger_of(cache)
-        if call is None and ledger is not None:  # the language model alone, on what its patched model has read
+        if call is None and kwargs is not None and ledger is not None and self.gate.serves():
+            # the language model alone, on what its patched model has read
             return self._text_turn(Call(ledger=ledger), cache, ledger, args, dict(kwargs))
-        if call is None or embeds is None:
-            return None
+        if call is None or embeds is None or kwargs is None:
+            return self._without_visual(embeds)
+        if not torch.compiler.is_compiling():
+            self.stages.hooks.refresh()
         if ledger is not call.ledger:
             raise changed(f"{type(self.base).__name__} did not hand its KV cache on to {type(decoder).__name__}")
         visual = self._visual(call, embeds) if call.visual or call.has_features else None
         if visual is None:
+            self._without_visual(embeds)
             return None if ledger is None else self._text_turn(call, cache, ledger, args, dict(kwargs))
         return self._visual_turn(call, cache, ledger, visual, args, dict(kwargs))
+
+    def _without_visual(self, embeds: Tensor | None) -> None:
+        """The language model reads embeddings that bring no visual tokens, as far as the model tells."""
+        unread = self.unread
+        if unread is not None and unread.given and embeds is not None and embeds.shape[1] > 1:
+            self._check_unread(unread, embeds)
+
+    @torch.compiler.disable
+    def _check_unread(self, unread: Unread, embeds: Tensor) -> None:
+        if self.gate.serves() and not self.gate.disabled():
+            unread.check(embeds)
 
     @torch.compiler.disable
     def _visual(self, call: Call, embeds: Tensor) -> Tensor | None:
@@ -212,7 +265,8 @@ class Sequence:
         embeds = kwargs["inputs_embeds"]
         batch, length, _ = embeds.shape
         device = embeds.device
-        self.state.prefill = device
+        self.state.disabled = self.gate.disabled()
+        self.state.prefill, self.state.unread = device, False
         self.observer.before_prefill(device)
         self.stages.check_training()
         fresh = ledger is None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -129,35 +128,27 @@ class State(PerThread):
     labels: Any = None  # of the forward under way
     prefill: torch.device | None = None  # set while the language model reads visual tokens
     capture: Any = None  # towers.base.Capture
-    disabled: int = 0
+    unread: bool = False  # whether a running `generate()` has encoded what the language model was not yet given
+    disabled: bool = False  # read when visual tokens are encoded, and when they reach the language model
 
 
-class Wrapped:
-    """Instance attributes that stand in front of a method, and their removal.
+class Admission(Protocol):
+    """Which calls of a model are a patch's; several patches may have hooks on one model."""
 
-    `functools.partial` objects with `__wrapped__`: `generate()` reads their signature, and a deep copy of the model gets
-    copies bound to itself.
-    """
+    def serves(self) -> bool:
+        """Whether what is called here and now uses the patch."""
 
-    def __init__(self) -> None:
-        self.places: list[tuple[Any, str, Any, Any]] = []
+    def call(self) -> AbstractContextManager[bool]:
+        """A call that uses the patch to its end; yields False if the call is not the patch's."""
 
-    def wrap(self, owner: Any, name: str, instead: Callable[..., Any], original: Any = None) -> None:
-        original = getattr(owner, name) if original is None else original
-        partial = functools.partial(instead, original)
-        functools.update_wrapper(partial, original)
-        self.places.append((owner, name, partial, owner.__dict__.get(name)))
-        owner.__dict__[name] = partial
+    def disabled(self) -> bool:
+        """Whether calls read all visual tokens now."""
 
-    def remove(self) -> None:
-        for owner, name, partial, before in reversed(self.places):
-            if owner.__dict__.get(name) is not partial:
-                continue  # someone else wrapped it since
-            if before is None:
-                del owner.__dict__[name]
-            else:
-                owner.__dict__[name] = before
-        self.places = []
+    def forward_begins(self) -> bool:
+        """Whether a forward of the base model uses the patch, whose hooks then stay until `forward_ended`."""
+
+    def forward_ended(self) -> None:
+        """The forward is at its end."""
 
 
 class Observer(Protocol):

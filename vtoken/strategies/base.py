@@ -195,6 +195,26 @@ class Strategy:
         return type(self).reuse is not Strategy.reuse
 
 
+METHODS = {"select_in_prefill": "prefill_layers", "merge_in_encoder": "encoder_layers"}  # what is asked, and where
+
+
+def check_methods(cls: type[Strategy]) -> None:
+    """Raise TypeError with one sentence if a class has no method that a patch would ever ask."""
+    written = {name for name in ("select", "reuse", *METHODS, *METHODS.values()) if _writes(cls, name)}
+    if not written & {"select", "reuse", *METHODS}:
+        raise TypeError(
+            f"{cls.__name__} would drop nothing: it writes none of select, select_in_prefill, merge_in_encoder and reuse."
+        )
+    for method, layers in METHODS.items():
+        if (method in written) != (layers in written):
+            there, lacking = (method, layers) if method in written else (layers, method)
+            raise TypeError(f"{cls.__name__} writes {there} without {lacking}, so that it would never be asked: write both.")
+
+
+def _writes(cls: type[Strategy], name: str) -> bool:
+    return getattr(cls, name) is not getattr(Strategy, name)
+
+
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Ascending indices of the k largest scores of a 1-D tensor; among equals the lower index wins."""
     order = scores.sort(descending=True, stable=True).indices

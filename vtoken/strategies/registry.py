@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
-from .base import Strategy, StrategyInfo
+from .base import Strategy, StrategyInfo, check_methods
 
 S = TypeVar("S", bound=type[Strategy])
 
@@ -21,12 +21,13 @@ def register(name: str, **metadata: Any) -> Callable[[S], S]:
 
     Raises:
         ValueError: if the name is taken or malformed, or the metadata is incomplete.
-        TypeError: if the class is no `Strategy` dataclass.
+        TypeError: if the class is no `Strategy` dataclass, or has no method that does something.
     """
 
     def add(cls: S) -> S:
         if not (isinstance(cls, type) and issubclass(cls, Strategy) and is_dataclass(cls)):
             raise TypeError(f"@register({name!r}) needs a dataclass that derives from vtoken.Strategy, found {cls!r}.")
+        check_methods(cls)
         if not name.isidentifier() or name != name.lower():
             raise ValueError(f"A strategy's name must be a lower-case identifier, found {name!r}.")
         known = _registry.get(name)

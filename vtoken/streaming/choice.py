@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from ..active import LOCK, patches_of
 from ..adapters.base import Adapter
 from ..patching import Patch, describe, make_strategy, needs_of, patch, patch_of, unpatch
 from .layers import Layers
@@ -12,7 +13,6 @@ from .memory import RecentMemory
 from .prompts import Prompts
 from .rekv import ReKVMemory
 
-_COUNTING = threading.RLock()  # sessions are opened and closed in several threads
 SHARED = "_vtoken_sessions"  # on a Patch that sessions made: how many use it
 RECENT_BYTES, REKV_BYTES = 256 * 2**20, 4 * 2**30
 N_LOCAL = 15000  # tokens of ReKV's window, as published
@@ -74,10 +74,10 @@ class SharedPatch:
 
     def __init__(self, adapter: Adapter, strategy: Any, budget: float | int | None, options: dict[str, Any]) -> None:
         self.adapter = adapter
-        with _COUNTING:
-            self._take(strategy, budget, options)
+        with LOCK:  # two sessions of two threads may be opened at the same time
+            self._find(strategy, budget, options)
 
-    def _take(self, strategy: Any, budget: float | int | None, options: dict[str, Any]) -> None:
+    def _find(self, strategy: Any, budget: float | int | None, options: dict[str, Any]) -> None:
         adapter = self.adapter
         self.patch: Patch | None = patch_of(adapter.model)
         if strategy is None:
@@ -109,11 +109,27 @@ class SharedPatch:
 
     def release(self) -> None:
         """Take off the patch that sessions put on the model, if this is the last of them."""
-        with _COUNTING:
-            if self.patch is not None and SHARED in self.patch.__dict__:
-                self.patch.__dict__[SHARED] -= 1
-                if not self.patch.__dict__[SHARED] and patch_of(self.adapter.model) is self.patch:
-                    unpatch(self.adapter.model)
+        if self.patch is None or SHARED not in self.patch.__dict__:
+            return
+        with LOCK:
+            self.patch.__dict__[SHARED] -= 1
+            patches = patches_of(self.adapter.model)
+            if not self.patch.__dict__[SHARED] and patches is not None:
+                patches.take_off(self.patch)
+
+    def is_there(self) -> bool:
+        """Whether the model still has the patch, if only at rest outside of a `vtoken.applied` block."""
+        patches = patches_of(self.adapter.model)
+        if patches is None:
+            return self.patch is None
+        return patches.current() is None if self.patch is None else patches.has(self.patch)
+
+    def used(self) -> AbstractContextManager[Any]:
+        """A block whose calls use this patch, whatever `vtoken.applied` blocks are open."""
+        patches = patches_of(self.adapter.model)
+        if self.patch is None or patches is None:
+            return nullcontext()
+        return patches.scope("call", self.patch)
 
     def _check(self, current: Patch | None) -> None:
         if current is None or current.strategy.is_identity:

@@ -12,7 +12,7 @@ import numpy as np
 import transformers
 
 from ..adapters.registry import adapter_for
-from ..patching import disabled, patch_of
+from ..patching import disabled
 from ..streams import StreamState, stream
 from .answers import Answer, AnswerStream, Asked, generate_answer
 from .calls import Calls
@@ -165,13 +165,13 @@ class StreamSession:
     def _encode(self, frames: list[tuple[np.ndarray, float]], state: StreamState, remember: bool = True) -> Step:
         """One step, with `state` going on; `remember` as in `Frames.encode`."""
         images, seconds = zip(*frames, strict=True)
-        with stream(self.model, state):
+        with self._shared.used(), stream(self.model, state):
             return self.frames.encode(images, seconds, self._patch, remember)
 
     def _check_open(self) -> None:
         if self.closed:
             raise RuntimeError("This StreamSession is closed: make a new one.")
-        if patch_of(self.model) is not self._patch:
+        if not self._shared.is_there():
             raise RuntimeError("The model was patched or unpatched while a session used it: make a new session.")
 
     def reset(self) -> None:
@@ -285,7 +285,7 @@ class StreamSession:
         options = {"max_new_tokens": self.max_new_tokens} | options
         if self._patch is None:
             return generate_answer(self.model, self.tokenizer, asked, options, **more)
-        with disabled(self.model):  # the frames were pruned when they came
+        with self._shared.used(), disabled(self.model):  # the frames were pruned when they came
             return generate_answer(self.model, self.tokenizer, asked, options, **more)
 
     # -- the end ------------------------------------------------------------------------------------------------

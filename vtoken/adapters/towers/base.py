@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..._threads import PerThread
 from ...kernels import attention_rows, received_attention
 from ...tokens import EncoderMerge, Needs, TowerInfo
+from ..hooks import Hook, rebuilt
 
 if TYPE_CHECKING:
     from .blocks import Block
@@ -73,6 +74,13 @@ class Capture:
     def add(self, what: str, layer: int, value: Tensor) -> None:
         self.values.setdefault((what, layer), []).append(value)
 
+    @property
+    def missing(self) -> list[tuple[str, int]]:
+        """What was to be read and was not."""
+        kinds = ("cls_attention", "cls_logits", "received_attention", "keys")
+        wanted = [(kind, layer) for kind in kinds for layer in getattr(self.needs, kind)]
+        return [each for each in wanted if each not in self.values]
+
     def per_item(self, counts: Sequence[int]) -> list[dict[tuple[str, int], Tensor]]:
         """Per image or video its values, (segments, ...) each; `counts` are the numbers of segments of each.
 
@@ -112,8 +120,24 @@ class Tower:
         self, module: nn.Module, feature_layer: int, pool: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         self.module, self.pool = module, pool
-        self.layers = self.find_layers()
         self.info = TowerInfo(len(self.layers), feature_layer, self.has_cls, self.global_layers(), self.num_heads())
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The transformer layers as they are now, first to last."""
+        return self.find_layers()
+
+    def follow(self, found: Tower, read: bool) -> None:
+        """Go on with the module of `found`, the same tower looked up anew.
+
+        Args:
+            read: whether something inside is read, for which it must have the shape of the one that was patched.
+
+        Raises RuntimeError if it has another.
+        """
+        if read and found.info != self.info:
+            raise rebuilt(f"The vision tower has {found.info.num_layers} layers of another kind than when it was patched")
+        self.module, self.info = found.module, found.info
 
     # -- to override --------------------------------------------------------------------------------------------
     def find_layers(self) -> list[nn.Module]:
@@ -178,15 +202,15 @@ class Tower:
         kinds = {"received_attention", "keys"}
         return frozenset(kinds | {"cls_attention", "cls_logits"} if self.has_cls else kinds)
 
-    def tap(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Any]:
-        """Hook the projections of the layers in `needs`; returns the handles. Hooks act while `active()` is a Capture."""
-        handles: list[Any] = []
+    def taps(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Hook]:
+        """Hooks on the projections of the layers in `needs`, as they are now. They act while `active()` is a Capture."""
+        hooks: list[Hook] = []
         for layer in sorted(needs.tower_layers):
             query, key = self.projections(layer)
             pending = _Pending()
-            handles.append(query.register_forward_hook(functools.partial(self._on_query, pending, active)))
-            handles.append(key.register_forward_hook(functools.partial(self._on_key, pending, active, layer)))
-        return handles
+            hooks.append(Hook(query, functools.partial(self._on_query, pending, active)))
+            hooks.append(Hook(key, functools.partial(self._on_key, pending, active, layer)))
+        return hooks
 
     def _on_query(self, pending: _Pending, active: Callable[[], Capture | None], module: Any, args: Any, out: Any) -> None:
         if active() is not None:
@@ -204,6 +228,8 @@ class Tower:
 
     def heads(self, x: Tensor, layer: int) -> Tensor:
         """(segments, tokens, heads * head_dim), or already (segments, heads, tokens, head_dim) -> the latter."""
+        if not isinstance(x, Tensor):
+            raise rebuilt(f"A projection in layer {layer} of the vision tower answers with a {type(x).__name__}")
         if x.ndim == 4:
             return x
         return x.view(*x.shape[:2], -1, int(self.attention(layer).head_dim)).transpose(1, 2)  # type: ignore[arg-type]

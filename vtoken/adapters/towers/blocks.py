@@ -5,14 +5,19 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..hooks import Hook
+
 
 class Block(ABC):
     """A pre-norm layer: `x += attention(norm1(x)); x += mlp(norm2(x))`.
+
+    Args:
+        layer: whose parts are looked up whenever they are used.
 
     Attributes:
         norm1, attention, norm2, mlp: its modules.
@@ -21,13 +26,29 @@ class Block(ABC):
         scale: factor on the logits.
     """
 
-    norm1: nn.Module
-    attention: Any
-    norm2: nn.Module
-    mlp: nn.Module
+    names: ClassVar[dict[str, str]]  # of the modules in the layer
     heads: int
     width: int
     scale: float
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    @property
+    def norm1(self) -> nn.Module:
+        return getattr(self.layer, self.names["norm1"])
+
+    @property
+    def attention(self) -> Any:
+        return getattr(self.layer, self.names["attention"])
+
+    @property
+    def norm2(self) -> nn.Module:
+        return getattr(self.layer, self.names["norm2"])
+
+    @property
+    def mlp(self) -> nn.Module:
+        return self.layer.mlp
 
     @abstractmethod
     def key(self, x: Tensor) -> Tensor:
@@ -42,8 +63,8 @@ class Block(ABC):
         """Attention output (..., C), heads side by side, through the output projection."""
 
     @abstractmethod
-    def watch(self, record: Callable[[str, Tensor], None]) -> list[Any]:
-        """Hooks that call `record` with "key", "value", "attention" and "mlp" of a full forward; returns the handles."""
+    def watch(self, record: Callable[[str, Tensor], None]) -> list[Hook]:
+        """Hooks that call `record` with "key", "value", "attention" and "mlp" of a full forward."""
 
     @property
     @abstractmethod
@@ -62,8 +83,8 @@ class Block(ABC):
 
 
 def linear_flops(*modules: nn.Module) -> int:
-    """FLOPs per token of the linear layers among the given modules and their children."""
-    every: list[Any] = [m for module in modules for m in module.modules()]
+    """FLOPs per token of the linear layers among the given modules and their children; adapters count as layers."""
+    every: list[Any] = [m for module in modules for m in module.modules() if not any(m.children())]
     return sum(2 * int(m.in_features) * int(m.out_features) for m in every if hasattr(m, "in_features"))
 
 
@@ -81,11 +102,12 @@ def _note_fused(record: Callable[[str, Tensor], None], module: nn.Module, args: 
 class SplitBlock(Block):
     """CLIP and SigLIP: one projection each for queries, keys and values."""
 
+    names = {"norm1": "layer_norm1", "attention": "self_attn", "norm2": "layer_norm2"}
+
     def __init__(self, layer: Any) -> None:
-        self.norm1, self.norm2, self.mlp = layer.layer_norm1, layer.layer_norm2, layer.mlp
-        self.attention = layer.self_attn
+        super().__init__(layer)
         self.heads, self.scale = int(self.attention.num_heads), float(self.attention.scale)
-        self.width = int(self.attention.out_proj.in_features)
+        self.width = self.heads * int(self.attention.head_dim)
 
     def key(self, x: Tensor) -> Tensor:
         return self.attention.k_proj(x)
@@ -96,10 +118,10 @@ class SplitBlock(Block):
     def out(self, x: Tensor) -> Tensor:
         return self.attention.out_proj(x)
 
-    def watch(self, record: Callable[[str, Tensor], None]) -> list[Any]:
+    def watch(self, record: Callable[[str, Tensor], None]) -> list[Hook]:
         a = self.attention
         parts = {"key": a.k_proj, "value": a.v_proj, "attention": a, "mlp": self.mlp}
-        return [part.register_forward_hook(functools.partial(_note, record, name)) for name, part in parts.items()]
+        return [Hook(part, functools.partial(_note, record, name)) for name, part in parts.items()]
 
     @property
     def key_flops(self) -> int:
@@ -114,11 +136,12 @@ class SplitBlock(Block):
 class FusedBlock(Block):
     """The Qwen-VL towers: one projection for all three, whose rows are taken apart to compute keys alone."""
 
+    names = {"norm1": "norm1", "attention": "attn", "norm2": "norm2"}
+
     def __init__(self, layer: Any) -> None:
-        self.norm1, self.norm2, self.mlp = layer.norm1, layer.norm2, layer.mlp
-        self.attention = layer.attn
+        super().__init__(layer)
         self.heads, self.scale = int(self.attention.num_heads), float(self.attention.scaling)
-        self.width = int(self.attention.proj.in_features)
+        self.width = self.heads * int(self.attention.head_dim)
 
     @property
     def _sliceable(self) -> bool:
@@ -145,10 +168,10 @@ class FusedBlock(Block):
     def out(self, x: Tensor) -> Tensor:
         return self.attention.proj(x)
 
-    def watch(self, record: Callable[[str, Tensor], None]) -> list[Any]:
+    def watch(self, record: Callable[[str, Tensor], None]) -> list[Hook]:
         parts = {"attention": self.attention, "mlp": self.mlp}
-        handles = [part.register_forward_hook(functools.partial(_note, record, name)) for name, part in parts.items()]
-        return [self.attention.qkv.register_forward_hook(functools.partial(_note_fused, record)), *handles]
+        hooks = [Hook(part, functools.partial(_note, record, name)) for name, part in parts.items()]
+        return [Hook(self.attention.qkv, functools.partial(_note_fused, record)), *hooks]
 
     @property
     def key_flops(self) -> int:

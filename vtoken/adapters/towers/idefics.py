@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..._threads import PerThread
 from ...kernels import received_attention
 from ...tokens import Needs
+from ..hooks import Hook
 from .base import Capture, Tower
 
 
@@ -25,17 +26,16 @@ class IdeficsTower(Tower):
     def find_layers(self) -> list[nn.Module]:
         return list(self.module.encoder.layers)  # type: ignore[union-attr, arg-type]
 
-    def tap(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Any]:
-        handles = super().tap(needs, active)
-        if handles:
-            before = functools.partial(self._before_tower, active)
-            handles.append(self.module.register_forward_pre_hook(before, with_kwargs=True))
-        return handles
+    def taps(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Hook]:
+        hooks = super().taps(needs, active)
+        if hooks:
+            hooks.append(Hook(self.module, functools.partial(self._before_tower, active), before=True, kwargs=True))
+        return hooks
 
     def _before_tower(
-        self, active: Callable[[], Capture | None], module: Any, args: Any, kwargs: dict[str, Any]
+        self, active: Callable[[], Capture | None], module: Any, args: Any, kwargs: dict[str, Any] | None = None
     ) -> None:
-        if active() is not None:
+        if active() is not None and kwargs is not None:
             mask = kwargs.get("patch_attention_mask")
             self.real.mask = None if mask is None or bool(mask.all()) else mask.flatten(1)
 

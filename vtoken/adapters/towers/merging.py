@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...kernels import gather_merge
 from ...tokens import EncoderMerge, EncoderTokens
+from ..hooks import Hook, Hooks
 from .base import Capture, Merged, Tower
 
 MERGED = "merged"
@@ -44,15 +45,20 @@ class EncoderMerging:
     ) -> None:
         self.tower, self.merge, self.active = tower, merge, active
         self.prefix = int(tower.has_cls)
-        self.handles = [
-            tower.layers[i].register_forward_hook(functools.partial(self._behind_layer, i), prepend=True) for i in layers
-        ]
-        self.handles.append(tower.module.register_forward_hook(self._behind_tower))
+        self.layers = layers
+        self.hooks = Hooks(self._find)
+
+    def _find(self) -> list[Hook]:
+        now = self.tower.layers
+        hooks = [Hook(now[i], functools.partial(self._behind_layer, i), first=True) for i in self.layers]
+        return [*hooks, Hook(self.tower.module, self._behind_tower)]
+
+    def refresh(self) -> None:
+        """Look the layers up again."""
+        self.hooks.refresh()
 
     def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        self.hooks.remove()
 
     def _behind_layer(self, i: int, module: Any, args: Any, out: Any) -> Any:
         capture = self.active()

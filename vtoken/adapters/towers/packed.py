@@ -13,6 +13,7 @@ from torch import Tensor
 from ..._threads import PerThread
 from ...kernels import received_attention
 from ...tokens import Needs
+from ..hooks import Hook
 from .base import Capture, Tower
 
 
@@ -44,27 +45,35 @@ class PackedTower(Tower):
         raise NotImplementedError
 
     # -- provided -----------------------------------------------------------------------------------------------
-    def tap(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Any]:
+    def taps(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Hook]:
         layers = sorted({*needs.received_attention, *needs.keys})
         if not layers:
             return []
         forward = _Forward()
         before = functools.partial(self._before_tower, forward, active)
-        handles: list[Any] = [self.module.register_forward_pre_hook(before, with_kwargs=True)]
+        hooks = [Hook(self.module, before, before=True, kwargs=True)]
         for layer in layers:
             note = functools.partial(self._before_attention, forward)
-            handles.append(self.attention(layer).register_forward_pre_hook(note, with_kwargs=True))
+            hooks.append(Hook(self.attention(layer), note, before=True, kwargs=True))
             for projection in self.projections(layer):
-                read = functools.partial(self._on_projection, forward, active, layer)
-                handles.append(projection.register_forward_hook(read))
-        return handles
+                hooks.append(Hook(projection, functools.partial(self._on_projection, forward, active, layer)))
+        return hooks
 
     def _before_tower(
-        self, forward: _Forward, active: Callable[[], Capture | None], module: Any, args: Any, kwargs: dict[str, Any]
+        self,
+        forward: _Forward,
+        active: Callable[[], Capture | None],
+        module: Any,
+        args: Any,
+        kwargs: dict[str, Any] | None = None,
     ) -> None:
-        forward.packing = None if active() is None else self.packing(args, kwargs)
+        forward.packing = None if active() is None or kwargs is None else self.packing(args, kwargs)
 
-    def _before_attention(self, forward: _Forward, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _before_attention(
+        self, forward: _Forward, module: Any, args: Any, kwargs: dict[str, Any] | None = None
+    ) -> None:
+        if forward.packing is None or kwargs is None:
+            return
         forward.bounds, forward.rotary, forward.outputs = kwargs.get("cu_seqlens"), kwargs["position_embeddings"], []
 
     def _on_projection(

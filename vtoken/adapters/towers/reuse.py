@@ -16,7 +16,7 @@ from torch import Tensor
 from ..._threads import PerThread
 from ...kernels import gather_rows
 from ...streams import FrameTokens, Reuse, keep
-from ..state import Wrapped
+from ..hooks import Hook, Hooks, Wrapped
 from .base import Capture, Tower
 from .blocks import Block
 from .frames import FramePass, Rows, stack
@@ -43,22 +43,34 @@ class FrameReuse:
     def __init__(self, tower: Tower, reuse: Reuse, read: set[int], active: Callable[[], Capture | None]) -> None:
         self.tower, self.reuse, self.active = tower, reuse, active
         self.prefix, self.local = int(tower.has_cls), _Local()
-        self.blocks = [tower.block(i) for i in range(len(tower.layers))]
         self.layers = set(reuse.layers) - read
+        self.now: list[Any] = []  # the tower's layers
+        self.blocks: list[Block] = []
         self.wrapped = Wrapped()
-        self.handles: list[Any] = [
-            tower.module.register_forward_pre_hook(self._before_tower, with_kwargs=True),
-            tower.module.register_forward_hook(self._behind_tower, with_kwargs=True),
-        ]
-        for i, layer in enumerate(tower.layers):
+        self._wrap()
+        self.hooks = Hooks(self._find)
+
+    def _wrap(self) -> None:
+        self.now = self.tower.layers
+        self.blocks = [self.tower.block(i) for i in range(len(self.now))]
+        self.wrapped.remove()
+        for i, layer in enumerate(self.now):
             self.wrapped.wrap(layer, "forward", functools.partial(self._layer, i))
-            if i in self.layers:
-                self.handles += self.blocks[i].watch(self._record)
+
+    def _find(self) -> list[Hook]:
+        module = self.tower.module
+        hooks = [Hook(module, self._before_tower, before=True, kwargs=True), Hook(module, self._behind_tower, kwargs=True)]
+        return hooks + [hook for i in sorted(self.layers) for hook in self.blocks[i].watch(self._record)]
+
+    def refresh(self) -> None:
+        """Look the layers and their parts up again."""
+        now = self.tower.layers
+        if any(a is not b for a, b in zip(now, self.now, strict=True)):
+            self._wrap()
+        self.hooks.refresh()
 
     def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+        self.hooks.remove()
         self.wrapped.remove()
 
     def _record(self, name: str, value: Tensor) -> None:
@@ -70,9 +82,9 @@ class FrameReuse:
         return None if capture is None else capture.frames
 
     # -- the tower ----------------------------------------------------------------------------------------------
-    def _before_tower(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _before_tower(self, module: Any, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         run = self._running()
-        if run is None:
+        if run is None or kwargs is None:
             return
         run.grids = self.tower.frame_grids(args, kwargs)
         if len(run.grids) != sum(run.videos):
@@ -82,9 +94,9 @@ class FrameReuse:
             )
         run.plan((str(module.dtype), str(module.device)), self.reuse.interval)
 
-    def _behind_tower(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    def _behind_tower(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any = None) -> None:
         run = self._running()
-        if run is None or not run.layers:
+        if run is None or out is None or not run.layers:
             return
         run.use.tokens = run.sizes
         run.use.recomputed = [round(float(count.sum()) / run.layers) for count in run.counts]
@@ -93,7 +105,7 @@ class FrameReuse:
 
     # -- one layer ----------------------------------------------------------------------------------------------
     def _layer(self, i: int, original: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        run, layer = self._running(), self.tower.layers[i]
+        run, layer = self._running(), self.now[i]
         if run is None:
             return original(hidden_states, *args, **kwargs)
         if layer.training and getattr(layer, "gradient_checkpointing", False):

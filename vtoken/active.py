@@ -1,0 +1,387 @@
+"""Which patch of a model a call uses, and when the hooks of a patch that was taken off may go.
+
+Several patches can have hooks on one model at the same time: the one of `vtoken.patch`, one for every open
+`vtoken.applied` block of every thread, and those that were taken off while another thread still generates with them.
+A call uses the same patch from its beginning to its end.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .streams import unwrapped
+
+if TYPE_CHECKING:
+    from .patching import Patch
+
+PATCH = "_vtoken_patch"  # the attribute of a model that holds its `Patches`
+LOCK = threading.RLock()  # for everything below; held for microseconds
+FORWARD = nn.Module._call_impl.__code__
+
+
+@dataclass(eq=False)
+class Scope:
+    """An open `applied` or `disabled` block, or a running call.
+
+    Attributes:
+        patches: those of the model.
+        patch: what calls inside use; None in a `disabled` block, and in an `applied` block after `unpatch`.
+        kind: "applied", "disabled" or "call".
+        disabled: whether calls inside read all visual tokens.
+        outer: the `applied` blocks in which it was opened.
+        thread: in which it was opened.
+        open: False once it has been left, in whatever thread.
+    """
+
+    patches: Patches
+    patch: Patch | None
+    kind: str
+    disabled: bool = False
+    outer: tuple[Scope, ...] = ()
+    thread: threading.Thread = field(default_factory=threading.current_thread)
+    open: bool = True
+
+
+# of this thread or asynchronous task, innermost last; a scope that is left early is taken out of the middle
+_scopes: ContextVar[tuple[Scope, ...]] = ContextVar("vtoken_scopes", default=())
+
+
+class Patches:
+    """All patches of one model.
+
+    Args:
+        base: the model's `base_model`, which every call passes through.
+
+    Attributes:
+        own: the patch of `vtoken.patch`.
+        scopes: the open blocks of all threads, in the order in which they were opened.
+        leaving: patches that were taken off and may still be used by a running call.
+        running: by patch the number of its calls of `generate` and `get_*_features`.
+        forwards: by thread the patch of the forward that it is, or was, inside; an interrupted one tells no hook of its end.
+        older: threads that may be inside a `generate` that began before there was a patch, with its frame once it is known.
+        simple: the only patch, if nothing else is going on.
+    """
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+        self.owners: list[Any] = []
+        self.own: Patch | None = None
+        self.scopes: list[Scope] = []
+        self.leaving: list[Patch] = []
+        self.running: dict[Patch, int] = {}
+        self.forwards: dict[int, Patch] = {}
+        self.held = 0  # by threads that are about to add something
+        self.older: dict[int, int | None] = {}
+        self.simple: Patch | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a deep copy or a pickle, which has the patch in use as its own and no open block."""
+        with LOCK:
+            try:
+                own = self.current()
+            except RuntimeError:
+                own = self.own
+            others = [p for p in (self.own, *(b.patch for b in self.blocks), *self.leaving) if p not in (None, own)]
+            return {
+                "base": self.base,
+                "owners": self.owners,
+                "own": own,
+                "scopes": [],
+                "leaving": others,
+                "running": {},
+                "forwards": {},
+                "held": 0,
+                "older": {},
+                "simple": None if others else own,
+            }
+
+    @property
+    def adapter(self) -> Any:
+        """Of the patch in use."""
+        current = self.current()
+        return None if current is None else current.adapter
+
+    @property
+    def blocks(self) -> list[Scope]:
+        """The open `applied` blocks."""
+        return [s for s in self.scopes if s.kind == "applied"]
+
+    def has(self, patch: Patch) -> bool:
+        """Whether a patch is on the model, if only at rest outside of an `applied` block."""
+        holders: list[Any] = [self, *self.blocks]
+        return any(_held(holder) is patch for holder in holders)
+
+    # -- which one ----------------------------------------------------------------------------------------------
+    def _here(self) -> list[Scope]:
+        """The open scopes of this thread or task, innermost first."""
+        return [s for s in reversed(_scopes.get()) if s.patches is self and s.open]
+
+    def current(self, calls: bool = True) -> Patch | None:
+        """The patch that a call uses if it begins here and now; with `calls=False` if it did not begin in a running call.
+
+        The innermost block or running call of this thread decides; without one the open block of other threads, and without
+        any of these the patch of `vtoken.patch`. Raises RuntimeError if several other threads have a block open.
+        """
+        for scope in self._here():
+            if scope.kind == "applied" or (calls and scope.kind == "call"):
+                return scope.patch
+        blocks = self.blocks
+        innermost = [b for b in blocks if not any(b in other.outer for other in blocks)]
+        if len(innermost) > 1 and not self.disabled():
+            raise RuntimeError(
+                f"{len(innermost)} other threads are inside `with vtoken.applied(...)` of this model, and this thread is not: "
+                "open a vtoken.applied block in the thread that calls the model."
+            )
+        return innermost[0].patch if len(innermost) == 1 else self.own
+
+    def disabled(self) -> bool:
+        """Whether a call that begins here and now reads all visual tokens: the innermost block decides."""
+        return next((scope.disabled for scope in self._here()), False)
+
+    # -- blocks -------------------------------------------------------------------------------------------------
+    @contextmanager
+    def scope(self, kind: str, patch: Patch | None, disabled: bool = False) -> Iterator[Scope]:
+        """An open block or a running call of this thread or task; it may be left in any order and in any thread."""
+        scope = Scope(self, patch, kind, disabled)
+        with LOCK:
+            scope.outer = tuple(s for s in self._here() if s.kind == "applied")
+            _scopes.set((*_scopes.get(), scope))
+            if kind != "call":
+                self.scopes.append(scope)
+                self._began(patch)
+        try:
+            yield scope
+        finally:
+            with LOCK:
+                scope.open = False
+                _scopes.set(tuple(s for s in _scopes.get() if s.open))
+                if kind != "call":
+                    self.scopes.remove(scope)
+                    self._retire(scope.patch)
+
+    def _began(self, patch: Patch | None) -> None:
+        """A patch is used from now on, but not by a `generate` that is running without one."""
+        if patch is not None:
+            own = threading.get_ident()
+            self.older = dict.fromkeys(_threads())
+            frame = _generate_frame(patch.adapter.model)
+            self.older.pop(own, None)
+            if frame is not None:
+                self.older[own] = id(frame)
+        self._settle()
+
+    def put(self, patch: Patch) -> None:
+        """Use a patch until `take_off`, inside an `applied` block until its end. LOCK is held."""
+        block = next((s for s in self._here() if s.kind == "applied"), None)
+        if block is None:
+            self.own = patch
+        else:
+            block.patch = patch
+        self._began(patch)
+
+    def take_off(self, patch: Patch | None = None) -> None:
+        """Take off one patch, or the one in use here; the calls that use it finish with it.
+
+        Raises RuntimeError if another thread is inside an `applied` block, and this one is not.
+        """
+        with LOCK:
+            mine = next((s for s in self._here() if s.kind == "applied"), None)
+            if patch is not None:
+                every: list[Any] = [self, *self.blocks]
+                holders = [x for x in every if _held(x) is patch]
+            elif mine is not None:
+                holders = [mine]
+            elif any(b.thread.is_alive() for b in self.blocks):
+                raise RuntimeError(
+                    "Another thread is inside `with vtoken.applied(...)` of this model: leave that block first, or take the "
+                    "patch off in that thread."
+                )
+            else:
+                holders = [self, *self.blocks]
+            gone = {_held(x) for x in holders} - {None}
+            for holder in holders:
+                setattr(holder, "own" if holder is self else "patch", None)
+            for each in gone:
+                self._retire(each)
+            self._settle()
+
+    def _retire(self, patch: Patch | None) -> None:
+        if patch is not None:
+            self.leaving.append(patch)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Remove the hooks of patches that no call uses any more; LOCK is held."""
+        if self.leaving:
+            alive = _threads()
+            inside = {thread: p for thread, p in self.forwards.items() if thread in alive}
+            if not _in_forward(self.base):  # an interrupted forward of this thread
+                inside.pop(threading.get_ident(), None)
+            self.forwards = inside
+            used = {*inside.values(), *self.running}
+            free = [p for p in self.leaving if p not in used]
+            self.leaving = [p for p in self.leaving if p in used]
+            for patch in free:
+                patch.remove()
+        alone = not self.blocks and not self.leaving
+        self.simple = self.own if alone else None
+        if self.own is None and not (self.scopes or self.leaving or self.held):  # leave no trace
+            for owner in self.owners:
+                if owner.__dict__.get(PATCH) is self:
+                    del owner.__dict__[PATCH]
+            self.owners = []
+
+
+def _held(holder: Patches | Scope) -> Patch | None:
+    return holder.own if isinstance(holder, Patches) else holder.patch
+
+
+class Gate:
+    """What the hooks of one patch ask: whether a call is theirs.
+
+    Args:
+        patches: those of the model.
+        patch: whose hooks they are.
+    """
+
+    def __init__(self, patches: Patches, patch: Patch) -> None:
+        self.patches, self.patch = patches, patch
+
+    def serves(self) -> bool:
+        """Whether what is called here and now uses this patch."""
+        if torch.compiler.is_compiling() and self.patches.simple is self.patch:
+            return True
+        return self._serves()
+
+    @torch.compiler.disable
+    def _serves(self) -> bool:
+        with LOCK:
+            return self.patches.current() is self.patch and not self._older()
+
+    def _older(self) -> bool:
+        """Whether this is part of a `generate` that began without a patch."""
+        older, thread = self.patches.older, threading.get_ident()
+        if thread not in older:
+            return False
+        frame = _generate_frame(self.patch.adapter.model)
+        if frame is None or older[thread] not in (None, id(frame)):
+            del older[thread]
+            return False
+        older[thread] = id(frame)
+        return all(s.kind == "disabled" for s in self.patches._here())
+
+    def forward_begins(self) -> bool:
+        """Whether a forward of the base model uses this patch; its hooks stay until `forward_ended`."""
+        if torch.compiler.is_compiling():
+            return self.serves()
+        with LOCK:
+            served = self._serves()
+            if served:
+                threading.current_thread()  # makes a thread of foreign code known to `_threads`
+                self.patches.forwards[threading.get_ident()] = self.patch
+            elif self.patches.leaving:
+                self.patches._settle()
+            return served
+
+    def forward_ended(self) -> None:
+        """The forward is at its end."""
+        if not torch.compiler.is_compiling():
+            with LOCK:
+                self.patches.forwards.pop(threading.get_ident(), None)
+                if self.patches.leaving:
+                    self.patches._settle()
+
+    @contextmanager
+    def call(self) -> Iterator[bool]:
+        """A call that uses this patch to its end; yields False and does nothing if the call is another patch's."""
+        patches, patch = self.patches, self.patch
+        with LOCK:
+            served = self._serves()
+            if served:
+                patches.running[patch] = patches.running.get(patch, 0) + 1
+        if not served:
+            yield False
+            return
+        try:
+            with patches.scope("call", patch, patches.disabled()):
+                yield True
+        finally:
+            with LOCK:
+                patches.running[patch] -= 1
+                if not patches.running[patch]:
+                    del patches.running[patch]
+                if patches.leaving:
+                    patches._settle()
+
+    def disabled(self) -> bool:
+        """Whether calls of this thread or task read all visual tokens now."""
+        return self.patches.disabled()
+
+
+# -- frames of running calls ------------------------------------------------------------------------------------
+def _threads() -> list[int]:
+    """The threads that are alive."""
+    return [t.ident for t in threading.enumerate() if t.ident is not None]
+
+
+# Of this thread only: the stack of a running thread changes while it is read.
+def _frame_of(code: CodeType | None, owner: Any) -> FrameType | None:
+    """The outermost frame of a method with this code of this object."""
+    frame, found = sys._getframe(), None
+    while frame is not None:
+        if frame.f_code is code and frame.f_locals.get("self") is owner:
+            found = frame
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def _generate_frame(model: Any) -> FrameType | None:
+    """The frame of a running `generate` of this model."""
+    function = getattr(type(model), "generate", None)
+    code = None if function is None else getattr(inspect.unwrap(function), "__code__", None)
+    return None if code is None else _frame_of(code, model)
+
+
+def _in_forward(base: Any) -> bool:
+    """Whether this thread is inside a forward of this module."""
+    return _frame_of(FORWARD, base) is not None
+
+
+# -- models -----------------------------------------------------------------------------------------------------
+def patches_of(model: Any) -> Patches | None:
+    """What is on a model, its base model or a wrapper of it; None for a model without patches and blocks."""
+    model = unwrapped(model)
+    for owner in (model, getattr(model, "base_model", None)):
+        found = getattr(owner, "__dict__", {}).get(PATCH)
+        if found is not None:
+            return found
+    return None
+
+
+@contextmanager
+def patches_for(model: Any) -> Iterator[Patches]:
+    """As `patches_of`, made where there are none; they leave no trace if nothing is on the model at the end."""
+    with LOCK:
+        patches = patches_of(model) or Patches(model.base_model)
+        patches.held += 1
+        for owner in (model, model.base_model):
+            if owner.__dict__.get(PATCH) is not patches:
+                owner.__dict__[PATCH] = patches
+                patches.owners.append(owner)
+    try:
+        yield patches
+    finally:
+        with LOCK:
+            patches.held -= 1
+            patches._settle()

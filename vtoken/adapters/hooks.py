@@ -1,0 +1,145 @@
+"""Hooks and replaced methods of a model, which follow a model that is rebuilt and are removed without a trace."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+_LOCK = threading.RLock()
+
+
+@dataclass
+class Hook:
+    """A function on a module.
+
+    Attributes:
+        module: as it is found now.
+        function: the hook.
+        before: whether it runs before the module's forward, else after it.
+        kwargs: whether it is given the keyword arguments of the forward.
+        first: whether it runs before the hooks that are there.
+    """
+
+    module: nn.Module
+    function: Callable[..., Any]
+    before: bool = False
+    kwargs: bool = False
+    first: bool = False
+
+    def register(self) -> Any:
+        module = self.module
+        method = module.register_forward_pre_hook if self.before else module.register_forward_hook
+        return method(self.function, with_kwargs=self.kwargs, prepend=self.first)
+
+
+class Hooks:
+    """Hooks that move to the modules of now when parts of the model were replaced (adapters, quantised layers).
+
+    Args:
+        find: lists the hooks that there should be, on the modules of now.
+    """
+
+    def __init__(self, find: Callable[[], list[Hook]]) -> None:
+        self.find = find
+        self.modules: list[nn.Module] = []
+        self.handles: list[Any] = []
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Look the modules up again; returns whether hooks were moved."""
+        hooks = self.find()
+        if self._there(hooks):
+            return False
+        with _LOCK:
+            if self._there(hooks):
+                return False
+            self.remove()
+            self.modules = [hook.module for hook in hooks]
+            self.handles = [hook.register() for hook in hooks]
+        return True
+
+    def _there(self, hooks: list[Hook]) -> bool:
+        same = len(hooks) == len(self.modules)
+        return same and all(hook.module is module for hook, module in zip(hooks, self.modules, strict=True))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.modules, self.handles = [], []
+
+
+def rebuilt(what: str) -> RuntimeError:
+    """The error for a model whose parts were replaced by such that cannot be read: `what` was found."""
+    return RuntimeError(
+        f"{what}: the model was rebuilt after it was patched; call vtoken.unpatch(model) and vtoken.patch(model, ...) again."
+    )
+
+
+class Method:
+    """An instance attribute in place of a method: `instead(original, ...)`.
+
+    With `__wrapped__`, so that `generate()` finds the method's signature; a deep copy of the model gets one bound to itself.
+    """
+
+    def __init__(self, instead: Callable[..., Any], original: Callable[..., Any], before: Any) -> None:
+        functools.update_wrapper(self, original)
+        self._instead: Callable[..., Any] | None = instead
+        self._original, self._before = original, before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._instead is None:
+            return self._original(*args, **kwargs)
+        return self._instead(self._original, *args, **kwargs)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        original: Any = self._original
+        if not isinstance(original, MethodType):
+            return self._instead, original, None, self._before
+        # by its name only, an owner that is being unpickled might answer with this object
+        return self._instead, original.__name__, original.__self__, self._before
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        instead, original, owner, before = state
+        if isinstance(original, str):
+            original = MethodType(getattr(type(owner), original), owner)
+        self.__init__(instead, original, before)  # type: ignore[misc]
+
+    def remove(self, owner: Any, name: str) -> None:
+        """Put back what was there, also where others have wrapped this one since."""
+        top = owner.__dict__.get(name)
+        if top is self:
+            if self._before is None:
+                del owner.__dict__[name]
+            else:
+                owner.__dict__[name] = self._before
+            return
+        self._instead = None  # for whoever holds on to it
+        while isinstance(top, Method):
+            if top._original is self:
+                top._original = top.__dict__["__wrapped__"] = self._original
+                top._before = self._before
+            top = top._original
+
+
+class Wrapped:
+    """The methods that were replaced on instances, and their removal, in any order."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[Any, str, Method]] = []
+
+    def wrap(self, owner: Any, name: str, instead: Callable[..., Any], original: Any = None) -> None:
+        original = getattr(owner, name) if original is None else original
+        method = Method(instead, original, owner.__dict__.get(name))
+        owner.__dict__[name] = method
+        self.places.append((owner, name, method))
+
+    def remove(self) -> None:
+        for owner, name, method in self.places:
+            method.remove(owner, name)
+        self.places = []
