@@ -96,7 +96,7 @@ def run(
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .eval.board import parse_strategy
+    from .strategies.registry import parse_strategy
 
     names = parse_strategy(strategy)
     folder = Path(output).resolve().parent

@@ -21,6 +21,8 @@ from .adapters.state import State, Wrapped
 from .config import VTokenConfig
 from .recorder import Recorder
 from .strategies import Composite, Strategy, combine, create, list_names, strategy_info
+from .strategies.composition import options_of
+from .strategies.registry import parse_strategy
 from .streams import Reuse
 from .tokens import Needs, Segment, Selection, VisualTokens
 
@@ -237,7 +239,9 @@ def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, 
         strategy, options = strategy.strategy, given | options
     if isinstance(strategy, list | tuple) and len(strategy) == 1:
         strategy = strategy[0]
-        options = options.pop(strategy, {}) | options if isinstance(strategy, str) else options
+        options = options_of(strategy, options) | options if isinstance(strategy, str) else options
+    if isinstance(strategy, str):
+        strategy = parse_strategy(strategy)
     if isinstance(strategy, list | tuple):
         return combine(strategy, budget if budget is not None else options.pop("budget", None), **options)
     if isinstance(strategy, Strategy):

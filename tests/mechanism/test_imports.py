@@ -56,9 +56,10 @@ MAY_IMPORT = {
     "kernels": (),
     "_threads": (),
     "accounting": ("tokens", "streams"),
-    "strategies": ("tokens", "streams", "kernels"),
+    "checks": (),
+    "strategies": ("tokens", "streams", "kernels", "checks"),
     "adapters": ("tokens", "streams", "kernels", "_threads"),
-    "config": ("strategies",),
+    "config": ("strategies", "checks", "_json"),
 }
 LIBRARIES = {  # third-party packages that a room must not touch
     "tokens": ("transformers", "triton", "timm", "open_clip", "accelerate"),

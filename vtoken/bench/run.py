@@ -11,7 +11,7 @@ import torch
 
 import vtoken
 
-from ..eval.board import parse_strategy
+from ..strategies.registry import parse_strategy
 from . import report as reports
 from .cells import measure
 from .shapes import SHAPES, Workload, build, shipped

@@ -28,20 +28,6 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
     return (0.0 if right == 0 else centre - half), (1.0 if right == asked else centre + half)
 
 
-def parse_strategy(text: str) -> str | list[str]:
-    """A registered name, or several that are joined by "+", as `vtoken.patch` takes them.
-
-    Raises:
-        ValueError: for a name that is not registered.
-    """
-    from ..strategies import strategy_info
-
-    names = text.split("+")
-    for name in names:
-        strategy_info(name)
-    return names if len(names) > 1 else text
-
-
 @dataclass
 class Cell:
     """One strategy at one budget.
@@ -124,7 +110,7 @@ def measure(
     kinds: dict[str, list[int]] = {}
     start = time.process_time()
     # the dense row reads its counts off a patch that keeps everything, which is the unpatched model bit for bit
-    with vtoken.applied(model, parse_strategy(strategy or "uniform"), budget=budget if strategy else 1.0):
+    with vtoken.applied(model, strategy or "uniform", budget=budget if strategy else 1.0):
         for batch in batches:
             said = batch.say(model)
             report = vtoken.report(model)

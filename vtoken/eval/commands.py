@@ -114,7 +114,7 @@ def evaluate(
     same_tokens_as: int | None = None,
 ) -> None:
     """Run tasks and print, write and draw what came out; bad input becomes one sentence and exit code 2."""
-    from .board import parse_strategy
+    from ..strategies.registry import parse_strategy
     from .runner import Processes, plan
 
     try:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..board import parse_strategy
+from ...strategies.registry import parse_strategy
 
 PREFIX = "vtoken_"
 
