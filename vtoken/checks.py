@@ -48,15 +48,14 @@ def fit(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"{name} must be {words(hint)}, found {found(value)}.") from None
 
 
-def fit_field(owner: Any, name: str, value: Any) -> Any:
-    """`fit` for a field of a dataclass object; its default passes whatever the annotation says."""
-    cls: Any = type(owner)
+def fit_field(cls: Any, name: str, value: Any) -> Any:
+    """`fit` for a field of a dataclass; its default passes whatever the annotation says."""
     hint, default = _hints_of(cls)[name]
     return value if _same(value, default) else fit(name, value, hint)
 
 
-def has_field(owner: Any, name: str) -> bool:
-    cls: Any = type(owner)
+def has_field(cls: Any, name: str) -> bool:
+    """Whether the dataclass has a field of that name."""
     return name in _hints_of(cls)
 
 

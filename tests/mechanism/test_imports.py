@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "_threads": (),
     "accounting": ("tokens", "streams"),
     "checks": (),
+    "_json": (),
     "strategies": ("tokens", "streams", "kernels", "checks"),
     "adapters": ("tokens", "streams", "kernels", "_threads"),
     "config": ("strategies", "checks", "_json"),

@@ -155,10 +155,10 @@ class Strategy(metaclass=_CheckedOptions):
         """Override to check ranges, after `super().__post_init__()`; types have been checked."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not has_field(self, name):
+        if not has_field(type(self), name):
             super().__setattr__(name, value)
             return
-        value = check_budget(value) if name == "budget" and value is not None else fit_field(self, name, value)
+        value = check_budget(value) if name == "budget" and value is not None else fit_field(type(self), name, value)
         if not self.__dict__.get("_made"):
             super().__setattr__(name, value)
             return
