@@ -184,9 +184,8 @@ def _with_unit(values: dict[str, Any]) -> dict[str, Any]:
     unit = fit(UNIT, values[UNIT], Literal["share", "tokens"])
     values = {k: v for k, v in values.items() if k != UNIT}
     if "budget" in values:
-        budget = check_budget(values["budget"])
-        made = float(budget) if unit == "share" else int(budget)
-        if made != budget:
+        budget = fit("budget", values["budget"], float | int)
+        if unit == "tokens" and not float(budget).is_integer():
             raise ValueError(f"A budget in tokens must be a whole number, found {budget}.")
-        values["budget"] = check_budget(made)
+        values["budget"] = check_budget(float(budget) if unit == "share" else int(budget))
     return values

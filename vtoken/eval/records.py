@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._json import parse
-from ..checks import fit
+from ..checks import fit, found
 from .asking import Reply
 
 Record = dict[str, Any]
@@ -37,8 +37,8 @@ def check_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
     for key in sorted(had.keys() | settings.keys()):
         if had.get(key) != settings.get(key):
             raise ValueError(
-                f"{str(folder)!r} holds answers under {key} = {had.get(key)!r}, this run has {settings.get(key)!r}: use the "
-                "same settings to continue it, or give another --output."
+                f"{str(folder)!r} holds answers under {key} = {found(had.get(key))}, this run has {found(settings.get(key))}: use "
+                "the same settings to continue it, or give another --output."
             )
 
 
@@ -62,7 +62,7 @@ def read(folder: Path, stem: str, names: Iterable[str]) -> dict[str, Record]:
                     f"Line {number} of {str(path)!r} is no record: remove it to ask its question again."
                 ) from None
             if name not in known:
-                raise ValueError(f"{str(path)!r} has an answer to {name!r}, which the data set does not ask.")
+                raise ValueError(f"{str(path)!r} has an answer to {found(name)}, which the data set does not ask.")
             if not _whole(record):
                 raise ValueError(f"Line {number} of {str(path)!r} is no record: remove it to ask {name!r} again.")
             before = records.get(name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..._json import parse
+from ...checks import found
 from ...strategies.registry import parse_strategy
 
 PREFIX = "vtoken_"
@@ -80,7 +81,7 @@ def patch_arguments(ours: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 given[name] = parse(value)
             except ValueError as error:
-                raise ValueError(f"{PREFIX}{name} must be a value or JSON, found {value!r}: {error}.") from None
+                raise ValueError(f"{PREFIX}{name} must be a value or JSON, found {found(value)}: {error}.") from None
     return given
 
 
