@@ -59,8 +59,8 @@ def has_field(cls: Any, name: str) -> bool:
     return name in _hints_of(cls)
 
 
-def checked(function: F) -> F:
-    """Decorator: fit every argument to its annotation before the call; a parameter's default passes."""
+def checked(function: F, error: type[ValueError] = ValueError) -> F:
+    """Decorator: fit every argument to its annotation before the call, or raise `error`; a parameter's default passes."""
     signature = inspect.signature(function)
 
     @functools.cache
@@ -74,9 +74,12 @@ def checked(function: F) -> F:
             bound = signature.bind(*args, **kwargs)
         except TypeError:
             return function(*args, **kwargs)  # raises Python's own sentence
-        for name, value in bound.arguments.items():
-            if name in hints() and not _same(value, signature.parameters[name].default):
-                bound.arguments[name] = fit(name, value, hints()[name])
+        try:
+            for name, value in bound.arguments.items():
+                if name in hints() and not _same(value, signature.parameters[name].default):
+                    bound.arguments[name] = fit(name, value, hints()[name])
+        except ValueError as wrong:
+            raise error(str(wrong)) from None
         return function(*bound.args, **bound.kwargs)
 
     return call  # type: ignore[return-value]

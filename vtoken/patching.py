@@ -78,9 +78,22 @@ class Patch:
             raise ValueError(
                 f"{self.strategy.info.name} is not defined for {tokens.modality} input, which this prompt has: use {fit}."
             )
+        self._warn_of_one_token(tokens)
         if self.strategy.is_identity or not self.strategy.acts_on_projector:
             return Selection.everything(len(tokens), tokens.cells.device)
         return self.strategy.select(tokens).check(len(tokens))
+
+    def _warn_of_one_token(self, tokens: VisualTokens) -> None:
+        """Warn once where a budget of 1, which is one token, may have been meant as 1.0, which is all of them."""
+        parts = getattr(self.strategy, "ordered", [self.strategy])
+        dropping = [p.budget for p in parts if p.acts_on_projector or p.acts_inside]
+        most = _largest(tokens.segments)
+        if not self.warned and most > 16 and any(type(b) is int and b == 1 for b in dropping):
+            self.warned = True
+            warnings.warn(
+                f"budget=1 leaves one of the {most} visual tokens of an image or frame: write budget=1.0 to keep them all.",
+                stacklevel=2,
+            )
 
     def _chosen(self, chosen: list[Chosen], beams: int) -> None:
         self.recorder.chosen(chosen, beams)

@@ -36,8 +36,9 @@ def check_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
         raise ValueError(f"{str(path)!r} cannot be read: remove the folder, or give another --output.") from None
     for key in sorted(had.keys() | settings.keys()):
         if had.get(key) != settings.get(key):
+            there, here = found(had.get(key)), found(settings.get(key))
             raise ValueError(
-                f"{str(folder)!r} holds answers under {key} = {found(had.get(key))}, this run has {found(settings.get(key))}: use "
+                f"{str(folder)!r} holds answers under {key} = {there}, this run has {here}: use "
                 "the same settings to continue it, or give another --output."
             )
 

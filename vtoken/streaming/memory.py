@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from ..strategies.base import share, top_k
+from ..checks import checked
+from ..strategies.base import check_budget, share, top_k
 
 CHANGED_PART = 10  # the change of a picture is read from a tenth of its tokens
 
@@ -87,6 +88,7 @@ class RecentMemory:
         ValueError: for a bound that is not positive.
     """
 
+    @checked
     def __init__(
         self,
         max_bytes: int,
@@ -101,6 +103,8 @@ class RecentMemory:
                 raise ValueError(f"{name} must be at least {least}, found {value}.")
         if sinks < 0:
             raise ValueError(f"sinks must be at least 0, found {sinks}.")
+        if history_tokens is not None:
+            history_tokens = check_budget(history_tokens)
         self.max_bytes, self.max_tokens, self.sinks, self.recent = max_bytes, max_tokens, sinks, recent
         self.history_tokens, self.max_rows = history_tokens, max_rows
         self.reset()
