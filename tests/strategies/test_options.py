@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
 from fractions import Fraction
@@ -18,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vtoken
-from tests.mechanism.common import subject
+from tests.mechanism.common import run, subject
 from tests.mechanism.test_isolation import traces
+from tests.models import FAMILIES
 from vtoken.checks import fit, number
 from vtoken.strategies import VTCCLS, Composite, FastV, PyramidDrop, Random, Stc, create, list_names, strategy_info
 from vtoken.strategies.base import Strategy
@@ -338,3 +340,59 @@ def test_fit_gives_the_hints_type_and_is_stable(value, hint):
         assert type(once) is hint
     elif hint == Literal["a", 1]:
         assert once in get_args(hint)
+
+
+# -- budgets of one ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("strategy", ["random", "fastv", "random+fastv"])
+def test_one_token_of_many_says_once_that_it_is_not_all(strategy):
+    model, inputs = subject("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].batch("ragged")
+    most = max(int(row.sum()) for row in FAMILIES["qwen2_5_vl"].visual(inputs))
+    assert most > 16
+    with vtoken.applied(model, strategy, budget=1), pytest.warns(UserWarning, match="write budget=1.0") as caught:
+        run(model, inputs, 1)
+        run(model, inputs, 1)
+    assert len([w for w in caught if "budget=1" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "budget"), [("random", 2), ("random", 1.0), ("random+fastv", 1.0), ("stc_cacher", 1)]
+)
+def test_other_budgets_do_not(strategy, budget):
+    model, inputs = subject("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].batch("ragged")
+    with vtoken.applied(model, strategy, budget=budget), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(model, inputs, 1)
+    assert not [w for w in caught if "budget=1" in str(w.message)]
+
+
+# -- a+b --------------------------------------------------------------------------------------------------------------
+def test_names_joined_by_plus_are_a_combination():
+    model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
+    outs = []
+    for strategy in ("random+fastv", "random + fastv", ["random+fastv"], ["random", "fastv"]):
+        options = {"fastv": {"layer": 1}}
+        for way in ((strategy, 0.2, options), (vtoken.VTokenConfig(strategy, 0.2, options=options), None, {})):
+            with vtoken.applied(model, *way[:2], **way[2]):
+                outs.append(torch.stack(run(model, inputs, 1).logits))
+                assert "fastv(budget=0.2, layer=1), sharing budget=0.2" in str(vtoken.report(model))
+    assert all(torch.equal(outs[0], other) for other in outs[1:])
+    three = vtoken.patching.make_strategy("stc_cacher+random+fastv", 0.25, {})
+    assert three.info.name == "stc_cacher+random+fastv"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "words"),
+    [
+        ("random+", {}, 'joined as in "visionzip+fastv"'),
+        ("+", {}, "joined as in"),
+        ("random+fastvv", {}, "did you mean fastv"),
+        ("random+random", {}, "can be there once"),
+        ("hired+random", {}, "both act between"),
+        ("random+fastv", dict(layer=1), "one mapping per strategy, found layer"),
+        ("random+fastv", dict(fastv=3), "mapping such as fastv="),
+        (["fastv"], dict(fastv=3), "mapping such as fastv="),
+        (["random", "random+fastv"], {}, "can be there once"),
+    ],
+)
+def test_what_cannot_be_joined(strategy, options, words):
+    assert words in refused(lambda: vtoken.patch(subject("llava"), strategy, 0.5, **options))
