@@ -18,6 +18,7 @@ from .adapters.registry import adapter_for
 from .adapters.rows import check_projections
 from .adapters.sequence import Sequence
 from .adapters.state import State, Wrapped
+from .checks import found
 from .config import VTokenConfig
 from .recorder import Recorder
 from .strategies import Composite, Strategy, combine, create, list_names, strategy_info
@@ -269,7 +270,7 @@ def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, 
     if not isinstance(strategy, str):
         raise TypeError(
             f"A strategy is a name such as 'hired', a vtoken.strategies object, a list of them or a VTokenConfig, "
-            f"found {strategy!r}."
+            f"found {found(strategy)}."
         )
     if budget is not None:
         options = options | {"budget": budget}
@@ -281,8 +282,8 @@ def patch(model: M, strategy: Any, budget: float | int | None = None, **options:
 
     Args:
         model: an unmodified transformers model.
-        strategy: a name (`vtoken.list_strategies()`), a `vtoken.strategies` object or a `VTokenConfig`; or a list such as
-            ["visionzip", "fastv"], a projector strategy and one that drops inside the LLM, under one budget.
+        strategy: a name (`vtoken.list_strategies()`), a `vtoken.strategies` object or a `VTokenConfig`; or "visionzip+fastv"
+            or the list ["visionzip", "fastv"], a projector strategy and one that drops inside the LLM, under one budget.
         budget: share of the visual tokens in (0, 1], or a whole number of tokens per image or frame; the strategy's
             default if None.
         options: further hyper-parameters of the strategy; of several, one mapping per name, as in `fastv={"layer": 3}`, and
@@ -293,8 +294,8 @@ def patch(model: M, strategy: Any, budget: float | int | None = None, **options:
 
     Raises:
         TypeError: if the model or the strategy is no such thing.
-        ValueError: for an unknown strategy, a value out of range, a model without adapter, a strategy that does not fit
-            it, or a model that is patched already.
+        ValueError: for an unknown strategy, a value of a wrong type or out of range, a model without adapter, a strategy
+            that does not fit it, or a model that is patched already.
     """
     adapter = adapter_for(model)
     made = make_strategy(strategy, budget, options)
