@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -143,3 +150,102 @@ def test_a_model_reads_what_the_smaller_image_makes():
     assert 6 <= tokens_of(inputs)[0] <= 12
     out = model.generate(**inputs, max_new_tokens=2, do_sample=False, suppress_tokens=SPECIAL)
     assert out.shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+# -- copied, pickled, printed, saved ----------------------------------------------------------------------------------
+MAKERS = {
+    "qwen": (qwen, 0.25, (140, 280)),
+    "qwen, a number": (qwen, 30, (280, 140)),
+    "anyres": (llava_next, 0.7, (224, 224)),
+}
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
+
+
+def read_by(processor, size):
+    return processor(text=["<image> w5"], images=[picture(*size)], return_tensors="pt")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_copies_make_the_same_tokens(kind, how):
+    make, budget, size = MAKERS[kind]
+    small = vtoken.resized(make(), budget)
+    copied = COPIES[how](small)
+    assert same(read_by(small, size), read_by(copied, size))
+    assert not torch.equal(read_by(make(), size)["pixel_values"], read_by(copied, size)["pixel_values"])
+
+
+def test_a_fresh_process_loads_it(tmp_path):
+    small = vtoken.resized(qwen(), 0.25)
+    (tmp_path / "small.pickle").write_bytes(pickle.dumps((small, picture(140, 280), read_by(small, (140, 280)))))
+    code = (
+        "import pickle, sys, torch; small, image, want = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "made = small(text=['<image> w5'], images=[image], return_tensors='pt')\n"
+        "assert all(torch.equal(made[k], want[k]) for k in want), made"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "small.pickle")]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=Path(vtoken.__file__).parents[1])
+    assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_what_is_saved_is_the_processor_it_was(kind, tmp_path):
+    make, budget, size = MAKERS[kind]
+    original = make()
+    small = vtoken.resized(original, budget)
+    with pytest.warns(UserWarning, match=rf"not saved: .*vtoken.resized\(processor, {budget}\)") as caught:
+        small.save_pretrained(tmp_path / "small")
+    assert len([w for w in caught if "not saved" in str(w.message)]) == 1
+    original.save_pretrained(tmp_path / "original")
+    for path in (tmp_path / "original").iterdir():
+        assert (tmp_path / "small" / path.name).read_bytes() == path.read_bytes()
+    assert small.to_json_string() == original.to_json_string()
+    loaded = type(original).from_pretrained(tmp_path / "small")
+    again = vtoken.resized(loaded, budget)
+    for a, b in ((loaded, original), (again, small)):  # the tokenizer made here does not save its image token
+        pixels = [x.image_processor([picture(*size)], return_tensors="pt") for x in (a, b)]
+        assert same(*pixels)
+    with pytest.warns(UserWarning, match="not saved"):
+        small.image_processor.save_pretrained(tmp_path / "part")
+    assert (
+        type(original.image_processor).from_pretrained(tmp_path / "part").to_dict()
+        == original.image_processor.to_dict()
+    )
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_it_says_what_it_is(kind):
+    make, budget, _ = MAKERS[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        text = repr(vtoken.resized(make(), budget))
+    assert f"made smaller to a budget of {budget}" in text and type(make().image_processor).__name__ in text
+
+
+def test_a_setting_of_the_copy_reaches_its_images_and_not_the_original():
+    original = qwen()
+    small = vtoken.resized(original, 40)
+    before = tokens_of(read_by(small, (140, 280)))
+    small.image_processor.size = {"shortest_edge": 14 * 14, "longest_edge": 14 * 14 * 9}
+    assert tokens_of(read_by(small, (140, 280)))[0] <= 9 < before[0]
+    assert original.image_processor.size["longest_edge"] == 280 * 280
+
+
+def test_the_other_way_into_an_image_processor_shrinks_as_well():
+    small = vtoken.resized(qwen(), 0.25)
+    images = [picture(140, 280)]
+    a = small.image_processor(images, return_tensors="pt")
+    b = small.image_processor.preprocess(images, return_tensors="pt")
+    assert same(a, b) and int(a["image_grid_thw"].prod()) // 4 <= count_tokens(qwen(), 140, 280) // 4
+
+
+@pytest.mark.parametrize("budget", ["0.5", None, True, float("nan"), 0, -1, [0.5], np.array([0.5])])
+def test_budgets_that_are_none(budget):
+    with pytest.raises(ValueError, match="budget") as caught:
+        vtoken.resized(qwen(), budget)
+    assert "\n" not in str(caught.value)
+    assert vtoken.resized(qwen(), np.float32(0.5)).image_processor._budget == 0.5

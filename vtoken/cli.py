@@ -45,7 +45,7 @@ def list_command(pattern: str, names: bool) -> None:
 @click.argument("name")
 def info(name: str) -> None:
     """What is known of one strategy: paper, code, hyper-parameters with defaults; of two, joined by +, of each."""
-    from .eval.board import parse_strategy
+    from .strategies.registry import parse_strategy
     from .strategies import combine
 
     names = parse_strategy(name)

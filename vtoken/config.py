@@ -7,13 +7,19 @@ import os
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 
+from ._json import check_depth, read
+from .checks import fit, fit_field, found
+from .strategies.base import check_budget
+
 CONFIG_FILE = "vtoken_config.json"
 FORMAT_VERSION = 1
+LARGEST = 2**20  # bytes of the file
+UNIT = "budget_unit"  # in the file: programs that know one kind of number write 1.0 as 1
 
 
 @dataclass
@@ -26,55 +32,70 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
             int is a number of tokens per image or per frame. `1.0` and `1` differ and stay different on disk.
         positions: "original" or "renumber"; None is the strategy's own default.
         options: the strategy's hyper-parameters by name, JSON values only; of several strategies, one such mapping per
-            strategy's name.
+            strategy's name. Types and ranges of their values are checked by `vtoken.patch`, which knows the strategy.
         version: format of the file.
 
     Raises:
-        ValueError: for an empty strategy, a budget out of range or options that JSON cannot hold.
+        ValueError: for an empty strategy, a budget out of range, a value of another type than its field's, or options that
+            JSON cannot hold.
     """
 
     strategy: str | list[str]
     budget: float | int = 0.2
-    positions: str | None = None
+    positions: Literal["original", "renumber"] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        from .strategies.base import check_budget
-
         names = [self.strategy] if isinstance(self.strategy, str) else self.strategy
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) and n for n in names):
-            raise ValueError(f"strategy must be a name such as 'hired' or a list of names, found {self.strategy!r}.")
+            raise ValueError(f"strategy must be a name such as 'hired' or a list of names, found {found(self.strategy)}.")
         self.strategy = names[0] if isinstance(self.strategy, str) else list(names)
         self.budget = check_budget(self.budget)
         if not isinstance(self.options, dict) or not all(isinstance(k, str) for k in self.options):
-            raise ValueError(f"options must map hyper-parameter names to values, found {self.options!r}.")
+            raise ValueError(f"options must map hyper-parameter names to values, found {found(self.options)}.")
+        self.positions = fit_field(VTokenConfig, "positions", self.positions)
+        self.version = fit_field(VTokenConfig, "version", self.version)
+        if self.version < 1:
+            raise ValueError(f"version must be at least 1, found {self.version}.")
+        if twice := [name for name in ("budget", "positions") if name in self.options]:
+            raise ValueError(f"{twice[0]} stands beside options in a vtoken config, not in them: move it out of options.")
+        try:
+            check_depth(self.options)
+        except ValueError as error:
+            raise ValueError(f"options must be a mapping of plain values, and {error}.") from None
         try:  # tuples become lists here and not on the way through the disk, so that equality survives a round trip
             self.options = json.loads(json.dumps(self.options, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"options must hold JSON values only, found {self.options!r}: {error}.") from None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"options must hold JSON values only, found {found(self.options)}: {error}.") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self)
+        """The fields as JSON values, and "budget_unit": "share" or "tokens", in which the budget is.
+
+        Raises:
+            ValueError: for a field that was assigned a wrong value.
+        """
+        self.__post_init__()
+        return asdict(self) | {UNIT: "share" if isinstance(self.budget, float) else "tokens"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VTokenConfig:
         """Build a config from `to_dict`'s output; unknown keys are named in a warning and ignored.
 
         Raises:
-            ValueError: if `values` is no mapping or names no strategy.
+            ValueError: if `values` is no mapping, names no strategy, or holds a value of a wrong type.
         """
         if not isinstance(values, dict) or "strategy" not in values:
-            raise ValueError(f"A vtoken config is a JSON object with at least the key 'strategy', found {values!r}.")
+            raise ValueError(f"A vtoken config is a JSON object with at least the key 'strategy', found {found(values)}.")
         known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            keys = ", ".join(map(repr, unknown))
+        values = _with_unit(values)
+        if unknown := sorted(set(values) - known, key=str):
+            keys = ", ".join(map(found, unknown[:8])) + ", ..." * (len(unknown) > 8)
             warnings.warn(
                 f"vtoken ignores the unknown config key(s) {keys}; it knows {', '.join(sorted(known))}.", stacklevel=2
             )
         config = cls(**{k: v for k, v in values.items() if k in known})
-        if isinstance(config.version, int) and config.version > FORMAT_VERSION:
+        if config.version > FORMAT_VERSION:
             warnings.warn(
                 f"This vtoken config has format version {config.version} and this vtoken reads up to {FORMAT_VERSION}; "
                 "a newer vtoken may read more from it.",
@@ -122,13 +143,14 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
 
         Raises:
             OSError: if there is no `vtoken_config.json` there.
-            ValueError: if the file is not a vtoken config.
+            ValueError: if the file is not a vtoken config: no JSON, nested more than 100 levels deep, larger than 1 MiB, or of
+                another shape.
         """
-        source = os.fspath(pretrained_model_name_or_path)
+        source = os.fsdecode(pretrained_model_name_or_path)
         path = Path(source)
         if path.is_dir():
             path = path / CONFIG_FILE
-            if not path.is_file():
+            if not path.exists():
                 raise FileNotFoundError(
                     f"The folder {source!r} has no {CONFIG_FILE}; "
                     f"write one with VTokenConfig(...).save_pretrained({source!r})."
@@ -152,8 +174,18 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
                     f"No {CONFIG_FILE} found for {source!r}: it is neither a folder nor a file here, "
                     f"and the Hub answered {type(error).__name__} ({reason})."
                 ) from error
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} is not JSON: {error}.") from None
-        return cls.from_dict(values)
+        return cls.from_dict(read(path, LARGEST))
+
+
+def _with_unit(values: dict[str, Any]) -> dict[str, Any]:
+    """The values without their unit, the budget in the kind of number that it asks for."""
+    if UNIT not in values:
+        return values
+    unit = fit(UNIT, values[UNIT], Literal["share", "tokens"])
+    values = {k: v for k, v in values.items() if k != UNIT}
+    if "budget" in values:
+        budget = fit("budget", values["budget"], float | int)
+        if unit == "tokens" and not float(budget).is_integer():
+            raise ValueError(f"A budget in tokens must be a whole number, found {budget}.")
+        values["budget"] = check_budget(float(budget) if unit == "share" else int(budget))
+    return values

@@ -95,7 +95,7 @@ def run(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from . import tiny
-    from .eval.board import parse_strategy
+    from .strategies.registry import parse_strategy
 
     names = parse_strategy(strategy)
     folder = Path(output).resolve().parent

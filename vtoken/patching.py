@@ -22,10 +22,13 @@ from .adapters.rows import check_projections
 from .adapters.sequence import Sequence
 from .adapters.state import State
 from .adapters.unread import Unread
+from .checks import found
 from .config import VTokenConfig
 from .recorder import Recorder
 from .strategies import Composite, Strategy, combine, create, list_names, strategy_info
 from .strategies.base import check_methods
+from .strategies.composition import options_of
+from .strategies.registry import parse_strategy
 from .streams import Reuse, unwrapped
 from .tokens import Needs, Segment, Selection, VisualTokens
 
@@ -97,9 +100,22 @@ class Patch:
             raise ValueError(
                 f"{self.strategy.info.name} is not defined for {tokens.modality} input, which this prompt has: use {fit}."
             )
+        self._warn_of_one_token(tokens)
         if self.strategy.is_identity or not self.strategy.acts_on_projector:
             return Selection.everything(len(tokens), tokens.cells.device)
         return self.strategy.select(tokens).check(len(tokens))
+
+    def _warn_of_one_token(self, tokens: VisualTokens) -> None:
+        """Warn once where a budget of 1, which is one token, may have been meant as 1.0, which is all of them."""
+        parts = getattr(self.strategy, "ordered", [self.strategy])
+        dropping = [p.budget for p in parts if p.acts_on_projector or p.acts_inside]
+        most = _largest(tokens.segments)
+        if not self.warned and most > 16 and any(type(b) is int and b == 1 for b in dropping):
+            self.warned = True
+            warnings.warn(
+                f"budget=1 leaves one of the {most} visual tokens of an image or frame: write budget=1.0 to keep them all.",
+                stacklevel=2,
+            )
 
     def _chosen(self, chosen: list[Chosen], beams: int) -> None:
         self.recorder.chosen(chosen, beams)
@@ -264,7 +280,9 @@ def _make_strategy(strategy: Any, budget: float | int | None, options: dict[str,
         strategy, options = strategy.strategy, given | options
     if isinstance(strategy, list | tuple) and len(strategy) == 1:
         strategy = strategy[0]
-        options = options.pop(strategy, {}) | options if isinstance(strategy, str) else options
+        options = options_of(strategy, options) | options if isinstance(strategy, str) else options
+    if isinstance(strategy, str):
+        strategy = parse_strategy(strategy)
     if isinstance(strategy, list | tuple):
         return combine(strategy, budget if budget is not None else options.pop("budget", None), **options)
     if isinstance(strategy, Strategy):
@@ -279,7 +297,7 @@ def _make_strategy(strategy: Any, budget: float | int | None, options: dict[str,
     if not isinstance(strategy, str):
         raise TypeError(
             f"A strategy is a name such as 'hired', a vtoken.strategies object, a list of them or a VTokenConfig, "
-            f"found {strategy!r}."
+            f"found {found(strategy)}."
         )
     if budget is not None:
         options = options | {"budget": budget}
@@ -291,8 +309,8 @@ def patch(model: M, strategy: Any, budget: float | int | None = None, **options:
 
     Args:
         model: an unmodified transformers model.
-        strategy: a name (`vtoken.list_strategies()`), a `vtoken.strategies` object or a `VTokenConfig`; or a list such as
-            ["visionzip", "fastv"], a projector strategy and one that drops inside the LLM, under one budget.
+        strategy: a name (`vtoken.list_strategies()`), a `vtoken.strategies` object or a `VTokenConfig`; or "visionzip+fastv"
+            or the list ["visionzip", "fastv"], a projector strategy and one that drops inside the LLM, under one budget.
         budget: share of the visual tokens in (0, 1], or a whole number of tokens per image or frame; the strategy's
             default if None.
         options: further hyper-parameters of the strategy; of several, one mapping per name, as in `fastv={"layer": 3}`, and
@@ -303,8 +321,8 @@ def patch(model: M, strategy: Any, budget: float | int | None = None, **options:
 
     Raises:
         TypeError: if the model or the strategy is no such thing.
-        ValueError: for an unknown strategy, a value out of range, a model without adapter, a strategy that does not fit
-            it, or a model that is patched already.
+        ValueError: for an unknown strategy, a value of a wrong type or out of range, a model without adapter, a strategy
+            that does not fit it, or a model that is patched already.
     """
     adapter = adapter_for(model)
     made = make_strategy(strategy, budget, options)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import PushToHubMixin
 
 from .strategies.base import check_budget, share
 
@@ -32,7 +34,9 @@ def resized(processor: Any, budget: float | int) -> Any:
         budget: share of the tokens that the image would make at its own size, or a whole number of tokens per image.
 
     Returns:
-        The copy. Given an image that cannot be made small enough it raises ValueError; given a video, NotImplementedError.
+        The copy. Given an image that cannot be made small enough it raises ValueError; given a video, NotImplementedError. It
+        can be copied, pickled and printed. `save_pretrained` writes the processor that it was made of, with a warning: what is
+        loaded again has to be resized again.
 
     Raises:
         TypeError: if `processor` has no image processor.
@@ -41,7 +45,7 @@ def resized(processor: Any, budget: float | int) -> Any:
     """
     budget = check_budget(budget)
     name = type(processor).__name__
-    if not hasattr(processor, "image_processor"):
+    if getattr(processor, "image_processor", None) is None:
         raise TypeError(f"resized() takes a processor of a vision-language model, found {name}.")
     if not hasattr(processor, "_get_num_multimodal_tokens"):
         raise ValueError(f"{name} does not tell how many tokens an image makes: resize the images yourself.")
@@ -54,7 +58,7 @@ def resized(processor: Any, budget: float | int) -> Any:
     small = copy.copy(processor)
     small.image_processor = _Shrinking(processor, budget)
     if getattr(processor, "video_processor", None) is not None:
-        small.video_processor = _NoVideos()
+        small.video_processor = _NoVideos(processor.video_processor)
     return small
 
 
@@ -63,20 +67,78 @@ def count_tokens(processor: Any, height: int, width: int) -> int:
     return int(processor._get_num_multimodal_tokens(image_sizes=[(height, width)]).num_image_tokens[0])
 
 
-class _Shrinking:
-    """Stands in front of an image processor; all but the call is the original's."""
+class _Part(PushToHubMixin):
+    """A part of a resized processor: it has the attributes of the original part, and is saved as that."""
 
-    def __init__(self, processor: Any, budget: float | int) -> None:
-        self._processor, self._inner, self._budget = processor, processor.image_processor, budget
-        self._fit = functools.lru_cache(1024)(self._find)
+    _inner: Any
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_inner" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self._inner, name)
 
+    def to_dict(self) -> dict[str, Any]:
+        return self._inner.to_dict()
+
+
+class _Shrinking(_Part):
+    """Makes images smaller before an image processor of its own reads them.
+
+    Args:
+        processor: counts the tokens; it and its parts are copied but for the tokenizer.
+        budget: see `resized`.
+    """
+
+    _OWN = ("_counting", "_inner", "_budget", "_fit")
+
+    def __init__(self, processor: Any, budget: float | int) -> None:
+        self._inner, self._budget = copy.deepcopy(processor.image_processor), budget
+        self._counting = copy.copy(processor)
+        self._counting.image_processor = self._inner
+        self._fit = functools.lru_cache(1024)(self._find)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._OWN:
+            super().__setattr__(name, value)
+        else:
+            setattr(self._inner, name, value)
+            self._fit.cache_clear()
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._counting, self._budget)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shrinking:
+        return type(self)(self._counting, self._budget)
+
+    def __repr__(self) -> str:
+        return f"images made smaller to a budget of {self._budget}, then {self._inner!r}"
+
+    @property
+    def _auto_class(self) -> Any:
+        # ProcessorMixin.save_pretrained asks every part for this attribute, and nothing else does
+        if self._inner._auto_class is not None:
+            raise ValueError(
+                "An image processor with code of its own cannot be saved in its resized form: call save_pretrained of the "
+                "processor that it was made of."
+            )
+        self._warn()
+        return None
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        self._warn()
+        return self._inner.save_pretrained(*args, **kwargs)
+
+    def _warn(self) -> None:
+        warnings.warn(
+            f"The resizing is not saved: load the processor and call vtoken.resized(processor, {self._budget}) again.",
+            stacklevel=3,
+        )
+
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         return self._inner(self._shrink(images), *args, **kwargs)
+
+    def preprocess(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._inner.preprocess(self._shrink(images), *args, **kwargs)
 
     def _shrink(self, images: Any) -> Any:
         if isinstance(images, list | tuple):
@@ -90,13 +152,13 @@ class _Shrinking:
         return images if fit == (height, width) else _resize(images, *fit)
 
     def _find(self, height: int, width: int) -> tuple[int, int]:
-        full = count_tokens(self._processor, height, width)
+        full = count_tokens(self._counting, height, width)
         wanted, least, size = share(self._budget, full), full, (height, width)
         for step in range(math.floor(math.log2(min(height, width)) * STEPS_PER_HALVING) + 1):
             scale = 2 ** (-step / STEPS_PER_HALVING)
             size = max(1, round(height * scale)), max(1, round(width * scale))
             try:
-                tokens = count_tokens(self._processor, *size)
+                tokens = count_tokens(self._counting, *size)
             except ValueError:  # shapes that the family refuses
                 continue
             if tokens <= wanted:
@@ -108,14 +170,19 @@ class _Shrinking:
         )
 
 
-class _NoVideos:
+class _NoVideos(_Part):
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __repr__(self) -> str:
+        return f"videos are refused instead of {self._inner!r}"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
             "resized() makes images smaller, not videos: sample fewer frames, or use vtoken.patch."
         )
 
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)
+    preprocess = __call__
 
 
 def _channels_last(image: Any) -> bool:

@@ -58,9 +58,11 @@ MAY_IMPORT = {
     "limits": (),
     "images": ("limits",),
     "accounting": ("tokens", "streams"),
-    "strategies": ("tokens", "streams", "kernels"),
+    "checks": (),
+    "_json": (),
+    "strategies": ("tokens", "streams", "kernels", "checks"),
     "adapters": ("tokens", "streams", "kernels", "_threads"),
-    "config": ("strategies",),
+    "config": ("strategies", "checks", "_json"),
 }
 LIBRARIES = {  # third-party packages that a room must not touch
     "tokens": ("transformers", "triton", "timm", "open_clip", "accelerate"),

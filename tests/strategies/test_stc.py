@@ -185,7 +185,7 @@ def test_what_is_declared():
     ("name", "wrong", "says"),
     [
         ("stc_cacher", dict(interval=0), "interval must be a whole number of frames"),
-        ("stc_cacher", dict(interval=2.5), "interval must be a whole number of frames"),
+        ("stc_cacher", dict(interval=2.5), "interval must be a whole number"),
         ("stc_cacher", dict(budget=0.0), "budget"),
         ("stc_pruner", dict(score="cosine"), "score must be one of gaussian, dual_anchor"),
         ("stc_pruner", dict(channels="all"), "channels must be one of frame, fixed"),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .._json import read
+from ..checks import fit
 from ..shell import require
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 Report = dict[str, Any]
 Cell = dict[str, Any]
+SHAPE: dict[str, Any] = {"machine": dict[str, Any], "shapes": dict[str, dict[str, Any]]}  # of a report's file
+MACHINE: dict[str, Any] = {"device": str, "threads": int, "torch": str | None, "vtoken": str | None}
 GOAL_KEPT, GOAL_OVERHEAD = 0.9, {"cuda": 0.03, "cpu": 0.05}
 
 
@@ -57,13 +61,34 @@ def load(path: str | Path) -> Report:
     if not Path(path).is_file():
         raise ValueError(f"{str(path)!r} is no report of `vtoken bench --output`: no such file.") from FileNotFoundError(path)
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-        assert {"machine", "shapes"} <= set(report)
-    except (OSError, ValueError, AssertionError, TypeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is no report of `vtoken bench --output`: {error or 'shapes are missing'}."
-        ) from None
+        report = fit("the file", read(Path(path)), dict)
+        for key, hint in SHAPE.items():
+            fit(key, report.get(key), hint)
+        for key, hint in MACHINE.items():
+            fit(key, report["machine"].get(key), hint)
+        for shape in report["shapes"].values():
+            fit("scale", shape.get("scale"), str)
+            for cell in fit("cells", shape.get("cells"), list[dict]):
+                fit("strategy", cell.get("strategy"), str)
+                fit("budget", cell.get("budget"), float | int)
+                if "refused" not in cell:
+                    _check_cell(cell)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is no report of `vtoken bench --output`: {str(error).rstrip('.')}.") from None
     return report
+
+
+def _check_cell(cell: Cell) -> None:
+    """Raise ValueError if a figure is missing that `compare`, `goals` and `draw` read."""
+    times = fit("ms", cell.get("ms"), dict[str, Any])
+    fit("ms of total", times.get("total"), float)
+    for name in ("measured", "promised"):
+        fit(name, cell.get(name), dict[str, Any])
+    for part in ("llm", "prefill"):
+        measured = fit(f"measured {part}", cell["measured"].get(part), dict[str, float])
+        for figure in ("median", "q1", "q3"):
+            fit(f"{figure} of measured {part}", measured.get(figure), float)
+    fit("promised llm", cell["promised"].get("llm"), float)
 
 
 def save(report: Report, path: str | Path) -> None:

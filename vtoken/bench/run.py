@@ -12,8 +12,8 @@ import torch
 
 import vtoken
 
-from ..eval.board import parse_strategy
 from ..shell import require
+from ..strategies.registry import parse_strategy
 from . import report as reports
 from .cells import measure
 from .shapes import SHAPES, Workload, build, in_words, parameters, shipped

@@ -68,9 +68,7 @@ class Asker:
         """Patch for the length of a `with` block; None keeps every token, which is the unpatched model bit for bit."""
         import vtoken
 
-        from .board import parse_strategy
-
-        return vtoken.applied(self.model, parse_strategy(strategy or "uniform"), budget=budget if strategy else 1.0)
+        return vtoken.applied(self.model, strategy or "uniform", budget=budget if strategy else 1.0)
 
     def refusal(self, strategy: str | None, budget: float | int, prompt: Prompt) -> str:
         """The sentence with which this strategy refuses this model, budget or prompt; empty if it does not.

@@ -6,11 +6,16 @@ import json
 import math
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .._json import read
+from ..checks import fit, fit_field
+from ..strategies.base import check_budget
+
 BUDGETS: tuple[float | int, ...] = (0.5, 0.33, 0.2, 0.1, 0.05)
+SHAPE: dict[str, Any] = {"title": str, "settings": dict[str, Any], "cells": list}  # of a board's file
 Z95 = 1.959963984540054
 
 
@@ -26,20 +31,6 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
     centre = (share + square / 2) / (1 + square)
     half = Z95 / (1 + square) * math.sqrt(share * (1 - share) / asked + square / (4 * asked))
     return (0.0 if right == 0 else centre - half), (1.0 if right == asked else centre + half)
-
-
-def parse_strategy(text: str) -> str | list[str]:
-    """A registered name, or several that are joined by "+", as `vtoken.patch` takes them.
-
-    Raises:
-        ValueError: for a name that is not registered.
-    """
-    from ..strategies import strategy_info
-
-    names = text.split("+")
-    for name in names:
-        strategy_info(name)
-    return names if len(names) > 1 else text
 
 
 @dataclass
@@ -83,8 +74,12 @@ class Cell:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Cell:
-        fields = {k: values[k] for k in cls.__dataclass_fields__}
-        return cls(**fields | {"kinds": {k: tuple(v) for k, v in fields["kinds"].items()}})
+        """Raises ValueError for a value of another type than its field's, or one that is missing."""
+        values = fit("a cell", values, dict)
+        made = cls(**{f.name: fit_field(cls, f.name, values.get(f.name)) for f in fields(cls)})
+        check_budget(made.budget)
+        wilson(made.right, made.asked)
+        return made
 
 
 @dataclass
@@ -124,7 +119,7 @@ def measure(
     kinds: dict[str, list[int]] = {}
     start = time.process_time()
     # the dense row reads its counts off a patch that keeps everything, which is the unpatched model bit for bit
-    with vtoken.applied(model, parse_strategy(strategy or "uniform"), budget=budget if strategy else 1.0):
+    with vtoken.applied(model, strategy or "uniform", budget=budget if strategy else 1.0):
         for batch in batches:
             said = batch.say(model)
             report = vtoken.report(model)
@@ -170,8 +165,13 @@ class Board:
 
     @classmethod
     def load(cls, path: str | Path) -> Board:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(values["title"], values["settings"], [Cell.from_dict(c) for c in values["cells"]])
+        """Read what `save` wrote. Raises ValueError if it is something else."""
+        values = read(Path(path))
+        try:
+            made = {n: fit(n, fit("the file", values, dict).get(n), h) for n, h in SHAPE.items()}
+            return cls(made["title"], made["settings"], [Cell.from_dict(c) for c in made["cells"]])
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is no board of `vtoken eval`: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Write what `load` reads; folders are made if needed."""

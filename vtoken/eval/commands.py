@@ -120,7 +120,7 @@ def evaluate(
     same_tokens_as: int | None = None,
 ) -> None:
     """Run tasks and print, write and draw what came out."""
-    from .board import parse_strategy
+    from ..strategies.registry import parse_strategy
     from .records import locked
     from .runner import Processes, plan
 

@@ -6,10 +6,15 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from .._json import parse
+from ..checks import fit, found
+from .asking import Reply
 
 Record = dict[str, Any]
 
@@ -53,14 +58,15 @@ def check_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
             partial.replace(path)
         return
     try:
-        had = json.loads(path.read_text(encoding="utf-8"))
+        had = fit("settings", parse(path.read_bytes()), dict)
     except ValueError:
         raise ValueError(f"{str(path)!r} cannot be read: remove the folder, or give another --output.") from None
     for key in sorted(had.keys() | settings.keys()):
         if had.get(key) != settings.get(key):
+            there, here = found(had.get(key)), found(settings.get(key))
             raise ValueError(
-                f"{str(folder)!r} holds answers under {key} = {had.get(key)!r}, this run has {settings.get(key)!r}: use the "
-                "same settings to continue it, or give another --output."
+                f"{str(folder)!r} holds answers under {key} = {there}, this run has {here}: use "
+                "the same settings to continue it, or give another --output."
             )
 
 
@@ -77,18 +83,28 @@ def read(folder: Path, stem: str, names: Iterable[str]) -> dict[str, Record]:
     for path in sorted(folder.glob(f"{stem}.*.jsonl")):
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             try:
-                record = json.loads(line)
-                name = record["item"]
-            except (ValueError, KeyError, TypeError):
+                record = fit("record", parse(line), dict)
+                name = fit("item", record.get("item"), str)
+            except ValueError:
                 raise ValueError(
                     f"Line {number} of {str(path)!r} is no record: remove it to ask its question again."
                 ) from None
             if name not in known:
-                raise ValueError(f"{str(path)!r} has an answer to {name!r}, which the data set does not ask.")
+                raise ValueError(f"{str(path)!r} has an answer to {found(name)}, which the data set does not ask.")
+            if not _whole(record):
+                raise ValueError(f"Line {number} of {str(path)!r} is no record: remove it to ask {name!r} again.")
             before = records.get(name)
             if before is None or ("error" in before and "error" not in record):
                 records[name] = record
     return records
+
+
+def _whole(record: Record) -> bool:
+    """Whether a record has a sentence, or an answer with what it cost."""
+    if "error" in record:
+        return isinstance(record["error"], str)
+    costs = [record.get(f.name) for f in fields(Reply) if f.name != "text"]
+    return isinstance(record.get("answer"), str) and all(type(c) in (int, float) for c in costs)
 
 
 class Writer:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .board import BUDGETS, Batch, Board, Cell, measure, parse_strategy, versions
+from ..strategies.registry import parse_strategy
+from .board import BUDGETS, Batch, Board, Cell, measure, versions
 from .tower_memo import TowerMemo
 
 LARGEST = 0.5  # a method that cannot reach this budget on a model does not fit it
@@ -173,7 +174,7 @@ def refusal(model: Any, strategy: str | None, budget: float | int) -> str:
     import vtoken
 
     try:
-        with vtoken.applied(model, parse_strategy(strategy or "uniform"), budget=budget):
+        with vtoken.applied(model, strategy or "uniform", budget=budget):
             return ""
     except ValueError as error:
         return str(error)

@@ -52,7 +52,8 @@ def tiny(
     resume: bool,
 ) -> None:
     """The tiny models that ship with vtoken, on scenes and clips they have never seen."""
-    from .board import Board, Cell, parse_strategy
+    from ..strategies.registry import parse_strategy
+    from .board import Board, Cell
     from .board_page import write
     from .plot import draw
     from .records import locked

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .._json import parse
 from .harness.patched import Calls, patch_arguments, patch_counted
 
 
@@ -104,7 +104,7 @@ def load_run(kit: str | None = None) -> ModuleType:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse(text)
     except ValueError:
         return text
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
+from abc import ABCMeta
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ..checks import BITS, fit_field, found, has_field, number
 from ..streams import Reuse
 from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
 
-POSITIONS = ("original", "renumber")
+Positions = Literal["original", "renumber"]
 REFERENCE_DEPTH = 32  # of the LLMs for which layer numbers are published; deep enough for every method
 
 
@@ -51,18 +54,25 @@ class StrategyInfo:
         return {f.name: f.default for f in fields(self.cls)}
 
 
-def check_budget(budget: float | int) -> float | int:
-    """Return `budget` if it is a share in (0, 1] or a positive number of tokens, raise ValueError otherwise."""
+def check_budget(budget: Any) -> float | int:
+    """Return `budget` if it is a share in (0, 1] or a positive number of tokens, raise ValueError otherwise.
+
+    Numbers of NumPy and tensors of one value become Python's; a whole number never becomes a share.
+    """
     ask = "use a share of the visual tokens in (0, 1], such as 0.2, or a whole number of tokens per image, such as 128"
-    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
-        raise ValueError(f"The budget must be a number, found {budget!r}: {ask}.")
-    if isinstance(budget, numbers.Integral):
-        if budget < 1:
-            raise ValueError(f"A whole-number budget must be at least 1, found {budget}: {ask}.")
-        return int(budget)
-    if math.isnan(budget) or not 0 < budget <= 1:
-        raise ValueError(f"A fractional budget must lie in (0, 1], found {budget}: {ask}.")
-    return float(budget)
+    value: Any = number(budget)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"The budget must be a number, found {found(budget)}: {ask}.")
+    if isinstance(value, int):
+        if value < 1:
+            raise ValueError(f"A whole-number budget must be at least 1, found {found(value)}: {ask}.")
+        if value.bit_length() > BITS:
+            raise ValueError(f"A whole-number budget has at most {BITS} bits, found {found(value)}: {ask}.")
+        return value
+    # what is above 0 but rounds to it is no share that a float can hold
+    if not 0 < value <= 1 or math.isnan(value) or float(value) == 0:  # type: ignore[operator]
+        raise ValueError(f"A fractional budget must lie in (0, 1], found {found(value)}: {ask}.")
+    return float(value)
 
 
 def share(budget: float | int, n: int, least: int = 1) -> int:
@@ -98,8 +108,17 @@ def in_total(segments: Sequence[Segment], budget: float | int, n: int) -> int:
     return share(budget if isinstance(budget, float) else budget * max(1, frames), n)
 
 
+class _CheckedOptions(ABCMeta):
+    """Marks an object once it is made: an assignment from then on is checked as an argument is."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        made = super().__call__(*args, **kwargs)
+        made.__dict__["_made"] = True
+        return made
+
+
 @dataclass
-class Strategy:
+class Strategy(metaclass=_CheckedOptions):
     """Base of all strategies: subclass it as a dataclass, register it, write `select`.
 
     Override:
@@ -117,21 +136,39 @@ class Strategy:
         positions: "original" keeps the position ids of the kept tokens, "renumber" closes the gaps as the code of many
             papers does (1-D RoPE only).
 
+    Values are checked against the annotations of the fields, see `vtoken.checks.fit`, and by `__post_init__`: when the object
+    is made and at every later assignment, after which it is what it would be had it been made with that value. For that
+    `__post_init__` can run more than once.
+
     Raises:
-        ValueError: for a budget or a `positions` out of range.
+        ValueError: for a value of another type than its field's, or out of range.
     """
 
     budget: float | int = 0.2
     _: KW_ONLY
-    positions: str = "original"
+    positions: Positions = "original"
 
     info: ClassVar[StrategyInfo]
     static_counts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.budget = check_budget(self.budget)
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, found {self.positions!r}.")
+        """Override to check ranges, after `super().__post_init__()`; types have been checked."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not has_field(type(self), name):
+            super().__setattr__(name, value)
+            return
+        value = check_budget(value) if name == "budget" and value is not None else fit_field(type(self), name, value)
+        if not self.__dict__.get("_made"):
+            super().__setattr__(name, value)
+            return
+        trial = copy.copy(self)
+        trial.__dict__["_made"] = False
+        setattr(trial, name, value)
+        if self.__dataclass_fields__[name].init:
+            trial.__post_init__()
+        super().__setattr__(name, getattr(trial, name))
+        self.__dict__.update(trial.__dict__, _made=True)
 
     @property
     def is_identity(self) -> bool:

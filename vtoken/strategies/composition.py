@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
+from ..checks import found
 from ..streams import Reuse
 from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
-from .base import Strategy, StrategyInfo, check_budget
-from .registry import create
+from .base import Positions, Strategy, StrategyInfo, check_budget
+from .registry import create, split_names
 
 REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L
 
@@ -37,9 +39,11 @@ class Composite(Strategy):
     parts: Sequence[Strategy] = ()
     _: KW_ONLY
     split: float = 0.5
-    positions: str = field(default="original", init=False)
+    positions: Positions = field(default="original", init=False)
 
     def __post_init__(self) -> None:
+        if odd := [p for p in self.parts if not isinstance(p, Strategy)]:
+            raise TypeError(f"A combination is made of vtoken.strategies objects, found {found(odd[0])}.")
         names = [p.info.name for p in self.parts]
         if len(names) < 2:
             raise ValueError(f"A combination needs at least two strategies, found {', '.join(names) or 'none'}.")
@@ -57,9 +61,9 @@ class Composite(Strategy):
                 "those of an earlier frame: choose one of them."
             )
         places = {"between the tower and the LLM": at_projector, "inside the LLM": inside, "between frames": between}
-        for where, found in places.items():
-            if len(found) > 1:
-                names_found = " and ".join(p.info.name for p in found)
+        for where, rivals in places.items():
+            if len(rivals) > 1:
+                names_found = " and ".join(p.info.name for p in rivals)
                 twice = "mustdrop" in names_found and len(inside) == 1
                 off = ", or give mustdrop merging=False and key_rate=0" if twice else ""
                 raise ValueError(f"{names_found} both act {where}, where only one can: choose one of them{off}.")
@@ -82,10 +86,11 @@ class Composite(Strategy):
                 self.first = replace(self.first, budget=shared)
             if self.then not in only:
                 self.then = replace(self.then, budget=self.budget)
+        if hasattr(self.then, "entering") and isinstance(self.first.budget, float):
+            self.then = copy.copy(self.then)  # the caller's own object stays as it is
+            self.then.entering = self.first.budget
         self.ordered = [*(p for p in only if p not in (self.first, self.then)), self.first, self.then]
         self.between = next((p for p in self.ordered if p.acts_between_frames), None)
-        if hasattr(self.then, "entering") and isinstance(self.first.budget, float):
-            self.then.entering = self.first.budget
         self.info = StrategyInfo(  # type: ignore[misc]
             name="+".join(names),
             summary=f"{', then '.join(p.info.name for p in self.ordered)}.",
@@ -149,6 +154,14 @@ class Composite(Strategy):
         return self.then.select_in_prefill(tokens)
 
 
+def options_of(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Take the hyper-parameters of one strategy out of `options`. Raises ValueError if they are no mapping of names."""
+    given = options.pop(name, {})
+    if not isinstance(given, dict) or not all(isinstance(k, str) for k in given):
+        raise ValueError(f"Options of {name} are a mapping such as {name}={{'layer': 3}}, found {found(given)}.")
+    return given
+
+
 def combine(parts: Sequence[Any], budget: float | int | None = None, **options: Any) -> Composite:
     """Strategies by name or configured, as one.
 
@@ -163,7 +176,7 @@ def combine(parts: Sequence[Any], budget: float | int | None = None, **options: 
     """
     split, positions = options.pop("split", 0.5), options.pop("positions", None)
     made: list[Strategy] = []
-    for part in parts:
+    for part in split_names(parts):
         if isinstance(part, type) and issubclass(part, Strategy):
             part = part.info.name
         if isinstance(part, Strategy):
@@ -173,12 +186,10 @@ def combine(parts: Sequence[Any], budget: float | int | None = None, **options: 
                 )
             made.append(part)
         elif isinstance(part, str):
-            given = options.pop(part, {})
-            if not isinstance(given, dict):
-                raise ValueError(f"Options of {part} are a mapping such as {part}={{'layer': 3}}, found {given!r}.")
+            given = options_of(part, options)
             made.append(create(part, **({} if positions is None else {"positions": positions}) | given))
         else:
-            raise TypeError(f"A combination is made of names and vtoken.strategies objects, found {part!r}.")
+            raise TypeError(f"A combination is made of names and vtoken.strategies objects, found {found(part)}.")
     if options:
         raise ValueError(
             f"A combination takes split, positions and one mapping per strategy, found {', '.join(options)}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -10,8 +11,6 @@ from ..tokens import PrefillTokens, Selection
 from .base import Strategy, top_k
 from .registry import register
 from .schedule import check_inside, mean_rows, wanted
-
-QUERIES = ("last", "mean")
 
 
 @register(
@@ -41,15 +40,13 @@ class FastV(Strategy):
 
     budget: float | int = 0.5
     layer: int = 2
-    query: str = "last"
+    query: Literal["last", "mean"] = "last"
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
+        if self.layer < 0:
             raise ValueError(f"layer must be a whole number of at least 0, found {self.layer!r}.")
-        if self.query not in QUERIES:
-            raise ValueError(f"query must be 'last' or 'mean', found {self.query!r}.")
 
     def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
         return (self.layer,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,8 @@ from torch import Tensor
 
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy, check_budget, per_segment, top_k
-from .grouping import LAYOUTS, in_order, local_cells, rows_per_segment, unit
+from .grouping import Layout, in_order, local_cells, rows_per_segment, unit
 from .registry import register
-
-IMPORTANCE = ("auto", "cls", "cosine")
 
 
 @register(
@@ -53,8 +52,8 @@ class GlobalCom2(Strategy):
     budget: float | int = 0.25
     tau: float = 10.0
     alpha: float = 0.5
-    importance: str = "auto"
-    layout: str = "spatial"
+    importance: Literal["auto", "cls", "cosine"] = "auto"
+    layout: Layout = "spatial"
 
     static_counts = False
 
@@ -64,10 +63,6 @@ class GlobalCom2(Strategy):
             raise ValueError(f"tau must be above 0, found {self.tau}.")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], found {self.alpha}.")
-        if self.importance not in IMPORTANCE:
-            raise ValueError(f"importance must be one of {', '.join(IMPORTANCE)}, found {self.importance!r}.")
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, found {self.layout!r}.")
 
     def _reads_cls(self, tower: TowerInfo | None) -> bool:
         return self.importance == "cls" or (self.importance == "auto" and tower is not None and tower.has_cls)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from ..tokens import Selection, VisualTokens
 
 TIE = 1e-6  # cosines closer than this are a tie, which the lower index wins
-LAYOUTS = ("spatial", "reference")
+Layout = Literal["spatial", "reference"]
 KERNEL_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy, check_budget, top_k
 from .registry import register
-from .scores import SCORES, attention_needs, attention_scores
+from .scores import Score, attention_needs, attention_scores
 
 
 @register(
@@ -44,19 +45,15 @@ class HiRED(Strategy):
     """
 
     alpha: float = 0.5
-    allocation: str = "paper"
+    allocation: Literal["paper", "code"] = "paper"
     keep_newline: bool = False
     mask_padding: bool = False
-    score: str = "cls"
+    score: Score = "cls"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], found {self.alpha}.")
-        if self.allocation not in ("paper", "code"):
-            raise ValueError(f"allocation must be 'paper' or 'code', found {self.allocation!r}.")
-        if self.score not in SCORES:
-            raise ValueError(f"score must be one of {', '.join(SCORES)}, found {self.score!r}.")
 
     def needs(self, tower: TowerInfo | None) -> Needs:
         if tower is None:

@@ -46,9 +46,9 @@ class LLaVolta(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < -1):
+        if self.layer is not None and self.layer < -1:
             raise ValueError(f"layer must be a 0-based LLM layer, -1 or None, found {self.layer!r}.")
-        if self.stride is not None and (isinstance(self.stride, bool) or self.stride < 1):
+        if self.stride is not None and self.stride < 1:
             raise ValueError(f"stride must be a whole number of at least 1, found {self.stride!r}.")
 
     @property

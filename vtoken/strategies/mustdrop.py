@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..checks import Threshold
 from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy, top_k
 from .registry import register
@@ -59,12 +60,12 @@ class MustDrop(Strategy):
 
     merging: bool = True
     window: int = 3
-    merge_threshold: float = 0.8
+    merge_threshold: Threshold = 0.8
     key_rate: float = 0.08
     filtering: bool = True
     layers: tuple[int, ...] | None = None
-    global_threshold: float | None = None
-    individual_threshold: float | None = None
+    global_threshold: Threshold | None = None
+    individual_threshold: Threshold | None = None
     align_cache: bool = True
     entering: float = field(default=1.0, init=False, repr=False)  # share of the visual tokens that reach the LLM
 
@@ -73,7 +74,7 @@ class MustDrop(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_layers(self.layers)
-        if not isinstance(self.window, int) or self.window < 2:
+        if self.window < 2:
             raise ValueError(f"window must be a whole number of at least 2, found {self.window!r}.")
         if not 0 <= self.key_rate < 1:
             raise ValueError(f"key_rate must lie in [0, 1), found {self.key_rate!r}.")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
+from ..checks import found
 from .base import Strategy, StrategyInfo, check_methods
 
 S = TypeVar("S", bound=type[Strategy])
@@ -53,6 +54,32 @@ def strategy_info(name: str) -> StrategyInfo:
         hint = f"did you mean {' or '.join(near)}" if near else f"there are {', '.join(sorted(_registry))}"
         raise ValueError(f"Unknown strategy {name!r}: {hint}?" if near else f"Unknown strategy {name!r}: {hint}.")
     return _registry[name]
+
+
+def parse_strategy(text: str) -> str | list[str]:
+    """A registered name, or the list of several that are joined by "+".
+
+    Raises:
+        TypeError: for what is no text.
+        ValueError: for a name that is not registered.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"A strategy is named by a string, found {found(text)}.")
+    names = [name.strip() for name in text.split("+")]
+    if len(names) > 1 and not all(names):
+        raise ValueError(f'Names of strategies are joined as in "visionzip+fastv", found {found(text)}.')
+    for name in names:
+        strategy_info(name)
+    return names if len(names) > 1 else names[0]
+
+
+def split_names(parts: Iterable[Any]) -> list[Any]:
+    """Parts of a combination, with every "a+b" among them as two names."""
+    out: list[Any] = []
+    for part in parts:
+        names = parse_strategy(part) if isinstance(part, str) else part
+        out += names if isinstance(names, list) else [names]
+    return out
 
 
 def create(name: str, **options: Any) -> Strategy:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,12 +95,11 @@ def mean_rows(tokens: PrefillTokens, rows: Tensor) -> Tensor:
     return torch.cat([attention.mean(0) for _, attention in head_rows(tokens, rows)])
 
 
-def check_layers(layers: Any, what: str = "layers") -> None:
+def check_layers(layers: Sequence[int] | None, what: str = "layers") -> None:
     """Raise ValueError unless `layers` is None or ascending 0-based layer indices."""
     if layers is None:
         return
-    good = isinstance(layers, list | tuple) and layers and all(isinstance(i, int) and i >= 0 for i in layers)
-    if not good or list(layers) != sorted(set(layers)):
+    if not layers or layers[0] < 0 or list(layers) != sorted(set(layers)):
         raise ValueError(f"{what} must be ascending 0-based LLM layers such as (8, 16, 24), found {layers!r}.")
 
 

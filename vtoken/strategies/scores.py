@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from ..tokens import Needs, VisualTokens
 
-SCORES = ("cls", "received")
+Score = Literal["cls", "received"]
 
 
 def attention_needs(score: str, layers: tuple[int, ...]) -> Needs:

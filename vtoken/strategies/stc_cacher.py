@@ -51,7 +51,7 @@ class StcCacher(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
+        if self.interval < 1:
             raise ValueError(f"interval must be a whole number of frames, at least 1, found {self.interval!r}.")
 
     @property

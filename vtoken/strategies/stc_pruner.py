@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from .base import Strategy, top_k
 from .grouping import gaussian_similarity, rows_per_segment, unit
 from .registry import register
 from .stc_cacher import CODE, LICENCE, PAPER
-
-SCORES = ("gaussian", "dual_anchor")
-CHANNELS = ("frame", "fixed")
 
 
 @register(
@@ -48,18 +45,14 @@ class StcPruner(Strategy):
     """
 
     budget: float | int = 0.25
-    score: str = "gaussian"
+    score: Literal["gaussian", "dual_anchor"] = "gaussian"
     window: int | None = None
-    channels: str = "frame"
+    channels: Literal["frame", "fixed"] = "frame"
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score not in SCORES:
-            raise ValueError(f"score must be one of {', '.join(SCORES)}, found {self.score!r}.")
-        if self.channels not in CHANNELS:
-            raise ValueError(f"channels must be one of {', '.join(CHANNELS)}, found {self.channels!r}.")
-        if self.window is not None and (isinstance(self.window, bool) or not self.window >= 1):
+        if self.window is not None and self.window < 1:
             raise ValueError(f"window must be a number of frames, at least 1, or None, found {self.window!r}.")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], found {self.alpha!r}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +14,7 @@ from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy, check_budget, in_total, per_segment
 from .grouping import absorb, local_cells, nearest, rows_per_segment, unit
 from .registry import register
-from .scores import SCORES, attention_needs, attention_scores
-
-SAMPLING = ("topk", "multinomial")
+from .scores import Score, attention_needs, attention_scores
 
 
 @register(
@@ -61,29 +60,23 @@ class TokenCorr(Strategy):
     tau: float = 0.9
     beta: float = 0.1
     kappa: float = 1.5
-    sampling: str = "topk"
+    sampling: Literal["topk", "multinomial"] = "topk"
     seed: int = 0
     aggregate: bool = True
     compress_thumbnail: bool | None = None
     keep_newline: bool = False
-    score: str = "cls"
+    score: Score = "cls"
 
     static_counts = False
 
     def __post_init__(self) -> None:
-        given, self.budget = self.budget, 1.0  # type: ignore[assignment]
         super().__post_init__()
-        self.budget = None if given is None else check_budget(given)
         if self.low_layer < 0:
             raise ValueError(f"low_layer must be a 0-based layer index, found {self.low_layer}.")
         if not -1 <= self.tau <= 1 or not 0 <= self.beta <= 1 or self.kappa < 0:
             raise ValueError(
                 f"tau must lie in [-1, 1], beta in [0, 1] and kappa above 0, found {self.tau}, {self.beta}, {self.kappa}."
             )
-        if self.sampling not in SAMPLING:
-            raise ValueError(f"sampling must be one of {', '.join(SAMPLING)}, found {self.sampling!r}.")
-        if self.score not in SCORES:
-            raise ValueError(f"score must be one of {', '.join(SCORES)}, found {self.score!r}.")
 
     def _layers(self, tower: TowerInfo | None) -> tuple[int, int]:
         """The low and the deep layer."""
@@ -161,7 +154,7 @@ class TokenCorr(Strategy):
         wanted = max(1, int(self.density(keys) * n + 0.5))
         preference = probability.double().log()
         if self.sampling == "multinomial":  # the largest of log p plus Gumbel noise are a draw without replacement
-            generator = torch.Generator().manual_seed(self.seed * 65_537 + segment)
+            generator = torch.Generator().manual_seed((self.seed * 65_537 + segment) % 2**63)
             noise = torch.rand(n, generator=generator, dtype=torch.float64)
             preference = preference - (-noise.clamp(min=1e-300).log()).log().to(preference)
         rank = preference.sort(descending=True, stable=True).indices.argsort()

@@ -52,7 +52,7 @@ class TsLlava(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.frames, bool) or not isinstance(self.frames, int) or self.frames < 1:
+        if self.frames < 1:
             raise ValueError(f"frames must be a whole number, at least 1, found {self.frames!r}.")
 
     def needs(self, tower: TowerInfo | None) -> Needs:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..tokens import Needs, Selection, TowerInfo, VisualTokens
 from .base import Strategy, top_k
-from .grouping import LAYOUTS, absorb, in_order, local_cells, nearest, rows_per_segment
+from .grouping import Layout, absorb, in_order, local_cells, nearest, rows_per_segment
 from .registry import register
-from .scores import SCORES, attention_needs, attention_scores
-
-MERGES = ("sum", "mean")
+from .scores import attention_needs, attention_scores
 
 
 @register(
@@ -48,21 +47,15 @@ class VisionZip(Strategy):
     """
 
     contextual: int | None = None
-    merge: str = "sum"
-    score: str = "auto"
-    layout: str = "spatial"
+    merge: Literal["sum", "mean"] = "sum"
+    score: Literal["auto", "cls", "received"] = "auto"
+    layout: Layout = "spatial"
     keep_newline: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.contextual is not None and (isinstance(self.contextual, bool) or self.contextual < 0):
+        if self.contextual is not None and self.contextual < 0:
             raise ValueError(f"contextual must be None or a number of tokens, found {self.contextual!r}.")
-        if self.merge not in MERGES:
-            raise ValueError(f"merge must be one of {', '.join(MERGES)}, found {self.merge!r}.")
-        if self.score not in ("auto", *SCORES):
-            raise ValueError(f"score must be one of auto, {', '.join(SCORES)}, found {self.score!r}.")
-        if self.layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, found {self.layout!r}.")
 
     def _score(self, tower: TowerInfo | None) -> str:
         if self.score != "auto":

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from ..tokens import Needs, Selection, TowerInfo, VisualTokens
 from .base import Strategy, top_k
 from .registry import register
-from .scores import SCORES, attention_needs, attention_scores
-
-ENSEMBLES = ("mean", "max", "min")
+from .scores import Score, attention_needs, attention_scores
 
 
 @register(
@@ -41,20 +40,16 @@ class VTCCLS(Strategy):
 
     layers: int = 3
     start_layer: int | None = None
-    ensemble: str = "mean"
+    ensemble: Literal["mean", "max", "min"] = "mean"
     keep_newline: bool = True
-    score: str = "cls"
+    score: Score = "cls"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1:
+        if self.layers < 1:
             raise ValueError(f"layers must be a whole number of at least 1, found {self.layers!r}.")
         if self.start_layer is not None and self.start_layer < 0:
             raise ValueError(f"start_layer must be a 0-based layer index, found {self.start_layer}.")
-        if self.ensemble not in ENSEMBLES:
-            raise ValueError(f"ensemble must be one of {', '.join(ENSEMBLES)}, found {self.ensemble!r}.")
-        if self.score not in SCORES:
-            raise ValueError(f"score must be one of {', '.join(SCORES)}, found {self.score!r}.")
 
     def _layers(self, tower: TowerInfo) -> tuple[int, ...]:
         return tower.layers_up_to_feature(self.layers, self.start_layer)

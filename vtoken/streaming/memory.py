@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from ..strategies.base import share, top_k
+from ..checks import checked
+from ..strategies.base import check_budget, share, top_k
 
 CHANGED_PART = 10  # the change of a picture is read from a tenth of its tokens
 
@@ -89,6 +90,7 @@ class RecentMemory:
         ValueError: for a bound that is not positive.
     """
 
+    @checked
     def __init__(
         self,
         max_bytes: int,
@@ -105,6 +107,8 @@ class RecentMemory:
                 raise ValueError(f"{name} must be at least 1, found {value}.")
         if sinks < 0:
             raise ValueError(f"sinks must be at least 0, found {sinks}.")
+        if history_tokens is not None:
+            history_tokens = check_budget(history_tokens)
         self.max_bytes, self.max_tokens, self.sinks, self.recent = max_bytes, max_tokens, sinks, recent
         self.history_tokens, self.max_rows, self.max_steps = history_tokens, max_rows, max_steps
         self.reset()

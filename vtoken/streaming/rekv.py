@@ -11,18 +11,17 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..adapters.rows import rotate
 from ..adapters.transformers_contract import cache_argument
+from ..checks import checked
 from .layers import Layers
 from .memory import Step, thinnest
 from .prompts import PromptInputs, Prompts
-
-METRICS = ("dot", "cosine")
 
 
 @dataclass(eq=False)
@@ -103,6 +102,7 @@ class ReKVMemory:
         ValueError: for values out of range.
     """
 
+    @checked
     def __init__(
         self,
         layers: Layers,
@@ -111,15 +111,14 @@ class ReKVMemory:
         n_local: int = 15000,
         topk: int = 64,
         chunk: int = 1,
-        metric: str = "dot",
+        metric: Literal["dot", "cosine"] = "dot",
         disk: str | os.PathLike[str] | None = None,
     ) -> None:
-        if metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, found {metric!r}.")
         if topk < 1 or chunk < 1 or topk % chunk:
             raise ValueError(f"topk must be a positive multiple of chunk, found {topk} and {chunk}.")
-        if n_local < 1:
-            raise ValueError(f"n_local must be at least 1, found {n_local}.")
+        for name, value in (("n_local", n_local), ("max_bytes", max_bytes)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}.")
         if disk is not None and not Path(disk).is_dir():
             raise ValueError(f"disk must be a directory, found {str(disk)!r}.")
         self.layers, self.prompts, self.max_bytes = layers, prompts, max_bytes

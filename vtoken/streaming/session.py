@@ -12,6 +12,7 @@ import numpy as np
 import transformers
 
 from ..adapters.registry import adapter_for
+from ..checks import checked
 from ..patching import disabled
 from ..streams import StreamState, stream
 from .answers import Answer, AnswerStream, Asked, generate_answer
@@ -65,6 +66,7 @@ class StreamSession:
             print(session.ask("What did the person put on the table?").text)
     """
 
+    @checked
     def __init__(
         self,
         model: Any,
@@ -83,6 +85,9 @@ class StreamSession:
         max_new_tokens: int = 128,
         **options: Any,
     ) -> None:
+        for name, value in (("fps", fps), ("max_new_tokens", max_new_tokens)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, found {value}.")
         self.adapter = adapter_for(model)
         if "mm_encoder_outputs" not in inspect.signature(self.adapter.base.forward).parameters:
             raise ValueError(

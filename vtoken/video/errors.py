@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from .. import checks
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class VideoError(ValueError):
@@ -12,6 +17,11 @@ class VideoError(ValueError):
 
 class Unreadable(VideoError):
     """A source that no second try will open: a protocol, format or codec that nothing here knows."""
+
+
+def checked(function: F) -> F:
+    """Decorator: `vtoken.checks.checked` with a VideoError."""
+    return checks.checked(function, VideoError)
 
 
 def load(module: str, package: str) -> Any:

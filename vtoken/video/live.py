@@ -12,7 +12,7 @@ from typing import Any
 
 from ..limits import STANDARD, Limits, given
 from .buffer import Buffer
-from .errors import Unreadable, VideoError, brief
+from .errors import Unreadable, VideoError, brief, checked
 from .feeds import Picture, feed_of
 from .reader import Frame
 from .table import Clock
@@ -83,6 +83,7 @@ class LiveReader:
     why = "a live source is read in passing"
     duration = None
 
+    @checked
     def __init__(
         self,
         source: Any,
@@ -104,6 +105,8 @@ class LiveReader:
         for name, value in ranges.items():
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise VideoError(f"{name} is a number above 0, got {value!r}")
+        if retries is not None and retries < 0:
+            raise VideoError(f"retries is a number of tries, 0 or more, got {retries!r}")
         self._wanted, self._timeout, self._backoff = fps, timeout, backoff
         self._retries = math.inf if retries is None else retries
         self._stop, self._buffer = threading.Event(), Buffer(queue, max_bytes, drop)

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ..limits import STANDARD, Limits, given
-from .errors import VideoError
+from .errors import VideoError, checked
 from .source import resolve
 
 BACKENDS = ("auto", "pyav", "decord", "torchcodec")
@@ -68,6 +68,7 @@ class VideoReader(Protocol):
     ) -> None: ...
 
 
+@checked
 def open_video(
     source: Any,
     backend: str = "auto",
@@ -96,6 +97,8 @@ def open_video(
     """
     if backend not in BACKENDS:
         raise VideoError(f"unknown back-end {backend!r}; there are {', '.join(BACKENDS)}")
+    if timeout <= 0:
+        raise VideoError(f"timeout is a number above 0, got {timeout!r}")
     if isinstance(source, str) and source.startswith("synthetic://"):
         from .synthetic import from_address
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..limits import STANDARD
-from .errors import VideoError
+from .errors import VideoError, checked
 from .reader import Frame, VideoReader
 
 
+@checked
 def uniform_indices(total: int, n: int, placement: str = "ends") -> list[int]:
     """Indices of min(n, total) distinct frames spread evenly over `total`.
 
@@ -34,6 +35,7 @@ def uniform_indices(total: int, n: int, placement: str = "ends") -> list[int]:
     return [i * (total - 1) // max(n - 1, 1) for i in range(n)]
 
 
+@checked
 def sample_uniform(reader: VideoReader, n: int, placement: str = "ends") -> list[Frame]:
     """Evenly spread frames of a video that can be counted; all of them where it has no more than n.
 
@@ -58,6 +60,7 @@ def sample_uniform(reader: VideoReader, n: int, placement: str = "ends") -> list
         return reader.get_frames(seconds=table.seconds[indices].tolist())
 
 
+@checked
 def sample_fps(reader: VideoReader, fps: float, start: float = 0.0, end: float | None = None) -> list[Frame]:
     """The frames on screen at `start`, `start` + 1/fps, ... below `end` (the video's end where None), one for each time.
 
@@ -84,6 +87,7 @@ def sample_fps(reader: VideoReader, fps: float, start: float = 0.0, end: float |
     return reader.get_frames(seconds=(start + np.arange(count) / fps).tolist())
 
 
+@checked
 def at_fps(frames: Iterable[Frame], fps: float) -> Iterator[Frame]:
     """Thin frames out as they come, without a look ahead: of the frames in each 1/fps seconds, counted from 0, the first.
 

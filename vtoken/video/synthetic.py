@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 
-from .errors import VideoError
+from .errors import VideoError, checked
 from .reader import Frame
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class SyntheticReader:
 
     backend, why = "synthetic", "a synthetic stream is drawn, not decoded"
 
+    @checked
     def __init__(self, seed: int = 0, fps: float = 2.0, frames: int | None = None):
         if seed < 0 or not fps > 0 or (frames is not None and frames < 1):
             raise VideoError(f"a synthetic video needs seed >= 0, fps > 0, frames >= 1; got {seed}, {fps}, {frames}")

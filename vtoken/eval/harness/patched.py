@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..board import parse_strategy
+from ..._json import parse
+from ...checks import found
+from ...strategies.registry import parse_strategy
 
 PREFIX = "vtoken_"
 
@@ -78,9 +79,9 @@ def patch_arguments(ours: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if isinstance(value, str) and value[:1] in "[{":
             try:
-                given[name] = json.loads(value)
+                given[name] = parse(value)
             except ValueError as error:
-                raise ValueError(f"{PREFIX}{name} must be a value or JSON, found {value!r}: {error}.") from None
+                raise ValueError(f"{PREFIX}{name} must be a value or JSON, found {found(value)}: {error}.") from None
     return given
 
 
