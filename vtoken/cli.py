@@ -45,8 +45,8 @@ def list_command(pattern: str, names: bool) -> None:
 @click.argument("name")
 def info(name: str) -> None:
     """What is known of one strategy: paper, code, hyper-parameters with defaults; of two, joined by +, of each."""
-    from .strategies.registry import parse_strategy
     from .strategies import combine
+    from .strategies.registry import parse_strategy
 
     names = parse_strategy(name)
     if isinstance(names, list):
