@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import logging
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from tests.oracle import CACHE, clone
 from vtoken.adapters import transformers_contract as contract
 from vtoken.adapters.registry import adapter_for
 
-from .common import ALIGNED, BOTH, FRONT, PATCHABLE, run
+from .common import ALIGNED, BOTH, FRONT, PATCHABLE, checkpointing, run
 from .fixed import patched
 
 KINDS = pytest.mark.parametrize(
@@ -106,6 +108,126 @@ def test_the_sentence_leaves_nothing_behind():
             run(model, inputs)
         del decoder.forward
         assert torch.equal(run(model, inputs).sequences, want)
+
+
+class Wrapper:
+    """Counts and stores as the cache inside does, and is no `Cache`."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "cache":
+            raise AttributeError(name)
+        return getattr(self.cache, name)
+
+
+@pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
+def test_a_wrapper_around_a_cache(options):
+    model, inputs, step = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged"), torch.tensor([[7], [8]])
+    with patched(model, **options), torch.no_grad():
+        got = []
+        for wrap in (lambda cache: cache, Wrapper):
+            cache = wrap(DynamicCache())
+            model(**clone(inputs), **{CACHE: cache})
+            got.append(model(input_ids=step, **{CACHE: cache}).logits)
+    assert torch.equal(*got)
+
+
+def test_a_cache_without_layers_is_refused():
+    class Other:
+        def get_seq_length(self, *args):
+            return 0
+
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
+    with patched(model), torch.no_grad(), pytest.raises(NotImplementedError, match="consists of layers, found Other"):
+        model(**clone(inputs), **{CACHE: Other()})
+
+
+@pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
+def test_a_language_model_that_is_called_positionally(options):
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
+    with patched(model, **options), torch.no_grad():
+        want = model(**clone(inputs), use_cache=False).logits
+    decoder, call = model.get_decoder(), type(model.get_decoder()).__call__
+
+    class Positional(type(decoder)):
+        def __call__(self, **kwargs):
+            names = list(inspect.signature(type(decoder).forward).parameters)[1:]
+            last = max(i for i, name in enumerate(names) if kwargs.get(name) is not None and name in SHARED)
+            return call(self, *[kwargs.pop(name, None) for name in names[: last + 1]], **kwargs)
+
+    decoder.__class__ = Positional
+    with patched(model, **options), torch.no_grad():
+        assert torch.equal(model(**clone(inputs), use_cache=False).logits, want)
+
+
+SHARED = ("inputs_embeds", "attention_mask", "position_ids")
+
+
+@pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
+def test_a_language_model_that_is_not_called(options):
+    """The base model reads the images with another module than the one that carries the hooks."""
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
+    decoder = model.get_decoder()
+    other = FAMILIES["llava"].build().get_decoder()
+    with patched(model, **options), torch.no_grad(), pytest.raises(RuntimeError, match=SENTENCE):
+        decoder.__class__ = type("Other", (type(decoder),), {"__call__": lambda self, **kw: other(**kw)})
+        model(**clone(inputs))
+
+
+def test_layers_that_are_called_in_another_way():
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
+    layer = model.get_decoder().layers[2]
+    call = type(layer).__call__
+    layer.__class__ = type(
+        "Other", (type(layer),), {"__call__": lambda self, x, **kw: call(self, hidden_states=x, **kw)}
+    )
+    with patched(model, **BOTH), pytest.raises(RuntimeError, match=SENTENCE):
+        run(model, inputs)
+
+
+@pytest.mark.parametrize("part", ["decoder", "features"])
+def test_an_output_without_its_field(part):
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
+    if part == "decoder":
+        between(model.get_decoder(), dict)
+        forward = model.get_decoder().forward
+        model.get_decoder().forward = functools.wraps(forward)(lambda **kw: transformers.utils.ModelOutput(other=1))
+    else:
+        inner = model.base_model.get_image_features
+        model.base_model.get_image_features = functools.wraps(inner)(
+            lambda *a, **kw: transformers.utils.ModelOutput(x=1)
+        )
+    with patched(model), torch.no_grad(), pytest.raises(RuntimeError, match=SENTENCE):
+        model(**clone(inputs))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_training_with_a_cache_that_checkpointing_leaves_empty(given):
+    """transformers hands no cache to layers that are computed again in backward."""
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= 100, -100)
+    losses = []
+    for cache in ({CACHE: DynamicCache()} if given else {}, {}):
+        with patched(checkpointing(model).train()):
+            out = model(**clone(inputs), labels=labels, **cache)
+        out.loss.backward()
+        losses.append(out.loss.detach())
+    assert torch.equal(*losses)
+
+
+def test_a_model_with_an_instance_forward_is_freed():
+    """What accelerate does: `forward` is a partial that holds the module."""
+    model = FAMILIES["llava"].build()
+    decoder = model.get_decoder()
+    decoder.forward = functools.partial(decoder.forward)
+    functools.update_wrapper(decoder.forward, decoder.forward.func)
+    vtoken.unpatch(vtoken.patch(model, "random", budget=0.5))
+    alive = weakref.ref(decoder)
+    del model, decoder
+    gc.collect()
+    assert alive() is None
 
 
 # -- when a model is patched ------------------------------------------------------------------------------------
@@ -218,6 +340,20 @@ def test_a_user_who_writes_the_old_name(options):
             for name in (CACHE, "past_key_values")
         ]
     assert torch.equal(*got)
+
+
+@pytest.mark.parametrize("part", ["base", "decoder", "layer", "attention"])
+def test_a_wrapper_without_names_is_not_refused(part):
+    """`(*args, **kwargs)` tells nothing about names; what happened is checked after the prompt."""
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
+    with patched(model, **BOTH):
+        want = run(model, inputs, cache_implementation=None).sequences
+    layer = model.get_decoder().layers[0]
+    module = dict(base=model.base_model, decoder=model.get_decoder(), layer=layer, attention=layer.self_attn)[part]
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with patched(model, **BOTH):
+        assert torch.equal(run(model, inputs).sequences, want)
 
 
 def test_disabled_calls_are_not_checked():

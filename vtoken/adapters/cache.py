@@ -216,6 +216,10 @@ def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
         inside: whether layers of the LLM will hold different numbers of tokens.
         aligned: whether stored keys and values will be cut once the prompt has been read.
     """
+    if not hasattr(cache, "layers"):
+        raise NotImplementedError(
+            f"vtoken needs a KV cache that consists of layers, found {type(cache).__name__}: use a DynamicCache."
+        )
     for layer in cache.layers:
         known = isinstance(layer, (DynamicLayer, StaticLayer)) and not hasattr(layer, "conv_states")
         if (inside and not known) or (aligned and not _plain(cache, layer)):

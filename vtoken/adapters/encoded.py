@@ -26,6 +26,7 @@ from .towers.base import Capture
 from .towers.frames import FramePass
 from .towers.merging import MERGED, EncoderMerging
 from .towers.reuse import FrameReuse
+from .transformers_contract import check_features
 
 
 @dataclass
@@ -236,6 +237,7 @@ class VisionWatch:
         return {name: value for name, value in told if value is not None}
 
     def _encode(self, modality: str, output: Any, arguments: dict[str, Any], capture: Capture) -> EncodedVisuals:
+        check_features(output)
         features = self.adapter.split_features(modality, output, arguments)
         layouts = self.adapter.layouts(modality, features, arguments)
         provided = capture.per_item([len(layout.segments) for layout in layouts])

@@ -26,7 +26,7 @@ from .masks import WINDOW_FULL, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged
 from .rows import rows_of_attention
 from .state import Plan
-from .transformers_contract import cache_argument, check_length
+from .transformers_contract import cache_argument, changed, check_length
 
 if TYPE_CHECKING:
     from .cache import Ledger
@@ -97,9 +97,13 @@ class LayerStages:
         return hooks
 
     # -- what cannot be served ----------------------------------------------------------------------------------
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers may be computed again in backward (gradient checkpointing)."""
+        return bool(self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False))
+
     def check_training(self) -> None:
-        checkpointing = self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False)
-        if self.stages and HOOKS_INSIDE_CHECKPOINT and checkpointing:
+        if self.stages and HOOKS_INSIDE_CHECKPOINT and self.recomputes:
             raise NotImplementedError(
                 "Dropping inside the LLM under gradient checkpointing needs a newer transformers, found "
                 f"{transformers.__version__}: upgrade it or prune before the LLM."
@@ -137,6 +141,8 @@ class LayerStages:
         run = self.state.run
         if run is None or kwargs is None:
             return None
+        if not args or "position_embeddings" not in kwargs:
+            raise changed(f"{type(layer).__name__} is not called with hidden states and position_embeddings=")
         stage, table, mask = self.stage_of[i], self.tables[i], kwargs.get("attention_mask")
         if run.visual is None:
             if self.renumber and stage:

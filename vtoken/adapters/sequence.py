@@ -25,7 +25,7 @@ from .masks import cut_mask, sees_itself
 from .packed import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
 from .state import ENCODED, Admission, Call, Observer, Plan, Run, State
-from .transformers_contract import cache_in, changed, check_names, check_prompt
+from .transformers_contract import cache_in, changed, check_names, check_prompt, hidden_states_of
 from .unread import Unread
 
 
@@ -61,6 +61,7 @@ class Sequence:
         self.state, self.gate, self.observer = state, gate, observer
         self.unread = unread
         self.base_arguments = list(inspect.signature(self.base.forward).parameters)
+        self.decoder_arguments = list(inspect.signature(self.decoder.forward).parameters)
         self.wrapped = Wrapped()
         self.handles: list[Any] = []
         self.stages = LayerStages(self.decoder, stages, state, positions, aligned)
@@ -167,9 +168,12 @@ class Sequence:
         return (), given | {"attention_mask": self._align(ledger, cache, mask)}
 
     def _after_base(self, module: nn.Module, args: Any, out: Any) -> None:
-        if self.state.call is not None:
-            self.state.call = None
-            self.gate.forward_ended()
+        call, self.state.call = self.state.call, None
+        if call is None:
+            return
+        self.gate.forward_ended()
+        if out is not None and call.has_features and not call.read and not self.state.disabled:
+            raise changed(f"{type(module).__name__} was given images or videos and did not call {type(self.decoder).__name__}")
 
     @property
     def _flash(self) -> bool:
@@ -198,6 +202,8 @@ class Sequence:
     # traces decode steps and text turns as one graph.
     def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         self.state.run = None
+        if kwargs is not None and args:
+            args, kwargs = (), dict(zip(self.decoder_arguments, args, strict=False)) | kwargs
         call, embeds = self.state.call, None if kwargs is None else kwargs.get("inputs_embeds")
         cache = None if kwargs is None else cache_in(kwargs)
         ledger = ledger_of(cache)
@@ -206,6 +212,7 @@ class Sequence:
             return self._text_turn(Call(ledger=ledger), cache, ledger, args, dict(kwargs))
         if call is None or embeds is None or kwargs is None:
             return self._without_visual(embeds)
+        call.read = True
         if not torch.compiler.is_compiling():
             self.stages.hooks.refresh()
         if ledger is not call.ledger:
@@ -408,7 +415,9 @@ class Sequence:
         if run.cache is None and (made := cache_in(out)) is not None:  # by the language model, which was given none
             self._adopt(made, run.ledger)
             run.cache = made
-        check_prompt(run, self.stages, (out[0] if isinstance(out, tuple) else out.last_hidden_state).shape[1])
+        if self.stages.recomputes and run.cache is not None and not any(x.is_initialized for x in run.cache.layers):
+            run.cache = None  # transformers takes no cache to layers that are computed again in backward
+        check_prompt(run, self.stages, hidden_states_of(out).shape[1])
         if run.cache is not None:
             self.stages.store(run)
         if run.choice is not None and run.choice.survivors is None:

@@ -25,6 +25,7 @@ class Call:
     visual: dict[str, Tensor] = field(default_factory=dict)  # modality -> (B, q) bool
     encoded: dict[str, Any] = field(default_factory=dict)  # modality -> EncodedVisuals
     has_features: bool = False
+    read: bool = False  # whether the language model was called
     ledger: Ledger | None = None  # of the cache that the base model was given
     mask_aligned: bool = False
 

@@ -7,12 +7,13 @@ no longer take what the hooks replace, and `check_prompt` compares what the lang
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from packaging.version import Version
+from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
@@ -28,31 +29,60 @@ OLDEST, NEWEST = "5.17", "5.24"  # the minor releases of transformers that all t
 
 
 def changed(what: str) -> RuntimeError:
-    """The error for a transformers that does not do what vtoken relies on: `what` was found, and what to install."""
-    return RuntimeError(
-        f"{what}: vtoken is tested with transformers {OLDEST} to {NEWEST} and found {transformers.__version__}; "
-        f"run pip install --upgrade vtoken, or pip install 'transformers=={NEWEST}.*'."
-    )
+    """The error for a model that does not do what vtoken relies on: `what` was found, and what to do."""
+    installed = Version(transformers.__version__)
+    if Version(OLDEST) <= installed < Version(f"{NEWEST}.999"):
+        advice = "so a part of the model was replaced, or is called in another way: load the model anew, or unpatch it"
+        return RuntimeError(f"{what}: {_tested(installed)}; {advice}.")
+    advice = f"run pip install --upgrade vtoken, or pip install 'transformers=={NEWEST}.*'"
+    return RuntimeError(f"{what}: {_tested(installed)}; {advice}.")
 
 
-# -- names ------------------------------------------------------------------------------------------------------
+def _tested(installed: Version) -> str:
+    return f"vtoken is tested with transformers {OLDEST} to {NEWEST} and found {installed}"
+
+
+# -- names and types --------------------------------------------------------------------------------------------
 def cache_in(call: Mapping[str, Any] | tuple[Any, ...]) -> Any:
-    """The KV cache among the arguments or the outputs of a call, None if there is none."""
+    """The KV cache among the arguments or the outputs of a call, None if there is none.
+
+    Known by its type, or as an object that counts like one: a wrapper around a cache need not be a `Cache`.
+    """
     values = call if isinstance(call, tuple) else call.values()
-    return next((value for value in values if isinstance(value, Cache)), None)
+    return next((value for value in values if isinstance(value, Cache) or hasattr(value, "get_seq_length")), None)
 
 
 def cache_argument(function: Callable[..., Any]) -> str:
-    """The name under which `function` takes a KV cache. Raises RuntimeError if no parameter is annotated as one."""
-    return _cache_argument(getattr(function, "__func__", function))
+    """The name under which `function` takes a KV cache, by its annotation; for a wrapper without names, that of all others.
 
-
-@functools.lru_cache(maxsize=64)
-def _cache_argument(function: Callable[..., Any]) -> str:
-    for parameter in inspect.signature(function).parameters.values():
+    Raises RuntimeError if no parameter is annotated as a cache.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    if _nameless(parameters):
+        return cache_argument(create_causal_mask)
+    for parameter in parameters:
         if "Cache" in str(parameter.annotation):
             return parameter.name
     raise changed(f"{_name(function)} takes no KV cache")
+
+
+def hidden_states_of(output: Any) -> Tensor:
+    """(B, n, d) from the output of the language model. Raises RuntimeError if it has none."""
+    hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+    if not isinstance(hidden, Tensor):
+        raise changed(f"{type(output).__name__} of the language model has no last_hidden_state")
+    return hidden
+
+
+def check_features(output: Any) -> None:
+    """Raise RuntimeError if the output of `get_*_features` has no projected features."""
+    if getattr(output, "pooler_output", None) is None:
+        raise changed(f"{type(output).__name__} of the vision side has no pooler_output")
+
+
+def _nameless(parameters: Iterable[inspect.Parameter]) -> bool:
+    """Whether a signature is that of a wrapper, `(*args, **kwargs)`, which tells nothing about names."""
+    return all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def _name(function: Any) -> str:
@@ -68,8 +98,9 @@ def check_names(adapter: Adapter, inside: bool) -> None:
         inside: whether the hooks on the LLM's layers are used.
     """
     base, decoder = adapter.base, adapter.decoder
-    base_takes = _check_takes(base.forward, "attention_mask", "position_ids", "inputs_embeds")
-    if not base_takes & set(adapter.pixel_arguments):
+    _check_takes(base.forward, "attention_mask", "position_ids", "inputs_embeds")
+    takes = inspect.signature(base.forward).parameters
+    if not _nameless(takes.values()) and not set(takes) & set(adapter.pixel_arguments):
         raise changed(f"{_name(base.forward)} takes none of {', '.join(adapter.pixel_arguments)}")
     cache_argument(base.forward)
     _check_takes(decoder.forward, "inputs_embeds", "attention_mask", "position_ids")
@@ -89,12 +120,11 @@ def check_names(adapter: Adapter, inside: bool) -> None:
         cache_argument(create_causal_mask)
 
 
-def _check_takes(function: Callable[..., Any], *names: str) -> set[str]:
-    takes = set(inspect.signature(function).parameters)
-    lacking = [name for name in names if name not in takes]
-    if lacking:
+def _check_takes(function: Callable[..., Any], *names: str) -> None:
+    parameters = inspect.signature(function).parameters
+    lacking = [name for name in names if name not in parameters]
+    if lacking and not _nameless(parameters.values()):
         raise changed(f"{_name(function)} takes no {' and no '.join(lacking)}")
-    return takes
 
 
 # -- after every prompt -----------------------------------------------------------------------------------------
