@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ._json import check_depth, read
 from .checks import fit, fit_field, found
-from .strategies.base import check_budget
+from .strategies.budgets import check_budget
 
 CONFIG_FILE = "vtoken_config.json"
 FORMAT_VERSION = 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils import PushToHubMixin
 
-from .strategies.base import check_budget, share
+from .strategies.budgets import check_budget, share
 
 STEPS_PER_HALVING = 64
 PROBES = ((32, 32), (224, 224), (336, 1008), (1400, 700), (2000, 2000))

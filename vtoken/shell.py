@@ -22,7 +22,7 @@ class Budget(click.ParamType):
     name = "budget"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | int:
-        from .strategies.base import check_budget
+        from .strategies.budgets import check_budget
 
         try:
             return check_budget(

@@ -7,7 +7,7 @@ import torch
 
 import vtoken
 from vtoken.strategies import create, list_names, strategy_info
-from vtoken.strategies.base import divide, per_segment
+from vtoken.strategies.budgets import divide, per_segment
 from vtoken.tokens import Segment
 
 from .common import answer, anyres, build, edge_cases, image, kept_per_segment, tower, video

@@ -12,7 +12,7 @@ from typing import Any
 
 from .._json import read
 from ..checks import fit, fit_field
-from ..strategies.base import check_budget
+from ..strategies.budgets import check_budget
 
 BUDGETS: tuple[float | int, ...] = (0.5, 0.33, 0.2, 0.1, 0.05)
 SHAPE: dict[str, Any] = {"title": str, "settings": dict[str, Any], "cells": list}  # of a board's file

@@ -10,7 +10,8 @@ from typing import Any
 from ..checks import found
 from ..streams import Reuse
 from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
-from .base import Positions, Strategy, StrategyInfo, check_budget
+from .base import Positions, Strategy, StrategyInfo
+from .budgets import check_budget
 from .registry import create, split_names
 
 REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L

@@ -9,7 +9,8 @@ import torch
 
 from ..kernels import farthest_point
 from ..tokens import Segment, Selection, VisualTokens
-from .base import Strategy, check_budget, divide
+from .base import Strategy
+from .budgets import check_budget, divide
 from .registry import register
 
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
-from .base import Strategy, check_budget, per_segment, top_k
+from .base import Strategy, top_k
+from .budgets import check_budget, per_segment
 from .grouping import Layout, in_order, local_cells, rows_per_segment, unit
 from .registry import register
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
-from .base import Strategy, check_budget, top_k
+from .base import Strategy, top_k
+from .budgets import check_budget
 from .registry import register
 from .scores import Score, attention_needs, attention_scores
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..tokens import Segment, Selection, VisualTokens
-from .base import Strategy, check_budget, per_segment
+from .base import Strategy
+from .budgets import check_budget, per_segment
 from .registry import register
 
 

@@ -8,7 +8,8 @@ import torch
 
 from ..streams import FrameTokens, Reuse
 from ..tokens import TowerInfo
-from .base import Strategy, share
+from .base import Strategy
+from .budgets import share
 from .registry import register
 
 PAPER = "Accelerating Streaming Video Large Language Models via Hierarchical Token Compression, arXiv 2512.00891"

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens import Needs, NotProvided, Segment, Selection, TowerInfo, VisualTokens
-from .base import Strategy, check_budget, in_total
+from .base import Strategy
+from .budgets import check_budget, in_total
 from .grouping import rows_per_segment
 from .registry import register
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
-from .base import Strategy, check_budget
+from .base import Strategy
+from .budgets import check_budget
 from .grouping import gaussian_similarity, unit
 from .registry import register
 

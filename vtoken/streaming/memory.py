@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from ..checks import checked
-from ..strategies.base import check_budget, share, top_k
+from ..strategies.base import top_k
+from ..strategies.budgets import check_budget, share
 
 CHANGED_PART = 10  # the change of a picture is read from a tenth of its tokens
 
