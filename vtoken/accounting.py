@@ -99,7 +99,7 @@ class Report:
 
     @property
     def prompts(self) -> int:
-        """Rows of the batch, beam copies counted once."""
+        """Rows of the batch; copies for beams are not counted where the images were encoded before them."""
         return max(1, len(self.prompt_tokens))
 
     @property
