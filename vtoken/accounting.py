@@ -99,7 +99,7 @@ class Report:
 
     @property
     def prompts(self) -> int:
-        """Rows of the batch, beam copies counted once."""
+        """Rows of the batch; copies for beams are not counted where the images were encoded before them."""
         return max(1, len(self.prompt_tokens))
 
     @property
@@ -158,7 +158,7 @@ class Report:
         many, together = self.prompts > 1, f", {self.prompts} prompts together" if self.prompts > 1 else ""
         lines.append(
             f"  visual tokens{' per prompt' if many else ''}, average over {len(layers)} LLM layers: "
-            f"{self.average_visual_tokens:.1f} of {self.tokens_in / self.prompts:.1f}"
+            f"{self.average_visual_tokens:.1f}"
         )
         if len(set(layers)) > 1:
             lines.append(f"  visual tokens per LLM layer{together}: {' '.join(map(str, layers))}")
