@@ -282,10 +282,10 @@ def test_two_threads_patch_at_once(subject):
 
 
 @pytest.mark.slow
-def test_many_threads_for_a_minute():
+def test_many_threads():
     """Blocks, nested blocks, patches and calls of eight threads on one model, for all kinds of strategies."""
     subject = Subject()
-    ended, count = time.monotonic() + 45, itertools.count()
+    ended, count = time.monotonic() + 15, itertools.count()
 
     def job(seed):
         chance = random.Random(seed)
@@ -299,9 +299,9 @@ def test_many_threads_for_a_minute():
                 next(count)
 
     together(*[lambda seed=seed: job(seed) for seed in range(8)])
-    assert next(count) > 50
+    assert next(count) > 20
     subject.check_clean()
-    assert churn(subject, 15, 3, STRATEGIES) > 10
+    assert churn(subject, 5, 3, STRATEGIES) > 5
 
 
 # -- nesting and order ------------------------------------------------------------------------------------------
