@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -27,6 +28,10 @@ def checks(**env: str) -> None:
 
 
 def test_interpreted_on_the_cpu():
+    from importlib.metadata import version
+
+    if Version(version("triton")) < Version("3.7") and Version(version("numpy")) >= Version("2.4"):
+        pytest.skip("the interpreter of this triton cannot read scalars of this NumPy")
     checks(TRITON_INTERPRET="1", VTOKEN_TEST_DEVICE="cpu", OMP_NUM_THREADS="1")
 
 

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
@@ -426,6 +427,7 @@ def test_compiled_decode_does_not_recompile(case, cache):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.12"), reason="dynamo of torch 2.11 cannot guard hooks' state")
 @pytest.mark.parametrize("case", ["random", "fastv"])
 def test_compiled_prefill_is_right(case):
     """What depends on data is left to eager mode, whatever surrounds it is compiled: the very same logits, twice."""
