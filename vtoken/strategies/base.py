@@ -56,7 +56,7 @@ class StrategyInfo:
 class _CheckedOptions(ABCMeta):
     """Marks an object once it is made: an assignment from then on is checked as an argument is."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, /, *args: Any, **kwargs: Any) -> Any:
         made = super().__call__(*args, **kwargs)
         made.__dict__["_made"] = True
         return made
