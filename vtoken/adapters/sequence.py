@@ -119,7 +119,16 @@ class Sequence:
         return out
 
     def _before_model(self, module: nn.Module, args: Any) -> None:
+        self._check_replica(module, self.model)
         self._check_parts()
+
+    @staticmethod
+    def _check_replica(module: nn.Module, own: nn.Module) -> None:
+        if module is not own:
+            raise NotImplementedError(
+                "nn.DataParallel runs copies of the model, which read the vision tower of the original: use "
+                "DistributedDataParallel."
+            )
 
     def _check_parts(self) -> None:
         """Raise RuntimeError if the model no longer consists of the parts that carry the hooks."""
@@ -137,11 +146,7 @@ class Sequence:
         self.state.call = None
         if kwargs is None or not self.gate.forward_begins():
             return None
-        if module is not self.base:
-            raise NotImplementedError(
-                "nn.DataParallel runs copies of the model, which read the vision tower of the original: use "
-                "DistributedDataParallel."
-            )
+        self._check_replica(module, self.base)
         if self.model is self.base:
             self._check_parts()
         call = self.state.call = Call()
