@@ -23,7 +23,18 @@ from tests.mechanism.common import run, subject
 from tests.mechanism.test_isolation import traces
 from tests.models import FAMILIES
 from vtoken.checks import fit, number
-from vtoken.strategies import VTCCLS, Composite, FastV, PyramidDrop, Random, Stc, create, list_names, strategy_info
+from vtoken.strategies import (
+    VTCCLS,
+    Composite,
+    FastV,
+    PyramidDrop,
+    Random,
+    Stc,
+    create,
+    list_names,
+    registry,
+    strategy_info,
+)
 from vtoken.strategies.base import Strategy
 
 FUZZ = settings(derandomize=True, deadline=None, database=None, max_examples=60)
@@ -212,12 +223,7 @@ class Own(Strategy):
         return vtoken.Selection.everything(len(tokens), tokens.cells.device)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def forget_own():
-    yield
-    from vtoken.strategies import registry
-
-    registry._registry.pop("own_options", None)
+del registry._registry["own_options"]  # or the tests of all strategies would take it up
 
 
 @pytest.mark.parametrize(
@@ -239,16 +245,16 @@ def forget_own():
     ],
 )
 def test_a_users_own_dataclass_is_checked_alike(wrong):
-    assert next(iter(wrong)) in refused(lambda: create("own_options", **wrong))
+    assert next(iter(wrong)) in refused(lambda: Own(**wrong))
     option, value = next(iter(wrong.items()))
-    refused(lambda: setattr(create("own_options"), option, value))
+    refused(lambda: setattr(Own(), option, value))
 
 
 def test_annotations_that_nobody_knows_pass():
     anything = object()
-    made = create("own_options", where=anything, dtype=anything, unknown=anything, sloppy=None, limit=math.inf)
+    made = Own(where=anything, dtype=anything, unknown=anything, sloppy=None, limit=math.inf)
     assert made.where is made.dtype is made.unknown is anything and made.sloppy is None
-    made = create("own_options", kind=Colour.RED, names=("a",), pair=[np.int8(3), 4], table={"a": np.int64(1)})
+    made = Own(kind=Colour.RED, names=("a",), pair=[np.int8(3), 4], table={"a": np.int64(1)})
     assert made.kind == "red" and type(made.kind) is str
     assert (made.names, made.pair, made.table) == (["a"], (3, 4.0), {"a": 1}) and type(made.pair[1]) is float
     made.calls += 1

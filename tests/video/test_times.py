@@ -65,12 +65,12 @@ def test_a_span_of_time(variable):
         assert [f.index for f in sample_fps(reader, 10, start=0.1, end=0.5)] == [3, 5, 5, 6]
         assert [f.index for f in sample_uniform(reader, 4)] == [0, 3, 7, 11]
         for start, end in ((0.5, 0.5), (-1, 1), (2, 1), (float("nan"), 1)):
-            with pytest.raises(VideoError, match="cannot sample"):
+            with pytest.raises(VideoError, match=r"cannot sample|finite number"):
                 sample_fps(reader, 1, start, end)
         for fps in (0, -2, float("nan"), float("inf")):
-            with pytest.raises(VideoError, match="above 0"):
+            with pytest.raises(VideoError, match=r"above 0|finite number"):
                 sample_fps(reader, fps)
-            with pytest.raises(VideoError, match="above 0"):
+            with pytest.raises(VideoError, match=r"above 0|finite number"):
                 at_fps(reader, fps)
 
 
