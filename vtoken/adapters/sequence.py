@@ -115,8 +115,8 @@ class Sequence:
 
     # A hook that another thread is putting on or taking off is called without `kwargs`, in a call that is not its own.
     def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
-        self.state.call = None
         if kwargs is None or not self.gate.forward_begins():
+            self.state.call = None
             return None
         if module is not self.base:
             raise NotImplementedError(
@@ -125,7 +125,7 @@ class Sequence:
             )
         if self.model is self.base:
             self._check_parts()
-        call = self.state.call = Call()
+        call = Call()
         given = dict(zip(self.base_arguments, args, strict=False)) | kwargs
         call.given, call.input_ids = given, given.get("input_ids")
         outputs = given.get("mm_encoder_outputs")
@@ -133,6 +133,10 @@ class Sequence:
         call.has_features = bool(outputs) or pixels
         if isinstance(outputs, dict):
             call.encoded = {m: getattr(out, ENCODED, None) for m, out in outputs.items() if out is not None}
+        if call.has_features:
+            self._set_call(call)
+        else:
+            self.state.call = call
         cache, mask = cache_in(given), kwargs.get("attention_mask")
         ledger = call.ledger = ledger_of(cache)
         if ledger is None or not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -148,10 +152,20 @@ class Sequence:
                 return None  # generate() had it made by _masks_for_generate
         return args, kwargs | {"attention_mask": self._align(ledger, cache, mask)}
 
+    @torch.compiler.disable
+    def _set_call(self, call: Call | None) -> None:
+        """Note the call in eager mode: what a traced graph writes to a thread's state is lost where the graph breaks."""
+        self.state.call = call
+
     def _after_base(self, module: nn.Module, args: Any, out: Any) -> None:
-        if self.state.call is not None:
+        call = self.state.call
+        if call is None:
+            return
+        if call.has_features:
+            self._set_call(None)
+        else:
             self.state.call = None
-            self.gate.forward_ended()
+        self.gate.forward_ended()
 
     @property
     def _flash(self) -> bool:
@@ -343,14 +357,17 @@ class Sequence:
 
     # -- behind the language model ------------------------------------------------------------------------------
     def _after_decoder(self, decoder: nn.Module, args: Any, out: Any) -> Any:
-        run, self.state.run = self.state.run, None
-        device, self.state.prefill = self.state.prefill, None
-        if device is None or out is None:
-            return None
-        return self._after_visual_turn(run, device, out)
+        if self.state.prefill is not None:
+            return self._after_visual_turn(out)
+        self.state.run = None
+        return None
 
     @torch.compiler.disable
-    def _after_visual_turn(self, run: Run | None, device: torch.device, out: Any) -> Any:
+    def _after_visual_turn(self, out: Any) -> Any:
+        run, self.state.run = self.state.run, None
+        device, self.state.prefill = self.state.prefill, None
+        if out is None:
+            return None
         self.observer.after_prefill(run, device)
         if run is None or run.visual is None or run.index is None:
             return None
