@@ -594,7 +594,7 @@ def test_a_chunk_may_lose_all_its_tokens(name, kind, chunk, static):
 
 
 def test_a_forward_may_lose_all_its_tokens_but_the_last():
-    """A picture in a forward of its own, read by hand, of which the strategy keeps nothing; an answer might be read from its end."""
+    """A picture in a forward of its own, of which the strategy keeps nothing: an answer might be read from its end."""
     family, model = FAMILIES["llava"], subject("llava")
     inputs = family.batch("one")
     visual = family.visual(inputs)[0].nonzero()[:, 0]

@@ -143,13 +143,13 @@ class Sequence:
 
     # A hook that another thread is putting on or taking off is called without `kwargs`, in a call that is not its own.
     def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
-        self.state.call = None
         if kwargs is None or not self.gate.forward_begins():
+            self.state.call = None
             return None
         self._check_replica(module, self.base)
         if self.model is self.base:
             self._check_parts()
-        call = self.state.call = Call()
+        call = Call()
         given = dict(zip(self.base_arguments, args, strict=False)) | kwargs
         call.given, call.input_ids = given, given.get("input_ids")
         outputs = given.get("mm_encoder_outputs")
@@ -157,6 +157,10 @@ class Sequence:
         call.has_features = bool(outputs) or pixels
         if isinstance(outputs, dict):
             call.encoded = {m: getattr(out, ENCODED, None) for m, out in outputs.items() if out is not None}
+        if call.has_features:
+            self._set_call(call)
+        else:
+            self.state.call = call
         cache, mask = cache_in(given), given.get("attention_mask")
         ledger = call.ledger = ledger_of(cache)
         if ledger is None or not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -172,10 +176,19 @@ class Sequence:
                 return None  # generate() had it made by _masks_for_generate
         return (), given | {"attention_mask": self._align(ledger, cache, mask)}
 
+    @torch.compiler.disable
+    def _set_call(self, call: Call | None) -> None:
+        """Note the call in eager mode: what a traced graph writes to a thread's state is lost where the graph breaks."""
+        self.state.call = call
+
     def _after_base(self, module: nn.Module, args: Any, out: Any) -> None:
-        call, self.state.call = self.state.call, None
+        call = self.state.call
         if call is None:
             return
+        if call.has_features:
+            self._set_call(None)
+        else:
+            self.state.call = None
         self.gate.forward_ended()
         if out is not None and call.has_features and not call.read and not self.state.disabled:
             raise changed(f"{type(module).__name__} was given images or videos and did not call {type(self.decoder).__name__}")
@@ -402,16 +415,20 @@ class Sequence:
 
     # -- behind the language model ------------------------------------------------------------------------------
     def _after_decoder(self, decoder: nn.Module, args: Any, out: Any) -> Any:
-        run, self.state.run = self.state.run, None
+        run = self.state.run
         if run is not None:
             run.ledger.announced = False
-        device, self.state.prefill = self.state.prefill, None
-        if device is None or out is None:
-            return None
-        return self._after_visual_turn(run, device, out)
+        if self.state.prefill is not None:
+            return self._after_visual_turn(out)
+        self.state.run = None
+        return None
 
     @torch.compiler.disable
-    def _after_visual_turn(self, run: Run | None, device: torch.device, out: Any) -> Any:
+    def _after_visual_turn(self, out: Any) -> Any:
+        run, self.state.run = self.state.run, None
+        device, self.state.prefill = self.state.prefill, None
+        if out is None:
+            return None
         self.observer.after_prefill(run, device)
         if run is None or run.visual is None or run.index is None:
             return None
