@@ -89,20 +89,20 @@ class Method:
 
     def __init__(self, instead: Callable[..., Any], original: Callable[..., Any], before: Any) -> None:
         functools.update_wrapper(self, original)
-        self._instead: Callable[..., Any] | None = instead
-        self._original, self._before = original, before
+        self.instead: Callable[..., Any] | None = instead
+        self.original, self._before = original, before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._instead is None:
-            return self._original(*args, **kwargs)
-        return self._instead(self._original, *args, **kwargs)
+        if self.instead is None:
+            return self.original(*args, **kwargs)
+        return self.instead(self.original, *args, **kwargs)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        original: Any = self._original
+        original: Any = self.original
         if not isinstance(original, MethodType):
-            return self._instead, original, None, self._before
+            return self.instead, original, None, self._before
         # by its name only, an owner that is being unpickled might answer with this object
-        return self._instead, original.__name__, original.__self__, self._before
+        return self.instead, original.__name__, original.__self__, self._before
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         instead, original, owner, before = state
@@ -119,12 +119,12 @@ class Method:
             else:
                 owner.__dict__[name] = self._before
             return
-        self._instead = None  # for whoever holds on to it
+        self.instead = None  # for whoever holds on to it
         while isinstance(top, Method):
-            if top._original is self:
-                top._original = top.__dict__["__wrapped__"] = self._original
+            if top.original is self:
+                top.original = top.__dict__["__wrapped__"] = self.original
                 top._before = self._before
-            top = top._original
+            top = top.original
 
 
 class Wrapped:

@@ -366,7 +366,7 @@ class Sequence:
     def _after_visual_turn(self, out: Any) -> Any:
         run, self.state.run = self.state.run, None
         device, self.state.prefill = self.state.prefill, None
-        if out is None:
+        if out is None or device is None:
             return None
         self.observer.after_prefill(run, device)
         if run is None or run.visual is None or run.index is None:

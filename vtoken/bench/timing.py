@@ -83,9 +83,9 @@ def phases(work: Workload) -> Iterator[Phases]:
     for name in ("get_image_features", "get_video_features"):
         if hasattr(base, name):
             was, current = base.__dict__.get(name), getattr(base, name)
-            timed = watch.during("tower", current if was is None else was.args[0])
+            timed = watch.during("tower", current if was is None else was.original)
             if was is not None:  # vtoken's own part around the model's method
-                part = functools.partial(watch.during("choose", was.func), timed)
+                part = functools.partial(watch.during("choose", was.instead), timed)
                 timed = functools.update_wrapper(part, current)
             base.__dict__[name] = timed
             undo.append(functools.partial(_restore, base, name, was))
