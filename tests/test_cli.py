@@ -155,7 +155,7 @@ def test_bench_prints_a_ratio_per_case():
         (("bench", "--repeats", "0"), "--repeats"),
         (("info", "vtc-cls"), "did you mean vtc_cls"),
         (("info", "visionzip+hired"), "only one can"),
-        (("demo", "--strategy", "visionzip+"), "Unknown strategy ''"),
+        (("demo", "--strategy", "visionzip+"), "Names of strategies are joined as in"),
         (("list", "zzz*"), "No strategy matches"),
         (("eval", "tiny", "--strategies", "hirde"), "did you mean hired"),
         (("eval", "tiny", "--budgets", "0"), "at least 1"),
@@ -231,7 +231,7 @@ def test_any_command_tells_errors_apart(error, code, words, monkeypatch):
 
     monkeypatch.setattr("vtoken.demo.run", fail)
     monkeypatch.setattr("vtoken.bench.run.run", fail)
-    monkeypatch.setattr("vtoken.eval.board.parse_strategy", fail)
+    monkeypatch.setattr("vtoken.strategies.registry.parse_strategy", fail)
     for arguments in (("demo",), ("bench",), ("eval", "mme"), ("eval", "tiny", "--strategies", "hired")):
         result = run(*arguments)
         assert result.exit_code == code and f"Error: {words}" in result.output, result.output

@@ -62,15 +62,16 @@ def pixels(image: Any, limits: Limits | None = PHOTO) -> np.ndarray:
     """(h, w, 3) uint8 RGB in C order of a PIL image, array or tensor.
 
     Raises:
-        TypeError: for what is no picture: another shape or dtype, or no pixels.
-        ValueError: for a PIL image as `rgb`.
+        TypeError: for what is no picture: another shape or dtype.
+        ValueError: for an array without pixels, and for a PIL image as `rgb`.
     """
     if isinstance(image, Image.Image):
         array = np.asarray(rgb(image, limits))
     else:
         array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
-    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8 or not array.size:
-        raise TypeError(f"{_FRAME}, found {type(image).__name__} of shape {array.shape} and {array.dtype}.")
+    wrong = TypeError if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8 else ValueError
+    if wrong is TypeError or not array.size:
+        raise wrong(f"{_FRAME}, found {type(image).__name__} of shape {array.shape} and {array.dtype}.")
     return np.ascontiguousarray(array)
 
 

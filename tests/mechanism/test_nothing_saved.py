@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import dataclass, field
 
@@ -43,7 +44,7 @@ def nothing_said(call) -> None:
 @pytest.mark.parametrize("how", ["forward", "generate", "base", "language model"])
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [("llava", "hired"), ("llava", "fastv"), ("llava_onevision/video", "uniform"), ("qwen2_5_vl", "random")],
+    [("llava", "hired"), ("llava", "fastv"), ("llava_next", "uniform"), ("qwen2_5_vl/video", "random")],
 )
 def test_embeddings_merged_by_hand(name, strategy, how):
     model, inputs = FAMILIES[name].build(), FAMILIES[name].batch("ragged" if name == "llava" else "one")
@@ -85,6 +86,8 @@ def test_other_uses_of_features_are_nobodys_business():
 def test_features_that_generate_encodes_and_a_model_merges_itself():
     """A model whose preparation of inputs merges by hand: the LLM is given no visual tokens by name."""
     model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
+    if "mm_encoder_outputs" not in inspect.signature(model.base_model.forward).parameters:
+        pytest.skip("this release encodes inside of forward")
     prepare = model.prepare_inputs_for_generation
 
     def merging(*args, **kwargs):
