@@ -122,7 +122,7 @@ class Spy:
         """
         visual, items = family.visual(inputs), iter(self.items)
         keep, merge = ~visual, []
-        real = inputs["attention_mask"].bool()
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         if labels is not None:
             real = real & ((labels != -100).cumsum(1) == 0)
         queries = [int(row.nonzero()[-1]) if row.any() else -1 for row in real]
