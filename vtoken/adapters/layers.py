@@ -26,7 +26,7 @@ from .masks import WINDOW_FULL, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged
 from .rows import rows_of_attention
 from .state import Plan
-from .transformers_contract import cache_argument, changed, check_length
+from .transformers_contract import cache_argument, changed, check_length, recomputes
 
 if TYPE_CHECKING:
     from .cache import Ledger
@@ -97,13 +97,8 @@ class LayerStages:
         return hooks
 
     # -- what cannot be served ----------------------------------------------------------------------------------
-    @property
-    def recomputes(self) -> bool:
-        """Whether layers may be computed again in backward (gradient checkpointing)."""
-        return bool(self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False))
-
     def check_training(self) -> None:
-        if self.stages and HOOKS_INSIDE_CHECKPOINT and self.recomputes:
+        if self.stages and HOOKS_INSIDE_CHECKPOINT and recomputes(self.decoder):
             raise NotImplementedError(
                 "Dropping inside the LLM under gradient checkpointing needs a newer transformers, found "
                 f"{transformers.__version__}: upgrade it or prune before the LLM."

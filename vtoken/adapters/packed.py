@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from .transformers_contract import cache_argument
+from .transformers_contract import cache_argument, recomputes
 
 MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -70,7 +70,7 @@ def _without_cache(decoder: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a decoder that is given no cache makes none of its own."""
     use = kwargs.get("use_cache")
     use = getattr(decoder.config, "use_cache", True) if use is None else use
-    return not use or (decoder.training and getattr(decoder, "gradient_checkpointing", False))
+    return not use or recomputes(decoder)
 
 
 def ranks_of(first: Tensor, index: Tensor, valid: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from .masks import cut_mask, sees_itself
 from .packed import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
 from .state import ENCODED, Admission, Call, Observer, Plan, Run, State
-from .transformers_contract import cache_in, changed, check_names, check_prompt, hidden_states_of
+from .transformers_contract import cache_in, changed, check_names, check_prompt, hidden_states_of, recomputes
 from .unread import Unread
 
 
@@ -437,7 +437,7 @@ class Sequence:
         if run.cache is None and (made := cache_in(out)) is not None:  # by the language model, which was given none
             self._adopt(made, run.ledger)
             run.cache = made
-        if self.stages.recomputes and run.cache is not None and not any(x.is_initialized for x in run.cache.layers):
+        if recomputes(self.decoder) and run.cache is not None and not any(x.is_initialized for x in run.cache.layers):
             run.cache = None  # transformers takes no cache to layers that are computed again in backward
         check_prompt(run, self.stages, hidden_states_of(out).shape[1])
         if run.cache is not None:

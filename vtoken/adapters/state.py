@@ -1,4 +1,4 @@
-"""The forwards under way: what a call of the base model was given, what is planned for it, and who keeps the books."""
+"""State of one forward pass, shared by the hooks: the call's arguments, the pruning plan, and the observer that records it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENCODED = "_vtoken_encoded"  # what a model's own features carry
 
 @dataclass
 class Call:
-    """One forward of the base model: what it was given, and what its own methods told us meanwhile."""
+    """One forward of the base model: its arguments, and what the hooks learn of its visual tokens while it runs."""
 
     input_ids: Tensor | None = None
     given: dict[str, Any] = field(default_factory=dict)  # the arguments of the base model
@@ -153,7 +153,7 @@ class Admission(Protocol):
 
 
 class Observer(Protocol):
-    """Who keeps the books of a patched model."""
+    """Records what a patched model reads."""
 
     def before_prefill(self, device: torch.device) -> None:
         """The language model is about to be called with visual tokens."""

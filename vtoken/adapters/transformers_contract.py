@@ -74,6 +74,11 @@ def hidden_states_of(output: Any) -> Tensor:
     return hidden
 
 
+def recomputes(decoder: Any) -> bool:
+    """Whether layers are computed again in backward (gradient checkpointing); they are given no KV cache then."""
+    return bool(decoder.training and getattr(decoder, "gradient_checkpointing", False))
+
+
 def check_features(output: Any) -> None:
     """Raise RuntimeError if the output of `get_*_features` has no projected features."""
     if getattr(output, "pooler_output", None) is None:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..images import pixels
+from ..images import PHOTO, pixels
 
-MAX_PIXELS = 2**27
+MAX_PIXELS = PHOTO.pixels or 0
 MAX_RATIO = 200  # of the sides, that of Qwen's processors
 
 
