@@ -20,7 +20,7 @@ import numpy as np
 
 import vtoken
 from vtoken.bench.report import machine
-from vtoken.streaming.command import TINY, TINY_STEPS, make_session
+from vtoken.cli.stream import TINY, TINY_STEPS, make_session
 from vtoken.tiny import load
 from vtoken.tiny.clips import KINDS, Stream
 

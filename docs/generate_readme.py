@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from vtoken.adapters.registry import list_families
-from vtoken.eval.board import Board
+from vtoken.eval.board.board import Board
 from vtoken.strategies import list_names, strategy_info
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import vtoken
 from vtoken import tiny
-from vtoken.streaming.player import passes_by
+from vtoken.cli.stream_player import passes_by
 from vtoken.tiny.clips import Stream, StreamFrame
 from vtoken.tiny.clips import stream as synthetic
 from vtoken.tiny.scenes import Question

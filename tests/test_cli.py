@@ -15,10 +15,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 import vtoken
-from vtoken import demo, tiny
+from vtoken import tiny
 from vtoken.bench.shapes import build
-from vtoken.cli import cli
-from vtoken.eval.records import locked
+from vtoken.cli import demo
+from vtoken.cli.main import cli
+from vtoken.eval.running.answer_log import locked
 from vtoken.tiny.scenes import make_scene
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ def test_info_shows_paper_and_defaults():
 
 @pytest.fixture(autouse=True)
 def small_shape(monkeypatch):
-    monkeypatch.setattr("vtoken.demo.SCALE", "tiny")
+    monkeypatch.setattr("vtoken.cli.demo.SCALE", "tiny")
 
 
 @pytest.fixture
@@ -229,7 +230,7 @@ def test_any_command_tells_errors_apart(error, code, words, monkeypatch):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("vtoken.demo.run", fail)
+    monkeypatch.setattr("vtoken.cli.demo.run", fail)
     monkeypatch.setattr("vtoken.bench.run.run", fail)
     monkeypatch.setattr("vtoken.strategies.registry.parse_strategy", fail)
     for arguments in (("demo",), ("bench",), ("eval", "mme"), ("eval", "tiny", "--strategies", "hired")):
@@ -239,7 +240,7 @@ def test_any_command_tells_errors_apart(error, code, words, monkeypatch):
 
 
 def test_a_fault_of_the_program_is_no_sentence(monkeypatch):
-    monkeypatch.setattr("vtoken.demo.run", lambda *args, **kwargs: {}["missing"])
+    monkeypatch.setattr("vtoken.cli.demo.run", lambda *args, **kwargs: {}["missing"])
     assert isinstance(run("demo").exception, KeyError)
 
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from transformers.image_utils import load_image
 
-from vtoken.demo import open_image as of_the_command_line
-from vtoken.eval.items import decoded
+from vtoken.cli.demo import open_image as of_the_command_line
+from vtoken.eval.benchmarks.task import decoded
 from vtoken.images import open_image, pixels, rgb
 from vtoken.streaming.pictures import picture_of
 from vtoken.video import LiveReader, VideoError, open_video

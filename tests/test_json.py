@@ -14,10 +14,10 @@ from tests.test_config import json_values
 from vtoken._json import DEEPEST, parse, read
 from vtoken.bench import report
 from vtoken.config import CONFIG_FILE, VTokenConfig
-from vtoken.eval.board import Board
+from vtoken.eval.board.board import Board
 from vtoken.eval.harness.patched import patch_arguments
-from vtoken.eval.records import check_settings
-from vtoken.eval.records import read as read_records
+from vtoken.eval.running.answer_log import check_settings
+from vtoken.eval.running.answer_log import read as read_records
 
 FUZZ = settings(derandomize=True, deadline=None, database=None, max_examples=40)
 ANSWER = {

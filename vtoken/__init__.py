@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import strategies, video
     from .accounting import Report
-    from .adapters.generation import prompt_length
     from .config import VTokenConfig
+    from .mechanism.generation import prompt_length
     from .patching import applied, disabled, list_strategies, patch, report, unpatch
     from .resize import resized
     from .strategies import Strategy, StrategyInfo, register, strategy_info

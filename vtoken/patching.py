@@ -12,18 +12,18 @@ from typing import Any, TypeVar
 from .accounting import Report
 from .active import LOCK, Gate, Patches, patches_for, patches_of
 from .adapters.base import Adapter
-from .adapters.encoded import VisionWatch
-from .adapters.generation import generating
-from .adapters.hooks import Wrapped
-from .adapters.layers import Stage
-from .adapters.plan import Chosen, Planner
 from .adapters.registry import adapter_for
-from .adapters.rows import check_projections
-from .adapters.sequence import Sequence
-from .adapters.state import State
-from .adapters.unread import Unread
 from .checks import found
 from .config import VTokenConfig
+from .hooks import Wrapped
+from .mechanism.attention_rows import check_projections
+from .mechanism.entrance_hooks import Sequence
+from .mechanism.forward_context import State
+from .mechanism.generation import generating
+from .mechanism.layer_hooks import Stage
+from .mechanism.planner import Chosen, Planner
+from .mechanism.unread_features import Unread
+from .mechanism.vision_hooks import VisionWatch
 from .recorder import Recorder
 from .strategies import Composite, Strategy, combine, create, list_names, strategy_info
 from .strategies.base import check_methods

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ._threads import PerThread
 from .accounting import LanguageModelShape, LayersRead, Report, VisualReport
-from .adapters.plan import Chosen
-from .adapters.state import Run
+from .mechanism.forward_context import Run
+from .mechanism.planner import Chosen
 from .streams import TowerUse
 
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from vtoken.bench import report
-from vtoken.cli import cli
+from vtoken.cli.main import cli
 
 
 def cell(strategy="hired", budget=0.2, total=50.0, kept=0.95, overhead=0.01, **more):

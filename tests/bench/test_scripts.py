@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vtoken.cli import cli
+from vtoken.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
 STUB = """#!/usr/bin/env bash
@@ -75,7 +75,7 @@ def test_gpu_script_calls_what_exists_and_goes_on_after_a_failure(tmp_path, rehe
     calls = [shlex.split(line) for line in record.read_text().splitlines()]
     assert "failed: kernels-attention(3)" in done.stdout and done.returncode == 1, done.stdout + done.stderr
     assert calls[0][:2] == ["-m", "pytest"] and "gpu" in calls[0]
-    benches = [c[3:] for c in calls if c[:3] == ["-m", "vtoken.cli", "bench"]]
+    benches = [c[3:] for c in calls if c[:3] == ["-m", "vtoken.cli.main", "bench"]]
     shapes = [cli.commands["bench"].make_context("bench", list(c)).params for c in benches]
     from vtoken.bench.shapes import SHAPES
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from vtoken.eval.asking import Reply
-from vtoken.eval.example_data import write_mme, write_videomme
+from vtoken.eval.benchmarks.example_data import write_mme, write_videomme
+from vtoken.eval.running.asker import Reply
 
 
 class Canned:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import vtoken
+from training.tiny.recipes import qwen2_5_vl
 from vtoken import tiny
-from vtoken.eval.asking import Asker, FirstToken, load
-from vtoken.eval.items import Clip, Prompt
-from vtoken.tiny.recipes import qwen2_5_vl
+from vtoken.eval.benchmarks.task import Clip, Prompt
+from vtoken.eval.running.asker import Asker, FirstToken, load
 from vtoken.tiny.scenes import held_out, make_scene
 
 

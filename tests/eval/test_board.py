@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import vtoken
+from training.tiny.evaluate import answers, held_out, prepare, score
 from vtoken import tiny
-from vtoken.eval import board_page, tiny_command
-from vtoken.eval.board import Batch, Board, Cell, measure, wilson
-from vtoken.eval.tiny_board import plan, subjects, tiny_board
-from vtoken.eval.tower_memo import TowerMemo
-from vtoken.tiny.evaluate import answers, held_out, prepare, score
+from vtoken.cli import board as tiny_command
+from vtoken.eval.board import page as board_page
+from vtoken.eval.board.board import Batch, Board, Cell, measure, wilson
+from vtoken.eval.board.tiny import plan, subjects, tiny_board
+from vtoken.eval.board.tower_memo import TowerMemo
 from vtoken.tiny.scenes import KINDS, Question
 
 
@@ -89,15 +90,15 @@ def test_a_shared_tower_changes_no_answer():
 def test_media_are_asked_about_apart(monkeypatch):
     clips = [SimpleNamespace(media=[0] * n) for n in (6, 8, 6)]
     pairs = [(example, Question("who?", "me", "k")) for example in (SimpleNamespace(media=1), *clips)]
-    monkeypatch.setattr("vtoken.tiny.evaluate.held_out", lambda *a: pairs)
-    monkeypatch.setattr("vtoken.eval.tiny_board._batch", lambda p, some, *memo: Batch([q[0].media for q in some], len))
+    monkeypatch.setattr("training.tiny.evaluate.held_out", lambda *a: pairs)
+    monkeypatch.setattr("vtoken.eval.board.tiny._batch", lambda p, some, *memo: Batch([q[0].media for q in some], len))
     images, videos = subjects("llava", 4)
     assert (images.stem, videos.stem) == ("llava_image", "llava_video")
     assert [b.asked for b in images.batches] == [[1]]
     assert [b.asked for b in videos.batches] == [[[0] * 6, [0] * 6], [[0] * 8]]
     monkeypatch.setattr(vtoken, "list_strategies", lambda: ["mustdrop", "stc_cacher", "uniform", "vidcom2"])
     assert images.fitting() == ["mustdrop", "uniform"]  # the tiny LLaVA reads no clips
-    monkeypatch.setattr("vtoken.eval.tiny_board.refusal", lambda model, name, budget: "no" * (name == "mustdrop"))
+    monkeypatch.setattr("vtoken.eval.board.tiny.refusal", lambda model, name, budget: "no" * (name == "mustdrop"))
     assert images.fitting() == ["uniform"] and videos.fitting() == ["stc_cacher", "uniform", "vidcom2"]
 
 
@@ -166,7 +167,7 @@ def test_an_interrupted_board_goes_on_where_it_stopped(subject, monkeypatch):
     assert partial == [1, 2, 3]
     half = Board(whole.title, whole.settings, whole.cells[:2])
     measured = []
-    monkeypatch.setattr("vtoken.eval.tiny_board.measure", lambda *a, **k: measured.append(a[3]) or whole.cells[2])
+    monkeypatch.setattr("vtoken.eval.board.tiny.measure", lambda *a, **k: measured.append(a[3]) or whole.cells[2])
     assert tiny_board(subject, ["random"], [0.5, 0.2], known=half) == whole
     assert measured == [0.2]
     kept = []
@@ -187,7 +188,7 @@ def test_a_budget_that_a_strategy_refuses_is_left_out(subject, monkeypatch):
     def refuses(model, batches, strategy, *rest):
         raise ValueError(f"no {strategy}")
 
-    monkeypatch.setattr("vtoken.eval.tiny_board.measure", refuses)
+    monkeypatch.setattr("vtoken.eval.board.tiny.measure", refuses)
     assert not tiny_board(subject, ["uniform"], [0.1], refused=said.append).cells
     assert said[1:] == ["all visual tokens: no None", "uniform at 0.1: no uniform"]
 

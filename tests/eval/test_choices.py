@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from vtoken.eval.choices import PROTOCOLS, ends, inner, middles
-from vtoken.eval.items import Unreadable
-from vtoken.eval.runner import Evaluation, Run
-from vtoken.eval.videomme import VideoMME, load
+from vtoken.eval.benchmarks.task import Unreadable
+from vtoken.eval.benchmarks.videomme import VideoMME, load
+from vtoken.eval.protocols.multiple_choice import PROTOCOLS, ends, inner, middles
+from vtoken.eval.running.runner import Evaluation, Run
 
 from .canned import OPTIONS, VIDEO_SAID, Canned, grey, video_folder, video_rows
 
@@ -141,7 +141,7 @@ def test_scores_by_hand(folder, tmp_path, protocol):
 
 
 def test_letters_follow_the_longest_list_of_options(tmp_path):
-    from vtoken.eval.example_data import write_videomme
+    from vtoken.eval.benchmarks.example_data import write_videomme
 
     rows = video_rows()
     rows[1] |= {"options": [f"{c}. option {c}" for c in "ABCDEFGH"], "answer": "H"}
@@ -163,7 +163,7 @@ def test_letters_follow_the_longest_list_of_options(tmp_path):
     ],
 )
 def test_a_wrong_data_set_is_refused_by_name(folder, tmp_path, change, words):
-    from vtoken.eval.example_data import write_videomme
+    from vtoken.eval.benchmarks.example_data import write_videomme
 
     rows = video_rows()
     rows[1] |= change
@@ -198,7 +198,7 @@ def test_unreadable_videos_and_subtitles_are_named_and_count_as_wrong(folder, tm
 
 
 def test_a_name_cannot_lead_out_of_the_folder(folder, tmp_path):
-    from vtoken.eval.example_data import write_videomme
+    from vtoken.eval.benchmarks.example_data import write_videomme
 
     rows = video_rows()
     rows[0]["videoID"] = "../data/one"

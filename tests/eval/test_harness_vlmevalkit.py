@@ -9,9 +9,9 @@ import sys
 import pytest
 
 import vtoken
+from training.tiny.evaluate import answers
 from vtoken import tiny
-from vtoken.eval.vlmevalkit import load_run, main, register
-from vtoken.tiny.evaluate import answers
+from vtoken.eval.harness.vlmevalkit import load_run, main, register
 from vtoken.tiny.scenes import held_out
 
 CONFIG = """

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from vtoken.eval.mme import MME, load
-from vtoken.eval.records import read
-from vtoken.eval.runner import Evaluation, Processes, Run, plan
+from vtoken.eval.benchmarks.mme import MME, load
+from vtoken.eval.running.answer_log import read
+from vtoken.eval.running.runner import Evaluation, Processes, Run, plan
 
 from .canned import MME_ROWS, MME_SAID, Canned, mme_folder
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from vtoken.eval.example_data import png, write_mme, write_mme_tsv
-from vtoken.eval.items import Unreadable
-from vtoken.eval.mme import COGNITION, MME, PERCEPTION, load
-from vtoken.eval.runner import Evaluation, Run
-from vtoken.eval.yes_no import PROTOCOLS
+from vtoken.eval.benchmarks.example_data import png, write_mme, write_mme_tsv
+from vtoken.eval.benchmarks.mme import COGNITION, MME, PERCEPTION, load
+from vtoken.eval.benchmarks.task import Unreadable
+from vtoken.eval.protocols.yes_no import PROTOCOLS
+from vtoken.eval.running.runner import Evaluation, Run
 
 from .canned import MME_SAID, Canned, mme_folder, mme_rows
 

@@ -10,7 +10,7 @@ from torch import Tensor
 import vtoken
 from tests.models import Family
 from vtoken import PrefillTokens, Selection, Strategy, StrategyInfo, VisualTokens
-from vtoken.adapters.encoded import VisionWatch
+from vtoken.mechanism.vision_hooks import VisionWatch
 from vtoken.patching import patch_of
 
 

@@ -23,8 +23,8 @@ from tests import oracle
 from tests.models import FAMILIES
 from tests.models.common import text
 from tests.oracle import CACHE, clone
-from vtoken.adapters.cache import ledger_of, make_logical, physical_length
-from vtoken.adapters.ledger import Ledger
+from vtoken.mechanism.ledger import Ledger
+from vtoken.mechanism.logical_cache import ledger_of, make_logical, physical_length
 from vtoken.strategies import create
 
 from .common import ALIGNED, BOTH, FRONT, SOME, assert_close, assert_same, clean, expected, run, subject
@@ -298,7 +298,7 @@ def test_tables_after_a_crop_are_those_of_a_naive_writing():
             index, past = None, ledger.slots[0].shape[1]
             for stage in range(3):
                 keep = keep & (torch.rand(batch, length, generator=generator) < 0.7)
-                chosen, valid = vtoken.adapters.ragged.right_aligned(keep)
+                chosen, valid = vtoken.mechanism.ragged.right_aligned(keep)
                 if stage == 0:
                     index = torch.where(valid, chosen, -1)
                 place = torch.stack([(index[b][None] == chosen[b][:, None]).long().argmax(1) for b in range(batch)])

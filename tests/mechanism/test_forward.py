@@ -8,7 +8,7 @@ import torch
 from tests import oracle
 from tests.models import FAMILIES
 from tests.oracle import CACHE, clone, pick
-from vtoken.adapters.layers import HOOKS_INSIDE_CHECKPOINT
+from vtoken.mechanism.layer_hooks import HOOKS_INSIDE_CHECKPOINT
 
 from .common import (
     BOTH,

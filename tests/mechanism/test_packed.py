@@ -14,7 +14,7 @@ from tests import oracle
 from tests.models import FAMILIES
 from tests.models.common import IMG, text
 from tests.oracle import CACHE, clone
-from vtoken.adapters.packed import ranks_of
+from vtoken.mechanism.packed_rows import ranks_of
 
 from .common import EFFECT, assert_close, clean, subject
 from .fixed import Fixed, patched

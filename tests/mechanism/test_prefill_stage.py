@@ -17,7 +17,7 @@ from tests.models import FAMILIES
 from tests.models.common import IMG, text
 from tests.oracle import CACHE, clone, pick
 from vtoken import PrefillTokens, Selection, Strategy, StrategyInfo, strategies
-from vtoken.adapters.cache import physical_length
+from vtoken.mechanism.logical_cache import physical_length
 
 from .common import PATCHABLE, assert_same, clean, consistent, expected, run, subject
 from .fixed import Fixed, patched

@@ -18,8 +18,8 @@ from transformers import Cache, DynamicCache
 import vtoken
 from tests.models import FAMILIES
 from tests.oracle import CACHE, clone
-from vtoken.adapters import transformers_contract as contract
 from vtoken.adapters.registry import adapter_for
+from vtoken.mechanism import transformers_names as contract
 
 from .common import ALIGNED, BOTH, FRONT, PATCHABLE, checkpointing, run
 from .fixed import patched

@@ -16,9 +16,9 @@ from tests.mechanism.common import assert_close, assert_same, clean, expected, r
 from tests.mechanism.fixed import Spy, patched
 from tests.models import FAMILIES
 from tests.oracle import CACHE
-from vtoken.adapters.cache import physical_length
+from vtoken.mechanism.logical_cache import physical_length
 from vtoken.strategies import MustDrop
-from vtoken.strategies.windows import merge_windows, similar_windows, window_cells
+from vtoken.strategies.common.windows import merge_windows, similar_windows, window_cells
 
 from .common import anyres, image
 from .prompts import after_keeping, prompt, run_through

@@ -12,7 +12,7 @@ from tests.mechanism.common import assert_same, expected, run, subject
 from tests.mechanism.fixed import patched
 from tests.models import FAMILIES
 from vtoken.strategies import SparseVLM
-from vtoken.strategies.clusters import density_peaks
+from vtoken.strategies.common.clusters import density_peaks
 from vtoken.strategies.sparsevlm import TABLES, choose_raters, recycled
 
 from .prompts import prompt, run_through

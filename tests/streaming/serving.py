@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 
 from tests.streaming.common import model_of, processor_of
-from vtoken.streaming.command import make_session
-from vtoken.streaming.desks import Desk, Desks
-from vtoken.streaming.page import build_page
-from vtoken.streaming.serving import Service, listen, private_folder
+from vtoken.cli.stream import make_session
+from vtoken.cli.stream_page import build_page
+from vtoken.cli.stream_server import Service, listen, private_folder
+from vtoken.cli.stream_visitors import Desk, Desks
 
 NAME = "qwen2_5_vl"
 SOURCE = "synthetic://3?fps=2&frames=9"

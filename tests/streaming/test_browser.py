@@ -11,10 +11,10 @@ import threading
 import pytest
 
 from vtoken import tiny
-from vtoken.streaming.command import EXAMPLES, TINY, TINY_STEPS, make_session
-from vtoken.streaming.desks import Desk, Desks
-from vtoken.streaming.page import build_page
-from vtoken.streaming.serving import Service, listen, private_folder
+from vtoken.cli.stream import EXAMPLES, TINY, TINY_STEPS, make_session
+from vtoken.cli.stream_page import build_page
+from vtoken.cli.stream_server import Service, listen, private_folder
+from vtoken.cli.stream_visitors import Desk, Desks
 from vtoken.tiny.clips import stream
 
 pytestmark = pytest.mark.browser

@@ -13,12 +13,12 @@ from rich.console import Console
 
 import vtoken
 from tests.streaming.common import model_of, processor_of
-from vtoken.cli import cli
-from vtoken.streaming.command import make_session
+from vtoken.cli.main import cli
+from vtoken.cli.stream import make_session
+from vtoken.cli.stream_page import PLOTS, Desk, Desks, build_page
+from vtoken.cli.stream_player import COMPUTED, Player, draw_step, passes_by
+from vtoken.cli.stream_terminal import recite, show_status
 from vtoken.streaming.memory import Step
-from vtoken.streaming.page import PLOTS, Desk, Desks, build_page
-from vtoken.streaming.player import COMPUTED, Player, draw_step, passes_by
-from vtoken.streaming.terminal import recite, show_status
 from vtoken.streams import TowerUse
 from vtoken.video import Frame, VideoError, open_video
 

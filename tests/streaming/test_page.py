@@ -15,12 +15,12 @@ import pytest
 from click.testing import CliRunner
 
 from tests.streaming.serving import SOURCE, Visitor, served
-from vtoken.cli import cli
-from vtoken.streaming import page as page_module
-from vtoken.streaming.desks import Desk, Desks, Said
-from vtoken.streaming.guard import LOOPBACK, MAX_BODY, Guard
-from vtoken.streaming.page import talk_html
-from vtoken.streaming.serving import listen, private_folder
+from vtoken.cli import stream_page as page_module
+from vtoken.cli.main import cli
+from vtoken.cli.stream_guard import LOOPBACK, MAX_BODY, Guard
+from vtoken.cli.stream_page import talk_html
+from vtoken.cli.stream_server import listen, private_folder
+from vtoken.cli.stream_visitors import Desk, Desks, Said
 
 ROOM = 300_000
 
@@ -316,7 +316,7 @@ def test_ports_that_need_rights(monkeypatch):
 # -- what is shown next to an answer -------------------------------------------------------------------------------
 def test_the_truth_and_the_unpruned_answer_stand_next_to_it():
     from vtoken import tiny
-    from vtoken.streaming.command import make_session
+    from vtoken.cli.stream import make_session
 
     loaded = tiny.load("qwen2_5_vl")
     desk = Desk(lambda strategy, budget: make_session(*loaded, strategy, budget, max_steps=4), speed=500.0)

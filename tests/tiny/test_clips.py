@@ -8,9 +8,9 @@ import pytest
 
 from vtoken.tiny import clips, digits
 from vtoken.tiny.assets import PHOTOGRAPHS, SHAPES
+from vtoken.tiny.clip_moments import _assets, bend
 from vtoken.tiny.clips import KINDS, held_out, make_clip, questions, stream
 from vtoken.tiny.digits import DIGITS
-from vtoken.tiny.moments import _assets, bend
 from vtoken.tiny.scenes import COLOURS, NUMBERS
 
 

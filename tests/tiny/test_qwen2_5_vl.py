@@ -4,14 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from vtoken import tiny
-from vtoken.tiny import clips, scenes
-from vtoken.tiny.assets import SHAPES
-from vtoken.tiny.clips import Frames, make_clip
-from vtoken.tiny.digits import DIGITS
-from vtoken.tiny.evaluate import answers, prepare, score
-from vtoken.tiny.language import layout
-from vtoken.tiny.qwen_language import (
+from training.tiny.evaluate import answers, prepare, score
+from training.tiny.language import layout
+from training.tiny.qwen_language import (
     SLOTS,
     WIDTHS,
     choose_about_clip,
@@ -22,9 +17,14 @@ from vtoken.tiny.qwen_language import (
     visual_tokens,
     warm_start,
 )
-from vtoken.tiny.qwen_tower import OBJECTS, crowd, encode, image_patches, owners, targets, train_tower, video_patches
-from vtoken.tiny.reading import SIZES, ReadingHeads, clip_targets, look_targets, places, stack
-from vtoken.tiny.recipes import qwen2_5_vl as recipe
+from training.tiny.qwen_tower import OBJECTS, crowd, encode, image_patches, owners, targets, train_tower, video_patches
+from training.tiny.reading import SIZES, ReadingHeads, clip_targets, look_targets, places, stack
+from training.tiny.recipes import qwen2_5_vl as recipe
+from vtoken import tiny
+from vtoken.tiny import clips, scenes
+from vtoken.tiny.assets import SHAPES
+from vtoken.tiny.clips import Frames, make_clip
+from vtoken.tiny.digits import DIGITS
 from vtoken.tiny.scenes import Question, make_scene
 
 

@@ -10,15 +10,16 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from training.tiny import recipes
+from training.tiny.evaluate import answers, held_out, prepare, prompt, score
+from training.tiny.language import layout
+from training.tiny.loop import optimise
+from training.tiny.recipes import llava_next, llava_onevision
+from training.tiny.tower import to_pixels
 from vtoken import tiny
-from vtoken.tiny import clips, recipes
-from vtoken.tiny.evaluate import answers, held_out, prepare, prompt, score
-from vtoken.tiny.language import layout
-from vtoken.tiny.loop import optimise
-from vtoken.tiny.recipes import llava_next, llava_onevision
+from vtoken.tiny import clips
 from vtoken.tiny.scenes import COLOURS, questions
-from vtoken.tiny.tower import to_pixels
-from vtoken.tiny.wide import LARGE, SMALL, cut, make_wide
+from vtoken.tiny.scenes_wide import LARGE, SMALL, cut, make_wide
 
 GROWN = {"llava_next": llava_next, "llava_onevision": llava_onevision}
 

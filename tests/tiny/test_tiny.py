@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from training.tiny.evaluate import answers, prompt, pruned_accuracy, score
+from training.tiny.language import SLOTS, choose, layout, pack
+from training.tiny.models import build_tokenizer
+from training.tiny.recipes import llava
+from training.tiny.tower import localisation, view
 from vtoken import tiny
 from vtoken.tiny import scenes
 from vtoken.tiny.assets import FILE, PHOTOGRAPHS, SHAPES
-from vtoken.tiny.evaluate import answers, prompt, pruned_accuracy, score
-from vtoken.tiny.language import SLOTS, choose, layout, pack
-from vtoken.tiny.models import build_tokenizer
-from vtoken.tiny.recipes import llava
 from vtoken.tiny.scenes import COLOURS, KINDS, NUMBERS, held_out, make_scene, questions
-from vtoken.tiny.tower import localisation, view
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from tests.video.media import write
-from vtoken.tiny.recipes import llava_onevision
+from training.tiny.recipes import llava_onevision
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "video.py"
 

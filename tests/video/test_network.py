@@ -144,7 +144,7 @@ def test_what_a_camera_may_do(monkeypatch, scripts, shown, error):
     class Stream:
         average_rate = guessed_rate = 25
 
-    monkeypatch.setattr("vtoken.video.feeds.open_container", lambda *_, **__: (Script(*next(connections)), Stream))
+    monkeypatch.setattr("vtoken.video.live_feeds.open_container", lambda *_, **__: (Script(*next(connections)), Stream))
     live = LiveReader("rtsp://camera/1", timeout=0.2, retries=2 * (len(scripts) > 1), backoff=0.001, drop=False)
     got = []
     with live:

@@ -66,11 +66,11 @@ def by_command(path: Path) -> list[int]:
     """`vtoken demo stream` with a session that nobody needs."""
     from click.testing import CliRunner
 
-    from vtoken.cli import cli
+    from vtoken.cli.main import cli
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vtoken.demo.load", lambda *_: (None, None))
-        patch.setattr("vtoken.streaming.command.make_session", lambda *_, **__: nullcontext())
+        patch.setattr("vtoken.cli.demo.load", lambda *_: (None, None))
+        patch.setattr("vtoken.cli.stream.make_session", lambda *_, **__: nullcontext())
         result = CliRunner().invoke(cli, ["demo", "stream", "--source", str(path), "--ask", "0", "what?"])
     assert result.exit_code != 0 and "is not a video" in " ".join(result.output.split()), result.output
     return []
@@ -300,8 +300,8 @@ def test_an_address_may_name_addresses_but_no_files(tmp_path):
 
 def test_a_data_set_of_videos(canary, tmp_path):
     """Video-MME's clips go the same way."""
-    from vtoken.eval.items import Item, Unreadable
-    from vtoken.eval.videomme import VideoMME
+    from vtoken.eval.benchmarks.task import Item, Unreadable
+    from vtoken.eval.benchmarks.videomme import VideoMME
 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "one.mp4").write_bytes(hls(str(canary.path)))

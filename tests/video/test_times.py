@@ -19,7 +19,7 @@ from vtoken.video import (
     sample_uniform,
     uniform_indices,
 )
-from vtoken.video.table import Clock
+from vtoken.video.frame_times import Clock
 
 
 @pytest.mark.parametrize(("n", "total"), [(1, 9), (2, 9), (3, 10), (8, 100), (7, 7), (9, 4), (64, 1000), (5, 6)])

@@ -1,1 +1,1 @@
-"""Model families: how each is taken apart, and how its sequence becomes shorter."""
+"""Model families: where the parts of each are, and which of its visual tokens is which cell of the picture."""

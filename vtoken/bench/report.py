@@ -14,7 +14,7 @@ import torch
 
 from .._json import read
 from ..checks import fit
-from ..shell import require
+from ..cli.options import require
 
 if TYPE_CHECKING:
     from rich.table import Table

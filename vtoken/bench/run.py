@@ -12,7 +12,7 @@ import torch
 
 import vtoken
 
-from ..shell import require
+from ..cli.options import require
 from ..strategies.registry import parse_strategy
 from . import report as reports
 from .cells import measure

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..adapters.transformers_contract import cache_in
+from ..mechanism.transformers_names import cache_in
 from ..recorder import Stopwatch
 from .shapes import Workload
 

@@ -1,3 +1,1 @@
-"""Accuracy against kept visual tokens: ``python -m vtoken.eval tiny``."""
-
-from __future__ import annotations
+"""Accuracy against kept visual tokens: benchmarks, protocols, runs, boards and other harnesses."""

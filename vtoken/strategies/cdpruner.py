@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels import greedy_map
 from ..tokens import Needs, Selection, TowerInfo, VisualTokens
 from .base import Strategy
-from .grouping import rows_per_segment, unit
+from .common.grouping import rows_per_segment, unit
 from .registry import register
 
 

@@ -9,8 +9,8 @@ import torch
 
 from ..tokens import PrefillTokens, Selection
 from .base import Strategy, top_k
+from .common.schedule import check_inside, mean_rows, wanted
 from .registry import register
-from .schedule import check_inside, mean_rows, wanted
 
 
 @register(

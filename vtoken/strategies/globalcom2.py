@@ -13,7 +13,7 @@ from torch import Tensor
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy, top_k
 from .budgets import check_budget, per_segment
-from .grouping import Layout, in_order, local_cells, rows_per_segment, unit
+from .common.grouping import Layout, in_order, local_cells, rows_per_segment, unit
 from .registry import register
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy, top_k
 from .budgets import check_budget
+from .common.scores import Score, attention_needs, attention_scores
 from .registry import register
-from .scores import Score, attention_needs, attention_scores
 
 
 @register(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..tokens import PrefillTokens, Selection, VisualTokens
 from .base import Strategy
+from .common.schedule import check_inside, wanted
 from .registry import register
-from .schedule import check_inside, wanted
 
 
 @register(

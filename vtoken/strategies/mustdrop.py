@@ -12,8 +12,7 @@ from torch import Tensor
 from ..checks import Threshold
 from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy, top_k
-from .registry import register
-from .schedule import (
+from .common.schedule import (
     behind_layers,
     check_inside,
     check_layers,
@@ -23,7 +22,8 @@ from .schedule import (
     refuse_if_unreachable,
     wanted,
 )
-from .windows import merge_windows, similar_windows, window_cells
+from .common.windows import merge_windows, similar_windows, window_cells
+from .registry import register
 
 
 @register(

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from ..tokens import PrefillTokens, Selection
 from .base import Strategy, top_k
+from .common.schedule import check_inside, check_layers, counts_for, lengths, ratio_for, refuse_if_unreachable, wanted
 from .registry import register
-from .schedule import check_inside, check_layers, counts_for, lengths, ratio_for, refuse_if_unreachable, wanted
 
 LEAST_RATIO = 0.25  # under it a budget moves the cuts towards the input, down to layer 1 as long as that reaches it
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..tokens import PrefillTokens, Selection
 from .base import Strategy, top_k
-from .clusters import density_peaks
-from .registry import register
-from .schedule import (
+from .common.clusters import density_peaks
+from .common.schedule import (
     behind_layers,
     bisect,
     check_inside,
@@ -23,6 +22,7 @@ from .schedule import (
     refuse_if_unreachable,
     wanted,
 )
+from .registry import register
 
 # tokens kept of 576 behind layers 2, 6 and 15 of 32, by the average they are meant for
 TABLES: dict[str, dict[int, tuple[int, ...]]] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..tokens import Selection, VisualTokens
 from .base import Strategy, top_k
-from .grouping import gaussian_similarity, rows_per_segment, unit
+from .common.grouping import gaussian_similarity, rows_per_segment, unit
 from .registry import register
 from .stc_cacher import CODE, LICENCE, PAPER
 

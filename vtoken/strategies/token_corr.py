@@ -13,9 +13,9 @@ from torch import Tensor
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy
 from .budgets import check_budget, in_total, per_segment
-from .grouping import absorb, local_cells, nearest, rows_per_segment, unit
+from .common.grouping import absorb, local_cells, nearest, rows_per_segment, unit
+from .common.scores import Score, attention_needs, attention_scores
 from .registry import register
-from .scores import Score, attention_needs, attention_scores
 
 
 @register(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..tokens import Needs, NotProvided, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy
 from .budgets import check_budget, in_total
-from .grouping import rows_per_segment
+from .common.grouping import rows_per_segment
 from .registry import register
 
 FEWER = (6, 4, 2, 1)  # frames of a collage where the video has fewer than asked for

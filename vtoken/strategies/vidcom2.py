@@ -12,7 +12,7 @@ from torch import Tensor
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy
 from .budgets import check_budget
-from .grouping import gaussian_similarity, unit
+from .common.grouping import gaussian_similarity, unit
 from .registry import register
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..tokens import Needs, Selection, TowerInfo, VisualTokens
 from .base import Strategy, top_k
-from .grouping import Layout, absorb, in_order, local_cells, nearest, rows_per_segment
+from .common.grouping import Layout, absorb, in_order, local_cells, nearest, rows_per_segment
+from .common.scores import attention_needs, attention_scores
 from .registry import register
-from .scores import attention_needs, attention_scores
 
 
 @register(

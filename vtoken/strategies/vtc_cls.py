@@ -9,8 +9,8 @@ import torch
 
 from ..tokens import Needs, Selection, TowerInfo, VisualTokens
 from .base import Strategy, top_k
+from .common.scores import Score, attention_needs, attention_scores
 from .registry import register
-from .scores import Score, attention_needs, attention_scores
 
 
 @register(

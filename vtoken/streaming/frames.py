@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import Adapter
-from ..adapters.encoded import ENCODED
 from ..kernels import gather_merge
+from ..mechanism.vision_hooks import ENCODED
 from ..tokens import Selection, concat_selections
 from .memory import Step, change_between
 

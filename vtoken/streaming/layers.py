@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import Adapter
-from ..adapters.rows import heads, rotate
+from ..mechanism.attention_rows import heads, rotate
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 TIED_TO_LENGTH = ("dynamic", "longrope")  # rotary tables that change with the sequence

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..adapters.rows import rotate
-from ..adapters.transformers_contract import cache_argument
 from ..checks import checked
+from ..mechanism.attention_rows import rotate
+from ..mechanism.transformers_names import cache_argument
 from .layers import Layers
 from .memory import Step, thinnest
 from .prompts import PromptInputs, Prompts

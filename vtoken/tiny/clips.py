@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from .assets import SHAPES
+from .clip_moments import Camera, Moment, draw_moment
 from .digits import DIGITS
-from .moments import Camera, Moment, draw_moment
 from .scenes import COLOURS, NUMBERS, SPLITS, Question, Scene
 
 KINDS = ("order", "moment", "presence", "now", "digits")

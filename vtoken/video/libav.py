@@ -12,8 +12,8 @@ import numpy as np
 from ..limits import Limits
 from .allowed import restrictions
 from .errors import Unreadable, VideoError, brief, load
+from .growing_files import Stopped, Waiting
 from .source import Source
-from .waiting import Stopped, Waiting
 
 _ALIGNED = 2**21  # pixels by which a decoder's rows may be longer than the picture
 _GARBAGE = 64  # errors of the demuxer in a row after which a source is taken to have ended

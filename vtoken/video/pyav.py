@@ -12,11 +12,11 @@ import numpy as np
 
 from ..limits import Limits
 from .errors import VideoError, brief
+from .frame_times import Clock, FrameTable, from_packets
 from .libav import Damage, decoded, to_rgb
 from .reader import Frame
 from .source import Source
-from .table import Clock, FrameTable, from_packets
-from .track import Track
+from .stream_track import Track
 
 _FURTHER = (1, 2, 4, 8)  # key frames that the decoder goes back where it cannot decode a frame from the nearest
 

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from .errors import Unreadable, VideoError, brief
-from .waiting import over_pipe
+from .growing_files import over_pipe
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
 _LONGEST = 200  # characters of a name in a message

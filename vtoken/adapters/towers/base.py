@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..._threads import PerThread
+from ...hooks import Hook, rebuilt
 from ...kernels import attention_rows, received_attention
 from ...tokens import EncoderMerge, Needs, TowerInfo
-from ..hooks import Hook, rebuilt
 
 if TYPE_CHECKING:
+    from ...mechanism.tower_rows import FramePass
     from .blocks import Block
-    from .frames import FramePass
 
 
 @dataclass

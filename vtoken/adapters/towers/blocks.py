@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..hooks import Hook
+from ...hooks import Hook
 
 
 class Block(ABC):

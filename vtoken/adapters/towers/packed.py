@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..._threads import PerThread
+from ...hooks import Hook
 from ...kernels import received_attention
 from ...tokens import Needs
-from ..hooks import Hook
 from .base import Capture, Tower
 
 

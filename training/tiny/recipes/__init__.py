@@ -1,0 +1,34 @@
+"""One file per tiny model. A file in this folder is a recipe; it is imported when it is asked for.
+
+A recipe has
+
+- ``build() -> (model, processor)``: the untrained model, of the real classes;
+- ``train(model, processor, log, seed, **limits)``: all stages, in place, through `training.tiny.loop.optimise`;
+  ``limits`` are its keywords ``seconds``, ``workers``, ``keep`` and (for tests) ``steps`` and ``checks`` of each stage;
+- ``held_out(n, seed) -> [(example, question), ...]``: questions about the test split; ``example.media`` is a PIL
+  image, or a list of PIL frames whose times in seconds are ``example.seconds``;
+- ``measure(model, processor, questions) -> dict``: what else its report says, besides the accuracy;
+- ``card(report, log) -> str``: its model card in Markdown.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def names() -> list[str]:
+    """The recipes in this folder, sorted; importing none of them."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def recipe(name: str) -> ModuleType:
+    """The recipe ``name``.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in names():
+        raise ValueError(f"unknown tiny model {name!r}: the recipes are {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")

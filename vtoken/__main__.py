@@ -1,0 +1,5 @@
+"""`python -m vtoken`: the command `vtoken`, for launchers that start modules, such as `accelerate launch -m vtoken`."""
+
+from .cli.main import main
+
+main()

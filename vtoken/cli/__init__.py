@@ -1,0 +1,1 @@
+"""The `vtoken` command: every command and every screen."""

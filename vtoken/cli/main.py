@@ -1,0 +1,166 @@
+"""`vtoken demo | list | info | eval | bench`, for people at a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .options import MODEL, Budget, Group, console, fail, quiet
+
+__all__ = ["Budget", "cli", "console", "fail", "main", "quiet"]
+
+
+@click.group(
+    cls=Group, lazy={"eval": "vtoken.eval.__main__:cli"}, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.version_option(package_name="vtoken")
+def cli() -> None:
+    """Vision-language models that read fewer visual tokens."""
+
+
+@cli.command("list")
+@click.argument("pattern", default="*")
+@click.option("--names", is_flag=True, help="Only the names, one a line.")
+def list_command(pattern: str, names: bool) -> None:
+    """The strategies whose names match a shell PATTERN such as "*cls*"."""
+    from ..strategies import list_names, strategy_info
+
+    found = list_names(pattern)
+    if not found:
+        raise fail(f"No strategy matches {pattern!r}: there are {', '.join(list_names())}.")
+    if names:
+        click.echo("\n".join(found))
+        return
+    from rich.table import Table
+
+    table = Table("strategy", "stages", "what it does", "paper", box=None, pad_edge=False)
+    for info in map(strategy_info, found):
+        kind = "baseline" if info.baseline else info.paper.rpartition(", ")[2]
+        table.add_row(f"[bold]{info.name}[/bold]", ", ".join(info.stages), info.summary, kind)
+    console().print(table)
+
+
+@cli.command()
+@click.argument("name")
+def info(name: str) -> None:
+    """What is known of one strategy: paper, code, hyper-parameters with defaults; of two, joined by +, of each."""
+    from ..strategies import combine
+    from ..strategies.registry import parse_strategy
+
+    names = parse_strategy(name)
+    if isinstance(names, list):
+        combine(names)  # says why if they do not go together
+    for part in [names] if isinstance(names, str) else names:
+        show_info(part)
+    given = f'"{names}"' if isinstance(names, str) else str(names).replace("'", '"')
+    console().print(f"vtoken.patch(model, {given}, budget=0.2)", style="cyan", highlight=False, markup=False)
+
+
+def show_info(name: str) -> None:
+    """Print what is registered about one strategy."""
+    from dataclasses import MISSING
+
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ..strategies import strategy_info
+
+    known = strategy_info(name)
+    out = console()
+    out.print(f"[bold]{known.name}[/bold]  {escape(known.summary)}")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    rows = {
+        "stages": ", ".join(known.stages),
+        "paper": known.paper or "none: a baseline",
+        "code": f"{known.code} ({known.code_licence or 'no licence stated'})" if known.code else "",
+        "differs": known.differs,
+        "status": "experimental" if known.experimental else "",
+    }
+    for key, value in rows.items():
+        if value:
+            table.add_row(f"[dim]{key}[/dim]", escape(value))
+    for key, default in known.defaults.items():
+        table.add_row(f"[dim]{key}[/dim]", "required" if default is MISSING else escape(repr(default)))
+    out.print(table)
+
+
+@cli.group(invoke_without_command=True, lazy={"stream": "vtoken.cli.stream:stream_command"})
+@click.option("--image", type=click.Path(), help="Ask about this image instead of a generated scene.")
+@click.option("--question", help="The question; needed with --image unless the tiny model answers.")
+@click.option("--strategy", default="hired", show_default=True, help="See `vtoken list`; two are joined by +.")
+@click.option("--budget", type=Budget(), help="A share such as 0.2, or a count: 64.  [default: 0.2]")
+@click.option("--model", "model_id", help=MODEL)
+@click.option("--output", type=click.Path(dir_okay=False), default="vtoken_demo.png", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which held-out scene.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+@click.pass_context
+def demo(context: click.Context, **options: Any) -> None:
+    """Ask a model with all visual tokens and with fewer, and draw the ones that were kept."""
+    if context.invoked_subcommand is not None:
+        return
+    from .demo import run
+
+    # not click's default: it would be converted, by code that needs torch, for `vtoken demo stream --help` as well
+    options["budget"] = 0.2 if options["budget"] is None else options["budget"]
+    run(console(), **options)
+
+
+@cli.command()
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    help="A published shape with random weights, or all; may be repeated. [default: llava-1.5-7b, 3 strategies]",
+)
+@click.option("--model", "model_id", help=MODEL)
+@click.option(
+    "--scale",
+    type=click.Choice(["full", "cpu", "quick", "tiny"]),
+    help="Of shapes: full is the published size. [default: full on a GPU, else cpu; quick without --shape]",
+)
+@click.option("--device", help="Where shapes are built; default: a GPU if there is one.")
+@click.option(
+    "--strategy", "strategies", multiple=True, help="May be repeated; two are joined by +. [default: all that fit]"
+)
+@click.option(
+    "--budget",
+    "budgets",
+    type=Budget(),
+    multiple=True,
+    help="May be repeated. [default: 0.1, 0.2, 0.33, 0.5 and 1.0; 0.2 and 0.5 without --shape]",
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed pairs per cell.")
+@click.option("--decode", "steps", type=click.IntRange(min=0), help="Decode steps. [default: 64; 16 without --shape]")
+@click.option(
+    "--limit",
+    type=click.FloatRange(min=0),
+    help="Seconds per shape after which no further turn begins. [default: none; 40 without --shape]",
+)
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    help="cpu: processor time, for a CPU that others use too; with OMP_NUM_THREADS=1. [default: wall; cpu without --shape]",
+)
+@click.option("--output", type=click.Path(dir_okay=False), help="JSON report; one that exists gains these shapes.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Picture of measured against promised speed-ups.")
+@click.option(
+    "--compare", nargs=2, type=click.Path(), help="Two reports: print how their times relate, measure nothing."
+)
+def bench(compare: tuple[str, str] | None, **options: Any) -> None:
+    """Time every stage with and without a strategy, in turns, next to what the FLOPs promise."""
+    from ..bench import run
+
+    if compare:
+        run.compare(console(), *compare)
+    else:
+        run.run(console(), **options)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `vtoken` command."""
+    cli.main(args=arguments, prog_name="vtoken")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What all commands share: budgets as arguments, errors in one sentence, packages that may be missing, commands on demand."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MODEL = "Hub id or folder of a vision-language model, or a tiny one that ships with vtoken: llava, llava_next, ..."
+
+
+class Budget(click.ParamType):
+    """A share with a decimal point, a number of tokens without one."""
+
+    name = "budget"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | int:
+        from ..strategies.budgets import check_budget
+
+        try:
+            return check_budget(
+                value if isinstance(value, (int, float)) else float(value) if "." in value else int(value)
+            )
+        except ValueError as error:
+            words = str(error) if "budget" in str(error) else f"{value!r} is no number: use 0.2 or 128, for instance."
+            return self.fail(words, param, ctx)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the GPU had no memory left, as Python or torch say it."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    words = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in words or "out of memory" in words)
+
+
+def of_the_network(error: BaseException) -> bool:
+    """Whether a request failed; the Hub's client raises httpx's errors where it has no sentence of its own."""
+    return any(kind.__module__.partition(".")[0].startswith("httpx") for kind in type(error).__mro__)
+
+
+def failure(error: BaseException) -> click.ClickException | None:
+    """What a command says of an error in one sentence, None if it is a fault of the program.
+
+    Bad input is a `click.UsageError`, exit code 2. What the environment lacks (a file, a package, memory, disk space, the
+    network) is no fault of the command line: exit code 1, without the usage text.
+    """
+    if isinstance(error, click.ClickException):
+        return error
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:
+        return None  # click ends quietly when nobody reads on
+    if out_of_memory(error):
+        first = str(error).strip().splitlines()[:1]
+        return click.ClickException(f"Out of memory{': ' + first[0] if first else ''}. Use less at once, or a smaller model.")
+    if of_the_network(error):
+        return click.ClickException(f"The network did not answer: {_line(error) or type(error).__name__}.")
+    if isinstance(error, OSError):
+        named = f": {error.filename!r}" if error.filename is not None else ""
+        return click.ClickException(f"{error.strerror}{named}." if error.strerror else _line(error) or type(error).__name__)
+    if isinstance(error, ImportError):
+        return click.ClickException(_line(error))
+    if isinstance(error, (ValueError, NotImplementedError)):
+        cause = error.__cause__
+        if isinstance(cause, (OSError, ImportError)) or (cause is not None and of_the_network(cause)):
+            return click.ClickException(_line(error))
+        return click.UsageError(_line(error) or type(error).__name__)
+    return None
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+def fail(what: object) -> click.ClickException:
+    """The sentence to raise for an error, see `failure`; a plain sentence is about bad input."""
+    told = failure(what) if isinstance(what, BaseException) else None
+    return told or click.UsageError(_line(what))
+
+
+class Sentences(click.Command):
+    """Mixin: errors that a user can mend end the command with one sentence in place of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            told = failure(error)
+            if told is None or told is error:
+                raise
+            if isinstance(told, click.UsageError):
+                told.ctx = told.ctx or ctx
+            raise told from None
+
+
+class Command(Sentences):
+    """A command whose errors are sentences."""
+
+
+class Group(Sentences, click.Group):
+    """A group whose errors are sentences and some of whose commands are imported when they are asked for.
+
+    Args:
+        lazy: per name of a command "module:attribute".
+    """
+
+    command_class = Command
+
+    def __init__(self, *args: Any, lazy: dict[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lazy = lazy or {}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *self.lazy})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.lazy:
+            return super().get_command(ctx, name)
+        module, _, attribute = self.lazy[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+Group.group_class = Group
+
+
+def require(*packages: str, extra: str) -> None:
+    """Raise ImportError now, with the extra's name, rather than after the work if a package cannot be imported."""
+    for name in packages:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            missing = isinstance(error, ModuleNotFoundError) and error.name == name
+            found = "is not installed" if missing else f"does not load ({_line(error)})"
+            raise ImportError(f"This needs {name}, which {found}: pip install 'vtoken[{extra}]'.", name=name) from None
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 110)
+
+
+def quiet() -> None:
+    """Keep transformers' own progress bars and notices out of the picture."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,263 @@
+"""What the buttons of a page act on: one stream per browser, its questions and answers, and a bounded number of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..patching import disabled
+from ..streaming.session import StreamSession
+from .stream_player import Player
+
+PLOTS = {  # column -> title
+    "tokens": "visual tokens kept per step",
+    "saved": "tower FLOPs saved (%)",
+    "memory": "visual tokens in memory",
+    "latency": "latency per step (ms)",
+}
+WINDOW = 120  # readings in a plot
+TALK = 20  # questions that are kept with their answers
+MAX_QUESTION = 500  # characters
+NOTHING = "There is no frame to ask about yet: press Play first."
+
+
+@dataclass(frozen=True)
+class Said:
+    """A question and what is known of its answer; texts as they are, nothing escaped.
+
+    Attributes:
+        truth: what the remembered frames show, of a labelled stream only.
+        unpruned: what the model answers from all visual tokens of the same frames, where the session is a short window.
+        facts: what the answer took.
+    """
+
+    question: str
+    answer: str = ""
+    truth: str | None = None
+    unpruned: str | None = None
+    facts: str = ""
+
+
+class Desk:
+    """One stream at a time, the player that feeds its session, and the talk about it.
+
+    Args:
+        make_session: `make_session(strategy, budget) -> StreamSession`.
+        fps: frames per second to take from a source.
+        speed: how many times faster than life a recording plays.
+    """
+
+    def __init__(
+        self, make_session: Callable[[str, float], StreamSession], fps: float = 2.0, speed: float = 1.0
+    ) -> None:
+        self.make_session, self.fps, self.speed = make_session, fps, speed
+        self.session: StreamSession | None = None
+        self.player: Player | None = None
+        self.wanted: tuple[str, str, float, float] | None = None
+        self.talk: deque[Said] = deque(maxlen=TALK)
+        self.upload: Path | None = None
+        self.touched = time.monotonic()
+        self._lock = threading.RLock()
+
+    def play(self, source: str, strategy: str, budget: float, fps: float | None = None) -> None:
+        """Begin a stream, or go on with the one that was paused if nothing has changed.
+
+        Raises:
+            ValueError: for a source that cannot be opened or a strategy that does not fit.
+        """
+        wanted = (source.strip(), strategy, budget, fps or self.fps)
+        with self._lock:
+            if self.player is not None and self.wanted == wanted and not self.player.ended:
+                self.player.resume()
+                return
+            self._end()
+            self.session = self.make_session(strategy, budget)
+            try:
+                name = int(wanted[0]) if wanted[0].isdecimal() else wanted[0]
+                self.player = Player(self.session, name, fps=wanted[3], speed=self.speed, frames=self._frames_kept())
+            except BaseException:
+                self._end()
+                raise
+            self.wanted = wanted
+
+    def pause(self) -> None:
+        player = self.player
+        if player is not None:
+            player.pause()
+
+    def close(self) -> None:
+        """End the stream, forget it and what was said, and delete what was uploaded for it."""
+        with self._lock:
+            self._end()
+            self.talk.clear()
+            if self.upload is not None:
+                self.upload.unlink(missing_ok=True)
+                self.upload = None
+
+    def _end(self) -> None:
+        if self.player is not None:
+            self.player.close()
+        if self.session is not None:
+            self.session.close()
+        self.player = self.session = None
+
+    def _frames_kept(self) -> int:
+        """Frames that a comparison with the unpruned model needs: those of a short window, else none."""
+        assert self.session is not None
+        steps = getattr(self.session.memory, "max_steps", None)
+        return 0 if steps is None else (steps + 1) * self.session.frames.unit
+
+    # -- questions ----------------------------------------------------------------------------------------------
+    def answer(self, question: str) -> Iterator[Said]:
+        """The answer so far, again and again while it grows; at the end with what it took."""
+        session, player = self.session, self.player
+        question = question.strip()[:MAX_QUESTION]
+        if session is None or player is None or not player.readings:
+            yield Said(question, NOTHING)
+            return
+        said = Said(question)
+        self.talk.append(said)
+        try:
+            pieces = session.stream_answer(question)
+            for piece in pieces:
+                said = self._replace(said, replace(said, answer=said.answer + piece))
+                yield said
+            answer = pieces.answer
+            assert answer is not None
+            facts = (
+                f"at {answer.time:.1f} s, from {len(answer.frames_used)} frames and {answer.visual_tokens} visual tokens, "
+                f"first word after {answer.first_token_seconds * 1000:.0f} ms"
+            )
+            truth = self._truth(player, question, answer.frames_used)
+            said = self._replace(said, replace(said, answer=answer.text, facts=facts, truth=truth))
+            yield said
+            unpruned = self._unpruned(session, player, question, answer.frames_used)
+            if unpruned is not None:
+                yield self._replace(said, replace(said, unpruned=unpruned))
+        except (ValueError, TypeError, RuntimeError) as error:
+            yield self._replace(said, replace(said, answer=str(error).splitlines()[0]))
+
+    def _replace(self, old: Said, new: Said) -> Said:
+        """`new` in the place of `old`, unless that has been forgotten."""
+        for i, said in enumerate(self.talk):
+            if said is old:
+                self.talk[i] = new
+        return new
+
+    def _truth(self, player: Player, question: str, seconds: tuple[float, ...]) -> str | None:
+        """The one right answer, where the stream is labelled and no labelled moment can lie between two frames."""
+        labels = player.labels(seconds[0], seconds[-1])
+        if labels is None:
+            return None
+        stream, since, now = labels
+        if player.fps < stream.fps / stream.hold:
+            return None
+        return stream.answer_to(question.lower(), now, since)
+
+    def _unpruned(
+        self, session: StreamSession, player: Player, question: str, seconds: tuple[float, ...]
+    ) -> str | None:
+        """What the model says when it reads all visual tokens of the frames at these times."""
+        frames = player.frames_at(seconds)
+        if frames is None or session._patch is None:
+            return None
+        with disabled(session.model), StreamSession(session.model, session.processor, fps=session.prompts.fps) as plain:
+            for frame in frames:
+                plain.push(frame)
+            return plain.ask(question).text
+
+    # -- what there is to see -----------------------------------------------------------------------------------
+    def status(self) -> str:
+        """One line about the stream."""
+        session, player = self.session, self.player
+        if player is None or session is None:
+            return "Nothing is playing."
+        stats = session.stats
+        state = "playing" if player.playing else "ended" if player.ended else "paused"
+        words = [
+            state,
+            f"{stats['last'] or 0:.1f} s",
+            f"{stats['frames']} frames",
+            f"{stats['tokens']} of at most {self.bound(stats)} visual tokens in memory",
+            f"{stats['forgotten']} steps forgotten",
+        ]
+        if player.live.stats.dropped:
+            words.append(f"{player.live.stats.dropped} frames dropped")
+        return " · ".join(words) + (f" · {player.error}" if player.error else "")
+
+    def bound(self, stats: dict[str, Any]) -> int | None:
+        """Visual tokens that the memory may hold."""
+        steps, player = stats.get("max_steps"), self.player
+        if steps is None or player is None or not player.readings:
+            return stats["max_tokens"]
+        return min(stats["max_tokens"], steps * player.readings[-1].rows)
+
+    def table(self) -> Any:
+        """The latest readings as a data frame: `seconds` and the columns of `PLOTS`."""
+        import pandas as pd
+
+        player = self.player
+        readings = list(player.readings)[-WINDOW:] if player is not None else []
+        rows = [(r.seconds, r.tokens, 100 * r.saved, r.held, 1000 * r.latency) for r in readings]
+        return pd.DataFrame(rows, columns=["seconds", *PLOTS], dtype=float)
+
+
+class Desks:
+    """A desk for every browser, at most so many at a time.
+
+    Args:
+        make: makes one.
+        most: browsers that may play at a time.
+        idle: seconds after which a desk is freed that nobody has looked at, whose browser went without a word.
+    """
+
+    def __init__(self, make: Callable[[], Desk], most: int = 4, idle: float = 300.0) -> None:
+        self.make, self.most, self.idle = make, most, idle
+        self._desks: dict[str, Desk] = {}
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        threading.Thread(target=self._watch, name="vtoken-desks", daemon=True).start()
+
+    def __len__(self) -> int:
+        return len(self._desks)
+
+    def of(self, browser: str | None) -> Desk | None:
+        """A browser's desk if it has one."""
+        desk = self._desks.get(browser or "")
+        if desk is not None:
+            desk.touched = time.monotonic()
+        return desk
+
+    def open(self, browser: str | None) -> Desk:
+        """A browser's desk; a new one if there is room. Raises ValueError if not, or for a request of no browser."""
+        if not browser:
+            raise ValueError("Open the page first: a request needs its session.")
+        with self._lock:
+            if browser not in self._desks:
+                if self._ended.is_set() or len(self._desks) >= self.most:
+                    raise ValueError(f"All {self.most} places are taken: try again when another browser has left.")
+                self._desks[browser] = self.make()
+            return self.of(browser)  # type: ignore[return-value]
+
+    def leave(self, browser: str | None) -> None:
+        """Forget a browser's stream."""
+        with self._lock:
+            desk = self._desks.pop(browser or "", None)
+        if desk is not None:
+            desk.close()
+
+    def close(self) -> None:
+        """Forget all, and take nobody in."""
+        self._ended.set()
+        for browser in list(self._desks):
+            self.leave(browser)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(self.idle, 10.0)):
+            for browser, desk in list(self._desks.items()):
+                if time.monotonic() - desk.touched > self.idle:
+                    self.leave(browser)

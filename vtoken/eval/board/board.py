@@ -1,0 +1,231 @@
+"""The accuracy board: strategies x budgets on held-out questions, with measured token counts and Wilson intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..._json import read
+from ...checks import fit, fit_field
+from ...strategies.budgets import check_budget
+
+BUDGETS: tuple[float | int, ...] = (0.5, 0.33, 0.2, 0.1, 0.05)
+SHAPE: dict[str, Any] = {"title": str, "settings": dict[str, Any], "cells": list}  # of a board's file
+Z95 = 1.959963984540054
+
+
+def wilson(right: int, asked: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of `right` out of `asked`, within [0, 1].
+
+    Raises:
+        ValueError: unless 0 <= right <= asked and asked > 0.
+    """
+    if not 0 <= right <= asked or asked < 1:
+        raise ValueError(f"A share needs 0 <= right <= asked and asked > 0, found {right} of {asked}.")
+    share, square = right / asked, Z95 * Z95 / asked
+    centre = (share + square / 2) / (1 + square)
+    half = Z95 / (1 + square) * math.sqrt(share * (1 - share) / asked + square / (4 * asked))
+    return (0.0 if right == 0 else centre - half), (1.0 if right == asked else centre + half)
+
+
+@dataclass
+class Cell:
+    """One strategy at one budget.
+
+    Attributes:
+        strategy: registered name, or "dense" for all visual tokens.
+        budget: as given to `vtoken.patch`.
+        baseline: whether the strategy exists to be compared with.
+        tokens: visual tokens per question, averaged over the LLM's layers, as `vtoken.report` measured them.
+        tokens_in: visual tokens per question that the unpatched model reads.
+        flops: LLM prefill FLOPs as a share of the unpatched model's.
+        right, asked: exact answers and questions.
+        kinds: per kind of question, (exact answers, questions).
+        seconds: processor time of all questions.
+    """
+
+    strategy: str
+    budget: float | int
+    baseline: bool
+    tokens: float
+    tokens_in: float
+    flops: float
+    right: int
+    asked: int
+    kinds: dict[str, tuple[int, int]]
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.asked
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy."""
+        return wilson(self.right, self.asked)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"accuracy": self.accuracy, "interval": self.interval}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Cell:
+        """Raises ValueError for a value of another type than its field's, or one that is missing."""
+        values = fit("a cell", values, dict)
+        made = cls(**{f.name: fit_field(cls, f.name, values.get(f.name)) for f in fields(cls)})
+        check_budget(made.budget)
+        wilson(made.right, made.asked)
+        return made
+
+
+@dataclass
+class Batch:
+    """Questions that are asked in one call.
+
+    Attributes:
+        asked: (kind, right answer) of each.
+        say: the patched model's answers, in the same order.
+    """
+
+    asked: Sequence[tuple[str, str]]
+    say: Callable[[Any], Sequence[str]]
+
+
+def measure(
+    model: Any,
+    batches: Sequence[Batch],
+    strategy: str | None,
+    budget: float | int = 1.0,
+    step: Callable[[int], None] = lambda asked: None,
+) -> Cell:
+    """Ask all questions under one strategy.
+
+    Args:
+        model: the unpatched model; it is unpatched again afterwards.
+        batches: the questions.
+        strategy: registered name, or several joined by "+"; None asks the unpatched model.
+        budget: as for `vtoken.patch`.
+        step: told the number of questions after each batch.
+    """
+    import time
+
+    import vtoken
+
+    tokens = tokens_in = flops = flops_dense = 0.0
+    kinds: dict[str, list[int]] = {}
+    start = time.process_time()
+    # the dense row reads its counts off a patch that keeps everything, which is the unpatched model bit for bit
+    with vtoken.applied(model, strategy or "uniform", budget=budget if strategy else 1.0):
+        for batch in batches:
+            said = batch.say(model)
+            report = vtoken.report(model)
+            tokens += report.average_visual_tokens * report.prompts
+            tokens_in += report.tokens_in
+            flops, flops_dense = flops + report.flops, flops_dense + report.flops_dense
+            for (kind, answer), text in zip(batch.asked, said, strict=True):
+                counted = kinds.setdefault(kind, [0, 0])
+                counted[0] += text == answer
+                counted[1] += 1
+            step(len(batch.asked))
+    asked = sum(n for _, n in kinds.values())
+    return Cell(
+        strategy=strategy or "dense",
+        budget=budget if strategy else 1.0,
+        baseline=strategy is None or ("+" not in strategy and vtoken.strategy_info(strategy).baseline),
+        tokens=tokens / asked,
+        tokens_in=tokens_in / asked,
+        flops=flops / flops_dense,
+        right=sum(r for r, _ in kinds.values()),
+        asked=asked,
+        kinds={k: (r, n) for k, (r, n) in sorted(kinds.items())},
+        seconds=time.process_time() - start,
+    )
+
+
+@dataclass
+class Board:
+    """Cells of one model with what is needed to measure them again.
+
+    Attributes:
+        title: whose answers to what.
+        settings: model, number of questions, seed, versions.
+        cells: the unpatched model first.
+    """
+
+    title: str
+    settings: dict[str, Any]
+    cells: list[Cell]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"title": self.title, "settings": self.settings, "cells": [c.to_dict() for c in self.cells]}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Board:
+        """Read what `save` wrote. Raises ValueError if it is something else."""
+        values = read(Path(path))
+        try:
+            made = {n: fit(n, fit("the file", values, dict).get(n), h) for n, h in SHAPE.items()}
+            return cls(made["title"], made["settings"], [Cell.from_dict(c) for c in made["cells"]])
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is no board of `vtoken eval`: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write what `load` reads; folders are made if needed."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")  # a kill leaves the old cells or the new ones
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @property
+    def at(self) -> dict[tuple[str, float | int], Cell]:
+        return {(c.strategy, c.budget): c for c in self.cells}
+
+    @property
+    def names(self) -> list[str]:
+        """The strategies, in the order in which they were measured."""
+        return list(dict.fromkeys(c.strategy for c in self.cells if c.strategy != "dense"))
+
+    @property
+    def budgets(self) -> list[float | int]:
+        return list(dict.fromkeys(c.budget for c in self.cells if c.strategy != "dense"))
+
+    def chance(self, tokens: float) -> float | None:
+        """Accuracy of `random` at so many visual tokens, linear between its own cells and the unpatched model.
+
+        None if that lies below its smallest cell, or if `random` was not measured.
+        """
+        known = sorted((c.tokens, c.accuracy) for c in self.cells if c.strategy in ("random", "dense"))
+        if not any(c.strategy == "random" for c in self.cells) or not known[0][0] <= tokens <= known[-1][0]:
+            return None
+        high = next(i for i, (t, _) in enumerate(known) if t >= tokens)
+        (t0, a0), (t1, a1) = known[max(0, high - 1)], known[high]
+        return a1 if t1 == t0 else a0 + (a1 - a0) * (tokens - t0) / (t1 - t0)
+
+    def below_random(self) -> list[tuple[Cell, float]]:
+        """Cells of published methods whose whole interval lies below what `random` has at equal tokens, with that."""
+        found = []
+        for cell in self.cells:
+            chance = None if cell.baseline else self.chance(cell.tokens)
+            if chance is not None and cell.interval[1] < chance:
+                found.append((cell, chance))
+        return found
+
+
+def versions() -> dict[str, str]:
+    """What the numbers may depend on."""
+    import torch
+    import transformers
+
+    import vtoken
+
+    return {
+        "vtoken": vtoken.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

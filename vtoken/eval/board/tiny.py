@@ -1,0 +1,188 @@
+"""The board of the tiny models that ship with the package: minutes on a CPU, no download."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...strategies.registry import parse_strategy
+from .board import BUDGETS, Batch, Board, Cell, measure, versions
+from .tower_memo import TowerMemo
+
+LARGEST = 0.5  # a method that cannot reach this budget on a model does not fit it
+
+
+@dataclass
+class Subject:
+    """A tiny model and what it is asked about one medium; what all cells share is computed once.
+
+    Attributes:
+        name: of the tiny model.
+        medium: "image" or "video".
+        only: whether the model is asked about no other medium.
+    """
+
+    name: str
+    medium: str
+    only: bool
+    model: Any
+    batches: list[Batch]
+
+    @property
+    def stem(self) -> str:
+        """For file names."""
+        return self.name if self.only else f"{self.name}_{self.medium}"
+
+    def fitting(self) -> list[str]:
+        """Strategies that fit the model at half its tokens and are defined for the medium; on images none about frames."""
+        import vtoken
+
+        names = [name for name in vtoken.list_strategies() if not refusal(self.model, name, LARGEST)]
+        made = {name: vtoken.strategy_info(name).cls() for name in names}
+        if self.medium == "image":
+            made = {name: strategy for name, strategy in made.items() if not strategy.acts_between_frames}
+        return [name for name, strategy in made.items() if self.medium in strategy.needs(None).modalities]
+
+
+def subjects(name: str, questions: int = 500, seed: int = 0, batch_size: int = 50) -> list[Subject]:
+    """A tiny model with held-out questions, one subject per medium that its recipe asks about.
+
+    Args:
+        name: one of `vtoken.tiny.names()`.
+        questions: how many of all media together, each about a test example of its own.
+        seed: which test examples.
+        batch_size: prompts per `generate` call, ragged, left-padded; clips with clips of as many frames.
+
+    Raises:
+        ValueError: for an unknown model.
+    """
+    from training.tiny.evaluate import held_out
+    from vtoken import tiny
+
+    model, processor = tiny.load(name)
+    pairs = held_out(name, questions, seed)
+    groups: dict[tuple[str, int], list[Any]] = {}
+    for example, question in pairs:
+        frames = len(example.media) if isinstance(example.media, list) else 0
+        groups.setdefault(("video" if frames else "image", frames), []).append((example, question))
+    media = sorted({medium for medium, _ in groups})
+    out, memo, number = [], TowerMemo(model), itertools.count()
+    for medium in media:
+        batches = [
+            _batch(processor, some[first : first + batch_size], memo, next(number))
+            for (of, _), some in sorted(groups.items())
+            if of == medium
+            for first in range(0, len(some), batch_size)
+        ]
+        out.append(Subject(name, medium, len(media) == 1, model, batches))
+    return out
+
+
+def _batch(processor: Any, pairs: Sequence[Any], memo: TowerMemo, number: int) -> Batch:
+    from training.tiny.evaluate import prepare
+
+    inputs = prepare(processor, pairs)
+    asked = [(question.kind, question.answer) for _, question in pairs]
+    # one word and an end more than any answer has: a longer text is wrong whatever follows
+    longest = max(len(ids) for ids in processor.tokenizer([a for _, a in asked], add_special_tokens=False).input_ids)
+
+    @torch.no_grad()
+    def say(model: Any) -> list[str]:
+        with memo.reading(number):
+            out = model.generate(**inputs, max_new_tokens=longest + 1, do_sample=False)
+        out = out[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in processor.batch_decode(out, skip_special_tokens=True)]
+
+    return Batch(asked, say)
+
+
+def plan(strategies: Sequence[str], budgets: Sequence[float | int]) -> list[tuple[str | None, float | int]]:
+    """The cells to measure: all visual tokens once (the same for every strategy), then every strategy at every budget."""
+    smaller = [b for b in budgets if isinstance(b, int) or b < 1]
+    return [(None, 1.0), *((name, budget) for name in strategies for budget in smaller)]
+
+
+def tiny_board(
+    subject: Subject,
+    strategies: Sequence[str] = (),
+    budgets: Sequence[float | int] = BUDGETS,
+    seed: int = 0,
+    step: Callable[[str, int], None] = lambda what, asked: None,
+    cell_done: Callable[[Board, Cell], None] = lambda board, cell: None,
+    known: Board | None = None,
+    refused: Callable[[str], None] = warnings.warn,
+) -> Board:
+    """Measure strategies on the held-out questions of one subject.
+
+    Args:
+        subject: see `subjects`.
+        strategies: registered names, or several joined by "+"; all that fit the subject if empty.
+        budgets: as for `vtoken.patch`. 1.0 is the unpatched model whatever the strategy and is measured once.
+        seed: of the subject's questions, to be written down.
+        step: told what is measured and how many questions were just answered.
+        cell_done: told the board so far and the cell that was just measured.
+        known: an earlier board; its cells are taken over if its settings are the same.
+        refused: told of each cell that is left out because the strategy cannot serve this model with this budget.
+
+    Raises:
+        ValueError: for an unknown strategy or a budget out of range.
+    """
+    for name in strategies:
+        parse_strategy(name)
+    questions = sum(len(batch.asked) for batch in subject.batches)
+    settings = {
+        "model": subject.name,
+        "medium": subject.medium,
+        "weights": weights(subject.model),
+        "questions": questions,
+        "seed": seed,
+        **versions(),
+    }
+    board = Board(f"Tiny {subject.name}, {subject.medium}s", settings, [])
+    wanted = plan(strategies or subject.fitting(), budgets)
+    keys = [(named or "dense", budget) for named, budget in wanted]
+    done = {key: known.at[key] for key in keys if key in known.at} if known and known.settings == settings else {}
+    board.cells = [done[key] for key in keys if key in done]
+    for (named, budget), key in zip(wanted, keys, strict=True):
+        if key in done:
+            step("taken over", questions)
+            continue
+        what = f"{named} at {budget}" if named else "all visual tokens"
+        if sentence := refusal(subject.model, named, budget):
+            refused(f"{what}: {sentence}")
+            step(what, questions)
+            continue
+        try:
+            done[key] = measure(subject.model, subject.batches, named, budget, functools.partial(step, what))
+        except ValueError as error:  # an input that the strategy refuses
+            refused(f"{what}: {error}")
+            continue
+        board.cells = [done[key] for key in keys if key in done]
+        cell_done(board, done[key])
+    return board
+
+
+def refusal(model: Any, strategy: str | None, budget: float | int) -> str:
+    """The sentence with which `vtoken.patch` refuses this strategy and budget on this model; empty if it does not."""
+    import vtoken
+
+    try:
+        with vtoken.applied(model, strategy or "uniform", budget=budget):
+            return ""
+    except ValueError as error:
+        return str(error)
+
+
+def weights(model: Any) -> str:
+    """The first digits of a SHA-256 over the model's parameters, which tells boards of different weights apart."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,1 @@
+"""How a sequence of visual tokens becomes shorter inside unmodified transformers."""

@@ -1,0 +1,74 @@
+"""Rows of the LLM's attention, recomputed from its projections: only the queries that a method reads, never the whole map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..hooks import rebuilt
+from ..kernels import attention_rows
+
+
+def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
+    """Raise ValueError if the attention of this decoder is not made of `q_proj` and `k_proj`."""
+    attention = getattr(decoder.layers[0], "self_attn", None)  # type: ignore[index]
+    if not all(hasattr(attention, part) for part in ("q_proj", "k_proj", "head_dim", "scaling")):
+        raise ValueError(
+            f"{name} reads the LLM's attention, which vtoken recomputes from q_proj and k_proj; the LLM of this {kind} model "
+            "has no such projections: use a projector strategy."
+        )
+
+
+def heads(attention: Any, x: Tensor, which: str) -> Tensor:
+    """(B, n, D) -> (B, heads, n, head_dim) behind the projection and its norm."""
+    projection = getattr(attention, f"{which}_proj", None)
+    if projection is None:
+        raise rebuilt(f"The LLM's attention has no {which}_proj, from which its rows are computed")
+    x = projection(x)
+    x = x.view(*x.shape[:2], -1, attention.head_dim)
+    norm = getattr(attention, f"{which}_norm", None)
+    return (x if norm is None else norm(x)).transpose(1, 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of (B, heads, n, head_dim) by tables (B, n, rotary_dim)."""
+    dim = cos.shape[-1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    head, tail = x[..., :dim], x[..., dim:]
+    a, b = head.chunk(2, -1)
+    return torch.cat([head * cos + torch.cat([-b, a], -1) * sin, tail], -1)
+
+
+def rows_of_attention(
+    attention: Any,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    rows: Tensor,
+    key: Tensor | None = None,
+    past: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Softmaxed rows of one prompt, (heads, r, n) float32.
+
+    Args:
+        attention: the self-attention module.
+        hidden: (1, n, D), what it is given.
+        rotary: cosines and sines, (1, n, rotary_dim).
+        rows: (r,) int64.
+        key: (1, kv_heads, n, head_dim) from the cache, None to compute them.
+        past: (1, kv_heads, p, head_dim), keys of earlier forwards; they take part in the softmax and are left out.
+        seen: (r, n) bool, what the rows may see of the n; None if they see what lies before them.
+    """
+    cos, sin = rotary
+    query = rotate(heads(attention, hidden[:, rows], "q"), cos[:, rows], sin[:, rows])
+    if key is None:
+        key = rotate(heads(attention, hidden, "k"), cos, sin)
+    if seen is None:
+        seen = torch.arange(hidden.shape[1], device=hidden.device)[None] <= rows[:, None]
+    if past is None:
+        return attention_rows(query, key, attention.scaling, seen[None])[0]
+    seen = torch.cat([seen.new_ones(len(rows), past.shape[2]), seen], 1)
+    probabilities = attention_rows(query, torch.cat([past, key], 2), attention.scaling, seen[None])[0]
+    return probabilities[..., past.shape[2] :]

@@ -1,0 +1,59 @@
+"""Cutting the KV cache of earlier layers to what survived the last drop, once the prompt has been read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import kv_compact
+
+if TYPE_CHECKING:
+    from .forward_context import Run
+
+
+def align_cache(run: Run, layers: Sequence[int], stage_of: Sequence[int]) -> None:
+    """Gather keys and values of `layers` along the sequence; called before the ledger takes in this forward.
+
+    Earlier forwards were aligned when they were read, so only the current tokens move. The logical length stays.
+    """
+    final = len(run.now) - 1
+    past = run.ledger.slots[final].shape[1]
+    for stage in sorted({stage_of[i] for i in layers} - {final}):
+        if run.now[stage][0] is run.now[final][0]:
+            continue
+        index = _columns(run, stage, final, past)
+        group = [run.cache.layers[i] for i in layers if stage_of[i] == stage]
+        for device in {layer.keys.device for layer in group}:
+            here = [layer for layer in group if layer.keys.device == device]
+            cut_layers(here, index.to(device), inplace=run.static and not run.ragged[final])
+
+
+def _columns(run: Run, stage: int, final: int, past: int) -> Tensor:
+    """(B, m) int64: for every slot of the last stage the slot of `stage` that holds the same token; filler points at 0."""
+    (index, valid), (last, valid_last) = run.now[stage], run.now[final]
+    assert run.index is not None
+    column = torch.zeros_like(run.index)
+    row, place = valid.nonzero(as_tuple=True)
+    column[row, index[row, place]] = place
+    now = torch.where(valid_last, past + column.gather(1, last), 0)
+    return torch.cat([torch.arange(past, device=now.device).expand(len(now), past), now], 1)
+
+
+def cut_layers(layers: list[Any], index: Tensor, inplace: bool = False) -> None:
+    """Keep the slots `index` (B, m) int64 of layers on one device; `inplace` needs them strictly ascending."""
+    keys, values = kv_compact([x.keys for x in layers], [x.values for x in layers], index, inplace)
+    for layer, key, value in zip(layers, keys, values, strict=True):
+        if layer.is_compileable:  # static buffers keep their address
+            if not inplace:  # filler points back at slot 0
+                layer.keys[:, :, : key.shape[2]].copy_(key)
+                layer.values[:, :, : value.shape[2]].copy_(value)
+            layer.cumulative_length.fill_(key.shape[2])
+        else:
+            layer.keys, layer.values = key, value
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = key.shape[2]
+        if hasattr(layer, "cumulative_length_int"):
+            layer.cumulative_length_int = key.shape[2]

@@ -1,0 +1,247 @@
+"""KV caches that report the logical length of a prompt and store the physical one.
+
+`generate`, chat turns, `rope_deltas`, beams and assisted decoding all count prompt tokens with `get_seq_length()`. A cache
+layer that stores P of L tokens therefore goes on reporting L; masks, which need the physical size, learn it through
+`get_mask_sizes -> (kv_length, kv_offset)`, the pair that sliding layers use for the same purpose. Whatever else has a
+length or an index (`crop`, `get_max_length`, batch operations) counts prompt tokens as well.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from .cache_alignment import cut_layers
+from .ledger import Crop, Ledger
+
+UNOWNED = (
+    "This KV cache holds a prompt that vtoken shortened, and the model that goes on with it is not patched: patch it with "
+    "the strategy that filled the cache, or start with a new cache."
+)
+
+
+@functools.cache
+def logical_layer_class(cls: type) -> Any:
+    """`cls`, a cache-layer class, made to count logical tokens.
+
+    One base only, so that `layer.__class__ = logical_layer_class(type(layer))` is a legal layout change.
+    """
+
+    class Logical(cls):  # type: ignore[misc, valid-type]
+        _layer_type = None  # transformers registers subclasses that name a layer type for the whole process
+        dropped = 0  # logical tokens that have no slot here
+        behind_stage: tuple[int, int] | None = None  # (slots that stage 0 has more, tokens dropped in stage 0)
+        ledger: Ledger | None = None
+        number = 0  # of the LLM layer; the first one sees every batch operation
+
+        def __reduce__(self) -> Any:  # the class is made anew where it does not exist yet
+            return _empty_layer, (cls,), self.__dict__
+
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            if self.ledger is not None and not self.ledger.announced and self.ledger.shortened:
+                raise RuntimeError(UNOWNED)
+            return super().update(*args, **kwargs)
+
+        def its_own(self, method: str) -> Any:
+            if not hasattr(super(), method):
+                raise NotImplementedError(f"A {cls.__name__} of this transformers has no {method}: use a DynamicCache.")
+            return getattr(super(), method)
+
+        def physically(self, method: Any, *args: Any) -> Any:
+            dropped, self.dropped = self.dropped, 0
+            try:
+                return method(*args)
+            finally:
+                self.dropped = dropped
+
+        def physical_length(self) -> Any:
+            return super().get_seq_length()
+
+        def get_seq_length(self) -> Any:
+            return super().get_seq_length() + self.dropped
+
+        def get_max_length(self) -> int:
+            """Logical tokens that fit; a window counts survivors, -1 stands for no limit."""
+            slots = int(super().get_max_length())
+            return slots if slots < 0 or self.is_sliding else slots + self.dropped
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            kv_length, kv_offset = self.physically(super().get_mask_sizes, query_length)
+            if self.behind_stage is None:
+                return kv_length, kv_offset + self.dropped
+            # The model makes one mask per attention type, from the first layer of that type, wherever that sits: every
+            # layer answers for stage 0, and the layer hooks cut the columns down for later stages.
+            more_slots, dropped = self.behind_stage
+            window = self.max_cache_len if self.is_compileable else getattr(self, "sliding_window", None)
+            if self.is_sliding and self.physical_length() + more_slots + query_length > window:
+                raise NotImplementedError(
+                    "Dropping inside the LLM cannot serve a sliding-window layer whose window is full: prune before the LLM."
+                )
+            return kv_length + (0 if self.is_compileable else more_slots), kv_offset + dropped
+
+        def crop(self, tokens_to_remove: int) -> Any:
+            """Remove the last `-tokens_to_remove` logical tokens; the layers of a cache are cropped in order."""
+            crop_slots = self.its_own("crop")
+            if self.ledger is None or not self.is_initialized or tokens_to_remove == 0:
+                return self.physically(crop_slots, tokens_to_remove)
+            if tokens_to_remove > 0:  # a length to crop to in older releases; newer ones raise
+                DynamicLayer.crop(DynamicLayer(), tokens_to_remove)
+                tokens_to_remove = min(0, tokens_to_remove - int(self.get_seq_length()))
+            return _crop(self, -tokens_to_remove, crop_slots)
+
+        def reset(self) -> None:
+            held, self.ledger = self.ledger, None
+            self.dropped, self.behind_stage = 0, None
+            super().reset()
+            if held is not None and isinstance(self, DynamicLayer):  # older releases keep as many zeros
+                self.keys = self.values = None
+                self.is_initialized = False
+
+        def reorder_cache(self, beam_idx: Tensor) -> Any:
+            out = self.its_own("reorder_cache")(beam_idx)
+            self.moved(beam_idx)
+            return out
+
+        def batch_repeat_interleave(self, repeats: int) -> Any:
+            out = self.its_own("batch_repeat_interleave")(repeats)
+            if self.ledger is not None and self.number == 0:
+                rows = torch.arange(self.ledger.batch_size, device=self.ledger.device)
+                self.moved(rows.repeat_interleave(repeats))
+            return out
+
+        def batch_select_indices(self, indices: Any) -> Any:
+            out = self.its_own("batch_select_indices")(indices)
+            self.moved(indices)
+            return out
+
+        def moved(self, rows: Any) -> None:
+            if self.ledger is not None and self.number == 0:
+                self.ledger.select_rows(rows)
+
+    Logical.__name__ = Logical.__qualname__ = "Logical" + cls.__name__
+    Logical.__module__ = __name__
+    return Logical
+
+
+def _empty_layer(cls: type) -> Any:
+    """A layer of the logical kind of `cls` without state, for copies and pickles."""
+    logical = logical_layer_class(cls)
+    return logical.__new__(logical)
+
+
+def _crop(layer: Any, tokens: int, crop_slots: Any) -> None:
+    """Remove the last `tokens` logical tokens of a layer; `crop_slots` is the crop of its own class.
+
+    The first layer cuts the tables and the others follow, as each of them stores another part of the tokens that go.
+    """
+    ledger: Ledger = layer.ledger
+    if layer.number == 0:
+        length = max(0, physical_length(layer) + layer.dropped - tokens)
+        ledger.crop = Crop(length, ledger.cuts(length)) if length < ledger.end else None
+    crop = ledger.crop
+    if crop is None:  # tokens that every layer stores, one slot each
+        _check_window(layer, tokens)
+        layer.physically(crop_slots, -tokens)
+        return
+    cut, stored = crop.cuts[ledger.table(layer.number)], physical_length(layer)
+    if layer.number in crop.done or crop.length != max(0, stored + layer.dropped - tokens):
+        raise NotImplementedError("One layer of a shortened KV cache cannot be cropped alone: use cache.crop.")
+    if not (ledger.gather or all(c.first for c in crop.cuts)):
+        raise NotImplementedError(
+            f"A KV cache of {name_of(layer)} cannot be cropped into a prompt whose rows lost different numbers of tokens: "
+            "crop less, or use a DynamicCache or StaticCache that is not offloaded."
+        )
+    gone = stored - cut.index.shape[1]
+    _check_window(layer, gone, whole=not cut.first)
+    if layer.number == 0:
+        ledger.forget(crop.length, crop.cuts)
+    if not cut.first:
+        cut_layers([layer], cut.index.to(layer.keys.device))
+    elif gone:
+        layer.physically(crop_slots, -gone)
+    crop.done.add(layer.number)
+    settle(layer, ledger)
+
+
+def _check_window(layer: Any, gone: int, whole: bool = False) -> None:
+    """Raise NotImplementedError if a sliding layer no longer has what it needs once `gone` slots are cropped.
+
+    With `whole`, it needs every slot that it ever stored.
+    """
+    if not layer.is_sliding:
+        return
+    stored = physical_length(layer)
+    window = layer.max_cache_len if layer.is_compileable else layer.sliding_window
+    held = min(stored, window) if layer.is_compileable else layer.keys.shape[-2]
+    if held < stored and (whole or layer.is_compileable or held - gone < min(window - 1, stored - gone)):
+        raise NotImplementedError(
+            f"A sliding-window layer has lost tokens that it needs after a crop (window {window}): start with a new cache."
+        )
+
+
+def settle(layer: Any, ledger: Ledger) -> None:
+    """Tell a layer what the tables say about it."""
+    table = ledger.table(layer.number)
+    layer.dropped = ledger.dropped[table]
+    layer.behind_stage = (ledger.dropped[table] - ledger.dropped[0], ledger.dropped[0]) if table else None
+
+
+def physical_length(layer: Any) -> int:
+    """Tokens that a cache layer really stores."""
+    return int(layer.physical_length() if hasattr(layer, "physical_length") else layer.get_seq_length())
+
+
+def ledger_of(cache: Cache | None) -> Ledger | None:
+    """The ledger of a cache that holds a shortened prompt, None if it holds none (any more)."""
+    layers = getattr(cache, "layers", None)
+    if not layers or not layers[0].is_initialized:
+        return None
+    return getattr(layers[0], "ledger", None)
+
+
+def name_of(layer: Any) -> str:
+    """The name of a cache layer's class before it was made to count logical tokens."""
+    return type(layer).__name__.removeprefix("Logical")
+
+
+def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
+    """Raise NotImplementedError before the first token if this kind of cache cannot hold what a strategy leaves of a prompt.
+
+    Args:
+        inside: whether layers of the LLM will hold different numbers of tokens.
+        aligned: whether stored keys and values will be cut once the prompt has been read.
+    """
+    if not hasattr(cache, "layers"):
+        raise NotImplementedError(
+            f"vtoken needs a KV cache that consists of layers, found {type(cache).__name__}: use a DynamicCache."
+        )
+    for layer in cache.layers:
+        known = isinstance(layer, (DynamicLayer, StaticLayer)) and not hasattr(layer, "conv_states")
+        if (inside and not known) or (aligned and not _plain(cache, layer)):
+            kind = "an offloaded cache" if getattr(cache, "offloading", False) else name_of(layer)
+            instead = "a DynamicCache or StaticCache" if not known else "a DynamicCache or StaticCache, or align_cache=False"
+            doing = "be shortened after prefill" if aligned and known else "hold layers of different lengths"
+            raise NotImplementedError(f"This strategy needs a KV cache that can {doing}, found {kind}: use {instead}.")
+
+
+def make_logical(cache: Cache, ledger: Ledger, num_layers: int, inside: bool = False, aligned: bool = False) -> None:
+    """Let every layer of `cache` count logical tokens, and tie `ledger` to it; for the others see `check_cache`."""
+    while getattr(cache, "layer_class_to_replicate", None) is not None and len(cache.layers) < num_layers:
+        cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
+    check_cache(cache, inside, aligned)
+    for i, layer in enumerate(cache.layers):
+        if not hasattr(layer, "physical_length"):
+            layer.__class__ = logical_layer_class(type(layer))  # type: ignore[arg-type]
+        layer.ledger, layer.number = ledger, i  # type: ignore[attr-defined]
+    ledger.gather = all(_plain(cache, layer) for layer in cache.layers)
+
+
+def _plain(cache: Cache, layer: Any) -> bool:
+    """Whether a layer's keys and values are there to be gathered."""
+    known = isinstance(layer, (DynamicLayer, StaticLayer)) and not hasattr(layer, "conv_states")
+    return known and not hasattr(layer, "_quantize") and not getattr(cache, "offloading", False)

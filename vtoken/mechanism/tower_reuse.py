@@ -1,0 +1,198 @@
+"""Frames of a stream that compute a part of their tokens and reuse the rest of an earlier frame, inside a vision tower.
+
+All frames of a call pass a layer together: first those that are references, through the layer as it is, then the others
+in one batch, each beside its reference. So a video in one call gives what its frames give one by one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._threads import PerThread
+from ..adapters.towers.base import Capture, Tower
+from ..adapters.towers.blocks import Block
+from ..adapters.towers.packed import rotate
+from ..hooks import Hook, Hooks, Wrapped
+from ..kernels import gather_rows
+from ..streams import FrameTokens, Reuse, keep
+from .tower_attention import attend
+from .tower_rows import FramePass, Rows, stack
+
+
+class _Local(PerThread):
+    """What the hooks of a full forward gather, None outside of one."""
+
+    parts: dict[str, Tensor] | None = None
+
+
+class FrameReuse:
+    """The wrapped layers of one tower.
+
+    Args:
+        tower: with `tower.can_reuse`.
+        reuse: what the strategy declares.
+        read: layers whose projections taps read; they are computed in full.
+        active: the capture of the running `get_*_features` call, if any.
+    """
+
+    def __init__(self, tower: Tower, reuse: Reuse, read: set[int], active: Callable[[], Capture | None]) -> None:
+        self.tower, self.reuse, self.active = tower, reuse, active
+        self.prefix, self.local = int(tower.has_cls), _Local()
+        self.layers = set(reuse.layers) - read
+        self.now: list[Any] = []  # the tower's layers
+        self.blocks: list[Block] = []
+        self.wrapped = Wrapped()
+        self._wrap()
+        self.hooks = Hooks(self._find)
+
+    def _wrap(self) -> None:
+        self.now = self.tower.layers
+        self.blocks = [self.tower.block(i) for i in range(len(self.now))]
+        self.wrapped.remove()
+        for i, layer in enumerate(self.now):
+            self.wrapped.wrap(layer, "forward", functools.partial(self._layer, i))
+
+    def _find(self) -> list[Hook]:
+        module = self.tower.module
+        hooks = [Hook(module, self._before_tower, before=True, kwargs=True), Hook(module, self._behind_tower, kwargs=True)]
+        return hooks + [hook for i in sorted(self.layers) for hook in self.blocks[i].watch(self._record)]
+
+    def refresh(self) -> None:
+        """Look the layers and their parts up again."""
+        now = self.tower.layers
+        if any(a is not b for a, b in zip(now, self.now, strict=True)):
+            self._wrap()
+        self.hooks.refresh()
+
+    def remove(self) -> None:
+        self.hooks.remove()
+        self.wrapped.remove()
+
+    def _record(self, name: str, value: Tensor) -> None:
+        if self.local.parts is not None:
+            self.local.parts[name] = value
+
+    def _running(self) -> FramePass | None:
+        capture = self.active()
+        return None if capture is None else capture.frames
+
+    # -- the tower ----------------------------------------------------------------------------------------------
+    def _before_tower(self, module: Any, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+        run = self._running()
+        if run is None or kwargs is None:
+            return
+        run.grids = self.tower.frame_grids(args, kwargs)
+        if len(run.grids) != sum(run.videos):
+            raise RuntimeError(
+                f"The tower was given {len(run.grids)} frames but the call has {sum(run.videos)}: "
+                "the adapter does not know this kind of input."
+            )
+        run.plan((str(module.dtype), str(module.device)), self.reuse.interval)
+
+    def _behind_tower(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any = None) -> None:
+        run = self._running()
+        if run is None or out is None or not run.layers:
+            return
+        run.use.tokens = run.sizes
+        run.use.recomputed = [round(float(count.sum()) / run.layers) for count in run.counts]
+        shares = [count[self.prefix :] / run.layers for count in run.counts]
+        run.use.shares = self.tower.on_grid(shares, run.grids, args, kwargs)
+
+    # -- one layer ----------------------------------------------------------------------------------------------
+    def _layer(self, i: int, original: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        run, layer = self._running(), self.now[i]
+        if run is None:
+            return original(hidden_states, *args, **kwargs)
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            raise NotImplementedError(
+                "Reusing frames keeps state, which gradient checkpointing would meet twice: call model.eval() or "
+                "model.gradient_checkpointing_disable()."
+            )
+        rows, block, use = Rows(hidden_states, run, kwargs), self.blocks[i], run.use
+        every = list(range(len(rows.sizes)))
+        full, groups = (run.full, run.groups) if i in self.layers else (every, [])
+        use.flops_dense += sum(block.dense_flops(rows.windows[j]) for j in every)
+        use.flops += sum(block.dense_flops(rows.windows[j]) for j in full)
+        if i not in self.layers:
+            return original(hidden_states, *args, **kwargs)
+        if not run.layers:
+            run.sizes = rows.sizes
+            run.counts = [torch.zeros(n, device=hidden_states.device) for n in rows.sizes]
+        run.layers += 1
+        made = self._in_full(i, run, rows, full, original, args, kwargs) if full else None
+        if made is not None and not groups:
+            return made
+        parts = [self._in_part(i, run, rows, group) for group in groups]
+        run.entries = {}
+        if made is None and len(parts) == 1:
+            return parts[0].view_as(hidden_states)
+        out = torch.empty_like(hidden_states)
+        for frames, x in zip([full, *groups] if full else groups, parts if made is None else [made, *parts], strict=True):
+            rows.put(out, frames, x)
+        return out
+
+    def _in_full(
+        self, i: int, run: FramePass, rows: Rows, full: list[int], original: Callable[..., Tensor], args: Any, kwargs: Any
+    ) -> Tensor:
+        """Reference frames through the layer as it is; what it computed is noted for the others."""
+        parts: dict[str, Tensor] = {}
+        self.local.parts = parts
+        try:
+            made = original(rows.take(full), *args, **(kwargs | rows.arguments(full)))
+        finally:
+            self.local.parts = None
+        each = (rows.split(x, full) for x in (parts["key"], parts["value"], parts["attention"] + parts["mlp"]))
+        run.entries = dict(zip(full, zip(*each, strict=True), strict=True))
+        for j in full:
+            run.counts[j] += 1
+        if run.state is not None:
+            key, value, added = run.entries[full[-1]]
+            run.stored[i] = keep(key), keep(value), keep(added)
+        return made
+
+    def _in_part(self, i: int, run: FramePass, rows: Rows, group: list[int]) -> Tensor:
+        """Frames of one shape beside their references -> (frames, n, C)."""
+        block, x = self.blocks[i], rows.of(group)
+        key_then, value_then, added = (stack(list(e)) for e in zip(*(run.entry(j, i) for j in group), strict=True))
+        normed = block.norm1(x)
+        key = block.key(normed)
+        chosen = run.chosen.get(group[0])
+        if chosen is None or not self.reuse.shared:
+            with torch.no_grad():
+                chosen = self.reuse.choose(FrameTokens(i, key, key_then, self.prefix)).sort(1).values
+            run.chosen[group[0]] = chosen
+        chosen = chosen.to(x.device)
+        for j, mine in zip(group, chosen, strict=True):
+            run.counts[j][mine.to(run.counts[j].device)] += 1
+        normed, here = gather_rows([normed, x], chosen)
+        query, value = block.query_value(normed)
+        value = value_then.to(value).scatter(1, spread(chosen, value), value)
+        rotary = rows.rotary(group[0])
+        if rotary is not None:
+            query, key = rotate_both(block, query, key, chosen, rotary)
+        mixed, pairs = attend(query, key, value, chosen, rows.windows[group[0]], block.heads, block.scale)
+        linear = x.shape[1] * block.key_flops + chosen.shape[1] * block.chosen_flops
+        run.use.flops += len(group) * linear + 4 * pairs * block.width
+        here = here + block.out(mixed)
+        here = here + block.mlp(block.norm2(here))
+        return (x + added.to(x)).scatter_(1, spread(chosen, here), here.to(x))
+
+
+def spread(index: Tensor, rows: Tensor) -> Tensor:
+    """(B, m) as an index of whole rows (B, m, C), for `scatter`."""
+    return index[..., None].expand_as(rows)
+
+
+def rotate_both(
+    block: Block, query: Tensor, key: Tensor, chosen: Tensor, rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Queries (frames, m, C) of the chosen tokens and keys (frames, n, C) of all, after rotary embedding."""
+    flat = chosen.flatten()
+    q = rotate(query.reshape(len(flat), block.heads, -1), (rotary[0][flat], rotary[1][flat]))
+    k = rotate(key.unflatten(-1, (block.heads, -1)), rotary)
+    return q.reshape(query.shape), k.flatten(-2)

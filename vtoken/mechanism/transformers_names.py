@@ -1,0 +1,160 @@
+"""What vtoken relies on inside transformers: names of arguments, and checks that a call did what was planned.
+
+Argument names and call chains in transformers change between minor releases, and a hook that uses an old name is ignored in
+silence. Names are therefore read from signatures, a KV cache is known by its type, `check_names` refuses a model whose parts
+no longer take what the hooks replace, and `check_prompt` compares what the language model read and stored with the plan.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from packaging.version import Version
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.masking_utils import create_causal_mask
+
+from .logical_cache import physical_length
+
+if TYPE_CHECKING:
+    from ..adapters.base import Adapter
+    from .forward_context import Run
+    from .layer_hooks import LayerStages
+
+OLDEST, NEWEST = "5.17", "5.24"  # the minor releases of transformers that all tests have passed on, and those between
+
+
+def changed(what: str) -> RuntimeError:
+    """The error for a model that does not do what vtoken relies on: `what` was found, and what to do."""
+    installed = Version(transformers.__version__)
+    if Version(OLDEST) <= installed < Version(f"{NEWEST}.999"):
+        advice = "so a part of the model was replaced, or is called in another way: load the model anew, or unpatch it"
+        return RuntimeError(f"{what}: {_tested(installed)}; {advice}.")
+    advice = f"run pip install --upgrade vtoken, or pip install 'transformers=={NEWEST}.*'"
+    return RuntimeError(f"{what}: {_tested(installed)}; {advice}.")
+
+
+def _tested(installed: Version) -> str:
+    return f"vtoken is tested with transformers {OLDEST} to {NEWEST} and found {installed}"
+
+
+# -- names and types --------------------------------------------------------------------------------------------
+def cache_in(call: Mapping[str, Any] | tuple[Any, ...]) -> Any:
+    """The KV cache among the arguments or the outputs of a call, None if there is none.
+
+    Known by its type, or as an object that counts like one: a wrapper around a cache need not be a `Cache`.
+    """
+    values = call if isinstance(call, tuple) else call.values()
+    return next((value for value in values if isinstance(value, Cache) or hasattr(value, "get_seq_length")), None)
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """The name under which `function` takes a KV cache, by its annotation; for a wrapper without names, that of all others.
+
+    Raises RuntimeError if no parameter is annotated as a cache.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    if _nameless(parameters):
+        return cache_argument(create_causal_mask)
+    for parameter in parameters:
+        if "Cache" in str(parameter.annotation):
+            return parameter.name
+    raise changed(f"{_name(function)} takes no KV cache")
+
+
+def hidden_states_of(output: Any) -> Tensor:
+    """(B, n, d) from the output of the language model. Raises RuntimeError if it has none."""
+    hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+    if not isinstance(hidden, Tensor):
+        raise changed(f"{type(output).__name__} of the language model has no last_hidden_state")
+    return hidden
+
+
+def recomputes(decoder: Any) -> bool:
+    """Whether layers are computed again in backward (gradient checkpointing); they are given no KV cache then."""
+    return bool(decoder.training and getattr(decoder, "gradient_checkpointing", False))
+
+
+def check_features(output: Any) -> None:
+    """Raise RuntimeError if the output of `get_*_features` has no projected features."""
+    if getattr(output, "pooler_output", None) is None:
+        raise changed(f"{type(output).__name__} of the vision side has no pooler_output")
+
+
+def _nameless(parameters: Iterable[inspect.Parameter]) -> bool:
+    """Whether a signature is that of a wrapper, `(*args, **kwargs)`, which tells nothing about names."""
+    return all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", function))
+
+
+# -- when a model is patched ------------------------------------------------------------------------------------
+def check_names(adapter: Adapter, inside: bool) -> None:
+    """Raise RuntimeError if a part of the model no longer takes what the hooks read and replace; takes under 1 ms.
+
+    Args:
+        adapter: the model's parts.
+        inside: whether the hooks on the LLM's layers are used.
+    """
+    base, decoder = adapter.base, adapter.decoder
+    _check_takes(base.forward, "attention_mask", "position_ids", "inputs_embeds")
+    takes = inspect.signature(base.forward).parameters
+    if not _nameless(takes.values()) and not set(takes) & set(adapter.pixel_arguments):
+        raise changed(f"{_name(base.forward)} takes none of {', '.join(adapter.pixel_arguments)}")
+    cache_argument(base.forward)
+    _check_takes(decoder.forward, "inputs_embeds", "attention_mask", "position_ids")
+    cache_argument(decoder.forward)
+    for modality in adapter.modalities:
+        if not hasattr(base, f"get_{modality}_features"):
+            raise changed(f"{type(base).__name__} has no get_{modality}_features")
+    if hasattr(base, "get_placeholder_mask") and len(adapter.modalities) > 1:
+        _check_takes(base.get_placeholder_mask, "video_features")
+    if hasattr(decoder, "_deepstack_process"):
+        _check_takes(decoder.forward, "visual_pos_masks", "deepstack_visual_embeds")
+    if inside:
+        layer = decoder.layers[0]
+        _check_takes(layer.forward, "attention_mask", "position_embeddings")
+        _check_takes(layer.self_attn.forward, "hidden_states", "attention_mask", "position_embeddings")
+        _check_takes(create_causal_mask, "config", "inputs_embeds", "attention_mask", "layer_idx")
+        cache_argument(create_causal_mask)
+
+
+def _check_takes(function: Callable[..., Any], *names: str) -> None:
+    parameters = inspect.signature(function).parameters
+    lacking = [name for name in names if name not in parameters]
+    if lacking and not _nameless(parameters.values()):
+        raise changed(f"{_name(function)} takes no {' and no '.join(lacking)}")
+
+
+# -- after every prompt -----------------------------------------------------------------------------------------
+def check_prompt(run: Run, stages: LayerStages, tokens: int) -> None:
+    """Raise RuntimeError unless the language model read and stored as many tokens as were planned.
+
+    Reads lengths only: of dynamic caches without a device synchronisation.
+
+    Args:
+        run: the forward, before its ledger takes it in.
+        stages: the drops inside the LLM, and which of them each layer reads and stores after.
+        tokens: length of the language model's output.
+    """
+    if len(run.now) <= stages.count:
+        raise changed(f"{len(run.now) - 1} of {stages.count} drops inside the LLM took place")
+    planned = [index.shape[1] for index, _ in run.now]
+    check_length("The language model answered for", tokens, planned[-1])
+    for i, layer in enumerate([] if run.cache is None else run.cache.layers[: len(stages.tables)]):
+        if isinstance(layer, DynamicLayer | StaticLayer):  # others count in ways of their own
+            stored = physical_length(layer) if layer.is_initialized else 0
+            before = run.ledger.slots[stages.tables[i]].shape[1]
+            check_length(f"The KV cache of layer {i} holds", stored, before + planned[stages.stage_of[i]])
+
+
+def check_length(what: str, found: int, planned: int) -> None:
+    """Raise RuntimeError unless as many tokens were found as were planned."""
+    if found != planned:
+        raise changed(f"{what} {found} tokens where {planned} were planned")

@@ -1,0 +1,266 @@
+"""The vision side: what `get_image_features` and `get_video_features` gave, with the scores their tower made on the way.
+
+Newer transformers encodes inside `generate()`, before the prompt is read; older releases inside `forward`. Either way the
+result travels on the very object that the model's own method returns.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.base import Adapter, Layout
+from ..adapters.towers.base import Capture
+from ..hooks import Hooks, Wrapped, rebuilt
+from ..streams import Reuse, StreamState, TowerUse, current_stream
+from ..tokens import EncoderMerge, EncoderTokens, Needs, Selection, VisualTokens
+from .forward_context import ENCODED, Admission, State
+from .tower_merging import MERGED, EncoderMerging
+from .tower_reuse import FrameReuse
+from .tower_rows import FramePass
+from .transformers_names import check_features
+
+
+@dataclass
+class EncodedVisuals:
+    """All images, or all videos, of one batch in placeholder order.
+
+    `picks` are the strategy's answers, given when the frames of a stream were pushed; None outside of a stream.
+    """
+
+    modality: str
+    items: list[VisualTokens]
+    picks: list[Selection] | None = None
+
+    @property
+    def total(self) -> int:
+        return sum(len(item) for item in self.items)
+
+
+class VisionWatch:
+    """Hooks on the vision side of a patched model.
+
+    Args:
+        adapter: the model's parts and geometry.
+        needs: per modality what is read from the tower.
+        state: shared with the sequence hooks.
+        gate: tells which calls are this patch's.
+        timer: `timer(name)` is a context manager that times a stage.
+        merging: per modality the tower layers behind which tokens are merged, where the tower allows it.
+        merge: asked there.
+        reuse: per modality what its tower reuses between frames.
+        used: told what a tower with reuse computed: `used(modality, TowerUse)`.
+        select: `select(VisualTokens) -> Selection`, asked once about every frame of a stream, so that the stream goes on;
+            None for a strategy that cannot choose before the prompt is known.
+        handed_out: told what was encoded for the user, outside of `forward`, `generate` and streams.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        needs: dict[str, Needs],
+        state: State,
+        gate: Admission,
+        timer: Callable[[str], Any],
+        merging: dict[str, tuple[int, ...]] | None = None,
+        merge: Callable[[EncoderTokens], EncoderMerge | None] | None = None,
+        reuse: dict[str, Reuse] | None = None,
+        used: Callable[[str, TowerUse], None] | None = None,
+        select: Callable[[VisualTokens], Selection] | None = None,
+        handed_out: Callable[[EncodedVisuals], None] | None = None,
+    ) -> None:
+        self.adapter, self.needs, self.state, self.gate, self.timer = adapter, needs, state, gate, timer
+        self.reuse, self.used, self.select, self.handed_out = reuse or {}, used, select, handed_out
+        self.key = uuid.uuid4().hex
+        self.wrapped = Wrapped()
+        self.hooks: list[Any] = []  # each has refresh() and remove()
+        self.merging = merging or {}
+        self._wrap_towers()
+        for modality in adapter.modalities:
+            name = f"get_{modality}_features"
+            if hasattr(adapter.base, name):
+                self.wrapped.wrap(adapter.base, name, getattr(self, f"_{modality}_features"))
+            if modality in needs and modality in adapter.towers:
+                active = functools.partial(self._active, modality)
+                tower, layers = adapter.towers[modality], self.merging.get(modality, ())
+                self.hooks.append(Hooks(functools.partial(tower.taps, needs[modality], active)))
+                if merge is not None and layers and tower.can_merge:
+                    self.hooks.append(EncoderMerging(tower, layers, merge, active))
+
+    def _wrap_towers(self) -> None:
+        """Wrap the layers of every tower that reuses, once where images and videos share it."""
+        modules: set[int] = set()
+        for modality, reuse in self.reuse.items():
+            tower = self.adapter.towers[modality]
+            if id(tower.module) not in modules:
+                modules.add(id(tower.module))
+                read = {layer for needs in self.needs.values() for layer in needs.tower_layers}
+                self.hooks.append(FrameReuse(tower, reuse, read, self._capture))
+
+    def remove(self) -> None:
+        for hooks in self.hooks:
+            hooks.remove()
+        self.hooks = []
+        self.wrapped.remove()
+
+    def _follow(self) -> None:
+        """Look the towers and their parts up again: adapters or quantisation may have replaced them since the last call.
+
+        Raises RuntimeError for a tower that cannot be read as the one that was patched.
+        """
+        try:
+            now = self.adapter.make_towers()
+            for modality, tower in self.adapter.towers.items():
+                tower.follow(now[modality], modality in self.needs and self._reads(modality))
+            for hooks in self.hooks:
+                hooks.refresh()
+        except (AttributeError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+            raise rebuilt(f"The vision tower can no longer be read ({error})") from error
+
+    def _reads(self, modality: str) -> bool:
+        """Whether something inside the tower is read or changed."""
+        return bool(self.needs[modality].tower_layers or self.merging.get(modality) or modality in self.reuse)
+
+    def _capture(self) -> Capture | None:
+        return self.state.capture  # type: ignore[no-any-return]
+
+    def _active(self, modality: str) -> Capture | None:
+        """The capture under way; images and videos may share a tower, each with a view of its own."""
+        capture: Capture | None = self.state.capture
+        return capture if capture is not None and capture.modality == modality else None
+
+    def _image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._features("image", original, args, kwargs)
+
+    def _video_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._features("video", original, args, kwargs)
+
+    @torch.compiler.disable
+    def _features(self, modality: str, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        with self.gate.call() as served:
+            self.state.disabled = self.gate.disabled()
+            return self._encoded(modality, original, args, kwargs) if served else original(*args, **kwargs)
+
+    def _encoded(self, modality: str, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        state = self.state
+        if state.disabled or modality not in self.needs or state.capture is not None:
+            return original(*args, **kwargs)
+        self._follow()
+        bound = inspect.signature(original).bind_partial(*args, **kwargs)
+        bound.apply_defaults()
+        given = self._told() | bound.arguments | bound.arguments.get("kwargs", {})
+        stream = current_stream(self.adapter.model)
+        stream = None if stream is None else stream.bind(self.key)
+        state.capture = capture = Capture(modality, self.needs[modality], frames=self._frames(modality, given, stream))
+        try:
+            with self.timer("tower"):
+                output = original(*args, **kwargs)
+        finally:
+            state.capture = None
+        missing = capture.missing if modality in self.adapter.towers else []
+        if missing:
+            raise rebuilt(f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read from")
+        if capture.frames is not None:
+            capture.frames.commit()
+            if self.used is not None:
+                self.used(modality, capture.frames.use)
+        if isinstance(output, tuple):  # return_dict=False: not a call of generate() or forward()
+            return output
+        encoded = self._encode(modality, output, given, capture)
+        if self.needs[modality].pixels:
+            for item, pixels in zip(encoded.items, self.adapter.frame_pixels(modality, given), strict=True):
+                item.pixels, item.encode = pixels, functools.partial(self._encode_frames, modality, original, given)
+        if stream is not None:
+            self._push(encoded, stream)
+        setattr(output, ENCODED, encoded)
+        if state.call is not None:  # encoded inside forward
+            state.call.encoded[modality] = encoded
+        elif state.generating is not None:
+            state.generating.encoded[modality] = encoded
+            state.unread = True
+        elif stream is None and self.handed_out is not None:
+            self.handed_out(encoded)
+        return output
+
+    def _push(self, encoded: EncodedVisuals, stream: StreamState) -> None:
+        """Let a stream go on by these frames. Whoever asks about them later starts from the history before them."""
+        memory, picks = copy.deepcopy(stream.memory), []
+        for item in encoded.items:
+            item.memory = copy.deepcopy(memory)
+            if self.select is not None:
+                with torch.no_grad():
+                    picks.append(self.select(replace(item, memory=memory)))
+        stream.memory = memory
+        encoded.picks = picks if self.select is not None else None
+
+    def _frames(self, modality: str, given: dict[str, Any], stream: StreamState | None) -> FramePass | None:
+        """The frames of a call that reuses: every video is a stream, or all go on with the given one."""
+        if modality not in self.reuse or (stream is None and modality != "video"):
+            return None
+        frames = self.adapter.frames(modality, given)
+        if stream is not None and modality == "video" and len(frames) > 1:
+            raise ValueError(
+                f"A stream goes on with one video per call, found {len(frames)}: give each video a vtoken.stream of its own."
+            )
+        if not frames:
+            return None
+        return FramePass(frames if stream is None else [sum(frames)], stream)
+
+    def _encode_frames(
+        self, modality: str, original: Callable[..., Any], like: dict[str, Any], pixels: Tensor
+    ) -> Tensor:
+        """(k, cells, d) features of k further frames (k, 3, H, W), cells in raster order."""
+        given = self.adapter.frame_arguments(modality, pixels.to(like[self.adapter.pixel_argument(like)]), like)
+        with torch.no_grad():
+            output = original(**given)
+        features = self.adapter.split_features(modality, output, given)
+        frames = []
+        for f, layout in zip(features, self.adapter.layouts(modality, features, given), strict=True):
+            place, first = layout.cells.to(f.device), 0
+            for segment in layout.segments[: None if modality == "video" else 1]:
+                frames.append(f[(place >= first) & (place < first + segment.size)])
+                first += segment.size
+        return torch.stack(frames)
+
+    def _told(self) -> dict[str, Any]:
+        """The prompt's arguments that the adapter wants beside those of `get_*_features`."""
+        sources = [x.given for x in (self.state.call, self.state.generating) if x is not None]
+        told = ((n, next((g[n] for g in sources if g.get(n) is not None), None)) for n in self.adapter.prompt_arguments)
+        return {name: value for name, value in told if value is not None}
+
+    def _encode(self, modality: str, output: Any, arguments: dict[str, Any], capture: Capture) -> EncodedVisuals:
+        check_features(output)
+        features = self.adapter.split_features(modality, output, arguments)
+        layouts = self.adapter.layouts(modality, features, arguments)
+        provided = capture.per_item([len(layout.segments) for layout in layouts])
+        tower = self.adapter.towers.get(modality)
+        items = [self._tokens(modality, *item, tower) for item in zip(features, layouts, provided, strict=True)]
+        return EncodedVisuals(modality, items)
+
+    @staticmethod
+    def _tokens(modality: str, features: Tensor, layout: Layout, provided: dict[Any, Tensor], tower: Any) -> VisualTokens:
+        if len(layout.cells) != len(features):
+            raise RuntimeError(
+                f"The layout of this {modality} has {len(layout.cells)} tokens, the model made {len(features)}: "
+                "please report the model and the input's size."
+            )
+        merged = provided.pop((MERGED, 0), None)
+        if merged is not None:  # tokens of one segment after those of the one before
+            merged = (merged + torch.arange(len(merged), device=merged.device)[:, None] * merged.shape[1]).flatten()
+        return VisualTokens(
+            features=features,
+            segments=layout.segments,
+            cells=layout.cells.to(features.device),
+            tower=None if tower is None else tower.info,
+            modality=modality,
+            merged=merged,
+            provided=dict(provided),  # type: ignore[arg-type]
+        )

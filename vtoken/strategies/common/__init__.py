@@ -1,0 +1,1 @@
+"""Arithmetic that several strategies share: schedules over layers, segments, windows, clusters, scores."""
