@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 import vtoken
-from training.tiny.evaluate import answers
 from vtoken.bench.report import machine
 from vtoken.tiny import clips, load
+from vtoken.tiny.questions import answers
 
 
 def questions(n: int, frames: int, seed: int) -> list[tuple[Any, Any]]:

@@ -48,7 +48,7 @@ for group in 'gather|kv' attention 'match|point|map'; do
         --repeats $kernel_repeats --only "$group" --out "$out/kernels.json"
 done
 for name in llava-1.5-7b llava-next-7b qwen2.5-vl-7b-image qwen2.5-vl-7b-video llava-onevision-7b-video; do
-    part "model-$name" $((limits[$name] + build)) "$python" -m vtoken.cli.main bench --shape "$name" --scale "$scale" \
+    part "model-$name" $((limits[$name] + build)) "$python" -m vtoken bench --shape "$name" --scale "$scale" \
         --device "$device" --repeats $repeats --decode $decode --limit "${limits[$name]}" --output "$out/models.json" \
         --plot "$out/models.png"
 done

@@ -307,7 +307,7 @@ def test_processes_without_accelerate_do_not_all_do_the_work(monkeypatch, tmp_pa
 
 HELP = """
 import sys
-from vtoken.cli import main
+from vtoken.cli.main import main
 try:
     main(sys.argv[1:])
 except SystemExit as end:

@@ -75,7 +75,7 @@ def test_gpu_script_calls_what_exists_and_goes_on_after_a_failure(tmp_path, rehe
     calls = [shlex.split(line) for line in record.read_text().splitlines()]
     assert "failed: kernels-attention(3)" in done.stdout and done.returncode == 1, done.stdout + done.stderr
     assert calls[0][:2] == ["-m", "pytest"] and "gpu" in calls[0]
-    benches = [c[3:] for c in calls if c[:3] == ["-m", "vtoken.cli.main", "bench"]]
+    benches = [c[3:] for c in calls if c[:3] == ["-m", "vtoken", "bench"]]
     shapes = [cli.commands["bench"].make_context("bench", list(c)).params for c in benches]
     from vtoken.bench.shapes import SHAPES
 

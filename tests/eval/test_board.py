@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import vtoken
-from training.tiny.evaluate import answers, held_out, prepare, score
 from vtoken import tiny
 from vtoken.cli import board as tiny_command
 from vtoken.eval.board import page as board_page
 from vtoken.eval.board.board import Batch, Board, Cell, measure, wilson
 from vtoken.eval.board.tiny import plan, subjects, tiny_board
 from vtoken.eval.board.tower_memo import TowerMemo
+from vtoken.tiny.questions import answers, held_out, prepare, score
 from vtoken.tiny.scenes import KINDS, Question
 
 

@@ -105,7 +105,7 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     asked = ["--example", "--budget", "0.2", "--output", str(tmp_path / "out")]
     made = subprocess.run(
-        [sys.executable, *launch, "-m", "vtoken.eval.benchmarks.mme", *asked], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *launch, "-m", "vtoken", "eval", "mme", *asked], cwd=ROOT, capture_output=True, text=True
     )
     assert made.returncode == 0, made.stderr
     assert len(list((tmp_path / "out").glob("hired-0.2.*.jsonl"))) == 2

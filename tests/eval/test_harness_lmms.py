@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import vtoken
-from training.tiny.evaluate import answers, prompt
 from vtoken import tiny
 from vtoken.eval.harness import lmms
 from vtoken.eval.harness.patched import Calls, patch_arguments, patch_counted, split
+from vtoken.tiny.questions import answers, prompt
 from vtoken.tiny.scenes import held_out
 
 

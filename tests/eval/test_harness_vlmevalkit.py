@@ -9,9 +9,9 @@ import sys
 import pytest
 
 import vtoken
-from training.tiny.evaluate import answers
 from vtoken import tiny
 from vtoken.eval.harness.vlmevalkit import load_run, main, register
+from vtoken.tiny.questions import answers
 from vtoken.tiny.scenes import held_out
 
 CONFIG = """
@@ -32,7 +32,7 @@ supported_VLM = {"tiny_llava": partial(Tiny, model_path="llava"), "gpt": partial
 RUN = """
 import argparse, json, sys
 from vlmeval.config import supported_VLM
-from vtoken.tiny.evaluate import answers
+from vtoken.tiny.questions import answers
 from vtoken.tiny.scenes import held_out
 
 def main():

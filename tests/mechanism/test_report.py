@@ -9,9 +9,9 @@ import vtoken
 from tests.mechanism.common import run, subject
 from tests.mechanism.fixed import patched
 from tests.models import FAMILIES
-from training.tiny.evaluate import held_out, prepare
 from vtoken import tiny
 from vtoken.strategies import FastV, PyramidDrop, combine
+from vtoken.tiny.questions import held_out, prepare
 
 
 def ask(model, processor, pairs, strategy, budget, **options):

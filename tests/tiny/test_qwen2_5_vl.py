@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from training.tiny.evaluate import answers, prepare, score
 from training.tiny.language import layout
 from training.tiny.qwen_language import (
     SLOTS,
@@ -25,6 +24,7 @@ from vtoken.tiny import clips, scenes
 from vtoken.tiny.assets import SHAPES
 from vtoken.tiny.clips import Frames, make_clip
 from vtoken.tiny.digits import DIGITS
+from vtoken.tiny.questions import answers, held_out, prepare, score
 from vtoken.tiny.scenes import Question, make_scene
 
 
@@ -235,17 +235,17 @@ def test_warm_start_takes_what_fits():
 
 
 def test_held_out_takes_images_and_clips_in_turn():
-    pairs = recipe.held_out(41)
+    pairs = held_out("qwen2_5_vl", 41)
     assert [isinstance(example, scenes.Scene) for example, _ in pairs] == [True, False] * 20 + [True]
     kinds = [question.kind for _, question in pairs]
     assert all(kinds.count(kind) == 4 for kind in (*scenes.KINDS[1:], *clips.KINDS))
     assert {len(example.media) for example, _ in pairs[1::2]} == {4, 6, 8}
-    assert recipe.held_out(41)[7][1] == pairs[7][1] != recipe.held_out(41, seed=1)[7][1]
+    assert held_out("qwen2_5_vl", 41)[7][1] == pairs[7][1] != held_out("qwen2_5_vl", 41, seed=1)[7][1]
 
 
 def test_shipped_model_answers_held_out_questions(shipped):
     assert [type(part).__name__ for part in shipped] == ["Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"]
-    pairs = recipe.held_out(80, seed=3)
+    pairs = held_out("qwen2_5_vl", 80, seed=3)
     said = answers(*shipped, pairs)
     assert score(pairs[::2], said[::2])["all"] >= 0.95
     assert score(pairs[1::2], said[1::2])["all"] >= 0.9

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoProcessor
 
 from training.tiny import recipes
-from training.tiny.evaluate import answers, held_out, prepare, prompt, score
 from training.tiny.language import layout
 from training.tiny.loop import optimise
 from training.tiny.recipes import llava_next, llava_onevision
 from training.tiny.tower import to_pixels
 from vtoken import tiny
 from vtoken.tiny import clips
+from vtoken.tiny.questions import answers, held_out, prepare, prompt, score
 from vtoken.tiny.scenes import COLOURS, questions
 from vtoken.tiny.scenes_wide import LARGE, SMALL, cut, make_wide
 

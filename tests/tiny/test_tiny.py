@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.tiny.evaluate import answers, prompt, pruned_accuracy, score
+from training.tiny.evaluate import pruned_accuracy
 from training.tiny.language import SLOTS, choose, layout, pack
 from training.tiny.models import build_tokenizer
 from training.tiny.recipes import llava
@@ -16,6 +16,7 @@ from training.tiny.tower import localisation, view
 from vtoken import tiny
 from vtoken.tiny import scenes
 from vtoken.tiny.assets import FILE, PHOTOGRAPHS, SHAPES
+from vtoken.tiny.questions import answers, prompt, score
 from vtoken.tiny.scenes import COLOURS, KINDS, NUMBERS, held_out, make_scene, questions
 
 

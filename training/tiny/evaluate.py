@@ -1,107 +1,15 @@
-"""Measures a tiny model as its user runs it: real processor, plain ``generate``, exact answers.
-
-An example is anything with ``.media``: a PIL image, or a list of PIL frames whose times are in ``.seconds``.
-"""
+"""Figures of the model cards: what a reader of the question alone would score, and accuracy with few visual tokens."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 
+from vtoken.tiny.questions import Pairs, held_out, prepare, prompt, score
 from vtoken.tiny.scenes import Question
-
-from .recipes import recipe
-
-Pairs = Sequence[tuple[Any, Question]]
-
-
-def held_out(name: str, n: int, seed: int = 0) -> list[tuple[Any, Question]]:
-    """``n`` (example, question) pairs that the recipe ``name`` holds out; ``seed`` picks a disjoint set of examples."""
-    return recipe(name).held_out(n, seed)
-
-
-def prompt(processor: Any, text: str, media: str = "image") -> str:
-    """The chat prompt of one question about one ``image`` or one ``video``."""
-    content = [{"type": media}, {"type": "text", "text": text}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-
-def prepare(processor: Any, pairs: Pairs) -> Any:
-    """The model's inputs for questions about images, or about videos of one number of frames; padded on the left.
-
-    All frames are given to the model: none is left out by the video processor.
-    """
-    media = [example.media for example, _ in pairs]
-    kind = "video" if isinstance(media[0], list) else "image"
-    kwargs: dict[str, Any] = {"images": media}
-    if kind == "video":
-        clips = [np.stack([np.asarray(frame) for frame in frames]) for frames in media]
-        facts = [_metadata(example.seconds) for example, _ in pairs]
-        kwargs = {"videos": clips, "video_metadata": facts, "do_sample_frames": False}
-    texts = [prompt(processor, question.text, kind) for _, question in pairs]
-    return processor(text=texts, padding=True, return_tensors="pt", **kwargs)
-
-
-def _metadata(seconds: Sequence[float]) -> dict[str, Any]:
-    n = len(seconds)
-    fps = (n - 1) / (seconds[-1] - seconds[0]) if n > 1 else 1.0
-    return {"fps": fps, "total_num_frames": n, "duration": n / fps, "frames_indices": list(range(n))}
-
-
-@torch.no_grad()
-def answers(
-    model: Any, processor: Any, pairs: Pairs, batch_size: int = 50, change: Callable[[Any], None] = lambda inputs: None
-) -> list[str]:
-    """Greedy answers to questions about examples, batched with left padding: images with images, clips with as long.
-
-    ``change`` is given the inputs of each batch and may change them.
-    """
-    said = [""] * len(pairs)
-    groups: dict[int, list[int]] = {}
-    for i, (example, _) in enumerate(pairs):
-        groups.setdefault(len(example.media) if isinstance(example.media, list) else 0, []).append(i)
-    for group in groups.values():
-        for first in range(0, len(group), batch_size):
-            some = group[first : first + batch_size]
-            inputs = prepare(processor, [pairs[i] for i in some]).to(model.device)
-            change(inputs)
-            out = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-            for i, text in zip(some, processor.batch_decode(out, skip_special_tokens=True)):
-                said[i] = text.strip()
-    return said
-
-
-def score(pairs: Pairs, said: Sequence[str]) -> dict[str, float]:
-    """Share of exact answers for ``all`` and for each kind that occurs."""
-    right = [question.answer == text for (_, question), text in zip(pairs, said)]
-    table = {"all": sum(right) / max(len(right), 1)}
-    for kind in dict.fromkeys(question.kind for _, question in pairs):
-        some = [r for r, (_, question) in zip(right, pairs) if question.kind == kind]
-        table[kind] = sum(some) / len(some)
-    return table
-
-
-def evaluate(
-    model: Any, processor: Any, n: int = 500, seed: int = 0, batch_size: int = 50, name: str = "llava"
-) -> dict[str, float]:
-    """Exact-match accuracy on ``n`` held-out questions, balanced over the kinds.
-
-    Args:
-        model, processor: as `vtoken.tiny.load` returns them.
-        n: number of questions, each about a test example of its own.
-        seed: which test examples.
-        batch_size: prompts per ``generate`` call.
-        name: whose held-out questions.
-
-    Returns:
-        Accuracy in 0..1 for ``all`` and for each kind of question.
-    """
-    pairs = held_out(name, n, seed)
-    return score(pairs, answers(model, processor, pairs, batch_size))
 
 
 def most_frequent(pairs: Pairs, seen: Iterable[Question]) -> dict[str, float]:

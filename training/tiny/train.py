@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import transformers
 
+from vtoken.tiny.questions import answers, held_out, score
+
 from . import recipes
 from .card import draw
-from .evaluate import answers, score
 
 
 def train(
@@ -72,9 +73,10 @@ def finish(
     processor.save_pretrained(out)
     stages = list(dict.fromkeys(entry["stage"] for entry in log))
     spent = {stage: max(e["seconds"] for e in log if e["stage"] == stage) for stage in stages}
-    pairs = recipe.held_out(questions, 0)
+    name = recipe.__name__.rpartition(".")[2]
+    pairs = held_out(name, questions)
     report = {
-        "model": recipe.__name__.rpartition(".")[2],
+        "model": name,
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_minutes": round(sum(spent.values()) / 60, 1),

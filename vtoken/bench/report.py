@@ -14,7 +14,7 @@ import torch
 
 from .._json import read
 from ..checks import fit
-from ..cli.options import require
+from ..extras import require
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,7 +12,7 @@ import torch
 
 import vtoken
 
-from ..cli.options import require
+from ..extras import require
 from ..strategies.registry import parse_strategy
 from . import report as reports
 from .cells import measure

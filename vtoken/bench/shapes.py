@@ -234,7 +234,7 @@ def shipped(model_id: str | None) -> Workload:
 
     Raises ValueError if it cannot be loaded.
     """
-    from ..cli.demo import TINY_QUESTION, load, prepare
+    from ..asking import TINY_QUESTION, load, prepare
     from ..tiny import names
     from ..tiny.scenes import make_scene
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .evaluate import separated
-from .options import Budget, Command, console, fail, quiet, require
+from ..asking import quiet
+from ..extras import require
+from .options import Budget, Command, console, fail, separated
 
 if TYPE_CHECKING:
     from rich.console import Console

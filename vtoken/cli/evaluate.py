@@ -1,4 +1,4 @@
-"""`vtoken eval mme` and `vtoken eval videomme`."""
+"""`vtoken eval mme | videomme | tiny`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import MODEL, Budget, Command, console, quiet, require
+from ..asking import quiet
+from ..extras import require
+from .options import MODEL, Budget, Command, Group, console, separated
 
 if TYPE_CHECKING:
     from ..eval.benchmarks.task import Task
@@ -18,8 +20,9 @@ PROTOCOLS = ("strict", "lmms-eval", "vlmevalkit")
 BASELINES = "random,uniform,pool"
 
 
-def separated(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str]:
-    return [part.strip() for part in (value or "").split(",") if part.strip()]
+@click.group(cls=Group, lazy={"tiny": "vtoken.cli.board:tiny"}, context_settings={"help_option_names": ["-h", "--help"]})
+def evaluate() -> None:
+    """Accuracy against kept visual tokens."""
 
 
 def common(default_output: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -49,7 +52,7 @@ def common(default_output: str) -> Callable[[Callable[..., None]], Callable[...,
     return decorate
 
 
-@click.command(cls=Command)
+@evaluate.command(cls=Command)
 @click.option(
     "--data", help="Folder with MME's parquet files, VLMEvalKit's MME.tsv, or a Hub id. [default: lmms-lab/MME]"
 )
@@ -65,10 +68,10 @@ def mme(data: str | None, protocol: str, **options: Any) -> None:
         source = example_data.mme(output / "example") if example else data or HUB
         return [(output, MME(load(source), protocol))]
 
-    evaluate(tasks, **options)
+    run(tasks, **options)
 
 
-@click.command(cls=Command)
+@evaluate.command(cls=Command)
 @click.option("--data", help="Folder with Video-MME's parquet file, data/*.mp4 and subtitle/*.srt.")
 @click.option("--frames", type=click.IntRange(min=1), help="Per video; default: the protocol's number.")
 @click.option("--same-tokens-as", type=click.IntRange(min=1),
@@ -102,10 +105,10 @@ def videomme(
         made = [(output / names[s] if len(asked) > 1 else output, s) for s in asked]
         return [(folder, VideoMME(items, protocol, frames, s, letters)) for folder, s in made]
 
-    evaluate(tasks, frames=frames, same_tokens_as=same_tokens_as, **options)
+    run(tasks, frames=frames, same_tokens_as=same_tokens_as, **options)
 
 
-def evaluate(
+def run(
     tasks: Callable[[Path, bool], list[tuple[Path, Task]]],
     model_id: str | None,
     strategies: list[str],

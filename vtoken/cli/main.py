@@ -6,13 +6,11 @@ from typing import Any
 
 import click
 
-from .options import MODEL, Budget, Group, console, fail, quiet
-
-__all__ = ["Budget", "cli", "console", "fail", "main", "quiet"]
+from .options import MODEL, Budget, Group, console, fail
 
 
 @click.group(
-    cls=Group, lazy={"eval": "vtoken.eval.__main__:cli"}, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=Group, lazy={"eval": "vtoken.cli.evaluate:evaluate"}, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.version_option(package_name="vtoken")
 def cli() -> None:
@@ -160,7 +158,3 @@ def bench(compare: tuple[str, str] | None, **options: Any) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `vtoken` command."""
     cli.main(args=arguments, prog_name="vtoken")
-
-
-if __name__ == "__main__":
-    main()

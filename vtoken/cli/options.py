@@ -1,14 +1,15 @@
-"""What all commands share: budgets as arguments, errors in one sentence, packages that may be missing, commands on demand."""
+"""What all commands share: budgets and lists as arguments, errors in one sentence, commands imported on demand."""
 
 from __future__ import annotations
 
 import errno
 import importlib
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from ..asking import out_of_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,15 +32,6 @@ class Budget(click.ParamType):
         except ValueError as error:
             words = str(error) if "budget" in str(error) else f"{value!r} is no number: use 0.2 or 128, for instance."
             return self.fail(words, param, ctx)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the machine or the GPU had no memory left, as Python or torch say it."""
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    words = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in words or "out of memory" in words)
 
 
 def of_the_network(error: BaseException) -> bool:
@@ -130,28 +122,12 @@ class Group(Sentences, click.Group):
 Group.group_class = Group
 
 
-def require(*packages: str, extra: str) -> None:
-    """Raise ImportError now, with the extra's name, rather than after the work if a package cannot be imported."""
-    for name in packages:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            missing = isinstance(error, ModuleNotFoundError) and error.name == name
-            found = "is not installed" if missing else f"does not load ({_line(error)})"
-            raise ImportError(f"This needs {name}, which {found}: pip install 'vtoken[{extra}]'.", name=name) from None
+def separated(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str]:
+    """Callback of an option: the parts of a value between commas."""
+    return [part.strip() for part in (value or "").split(",") if part.strip()]
 
 
 def console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 110)
-
-
-def quiet() -> None:
-    """Keep transformers' own progress bars and notices out of the picture."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

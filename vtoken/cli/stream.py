@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Budget, Command, console, fail, require
+from ..extras import require
+from .options import Budget, Command, console, fail
 
 if TYPE_CHECKING:
     from ..streaming.session import StreamSession
@@ -63,7 +64,7 @@ def run(
         require("gradio", extra="stream")
     if not source.startswith("synthetic:"):
         require("av", extra="stream")
-    from .demo import load
+    from ..asking import load
 
     bounds: dict[str, Any] = {"max_tokens": max_tokens, "max_steps": TINY_STEPS if model_id is None else None}
     name: str | int = int(source) if source.isdecimal() else source
@@ -102,7 +103,7 @@ def show_page(
     show: bool,
 ) -> None:
     """Serve the page until interrupted; the address is tried before the model is loaded."""
-    from .demo import load
+    from ..asking import load
     from .stream_page import MAX_UPLOAD, build_page
     from .stream_server import Service, listen, private_folder
     from .stream_visitors import Desk, Desks

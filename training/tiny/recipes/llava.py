@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vtoken.tiny.scenes import SIZE, held_out, make_scene, questions
+from vtoken.tiny.questions import held_out
+from vtoken.tiny.scenes import SIZE, make_scene, questions
 
 from .. import language
 from .. import tower as stages
@@ -22,7 +23,7 @@ from ..language import choose, pack
 from ..models import build_tokenizer, clip_llava, clip_pixels, clip_reading, generation_config, start_tower
 from ..tower import TowerHeads, hidden_states, localisation, targets, to_pixels, view
 
-__all__ = ["build", "card", "held_out", "measure", "train"]
+__all__ = ["build", "card", "measure", "train"]
 
 TOWER: dict[str, Any] = {"steps": 900, "batch": 32, "rate": 2e-3, "muon_rate": 0.02, "reset": 0.5, "look": 0.5}
 LANGUAGE: dict[str, Any] = {"steps": 600, "batch": 32, "rate": 2e-3, "muon_rate": 0.02}
@@ -131,7 +132,7 @@ def measure(model: Any, processor: Any, n: int = 500) -> dict[str, Any]:
     pixels, goal = tower_batch(0, 500, "test", 0)
     return {
         "recipe": {"tower": TOWER, "language": LANGUAGE},
-        "most_frequent_answer": most_frequent(held_out(n), seen),
+        "most_frequent_answer": most_frequent(held_out("llava", n), seen),
         "localisation": localisation(model.model.vision_tower, pixels, goal["owner"] >= 0),
         "pruned": {
             f"{by} {share}": pruned_accuracy(model, processor, share, by, n)["all"]

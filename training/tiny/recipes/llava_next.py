@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 from vtoken.tiny import load
+from vtoken.tiny.questions import answers, held_out, score
 from vtoken.tiny.scenes import questions
 from vtoken.tiny.scenes_wide import SMALL, cut, make_wide
-from vtoken.tiny.scenes_wide import held_out_wide as held_out
 
 from .. import language
 from .. import tower as stages
 from ..card import FRONT, accuracy, plan, run, snippet, table
-from ..evaluate import answers, most_frequent, score
+from ..evaluate import most_frequent
 from ..language import choose, pack
 from ..models import build_tokenizer, clip_llava, clip_pixels, clip_reading, generation_config
 from ..tower import TowerHeads, View, hidden_states, localisation, targets
 
-__all__ = ["build", "card", "held_out", "measure", "train"]
+__all__ = ["build", "card", "measure", "train"]
 
 TOWER: dict[str, Any] = {"steps": 300, "batch": 16, "rate": 1e-3, "muon_rate": 0.01, "reset": 0.5, "look": 0.5}
 LANGUAGE: dict[str, Any] = {"steps": 350, "batch": 16, "rate": 1e-3, "muon_rate": 0.01}
@@ -185,7 +185,7 @@ def hide(model: Any, part: str, inputs: Any) -> None:
 
 def measure(model: Any, processor: Any, n: int = 500) -> dict[str, Any]:
     """Blind accuracy, accuracy from the base image or the crops alone, and the number of visual tokens."""
-    pairs = held_out(n)
+    pairs = held_out("llava_next", n)
     seen = [question for i in range(500) for question in questions(make_wide(i))]
     canvases = [(height, width) for width, height in SMALL.canvases]
     return {

@@ -17,13 +17,15 @@ from vtoken.tiny import clips, load
 from vtoken.tiny.assets import SHAPES
 from vtoken.tiny.clip_moments import WHITE
 from vtoken.tiny.digits import DIGITS
-from vtoken.tiny.scenes import COLOURS, Question, questions
-from vtoken.tiny.scenes_wide import LARGE, cut, held_out_wide, make_wide
+from vtoken.tiny.questions import LENGTHS as HELD_OUT_FRAMES
+from vtoken.tiny.questions import answers, held_out, score
+from vtoken.tiny.scenes import COLOURS, questions
+from vtoken.tiny.scenes_wide import LARGE, cut, make_wide
 
 from .. import language
 from .. import tower as stages
 from ..card import FRONT, accuracy, plan, run, snippet, table
-from ..evaluate import answers, most_frequent, score
+from ..evaluate import most_frequent
 from ..language import pack
 from ..models import build_tokenizer, chat_template, generation_config, language_config, special_ids
 from ..qwen_language import choose_about_clip, choose_about_scene
@@ -31,12 +33,11 @@ from ..qwen_tower import crowd
 from ..reading import ReadingHeads, clip_targets, look_targets, stack
 from ..tower import TowerHeads, View, hidden_states, targets, to_pixels
 
-__all__ = ["build", "card", "held_out", "measure", "train"]
+__all__ = ["build", "card", "measure", "train"]
 
 TOWER: dict[str, Any] = {"steps": 1200, "batch": 32, "rate": 2e-3, "muon_rate": 0.02, "reset": 0.0, "look": 0.0}
 LANGUAGE: dict[str, Any] = {"steps": 2500, "batch": 12, "rate": 2e-3, "muon_rate": 0.02, "reading": 0.1}
 LENGTHS = (4, 4, 6, 6, 6, 8, 8, 8)  # frames of the clips in training
-HELD_OUT_LENGTHS = (4, 6, 8)  # up to two, three and four moments
 LONGER = (10, 12)  # measured apart
 SLOTS = 16  # questions per clip
 WIDTH = 13  # tokens per question: "which digit was shown with the purple triangle ? assistant : 4" and one to spare
@@ -240,13 +241,6 @@ def train_language(model: Any, processor: Any, log: list[dict], seed: int = 0, c
     reading.remove()
 
 
-def held_out(n: int, seed: int = 0) -> list[tuple[Any, Question]]:
-    """``n`` questions about the test split, in turn about an image and about a clip of 4, 6 or 8 frames."""
-    images = held_out_wide(n - n // 2, seed, LARGE)
-    videos = clips.held_out(n // 2, seed, HELD_OUT_LENGTHS)
-    return [pair for both in zip(images, videos) for pair in both] + images[n // 2 :]
-
-
 def longer(model: Any, processor: Any, n: int = 100) -> dict[str, float]:
     """Accuracy on ``n`` questions about clips of each of the ``LONGER`` lengths."""
     asked = {frames: clips.held_out(n, 0, frames) for frames in LONGER}
@@ -257,14 +251,14 @@ def measure(model: Any, processor: Any, n: int = 500) -> dict[str, Any]:
     """Blind accuracy and the number of visual tokens of images and clips."""
     asked = [questions(make_wide(i, layout=LARGE)) for i in range(500)]
     asked += [
-        clips.questions(clips.make_clip(i, frames=HELD_OUT_LENGTHS[i % len(HELD_OUT_LENGTHS)])) for i in range(500)
+        clips.questions(clips.make_clip(i, frames=HELD_OUT_FRAMES[i % len(HELD_OUT_FRAMES)])) for i in range(500)
     ]
     canvases = [(height, width) for width, height in LARGE.canvases]
-    videos = [(frames, TILE, TILE) for frames in HELD_OUT_LENGTHS + LONGER]
+    videos = [(frames, TILE, TILE) for frames in HELD_OUT_FRAMES + LONGER]
     tokens = processor._get_num_multimodal_tokens(image_sizes=canvases, video_sizes=videos)
     return {
         "recipe": {"tower": TOWER, "language": LANGUAGE},
-        "most_frequent_answer": most_frequent(held_out(n), [question for some in asked for question in some]),
+        "most_frequent_answer": most_frequent(held_out("llava_onevision", n), [q for some in asked for q in some]),
         "longer": longer(model, processor),
         "visual_tokens": {"images": tokens["num_image_tokens"], "clips": tokens["num_video_tokens"]},
     }
@@ -284,7 +278,7 @@ def card(report: dict[str, Any], log: list[dict]) -> str:
         form=last["held_out_form"],
         digit=last["held_out_digit"],
         images=", ".join(f"{n} ({w} x {h} px)" for n, (w, h) in zip(tokens["images"], LARGE.canvases)),
-        clips=", ".join(f"{n} ({frames} frames)" for n, frames in zip(tokens["clips"], HELD_OUT_LENGTHS + LONGER)),
+        clips=", ".join(f"{n} ({frames} frames)" for n, frames in zip(tokens["clips"], HELD_OUT_FRAMES + LONGER)),
         lengths=", ".join(f"{n} ({LENGTHS.count(n) / len(LENGTHS):.0%})" for n in dict.fromkeys(LENGTHS)),
         tower=plan(TOWER, log, "tower"),
         language=plan(LANGUAGE, log, "language"),

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from vtoken.tiny import clips, scenes
+from vtoken.tiny.questions import answers, held_out, score
 
 from ..card import accuracy, plan, run, table
-from ..evaluate import answers, most_frequent, score
+from ..evaluate import most_frequent
 from ..models import build_tokenizer, chat_template
 from ..qwen_language import train_language, warm_start
 from ..qwen_tower import IMAGE_SIDE, start, train_tower
 
-__all__ = ["build", "card", "held_out", "measure", "train"]
+__all__ = ["build", "card", "measure", "train"]
 
 TOWER = {"steps": 700, "batch": 32, "scenes": 10, "rate": 2e-3, "muon_rate": 0.02}
 LANGUAGE = {"steps": 2500, "batch": 24, "rate": 2e-3, "muon_rate": 0.02, "reading": 0.1}
@@ -137,12 +138,6 @@ def train(
     train_language(model, processor, LANGUAGE, log, first, seconds=seconds and seconds * 0.5, **limits)
 
 
-def held_out(n: int, seed: int = 0) -> list[tuple[Any, scenes.Question]]:
-    """``n`` questions about the test split, in turn about an image and about a clip of 4, 6 or 8 frames at 2 fps."""
-    images, videos = scenes.held_out(n - n // 2, seed), clips.held_out(n // 2, seed, frames=(4, 6, 8))
-    return [pair for pairs in zip(images, [*videos, None]) for pair in pairs if pair][:n]
-
-
 def measure(model: Any, processor: Any, n: int = 500) -> dict[str, Any]:
     """Blind accuracy, and accuracy on longer clips than those held out."""
     seen = [question for i in range(500) for question in scenes.questions(scenes.make_scene(i))]
@@ -153,7 +148,7 @@ def measure(model: Any, processor: Any, n: int = 500) -> dict[str, Any]:
         lengths[str(frames)] = score(some, answers(model, processor, some))["all"]
     return {
         "recipe": {"tower": TOWER, "language": LANGUAGE},
-        "most_frequent_answer": most_frequent(held_out(n), seen),
+        "most_frequent_answer": most_frequent(held_out("qwen2_5_vl", n), seen),
         "frames": lengths,
     }
 

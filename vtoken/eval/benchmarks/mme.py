@@ -1,4 +1,4 @@
-"""MME: yes-or-no questions, two per image (Fu et al., arXiv 2306.13394): ``python -m vtoken.eval.benchmarks.mme``."""
+"""MME: yes-or-no questions, two per image (Fu et al., arXiv 2306.13394)."""
 
 from __future__ import annotations
 
@@ -110,9 +110,3 @@ class MME(Task):
         scores["sum"] = scores["perception"] + scores["cognition"]
         columns["sum"] = f"{scores['sum']:.1f}"
         return Breakdown(columns, rows, scores)
-
-
-if __name__ == "__main__":
-    from ...cli.evaluate import mme
-
-    mme(prog_name="python -m vtoken.eval.benchmarks.mme")

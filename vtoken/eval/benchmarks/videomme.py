@@ -1,4 +1,4 @@
-"""Video-MME: multiple-choice questions about videos (Fu et al., arXiv 2405.21075): ``python -m vtoken.eval.benchmarks.videomme``."""
+"""Video-MME: multiple-choice questions about videos (Fu et al., arXiv 2405.21075)."""
 
 from __future__ import annotations
 
@@ -201,9 +201,3 @@ class VideoMME(Task):
                 if kind == "duration":
                     columns[name] = shown
         return Breakdown(columns, rows, scores)
-
-
-if __name__ == "__main__":
-    from ...cli.evaluate import videomme
-
-    videomme(prog_name="python -m vtoken.eval.benchmarks.videomme")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...cli.options import require
+from ...extras import require
 
 if TYPE_CHECKING:
     from .board import Board

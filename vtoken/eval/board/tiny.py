@@ -63,8 +63,8 @@ def subjects(name: str, questions: int = 500, seed: int = 0, batch_size: int = 5
     Raises:
         ValueError: for an unknown model.
     """
-    from training.tiny.evaluate import held_out
     from vtoken import tiny
+    from vtoken.tiny.questions import held_out
 
     model, processor = tiny.load(name)
     pairs = held_out(name, questions, seed)
@@ -86,7 +86,7 @@ def subjects(name: str, questions: int = 500, seed: int = 0, batch_size: int = 5
 
 
 def _batch(processor: Any, pairs: Sequence[Any], memo: TowerMemo, number: int) -> Batch:
-    from training.tiny.evaluate import prepare
+    from vtoken.tiny.questions import prepare
 
     inputs = prepare(processor, pairs)
     asked = [(question.kind, question.answer) for _, question in pairs]

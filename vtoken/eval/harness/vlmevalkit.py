@@ -1,4 +1,4 @@
-"""`python -m vtoken.eval.harness.vlmevalkit --strategy hired --budget 0.5 0.2 --model NAME --data MME`: VLMEvalKit, models patched.
+"""VLMEvalKit with patched models: `python -m vtoken.eval.harness.vlmevalkit --strategy hired --budget 0.2 --model NAME ...`.
 
 Registers patched twins of VLMEvalKit's models in its `supported_VLM` and hands over to its own `run.py` with all other
 arguments. VLMEvalKit is installed from a checkout (`pip install -e .`), beside whose package `run.py` lies.

@@ -168,6 +168,6 @@ class Asker:
 
 def load(model_id: str | None) -> Asker:
     """A model from the Hub or a folder, or one of the tiny ones by name; the tiny LLaVA if None. Raises as `demo.load`."""
-    from ...cli.demo import load as load_any
+    from ...asking import load as load_any
 
     return Asker(*load_any(model_id))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...cli.options import require
+from ...extras import require
 from ..benchmarks.task import Breakdown, Item, Prompt, Task, Unreadable
 from ..board.board import Cell
 from .answer_log import Record, Writer, check_settings, locked, read

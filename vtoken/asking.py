@@ -1,0 +1,86 @@
+"""Load a model and ask it one question about one image, as a user's script does."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+TINY_QUESTION = "how many objects are there?"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the GPU had no memory left, as Python or torch say it."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    words = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in words or "out of memory" in words)
+
+
+def quiet() -> None:
+    """Keep transformers' own progress bars and notices out of the picture."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
+    """Model in eval mode and its processor.
+
+    Args:
+        model_id: the name of a tiny model that ships with vtoken, a folder or a Hub id; None: the tiny model `shipped`.
+        shipped: see there.
+
+    Raises:
+        ValueError: if nothing of that name can be loaded.
+    """
+    from . import tiny
+
+    quiet()
+    if model_id is None or model_id in tiny.names():
+        return tiny.load(model_id or shipped)
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(model_id, dtype="auto")
+        processor = AutoProcessor.from_pretrained(model_id)
+    except Exception as error:  # whatever the files make transformers raise
+        if out_of_memory(error):
+            raise
+        here = Path(model_id).is_dir()
+        found = "a folder without a loadable model" if here else "no tiny model, no folder, and the Hub did not give it"
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"Cannot load the model {model_id!r} ({found}): {first}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+
+
+def prompt(processor: Any, question: str) -> str:
+    """The chat prompt of one question about one image, with the plain LLaVA wording if there is no template."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    if getattr(processor, "chat_template", None):
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
+
+
+def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> Any:
+    inputs = processor(images=image, text=prompt(processor, question), return_tensors="pt").to(model.device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return inputs
+
+
+def ask(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, float]:
+    """The greedy answer and the seconds it took."""
+    start = time.perf_counter()
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    taken = time.perf_counter() - start
+    return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(), taken

@@ -1,0 +1,17 @@
+"""Packages of an extra, which may be missing."""
+
+from __future__ import annotations
+
+import importlib
+
+
+def require(*packages: str, extra: str) -> None:
+    """Raise ImportError now, with the extra's name, rather than after the work if a package cannot be imported."""
+    for name in packages:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            missing = isinstance(error, ModuleNotFoundError) and error.name == name
+            said = " ".join(str(error).split())
+            found = "is not installed" if missing else f"does not load ({said})"
+            raise ImportError(f"This needs {name}, which {found}: pip install 'vtoken[{extra}]'.", name=name) from None
