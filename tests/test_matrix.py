@@ -19,7 +19,8 @@ from tests.mechanism.fixed import patched
 from tests.mechanism.test_turns import first_turn
 from tests.models import FAMILIES
 from vtoken.adapters.registry import adapter_for
-from vtoken.patching import make_strategy, needs_of
+from vtoken.fit import needs_of
+from vtoken.patching import make_strategy
 from vtoken.strategies.registry import list_names
 
 OPTIONS: dict[str, dict] = {}

@@ -1,9 +1,9 @@
 """vtoken: vision-language models that read fewer visual tokens.
 
-    vtoken.patch(model, "hired", budget=0.2)
-    model.generate(**inputs)
-    print(vtoken.report(model))
-    vtoken.unpatch(model)
+vtoken.patch(model, "hired", budget=0.2)
+model.generate(**inputs)
+print(vtoken.report(model))
+vtoken.unpatch(model)
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from . import strategies, video
     from .accounting import Report
     from .config import VTokenConfig
+    from .fit import list_strategies
     from .mechanism.generation import prompt_length
-    from .patching import applied, disabled, list_strategies, patch, report, unpatch
+    from .patching import applied, disabled, patch, report, unpatch
     from .resize import resized
     from .strategies import Strategy, StrategyInfo, register, strategy_info
     from .streaming import StreamSession
@@ -60,10 +61,11 @@ _MODULES = ("strategies", "video")
 _LAZY = {
     "VTokenConfig": "config",
     "Report": "accounting",
-    "prompt_length": "adapters.generation",
+    "list_strategies": "fit",
+    "prompt_length": "mechanism.generation",
     "resized": "resize",
     "StreamSession": "streaming",
-    **dict.fromkeys(("applied", "disabled", "list_strategies", "patch", "report", "unpatch"), "patching"),
+    **dict.fromkeys(("applied", "disabled", "patch", "report", "unpatch"), "patching"),
     **dict.fromkeys(("Strategy", "StrategyInfo", "register", "strategy_info"), "strategies"),
     **dict.fromkeys(("FrameTokens", "Reuse", "StreamState", "stream"), "streams"),
     **dict.fromkeys(("Needs", "PrefillTokens", "Segment", "Selection", "TowerInfo", "VisualTokens"), "tokens"),

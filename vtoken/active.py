@@ -15,15 +15,22 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from .streams import unwrapped
 
-if TYPE_CHECKING:
-    from .patching import Patch
+
+class Patch(Protocol):
+    """What is managed here; see `vtoken.patching.Patch`."""
+
+    adapter: Any
+
+    def remove(self) -> None:
+        """Take all hooks off the model."""
+
 
 PATCH = "_vtoken_patch"  # the attribute of a model that holds its `Patches`
 LOCK = threading.RLock()  # for everything below; held for microseconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -49,20 +50,44 @@ def test_importing_patches_nothing_and_is_quick():
     assert float(out.stdout.split()[0]) < 1.0
 
 
-# A room may import itself, what is listed here, and nothing else of the package; "*" is everything.
-MAY_IMPORT = {
-    "tokens": (),
-    "streams": (),
-    "kernels": (),
-    "_threads": (),
-    "limits": (),
+# Every room from the ground up, and what it may import of the package besides itself. A room is a folder or a file.
+GROUND = ("_json", "_threads", "checks", "extras", "hooks", "kernels", "limits", "streams", "tokens")
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(GROUND, ()),
     "images": ("limits",),
     "accounting": ("tokens", "streams"),
-    "checks": (),
-    "_json": (),
-    "strategies": ("tokens", "streams", "kernels", "checks"),
-    "adapters": ("tokens", "streams", "kernels", "_threads"),
-    "config": ("strategies", "checks", "_json"),
+    "visualize": (),
+    "tiny": (),
+    "asking": ("tiny",),
+    "video": ("checks", "images", "limits", "tiny"),
+    "strategies": ("checks", "kernels", "streams", "tokens"),
+    "adapters": ("_threads", "hooks", "kernels", "streams", "tokens"),
+    "mechanism": ("_threads", "adapters", "hooks", "kernels", "streams", "tokens"),
+    "recorder": ("_threads", "accounting", "mechanism", "streams"),
+    "config": ("_json", "checks", "strategies"),
+    "resize": ("strategies",),
+    "active": ("streams",),
+    "fit": ("adapters", "mechanism", "strategies", "streams", "tokens"),
+    "patching": (
+        *("accounting", "active", "adapters", "config", "fit", "hooks", "mechanism", "recorder", "strategies"),
+        *("streams", "tokens"),
+    ),
+    "streaming": (
+        *("active", "adapters", "checks", "fit", "images", "kernels", "mechanism", "patching", "strategies", "streams"),
+        "tokens",
+    ),
+    # the public face, as users import it: `import vtoken`
+    "vtoken": (
+        *("accounting", "config", "fit", "mechanism", "patching", "resize", "strategies", "streaming", "streams"),
+        *("tokens", "video", "visualize"),
+    ),
+    "bench": ("_json", "asking", "checks", "extras", "mechanism", "recorder", "strategies", "tiny", "vtoken"),
+    "eval": ("_json", "asking", "checks", "extras", "images", "strategies", "tiny", "video", "vtoken"),
+    "cli": (
+        *("asking", "bench", "checks", "eval", "extras", "images", "patching", "strategies", "streaming", "streams"),
+        *("tiny", "video", "visualize", "vtoken"),
+    ),
+    "__main__": ("cli",),
 }
 LIBRARIES = {  # third-party packages that a room must not touch
     "tokens": ("transformers", "triton", "timm", "open_clip", "accelerate"),
@@ -70,50 +95,61 @@ LIBRARIES = {  # third-party packages that a room must not touch
     "kernels": ("transformers", "timm", "open_clip", "accelerate"),
     "strategies": ("transformers", "timm", "open_clip", "accelerate"),
     "adapters": ("accelerate",),
+    "mechanism": ("timm", "open_clip", "accelerate"),
 }
+FILES = sorted(ROOT.rglob("*.py"))
+NAMES = {path: ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
 
 
-def rooms() -> list[Path]:
-    return sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+def room_of(module: str) -> str:
+    """The room of a module's full name; the package itself is a room."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
 
 
-def imports(path: Path) -> list[tuple[str, str]]:
-    """(package, room) of every import outside of `if TYPE_CHECKING`; room is "" for other packages."""
-    tree, found = ast.parse(path.read_text()), []
-    package = ["vtoken", *path.relative_to(ROOT).parent.parts]
-    hidden = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for child in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in hidden:
-            continue
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, by full name; those of the package down to the file. Type checkers' imports count."""
+    found, package = set(), ["vtoken", *path.relative_to(ROOT).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            module = base + (node.module.split(".") if node.module else [])
-            names = [[*module, alias.name] for alias in node.names] if module == ["vtoken"] else [module]
-        else:
-            continue
-        found += [(n[0], n[1] if n[0] == "vtoken" and len(n) > 1 else "") for n in names]
+            module = ".".join(base + ([node.module] if node.module else []))
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            files = names & set(NAMES.values())
+            found |= files or {module}
     return found
 
 
-@pytest.mark.parametrize("path", rooms(), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_who_may_import_whom(path):
-    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    for package, other in imports(path):
-        if package == "vtoken" and room in MAY_IMPORT:
-            assert other in (room, *MAY_IMPORT[room]), f"{room} imports vtoken.{other}"
+    room = room_of(NAMES[path])
+    assert room in MAY_IMPORT, f"say in MAY_IMPORT what the room {room} may import"
+    for module in imports(path):
+        package = module.split(".")[0]
+        if package == "vtoken":
+            assert room_of(module) in (room, *MAY_IMPORT[room]), f"{room} imports {module}"
         assert package not in LIBRARIES.get(room, ()), f"{room} imports {package}"
+
+
+def test_no_room_imports_a_higher_one():
+    assert set(MAY_IMPORT) == {room_of(name) for name in NAMES.values()}
+    tuple(TopologicalSorter(MAY_IMPORT).static_order())  # raises CycleError
+
+
+def test_no_circle_of_files():
+    graph = {}
+    for path in FILES:
+        package = NAMES[path] if path.name == "__init__.py" else NAMES[path].rpartition(".")[0]
+        # that importing a file runs the __init__ of its folder is no import of it; the face is imported at work only
+        graph[NAMES[path]] = {m for m in imports(path) if m in NAMES.values()} - {NAMES[path], "vtoken", package}
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
 def test_adapters_name_no_strategy():
     names = vtoken.list_strategies()
-    for path in (ROOT / "adapters").rglob("*.py"):
+    for path in [*(ROOT / "adapters").rglob("*.py"), *(ROOT / "mechanism").rglob("*.py")]:
         words = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
         assert not words & set(names), f"{path.name} names a strategy"
 

@@ -14,6 +14,7 @@ from ..asking import out_of_memory
 if TYPE_CHECKING:
     from rich.console import Console
 
+SYNTHETIC = "synthetic://0"  # the source of `vtoken demo stream`
 MODEL = "Hub id or folder of a vision-language model, or a tiny one that ships with vtoken: llava, llava_next, ..."
 
 
@@ -51,12 +52,16 @@ def failure(error: BaseException) -> click.ClickException | None:
         return None  # click ends quietly when nobody reads on
     if out_of_memory(error):
         first = str(error).strip().splitlines()[:1]
-        return click.ClickException(f"Out of memory{': ' + first[0] if first else ''}. Use less at once, or a smaller model.")
+        return click.ClickException(
+            f"Out of memory{': ' + first[0] if first else ''}. Use less at once, or a smaller model."
+        )
     if of_the_network(error):
         return click.ClickException(f"The network did not answer: {_line(error) or type(error).__name__}.")
     if isinstance(error, OSError):
         named = f": {error.filename!r}" if error.filename is not None else ""
-        return click.ClickException(f"{error.strerror}{named}." if error.strerror else _line(error) or type(error).__name__)
+        return click.ClickException(
+            f"{error.strerror}{named}." if error.strerror else _line(error) or type(error).__name__
+        )
     if isinstance(error, ImportError):
         return click.ClickException(_line(error))
     if isinstance(error, (ValueError, NotImplementedError)):

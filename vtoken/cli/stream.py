@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..extras import require
-from .options import Budget, Command, console, fail
+from .options import SYNTHETIC, Budget, Command, console, fail
 
 if TYPE_CHECKING:
     from ..streaming.session import StreamSession
 
-SYNTHETIC = "synthetic://0"
 TINY = "qwen2_5_vl"
 TINY_STEPS = 4  # of two frames each, which the tiny model remembers: it has learnt from clips of 4 to 8 frames
 STRATEGIES = ("stc_pruner", "stc", "stc_cacher", "none")
@@ -30,11 +29,15 @@ PAGE_BYTES = 256 * 2**20  # of the memories of all of them
 @click.option("--strategy", default=STRATEGIES[0], show_default=True, help="A strategy that fits streams, or none.")
 @click.option("--budget", type=Budget(), default="0.5", show_default=True, help="Share of the visual tokens to keep.")
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True), default=2.0, show_default=True)
-@click.option("--speed", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Of recordings.")
+@click.option(
+    "--speed", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Of recordings."
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Visual tokens that the session remembers at most.")
 @click.option("--terminal", is_flag=True, help="No page: type questions here.")
 @click.option("--ask", "questions", type=(float, str), multiple=True, help="SECONDS QUESTION; may be repeated.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address of the page; others than this need a token.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address of the page; others than this need a token."
+)
 @click.option("--port", type=int, help="Its port; default: a free one from 7860.")
 @click.option("--allow-host", "hosts", multiple=True, help="A further name that browsers may reach the page by.")
 @click.option("--sessions", type=click.IntRange(min=1), default=SESSIONS, show_default=True, help="Browsers at a time.")
@@ -109,7 +112,9 @@ def show_page(
     from .stream_visitors import Desk, Desks
 
     if not isinstance(budget, float):
-        raise ValueError(f"The page takes a share such as --budget 0.5, found {budget}: a number of tokens needs --terminal.")
+        raise ValueError(
+            f"The page takes a share such as --budget 0.5, found {budget}: a number of tokens needs --terminal."
+        )
     sessions = 1 if source == "-" else sessions  # what was read from a pipe is gone
     names = [strategy, *(s for s in STRATEGIES if s != strategy)]
     with listen(host, port) as listening, private_folder() as folder:

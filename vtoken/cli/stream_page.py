@@ -14,7 +14,7 @@ try:
 except ImportError:
     raise ImportError("The page needs gradio: pip install 'vtoken[stream]', or use --terminal.") from None
 
-from .stream import SYNTHETIC
+from .options import SYNTHETIC
 from .stream_visitors import MAX_QUESTION, NOTHING, PLOTS, Desk, Desks, Said
 
 EVERY = 0.5  # seconds between two looks at the stream

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.towers.base import Capture, Merged, Tower
+from ..adapters.towers.base import Tower
+from ..adapters.towers.capture import Capture, Merged
 from ..hooks import Hook, Hooks
 from ..kernels import gather_merge
 from ..tokens import EncoderMerge, EncoderTokens

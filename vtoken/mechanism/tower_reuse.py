@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from .._threads import PerThread
-from ..adapters.towers.base import Capture, Tower
+from ..adapters.towers.base import Tower
 from ..adapters.towers.blocks import Block
+from ..adapters.towers.capture import Capture, FramePass
 from ..adapters.towers.packed import rotate
 from ..hooks import Hook, Hooks, Wrapped
 from ..kernels import gather_rows
 from ..streams import FrameTokens, Reuse, keep
 from .tower_attention import attend
-from .tower_rows import FramePass, Rows, stack
+from .tower_rows import Rows, stack
 
 
 class _Local(PerThread):
@@ -59,7 +60,10 @@ class FrameReuse:
 
     def _find(self) -> list[Hook]:
         module = self.tower.module
-        hooks = [Hook(module, self._before_tower, before=True, kwargs=True), Hook(module, self._behind_tower, kwargs=True)]
+        hooks = [
+            Hook(module, self._before_tower, before=True, kwargs=True),
+            Hook(module, self._behind_tower, kwargs=True),
+        ]
         return hooks + [hook for i in sorted(self.layers) for hook in self.blocks[i].watch(self._record)]
 
     def refresh(self) -> None:
@@ -104,7 +108,9 @@ class FrameReuse:
         run.use.shares = self.tower.on_grid(shares, run.grids, args, kwargs)
 
     # -- one layer ----------------------------------------------------------------------------------------------
-    def _layer(self, i: int, original: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _layer(
+        self, i: int, original: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         run, layer = self._running(), self.now[i]
         if run is None:
             return original(hidden_states, *args, **kwargs)
@@ -132,12 +138,21 @@ class FrameReuse:
         if made is None and len(parts) == 1:
             return parts[0].view_as(hidden_states)
         out = torch.empty_like(hidden_states)
-        for frames, x in zip([full, *groups] if full else groups, parts if made is None else [made, *parts], strict=True):
+        for frames, x in zip(
+            [full, *groups] if full else groups, parts if made is None else [made, *parts], strict=True
+        ):
             rows.put(out, frames, x)
         return out
 
     def _in_full(
-        self, i: int, run: FramePass, rows: Rows, full: list[int], original: Callable[..., Tensor], args: Any, kwargs: Any
+        self,
+        i: int,
+        run: FramePass,
+        rows: Rows,
+        full: list[int],
+        original: Callable[..., Tensor],
+        args: Any,
+        kwargs: Any,
     ) -> Tensor:
         """Reference frames through the layer as it is; what it computed is noted for the others."""
         parts: dict[str, Tensor] = {}

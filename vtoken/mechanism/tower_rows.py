@@ -1,105 +1,14 @@
-"""Which frames of a call are computed in full, and where each frame lies in a layer's input."""
+"""Where each frame of a call lies in the input of a tower layer."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..streams import References, StreamState, TowerUse
-
-STORED = -1  # a frame whose reference came with an earlier call
-
-Entry = tuple[Tensor, Tensor, Tensor]  # keys, values, and what the layer added, (n, C) each
-
-
-@dataclass
-class FramePass:
-    """The frames of one `get_*_features` call on their way through the tower.
-
-    Attributes:
-        videos: frames of every video, in tower order.
-        state: the stream that they continue; without one every video is a stream of its own.
-        grids: per frame (rows, columns) of patches.
-        signatures: per frame what it must share with a reference.
-        reference: per frame None if it is computed in full, else the frame to compare with, or STORED.
-        entries: of the layer under way, by reference frame.
-        stored: per layer what outlives the call.
-        chosen: by the first frame of a group the tokens that all layers compute, if one choice is shared.
-        sizes: per frame its tokens.
-        counts: per frame (tokens,) float32, in how many reusing layers a token was computed.
-        layers: reusing layers so far.
-        age: of the last reference, behind the call.
-        use: what it all cost.
-        windows: see `Rows`.
-    """
-
-    videos: list[int]
-    state: StreamState | None
-    grids: list[tuple[int, int]] = field(default_factory=list)
-    signatures: list[Hashable] = field(default_factory=list)
-    reference: list[int | None] = field(default_factory=list)
-    entries: dict[int, Entry] = field(default_factory=dict)
-    stored: dict[int, Entry] = field(default_factory=dict)
-    chosen: dict[int, Tensor] = field(default_factory=dict)
-    sizes: list[int] = field(default_factory=list)
-    counts: list[Tensor] = field(default_factory=list)
-    layers: int = 0
-    age: int = 0
-    use: TowerUse = field(default_factory=TowerUse)
-    windows: dict[int, tuple[Tensor, list[list[int]]]] = field(default_factory=dict)
-
-    def plan(self, kind: Hashable, interval: int) -> None:
-        """Decide which frames are references; frames of another `kind` or grid are never compared."""
-        self.signatures, self.reference = [(grid, kind) for grid in self.grids], []
-        for count in self.videos:
-            old = None if self.state is None else self.state.references
-            last, signature, age = (None, None, 0) if old is None else (STORED, old.signature, old.age)
-            for i in range(len(self.reference), len(self.reference) + count):
-                if last is None or self.signatures[i] != signature or age >= interval:
-                    last, signature, age = i, self.signatures[i], 0
-                    self.reference.append(None)
-                else:
-                    self.reference.append(last)
-                age += 1
-            self.age = age
-
-    @property
-    def full(self) -> list[int]:
-        """Frames that are references."""
-        return [i for i, r in enumerate(self.reference) if r is None]
-
-    @property
-    def groups(self) -> list[list[int]]:
-        """The other frames, those of one shape together."""
-        out: dict[Hashable, list[int]] = {}
-        for i, r in enumerate(self.reference):
-            if r is not None:
-                out.setdefault(self.signatures[i], []).append(i)
-        return list(out.values())
-
-    def entry(self, i: int, layer: int) -> Entry:
-        """What frame i is compared with in a layer."""
-        reference = self.reference[i]
-        assert reference is not None
-        if reference != STORED:
-            return self.entries[reference]
-        assert self.state is not None and self.state.references is not None
-        return self.state.references.layers[layer]
-
-    def commit(self) -> None:
-        """Let the stream remember, once the whole call has gone well."""
-        if self.state is None or not self.reference:
-            return
-        if self.full:
-            self.state.references = References(self.signatures[self.full[-1]], self.age, self.stored)
-        elif self.state.references is not None:
-            self.state.references.age = self.age
-        self.state.add(self.use)
+from ..adapters.towers.capture import FramePass
 
 
 class Rows:

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import Adapter, Layout
-from ..adapters.towers.base import Capture
+from ..adapters.towers.capture import Capture, FramePass
 from ..hooks import Hooks, Wrapped, rebuilt
 from ..streams import Reuse, StreamState, TowerUse, current_stream
 from ..tokens import EncoderMerge, EncoderTokens, Needs, Selection, VisualTokens
 from .forward_context import ENCODED, Admission, State
 from .tower_merging import MERGED, EncoderMerging
 from .tower_reuse import FrameReuse
-from .tower_rows import FramePass
 from .transformers_names import check_features
 
 
@@ -167,7 +166,9 @@ class VisionWatch:
             state.capture = None
         missing = capture.missing if modality in self.adapter.towers else []
         if missing:
-            raise rebuilt(f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read from")
+            raise rebuilt(
+                f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read from"
+            )
         if capture.frames is not None:
             capture.frames.commit()
             if self.used is not None:
@@ -246,7 +247,9 @@ class VisionWatch:
         return EncodedVisuals(modality, items)
 
     @staticmethod
-    def _tokens(modality: str, features: Tensor, layout: Layout, provided: dict[Any, Tensor], tower: Any) -> VisualTokens:
+    def _tokens(
+        modality: str, features: Tensor, layout: Layout, provided: dict[Any, Tensor], tower: Any
+    ) -> VisualTokens:
         if len(layout.cells) != len(features):
             raise RuntimeError(
                 f"The layout of this {modality} has {len(layout.cells)} tokens, the model made {len(features)}: "

@@ -10,9 +10,9 @@ from typing import Any
 from ..checks import found
 from ..streams import Reuse
 from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
-from .base import Positions, Strategy, StrategyInfo
+from .base import Positions, Strategy, StrategyInfo, check_methods
 from .budgets import check_budget
-from .registry import create, split_names
+from .registry import create, parse_strategy, split_names
 
 REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L
 
@@ -197,3 +197,37 @@ def combine(parts: Sequence[Any], budget: float | int | None = None, **options: 
             f"write for example {made[-1].info.name}={{...}}."
         )
     return Composite(budget, made, split=split)
+
+
+def assemble(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
+    """A Strategy from a name, a class, an instance or a list of them. Raises TypeError for one that has no method to ask."""
+    made = _assemble(strategy, budget, options)
+    check_methods(type(made))
+    return made
+
+
+def _assemble(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
+    if isinstance(strategy, list | tuple) and len(strategy) == 1:
+        strategy = strategy[0]
+        options = options_of(strategy, options) | options if isinstance(strategy, str) else options
+    if isinstance(strategy, str):
+        strategy = parse_strategy(strategy)
+    if isinstance(strategy, list | tuple):
+        return combine(strategy, budget if budget is not None else options.pop("budget", None), **options)
+    if isinstance(strategy, Strategy):
+        if budget is not None or options:
+            given_names = ", ".join(([] if budget is None else ["budget"]) + list(options))
+            raise ValueError(
+                f"{type(strategy).__name__} is configured already: set {given_names} when you make it, not in patch()."
+            )
+        return strategy
+    if isinstance(strategy, type) and issubclass(strategy, Strategy):
+        strategy = strategy.info.name
+    if not isinstance(strategy, str):
+        raise TypeError(
+            f"A strategy is a name such as 'hired', a vtoken.strategies object, a list of them or a VTokenConfig, "
+            f"found {found(strategy)}."
+        )
+    if budget is not None:
+        options = options | {"budget": budget}
+    return create(strategy, **options)

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..active import LOCK, patches_of
 from ..adapters.base import Adapter
-from ..patching import Patch, describe, make_strategy, needs_of, patch, patch_of, unpatch
+from ..fit import needs_of
+from ..patching import Patch, describe, make_strategy, patch, patch_of, unpatch
 from .layers import Layers
 from .memory import RecentMemory
 from .prompts import Prompts

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from ..limits import Limits
 from .errors import VideoError
+from .frame import Frame, VideoReader
 from .live import LiveReader, LiveStats
-from .reader import BACKENDS, Frame, VideoReader, open_video
+from .reader import BACKENDS, open_video
 from .sampling import at_fps, sample_fps, sample_uniform, uniform_indices
 from .synthetic import SyntheticReader
 

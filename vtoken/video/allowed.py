@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .source import Source
+from .source import PROTOCOLS, Source
 
 # containers that hold what they show: none of these opens another file
 FORMATS = (
@@ -15,22 +15,6 @@ FORMATS = (
     "ppm_pipe,png_pipe,psd_pipe,qoi_pipe,sgi_pipe,dds_pipe,exr_pipe,dpx_pipe,hdr_pipe,"
     "tiff_pipe,webp_pipe"
 )
-_HTTP = ("http", "https", "httpproxy", "tcp", "tls", "crypto")
-_RTSP = ("rtp", "srtp", "udp", "tcp", "tls", "http", "https", "httpproxy")
-PROTOCOLS = {  # of an address: what it may be opened over
-    "http": _HTTP,
-    "https": _HTTP,
-    "rtsp": _RTSP,
-    "rtsps": _RTSP,
-    "rtmp": ("rtmp", "tcp"),
-    "rtmps": ("rtmps", "tcp", "tls"),
-    "rtmpt": ("rtmpt", "ffrtmphttp", "http", "tcp"),
-    "rtmpts": ("rtmpts", "ffrtmphttp", "http", "https", "tcp", "tls"),
-    "tcp": ("tcp",),
-    "udp": ("udp",),
-    "rtp": ("rtp", "srtp", "udp"),
-    "srt": ("srt",),
-}
 _NESTED = {  # of an address: demuxers that open more addresses, over the same protocols
     "http": ("hls", "dash"),
     "https": ("hls", "dash"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 
-from .reader import Frame
+from .frame import Frame
 
 
 class Buffer:

@@ -13,10 +13,10 @@ from typing import Any
 from ..limits import STANDARD, Limits, given
 from .buffer import Buffer
 from .errors import Unreadable, VideoError, brief, checked
+from .frame import Frame
 from .frame_times import Clock
 from .growing_files import Stopped
 from .live_feeds import Picture, feed_of
-from .reader import Frame
 
 _LEAP = 10.0  # seconds by which a live clock may run ahead before it counts as set anew
 _LONGEST = 30.0  # seconds between two tries

@@ -14,9 +14,9 @@ import numpy as np
 from ..images import pixels
 from ..limits import Limits
 from .errors import VideoError
+from .frame import Frame
 from .growing_files import Waiting
 from .libav import Damage, decoded, open_container, packets, to_rgb
-from .reader import Frame
 from .source import Source, resolve
 from .still import still_of
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from ..limits import Limits
 from .errors import VideoError, brief
+from .frame import Frame
 from .frame_times import Clock, FrameTable, from_packets
 from .libav import Damage, decoded, to_rgb
-from .reader import Frame
 from .source import Source
 from .stream_track import Track
 
@@ -183,8 +183,10 @@ class PyAVReader:
     def _nothing(self, where: str = "") -> VideoError:
         """The error of a source of which no frame comes. A picture that is too large is not decoded, not even for its size."""
         most, size = self.limits.pixels, self.track.size
-        perhaps = "" if most is None or all(size) else (
-            f", or its pictures have more than {most:,} pixels, which limits=Limits(pixels=None) allows"
+        perhaps = (
+            ""
+            if most is None or all(size)
+            else (f", or its pictures have more than {most:,} pixels, which limits=Limits(pixels=None) allows")
         )
         return VideoError(f"{self.source.name!r} holds no frame that can be decoded{where}{perhaps}")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..limits import STANDARD
 from .errors import VideoError, checked
-from .reader import Frame, VideoReader
+from .frame import Frame, VideoReader
 
 
 @checked

@@ -15,6 +15,22 @@ from urllib.parse import unquote, urlsplit
 from .errors import Unreadable, VideoError, brief
 from .growing_files import over_pipe
 
+_HTTP = ("http", "https", "httpproxy", "tcp", "tls", "crypto")
+_RTSP = ("rtp", "srtp", "udp", "tcp", "tls", "http", "https", "httpproxy")
+PROTOCOLS = {  # of an address: what it may be opened over
+    "http": _HTTP,
+    "https": _HTTP,
+    "rtsp": _RTSP,
+    "rtsps": _RTSP,
+    "rtmp": ("rtmp", "tcp"),
+    "rtmps": ("rtmps", "tcp", "tls"),
+    "rtmpt": ("rtmpt", "ffrtmphttp", "http", "tcp"),
+    "rtmpts": ("rtmpts", "ffrtmphttp", "http", "https", "tcp", "tls"),
+    "tcp": ("tcp",),
+    "udp": ("udp",),
+    "rtp": ("rtp", "srtp", "udp"),
+    "srt": ("srt",),
+}
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://")
 _LONGEST = 200  # characters of a name in a message
 
@@ -83,8 +99,6 @@ def _object(file: Any, rest: dict[str, Any]) -> Source:
 
 
 def _address(text: str, scheme: str, rest: dict[str, Any]) -> Source:
-    from .allowed import PROTOCOLS
-
     name = _short(_without_password(text))
     if scheme not in PROTOCOLS:
         raise Unreadable(f"{name!r}: vtoken knows no such protocol as {scheme[:40]!r}, only {', '.join(PROTOCOLS)}")

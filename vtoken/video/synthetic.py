@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, urlsplit
 import numpy as np
 
 from .errors import VideoError, checked
-from .reader import Frame
+from .frame import Frame
 
 if TYPE_CHECKING:
     from ..tiny.clips import Stream

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,92 +12,11 @@ from torch import Tensor, nn
 from ..._threads import PerThread
 from ...hooks import Hook, rebuilt
 from ...kernels import attention_rows, received_attention
-from ...tokens import EncoderMerge, Needs, TowerInfo
+from ...tokens import Needs, TowerInfo
+from .capture import Capture
 
 if TYPE_CHECKING:
-    from ...mechanism.tower_rows import FramePass
     from .blocks import Block
-
-
-@dataclass
-class Merged:
-    """What became of the patches of one tower forward in which tokens are merged.
-
-    Attributes:
-        owner: (segments, patches) int64, the token that each patch ended up in.
-        sizes: (segments, tokens) float32, patches per token.
-        by_count: `owner` after every merge so far, by the number of tokens.
-    """
-
-    owner: Tensor
-    sizes: Tensor
-    by_count: dict[int, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def nothing(cls, patches: Tensor) -> Merged:
-        """Before the first merge of (segments, patches, C)."""
-        segments, n = patches.shape[:2]
-        owner = torch.arange(n, device=patches.device).repeat(segments, 1)
-        return cls(owner, torch.ones(segments, n, device=patches.device))
-
-    def follow(self, merge: EncoderMerge) -> None:
-        self.owner = merge.into.gather(1, self.owner)
-        self.sizes = torch.zeros(merge.keep.shape, device=self.sizes.device).scatter_add(1, merge.into, self.sizes)
-        self.by_count[merge.keep.shape[1]] = self.owner
-
-    def spread(self, value: Tensor) -> Tensor:
-        """Values per token (segments, ..., tokens) -> per patch (segments, ..., patches)."""
-        index = self.owner.view(len(self.owner), *[1] * (value.ndim - 2), -1)
-        return value.gather(-1, index.expand(*value.shape[:-1], -1))
-
-
-@dataclass
-class Capture:
-    """What the taps of one `get_*_features` call gathered, chunk by chunk in tower order.
-
-    Every value is a list of (segments, ...) tensors; the segments of one tensor share a grid.
-
-    Attributes:
-        modality: what is being encoded; a tower may serve several.
-        needs: what is read for it.
-        merged: while a tower runs whose tokens are being merged, what became of them.
-        frames: the frames of streams that the call encodes, None where nothing is reused between frames.
-    """
-
-    modality: str
-    needs: Needs
-    values: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
-    merged: Merged | None = None
-    frames: FramePass | None = None
-
-    def add(self, what: str, layer: int, value: Tensor) -> None:
-        self.values.setdefault((what, layer), []).append(value)
-
-    @property
-    def missing(self) -> list[tuple[str, int]]:
-        """What was to be read and was not."""
-        kinds = ("cls_attention", "cls_logits", "received_attention", "keys")
-        wanted = [(kind, layer) for kind in kinds for layer in getattr(self.needs, kind)]
-        return [each for each in wanted if each not in self.values]
-
-    def per_item(self, counts: Sequence[int]) -> list[dict[tuple[str, int], Tensor]]:
-        """Per image or video its values, (segments, ...) each; `counts` are the numbers of segments of each.
-
-        Raises RuntimeError if the tower ran over another number of segments.
-        """
-        items: list[dict[tuple[str, int], Tensor]] = [{} for _ in counts]
-        for (what, layer), chunks in self.values.items():
-            segments = [segment for chunk in chunks for segment in chunk]
-            if len(segments) != sum(counts):
-                raise RuntimeError(
-                    f"{what}({layer}) was read for {len(segments)} segments but the layout has {sum(counts)}: "
-                    "the adapter does not know this kind of input."
-                )
-            start = 0
-            for item, count in zip(items, counts, strict=True):
-                item[what, layer] = torch.stack(segments[start : start + count])
-                start += count
-        return items
 
 
 class Tower:
@@ -116,9 +34,7 @@ class Tower:
     has_cls = False
     equal_grids = False  # whether one forward is a batch of square grids of one size
 
-    def __init__(
-        self, module: nn.Module, feature_layer: int, pool: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, feature_layer: int, pool: Callable[[Tensor], Tensor] | None = None) -> None:
         self.module, self.pool = module, pool
         self.info = TowerInfo(len(self.layers), feature_layer, self.has_cls, self.global_layers(), self.num_heads())
 
@@ -136,7 +52,9 @@ class Tower:
         Raises RuntimeError if it has another.
         """
         if read and found.info != self.info:
-            raise rebuilt(f"The vision tower has {found.info.num_layers} layers of another kind than when it was patched")
+            raise rebuilt(
+                f"The vision tower has {found.info.num_layers} layers of another kind than when it was patched"
+            )
         self.module, self.info = found.module, found.info
 
     # -- to override --------------------------------------------------------------------------------------------
@@ -212,7 +130,9 @@ class Tower:
             hooks.append(Hook(key, functools.partial(self._on_key, pending, active, layer)))
         return hooks
 
-    def _on_query(self, pending: _Pending, active: Callable[[], Capture | None], module: Any, args: Any, out: Any) -> None:
+    def _on_query(
+        self, pending: _Pending, active: Callable[[], Capture | None], module: Any, args: Any, out: Any
+    ) -> None:
         if active() is not None:
             pending.query = out
 

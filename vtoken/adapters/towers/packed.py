@@ -14,7 +14,8 @@ from ..._threads import PerThread
 from ...hooks import Hook
 from ...kernels import received_attention
 from ...tokens import Needs
-from .base import Capture, Tower
+from .base import Tower
+from .capture import Capture
 
 
 @dataclass

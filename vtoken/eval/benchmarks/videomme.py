@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..board.board import wilson
+from ..intervals import wilson
 from ..protocols.multiple_choice import PROTOCOLS
 from .datasets import read_parquet
 from .task import Breakdown, Clip, Item, Prompt, Task, Unreadable, checked, fingerprint, one_line

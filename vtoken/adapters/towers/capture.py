@@ -1,0 +1,182 @@
+"""What is gathered while a vision tower runs: scores, the frames of a stream, and what became of merged patches."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...streams import References, StreamState, TowerUse
+from ...tokens import EncoderMerge, Needs
+
+STORED = -1  # a frame whose reference came with an earlier call
+
+Entry = tuple[Tensor, Tensor, Tensor]  # keys, values, and what the layer added, (n, C) each
+
+
+@dataclass
+class FramePass:
+    """The frames of one `get_*_features` call on their way through the tower.
+
+    Attributes:
+        videos: frames of every video, in tower order.
+        state: the stream that they continue; without one every video is a stream of its own.
+        grids: per frame (rows, columns) of patches.
+        signatures: per frame what it must share with a reference.
+        reference: per frame None if it is computed in full, else the frame to compare with, or STORED.
+        entries: of the layer under way, by reference frame.
+        stored: per layer what outlives the call.
+        chosen: by the first frame of a group the tokens that all layers compute, if one choice is shared.
+        sizes: per frame its tokens.
+        counts: per frame (tokens,) float32, in how many reusing layers a token was computed.
+        layers: reusing layers so far.
+        age: of the last reference, behind the call.
+        use: what it all cost.
+        windows: see `Rows`.
+    """
+
+    videos: list[int]
+    state: StreamState | None
+    grids: list[tuple[int, int]] = field(default_factory=list)
+    signatures: list[Hashable] = field(default_factory=list)
+    reference: list[int | None] = field(default_factory=list)
+    entries: dict[int, Entry] = field(default_factory=dict)
+    stored: dict[int, Entry] = field(default_factory=dict)
+    chosen: dict[int, Tensor] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
+    layers: int = 0
+    age: int = 0
+    use: TowerUse = field(default_factory=TowerUse)
+    windows: dict[int, tuple[Tensor, list[list[int]]]] = field(default_factory=dict)
+
+    def plan(self, kind: Hashable, interval: int) -> None:
+        """Decide which frames are references; frames of another `kind` or grid are never compared."""
+        self.signatures, self.reference = [(grid, kind) for grid in self.grids], []
+        for count in self.videos:
+            old = None if self.state is None else self.state.references
+            last, signature, age = (None, None, 0) if old is None else (STORED, old.signature, old.age)
+            for i in range(len(self.reference), len(self.reference) + count):
+                if last is None or self.signatures[i] != signature or age >= interval:
+                    last, signature, age = i, self.signatures[i], 0
+                    self.reference.append(None)
+                else:
+                    self.reference.append(last)
+                age += 1
+            self.age = age
+
+    @property
+    def full(self) -> list[int]:
+        """Frames that are references."""
+        return [i for i, r in enumerate(self.reference) if r is None]
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The other frames, those of one shape together."""
+        out: dict[Hashable, list[int]] = {}
+        for i, r in enumerate(self.reference):
+            if r is not None:
+                out.setdefault(self.signatures[i], []).append(i)
+        return list(out.values())
+
+    def entry(self, i: int, layer: int) -> Entry:
+        """What frame i is compared with in a layer."""
+        reference = self.reference[i]
+        assert reference is not None
+        if reference != STORED:
+            return self.entries[reference]
+        assert self.state is not None and self.state.references is not None
+        return self.state.references.layers[layer]
+
+    def commit(self) -> None:
+        """Let the stream remember, once the whole call has gone well."""
+        if self.state is None or not self.reference:
+            return
+        if self.full:
+            self.state.references = References(self.signatures[self.full[-1]], self.age, self.stored)
+        elif self.state.references is not None:
+            self.state.references.age = self.age
+        self.state.add(self.use)
+
+
+@dataclass
+class Merged:
+    """What became of the patches of one tower forward in which tokens are merged.
+
+    Attributes:
+        owner: (segments, patches) int64, the token that each patch ended up in.
+        sizes: (segments, tokens) float32, patches per token.
+        by_count: `owner` after every merge so far, by the number of tokens.
+    """
+
+    owner: Tensor
+    sizes: Tensor
+    by_count: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def nothing(cls, patches: Tensor) -> Merged:
+        """Before the first merge of (segments, patches, C)."""
+        segments, n = patches.shape[:2]
+        owner = torch.arange(n, device=patches.device).repeat(segments, 1)
+        return cls(owner, torch.ones(segments, n, device=patches.device))
+
+    def follow(self, merge: EncoderMerge) -> None:
+        self.owner = merge.into.gather(1, self.owner)
+        self.sizes = torch.zeros(merge.keep.shape, device=self.sizes.device).scatter_add(1, merge.into, self.sizes)
+        self.by_count[merge.keep.shape[1]] = self.owner
+
+    def spread(self, value: Tensor) -> Tensor:
+        """Values per token (segments, ..., tokens) -> per patch (segments, ..., patches)."""
+        index = self.owner.view(len(self.owner), *[1] * (value.ndim - 2), -1)
+        return value.gather(-1, index.expand(*value.shape[:-1], -1))
+
+
+@dataclass
+class Capture:
+    """What the taps of one `get_*_features` call gathered, chunk by chunk in tower order.
+
+    Every value is a list of (segments, ...) tensors; the segments of one tensor share a grid.
+
+    Attributes:
+        modality: what is being encoded; a tower may serve several.
+        needs: what is read for it.
+        merged: while a tower runs whose tokens are being merged, what became of them.
+        frames: the frames of streams that the call encodes, None where nothing is reused between frames.
+    """
+
+    modality: str
+    needs: Needs
+    values: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    merged: Merged | None = None
+    frames: FramePass | None = None
+
+    def add(self, what: str, layer: int, value: Tensor) -> None:
+        self.values.setdefault((what, layer), []).append(value)
+
+    @property
+    def missing(self) -> list[tuple[str, int]]:
+        """What was to be read and was not."""
+        kinds = ("cls_attention", "cls_logits", "received_attention", "keys")
+        wanted = [(kind, layer) for kind in kinds for layer in getattr(self.needs, kind)]
+        return [each for each in wanted if each not in self.values]
+
+    def per_item(self, counts: Sequence[int]) -> list[dict[tuple[str, int], Tensor]]:
+        """Per image or video its values, (segments, ...) each; `counts` are the numbers of segments of each.
+
+        Raises RuntimeError if the tower ran over another number of segments.
+        """
+        items: list[dict[tuple[str, int], Tensor]] = [{} for _ in counts]
+        for (what, layer), chunks in self.values.items():
+            segments = [segment for chunk in chunks for segment in chunk]
+            if len(segments) != sum(counts):
+                raise RuntimeError(
+                    f"{what}({layer}) was read for {len(segments)} segments but the layout has {sum(counts)}: "
+                    "the adapter does not know this kind of input."
+                )
+            start = 0
+            for item, count in zip(items, counts, strict=True):
+                item[what, layer] = torch.stack(segments[start : start + count])
+                start += count
+        return items

@@ -1,0 +1,130 @@
+"""Which strategy fits which model, and the sentence that says why not and what would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .adapters.base import Adapter
+from .adapters.registry import adapter_for
+from .mechanism.attention_rows import check_projections
+from .strategies import Strategy, list_names, strategy_info
+from .streams import Reuse
+from .tokens import Needs
+
+
+def merging_layers(adapter: Adapter, strategy: Strategy) -> dict[str, tuple[int, ...]]:
+    """Per modality the tower layers behind which the strategy merges."""
+    if strategy.is_identity:
+        return {}
+    return {m: strategy.encoder_layers(tower.info) for m, tower in adapter.towers.items()}
+
+
+def reuse_of(adapter: Adapter, strategy: Strategy) -> dict[str, Reuse]:
+    """Per modality what its tower reuses between frames, where the tower can and the strategy wants it."""
+    if strategy.is_identity:
+        return {}
+    towers = {m: tower for m, tower in adapter.towers.items() if tower.can_reuse}
+    declared = {m: strategy.reuse(tower.info) for m, tower in towers.items()}
+    return {m: reuse for m, reuse in declared.items() if reuse is not None and reuse.interval > 1}
+
+
+def needs_of(adapter: Adapter, strategy: Strategy, modality: str) -> Needs:
+    tower = adapter.towers.get(modality)
+    return strategy.needs(None if tower is None else tower.info)
+
+
+def modalities_of(name: str) -> tuple[str, ...]:
+    """The kinds of input a strategy is defined for."""
+    return strategy_info(name).cls().needs(None).modalities
+
+
+def check_fit(adapter: Adapter, strategy: Strategy) -> None:
+    """Raise ValueError with one sentence if this strategy cannot serve this model."""
+    name, kind = strategy.info.name, adapter.config.model_type
+    served = [m for m in adapter.modalities if m in needs_of(adapter, strategy, m).modalities]
+    if not served:
+        raise ValueError(
+            f"{name} is defined for {' and '.join(needs_of(adapter, strategy, adapter.modalities[0]).modalities)} input, "
+            f"{kind} models read {' and '.join(adapter.modalities)}: use {', '.join(fitting(adapter))}."
+        )
+    for modality in served:
+        lacking = lacking_of(adapter, strategy, modality)
+        if lacking:
+            cls = "the attention of a CLS token"
+            words = {"cls_attention": cls, "cls_logits": cls, "received_attention": "attention maps of the tower"}
+            words |= {"reuse": "layers that can be computed in part", "pixels": "square frames of one size"}
+            missing = " and ".join(words.get(x, x.replace("_", " ")) for x in lacking)
+            received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
+            extension = ' pass score="received" to rank by attention received, or' if received else ""
+            extension = (
+                " pass thumbnail=False, or" if lacking == ["pixels"] and hasattr(strategy, "thumbnail") else extension
+            )
+            raise ValueError(
+                f"{name} needs {missing}, which the vision tower of this {kind} model does not have:{extension} "
+                f"use {', '.join(fitting(adapter))}."
+            )
+    if strategy.positions == "renumber" and hasattr(adapter.base, "rope_deltas"):
+        raise ValueError(
+            f"positions='renumber' has no meaning for the multimodal rope of {kind}: use positions='original'."
+        )
+    if "flex" in (getattr(adapter.decoder.config, "_attn_implementation", None) or ""):
+        raise ValueError(
+            "flex_attention masks cannot be cut: load the model with attn_implementation='sdpa', 'eager' or "
+            "'flash_attention_2'."
+        )
+    if not strategy.is_identity and strategy.acts_inside:
+        check_inside(adapter, strategy)
+
+
+def lacking_of(adapter: Adapter, strategy: Strategy, modality: str) -> list[str]:
+    """What the strategy wants of this model that it does not have."""
+    lacking = adapter.lacking(needs_of(adapter, strategy, modality), modality)
+    tower = adapter.towers.get(modality)
+    reuses = strategy.acts_between_frames and (tower is None or not tower.can_reuse)
+    return [*lacking, "reuse"] if reuses else lacking
+
+
+def check_inside(adapter: Adapter, strategy: Strategy) -> None:
+    """Raise ValueError with one sentence if this strategy cannot drop inside the LLM of this model."""
+    name, kind, decoder = strategy.info.name, adapter.config.model_type, adapter.decoder
+    if not hasattr(decoder, "layers"):
+        raise ValueError(
+            f"{name} drops inside the LLM, whose layers vtoken cannot see in {kind}: use a projector strategy."
+        )
+    odd = sorted(set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if odd:
+        raise ValueError(
+            f"{name} drops inside the LLM, which cannot be done to layers of type {', '.join(odd)}: use a projector strategy."
+        )
+    check_projections(decoder, name, kind)
+    strategy.check_depth(len(decoder.layers))
+
+
+def goes_inside(adapter: Adapter, strategy: Strategy) -> bool:
+    try:
+        check_inside(adapter, strategy)
+    except ValueError:
+        return False
+    return True
+
+
+def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
+    """Strategies that fit a model, by what its adapter provides."""
+    out = []
+    for name in list_names(pattern):
+        strategy = strategy_info(name).cls()
+        if any(
+            m in needs_of(adapter, strategy, m).modalities and not lacking_of(adapter, strategy, m)
+            for m in adapter.modalities
+        ) and (not strategy.acts_inside or goes_inside(adapter, strategy)):
+            out.append(name)
+    return out
+
+
+def list_strategies(pattern: str = "*", model: Any = None) -> list[str]:
+    """Names of strategies that match a shell pattern, such as "*cls*"; with `model`, those that fit it.
+
+    Raises:
+        TypeError, ValueError: if `model` is no model, or has no adapter.
+    """
+    return list_names(pattern) if model is None else fitting(adapter_for(model), pattern)
