@@ -1,6 +1,6 @@
 """The page of `vtoken demo stream` in a headless Chromium: play, pause, ask, read the right answer.
 
-    pip install playwright && apt install chromium && pytest -m browser tests/streaming/test_browser.py
+    pip install playwright && apt install chromium && pytest -m browser tests/cli/test_stream_browser.py
 """
 
 from __future__ import annotations

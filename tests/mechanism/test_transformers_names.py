@@ -19,7 +19,7 @@ import vtoken
 from tests.models import FAMILIES
 from tests.oracle import CACHE, clone
 from vtoken.adapters.registry import adapter_for
-from vtoken.mechanism import transformers_names as contract
+from vtoken.mechanism import transformers_names as names
 
 from .common import ALIGNED, BOTH, FRONT, PATCHABLE, checkpointing, run
 from .fixed import patched
@@ -27,7 +27,7 @@ from .fixed import patched
 KINDS = pytest.mark.parametrize(
     "options", [FRONT, BOTH, ALIGNED, dict(merge=True)], ids=["before", "both", "aligned", "merge"]
 )
-SENTENCE = f"vtoken is tested with transformers {contract.OLDEST} to {contract.NEWEST} and found"
+SENTENCE = f"vtoken is tested with transformers {names.OLDEST} to {names.NEWEST} and found"
 
 
 def between(module, change):
@@ -48,10 +48,10 @@ def other_cache(kwargs):
 def test_the_installed_transformers_was_tested():
     """Raise NEWEST once all tests have passed on the new release, and note it in docs/compatibility.md."""
     installed = Version(transformers.__version__)
-    assert (installed.major, installed.minor) <= tuple(map(int, contract.NEWEST.split("."))), (
-        f"transformers {installed} is newer than the newest release that was tested, {contract.NEWEST}."
+    assert (installed.major, installed.minor) <= tuple(map(int, names.NEWEST.split("."))), (
+        f"transformers {installed} is newer than the newest release that was tested, {names.NEWEST}."
     )
-    assert (installed.major, installed.minor) >= tuple(map(int, contract.OLDEST.split(".")))
+    assert (installed.major, installed.minor) >= tuple(map(int, names.OLDEST.split(".")))
 
 
 # -- after a prompt ---------------------------------------------------------------------------------------------
@@ -287,8 +287,8 @@ def test_a_part_that_takes_no_cache_is_refused(part):
 @pytest.mark.parametrize("name", PATCHABLE)
 def test_every_family_keeps_the_contract(name):
     adapter = adapter_for(FAMILIES[name].build())
-    contract.check_names(adapter, inside=True)
-    assert contract.cache_argument(adapter.decoder.forward) == contract.cache_argument(adapter.base.forward) == CACHE
+    names.check_names(adapter, inside=True)
+    assert names.cache_argument(adapter.decoder.forward) == names.cache_argument(adapter.base.forward) == CACHE
 
 
 # -- what a user sees -------------------------------------------------------------------------------------------

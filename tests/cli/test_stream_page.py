@@ -14,7 +14,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from tests.streaming.serving import SOURCE, Visitor, served
+from tests.cli.serving import SOURCE, Visitor, served
 from vtoken.cli import stream_page as page_module
 from vtoken.cli.main import cli
 from vtoken.cli.stream_guard import LOOPBACK, MAX_BODY, Guard

@@ -22,7 +22,7 @@ from vtoken.cli.main import cli
 from vtoken.eval.running.answer_log import locked
 from vtoken.tiny.scenes import make_scene
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str):
