@@ -19,11 +19,11 @@ py := $(VENV)/bin/python
 pip := -m pip install --quiet --disable-pip-version-check
 release := .venv-transformers-$(OLDEST_TRANSFORMERS)
 
-.PHONY: help demo test test-oldest test-next harness lint format bench docs clean
+.PHONY: help demo test test-oldest test-next harness lint format bench docs wheel clean
 .SECONDARY: # keep what only other rules ask for
 
 help:
-	@echo "make demo | test | test-oldest | test-next | harness | lint | format | bench | docs | clean"
+	@echo "make demo | test | test-oldest | test-next | harness | lint | format | bench | docs | wheel | clean"
 
 # One stamp per set of extras: pip runs again only after pyproject.toml has changed.
 $(VENV)/.stamp-%: pyproject.toml
@@ -82,6 +82,11 @@ docs: $(VENV)/.stamp-dev
 	$(py) docs/generate_strategy_pages.py
 	$(py) docs/generate_readme.py
 	$(py) docs/generate_performance.py
+
+# Builds dist/ and checks what a package index will show.
+wheel: $(VENV)/.stamp-dev
+	$(py) -m build --quiet
+	$(py) -m twine check --strict dist/*
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv-*

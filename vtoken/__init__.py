@@ -11,10 +11,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from . import strategies, video
     from .accounting import Report
     from .config import VTokenConfig
+    from .drawing import visualize
     from .fit import list_strategies
     from .mechanism.generation import prompt_length
     from .patching import applied, disabled, patch, report, unpatch
@@ -23,8 +26,6 @@ if TYPE_CHECKING:
     from .streaming import StreamSession
     from .streams import FrameTokens, Reuse, StreamState, stream
     from .tokens import Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
-
-__version__ = "0.1.0"
 
 __all__ = [
     "FrameTokens",
@@ -41,6 +42,7 @@ __all__ = [
     "TowerInfo",
     "VTokenConfig",
     "VisualTokens",
+    "__version__",
     "applied",
     "disabled",
     "list_strategies",
@@ -54,6 +56,7 @@ __all__ = [
     "stream",
     "unpatch",
     "video",
+    "visualize",
 ]
 
 # Everything is imported when it is used: `vtoken --help` needs no torch, a strategy no transformers.
@@ -64,6 +67,7 @@ _LAZY = {
     "list_strategies": "fit",
     "prompt_length": "mechanism.generation",
     "resized": "resize",
+    "visualize": "drawing",
     "StreamSession": "streaming",
     **dict.fromkeys(("applied", "disabled", "patch", "report", "unpatch"), "patching"),
     **dict.fromkeys(("Strategy", "StrategyInfo", "register", "strategy_info"), "strategies"),

@@ -73,7 +73,11 @@ class Patch:
             self.remove()
             raise
 
+    def __repr__(self) -> str:
+        return f"<vtoken patch {describe(self.strategy)} of a {type(self.adapter.model).__name__}>"
+
     def remove(self) -> None:
+        """Take all hooks off the model."""
         for part in self.parts:
             part.remove()
 

@@ -14,7 +14,7 @@ import vtoken
 from tests.models import FAMILIES
 from tests.models.common import VID, text
 from vtoken.adapters.anyres import canvas_box, square_box
-from vtoken.visualize import tower_images, visualize
+from vtoken.drawing import tower_images, visualize
 
 from .anyres import SIDE, SIZE, Changed, blind, differ, encode, model_of, picture, prompts, see
 

@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(GROUND, ()),
     "images": ("limits",),
     "accounting": ("tokens", "streams"),
-    "visualize": (),
+    "drawing": (),
     "tiny": (),
     "asking": ("tiny",),
     "video": ("checks", "images", "limits", "tiny"),
@@ -79,13 +79,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # the public face, as users import it: `import vtoken`
     "vtoken": (
         *("accounting", "config", "fit", "mechanism", "patching", "resize", "strategies", "streaming", "streams"),
-        *("tokens", "video", "visualize"),
+        *("tokens", "video", "drawing"),
     ),
     "bench": ("_json", "asking", "checks", "extras", "mechanism", "recorder", "strategies", "tiny", "vtoken"),
     "eval": ("_json", "asking", "checks", "extras", "images", "strategies", "tiny", "video", "vtoken"),
     "cli": (
         *("asking", "bench", "checks", "eval", "extras", "images", "patching", "strategies", "streaming", "streams"),
-        *("tiny", "video", "visualize", "vtoken"),
+        *("tiny", "video", "drawing", "vtoken"),
     ),
     "__main__": ("cli",),
 }

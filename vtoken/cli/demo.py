@@ -155,7 +155,7 @@ def _print_answers(
 
 
 def _draw(picture: Image.Image, inputs: Any, processor: Any, report: Any, caption: str) -> Image.Image:
-    from ..visualize import draw_cells, side_by_side, tower_images, visualize
+    from ..drawing import draw_cells, side_by_side, tower_images, visualize
 
     visual = report.visuals[0]
     seen: Any = picture

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..drawing import draw_cells
 from ..streaming.memory import Step
 from ..streaming.session import StreamSession
 from ..streams import TowerUse
-from ..visualize import draw_cells
 
 if TYPE_CHECKING:
     from ..tiny.clips import Stream

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from vtoken.accounting import LayersRead
+from vtoken.drawing import KEPT, draw_cells, side_by_side, tower_images, visualize
 from vtoken.tokens import Segment
-from vtoken.visualize import KEPT, draw_cells, side_by_side, tower_images, visualize
 
 BLUE = (20, 60, 220)
 
