@@ -24,7 +24,7 @@ from .layers import LayerStages, Stage
 from .masks import cut_mask, sees_itself
 from .packed import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
-from .state import ENCODED, Admission, Call, Observer, Plan, Run, State
+from .state import Admission, Call, Observer, Plan, Run, State
 from .transformers_contract import cache_in, changed, check_names, check_prompt, hidden_states_of, recomputes
 from .unread import Unread
 
@@ -42,6 +42,7 @@ class Sequence:
         observer: told what entered and left the language model.
         aligned: LLM layers whose cache is cut to the last stage's tokens behind the prompt.
         unread: asked about embeddings without visual tokens.
+        read: `read(modality, output) -> EncodedVisuals | None`, what features that come ready-made carry.
     """
 
     def __init__(
@@ -55,11 +56,12 @@ class Sequence:
         observer: Observer,
         aligned: tuple[int, ...] = (),
         unread: Unread | None = None,
+        read: Callable[[str, Any], Any] = lambda modality, output: None,
     ) -> None:
         self.adapter, self.planner, self.positions = adapter, planner, positions
         self.model, self.base, self.decoder = adapter.model, adapter.base, adapter.decoder
         self.state, self.gate, self.observer = state, gate, observer
-        self.unread = unread
+        self.unread, self.read = unread, read
         self.base_arguments = list(inspect.signature(self.base.forward).parameters)
         self.decoder_arguments = list(inspect.signature(self.decoder.forward).parameters)
         self.wrapped = Wrapped()
@@ -156,7 +158,7 @@ class Sequence:
         pixels = any(given.get(name) is not None for name in self.adapter.pixel_arguments)
         call.has_features = bool(outputs) or pixels
         if isinstance(outputs, dict):
-            call.encoded = {m: getattr(out, ENCODED, None) for m, out in outputs.items() if out is not None}
+            call.encoded = {m: self.read(m, out) for m, out in outputs.items() if out is not None}
         if call.has_features:
             self._set_call(call)
         else:
@@ -291,6 +293,8 @@ class Sequence:
         batch, length, _ = embeds.shape
         device = embeds.device
         self.state.disabled = self.gate.disabled()
+        if not self.state.disabled:
+            self.gate.check()
         self.state.prefill, self.state.unread = device, False
         self.observer.before_prefill(device)
         self.stages.check_training()
