@@ -61,7 +61,9 @@ class Patch:
             reuse, watch = self.design["reuse"], self.recorder
             state, gate, noted = self.state, self.gate, None if self.unread is None else self.unread.note
             push = None if wants_text else self._ask
-            vision = VisionWatch(adapter, needs, state, gate, watch.timer, merging, merge, reuse, watch.used, push, noted)
+            vision = VisionWatch(
+                adapter, needs, state, gate, watch.timer, merging, merge, reuse, watch.used, push, noted
+            )
             self.parts.append(vision)
             read, positions = vision.read, strategy.positions
             self.parts.append(
@@ -215,7 +217,9 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
             missing = " and ".join(words.get(x, x.replace("_", " ")) for x in lacking)
             received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
             extension = ' pass score="received" to rank by attention received, or' if received else ""
-            extension = " pass thumbnail=False, or" if lacking == ["pixels"] and hasattr(strategy, "thumbnail") else extension
+            extension = (
+                " pass thumbnail=False, or" if lacking == ["pixels"] and hasattr(strategy, "thumbnail") else extension
+            )
             raise ValueError(
                 f"{name} needs {missing}, which the vision tower of this {kind} model does not have:{extension} "
                 f"use {', '.join(fitting(adapter))}."

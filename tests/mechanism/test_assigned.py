@@ -112,7 +112,7 @@ def test_features_of_another_strategy_are_read_right_or_refused(name, first, the
         output = features_of(model, inputs)
     with vtoken.applied(subject(name), then, budget=0.5) as model:
         if not fits:
-            with pytest.raises(ValueError, match="encoded under another strategy.*call get_image_features again"):
+            with pytest.raises(ValueError, match=r"encoded under another strategy.*call get_image_features again"):
                 model(**text, mm_encoder_outputs={"image": output})
             output = features_of(model, inputs)
         want = answer(model, inputs)

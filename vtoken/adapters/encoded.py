@@ -173,7 +173,9 @@ class VisionWatch:
             state.capture = None
         missing = capture.missing if modality in self.adapter.towers else []
         if missing:
-            raise rebuilt(f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read from")
+            raise rebuilt(
+                f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read from"
+            )
         if capture.frames is not None:
             capture.frames.commit()
             if self.used is not None:
@@ -205,7 +207,9 @@ class VisionWatch:
         if encoded is None or modality not in self.needs or self.gate.disabled():
             return encoded
         mine, theirs = self.needs[modality], encoded.needs
-        lacking = any(set(getattr(mine, x)) - set(getattr(theirs, x)) for x in TOWER_NEEDS) or mine.pixels > theirs.pixels
+        lacking = (
+            any(set(getattr(mine, x)) - set(getattr(theirs, x)) for x in TOWER_NEEDS) or mine.pixels > theirs.pixels
+        )
         if lacking or encoded.merging != self.merging.get(modality, ()):
             raise ValueError(
                 f"These {modality} features were encoded under another strategy, which reads or merges other things in the "
@@ -269,7 +273,9 @@ class VisionWatch:
         return EncodedVisuals(modality, items, self.needs[modality], self.merging.get(modality, ()))
 
     @staticmethod
-    def _tokens(modality: str, features: Tensor, layout: Layout, provided: dict[Any, Tensor], tower: Any) -> VisualTokens:
+    def _tokens(
+        modality: str, features: Tensor, layout: Layout, provided: dict[Any, Tensor], tower: Any
+    ) -> VisualTokens:
         if len(layout.cells) != len(features):
             raise RuntimeError(
                 f"The layout of this {modality} has {len(layout.cells)} tokens, the model made {len(features)}: "
