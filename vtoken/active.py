@@ -331,6 +331,10 @@ class Gate:
                 if patches.leaving:
                     patches._settle()
 
+    def check(self) -> None:
+        """Raise RuntimeError if the patch no longer fits the options of its strategy."""
+        self.patch.check()
+
     def disabled(self) -> bool:
         """Whether calls of this thread or task read all visual tokens now."""
         return self.patches.disabled()

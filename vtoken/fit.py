@@ -12,11 +12,28 @@ from .streams import Reuse
 from .tokens import Needs
 
 
+def design_of(adapter: Adapter, strategy: Strategy, layers: int) -> dict[str, Any]:
+    """What the hooks of a patch depend on, for an LLM of so many layers: where a strategy acts, and what it reads there."""
+    drops = () if strategy.is_identity else tuple(strategy.prefill_layers(layers))
+    needs = {m: needs_of(adapter, strategy, m) for m in adapter.modalities}
+    if strategy.is_identity:
+        needs = {m: Needs(modalities=n.modalities) for m, n in needs.items()}
+    return {
+        "drops": drops,
+        "aligned": tuple(strategy.aligned_layers(layers)) if drops else (),
+        "needs": needs,
+        "merging": merging_layers(adapter, strategy),
+        "reuse": reuse_of(adapter, strategy),
+        "positions": strategy.positions,
+    }
+
+
 def merging_layers(adapter: Adapter, strategy: Strategy) -> dict[str, tuple[int, ...]]:
     """Per modality the tower layers behind which the strategy merges."""
     if strategy.is_identity:
         return {}
-    return {m: strategy.encoder_layers(tower.info) for m, tower in adapter.towers.items()}
+    layers = {m: tuple(strategy.encoder_layers(tower.info)) for m, tower in adapter.towers.items()}
+    return {m: some for m, some in layers.items() if some}
 
 
 def reuse_of(adapter: Adapter, strategy: Strategy) -> dict[str, Reuse]:

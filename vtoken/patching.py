@@ -14,7 +14,7 @@ from .active import LOCK, Gate, Patches, patches_for, patches_of
 from .adapters.base import Adapter
 from .adapters.registry import adapter_for
 from .config import VTokenConfig
-from .fit import check_fit, list_strategies, merging_layers, modalities_of, needs_of, reuse_of
+from .fit import check_fit, design_of, list_strategies, modalities_of
 from .hooks import Wrapped
 from .mechanism.entrance_hooks import Sequence
 from .mechanism.forward_context import State
@@ -27,7 +27,7 @@ from .recorder import Recorder
 from .strategies import Composite, Strategy
 from .strategies.composition import assemble
 from .streams import unwrapped
-from .tokens import Needs, Segment, Selection, VisualTokens
+from .tokens import Segment, Selection, VisualTokens
 
 M = TypeVar("M")
 
@@ -42,30 +42,29 @@ class Patch:
         self.warned = False
         self.unread = None if strategy.is_identity else Unread(strategy.info.name)
         layers = len(getattr(adapter.decoder, "layers", ()))
-        drops = () if strategy.is_identity else strategy.prefill_layers(layers)
-        aligned = strategy.aligned_layers(layers) if drops else ()
+        self.layers, self.design = layers, design_of(adapter, strategy, layers)
+        drops, aligned = self.design["drops"], self.design["aligned"]
         stages = [Stage(layer, strategy.select_in_prefill) for layer in drops]
         stage_of = [sum(s.layer <= i for s in stages) for i in range(layers)]
         stored = [len(stages) if i in aligned else stage for i, stage in enumerate(stage_of)]
         self.recorder = Recorder(adapter.model, adapter.decoder.config, stage_of, describe(strategy), stored)
-        needs = {m: needs_of(adapter, strategy, m) for m in adapter.modalities}
-        wants_text = any(n.text_embeddings for n in needs.values()) and not strategy.is_identity
-        if strategy.is_identity:
-            needs = {m: Needs(modalities=n.modalities) for m, n in needs.items()}
-        together = not strategy.is_identity and any(n.together for n in needs.values())
+        needs = self.design["needs"]
+        wants_text, together = (any(getattr(n, x) for n in needs.values()) for x in ("text_embeddings", "together"))
         planner = Planner(adapter, self._select, self.state, self._chosen, wants_text, bool(stages), together)
         self.wrapped = Wrapped()
         self.parts: list[Any] = [self.wrapped]
         try:
-            merging, merge = merging_layers(adapter, strategy), strategy.merge_in_encoder
-            reuse, watch = reuse_of(adapter, strategy), self.recorder
+            merging, merge = self.design["merging"], strategy.merge_in_encoder
+            reuse, watch = self.design["reuse"], self.recorder
             state, gate, noted = self.state, self.gate, None if self.unread is None else self.unread.note
             push = None if wants_text else self._ask
-            self.parts.append(
-                VisionWatch(adapter, needs, state, gate, watch.timer, merging, merge, reuse, watch.used, push, noted)
+            vision = VisionWatch(
+                adapter, needs, state, gate, watch.timer, merging, merge, reuse, watch.used, push, noted
             )
+            self.parts.append(vision)
+            read, positions = vision.read, strategy.positions
             self.parts.append(
-                Sequence(adapter, planner, stages, strategy.positions, state, gate, watch, aligned, self.unread)
+                Sequence(adapter, planner, stages, positions, state, gate, watch, aligned, self.unread, read)
             )
             if hasattr(adapter.model, "generate"):
                 self.wrapped.wrap(adapter.model, "generate", self._generate)
@@ -80,6 +79,14 @@ class Patch:
         """Take all hooks off the model."""
         for part in self.parts:
             part.remove()
+
+    def check(self) -> None:
+        """Raise RuntimeError if an option was assigned since that asks for other hooks than there are."""
+        if design_of(self.adapter, self.strategy, self.layers) != self.design:
+            raise RuntimeError(
+                f"{self.strategy.info.name} was given options after it was patched that need other hooks on the model: call "
+                "vtoken.unpatch(model) and vtoken.patch(model, strategy) again."
+            )
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.gate.call() as served:
@@ -119,6 +126,7 @@ class Patch:
             )
 
     def _chosen(self, chosen: list[Chosen], beams: int) -> None:
+        self.recorder.describe = describe(self.strategy)  # with the options of now
         self.recorder.chosen(chosen, beams)
         budget = self.strategy.budget
         if isinstance(budget, int) and not self.warned:

@@ -90,7 +90,7 @@ def test_a_shared_tower_changes_no_answer():
 def test_media_are_asked_about_apart(monkeypatch):
     clips = [SimpleNamespace(media=[0] * n) for n in (6, 8, 6)]
     pairs = [(example, Question("who?", "me", "k")) for example in (SimpleNamespace(media=1), *clips)]
-    monkeypatch.setattr("training.tiny.evaluate.held_out", lambda *a: pairs)
+    monkeypatch.setattr("vtoken.tiny.questions.held_out", lambda *a: pairs)
     monkeypatch.setattr("vtoken.eval.board.tiny._batch", lambda p, some, *memo: Batch([q[0].media for q in some], len))
     images, videos = subjects("llava", 4)
     assert (images.stem, videos.stem) == ("llava_image", "llava_video")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..hooks import Wrapped, rebuilt
 from ..streams import unwrapped
-from .forward_context import ENCODED, Admission, Call, Observer, Plan, Run, State
+from .forward_context import Admission, Call, Observer, Plan, Run, State
 from .generation import prompt_ends, queries_of
 from .layer_hooks import LayerStages, Stage
 from .logical_cache import Ledger, ledger_of, make_logical, physical_length
@@ -42,6 +42,7 @@ class Sequence:
         observer: told what entered and left the language model.
         aligned: LLM layers whose cache is cut to the last stage's tokens behind the prompt.
         unread: asked about embeddings without visual tokens.
+        read: `read(modality, output) -> EncodedVisuals | None`, what features that come ready-made carry.
     """
 
     def __init__(
@@ -55,11 +56,12 @@ class Sequence:
         observer: Observer,
         aligned: tuple[int, ...] = (),
         unread: Unread | None = None,
+        read: Callable[[str, Any], Any] = lambda modality, output: None,
     ) -> None:
         self.adapter, self.planner, self.positions = adapter, planner, positions
         self.model, self.base, self.decoder = adapter.model, adapter.base, adapter.decoder
         self.state, self.gate, self.observer = state, gate, observer
-        self.unread = unread
+        self.unread, self.read = unread, read
         self.base_arguments = list(inspect.signature(self.base.forward).parameters)
         self.decoder_arguments = list(inspect.signature(self.decoder.forward).parameters)
         self.wrapped = Wrapped()
@@ -156,7 +158,7 @@ class Sequence:
         pixels = any(given.get(name) is not None for name in self.adapter.pixel_arguments)
         call.has_features = bool(outputs) or pixels
         if isinstance(outputs, dict):
-            call.encoded = {m: getattr(out, ENCODED, None) for m, out in outputs.items() if out is not None}
+            call.encoded = {m: self.read(m, out) for m, out in outputs.items() if out is not None}
         if call.has_features:
             self._set_call(call)
         else:
@@ -191,7 +193,9 @@ class Sequence:
             self.state.call = None
         self.gate.forward_ended()
         if out is not None and call.has_features and not call.read and not self.state.disabled:
-            raise changed(f"{type(module).__name__} was given images or videos and did not call {type(self.decoder).__name__}")
+            raise changed(
+                f"{type(module).__name__} was given images or videos and did not call {type(self.decoder).__name__}"
+            )
 
     @property
     def _flash(self) -> bool:
@@ -291,6 +295,8 @@ class Sequence:
         batch, length, _ = embeds.shape
         device = embeds.device
         self.state.disabled = self.gate.disabled()
+        if not self.state.disabled:
+            self.gate.check()
         self.state.prefill, self.state.unread = device, False
         self.observer.before_prefill(device)
         self.stages.check_training()
@@ -339,13 +345,17 @@ class Sequence:
         self.state.run = run
         ledger.announced = True
 
-        keep = real if plan is None else (plan.keep.to(device) | ~visual) & real  # padding goes: rows re-align to the right
+        keep = (
+            real if plan is None else (plan.keep.to(device) | ~visual) & real
+        )  # padding goes: rows re-align to the right
         index, valid = right_aligned(keep)
         run.index = index
         run.now = [(torch.arange(index.shape[1], device=device).expand(batch, -1), valid)]
         run.ragged = [not bool(valid.all())]
 
-        kwargs["inputs_embeds"] = take_merged(embeds, index, valid, *((plan.into, plan.weight) if plan is not None else ()))
+        kwargs["inputs_embeds"] = take_merged(
+            embeds, index, valid, *((plan.into, plan.weight) if plan is not None else ())
+        )
         if plan is not None and plan.source is not None and plan.features is not None:
             kwargs["inputs_embeds"] = overwrite(kwargs["inputs_embeds"], plan.source.gather(1, index), plan.features)
         run.positions = self._positions(kwargs.get("position_ids"), run, keep, real, index)
@@ -457,4 +467,3 @@ class Sequence:
             return (take(out[0], column), *out[1:])
         out.last_hidden_state = take(out.last_hidden_state, column)
         return out
-

@@ -142,6 +142,9 @@ class Admission(Protocol):
     def call(self) -> AbstractContextManager[bool]:
         """A call that uses the patch to its end; yields False if the call is not the patch's."""
 
+    def check(self) -> None:
+        """Raise RuntimeError if the patch no longer fits the options of its strategy."""
+
     def disabled(self) -> bool:
         """Whether calls read all visual tokens now."""
 

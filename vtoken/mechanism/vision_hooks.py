@@ -27,16 +27,21 @@ from .tower_merging import MERGED, EncoderMerging
 from .tower_reuse import FrameReuse
 from .transformers_names import check_features
 
+TOWER_NEEDS = ("cls_attention", "cls_logits", "received_attention", "keys")
+
 
 @dataclass
 class EncodedVisuals:
     """All images, or all videos, of one batch in placeholder order.
 
-    `picks` are the strategy's answers, given when the frames of a stream were pushed; None outside of a stream.
+    `picks` are the strategy's answers, given when the frames of a stream were pushed; None outside of a stream. `needs` is
+    what was read from the tower, `merging` the tower layers behind which tokens were merged.
     """
 
     modality: str
     items: list[VisualTokens]
+    needs: Needs
+    merging: tuple[int, ...] = ()
     picks: list[Selection] | None = None
 
     @property
@@ -152,6 +157,7 @@ class VisionWatch:
         state = self.state
         if state.disabled or modality not in self.needs or state.capture is not None:
             return original(*args, **kwargs)
+        self.gate.check()
         self._follow()
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         bound.apply_defaults()
@@ -190,6 +196,25 @@ class VisionWatch:
         elif stream is None and self.handed_out is not None:
             self.handed_out(encoded)
         return output
+
+    def read(self, modality: str, output: Any) -> EncodedVisuals | None:
+        """What an output of `get_*_features` carries, None if it was made without a patch.
+
+        Raises ValueError for one that was made under a strategy that reads or merges otherwise in the vision tower.
+        """
+        encoded: EncodedVisuals | None = getattr(output, ENCODED, None)
+        if encoded is None or modality not in self.needs or self.gate.disabled():
+            return encoded
+        mine, theirs = self.needs[modality], encoded.needs
+        lacking = (
+            any(set(getattr(mine, x)) - set(getattr(theirs, x)) for x in TOWER_NEEDS) or mine.pixels > theirs.pixels
+        )
+        if lacking or encoded.merging != self.merging.get(modality, ()):
+            raise ValueError(
+                f"These {modality} features were encoded under another strategy, which reads or merges other things in the "
+                f"vision tower than the present one: call get_{modality}_features again."
+            )
+        return encoded
 
     def _push(self, encoded: EncodedVisuals, stream: StreamState) -> None:
         """Let a stream go on by these frames. Whoever asks about them later starts from the history before them."""
@@ -244,7 +269,7 @@ class VisionWatch:
         provided = capture.per_item([len(layout.segments) for layout in layouts])
         tower = self.adapter.towers.get(modality)
         items = [self._tokens(modality, *item, tower) for item in zip(features, layouts, provided, strict=True)]
-        return EncodedVisuals(modality, items)
+        return EncodedVisuals(modality, items, self.needs[modality], self.merging.get(modality, ()))
 
     @staticmethod
     def _tokens(
