@@ -31,6 +31,9 @@ class Patch(Protocol):
     def remove(self) -> None:
         """Take all hooks off the model."""
 
+    def check(self) -> None:
+        """Raise RuntimeError if the strategy was given options that need other hooks."""
+
 
 PATCH = "_vtoken_patch"  # the attribute of a model that holds its `Patches`
 LOCK = threading.RLock()  # for everything below; held for microseconds

@@ -51,7 +51,7 @@ def test_importing_patches_nothing_and_is_quick():
 
 
 # Every room from the ground up, and what it may import of the package besides itself. A room is a folder or a file.
-GROUND = ("_json", "_threads", "checks", "extras", "hooks", "kernels", "limits", "streams", "tokens")
+GROUND = ("_json", "_threads", "checks", "extras", "hooks", "kernels", "limits", "streams", "tokens", "version")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(GROUND, ()),
     "images": ("limits",),
@@ -79,7 +79,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # the public face, as users import it: `import vtoken`
     "vtoken": (
         *("accounting", "config", "fit", "mechanism", "patching", "resize", "strategies", "streaming", "streams"),
-        *("tokens", "video", "drawing"),
+        *("drawing", "tokens", "version", "video"),
     ),
     "bench": ("_json", "asking", "checks", "extras", "mechanism", "recorder", "strategies", "tiny", "vtoken"),
     "eval": ("_json", "asking", "checks", "extras", "images", "strategies", "tiny", "video", "vtoken"),
