@@ -2,44 +2,68 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from .adapters.base import Adapter
 from .adapters.registry import adapter_for
 from .mechanism.attention_rows import check_projections
+from .mechanism.drop_schedule import DropSchedule
 from .strategies import Strategy, list_names, strategy_info
 from .streams import Reuse
 from .tokens import Needs
 
 
-def design_of(adapter: Adapter, strategy: Strategy, layers: int) -> dict[str, Any]:
-    """What the hooks of a patch depend on, for an LLM of so many layers: where a strategy acts, and what it reads there."""
-    drops = () if strategy.is_identity else tuple(strategy.prefill_layers(layers))
+@dataclass(frozen=True)
+class Design:
+    """Where a strategy acts on a model and what it reads there: everything that the hooks of a patch depend on.
+
+    Attributes:
+        schedule: drops inside the LLM.
+        needs: by modality, what is read for the strategy.
+        merging: by modality, the tower layers after which tokens are merged.
+        reuse: by modality, what the tower reuses between frames.
+        positions: "original" or "renumber".
+    """
+
+    schedule: DropSchedule
+    needs: dict[str, Needs]
+    merging: dict[str, tuple[int, ...]]
+    reuse: dict[str, Reuse]
+    positions: str
+
+    @property
+    def wants_text(self) -> bool:
+        """Whether the strategy reads the prompt's text before the LLM."""
+        return any(n.text_embeddings for n in self.needs.values())
+
+    @property
+    def together(self) -> bool:
+        """Whether the strategy sees the images of a prompt as one video."""
+        return any(n.together for n in self.needs.values())
+
+
+def design_of(adapter: Adapter, strategy: Strategy) -> Design:
+    """The design of a strategy, with its options of now, for a model."""
+    layers = len(getattr(adapter.decoder, "layers", ()))
     needs = {m: needs_of(adapter, strategy, m) for m in adapter.modalities}
     if strategy.is_identity:
-        needs = {m: Needs(modalities=n.modalities) for m, n in needs.items()}
-    return {
-        "drops": drops,
-        "aligned": tuple(strategy.aligned_layers(layers)) if drops else (),
-        "needs": needs,
-        "merging": merging_layers(adapter, strategy),
-        "reuse": reuse_of(adapter, strategy),
-        "positions": strategy.positions,
-    }
+        idle = {m: Needs(modalities=n.modalities) for m, n in needs.items()}
+        return Design(DropSchedule(layers), idle, {}, {}, strategy.positions)
+    drops = tuple(strategy.prefill_layers(layers))
+    schedule = DropSchedule(layers, drops, tuple(strategy.aligned_layers(layers)) if drops else ())
+    merging, reuse = merging_layers(adapter, strategy), reuse_of(adapter, strategy)
+    return Design(schedule, needs, merging, reuse, strategy.positions)
 
 
 def merging_layers(adapter: Adapter, strategy: Strategy) -> dict[str, tuple[int, ...]]:
-    """Per modality the tower layers behind which the strategy merges."""
-    if strategy.is_identity:
-        return {}
+    """By modality, the tower layers after which the strategy merges."""
     layers = {m: tuple(strategy.encoder_layers(tower.info)) for m, tower in adapter.towers.items()}
     return {m: some for m, some in layers.items() if some}
 
 
 def reuse_of(adapter: Adapter, strategy: Strategy) -> dict[str, Reuse]:
-    """Per modality what its tower reuses between frames, where the tower can and the strategy wants it."""
-    if strategy.is_identity:
-        return {}
+    """By modality, what its tower reuses between frames, where the tower can and the strategy wants it."""
     towers = {m: tower for m, tower in adapter.towers.items() if tower.can_reuse}
     declared = {m: strategy.reuse(tower.info) for m, tower in towers.items()}
     return {m: reuse for m, reuse in declared.items() if reuse is not None and reuse.interval > 1}

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, TypeVar, cast
 
+import torch
+from torch import Tensor
+
 from .accounting import Report
 from .active import LOCK, Gate, Patches, patches_for, patches_of
 from .adapters.base import Adapter
@@ -16,18 +19,21 @@ from .adapters.registry import adapter_for
 from .config import VTokenConfig
 from .fit import check_fit, design_of, list_strategies, modalities_of
 from .hooks import Wrapped
-from .mechanism.entrance_hooks import Sequence
-from .mechanism.forward_context import State
+from .kernels import gather_merge
+from .mechanism.entrance_hooks import EntranceHooks
+from .mechanism.forward_context import ENCODED, ForwardContext
 from .mechanism.generation import generating
-from .mechanism.layer_hooks import Stage
+from .mechanism.layer_hooks import LayerHooks
 from .mechanism.planner import Chosen, Planner
+from .mechanism.prompt import EncodedVisuals
 from .mechanism.unread_features import Unread
-from .mechanism.vision_hooks import VisionWatch
+from .mechanism.vision_hooks import VisionHooks
+from .mechanism.visual_turn import VisualTurn
 from .recorder import Recorder
 from .strategies import Composite, Strategy
 from .strategies.composition import assemble
 from .streams import unwrapped
-from .tokens import Segment, Selection, VisualTokens
+from .tokens import Segment, Selection, VisualTokens, concat_selections
 
 M = TypeVar("M")
 
@@ -38,39 +44,49 @@ class Patch:
     def __init__(self, adapter: Adapter, strategy: Strategy, patches: Patches) -> None:
         check_fit(adapter, strategy)
         self.adapter, self.strategy = adapter, strategy
-        self.state, self.gate = State(), Gate(patches, self)
+        self.context, self.gate = ForwardContext(), Gate(patches, self)
         self.warned = False
+        self.sessions: int | None = None  # how many use a patch that sessions made
         self.unread = None if strategy.is_identity else Unread(strategy.info.name)
-        layers = len(getattr(adapter.decoder, "layers", ()))
-        self.layers, self.design = layers, design_of(adapter, strategy, layers)
-        drops, aligned = self.design["drops"], self.design["aligned"]
-        stages = [Stage(layer, strategy.select_in_prefill) for layer in drops]
-        stage_of = [sum(s.layer <= i for s in stages) for i in range(layers)]
-        stored = [len(stages) if i in aligned else stage for i, stage in enumerate(stage_of)]
-        self.recorder = Recorder(adapter.model, adapter.decoder.config, stage_of, describe(strategy), stored)
-        needs = self.design["needs"]
-        wants_text, together = (any(getattr(n, x) for n in needs.values()) for x in ("text_embeddings", "together"))
-        planner = Planner(adapter, self._select, self.state, self._chosen, wants_text, bool(stages), together)
+        self.design = design_of(adapter, strategy)
+        self.recorder = Recorder(adapter.model, adapter.decoder.config, self.design.schedule, describe(strategy))
         self.wrapped = Wrapped()
         self.parts: list[Any] = [self.wrapped]
         try:
-            merging, merge = self.design["merging"], strategy.merge_in_encoder
-            reuse, watch = self.design["reuse"], self.recorder
-            state, gate, noted = self.state, self.gate, None if self.unread is None else self.unread.note
-            push = None if wants_text else self._ask
-            vision = VisionWatch(
-                adapter, needs, state, gate, watch.timer, merging, merge, reuse, watch.used, push, noted
-            )
+            vision = self._vision_hooks()
             self.parts.append(vision)
-            read, positions = vision.read, strategy.positions
-            self.parts.append(
-                Sequence(adapter, planner, stages, positions, state, gate, watch, aligned, self.unread, read)
-            )
+            self.parts.append(EntranceHooks(adapter, self._turn(), self.unread, vision.read))
             if hasattr(adapter.model, "generate"):
                 self.wrapped.wrap(adapter.model, "generate", self._generate)
         except BaseException:
             self.remove()
             raise
+
+    def _vision_hooks(self) -> VisionHooks:
+        design, strategy = self.design, self.strategy
+        return VisionHooks(
+            self.adapter,
+            design.needs,
+            self.context,
+            self.gate,
+            self.recorder.timer,
+            design.merging,
+            strategy.merge_in_encoder,
+            design.reuse,
+            self.recorder.used,
+            None if design.wants_text else self._ask,
+            None if self.unread is None else self.unread.note,
+        )
+
+    def _turn(self) -> VisualTurn:
+        adapter, design, context = self.adapter, self.design, self.context
+        schedule, positions = design.schedule, design.positions
+        inside = schedule.count > 0
+        planner = Planner(
+            adapter, self._select, context, self._chosen, design.wants_text, inside, design.together
+        )
+        layers = LayerHooks(adapter.decoder, schedule, self.strategy.select_in_prefill, context, positions)
+        return VisualTurn(adapter, planner, layers, positions, context, self.gate, self.recorder)
 
     def __repr__(self) -> str:
         return f"<vtoken patch {describe(self.strategy)} of a {type(self.adapter.model).__name__}>"
@@ -82,7 +98,7 @@ class Patch:
 
     def check(self) -> None:
         """Raise RuntimeError if an option was assigned since that asks for other hooks than there are."""
-        if design_of(self.adapter, self.strategy, self.layers) != self.design:
+        if design_of(self.adapter, self.strategy) != self.design:
             raise RuntimeError(
                 f"{self.strategy.info.name} was given options after it was patched that need other hooks on the model: call "
                 "vtoken.unpatch(model) and vtoken.patch(model, strategy) again."
@@ -92,11 +108,32 @@ class Patch:
         with self.gate.call() as served:
             if not served:
                 return original(*args, **kwargs)
-            self.state.unread = False
-            out = generating(self.state, original, *args, **kwargs)
-            if self.state.unread and self.unread is not None and not self.gate.disabled():
+            self.context.unread = False
+            out = generating(self.context, original, *args, **kwargs)
+            if self.context.unread and self.unread is not None and not self.gate.disabled():
                 self.unread.warn()
             return out
+
+    def encode(self, output: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What a session keeps of the frames in an output of `get_*_features`.
+
+        Args:
+            output: of this patched model.
+            rows: (n, d) its visual tokens.
+
+        Returns:
+            (m,) int64, ascending: the tokens that stay; and (m, d): their features, with those that they absorb.
+        """
+        encoded: EncodedVisuals | None = getattr(output, ENCODED, None)
+        if encoded is None or self.context.disabled:
+            return torch.arange(len(rows), device=rows.device), rows
+        picks = encoded.picks or [self._select(item) for item in encoded.items]
+        selection = concat_selections(picks, [len(item) for item in encoded.items])
+        keep = selection.keep.to(rows.device)
+        into, weight = selection.into, selection.weight
+        if into is None or weight is None:
+            return keep, rows[keep]
+        return keep, gather_merge(rows[None], keep[None], into[None].to(rows.device), weight[None].to(rows.device))[0]
 
     def _select(self, tokens: VisualTokens) -> Selection:
         """The strategy's answer; what it notes of the stream meanwhile is forgotten, so that the next answer is the same."""

@@ -1,4 +1,4 @@
-"""Keeps the books of a patched model without making the device wait."""
+"""Records what a patched model reads, without making the device wait."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._threads import PerThread
 from .accounting import LanguageModelShape, LayersRead, Report, VisualReport
+from .mechanism.drop_schedule import DropSchedule
 from .mechanism.forward_context import Run
 from .mechanism.planner import Chosen
 from .streams import TowerUse
@@ -101,17 +102,12 @@ class Recorder:
     Args:
         device: where the model computes, for the choice of clock.
         text_config: shape of the language model.
-        stage_of: per LLM layer, how many drops lie in front of it.
-        itemsize: bytes of one KV-cache element.
+        schedule: the drops inside the LLM.
         describe: the strategy in words.
-        stored_of: per LLM layer, the drop whose survivors its KV cache keeps behind the prompt; as `stage_of` if None.
     """
 
-    def __init__(
-        self, model: Any, text_config: Any, stage_of: list[int], describe: str, stored_of: list[int] | None = None
-    ) -> None:
-        self.model, self.text_config, self.stage_of, self.describe = model, text_config, stage_of, describe
-        self.stored_of = stage_of if stored_of is None else stored_of
+    def __init__(self, model: Any, text_config: Any, schedule: DropSchedule, describe: str) -> None:
+        self.model, self.text_config, self.schedule, self.describe = model, text_config, schedule, describe
         self.local = _Local()
         self.last: Record | None = None
 
@@ -194,8 +190,8 @@ class Recorder:
             tokens = [t.tolist() for t in forward.tokens]
             visuals = [int(v.sum()) for v in forward.visual]
             for i in layers:
-                stage = min(self.stage_of[i] if self.stage_of else 0, len(tokens) - 1)
-                stored = min(self.stored_of[i] if self.stored_of else 0, len(tokens) - 1)
+                stage = min(self.schedule.reads(i), len(tokens) - 1)
+                stored = min(self.schedule.stores(i), len(tokens) - 1)
                 per_layer[i] += sum(tokens[stored])
                 visual[i] += visuals[stage]
                 flops += sum(shape.layer_flops(n, forward.past[stage]) for n in tokens[stage])
@@ -230,8 +226,8 @@ class Recorder:
     def _ranges(self, kept: list[Tensor]) -> tuple[LayersRead, ...]:
         """Neighbouring layers that read the same tokens are one range."""
         out: list[LayersRead] = []
-        for layer, stage in enumerate(self.stage_of):
-            keep = kept[min(stage, len(kept) - 1)]
+        for layer in range(self.schedule.layers):
+            keep = kept[min(self.schedule.reads(layer), len(kept) - 1)]
             if out and torch.equal(out[-1].keep, keep):
                 out[-1] = replace(out[-1], last=layer)
             else:

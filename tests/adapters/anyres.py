@@ -14,7 +14,7 @@ import vtoken
 from tests.models import FAMILIES
 from tests.models.common import IMG, left_pad, text
 from vtoken import Selection, Strategy, StrategyInfo, VisualTokens
-from vtoken.mechanism.entrance_hooks import ENCODED
+from vtoken.mechanism.forward_context import ENCODED
 
 SIZE, SIDE = 28, 4  # of a tile: px, patches
 PINPOINTS = [[r * SIZE, c * SIZE] for r, c in [(1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3), (3, 3)]]

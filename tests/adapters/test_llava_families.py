@@ -14,7 +14,7 @@ from tests.mechanism.fixed import Spy, matrix, patched
 from tests.mechanism.test_turns import first_turn
 from tests.models import FAMILIES
 from tests.models.common import IMG, VID, left_pad, text
-from vtoken.mechanism.entrance_hooks import ENCODED
+from vtoken.mechanism.forward_context import ENCODED
 from vtoken.strategies import create
 
 from .anyres import SIDE, encode, model_of, picture, prompts

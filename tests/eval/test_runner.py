@@ -23,8 +23,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests.eval.canned import MME_SAID, Canned
-from vtoken.eval.mme import MME, load
-from vtoken.eval.runner import Evaluation, Run
+from vtoken.eval.benchmarks.mme import MME, load
+from vtoken.eval.running.runner import Evaluation, Run
 
 class Mortal(Canned):
     def __call__(self, prompts, max_new_tokens):
@@ -123,7 +123,7 @@ def test_foreign_and_broken_records_are_errors(task, tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from vtoken.eval.records import locked
+from vtoken.eval.running.answer_log import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -10,7 +10,7 @@ from torch import Tensor
 import vtoken
 from tests.models import Family
 from vtoken import PrefillTokens, Selection, Strategy, StrategyInfo, VisualTokens
-from vtoken.mechanism.vision_hooks import VisionWatch
+from vtoken.mechanism.vision_hooks import VisionHooks
 from vtoken.patching import patch_of
 
 
@@ -202,7 +202,7 @@ class _Patched:
     def __enter__(self) -> Spy:
         vtoken.patch(self.model, self.spy.strategy)
         if self.spy.strategy.acts_between_frames:
-            (watch,) = [part for part in patch_of(self.model).parts if isinstance(part, VisionWatch)]
+            (watch,) = [part for part in patch_of(self.model).parts if isinstance(part, VisionHooks)]
             encode = watch._encode
 
             def noting(modality, output, *args):

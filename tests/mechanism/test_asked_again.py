@@ -13,7 +13,7 @@ import vtoken
 from tests.models import FAMILIES
 from tests.oracle import clone
 from vtoken import Selection, StreamState, VisualTokens, strategies
-from vtoken.mechanism.vision_hooks import ENCODED
+from vtoken.mechanism.forward_context import ENCODED
 
 from .common import subject
 from .fixed import Fixed, Spy, patched

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import kv_compact
+from .drop_schedule import DropSchedule
+from .forward_context import Run
 
-if TYPE_CHECKING:
-    from .forward_context import Run
 
-
-def align_cache(run: Run, layers: Sequence[int], stage_of: Sequence[int]) -> None:
-    """Gather keys and values of `layers` along the sequence; called before the ledger takes in this forward.
+def align_cache(run: Run, schedule: DropSchedule) -> None:
+    """Cut the cache of the aligned layers to what the last drop left; called before the ledger takes in this forward.
 
     Earlier forwards were aligned when they were read, so only the current tokens move. The logical length stays.
     """
     final = len(run.now) - 1
     past = run.ledger.slots[final].shape[1]
-    for stage in sorted({stage_of[i] for i in layers} - {final}):
+    for stage in sorted({schedule.reads(i) for i in schedule.aligned} - {final}):
         if run.now[stage][0] is run.now[final][0]:
             continue
         index = _columns(run, stage, final, past)
-        group = [run.cache.layers[i] for i in layers if stage_of[i] == stage]
+        group = [run.cache.layers[i] for i in schedule.aligned if schedule.reads(i) == stage]
         for device in {layer.keys.device for layer in group}:
             here = [layer for layer in group if layer.keys.device == device]
             cut_layers(here, index.to(device), inplace=run.static and not run.ragged[final])

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .._threads import PerThread
+from ..adapters.towers.capture import Capture
 from ..tokens import Selection
 from .ledger import Ledger
+from .prompt import Choice, EncodedVisuals, Prompt
 
 ENCODED = "_vtoken_encoded"  # what a model's own features carry
 
@@ -23,7 +25,7 @@ class Call:
     input_ids: Tensor | None = None
     given: dict[str, Any] = field(default_factory=dict)  # the arguments of the base model
     visual: dict[str, Tensor] = field(default_factory=dict)  # modality -> (B, q) bool
-    encoded: dict[str, Any] = field(default_factory=dict)  # modality -> EncodedVisuals
+    encoded: dict[str, EncodedVisuals | None] = field(default_factory=dict)  # by modality
     has_features: bool = False
     read: bool = False  # whether the language model was called
     ledger: Ledger | None = None  # of the cache that the base model was given
@@ -103,7 +105,7 @@ class Run:
     ends: Tensor | None = None  # (B,): position in this forward at which a row's prompt ends and its answer begins
     queries: Tensor | None = None  # (B,): position of the token from which a row's answer is read, -1 for an empty row
     drops: dict[tuple[int, int], Selection] = field(default_factory=dict)  # answers inside the LLM, by (stage, row)
-    choice: Any = None  # generation.Choice, where every step reads the prompt again
+    choice: Choice | None = None  # where every step reads the prompt again
     positions: Tensor | None = None  # position ids behind the entrance, for positions="renumber"
     past_seen: Tensor | None = None  # (B, past_slots) bool: what the mask lets through of earlier forwards
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)  # per row, see PrefillTokens
@@ -120,17 +122,28 @@ class Run:
         return self.visual & (place != self.queries[:, None])
 
 
-class State(PerThread):
-    """The forwards under way in this thread."""
+class ForwardContext(PerThread):
+    """What the hooks of one patch share while a call runs in this thread.
 
+    Attributes:
+        prompt: of a running `generate()`.
+        labels: of a forward of the model.
+        call: a forward of the base model.
+        run: a forward of the language model that reads a shortened prompt, or goes on after one.
+        capture: a call of `get_*_features`.
+        reading: the device of a language model that reads visual tokens, None while it reads none.
+        unread: whether a running `generate()` has encoded what the language model was not yet given.
+        disabled: whether the call reads all visual tokens.
+    """
+
+    prompt: Prompt | None = None
+    labels: Tensor | None = None
     call: Call | None = None
     run: Run | None = None
-    generating: Any = None  # generation.Prompt
-    labels: Any = None  # of the forward under way
-    prefill: torch.device | None = None  # set while the language model reads visual tokens
-    capture: Any = None  # towers.base.Capture
-    unread: bool = False  # whether a running `generate()` has encoded what the language model was not yet given
-    disabled: bool = False  # read when visual tokens are encoded, and when they reach the language model
+    capture: Capture | None = None
+    reading: torch.device | None = None
+    unread: bool = False
+    disabled: bool = False
 
 
 class Admission(Protocol):
@@ -155,7 +168,7 @@ class Admission(Protocol):
         """The forward is at its end."""
 
 
-class Observer(Protocol):
+class ForwardObserver(Protocol):
     """Records what a patched model reads."""
 
     def before_prefill(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Where the prompt of a forward ends, and what was chosen for the prompt of a running `generate()`.
+"""Where the prompt of a forward ends.
 
 One rule, for every strategy that reads the text or the language model's attention:
 
@@ -13,129 +13,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..tokens import Selection, VisualTokens
-    from .forward_context import State
-    from .vision_hooks import EncodedVisuals
+from .forward_context import ForwardContext
+from .prompt import Prompt
 
 IGNORED = -100  # the label of tokens that are not learnt
 
 _told: ContextVar[Tensor | None] = ContextVar("vtoken_prompt_length", default=None)
 
 
-@dataclass
-class Answered:
-    """What the strategy answered about the images or videos of one prompt row, at the columns `places` (n,) int64."""
-
-    row: int
-    places: Tensor
-    items: list[VisualTokens]
-    picks: list[Selection]
-
-
-@dataclass
-class Choice:
-    """What was chosen for one batch of prompts that is read again in every step, as `generate(use_cache=False)` does.
-
-    Attributes:
-        visual: modality -> (B, prompt) bool, the visual tokens.
-        encoded: modality -> what the strategy was asked about.
-        answered: its answers before the language model.
-        drops: its answers inside, by (stage, row).
-        survivors: (B, prompt) bool, what the last drop left; None while the prompt is read for the first time.
-    """
-
-    visual: dict[str, Tensor]
-    encoded: dict[str, EncodedVisuals]
-    answered: list[Answered]
-    drops: dict[tuple[int, int], Selection]
-    survivors: Tensor | None = None
-
-    def serves(self, visual: dict[str, Tensor], encoded: dict[str, EncodedVisuals]) -> bool:
-        """Whether a forward reads the same pictures at the same places, whatever text follows them."""
-        if visual.keys() != self.visual.keys():
-            return False
-        for modality, before in self.visual.items():
-            now = visual[modality]
-            if now.shape[0] != before.shape[0] or now.shape[1] < before.shape[1]:
-                return False
-            if not torch.equal(now[:, : before.shape[1]], before) or bool(now[:, before.shape[1] :].any()):
-                return False
-        return all(_same(self.encoded[modality], encoded[modality]) for modality in visual)
-
-
-def _same(one: EncodedVisuals, other: EncodedVisuals) -> bool:
-    if one is other:
-        return True
-    a, b = ([item.features for item in x.items] for x in (one, other))
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-@dataclass
-class Prompt:
-    """A running `generate()` with its keyword arguments.
-
-    Attributes:
-        input_ids: what it was given to read, None if that was embeddings.
-        given: its keyword arguments.
-        encoded: modality -> the pictures that it encoded before it read the prompt.
-        default: the model's generation config.
-        choice: what was chosen, if every step reads the prompt again.
-    """
-
-    input_ids: Tensor | None
-    given: dict[str, Any] = field(default_factory=dict)
-    encoded: dict[str, EncodedVisuals] = field(default_factory=dict)
-    default: Any = None
-    choice: Choice | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt, those of earlier turns in the cache included; 0 if unknown."""
-        mask = self.given.get("attention_mask")  # of the whole conversation, where input_ids may be the last turn's only
-        return int(mask.shape[1]) if isinstance(mask, Tensor) and mask.ndim == 2 else self._given_tokens
-
-    @property
-    def _given_tokens(self) -> int:
-        embeds = self.given.get("inputs_embeds")
-        given = embeds if self.input_ids is None or not self.input_ids.shape[1] else self.input_ids
-        return 0 if given is None else int(given.shape[1])
-
-    def last_columns(self) -> list[int]:
-        """Per row the last column of `input_ids` that is no padding."""
-        assert self.input_ids is not None
-        real, mask = torch.ones_like(self.input_ids, dtype=torch.bool), self.given.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            real = mask[:, -real.shape[1] :].bool()
-        place = torch.arange(real.shape[1], device=real.device)
-        last: list[int] = torch.where(real, place, -1).amax(1).tolist()
-        return last
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens that may be generated, 0 if unknown."""
-        config = self.given.get("generation_config") or self.default
-        most, longest = (self.given.get(n) or getattr(config, n, None) for n in ("max_new_tokens", "max_length"))
-        return int(most) if most else max(0, int(longest or 0) - self._given_tokens)
-
-
-def generating(state: State, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def generating(context: ForwardContext, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`generate` with a note of its prompt."""
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     default = getattr(getattr(original, "__self__", None), "generation_config", None)
     prompt = Prompt(ids if isinstance(ids, Tensor) else None, kwargs, default=default)
-    outer, state.generating = state.generating, prompt
+    outer, context.prompt = context.prompt, prompt
     try:
         return original(*args, **kwargs)
     finally:
-        state.generating = outer
+        context.prompt = outer
 
 
 @contextmanager
@@ -183,11 +84,11 @@ def _lengths(tokens: Any) -> Tensor:
     return given.long()
 
 
-def prompt_ends(state: State, past: int, real: Tensor) -> Tensor:
+def prompt_ends(context: ForwardContext, past: int, real: Tensor) -> Tensor:
     """(B,) int64: the position in this forward at which every row's prompt ends, its length if all of it is prompt.
 
     Args:
-        state: of the forward.
+        context: of the forward.
         past: tokens in the KV cache.
         real: (B, q) bool, what is no padding.
 
@@ -195,11 +96,11 @@ def prompt_ends(state: State, past: int, real: Tensor) -> Tensor:
         ValueError: if `prompt_length` does not fit the forward.
     """
     batch, length = real.shape
-    prompt: Prompt | None = state.generating
+    prompt = context.prompt
     if prompt is not None:
         end = prompt.length - past
         return torch.full((batch,), end if 0 < end < length else length, device=real.device)
-    ends, told, labels = torch.full((batch,), length, device=real.device), _told.get(), state.labels
+    ends, told, labels = torch.full((batch,), length, device=real.device), _told.get(), context.labels
     if told is not None:
         if told.ndim and len(told) != batch:
             raise ValueError(f"prompt_length has {len(told)} rows, this forward {batch}: give one length per row.")

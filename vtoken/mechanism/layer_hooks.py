@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers.modeling_layers
@@ -20,63 +19,51 @@ from transformers.masking_utils import create_causal_mask
 
 from ..hooks import Hook, Hooks, rebuilt
 from ..tokens import PrefillTokens, Selection
-from .attention_rows import rows_of_attention
 from .cache_alignment import align_cache
-from .forward_context import Plan
-from .logical_cache import name_of, settle
+from .drop_schedule import DropSchedule
+from .forward_context import ForwardContext, Plan, Run
+from .layer_views import LayerViews
+from .logical_cache import Ledger, settle
 from .masks import WINDOW_FULL, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged
 from .transformers_names import cache_argument, changed, check_length, recomputes
-
-if TYPE_CHECKING:
-    from .forward_context import Run, State
-    from .logical_cache import Ledger
 
 # Older releases checkpoint `__call__`: hooks run again in backward, when the state of the forward is gone.
 HOOKS_INSIDE_CHECKPOINT = "__call__" in vars(transformers.modeling_layers.GradientCheckpointingLayer)
 
 
-@dataclass
-class Stage:
-    """A drop in front of LLM layer `layer`: `select(PrefillTokens) -> Selection` over the visual tokens of one prompt."""
-
-    layer: int
-    select: Callable[[PrefillTokens], Selection]
-
-
-class LayerStages:
+class LayerHooks:
     """The hooks on decoder layers.
 
     Args:
         decoder: the language model.
-        stages: ascending by layer.
-        state: shared with the other hooks.
+        schedule: its drops.
+        select: `select(PrefillTokens) -> Selection` over the visual tokens of one prompt, asked at every drop.
+        context: shared with the other hooks.
         positions: "original" or "renumber".
-        aligned: layers whose cache is cut to the last stage's tokens once the prompt has been read.
     """
 
     def __init__(
-        self, decoder: Any, stages: list[Stage], state: State, positions: str = "original", aligned: Sequence[int] = ()
+        self,
+        decoder: Any,
+        schedule: DropSchedule,
+        select: Callable[[PrefillTokens], Selection],
+        context: ForwardContext,
+        positions: str = "original",
     ) -> None:
-        self.decoder, self.state, self.stages = decoder, state, stages
-        self.renumber, self.aligned = positions == "renumber", tuple(aligned) if stages else ()
-        layers = list(getattr(decoder, "layers", ()))
-        self.stage_of = [sum(s.layer <= i for s in stages) for i in range(len(layers))]
-        # which ledger table describes the slots of a layer between two forwards
-        self.tables = [len(stages) if i in self.aligned else stage for i, stage in enumerate(self.stage_of)]
+        self.decoder, self.schedule, self.select, self.context = decoder, schedule, select, context
+        self.renumber = positions == "renumber"
+        self.views = LayerViews(decoder, schedule)
         kinds = getattr(decoder.config, "layer_types", None)
-        self.kind = list(kinds[: len(layers)]) if kinds else [None] * len(layers)
+        self.kind = list(kinds[: schedule.layers]) if kinds else [None] * schedule.layers
         rotary = getattr(decoder, "rotary_emb", None)
         self.typed_rotary = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
         self.hooks = Hooks(self.find)
 
     @property
-    def count(self) -> int:
-        return len(self.stages)
-
-    @property
     def hooks_layers(self) -> bool:
-        return self.count > 0 or self.flash
+        """Whether the layers carry hooks."""
+        return self.schedule.count > 0 or self.flash
 
     @property
     def flash(self) -> bool:
@@ -85,12 +72,12 @@ class LayerStages:
     def find(self) -> list[Hook]:
         """The hooks, on the layers that the decoder has now."""
         layers, hooks = list(getattr(self.decoder, "layers", ())), []
-        if len(layers) != len(self.stage_of):
-            raise rebuilt(f"The LLM has {len(layers)} layers where it had {len(self.stage_of)}")
+        if len(layers) != self.schedule.layers:
+            raise rebuilt(f"The LLM has {len(layers)} layers where it had {self.schedule.layers}")
         for i, layer in enumerate(layers):
-            if self.tables[i] or self.flash:
+            if self.schedule.stores(i) or self.flash:
                 hooks.append(Hook(layer, functools.partial(self._before_layer, i), before=True, kwargs=True))
-            if i + 1 < len(layers) and self.stage_of[i + 1] > self.stage_of[i]:
+            if i + 1 in self.schedule.drops:
                 if not hasattr(layer, "self_attn"):
                     raise rebuilt(f"Layer {i} of the LLM has no self_attn, whose attention is read")
                 hooks.append(Hook(layer.self_attn, functools.partial(self._tap, i), before=True, kwargs=True))
@@ -98,7 +85,7 @@ class LayerStages:
 
     # -- what cannot be served ----------------------------------------------------------------------------------
     def check_training(self) -> None:
-        if self.stages and HOOKS_INSIDE_CHECKPOINT and recomputes(self.decoder):
+        if self.schedule.count and HOOKS_INSIDE_CHECKPOINT and recomputes(self.decoder):
             raise NotImplementedError(
                 "Dropping inside the LLM under gradient checkpointing needs a newer transformers, found "
                 f"{transformers.__version__}: upgrade it or prune before the LLM."
@@ -119,7 +106,7 @@ class LayerStages:
                 f"This KV cache was filled with positions={found!r}, the present strategy has positions={own!r}: go on with "
                 "the strategy that filled it, or start the conversation with a new cache."
             )
-        if len(ledger.slots) != self.count + 1 or ledger.tables != (self.tables or [0]):
+        if len(ledger.slots) != self.schedule.count + 1 or ledger.tables != self.schedule.stored:
             raise ValueError(
                 "This KV cache was filled under a strategy that drops at other LLM layers than the present one: go on with "
                 "the strategy that filled it, or start the conversation with a new cache."
@@ -127,18 +114,19 @@ class LayerStages:
 
     # -- hooks --------------------------------------------------------------------------------------------------
     def _tap(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
-        run = self.state.run
+        run = self.context.run
         if run is not None and run.visual is not None and kwargs is not None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             run.tap = (i, module, hidden, kwargs["position_embeddings"], kwargs.get("attention_mask"))
 
     def _before_layer(self, i: int, layer: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
-        run = self.state.run
+        run = self.context.run
         if run is None or kwargs is None:
             return None
         if not args or "position_embeddings" not in kwargs:
             raise changed(f"{type(layer).__name__} is not called with hidden states and position_embeddings=")
-        stage, table, mask = self.stage_of[i], self.tables[i], kwargs.get("attention_mask")
+        stage, table = self.schedule.reads(i), self.schedule.stores(i)
+        mask = kwargs.get("attention_mask")
         if run.visual is None:
             if self.renumber and stage:
                 kwargs = kwargs | {"position_embeddings": self._rotary(run, i, stage, kwargs, args[0])}
@@ -194,21 +182,21 @@ class LayerStages:
         """Ask the strategy and gather what it keeps: (B, n, d) -> (B, m, d)."""
         assert run.visual is not None and run.index is not None
         index, valid = run.now[stage - 1]
-        check_length(f"Layer {self.stages[stage - 1].layer} was given", hidden.shape[1], index.shape[1])
+        check_length(f"Layer {self.schedule.drops[stage - 1]} was given", hidden.shape[1], index.shape[1])
         prompt_index = run.index.gather(1, index)
         candidates = run.candidates
         visual = candidates.gather(1, prompt_index) & valid
         plan = Plan(valid.clone())
-        for b in range(0 if self.state.disabled else hidden.shape[0]):
+        for b in range(0 if self.context.disabled else hidden.shape[0]):
             rows = valid[b].nonzero()[:, 0]
             places = rows[visual[b][rows]]
             if not len(places):
                 continue
             if (stage, b) not in run.drops:
                 ahead = layer, rotary, mask
-                tokens = self._view(run, stage, b, rows, prompt_index[b, rows], hidden, ahead, candidates[b])
+                tokens = self.views.of(run, stage, b, rows, prompt_index[b, rows], hidden, ahead, candidates[b])
                 with torch.no_grad():
-                    run.drops[stage, b] = self.stages[stage - 1].select(tokens).check(len(places))
+                    run.drops[stage, b] = self.select(tokens).check(len(places))
             plan.follow(b, places, run.drops[stage, b])
         if plan.into is None and torch.equal(plan.keep, valid):
             run.now.append(run.now[-1])
@@ -219,107 +207,10 @@ class LayerStages:
         run.ragged.append(not bool(sub_valid.all()))
         return take_merged(hidden, sub, sub_valid, plan.into, plan.weight)
 
-    def _view(
-        self,
-        run: Run,
-        stage: int,
-        b: int,
-        rows: Tensor,
-        places: Tensor,
-        hidden: Tensor,
-        ahead: tuple[Any, Any, Any],
-        candidates: Tensor,
-    ) -> PrefillTokens:
-        """What the strategy sees of sample b: `rows` of the current tokens, at `places` of the prompt's forward.
-
-        `ahead` is the layer about to run, its rotary tables and its mask (of stage 0); `candidates` (q,) bool.
-        """
-        assert run.layout is not None and run.ends is not None and run.queries is not None
-        k = self.stages[stage - 1].layer
-        tables = None
-        if run.tap is not None:
-            cos, sin = run.tap[3]
-            tables = tuple(t.expand(hidden.shape[0], *t.shape[1:])[b, rows] for t in (cos, sin))
-
-        def before(queries: Tensor) -> Tensor:
-            if run.tap is None:
-                raise ValueError("There is no layer before layer 0 whose attention could be read: choose a later layer.")
-            i, attention, inputs, rotary, mask = run.tap
-            return self._rows(run, b, rows, queries, i, attention, inputs, rotary, mask, stored=True)
-
-        def preview(queries: Tensor) -> Tensor:
-            layer, rotary, mask = ahead
-            if mask is not None and (stage > 1 or run.past_slots):
-                assert run.index is not None
-                mask = cut_mask(mask, run, self.tables[k], run.now[stage - 1], run.index.shape[1])
-            inputs = layer.input_layernorm(hidden[b : b + 1])
-            return self._rows(run, b, rows, queries, k, layer.self_attn, inputs, rotary, mask, stored=False)
-
-        return PrefillTokens(
-            layer=k,
-            hidden_states=hidden[b] if len(rows) == hidden.shape[1] else hidden[b, rows],
-            visual=candidates[places],
-            positions=places,
-            total_visual=int(candidates.sum()),
-            attention_rows=before,
-            preview_rows=preview,
-            end=int((places < run.ends[b]).sum()),
-            query=int((places < run.queries[b]).sum()),
-            num_layers=len(self.decoder.layers),
-            units=run.layout.units[b],
-            item=torch.where(candidates, run.layout.item[b], -1)[places],
-            separator=run.layout.separator[b, places],
-            marked=run.layout.marked[b, places],
-            rotary=tables,  # type: ignore[arg-type]
-            memory=run.memory.setdefault(b, {}),
-        )
-
-    def _rows(
-        self,
-        run: Run,
-        b: int,
-        rows: Tensor,
-        queries: Tensor,
-        i: int,
-        attention: Any,
-        hidden: Tensor,
-        rotary: Any,
-        mask: Any,
-        stored: bool,
-    ) -> Tensor:
-        """Attention rows of layer i for sample b; its keys come from the cache if they are `stored` there already."""
-        one = 0 if hidden.shape[0] == 1 else b
-        unpadded = len(rows) == hidden.shape[1]
-        tables = tuple(t.expand(max(b + 1, t.shape[0]), *t.shape[1:])[b : b + 1, rows] for t in rotary)
-        key = past = None
-        cached = run.cache.layers[i] if run.cache is not None else None
-        width = run.ledger.slots[self.tables[i]].shape[1]
-        readable = cached is not None and not hasattr(cached, "_quantize") and not getattr(run.cache, "offloading", False)
-        keys = cached.keys if readable and cached is not None and cached.is_initialized else None
-        needed = width + (run.now[self.stage_of[i]][0].shape[1] if stored else 0)
-        if keys is not None and keys.ndim == 4 and keys.shape[2] >= needed:
-            if stored:  # a view if there is no padding to leave out
-                key = keys[b : b + 1, :, width:needed] if unpadded else keys[b : b + 1].index_select(2, width + rows)
-            if width:
-                seen = run.ledger.slots[self.tables[i]][b] >= 0
-                if run.past_seen is not None:
-                    seen = seen & run.past_seen[b, run.ledger.columns[self.tables[i]][b]]
-                past = keys[b : b + 1].index_select(2, seen.nonzero()[:, 0])
-        elif width:
-            raise NotImplementedError(
-                f"A new image on a cache of {name_of(cached)} that holds earlier turns cannot be scored inside the LLM: use a "
-                "DynamicCache or StaticCache that is not offloaded."
-            )
-        seen = None  # type: ignore[assignment]
-        if isinstance(mask, Tensor) and mask.ndim == 4:  # images or prompts that see themselves in both directions
-            seen = mask[min(b, len(mask) - 1), 0].index_select(0, rows[queries]).index_select(1, width + rows)
-            seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
-        own = hidden[one : one + 1] if unpadded else hidden[one : one + 1, rows]
-        return rows_of_attention(attention, own, tables, queries, key, past, seen)  # type: ignore[arg-type]
-
     # -- masks --------------------------------------------------------------------------------------------------
     def _mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
-        key = "mask", self.stage_of[i], self.tables[i], self.kind[i]  # not id(mask): torch.compile would guard on the object
+        # not id(mask): torch.compile would guard on the object
+        key = "mask", self.schedule.reads(i), self.schedule.stores(i), self.kind[i]
         if key not in run.memo:
             made = self._make_mask(run, i, mask, hidden)
             run.memo[key] = self._evicted(run, i, made) if self._evicts(run, i) else made
@@ -327,7 +218,7 @@ class LayerStages:
 
     def _evicts(self, run: Run, i: int) -> bool:
         """Whether generated tokens must not see here what a cache would have lost; without a cache nothing is lost."""
-        return i in self.aligned and run.choice is not None and run.choice.survivors is not None
+        return i in self.schedule.aligned and run.choice is not None and run.choice.survivors is not None
 
     def _evicted(self, run: Run, i: int, mask: Any) -> Tensor:
         assert run.index is not None
@@ -337,7 +228,7 @@ class LayerStages:
                 "use_cache=False, or pass align_cache=False."
             )
         survivors = run.choice.survivors
-        place = run.index.gather(1, run.now[self.stage_of[i]][0])
+        place = run.index.gather(1, run.now[self.schedule.reads(i)][0])
         answer = place >= survivors.shape[1]
         lost = ~answer & ~survivors.gather(1, place.clamp(max=survivors.shape[1] - 1))
         hidden = (answer[:, :, None] & lost[:, None])[:, None]
@@ -347,7 +238,7 @@ class LayerStages:
         return torch.where(hidden.to(mask.device), torch.tensor(off, dtype=mask.dtype, device=mask.device), mask)
 
     def _make_mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
-        ledger, stage, table = run.ledger, self.stage_of[i], self.tables[i]
+        ledger, stage, table = run.ledger, self.schedule.reads(i), self.schedule.stores(i)
         now = run.now[stage] if run.visual is not None else None
         if mask is not None:
             return cut_mask(mask, run, table, now, run.query_length if run.index is None else run.index.shape[1])
@@ -380,8 +271,8 @@ class LayerStages:
     def store(self, run: Run) -> None:
         """Enter into the ledger what a forward with visual tokens left in the cache, and align the cache if so wished."""
         assert run.index is not None and run.visual is not None
-        if self.aligned:
-            align_cache(run, self.aligned, self.stage_of)
+        if self.schedule.aligned:
+            align_cache(run, self.schedule)
         ledger, end = run.ledger, run.ledger.end
         entered = run.now[0][1].sum(1)
         for stage, (index, valid) in enumerate(run.now):
@@ -397,7 +288,7 @@ class LayerStages:
 
     def deepstack(self, original: Callable[..., Any], hidden: Tensor, places: Tensor, embeds: Tensor) -> Tensor:
         """Qwen3-VL adds features after its first layers: re-index them once a stage has begun."""
-        run = self.state.run
+        run = self.context.run
         if run is None or run.visual is None or len(run.now) == 1:
             return original(hidden, places, embeds)
         index, valid = run.now[-1]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .forward_context import Run
+from .forward_context import Run
 
 WINDOW_FULL = "Dropping inside the LLM cannot serve a sliding-window layer whose window is full: prune before the LLM."
 

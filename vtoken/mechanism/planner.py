@@ -11,10 +11,9 @@ from torch import Tensor
 from ..adapters.base import Adapter
 from ..adapters.tiles import join_images
 from ..tokens import Selection, VisualTokens, concat_selections
-from .forward_context import Call, Plan, PromptLayout, Run, State
-from .generation import Answered, Choice, Prompt
+from .forward_context import Call, ForwardContext, Plan, PromptLayout, Run
 from .packed_rows import apart
-from .vision_hooks import EncodedVisuals
+from .prompt import Answered, Choice, EncodedVisuals, Prompt
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Planner:
     Args:
         adapter: for placeholder ids.
         select: `select(VisualTokens) -> Selection`.
-        state: to find the prompt of a running `generate()`.
+        context: to find the prompt of a running `generate()`.
         chosen: called once per prompt batch with what was chosen and the number of beams per prompt row.
         wants_text: whether the strategy reads the prompt's text embeddings.
         inside: whether something will be dropped inside the LLM, which wants to know which token is what.
@@ -57,17 +56,17 @@ class Planner:
         self,
         adapter: Adapter,
         select: Callable[[VisualTokens], Selection],
-        state: State,
+        context: ForwardContext,
         chosen: Callable[[list[Chosen], int], None],
         wants_text: bool,
         inside: bool = False,
         together: bool = False,
     ) -> None:
-        self.adapter, self.select, self.state, self.chosen = adapter, select, state, chosen
+        self.adapter, self.select, self.context, self.chosen = adapter, select, context, chosen
         self.wants_text, self.inside, self.together = wants_text, inside, together
 
     def __call__(self, call: Call, run: Run, embeds: Tensor, real: Tensor) -> Plan | None:
-        if self.state.disabled:
+        if self.context.disabled:
             return None
         if run.first is not None and self.wants_text:
             raise NotImplementedError(
@@ -81,7 +80,7 @@ class Planner:
                 run.ledger.pending = None
             return plan
         run.ledger.pending = None
-        prompt: Prompt | None = self.state.generating
+        prompt = self.context.prompt
         encoded = {m: e for m, e in call.encoded.items() if e is not None}
         if not encoded and prompt is not None and self._complete(call, prompt.encoded):
             encoded = prompt.encoded  # a wrapper such as accelerate's copied the features on their way
@@ -98,7 +97,7 @@ class Planner:
         self, call: Call, run: Run, encoded: dict[str, EncodedVisuals], embeds: Tensor, real: Tensor
     ) -> Plan | None:
         beams = self._beams(call.visual, encoded)
-        prompt: Prompt | None = self.state.generating
+        prompt = self.context.prompt
         again = prompt if run.cache is None else None  # without a cache every step reads the prompt again
         if again is not None and again.choice is not None and again.choice.serves(call.visual, encoded):
             run.choice, run.drops = again.choice, again.choice.drops

@@ -24,8 +24,6 @@ from ..hooks import Hook, Hooks
 from ..kernels import gather_merge
 from ..tokens import EncoderMerge, EncoderTokens
 
-MERGED = "merged"
-
 
 class EncoderMerging:
     """The hooks that merge inside one tower.
@@ -85,7 +83,7 @@ class EncoderMerging:
         if capture is None or capture.merged is None:
             return None
         state, capture.merged = capture.merged, None
-        capture.add(MERGED, 0, state.owner)
+        capture.owners.append(state.owner)
         if isinstance(out, Tensor):
             return self._spread(out, state)
         for name in ("last_hidden_state", "hidden_states"):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._threads import PerThread
 from ..adapters.towers.base import Tower
 from ..adapters.towers.blocks import Block
 from ..adapters.towers.capture import Capture, FramePass
@@ -23,12 +22,6 @@ from ..kernels import gather_rows
 from ..streams import FrameTokens, Reuse, keep
 from .tower_attention import attend
 from .tower_rows import Rows, stack
-
-
-class _Local(PerThread):
-    """What the hooks of a full forward gather, None outside of one."""
-
-    parts: dict[str, Tensor] | None = None
 
 
 class FrameReuse:
@@ -43,7 +36,7 @@ class FrameReuse:
 
     def __init__(self, tower: Tower, reuse: Reuse, read: set[int], active: Callable[[], Capture | None]) -> None:
         self.tower, self.reuse, self.active = tower, reuse, active
-        self.prefix, self.local = int(tower.has_cls), _Local()
+        self.prefix = int(tower.has_cls)
         self.layers = set(reuse.layers) - read
         self.now: list[Any] = []  # the tower's layers
         self.blocks: list[Block] = []
@@ -78,8 +71,9 @@ class FrameReuse:
         self.wrapped.remove()
 
     def _record(self, name: str, value: Tensor) -> None:
-        if self.local.parts is not None:
-            self.local.parts[name] = value
+        run = self._running()
+        if run is not None and run.parts is not None:
+            run.parts[name] = value
 
     def _running(self) -> FramePass | None:
         capture = self.active()
@@ -156,11 +150,11 @@ class FrameReuse:
     ) -> Tensor:
         """Reference frames through the layer as it is; what it computed is noted for the others."""
         parts: dict[str, Tensor] = {}
-        self.local.parts = parts
+        run.parts = parts
         try:
             made = original(rows.take(full), *args, **(kwargs | rows.arguments(full)))
         finally:
-            self.local.parts = None
+            run.parts = None
         each = (rows.split(x, full) for x in (parts["key"], parts["value"], parts["attention"] + parts["mlp"]))
         run.entries = dict(zip(full, zip(*each, strict=True), strict=True))
         for j in full:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from packaging.version import Version
@@ -18,12 +18,10 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 
+from ..adapters.base import Adapter
+from .drop_schedule import DropSchedule
+from .forward_context import Run
 from .logical_cache import physical_length
-
-if TYPE_CHECKING:
-    from ..adapters.base import Adapter
-    from .forward_context import Run
-    from .layer_hooks import LayerStages
 
 OLDEST, NEWEST = "5.17", "5.24"  # the minor releases of transformers that all tests have passed on, and those between
 
@@ -133,25 +131,25 @@ def _check_takes(function: Callable[..., Any], *names: str) -> None:
 
 
 # -- after every prompt -----------------------------------------------------------------------------------------
-def check_prompt(run: Run, stages: LayerStages, tokens: int) -> None:
+def check_prompt(run: Run, schedule: DropSchedule, tokens: int) -> None:
     """Raise RuntimeError unless the language model read and stored as many tokens as were planned.
 
     Reads lengths only: of dynamic caches without a device synchronisation.
 
     Args:
         run: the forward, before its ledger takes it in.
-        stages: the drops inside the LLM, and which of them each layer reads and stores after.
+        schedule: the drops inside the LLM.
         tokens: length of the language model's output.
     """
-    if len(run.now) <= stages.count:
-        raise changed(f"{len(run.now) - 1} of {stages.count} drops inside the LLM took place")
+    if len(run.now) <= schedule.count:
+        raise changed(f"{len(run.now) - 1} of {schedule.count} drops inside the LLM took place")
     planned = [index.shape[1] for index, _ in run.now]
     check_length("The language model answered for", tokens, planned[-1])
-    for i, layer in enumerate([] if run.cache is None else run.cache.layers[: len(stages.tables)]):
+    for i, layer in enumerate([] if run.cache is None else run.cache.layers[: schedule.layers]):
         if isinstance(layer, DynamicLayer | StaticLayer):  # others count in ways of their own
             stored = physical_length(layer) if layer.is_initialized else 0
-            before = run.ledger.slots[stages.tables[i]].shape[1]
-            check_length(f"The KV cache of layer {i} holds", stored, before + planned[stages.stage_of[i]])
+            before = run.ledger.slots[schedule.stores(i)].shape[1]
+            check_length(f"The KV cache of layer {i} holds", stored, before + planned[schedule.reads(i)])
 
 
 def check_length(what: str, found: int, planned: int) -> None:

@@ -8,7 +8,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from .vision_hooks import EncodedVisuals
+from .prompt import EncodedVisuals
 
 REMEMBERED = 16  # calls of get_*_features
 

@@ -11,7 +11,7 @@ import functools
 import inspect
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,40 +22,22 @@ from ..adapters.towers.capture import Capture, FramePass
 from ..hooks import Hooks, Wrapped, rebuilt
 from ..streams import Reuse, StreamState, TowerUse, current_stream
 from ..tokens import EncoderMerge, EncoderTokens, Needs, Selection, VisualTokens
-from .forward_context import ENCODED, Admission, State
-from .tower_merging import MERGED, EncoderMerging
+from .forward_context import ENCODED, Admission, ForwardContext
+from .prompt import EncodedVisuals
+from .tower_merging import EncoderMerging
 from .tower_reuse import FrameReuse
 from .transformers_names import check_features
 
 TOWER_NEEDS = ("cls_attention", "cls_logits", "received_attention", "keys")
 
 
-@dataclass
-class EncodedVisuals:
-    """All images, or all videos, of one batch in placeholder order.
-
-    `picks` are the strategy's answers, given when the frames of a stream were pushed; None outside of a stream. `needs` is
-    what was read from the tower, `merging` the tower layers behind which tokens were merged.
-    """
-
-    modality: str
-    items: list[VisualTokens]
-    needs: Needs
-    merging: tuple[int, ...] = ()
-    picks: list[Selection] | None = None
-
-    @property
-    def total(self) -> int:
-        return sum(len(item) for item in self.items)
-
-
-class VisionWatch:
+class VisionHooks:
     """Hooks on the vision side of a patched model.
 
     Args:
         adapter: the model's parts and geometry.
         needs: per modality what is read from the tower.
-        state: shared with the sequence hooks.
+        context: shared with the other hooks.
         gate: tells which calls are this patch's.
         timer: `timer(name)` is a context manager that times a stage.
         merging: per modality the tower layers behind which tokens are merged, where the tower allows it.
@@ -71,7 +53,7 @@ class VisionWatch:
         self,
         adapter: Adapter,
         needs: dict[str, Needs],
-        state: State,
+        context: ForwardContext,
         gate: Admission,
         timer: Callable[[str], Any],
         merging: dict[str, tuple[int, ...]] | None = None,
@@ -81,7 +63,7 @@ class VisionWatch:
         select: Callable[[VisualTokens], Selection] | None = None,
         handed_out: Callable[[EncodedVisuals], None] | None = None,
     ) -> None:
-        self.adapter, self.needs, self.state, self.gate, self.timer = adapter, needs, state, gate, timer
+        self.adapter, self.needs, self.context, self.gate, self.timer = adapter, needs, context, gate, timer
         self.reuse, self.used, self.select, self.handed_out = reuse or {}, used, select, handed_out
         self.key = uuid.uuid4().hex
         self.wrapped = Wrapped()
@@ -134,11 +116,11 @@ class VisionWatch:
         return bool(self.needs[modality].tower_layers or self.merging.get(modality) or modality in self.reuse)
 
     def _capture(self) -> Capture | None:
-        return self.state.capture  # type: ignore[no-any-return]
+        return self.context.capture
 
     def _active(self, modality: str) -> Capture | None:
         """The capture under way; images and videos may share a tower, each with a view of its own."""
-        capture: Capture | None = self.state.capture
+        capture = self.context.capture
         return capture if capture is not None and capture.modality == modality else None
 
     def _image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -150,12 +132,12 @@ class VisionWatch:
     @torch.compiler.disable
     def _features(self, modality: str, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         with self.gate.call() as served:
-            self.state.disabled = self.gate.disabled()
+            self.context.disabled = self.gate.disabled()
             return self._encoded(modality, original, args, kwargs) if served else original(*args, **kwargs)
 
     def _encoded(self, modality: str, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        state = self.state
-        if state.disabled or modality not in self.needs or state.capture is not None:
+        context = self.context
+        if context.disabled or modality not in self.needs or context.capture is not None:
             return original(*args, **kwargs)
         self.gate.check()
         self._follow()
@@ -164,12 +146,12 @@ class VisionWatch:
         given = self._told() | bound.arguments | bound.arguments.get("kwargs", {})
         stream = current_stream(self.adapter.model)
         stream = None if stream is None else stream.bind(self.key)
-        state.capture = capture = Capture(modality, self.needs[modality], frames=self._frames(modality, given, stream))
+        context.capture = capture = Capture(modality, self.needs[modality], frames=self._frames(modality, given, stream))
         try:
             with self.timer("tower"):
                 output = original(*args, **kwargs)
         finally:
-            state.capture = None
+            context.capture = None
         missing = capture.missing if modality in self.adapter.towers else []
         if missing:
             raise rebuilt(
@@ -188,11 +170,11 @@ class VisionWatch:
         if stream is not None:
             self._push(encoded, stream)
         setattr(output, ENCODED, encoded)
-        if state.call is not None:  # encoded inside forward
-            state.call.encoded[modality] = encoded
-        elif state.generating is not None:
-            state.generating.encoded[modality] = encoded
-            state.unread = True
+        if context.call is not None:  # encoded inside forward
+            context.call.encoded[modality] = encoded
+        elif context.prompt is not None:
+            context.prompt.encoded[modality] = encoded
+            context.unread = True
         elif stream is None and self.handed_out is not None:
             self.handed_out(encoded)
         return output
@@ -258,7 +240,7 @@ class VisionWatch:
 
     def _told(self) -> dict[str, Any]:
         """The prompt's arguments that the adapter wants beside those of `get_*_features`."""
-        sources = [x.given for x in (self.state.call, self.state.generating) if x is not None]
+        sources = [x.given for x in (self.context.call, self.context.prompt) if x is not None]
         told = ((n, next((g[n] for g in sources if g.get(n) is not None), None)) for n in self.adapter.prompt_arguments)
         return {name: value for name, value in told if value is not None}
 
@@ -266,23 +248,21 @@ class VisionWatch:
         check_features(output)
         features = self.adapter.split_features(modality, output, arguments)
         layouts = self.adapter.layouts(modality, features, arguments)
-        provided = capture.per_item([len(layout.segments) for layout in layouts])
+        counts = [len(layout.segments) for layout in layouts]
+        parts = zip(features, layouts, capture.per_item(counts), capture.merged_per_item(counts), strict=True)
         tower = self.adapter.towers.get(modality)
-        items = [self._tokens(modality, *item, tower) for item in zip(features, layouts, provided, strict=True)]
+        items = [self._tokens(modality, *part, tower) for part in parts]
         return EncodedVisuals(modality, items, self.needs[modality], self.merging.get(modality, ()))
 
     @staticmethod
     def _tokens(
-        modality: str, features: Tensor, layout: Layout, provided: dict[Any, Tensor], tower: Any
+        modality: str, features: Tensor, layout: Layout, provided: dict[Any, Tensor], merged: Tensor | None, tower: Any
     ) -> VisualTokens:
         if len(layout.cells) != len(features):
             raise RuntimeError(
                 f"The layout of this {modality} has {len(layout.cells)} tokens, the model made {len(features)}: "
                 "please report the model and the input's size."
             )
-        merged = provided.pop((MERGED, 0), None)
-        if merged is not None:  # tokens of one segment after those of the one before
-            merged = (merged + torch.arange(len(merged), device=merged.device)[:, None] * merged.shape[1]).flatten()
         return VisualTokens(
             features=features,
             segments=layout.segments,

@@ -14,7 +14,6 @@ from .memory import RecentMemory
 from .prompts import Prompts
 from .rekv import ReKVMemory
 
-SHARED = "_vtoken_sessions"  # on a Patch that sessions made: how many use it
 RECENT_BYTES, REKV_BYTES = 256 * 2**20, 4 * 2**30
 N_LOCAL = 15000  # tokens of ReKV's window, as published
 SPARE = 256  # positions left for the question and the answer
@@ -100,9 +99,9 @@ class SharedPatch:
                 except ValueError:
                     unpatch(adapter.model)
                     raise
-                self.patch.__dict__[SHARED] = 0
-        if self.patch is not None and SHARED in self.patch.__dict__:
-            self.patch.__dict__[SHARED] += 1
+                self.patch.sessions = 0
+        if self.patch is not None and self.patch.sessions is not None:
+            self.patch.sessions += 1
 
     @property
     def renumbers(self) -> bool:
@@ -110,12 +109,12 @@ class SharedPatch:
 
     def release(self) -> None:
         """Take off the patch that sessions put on the model, if this is the last of them."""
-        if self.patch is None or SHARED not in self.patch.__dict__:
+        if self.patch is None or self.patch.sessions is None:
             return
         with LOCK:
-            self.patch.__dict__[SHARED] -= 1
+            self.patch.sessions -= 1
             patches = patches_of(self.adapter.model)
-            if not self.patch.__dict__[SHARED] and patches is not None:
+            if not self.patch.sessions and patches is not None:
                 patches.take_off(self.patch)
 
     def is_there(self) -> bool:

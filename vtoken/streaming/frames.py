@@ -15,9 +15,6 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import Adapter
-from ..kernels import gather_merge
-from ..mechanism.vision_hooks import ENCODED
-from ..tokens import Selection, concat_selections
 from .memory import Step, change_between
 
 STREAM_FACTS = ("sample", "before", "rows", "tail", "modality", "timed", "shape")  # all that a stream changes in `Frames`
@@ -120,7 +117,8 @@ class Frames:
         offsets = np.cumsum([0] + [sum(s.size for s in x.segments) for x in layouts[:-1]]).tolist()
         cells = torch.cat([torch.where(x.cells < 0, -1, x.cells.cpu() + o) for x, o in zip(layouts, offsets)])
         segments = [s for x in layouts for s in x.segments]
-        keep, kept_rows = self._select(patch, output, rows)
+        everything = torch.arange(len(rows), device=rows.device)
+        keep, kept_rows = (everything, rows) if patch is None else patch.encode(output, rows)
         own = rows[: self.rows]
         change = change_between(self.before, own)
         if remember:
@@ -141,19 +139,6 @@ class Frames:
             deepstack=deepstack,
             change=change,
         )
-
-    def _select(self, patch: Any, output: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Ask the strategy of a patched model: ascending indices of what stays, and its features."""
-        encoded = getattr(output, ENCODED, None)
-        if patch is None or encoded is None or patch.state.disabled:
-            return torch.arange(len(rows), device=rows.device), rows
-        picks = encoded.picks or [patch._select(item) for item in encoded.items]
-        selection: Selection = concat_selections(picks, [len(item) for item in encoded.items])
-        keep = selection.keep.to(rows.device)
-        into, weight = selection.into, selection.weight
-        if into is None or weight is None:
-            return keep, rows[keep]
-        return keep, gather_merge(rows[None], keep[None], into[None].to(rows.device), weight[None].to(rows.device))[0]
 
     def _process(self, frames: Sequence[np.ndarray]) -> Mapping[str, Any]:
         """The processor's inputs of one step; the first also tells how many placeholders a step and a video's end have."""

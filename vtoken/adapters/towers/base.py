@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..._threads import PerThread
 from ...hooks import Hook, rebuilt
 from ...kernels import attention_rows, received_attention
 from ...tokens import Needs, TowerInfo
@@ -80,7 +79,7 @@ class Tower:
     def scale(self, layer: int) -> float:
         return float(self.attention(layer).head_dim) ** -0.5  # type: ignore[arg-type]
 
-    def received(self, query: Tensor, key: Tensor, layer: int) -> Tensor:
+    def received(self, capture: Capture, query: Tensor, key: Tensor, layer: int) -> Tensor:
         """(segments, tokens) attention each token receives, from (segments, heads, tokens, head_dim)."""
         return received_attention(query, key, self.scale(layer))
 
@@ -125,22 +124,20 @@ class Tower:
         hooks: list[Hook] = []
         for layer in sorted(needs.tower_layers):
             query, key = self.projections(layer)
-            pending = _Pending()
-            hooks.append(Hook(query, functools.partial(self._on_query, pending, active)))
-            hooks.append(Hook(key, functools.partial(self._on_key, pending, active, layer)))
+            hooks.append(Hook(query, functools.partial(self._on_query, active, layer)))
+            hooks.append(Hook(key, functools.partial(self._on_key, active, layer)))
         return hooks
 
     def _on_query(
-        self, pending: _Pending, active: Callable[[], Capture | None], module: Any, args: Any, out: Any
+        self, active: Callable[[], Capture | None], layer: int, module: Any, args: Any, out: Any
     ) -> None:
-        if active() is not None:
-            pending.query = out
+        capture = active()
+        if capture is not None:
+            capture.pending["query", layer] = out
 
-    def _on_key(
-        self, pending: _Pending, active: Callable[[], Capture | None], layer: int, module: Any, args: Any, out: Any
-    ) -> None:
-        capture, query = active(), pending.query
-        pending.query = None
+    def _on_key(self, active: Callable[[], Capture | None], layer: int, module: Any, args: Any, out: Any) -> None:
+        capture = active()
+        query = None if capture is None else capture.pending.pop(("query", layer), None)
         if capture is None or query is None:
             return
         with torch.no_grad():
@@ -169,13 +166,7 @@ class Tower:
             logits = torch.einsum("shd,shnd->sn", query[:, :, 0].float(), key[:, :, 1:].float())
             capture.add("cls_logits", layer, cells(logits * (self.scale(layer) / query.shape[1])))
         if layer in capture.needs.received_attention:
-            capture.add("received_attention", layer, cells(self.received(query, key, layer)[:, first:]))
+            capture.add("received_attention", layer, cells(self.received(capture, query, key, layer)[:, first:]))
         if layer in capture.needs.keys:
             flat = key[:, :, first:].transpose(1, 2).flatten(2)
             capture.add("keys", layer, cells(flat.transpose(1, 2)).transpose(1, 2))
-
-
-class _Pending(PerThread):
-    """The query of the layer whose key is about to come."""
-
-    query: Tensor | None = None

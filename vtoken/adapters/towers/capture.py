@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class FramePass:
         age: of the last reference, behind the call.
         use: what it all cost.
         windows: see `Rows`.
+        parts: what the modules of the layer under way put out, while it is computed in full.
     """
 
     videos: list[int]
@@ -51,6 +53,7 @@ class FramePass:
     age: int = 0
     use: TowerUse = field(default_factory=TowerUse)
     windows: dict[int, tuple[Tensor, list[list[int]]]] = field(default_factory=dict)
+    parts: dict[str, Tensor] | None = None
 
     def plan(self, kind: Hashable, interval: int) -> None:
         """Decide which frames are references; frames of another `kind` or grid are never compared."""
@@ -143,14 +146,18 @@ class Capture:
         modality: what is being encoded; a tower may serve several.
         needs: what is read for it.
         merged: while a tower runs whose tokens are being merged, what became of them.
+        owners: after it has run, (segments, patches) int64, the token that each patch ended up in, chunk by chunk.
         frames: the frames of streams that the call encodes, None where nothing is reused between frames.
+        pending: what a tower's hooks note until they can add it.
     """
 
     modality: str
     needs: Needs
     values: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
     merged: Merged | None = None
+    owners: list[Tensor] = field(default_factory=list)
     frames: FramePass | None = None
+    pending: dict[Any, Any] = field(default_factory=dict)
 
     def add(self, what: str, layer: int, value: Tensor) -> None:
         self.values.setdefault((what, layer), []).append(value)
@@ -169,14 +176,26 @@ class Capture:
         """
         items: list[dict[tuple[str, int], Tensor]] = [{} for _ in counts]
         for (what, layer), chunks in self.values.items():
-            segments = [segment for chunk in chunks for segment in chunk]
-            if len(segments) != sum(counts):
-                raise RuntimeError(
-                    f"{what}({layer}) was read for {len(segments)} segments but the layout has {sum(counts)}: "
-                    "the adapter does not know this kind of input."
-                )
-            start = 0
-            for item, count in zip(items, counts, strict=True):
-                item[what, layer] = torch.stack(segments[start : start + count])
-                start += count
+            split = self._split(f"{what}({layer})", chunks, counts)
+            for item, value in zip(items, split, strict=True):
+                item[what, layer] = value
         return items
+
+    def merged_per_item(self, counts: Sequence[int]) -> list[Tensor | None]:
+        """Per image or video (patches,) int64, the token that each patch ended up in; None if nothing was merged."""
+        if not self.owners:
+            return [None] * len(counts)
+        items = self._split("merged", self.owners, counts)
+        # tokens of one segment come after those of the one before
+        return [(m + torch.arange(len(m), device=m.device)[:, None] * m.shape[1]).flatten() for m in items]
+
+    @staticmethod
+    def _split(what: str, chunks: list[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        segments = [segment for chunk in chunks for segment in chunk]
+        if len(segments) != sum(counts):
+            raise RuntimeError(
+                f"{what} was read for {len(segments)} segments but the layout has {sum(counts)}: "
+                "the adapter does not know this kind of input."
+            )
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        return [torch.stack(segments[end - count : end]) for end, count in zip(ends, counts, strict=True)]

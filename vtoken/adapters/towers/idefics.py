@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._threads import PerThread
 from ...hooks import Hook
 from ...kernels import received_attention
 from ...tokens import Needs
@@ -19,10 +18,6 @@ from .capture import Capture
 
 class IdeficsTower(Tower):
     """Idefics3 vision transformer. Padding patches neither look nor are looked at."""
-
-    def __init__(self, module: nn.Module, feature_layer: int, pool: Callable[[Tensor], Tensor] | None = None) -> None:
-        super().__init__(module, feature_layer, pool)
-        self.real = _Real()
 
     def find_layers(self) -> list[nn.Module]:
         return list(self.module.encoder.layers)  # type: ignore[union-attr, arg-type]
@@ -36,21 +31,17 @@ class IdeficsTower(Tower):
     def _before_tower(
         self, active: Callable[[], Capture | None], module: Any, args: Any, kwargs: dict[str, Any] | None = None
     ) -> None:
-        if active() is not None and kwargs is not None:
+        capture = active()
+        if capture is not None and kwargs is not None:
             mask = kwargs.get("patch_attention_mask")
-            self.real.mask = None if mask is None or bool(mask.all()) else mask.flatten(1)
+            # (tiles, patches) bool: what is no padding, None if nothing is
+            capture.pending["real"] = None if mask is None or bool(mask.all()) else mask.flatten(1)
 
-    def received(self, query: Tensor, key: Tensor, layer: int) -> Tensor:
-        real = self.real.mask
+    def received(self, capture: Capture, query: Tensor, key: Tensor, layer: int) -> Tensor:
+        real = capture.pending.get("real")
         if real is None:
-            return super().received(query, key, layer)
+            return super().received(capture, query, key, layer)
         q, k = (x.transpose(1, 2)[real].transpose(0, 1)[None] for x in (query, key))
         bounds = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
         packed = received_attention(q, k, self.scale(layer), bounds)
         return torch.zeros_like(real, dtype=packed.dtype).masked_scatter(real, packed)
-
-
-class _Real(PerThread):
-    """(tiles, patches) bool of the forward under way, what is no padding; None if nothing is."""
-
-    mask: Tensor | None = None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._threads import PerThread
 from ...hooks import Hook
 from ...kernels import received_attention
 from ...tokens import Needs
@@ -50,39 +49,37 @@ class PackedTower(Tower):
         layers = sorted({*needs.received_attention, *needs.keys})
         if not layers:
             return []
-        forward = _Forward()
-        before = functools.partial(self._before_tower, forward, active)
-        hooks = [Hook(self.module, before, before=True, kwargs=True)]
+        hooks = [Hook(self.module, functools.partial(self._before_tower, active), before=True, kwargs=True)]
         for layer in layers:
-            note = functools.partial(self._before_attention, forward)
+            note = functools.partial(self._before_attention, active)
             hooks.append(Hook(self.attention(layer), note, before=True, kwargs=True))
             for projection in self.projections(layer):
-                hooks.append(Hook(projection, functools.partial(self._on_projection, forward, active, layer)))
+                hooks.append(Hook(projection, functools.partial(self._on_projection, active, layer)))
         return hooks
 
     def _before_tower(
-        self,
-        forward: _Forward,
-        active: Callable[[], Capture | None],
-        module: Any,
-        args: Any,
-        kwargs: dict[str, Any] | None = None,
+        self, active: Callable[[], Capture | None], module: Any, args: Any, kwargs: dict[str, Any] | None = None
     ) -> None:
-        forward.packing = None if active() is None or kwargs is None else self.packing(args, kwargs)
+        capture = active()
+        if capture is not None and kwargs is not None:
+            capture.pending["forward"] = _Forward(self.packing(args, kwargs))
 
     def _before_attention(
-        self, forward: _Forward, module: Any, args: Any, kwargs: dict[str, Any] | None = None
+        self, active: Callable[[], Capture | None], module: Any, args: Any, kwargs: dict[str, Any] | None = None
     ) -> None:
-        if forward.packing is None or kwargs is None:
-            return
-        forward.bounds, forward.rotary, forward.outputs = kwargs.get("cu_seqlens"), kwargs["position_embeddings"], []
+        forward = _forward(active())
+        if forward is not None and kwargs is not None:
+            forward.bounds, forward.rotary = kwargs.get("cu_seqlens"), kwargs["position_embeddings"]
+            forward.outputs = []
 
     def _on_projection(
-        self, forward: _Forward, active: Callable[[], Capture | None], layer: int, module: Any, args: Any, out: Tensor
+        self, active: Callable[[], Capture | None], layer: int, module: Any, args: Any, out: Tensor
     ) -> None:
-        capture, packing = active(), forward.packing
-        if capture is None or packing is None:
+        capture = active()
+        forward = _forward(capture)
+        if capture is None or forward is None:
             return
+        packing = forward.packing
         forward.outputs = [*forward.outputs, out.detach()]
         if len(forward.outputs) < len(self.projections(layer)):
             return
@@ -104,13 +101,18 @@ class PackedTower(Tower):
             capture.add(what, layer, item.unflatten(0, (count, size)))
 
 
-class _Forward(PerThread):
+@dataclass
+class _Forward:
     """One forward of the tower, and what the attention module under way was given and has projected."""
 
-    packing: Packing | None = None
+    packing: Packing
     bounds: Tensor | None = None
     rotary: Any = None
-    outputs: list[Tensor] = []
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+def _forward(capture: Capture | None) -> _Forward | None:
+    return None if capture is None else capture.pending.get("forward")
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,0 +1,48 @@
+"""At which LLM layers visual tokens are dropped, and what each layer reads and stores."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class DropSchedule:
+    """The drops inside an LLM. Stage 0 is what enters it, stage s what the s-th drop leaves.
+
+    Attributes:
+        layers: number of LLM layers.
+        drops: layers before which tokens are dropped, ascending.
+        aligned: layers whose KV cache is cut to what the last drop leaves, once the prompt has been read.
+    """
+
+    layers: int
+    drops: tuple[int, ...] = ()
+    aligned: tuple[int, ...] = ()
+    # made once: torch.compile reads them in every decode step
+    _reads: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _stores: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        reads = tuple(bisect_right(self.drops, layer) for layer in range(self.layers))
+        stores = (len(self.drops) if layer in self.aligned else stage for layer, stage in enumerate(reads))
+        object.__setattr__(self, "_reads", reads)
+        object.__setattr__(self, "_stores", tuple(stores))
+
+    @property
+    def count(self) -> int:
+        """The number of drops."""
+        return len(self.drops)
+
+    def reads(self, layer: int) -> int:
+        """The stage whose tokens a layer reads; 0 for an LLM whose layers cannot be seen."""
+        return self._reads[layer] if self._reads else 0
+
+    def stores(self, layer: int) -> int:
+        """The stage whose tokens the KV cache of a layer holds once the prompt has been read."""
+        return self._stores[layer] if self._stores else 0
+
+    @property
+    def stored(self) -> list[int]:
+        """`stores` of every layer; one entry for an LLM whose layers cannot be seen."""
+        return list(self._stores) or [0]

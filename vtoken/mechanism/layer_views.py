@@ -1,0 +1,125 @@
+"""What a strategy sees of one prompt before an LLM layer at which it drops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tokens import PrefillTokens
+from .attention_rows import rows_of_attention
+from .drop_schedule import DropSchedule
+from .forward_context import Run
+from .logical_cache import name_of
+from .masks import cut_mask
+
+
+class LayerViews:
+    """Makes the `PrefillTokens` of one language model.
+
+    Args:
+        decoder: the language model.
+        schedule: its drops.
+    """
+
+    def __init__(self, decoder: Any, schedule: DropSchedule) -> None:
+        self.decoder, self.schedule = decoder, schedule
+
+    def of(
+        self,
+        run: Run,
+        stage: int,
+        b: int,
+        rows: Tensor,
+        places: Tensor,
+        hidden: Tensor,
+        ahead: tuple[Any, Any, Any],
+        candidates: Tensor,
+    ) -> PrefillTokens:
+        """What the strategy sees of sample b: `rows` of the current tokens, at `places` of the prompt's forward.
+
+        `ahead` is the layer about to run, its rotary tables and its mask (of stage 0); `candidates` (q,) bool.
+        """
+        assert run.layout is not None and run.ends is not None and run.queries is not None
+        k = self.schedule.drops[stage - 1]
+        tables = None
+        if run.tap is not None:
+            cos, sin = run.tap[3]
+            tables = tuple(t.expand(hidden.shape[0], *t.shape[1:])[b, rows] for t in (cos, sin))
+
+        def before(queries: Tensor) -> Tensor:
+            if run.tap is None:
+                raise ValueError("There is no layer before layer 0 whose attention could be read: choose a later layer.")
+            i, attention, inputs, rotary, mask = run.tap
+            return self._rows(run, b, rows, queries, i, attention, inputs, rotary, mask, stored=True)
+
+        def preview(queries: Tensor) -> Tensor:
+            layer, rotary, mask = ahead
+            if mask is not None and (stage > 1 or run.past_slots):
+                assert run.index is not None
+                mask = cut_mask(mask, run, self.schedule.stores(k), run.now[stage - 1], run.index.shape[1])
+            inputs = layer.input_layernorm(hidden[b : b + 1])
+            return self._rows(run, b, rows, queries, k, layer.self_attn, inputs, rotary, mask, stored=False)
+
+        return PrefillTokens(
+            layer=k,
+            hidden_states=hidden[b] if len(rows) == hidden.shape[1] else hidden[b, rows],
+            visual=candidates[places],
+            positions=places,
+            total_visual=int(candidates.sum()),
+            attention_rows=before,
+            preview_rows=preview,
+            end=int((places < run.ends[b]).sum()),
+            query=int((places < run.queries[b]).sum()),
+            num_layers=len(self.decoder.layers),
+            units=run.layout.units[b],
+            item=torch.where(candidates, run.layout.item[b], -1)[places],
+            separator=run.layout.separator[b, places],
+            marked=run.layout.marked[b, places],
+            rotary=tables,  # type: ignore[arg-type]
+            memory=run.memory.setdefault(b, {}),
+        )
+
+    def _rows(
+        self,
+        run: Run,
+        b: int,
+        rows: Tensor,
+        queries: Tensor,
+        i: int,
+        attention: Any,
+        hidden: Tensor,
+        rotary: Any,
+        mask: Any,
+        stored: bool,
+    ) -> Tensor:
+        """Attention rows of layer i for sample b; its keys come from the cache if they are `stored` there already."""
+        one = 0 if hidden.shape[0] == 1 else b
+        unpadded = len(rows) == hidden.shape[1]
+        tables = tuple(t.expand(max(b + 1, t.shape[0]), *t.shape[1:])[b : b + 1, rows] for t in rotary)
+        key = past = None
+        cached = run.cache.layers[i] if run.cache is not None else None
+        width = run.ledger.slots[self.schedule.stores(i)].shape[1]
+        readable = cached is not None and not hasattr(cached, "_quantize") and not getattr(run.cache, "offloading", False)
+        keys = cached.keys if readable and cached is not None and cached.is_initialized else None
+        needed = width + (run.now[self.schedule.reads(i)][0].shape[1] if stored else 0)
+        if keys is not None and keys.ndim == 4 and keys.shape[2] >= needed:
+            if stored:  # a view if there is no padding to leave out
+                key = keys[b : b + 1, :, width:needed] if unpadded else keys[b : b + 1].index_select(2, width + rows)
+            if width:
+                seen = run.ledger.slots[self.schedule.stores(i)][b] >= 0
+                if run.past_seen is not None:
+                    seen = seen & run.past_seen[b, run.ledger.columns[self.schedule.stores(i)][b]]
+                past = keys[b : b + 1].index_select(2, seen.nonzero()[:, 0])
+        elif width:
+            raise NotImplementedError(
+                f"A new image on a cache of {name_of(cached)} that holds earlier turns cannot be scored inside the LLM: use a "
+                "DynamicCache or StaticCache that is not offloaded."
+            )
+        seen = None  # type: ignore[assignment]
+        if isinstance(mask, Tensor) and mask.ndim == 4:  # images or prompts that see themselves in both directions
+            seen = mask[min(b, len(mask) - 1), 0].index_select(0, rows[queries]).index_select(1, width + rows)
+            seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+        own = hidden[one : one + 1] if unpadded else hidden[one : one + 1, rows]
+        return rows_of_attention(attention, own, tables, queries, key, past, seen)  # type: ignore[arg-type]

@@ -1,0 +1,126 @@
+"""A prompt that is being read: the visual tokens that were encoded for it, and what was chosen of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tokens import Needs, Selection, VisualTokens
+
+
+@dataclass
+class EncodedVisuals:
+    """All images, or all videos, of one batch in placeholder order.
+
+    `picks` are the strategy's answers, given when the frames of a stream were pushed; None outside of a stream. `needs` is
+    what was read from the tower, `merging` the tower layers behind which tokens were merged.
+    """
+
+    modality: str
+    items: list[VisualTokens]
+    needs: Needs
+    merging: tuple[int, ...] = ()
+    picks: list[Selection] | None = None
+
+    @property
+    def total(self) -> int:
+        return sum(len(item) for item in self.items)
+
+
+@dataclass
+class Answered:
+    """What the strategy answered about the images or videos of one prompt row, at the columns `places` (n,) int64."""
+
+    row: int
+    places: Tensor
+    items: list[VisualTokens]
+    picks: list[Selection]
+
+
+@dataclass
+class Choice:
+    """What was chosen for one batch of prompts that is read again in every step, as `generate(use_cache=False)` does.
+
+    Attributes:
+        visual: modality -> (B, prompt) bool, the visual tokens.
+        encoded: modality -> what the strategy was asked about.
+        answered: its answers before the language model.
+        drops: its answers inside, by (stage, row).
+        survivors: (B, prompt) bool, what the last drop left; None while the prompt is read for the first time.
+    """
+
+    visual: dict[str, Tensor]
+    encoded: dict[str, EncodedVisuals]
+    answered: list[Answered]
+    drops: dict[tuple[int, int], Selection]
+    survivors: Tensor | None = None
+
+    def serves(self, visual: dict[str, Tensor], encoded: dict[str, EncodedVisuals]) -> bool:
+        """Whether a forward reads the same pictures at the same places, whatever text follows them."""
+        if visual.keys() != self.visual.keys():
+            return False
+        for modality, before in self.visual.items():
+            now = visual[modality]
+            if now.shape[0] != before.shape[0] or now.shape[1] < before.shape[1]:
+                return False
+            if not torch.equal(now[:, : before.shape[1]], before) or bool(now[:, before.shape[1] :].any()):
+                return False
+        return all(_same(self.encoded[modality], encoded[modality]) for modality in visual)
+
+
+def _same(one: EncodedVisuals, other: EncodedVisuals) -> bool:
+    if one is other:
+        return True
+    a, b = ([item.features for item in x.items] for x in (one, other))
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@dataclass
+class Prompt:
+    """A running `generate()` with its keyword arguments.
+
+    Attributes:
+        input_ids: what it was given to read, None if that was embeddings.
+        given: its keyword arguments.
+        encoded: modality -> the pictures that it encoded before it read the prompt.
+        default: the model's generation config.
+        choice: what was chosen, if every step reads the prompt again.
+    """
+
+    input_ids: Tensor | None
+    given: dict[str, Any] = field(default_factory=dict)
+    encoded: dict[str, EncodedVisuals] = field(default_factory=dict)
+    default: Any = None
+    choice: Choice | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt, those of earlier turns in the cache included; 0 if unknown."""
+        mask = self.given.get("attention_mask")  # of the whole conversation, where input_ids may be the last turn's only
+        return int(mask.shape[1]) if isinstance(mask, Tensor) and mask.ndim == 2 else self._given_tokens
+
+    @property
+    def _given_tokens(self) -> int:
+        embeds = self.given.get("inputs_embeds")
+        given = embeds if self.input_ids is None or not self.input_ids.shape[1] else self.input_ids
+        return 0 if given is None else int(given.shape[1])
+
+    def last_columns(self) -> list[int]:
+        """Per row the last column of `input_ids` that is no padding."""
+        assert self.input_ids is not None
+        real, mask = torch.ones_like(self.input_ids, dtype=torch.bool), self.given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            real = mask[:, -real.shape[1] :].bool()
+        place = torch.arange(real.shape[1], device=real.device)
+        last: list[int] = torch.where(real, place, -1).amax(1).tolist()
+        return last
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that may be generated, 0 if unknown."""
+        config = self.given.get("generation_config") or self.default
+        most, longest = (self.given.get(n) or getattr(config, n, None) for n in ("max_new_tokens", "max_length"))
+        return int(most) if most else max(0, int(longest or 0) - self._given_tokens)

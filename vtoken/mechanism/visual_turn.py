@@ -1,0 +1,277 @@
+"""A forward of the language model that brings visual tokens: what enters it, and the length of what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .forward_context import Admission, Call, ForwardContext, ForwardObserver, Plan, Run
+from .generation import prompt_ends, queries_of
+from .layer_hooks import LayerHooks
+from .logical_cache import Ledger, make_logical, physical_length
+from .masks import cut_mask, sees_itself
+from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
+from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
+from .transformers_names import cache_in, check_prompt, hidden_states_of, recomputes
+
+Planning = Callable[[Call, Run, Tensor, Tensor], Plan | None]
+
+
+@dataclass
+class Turn:
+    """One such forward while its tokens are chosen.
+
+    Attributes:
+        ledger: of the cache, or a new one.
+        fresh: whether the ledger is new.
+        past: tokens in the cache, as the prompt counts them.
+        mask: the attention mask that the language model was given.
+        mask_2d: (B, past + q) that mask, if it has two dimensions.
+        real: (B, q) bool, what is no padding.
+    """
+
+    ledger: Ledger
+    fresh: bool
+    past: int
+    mask: Any
+    mask_2d: Tensor | None
+    real: Tensor
+
+
+class VisualTurn:
+    """Chooses and gathers visual tokens where they enter the language model, and stretches its output afterwards.
+
+    Args:
+        adapter: the model's parts.
+        planner: `planner(call, run, embeds, real) -> Plan | None`, asked once per forward.
+        layers: the hooks inside the language model.
+        positions: "original" or "renumber".
+        context: shared with the other hooks.
+        gate: tells which calls are the patch's.
+        observer: told what entered and left the language model.
+    """
+
+    def __init__(
+        self,
+        adapter: Any,
+        planner: Planning,
+        layers: LayerHooks,
+        positions: str,
+        context: ForwardContext,
+        gate: Admission,
+        observer: ForwardObserver,
+    ) -> None:
+        self.decoder, self.planner, self.layers = adapter.decoder, planner, layers
+        self.schedule, self.renumber = layers.schedule, positions == "renumber"
+        self.context, self.gate, self.observer = context, gate, observer
+
+    # What reads visual tokens depends on data (who survives) and keeps state: torch.compile leaves it to eager mode, and
+    # traces decode steps and text turns as one graph.
+    @torch.compiler.disable
+    def enter(
+        self, call: Call, cache: Any, ledger: Ledger | None, visual: Tensor, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """The arguments of the language model for what is kept; None if the call goes on untouched."""
+        embeds = kwargs["inputs_embeds"]
+        self._begin(embeds.device)
+        turn = self._open_ledger(cache, ledger, embeds, kwargs.get("attention_mask"))
+        self._find_real(turn, call)
+        run, plan = self._plan(turn, call, cache, visual, kwargs)
+        if plan is None and turn.fresh and (not self.schedule.count or self.context.disabled):
+            self.observer.entered(run, turn.real)
+            return None  # nothing to drop
+        self._own_cache(turn, run)
+        kwargs = self._gather(turn, run, plan, kwargs)
+        self.observer.entered(run, turn.real)
+        return args, kwargs
+
+    def _begin(self, device: torch.device) -> None:
+        context = self.context
+        context.disabled = self.gate.disabled()
+        if not context.disabled:
+            self.gate.check()
+        context.reading, context.unread = device, False
+        self.observer.before_prefill(device)
+        self.layers.check_training()
+
+    # -- open the ledger ----------------------------------------------------------------------------------------
+    def _open_ledger(self, cache: Any, ledger: Ledger | None, embeds: Tensor, mask: Any) -> Turn:
+        real = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        if ledger is None:
+            schedule = self.schedule
+            new = Ledger(schedule.count + 1, len(embeds), embeds.device, schedule.stored, self.renumber)
+            past = 0 if cache is None else int(cache.get_seq_length())
+            return Turn(new, True, past, mask, None, real)
+        self.layers.check_ledger(ledger)
+        ledger.follow(physical_length(cache.layers[0]), grow=True)
+        return Turn(ledger, False, ledger.end, mask, None, real)
+
+    # -- find real tokens ---------------------------------------------------------------------------------------
+    @staticmethod
+    def _find_real(turn: Turn, call: Call) -> None:
+        mask, ledger = turn.mask, turn.ledger
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            turn.mask_2d = mask if call.mask_aligned or turn.fresh else ledger.align(mask)
+            turn.real = turn.mask_2d[:, turn.past : turn.past + turn.real.shape[1]].bool()
+        elif mask is not None:
+            turn.real = sees_itself(mask, turn.past if turn.fresh else ledger.slots[0].shape[1], turn.real)
+
+    # -- plan ---------------------------------------------------------------------------------------------------
+    def _plan(
+        self, turn: Turn, call: Call, cache: Any, visual: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Run, Plan | None]:
+        real, length = turn.real, turn.real.shape[1]
+        ends = prompt_ends(self.context, turn.past, real)
+        queries = queries_of(ends, real, visual)
+        run = Run(cache, turn.ledger, length, visual=visual, ends=ends, queries=queries, real=real)
+        if not turn.past:
+            run.first = packed_rows(self.decoder, kwargs, call.given.get("attention_mask"), cache)
+        if self.schedule.count and not self.context.disabled:
+            self._check_inside(run, turn.past + length)
+        return run, self.planner(call, run, kwargs["inputs_embeds"], real)
+
+    def _check_inside(self, run: Run, tokens: int) -> None:
+        """Raise NotImplementedError for prompts of which a strategy that drops inside the LLM does not see the end."""
+        if run.first is not None:
+            raise NotImplementedError(
+                "A strategy that drops inside the LLM reads one prompt per row, found rows whose positions start again: give "
+                "each prompt a row of its own, or prune before the LLM."
+            )
+        prompt = self.context.prompt
+        if prompt is None:
+            return
+        if prompt.length > tokens:
+            raise NotImplementedError(
+                "A strategy that drops inside the LLM reads the end of the prompt: leave out prefill_chunk_size."
+            )
+        self.layers.check_windows(tokens + prompt.new_tokens)
+
+    # -- gather -------------------------------------------------------------------------------------------------
+    def _own_cache(self, turn: Turn, run: Run) -> None:
+        """Let the cache count prompt tokens, and note what it holds."""
+        ledger = turn.ledger
+        if turn.fresh and run.cache is not None:
+            self._adopt(run.cache, ledger)
+            ledger.follow(physical_length(run.cache.layers[0]), grow=True)  # a text turn went before
+        run.past_slots = ledger.slots[0].shape[1]
+        if turn.mask_2d is not None and run.past_slots:
+            run.past_seen = turn.mask_2d[:, ledger.dropped[0] : ledger.end].bool()
+        self.context.run = run
+        ledger.announced = True
+
+    def _adopt(self, cache: Any, ledger: Ledger) -> None:
+        schedule = self.schedule
+        make_logical(cache, ledger, len(self.decoder.layers), schedule.count > 0, bool(schedule.aligned))
+
+    def _gather(self, turn: Turn, run: Run, plan: Plan | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        real, embeds = turn.real, kwargs["inputs_embeds"]
+        # padding goes: rows are aligned to the right again
+        keep = real if plan is None else (plan.keep.to(embeds.device) | ~run.visual) & real  # type: ignore[operator]
+        index, valid = right_aligned(keep)
+        run.index, run.ragged = index, [not bool(valid.all())]
+        run.now = [(torch.arange(index.shape[1], device=embeds.device).expand(len(embeds), -1), valid)]
+        merged = () if plan is None else (plan.into, plan.weight)
+        kwargs["inputs_embeds"] = take_merged(embeds, index, valid, *merged)
+        if plan is not None and plan.source is not None and plan.features is not None:
+            kwargs["inputs_embeds"] = overwrite(kwargs["inputs_embeds"], plan.source.gather(1, index), plan.features)
+        kwargs["position_ids"] = run.positions = self._positions(kwargs.get("position_ids"), run, keep, real, index)
+        if run.first is not None:
+            run.ranks = ranks_of(run.first, index, valid)
+            kwargs = packed_lengths(kwargs, run.ranks)
+        kwargs["attention_mask"] = self._mask(turn, run, kwargs["inputs_embeds"])
+        self._deepstack(kwargs, run)
+        return kwargs
+
+    def _positions(self, positions: Tensor | None, run: Run, keep: Tensor, real: Tensor, index: Tensor) -> Tensor:
+        """Position ids as the language model would have chosen them, of the kept tokens."""
+        ledger = run.ledger
+        batch, length = keep.shape
+        if positions is None:
+            positions = (torch.arange(length, device=keep.device) + ledger.end).expand(batch, length)
+        positions = expand_batch(positions.to(keep.device), batch)
+        if self.renumber:
+            gone = (~keep & real).long()
+            lost = gone.cumsum(1)
+            if run.first is not None:  # every packed prompt counts its own
+                lost = lost - (lost - gone).gather(1, run.first)
+            positions = positions - lost - ledger.shift[0][:, None]
+            ledger.shift = [shift + lost[:, -1] for shift in ledger.shift]
+        return take(positions, index, dim=-1)
+
+    def _mask(self, turn: Turn, run: Run, embeds: Tensor) -> Any:
+        """The attention mask of the kept tokens (B, n, d)."""
+        assert run.index is not None
+        mask, mask_2d, valid, ledger = turn.mask, turn.mask_2d, run.now[0][1], run.ledger
+        if run.ranks is not None and mask is None:
+            return None if self.layers.flash else packed_mask(self.decoder.config, embeds, run.ranks)
+        if isinstance(mask, dict):
+            return {k: cut_mask(m, run, 0, (run.index, valid), run.query_length) for k, m in mask.items()}
+        if mask is not None and mask_2d is None:
+            return cut_mask(mask, run, 0, (run.index, valid), run.query_length)
+        if mask_2d is not None:
+            return torch.cat([mask_2d[:, : ledger.end].bool(), valid & turn.real.gather(1, run.index)], 1).long()
+        if run.ragged[0] or ledger.ragged[0] or run.cache is None:
+            # without a cache, gaps in position_ids would be read as packed sequences unless a 2-D mask is there
+            return ledger.validity(0, valid).long()
+        return None
+
+    @staticmethod
+    def _deepstack(kwargs: dict[str, Any], run: Run) -> None:
+        """Qwen3-VL: one row of features per visual token and early layer, in (sample, position) order."""
+        places = kwargs.get("visual_pos_masks")
+        if places is None or run.index is None:
+            return
+        kwargs["visual_pos_masks"] = now = places.gather(1, run.index) & run.now[0][1]
+        row = (places.flatten().long().cumsum(0) - 1).view(places.shape).gather(1, run.index)[now]
+        kwargs["deepstack_visual_embeds"] = [e[row.to(e.device)] for e in kwargs["deepstack_visual_embeds"]]
+
+    # -- after the language model -------------------------------------------------------------------------------
+    @torch.compiler.disable
+    def leave(self, out: Any) -> Any:
+        """The output at the length of what the model was given; None if it has that length, or there is none."""
+        context = self.context
+        run, context.run = context.run, None
+        device, context.reading = context.reading, None
+        if out is None or device is None:
+            return None
+        self.observer.after_prefill(run, device)
+        if run is None or run.visual is None or run.index is None:
+            return None
+        self._settle_cache(run, out)
+        check_prompt(run, self.schedule, hidden_states_of(out).shape[1])
+        if run.cache is not None:
+            self.layers.store(run)
+        index, valid = run.now[-1]
+        final = run.index.gather(1, index)
+        if run.choice is not None and run.choice.survivors is None:
+            left = torch.zeros_like(run.visual, dtype=torch.long).scatter_add_(1, final, valid.long())
+            run.choice.survivors = left > 0
+        column = _stretched(run, final, valid)
+        if isinstance(out, tuple):
+            return (take(out[0], column), *out[1:])
+        out.last_hidden_state = take(out.last_hidden_state, column)
+        return out
+
+    def _settle_cache(self, run: Run, out: Any) -> None:
+        if run.cache is None and (made := cache_in(out)) is not None:  # by the language model, which was given none
+            self._adopt(made, run.ledger)
+            run.cache = made
+        if recomputes(self.decoder) and run.cache is not None and not any(x.is_initialized for x in run.cache.layers):
+            run.cache = None  # transformers takes no cache to layers that are computed again in backward
+
+
+def _stretched(run: Run, final: Tensor, valid: Tensor) -> Tensor:
+    """(B, q) int64: for every original position the column of the nearest kept token at or before it.
+
+    logits_to_keep, labels and generate() find the length they expect, and the next-token loss of the first text token after
+    an image is the one of the shortened sequence.
+    """
+    column = torch.full((final.shape[0], run.query_length), -1, dtype=torch.long, device=final.device)
+    row, place = valid.nonzero(as_tuple=True)
+    column[row, final[row, place]] = place
+    column = column.cummax(1).values if run.first is None else within(run.first, final, column)
+    return torch.where(column < 0, valid.long().argmax(1, keepdim=True), column)
