@@ -362,7 +362,7 @@ class Sequence:
         kwargs["position_ids"] = run.positions
         if run.first is not None:
             run.ranks = ranks_of(run.first, index, valid)
-            kwargs = packed_lengths(kwargs, run.ranks)
+        kwargs = packed_lengths(kwargs, run.ranks)
         if run.ranks is not None and mask is None:
             kwargs["attention_mask"] = (
                 None if self._flash else packed_mask(self.decoder.config, kwargs["inputs_embeds"], run.ranks)
