@@ -217,9 +217,7 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
             missing = " and ".join(words.get(x, x.replace("_", " ")) for x in lacking)
             received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
             extension = ' pass score="received" to rank by attention received, or' if received else ""
-            extension = (
-                " pass thumbnail=False, or" if lacking == ["pixels"] and hasattr(strategy, "thumbnail") else extension
-            )
+            extension = " pass thumbnail=False, or" if lacking == ["pixels"] and hasattr(strategy, "thumbnail") else extension
             raise ValueError(
                 f"{name} needs {missing}, which the vision tower of this {kind} model does not have:{extension} "
                 f"use {', '.join(fitting(adapter))}."

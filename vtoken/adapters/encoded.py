@@ -173,9 +173,7 @@ class VisionWatch:
             state.capture = None
         missing = capture.missing if modality in self.adapter.towers else []
         if missing:
-            raise rebuilt(
-                f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read from"
-            )
+            raise rebuilt(f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read from")
         if capture.frames is not None:
             capture.frames.commit()
             if self.used is not None:
@@ -273,9 +271,7 @@ class VisionWatch:
         return EncodedVisuals(modality, items, self.needs[modality], self.merging.get(modality, ()))
 
     @staticmethod
-    def _tokens(
-        modality: str, features: Tensor, layout: Layout, provided: dict[Any, Tensor], tower: Any
-    ) -> VisualTokens:
+    def _tokens(modality: str, features: Tensor, layout: Layout, provided: dict[Any, Tensor], tower: Any) -> VisualTokens:
         if len(layout.cells) != len(features):
             raise RuntimeError(
                 f"The layout of this {modality} has {len(layout.cells)} tokens, the model made {len(features)}: "

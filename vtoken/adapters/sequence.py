@@ -194,7 +194,8 @@ class Sequence:
         self.gate.forward_ended()
         if out is not None and call.has_features and not call.read and not self.state.disabled:
             raise changed(
-                f"{type(module).__name__} was given images or videos and did not call {type(self.decoder).__name__}"
+                f"{type(module).__name__} was given images or videos and did not call {type(self.decoder).__name__} (if it was "
+                "compiled and called before it was patched, call torch.compiler.reset())"
             )
 
     @property
@@ -345,17 +346,13 @@ class Sequence:
         self.state.run = run
         ledger.announced = True
 
-        keep = (
-            real if plan is None else (plan.keep.to(device) | ~visual) & real
-        )  # padding goes: rows re-align to the right
+        keep = real if plan is None else (plan.keep.to(device) | ~visual) & real  # padding goes: rows re-align to the right
         index, valid = right_aligned(keep)
         run.index = index
         run.now = [(torch.arange(index.shape[1], device=device).expand(batch, -1), valid)]
         run.ragged = [not bool(valid.all())]
 
-        kwargs["inputs_embeds"] = take_merged(
-            embeds, index, valid, *((plan.into, plan.weight) if plan is not None else ())
-        )
+        kwargs["inputs_embeds"] = take_merged(embeds, index, valid, *((plan.into, plan.weight) if plan is not None else ()))
         if plan is not None and plan.source is not None and plan.features is not None:
             kwargs["inputs_embeds"] = overwrite(kwargs["inputs_embeds"], plan.source.gather(1, index), plan.features)
         run.positions = self._positions(kwargs.get("position_ids"), run, keep, real, index)
