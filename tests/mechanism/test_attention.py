@@ -36,7 +36,8 @@ def dense_kernel(q, k, v, causal=True, softmax_scale=None, **_):
 
 
 def varlen_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=True, softmax_scale=None, **_):
-    """flash_attn_varlen_func: sequences packed behind each other."""
+    """flash_attn_varlen_func: sequences packed behind each other. The real one reads foreign memory beyond the last of them."""
+    assert int(cu_seqlens_q[-1]) == len(q) and int(cu_seqlens_k[-1]) == len(k) == len(v)
     bounds = zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:])
     parts = [dense_kernel(q[None, a:b], k[None, c:d], v[None, c:d], causal, softmax_scale)[0] for a, b, c, d in bounds]
     return torch.cat(parts)

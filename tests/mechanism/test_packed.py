@@ -187,11 +187,15 @@ def test_renumbered_positions_count_from_the_beginning_of_each_prompt():
     check("llava", got, alone("llava", prompts, inputs, spy, renumber=True))
 
 
+FLASH_CASES = {"three prompts": CASES["three prompts"], "one prompt": [[[[0]]]], "one of two pictures": [[[[2, 1]]]]}
+
+
 @pytest.mark.parametrize("lengths", [False, True], ids=["positions", "lengths"])
+@pytest.mark.parametrize("case", FLASH_CASES)
 @pytest.mark.parametrize("name", NAMES)
-def test_flash_attention(name, lengths, flash):  # noqa: F811
+def test_flash_attention(name, case, lengths, flash):  # noqa: F811
     """It finds the prompts in the positions, or is told their lengths; both are those of the shortened prompts."""
-    model, (prompts, inputs) = flash(name), packed(name, CASES["three prompts"])
+    model, (prompts, inputs) = flash(name), packed(name, FLASH_CASES[case])
     sizes = [p["input_ids"].shape[1] for p in prompts[0]]
     ends = torch.tensor([0, *sizes]).cumsum(0).int()
     told = dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=max(sizes), max_length_k=max(sizes))
@@ -202,6 +206,17 @@ def test_flash_attention(name, lengths, flash):  # noqa: F811
             with patched(model) as spy:
                 got = model(**given).logits
             check(name, got, alone(name, prompts, inputs, spy))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flash_attention_told_the_length_of_one_prompt_that_is_cut_inside(name, flash):  # noqa: F811
+    model, inputs = flash(name), FAMILIES[name].prompt([[0]])
+    size = inputs["input_ids"].shape[1]
+    ends = torch.tensor([0, size]).int()
+    told = dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=size, max_length_k=size)
+    with torch.no_grad(), patched(model, layers=(1, 2)):
+        given = clone(inputs) | dict(use_cache=False)
+        assert torch.equal(model(**given).logits, model(**given, **told).logits)
 
 
 def test_what_cannot_be_kept_apart_is_refused(flash):  # noqa: F811

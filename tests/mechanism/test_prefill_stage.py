@@ -19,7 +19,7 @@ from tests.oracle import CACHE, clone, pick
 from vtoken import PrefillTokens, Selection, Strategy, StrategyInfo, strategies
 from vtoken.mechanism.logical_cache import physical_length
 
-from .common import PATCHABLE, assert_same, clean, consistent, expected, run, subject
+from .common import EFFECT, PATCHABLE, assert_same, clean, consistent, expected, run, subject
 from .fixed import Fixed, patched
 
 ONE_D = [n for n in PATCHABLE if not n.startswith("qwen")]
@@ -443,6 +443,23 @@ def test_compiled_prefill_is_right(case):
         for _ in range(2):
             assert (compiled(**clone(inputs)).logits - want).abs().max() < 1e-5
     assert dynamo.utils.counters["stats"]["unique_graphs"] > 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.12"), reason="dynamo of torch 2.11 cannot guard hooks' state")
+def test_what_was_compiled_and_called_before_the_patch_says_so():
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model.forward, backend="eager")
+        dense = compiled(**clone(inputs)).logits
+        with patched(model):
+            with pytest.raises(RuntimeError, match=r"call torch.compiler.reset\(\)"):
+                compiled(**clone(inputs))
+            torch.compiler.reset()
+            got, want = compiled(**clone(inputs)).logits, model(**clone(inputs)).logits
+        assert (got - want).abs().max() < 1e-5 < EFFECT < (got - dense).abs().max()
+        assert (compiled(**clone(inputs)).logits - dense).abs().max() < 1e-5
 
 
 def test_fixed_is_asked_at_layer_zero():

@@ -177,7 +177,8 @@ class EntranceHooks:
         self.gate.forward_ended()
         if out is not None and call.has_features and not call.read and not self.context.disabled:
             raise changed(
-                f"{type(module).__name__} was given images or videos and did not call {type(self.decoder).__name__}"
+                f"{type(module).__name__} was given images or videos and did not call {type(self.decoder).__name__} (if it was "
+                "compiled and called before it was patched, call torch.compiler.reset())"
             )
 
     def _align(self, ledger: Ledger, cache: Any, mask: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def packed_rows(decoder: Any, kwargs: dict[str, Any], mask: Any, cache: Any) -> 
         mask = None  # as flash attention reads it
     if mask is not None or length == 1:
         return None
-    if flash and kwargs.get(LENGTHS[0]) is not None:
+    if flash and batch == 1 and kwargs.get(LENGTHS[0]) is not None:
         ends = kwargs[LENGTHS[0]].to(embeds.device).long()
         starts = torch.zeros(1, length, dtype=torch.bool, device=embeds.device)
         starts[0, ends[:-1]] = True
@@ -111,8 +111,16 @@ def packed_mask(config: Any, embeds: Tensor, ranks: Tensor) -> Any:
     return masks if len(masks) > 1 else masks[kinds.pop()]
 
 
-def packed_lengths(kwargs: dict[str, Any], ranks: Tensor) -> dict[str, Any]:
-    """`kwargs` with the lengths of the shortened prompts where those of the whole ones were given; `ranks` (1, n)."""
+def packed_lengths(kwargs: dict[str, Any], ranks: Tensor | None) -> dict[str, Any]:
+    """`kwargs` with the lengths of the shortened prompts where those of the whole ones were given.
+
+    Without lengths where there are no packed prompts: those of a prompt that is whole would reach beyond its end.
+
+    Args:
+        ranks: (1, n) int64, see `ranks_of`; None if every row is one prompt.
+    """
+    if ranks is None:
+        return {k: v for k, v in kwargs.items() if k not in LENGTHS}
     if kwargs.get(LENGTHS[0]) is None:
         return kwargs
     starts = (ranks[0] == 0).nonzero()[:, 0]

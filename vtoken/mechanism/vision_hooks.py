@@ -154,9 +154,7 @@ class VisionHooks:
             context.capture = None
         missing = capture.missing if modality in self.adapter.towers else []
         if missing:
-            raise rebuilt(
-                f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read from"
-            )
+            raise rebuilt(f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read from")
         if capture.frames is not None:
             capture.frames.commit()
             if self.used is not None:

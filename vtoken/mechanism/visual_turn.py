@@ -181,7 +181,7 @@ class VisualTurn:
         kwargs["position_ids"] = run.positions = self._positions(kwargs.get("position_ids"), run, keep, real, index)
         if run.first is not None:
             run.ranks = ranks_of(run.first, index, valid)
-            kwargs = packed_lengths(kwargs, run.ranks)
+        kwargs = packed_lengths(kwargs, run.ranks)
         kwargs["attention_mask"] = self._mask(turn, run, kwargs["inputs_embeds"])
         self._deepstack(kwargs, run)
         return kwargs
