@@ -145,7 +145,8 @@ def test_budget_one_is_measured_once():
 
 
 def test_one_token_and_all_tokens_are_two_budgets(tmp_path):
-    cells = [cell("dense", 1.0, 100, 99, True), cell("hired", 1, 1, 20), cell("hired", 1.0, 100, 98), cell("hired", 0.5, 50, 70)]
+    hired = [cell("hired", 1, 1, 20), cell("hired", 1.0, 100, 98), cell("hired", 0.5, 50, 70)]
+    cells = [cell("dense", 1.0, 100, 99, True), *hired]
     board = Board("t", {}, cells)
     board.save(tmp_path / "a.json")
     # a program that knows one kind of number writes 1.0 as 1
