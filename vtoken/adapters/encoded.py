@@ -20,6 +20,7 @@ from torch import Tensor
 from ..streams import Reuse, StreamState, TowerUse, current_stream
 from ..tokens import EncoderMerge, EncoderTokens, Needs, Selection, VisualTokens
 from .base import Adapter, Layout
+from .generation import tensors_of
 from .hooks import Hooks, Wrapped, rebuilt
 from .state import ENCODED, Admission, State
 from .towers.base import Capture
@@ -159,6 +160,12 @@ class VisionWatch:
         given = self._told() | bound.arguments | bound.arguments.get("kwargs", {})
         stream = current_stream(self.adapter.model)
         stream = None if stream is None else stream.bind(self.key)
+        prompt = None if stream is None else state.generating
+        known = None if prompt is None else prompt.features_of(modality, stream, bound.arguments)
+        if known is not None:
+            if state.call is not None:
+                state.call.encoded[modality] = getattr(known, ENCODED)
+            return known
         state.capture = capture = Capture(modality, self.needs[modality], frames=self._frames(modality, given, stream))
         try:
             with self.timer("tower"):
@@ -181,6 +188,8 @@ class VisionWatch:
         if stream is not None:
             self._push(encoded, stream)
         setattr(output, ENCODED, encoded)
+        if prompt is not None:
+            prompt.pushed[modality] = stream, tensors_of(bound.arguments), output
         if state.call is not None:  # encoded inside forward
             state.call.encoded[modality] = encoded
         elif state.generating is not None:
