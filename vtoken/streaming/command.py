@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -59,6 +60,9 @@ def run(
     questions: tuple[tuple[float, str], ...],
     **serving: Any,
 ) -> None:
+    for seconds, question in questions:
+        if not (math.isfinite(seconds) and seconds >= 0 and question.strip()):
+            raise ValueError(f'--ask takes a time from 0 on and a question, such as --ask 3 "...", found {seconds} {question!r}.')
     if not questions and not terminal:
         require("gradio", extra="stream")
     if not source.startswith("synthetic:"):
