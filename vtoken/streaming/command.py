@@ -62,7 +62,8 @@ def run(
 ) -> None:
     for seconds, question in questions:
         if not (math.isfinite(seconds) and seconds >= 0 and question.strip()):
-            raise ValueError(f'--ask takes a time from 0 on and a question, such as --ask 3 "...", found {seconds} {question!r}.')
+            found = f"{seconds} {question!r}"
+            raise ValueError(f"--ask takes a time from 0 on and a question, such as --ask 3 'who?', found {found}.")
     if not questions and not terminal:
         require("gradio", extra="stream")
     if not source.startswith("synthetic:"):
