@@ -13,13 +13,12 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 
 from ._json import check_depth, read
-from .checks import fit, fit_field, found
-from .strategies.budgets import check_budget
+from .checks import fit_field, found
+from .strategies.budgets import UNIT, check_budget, unit, with_unit
 
 CONFIG_FILE = "vtoken_config.json"
 FORMAT_VERSION = 1
 LARGEST = 2**20  # bytes of the file
-UNIT = "budget_unit"  # in the file: programs that know one kind of number write 1.0 as 1
 
 
 @dataclass
@@ -76,7 +75,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
             ValueError: for a field that was assigned a wrong value.
         """
         self.__post_init__()
-        return asdict(self) | {UNIT: "share" if isinstance(self.budget, float) else "tokens"}
+        return asdict(self) | {UNIT: unit(self.budget)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VTokenConfig:
@@ -88,7 +87,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
         if not isinstance(values, dict) or "strategy" not in values:
             raise ValueError(f"A vtoken config is a JSON object with at least the key 'strategy', found {found(values)}.")
         known = {f.name for f in fields(cls)}
-        values = _with_unit(values)
+        values = with_unit(values)
         if unknown := sorted(set(values) - known, key=str):
             keys = ", ".join(map(found, unknown[:8])) + ", ..." * (len(unknown) > 8)
             warnings.warn(
@@ -175,17 +174,3 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
                     f"and the Hub answered {type(error).__name__} ({reason})."
                 ) from error
         return cls.from_dict(read(path, LARGEST))
-
-
-def _with_unit(values: dict[str, Any]) -> dict[str, Any]:
-    """The values without their unit, the budget in the kind of number that it asks for."""
-    if UNIT not in values:
-        return values
-    unit = fit(UNIT, values[UNIT], Literal["share", "tokens"])
-    values = {k: v for k, v in values.items() if k != UNIT}
-    if "budget" in values:
-        budget = fit("budget", values["budget"], float | int)
-        if unit == "tokens" and not float(budget).is_integer():
-            raise ValueError(f"A budget in tokens must be a whole number, found {budget}.")
-        values["budget"] = check_budget(float(budget) if unit == "share" else int(budget))
-    return values

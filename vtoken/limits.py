@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Limits:
     Attributes:
         pixels: of one picture; the default is twice an 8K frame.
         frames: that a video may have, and that one call may ask for.
-        nbytes: bytes of all pictures that one call returns.
+        nbytes: bytes of all pictures that one call returns, or of those from one iteration that are held at a time.
         seconds: that one call, or one step of an iteration, may take.
 
     Raises:
@@ -58,6 +60,25 @@ class Limits:
             f"{count} frames take {nbytes / 2**30:.1f} GiB, more than {self.nbytes / 2**30:.1f}; ask for fewer at a time, "
             "or lift that with limits=Limits(nbytes=None)"
         )
+
+
+class Held:
+    """The arrays from one iteration that somebody still holds, as `list(reader)` holds all of them.
+
+    Attributes:
+        count, nbytes: how many there are, and their bytes together.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.nbytes = 0
+
+    def add(self, array: Any) -> None:
+        """Count an array until it is freed."""
+        self.count, self.nbytes = self.count + 1, self.nbytes + array.nbytes
+        weakref.finalize(array, self._free, array.nbytes).atexit = False
+
+    def _free(self, nbytes: int) -> None:
+        self.count, self.nbytes = self.count - 1, self.nbytes - nbytes
 
 
 STANDARD, UNLIMITED = Limits(), Limits(None, None, None, None)

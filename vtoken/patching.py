@@ -185,13 +185,19 @@ def _largest(segments: tuple[Segment, ...]) -> int:
 def describe(strategy: Strategy) -> str:
     """`name(option=value, ...)` with the options that differ from their defaults, and the budget."""
     if isinstance(strategy, Composite):
-        shared = "" if strategy.budget is None else f", sharing budget={strategy.budget}"
+        shared = "" if strategy.budget is None else f", sharing {_budget(strategy.budget)}"
         return " then ".join(map(describe, strategy.ordered)) + shared
-    options = [f"budget={strategy.budget}"]
+    options = [_budget(strategy.budget)]
     for f in fields(strategy):
         if f.init and f.name != "budget" and getattr(strategy, f.name) != f.default:
             options.append(f"{f.name}={getattr(strategy, f.name)!r}")
     return f"{strategy.info.name}({', '.join(options)})"
+
+
+def _budget(budget: float | int) -> str:
+    """Of a share, four digits: more tell a reader nothing. 1.0 and 1 stay apart."""
+    short = float(f"{budget:.4g}") if isinstance(budget, float) else budget
+    return f"budget={short if short != 1 or budget == 1 else budget}"
 
 
 def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:

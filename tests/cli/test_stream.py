@@ -140,3 +140,19 @@ def test_the_command_refuses_in_one_sentence():
     assert said.exit_code == 2 and "inside the LLM" in said.output
     helped = CliRunner().invoke(cli, ["demo", "stream", "--help"])
     assert helped.exit_code == 0 and "--terminal" in helped.output
+
+
+@pytest.mark.parametrize("ask", [("nan", "who ?"), ("inf", "who ?"), ("-1", "who ?"), ("-inf", "who ?"), ("1", ""), ("1", " ")])
+def test_questions_that_no_frame_answers_are_refused_before_the_work(ask, monkeypatch):
+    """The time nan never comes: a stream without end was read for ever."""
+    monkeypatch.setattr("vtoken.demo.load", lambda *_: pytest.fail("a model was loaded"))
+    said = CliRunner().invoke(cli, ["demo", "stream", "--ask", *ask])
+    assert said.exit_code == 2 and "--ask takes a time from 0 on and a question" in said.output
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n", b"\0" * 500])
+def test_a_source_that_is_no_video_ends_the_conversation(tmp_path, content):
+    """At once, and not with a prompt after which nothing answers."""
+    (tmp_path / "a.mp4").write_bytes(content)
+    said = CliRunner().invoke(cli, ["demo", "stream", "--terminal", "--source", str(tmp_path / "a.mp4")], input="\n")
+    assert said.exit_code == 2 and "a.mp4" in said.output.splitlines()[-1] and "> " not in said.output

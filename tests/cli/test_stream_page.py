@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
+import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +20,7 @@ from click.testing import CliRunner
 from tests.cli.serving import SOURCE, Visitor, served
 from vtoken.cli import stream_page as page_module
 from vtoken.cli.main import cli
-from vtoken.cli.stream_guard import LOOPBACK, MAX_BODY, Guard
+from vtoken.cli.stream_guard import LOOPBACK, MAX_BODY, MAX_PENDING, Guard, Shares
 from vtoken.cli.stream_page import talk_html
 from vtoken.cli.stream_server import listen, private_folder
 from vtoken.cli.stream_visitors import Desk, Desks, Said
@@ -244,6 +247,80 @@ def test_every_answer_has_the_policy(closed):
     for path in ("", "config", "nowhere"):
         policy = http.get(path).headers["content-security-policy"]
         assert "default-src 'self'" in policy and "img-src 'self' data: blob:;" in policy
+
+
+# -- one visitor's share -------------------------------------------------------------------------------------------
+def test_a_greedy_visitor_does_not_fill_the_queue(closed, monkeypatch):
+    """One that asks and asks, under one session and under many: the queue has 64 places here."""
+    greedy, calm, go = Visitor(closed), Visitor(closed), threading.Event()
+    buttons = closed.page.fns[greedy.events["pause"]].fn.__self__
+    monkeypatch.setattr(buttons.desks, "of", lambda browser: None if browser == calm.session else go.wait(60) and None)
+
+    def join(session: str) -> httpx.Response:
+        body = {"fn_index": greedy.events["pause"], "data": [], "session_hash": session}
+        return greedy.http.post("gradio_api/queue/join", json=body)
+
+    try:
+        codes = [join(greedy.session).status_code for _ in range(40)]
+        assert codes == [200] * MAX_PENDING + [429] * (40 - MAX_PENDING)
+        codes = [join(f"made up {i}").status_code for i in range(100)]
+        assert codes.count(200) == 32 - MAX_PENDING and codes[-1] == 429
+        assert "still waiting" in join("another").text
+        # another address
+        closed.guard.shares._sessions["192.0.2.7"] = closed.guard.shares._sessions.pop("127.0.0.1")
+        assert "press Play first" in calm.press("ask", "who ?")[1]
+    finally:
+        go.set()
+    until(lambda: len(closed.page._queue) == 0)
+
+
+def test_shares_of_sessions_and_addresses():
+    waiting = {"a": MAX_PENDING, "b": 3, "c": 0}
+    shares = Shares(lambda s: waiting.get(s, 0), 5)
+
+    def too_much(address, session):
+        return shares.takes_too_much(address, json.dumps({"session_hash": session}).encode())
+
+    assert too_much("1", "a") and not too_much("1", "b") and not too_much("1", "c")
+    waiting["c"] = 2
+    assert too_much("1", "c") and too_much("1", "new") and not too_much("2", "new")
+    waiting["b"] = 0
+    assert not too_much("1", "new")
+    waiting.clear()
+    assert not too_much("1", "x") and shares._sessions["1"] == {"x"}  # what is done is forgotten
+    for body in (b"", b"[]", b"{}", b"3", b"\xff", b'{"session_hash": 3}', b"[" * 60_000):
+        assert not shares.takes_too_much("1", body)
+
+
+def test_open_requests_of_one_address_are_bounded(monkeypatch):
+    monkeypatch.setattr("vtoken.cli.stream_guard.MAX_OPEN", 3)
+    with served() as service, httpx.Client(base_url=service.url, trust_env=False, timeout=30) as http:
+        with ExitStack() as beats:
+            for i in range(3):
+                other = beats.enter_context(httpx.Client(base_url=service.url, trust_env=False, timeout=30))
+                beats.enter_context(other.stream("GET", f"gradio_api/heartbeat/{i}"))
+            refused = http.get("config")
+            assert refused.status_code == 429 and "too many requests open" in refused.text
+        until(lambda: http.get("config").status_code == 200)
+
+
+def test_one_question_at_a_time(closed):
+    desk = Desk(lambda *_: None)
+    closed.desks._desks["busy"] = desk
+    buttons = closed.page.fns[Visitor(closed).events["ask"]].fn.__self__
+    request = SimpleNamespace(session_hash="busy")
+    with desk.turn("answer"):
+        (shown,) = buttons.ask("who ?", request)
+        assert "One at a time" in shown[1] and shown[0] == "who ?"
+        assert "press Play first" not in shown[1]
+    assert "press Play first" in list(buttons.ask("who ?", request))[-1][1]
+    with desk.turn("play"):
+        assert "One at a time" in buttons.play("", "none", 0.5, 2.0, request)
+    left = buttons.ask("who ?", request)
+    next(left)
+    left.close()  # the browser goes in the middle of an answer
+    assert "press Play first" in list(buttons.ask("who ?", request))[-1][1]
+    closed.desks.leave("busy")
 
 
 # -- other machines ---------------------------------------------------------------------------------------------

@@ -145,6 +145,28 @@ def test_budget_one_is_measured_once():
     assert plan(["a", "b"], [1.0, 0.5, 1]) == [(None, 1.0), ("a", 0.5), ("a", 1), ("b", 0.5), ("b", 1)]
 
 
+def test_one_token_and_all_tokens_are_two_budgets(tmp_path):
+    hired = [cell("hired", 1, 1, 20), cell("hired", 1.0, 100, 98), cell("hired", 0.5, 50, 70)]
+    cells = [cell("dense", 1.0, 100, 99, True), *hired]
+    board = Board("t", {}, cells)
+    board.save(tmp_path / "a.json")
+    # a program that knows one kind of number writes 1.0 as 1
+    (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace("1.0", "1"))
+    for one in (board, Board.load(tmp_path / "a.json")):
+        assert len(one.at) == 4 and [repr(b) for b in one.budgets] == ["1", "1.0", "0.5"]
+        head, _, row = board_page.accuracy(one)
+        assert [e.strip() for e in head.strip("| ").split("|")] == ["strategy", "budget 1", "budget 1.0", "budget 0.5"]
+        assert [e.split()[0] for e in row.strip("| ").split("|")] == ["hired", "20.0", "98.0", "70.0"]
+    # a board that was written before cells said their unit
+    text = (tmp_path / "a.json").read_text().replace('"budget_unit": "share",', "").replace('"budget_unit": "tokens",', "")
+    (tmp_path / "a.json").write_text(text)
+    assert [type(c.budget) for c in Board.load(tmp_path / "a.json").cells] == [int, int, int, float]
+
+
+def test_what_is_named_twice_is_measured_once():
+    assert plan(["a", "a"], [0.5, 0.5, 1]) == [(None, 1.0), ("a", 0.5), ("a", 1)]
+
+
 def test_same_seed_same_board(subject):
     a, b = (tiny_board(subject, ["random"], [0.2], seed=3) for _ in range(2))
     assert [(c.right, c.kinds, c.tokens) for c in a.cells] == [(c.right, c.kinds, c.tokens) for c in b.cells]

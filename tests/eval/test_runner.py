@@ -248,6 +248,8 @@ def test_plans():
         dense, Run("a", 0.5), Run("a", 64), Run("b", 0.5), Run("b", 64),
     ]  # fmt: skip
     assert plan(["a"], [1], 8) == [Run("a", 1, 8)]
+    for budgets in ([1.0, 1], [1, 1.0]):
+        assert [(r.strategy, repr(r.budget)) for r in plan(["a"], budgets)] == [(None, "1.0"), ("a", "1")]
     same = plan(["a"], [1.0, 0.5, 0.1, 0.3], same_tokens_as=8)
     assert [run.frames for run in same] == [8, 16, 80, 26]
     with pytest.raises(ValueError, match=r"exclude"):

@@ -15,7 +15,7 @@ from tests.oracle import clone
 from vtoken import Selection, StreamState, VisualTokens, strategies
 from vtoken.mechanism.forward_context import ENCODED
 
-from .common import subject
+from .common import run, subject
 from .fixed import Fixed, Spy, patched
 
 STREAMING = [
@@ -151,3 +151,38 @@ def test_a_strategy_that_reads_the_question_is_not_asked_before_there_is_one():
         assert not spy.items
         model(**clone(inputs))
         assert len(spy.items) == 1
+
+
+@pytest.mark.parametrize("way", [dict(), dict(num_beams=2)], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    ("case", "name"), [("own", "llava"), ("own", "qwen2_5_vl/video"), (STREAMING[0], "llava"), (STREAMING[2], "qwen2_5_vl")],
+    ids=str,
+)  # fmt: skip
+@torch.no_grad()
+def test_generate_pushes_its_frames_once(case, name, way):
+    """With `use_cache=False` too, where every step reads the prompt again and older releases encode its pictures again."""
+    family, model = FAMILIES[name], subject(name)
+    if way and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this release gives every beam a copy of the frame")
+    inputs = [family.batch("one"), family.prompt([[1]])]
+    seen = []
+    for cache in (True, False):
+        state = StreamState()
+        with patched(model, made(case)) as spy, vtoken.stream(model, state):
+            texts = [run(model, one, 3, use_cache=cache, **way).sequences.tolist() for one in (*inputs, inputs[0])]
+        seen.append((texts, repr(state.memory), kept(spy)))
+    assert seen[0][0] == seen[1][0] and seen[0][1] == seen[1][1]
+    assert seen[0][2] == seen[1][2]
+
+
+@torch.no_grad()
+def test_the_tower_reads_the_frames_of_a_generate_once():
+    name = "qwen2_5_vl/video"
+    inputs, model, state = FAMILIES[name].batch("one"), subject(name), StreamState()
+    counted = []
+    for cache in (True, False):
+        with vtoken.applied(model, "stc_cacher"), vtoken.stream(model, state):
+            state.reset()
+            run(model, inputs, 4, use_cache=cache)
+            counted.append((state.frames, state.tokens))
+    assert counted[0] == counted[1] and counted[0][0] > 0

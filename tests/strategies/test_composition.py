@@ -10,6 +10,7 @@ from tests.mechanism.common import assert_same, clean, expected, run, subject
 from tests.mechanism.fixed import patched
 from tests.models import FAMILIES
 from vtoken import TowerInfo
+from vtoken.patching import describe
 from vtoken.strategies import Composite, FastV, HiRED, MustDrop, PyramidDrop, Random, SparseVLM, Uniform, combine
 
 from .common import image, video
@@ -130,6 +131,22 @@ def both_towers():
     return TowerInfo(4, 3, False, (0, 1, 2, 3))
 
 
+@pytest.mark.parametrize(
+    ("budget", "parts", "words"),
+    [
+        (0.5, 0.5, ("visionzip(budget=0.7071)", "sharing budget=0.5")),
+        (1 / 3, 0.5, ("visionzip(budget=0.5774)", "fastv(budget=0.3333)", "sharing budget=0.3333")),
+        (0.2, 0.3, ("visionzip(budget=0.617)", "sharing budget=0.2")),
+        (0.99999, 0.5, ("visionzip(budget=0.99999", "sharing budget=0.99999")),
+        (1.0, 0.5, ("visionzip(budget=1.0)", "sharing budget=1.0")),
+        (123456, 0.5, ("fastv(budget=123456)", "sharing budget=123456")),
+    ],
+)
+def test_budgets_in_words_have_four_digits(budget, parts, words):
+    made = combine(["visionzip", "fastv"], budget, split=parts)
+    assert all(w in describe(made) for w in words), describe(made)
+
+
 # -- on models ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "llava_next", "internvl"])
 def test_projector_then_prefill(name):
@@ -143,7 +160,7 @@ def test_projector_then_prefill(name):
     totals = [int(row.sum()) for row in family.visual(inputs)]
     assert report.visual_per_layer[-1] == sum(round(n * 0.25) for n in totals)
     assert report.visual_per_layer[0] == report.tokens_out < sum(totals)
-    assert "then fastv(budget=0.25, layer=1), sharing budget=0.25" in str(report)
+    assert "(budget=0.5) then fastv(budget=0.25, layer=1), sharing budget=0.25" in str(report)
 
 
 @pytest.mark.parametrize("name", ["llava_next_video/video", "qwen2_5_vl/video"])

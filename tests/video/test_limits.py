@@ -7,15 +7,17 @@ import struct
 import subprocess
 import sys
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.video.media import number, write
+from tests.video.media import number, picture, write
 from vtoken.images import open_image
-from vtoken.video import Limits, LiveReader, VideoError, open_video, sample_fps, sample_uniform
+from vtoken.video import Limits, LiveReader, VideoError, at_fps, open_video, sample_fps, sample_uniform
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,6 +135,72 @@ def test_more_frames_than_fit(tmp_path):
             assert sum(1 for _ in video) == 60  # nothing is held in passing
     with open_video(path, limits=Limits(frames=59)) as video, pytest.raises(VideoError, match="more than 59 frames"):
         video.get_frames([0])
+
+
+@pytest.mark.parametrize("hoard", [list, lambda v: [f.image for f in v], lambda v: list(at_fps(v, 25)), sorted])
+def test_pictures_that_are_held(tmp_path, hoard):
+    """One iteration gives as many as it likes, and its caller holds as many as fit."""
+    hoard = (lambda v: sorted(v, key=lambda f: f.index)) if hoard is sorted else hoard
+    limits = Limits(nbytes=40 * 640 * 408 * 3)
+    with open_video(many(tmp_path), limits=limits) as video:
+        for _ in range(2):
+            with pytest.raises(VideoError, match=r"frames take .* GiB.*limits=Limits\(nbytes=None\)"):
+                hoard(video)
+            assert sum(f.index for f in video) == 59 * 30  # what is let go counts no more
+        window = []
+        for frame in video:
+            window = [*window[-38:], frame]
+        assert window[-1].index == 59
+    with open_video(many(tmp_path), limits=Limits(nbytes=None)) as video:
+        assert len(list(video)) == 60
+
+
+def growing(path: Path, codec: str, large: tuple[int, int] = (1280, 816)) -> Path:
+    """8 pictures of 128 x 48, as the header says, then 8 that are larger; the codec's own data say so."""
+    base, options = Fraction(1, 25), {"x264-params": "repeat-headers=1"} if codec == "libx264" else {}
+
+    def encoded(size, start):
+        context = av.CodecContext.create(codec, "w")
+        context.width, context.height, context.pix_fmt, context.time_base = *size, "yuv420p", base
+        context.gop_size, context.options = 4, options
+        for i in range(8):
+            frame = av.VideoFrame.from_ndarray(picture(i, size), format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = start + i, base
+            yield from context.encode(frame)
+        yield from context.encode(None)
+
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.time_base = 128, 48, "yuv420p", base
+        for size, start in (((128, 48), 0), (large, 8)):
+            for packet in encoded(size, start):
+                packet.stream, packet.time_base = stream, base
+                out.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mp4", "libx264"), ("b.mkv", "libx264"), ("c.mkv", "libvpx"), ("d.webm", "libvpx-vp9"), ("e.mp4", "libvpx-vp9")],
+)
+def test_decord_gets_no_picture_that_may_be_too_large(tmp_path, name, codec):
+    path, few = growing(tmp_path / name, codec), Limits(pixels=128 * 48)
+    with open_video(path) as video:
+        assert {f.image.shape for f in video.get_frames(range(16))} == {(48, 128, 3), (816, 1280, 3)}
+        assert video.backend == "pyav" and "may grow" in video.why
+    with open_video(path, limits=few) as video:
+        assert {f.image.shape for f in video.get_frames(seconds=[0, 0.2, 0.5])} == {(48, 128, 3)} and video.damage
+    with pytest.raises(VideoError, match=r"no bound on pixels.*limits=Limits\(pixels=None\)"):
+        open_video(path, "decord", limits=few)
+    with open_video(path, limits=Limits(pixels=None)) as video:
+        assert video.backend == "decord"
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libvpx"])
+def test_decord_serves_pictures_of_one_size(tmp_path, codec):
+    path = growing(tmp_path / "a.mkv", codec, large=(128, 48))
+    with open_video(path, limits=Limits(pixels=128 * 48)) as video:
+        assert video.backend == "decord" and [number(f.image) for f in video.get_frames([3, 11])] == [3, 3]
 
 
 def test_time(tmp_path):

@@ -130,3 +130,10 @@ def test_a_file_cut_within_a_group_ends(tmp_path):
     (tmp_path / "cut.ts").write_bytes(data[: len(data) * 2 // 3])
     got, _ = read_all(tmp_path / "cut.ts", speed=None)
     assert 10 < len(got) < 40 and [number(f.image) for f in got] == sorted({number(f.image) for f in got})
+
+
+@pytest.mark.parametrize("host", ["", "localhost", "LOCALHOST", "LocalHost"])
+def test_this_machine_in_a_file_address(tmp_path, host):
+    path = write(tmp_path / "a.mp4", 2)
+    with open_video(f"file://{host}{path}") as video:
+        assert len(video) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -63,6 +64,10 @@ def run(
     questions: tuple[tuple[float, str], ...],
     **serving: Any,
 ) -> None:
+    for seconds, question in questions:
+        if not (math.isfinite(seconds) and seconds >= 0 and question.strip()):
+            found = f"{seconds} {question!r}"
+            raise ValueError(f"--ask takes a time from 0 on and a question, such as --ask 3 'who?', found {found}.")
     if not questions and not terminal:
         require("gradio", extra="stream")
     if not source.startswith("synthetic:"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from http.cookies import SimpleCookie
 from pathlib import Path
@@ -13,10 +15,13 @@ from urllib.parse import parse_qs, urlsplit
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 READ = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/gradio_api/queue/data")
 READ_UNDER = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
-WRITE = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
+JOIN = "/gradio_api/queue/join"
+WRITE = (JOIN, "/gradio_api/cancel", "/gradio_api/reset")
 UPLOAD, PROGRESS = "/gradio_api/upload", "/gradio_api/upload_progress"
 MAX_BODY = 64 * 2**10  # bytes of a request that is no upload
 MAX_DRAINED = 2**20
+MAX_PENDING = 16  # events of one browser that wait or run
+MAX_OPEN = 64  # requests of one address at a time; a page takes two or three
 COOKIE = "vtoken_token"
 HEADERS = {
     # all that the page shows comes from the page; gradio's plots compile their own scripts
@@ -30,6 +35,34 @@ HEADERS = {
 }
 
 
+class Shares:
+    """What one visitor may take of the queue and of the connections, so that something is left for the others.
+
+    Args:
+        pending: tells how many events of a session wait or run.
+        queue: events that one address may have waiting or running, whatever number of sessions it says it has.
+    """
+
+    def __init__(self, pending: Callable[[str], int], queue: int) -> None:
+        self.pending, self.queue = pending, queue
+        self.open: Counter[str] = Counter()
+        self._sessions: dict[str, set[str]] = {}
+
+    def takes_too_much(self, address: str, body: bytes) -> bool:
+        """Whether the event of a request is one too many for its session or address; it is counted if not."""
+        try:
+            session = json.loads(body)["session_hash"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False  # gradio refuses it
+        if not isinstance(session, str):
+            return False
+        known = {s for s in self._sessions.pop(address, set()) if self.pending(s)}
+        full = self.pending(session) >= MAX_PENDING or sum(map(self.pending, known)) >= self.queue
+        if known or not full:
+            self._sessions[address] = known if full else known | {session}
+        return full
+
+
 class Guard:
     """An ASGI application that passes on what a browser with the page open asks for, and refuses the rest in one sentence.
 
@@ -39,6 +72,7 @@ class Guard:
         token: what a visitor must know; None for loopback.
         uploads: the folder that uploaded files go to; None to take none.
         max_upload: bytes of one upload, and of all that lie in the folder.
+        shares: what one visitor may take, None for no bound.
     """
 
     def __init__(
@@ -48,8 +82,9 @@ class Guard:
         token: str | None = None,
         uploads: Path | None = None,
         max_upload: int = 0,
+        shares: Shares | None = None,
     ) -> None:
-        self.app, self.hosts, self.token = app, hosts, token
+        self.app, self.hosts, self.token, self.shares = app, hosts, token, shares
         self.uploads, self.max_upload = uploads, max_upload
 
     async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
@@ -76,7 +111,30 @@ class Guard:
                 message = message | {"headers": own + [(k.encode(), v.encode()) for k, v in HEADERS.items()]}
             await send(message)
 
-        return await self.app(scope, receive, answer)
+        if self.shares is None:
+            return await self.app(scope, receive, answer)
+        await self._within(self.shares, scope, receive, answer)
+
+    async def _within(
+        self, shares: Shares, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
+    ) -> None:
+        """Pass a request on unless its visitor has too many open or waiting."""
+        address = (scope.get("client") or ("",))[0]
+        shares.open[address] += 1
+        try:
+            if shares.open[address] > MAX_OPEN:
+                await _drain(receive)
+                return await _answer(send, 429, "Your address has too many requests open: close some pages.")
+            if scope["method"] == "POST" and scope["path"] == JOIN:
+                body = await _body(receive)
+                if shares.takes_too_much(address, body):
+                    return await _answer(send, 429, "Too much that you asked for is still waiting: try again later.")
+                receive = _again(body, receive)
+            await self.app(scope, receive, send)
+        finally:
+            shares.open[address] -= 1
+            if not shares.open[address]:
+                del shares.open[address]
 
     def refusal(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
         """Status and sentence for a request that is not passed on.
@@ -141,6 +199,26 @@ async def _drain(receive: Callable[..., Any]) -> None:
         message = await receive()
         taken += len(message.get("body", b""))
         more = message.get("more_body", False)
+
+
+async def _body(receive: Callable[..., Any]) -> bytes:
+    """The body of a request, which the server ends at its stated length."""
+    parts, more = [], True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def _again(body: bytes, receive: Callable[..., Any]) -> Callable[..., Any]:
+    """A `receive` that gives a body that was read already, and then goes on."""
+    given = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Any:
+        return given.pop() if given else await receive()
+
+    return again
 
 
 async def _answer(send: Callable[..., Any], status: int, sentence: str, more: dict[str, str] | None = None) -> None:

@@ -128,7 +128,8 @@ class Buttons:
             if strategy not in self.strategies or not 0 < budget <= 1 or not 0 < fps <= MAX_FPS:
                 raise ValueError("That strategy, budget or frame rate is not on the page.")
             desk = self.desks.open(request.session_hash)
-            desk.play(source, strategy, budget, fps)
+            with desk.turn("play"):
+                desk.play(source, strategy, budget, fps)
             return self._text(desk.status())
         except (ValueError, OSError, ImportError) as error:
             return self._text(str(error))
@@ -162,8 +163,12 @@ class Buttons:
         if desk is None:
             yield "", talk_html([Said(question, NOTHING)])
             return
-        for said in desk.answer(question):
-            yield "", talk_html(desk.talk or [said])
+        try:
+            with desk.turn("answer"):
+                for said in desk.answer(question):
+                    yield "", talk_html(desk.talk or [said])
+        except ValueError as error:
+            yield question, talk_html([*desk.talk, Said(question, str(error))])
 
     def look(self, request: gr.Request) -> tuple[Any, ...]:
         desk = self.desks.of(request.session_hash)

@@ -11,10 +11,12 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .stream_guard import LOOPBACK, Guard
+from .stream_guard import LOOPBACK, Guard, Shares
 
 FIRST_PORT, PORTS = 7860, 100
 MAX_CONNECTIONS = 256
@@ -64,6 +66,14 @@ def private_folder() -> Iterator[Path]:
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+
+
+def pending(queue: Any, session: str) -> int:
+    """How many events of a session wait in a page's queue or run. gradio's own count per session never forgets those of a
+    browser that went before its answer came."""
+    waiting = (event for part in queue.event_queue_per_concurrency_id.values() for event in part.queue)
+    running = (event for job in queue.active_jobs if job for event in job)
+    return sum(event.session_hash == session for event in chain(waiting, running))
 
 
 class Service:
@@ -127,7 +137,8 @@ class Service:
             theme=fonts,
             css=CSS,
         )
-        self.guard = Guard(app, frozenset(known), self.token, uploads, max_upload)
+        shares = Shares(partial(pending, page._queue), (page._queue.max_size or MAX_CONNECTIONS) // 2)
+        self.guard = Guard(app, frozenset(known), self.token, uploads, max_upload, shares)
         config = uvicorn.Config(
             self.guard,
             log_level="warning",

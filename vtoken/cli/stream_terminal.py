@@ -17,13 +17,20 @@ if TYPE_CHECKING:
     from ..streaming.answers import Answer
     from ..video import Frame
 
+SOON = 3.0  # seconds to wait for a first frame before asking for questions
 HELP = "Type a question and press Enter; an empty line shows how the stream is doing, q ends."
 
 
 def converse(out: Console, player: Player) -> None:
-    """Answer what is typed, until `q` or the end of the input."""
+    """Answer what is typed, until `q` or the end of the input.
+
+    Raises:
+        ValueError: if the source breaks off before its first frame.
+    """
     import click
 
+    if not player.wait_until(0.0, SOON) and player.ended and player.error and not player.readings:
+        raise ValueError(player.error)
     out.print(HELP, style="dim")
     while True:
         try:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ PLOTS = {  # column -> title
 WINDOW = 120  # readings in a plot
 TALK = 20  # questions that are kept with their answers
 MAX_QUESTION = 500  # characters
+BUSY = "One at a time: wait until that is done."
 NOTHING = "There is no frame to ask about yet: press Play first."
 
 
@@ -63,6 +65,18 @@ class Desk:
         self.upload: Path | None = None
         self.touched = time.monotonic()
         self._lock = threading.RLock()
+        self._turns = {"play": threading.Lock(), "answer": threading.Lock()}
+
+    @contextmanager
+    def turn(self, what: str) -> Iterator[None]:
+        """Within the block, "play" or "answer" goes on, once at a time. Raises ValueError if it does already."""
+        lock = self._turns[what]
+        if not lock.acquire(blocking=False):
+            raise ValueError(BUSY)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def play(self, source: str, strategy: str, budget: float, fps: float | None = None) -> None:
         """Begin a stream, or go on with the one that was paused if nothing has changed.

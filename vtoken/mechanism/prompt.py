@@ -78,6 +78,11 @@ def _same(one: EncodedVisuals, other: EncodedVisuals) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def tensors_of(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among bound arguments, those passed on as further ones included."""
+    return {n: v for n, v in (arguments | arguments.get("kwargs", {})).items() if isinstance(v, Tensor)}
+
+
 @dataclass
 class Prompt:
     """A running `generate()` with its keyword arguments.
@@ -88,6 +93,7 @@ class Prompt:
         encoded: modality -> the pictures that it encoded before it read the prompt.
         default: the model's generation config.
         choice: what was chosen, if every step reads the prompt again.
+        pushed: by modality the frames that a stream went on by, as (stream, tensors, features): not by the same again.
     """
 
     input_ids: Tensor | None
@@ -95,6 +101,18 @@ class Prompt:
     encoded: dict[str, EncodedVisuals] = field(default_factory=dict)
     default: Any = None
     choice: Choice | None = None
+    pushed: dict[str, tuple[Any, dict[str, Tensor], Any]] = field(default_factory=dict)
+
+    def features_of(self, modality: str, stream: Any, given: dict[str, Any]) -> Any:
+        """What these frames gave when this `generate` pushed them to the stream; None for others.
+
+        Releases that encode in every step of `use_cache=False` would push them again.
+        """
+        known, before, output = self.pushed.get(modality, (None, {}, None))
+        now = tensors_of(given)
+        if known is not stream or not now or before.keys() != now.keys():
+            return None
+        return output if all(torch.equal(before[name], value) for name, value in now.items()) else None
 
     @property
     def length(self) -> int:

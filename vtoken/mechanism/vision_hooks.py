@@ -23,7 +23,7 @@ from ..hooks import Hooks, Wrapped, rebuilt
 from ..streams import Reuse, StreamState, TowerUse, current_stream
 from ..tokens import EncoderMerge, EncoderTokens, Needs, Selection, VisualTokens
 from .forward_context import ENCODED, Admission, ForwardContext
-from .prompt import EncodedVisuals
+from .prompt import EncodedVisuals, tensors_of
 from .tower_merging import EncoderMerging
 from .tower_reuse import FrameReuse
 from .transformers_names import check_features
@@ -146,6 +146,12 @@ class VisionHooks:
         given = self._told() | bound.arguments | bound.arguments.get("kwargs", {})
         stream = current_stream(self.adapter.model)
         stream = None if stream is None else stream.bind(self.key)
+        prompt = None if stream is None else context.prompt
+        known = None if prompt is None else prompt.features_of(modality, stream, bound.arguments)
+        if known is not None:
+            if context.call is not None:
+                context.call.encoded[modality] = getattr(known, ENCODED)
+            return known
         context.capture = capture = Capture(modality, self.needs[modality], frames=self._frames(modality, given, stream))
         try:
             with self.timer("tower"):
@@ -168,6 +174,8 @@ class VisionHooks:
         if stream is not None:
             self._push(encoded, stream)
         setattr(output, ENCODED, encoded)
+        if prompt is not None:
+            prompt.pushed[modality] = stream, tensors_of(bound.arguments), output
         if context.call is not None:  # encoded inside forward
             context.call.encoded[modality] = encoded
         elif context.prompt is not None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from ..checks import BITS, found, number
+from ..checks import BITS, fit, found, number
 from ..tokens import Segment
+
+UNIT = "budget_unit"  # in files: programs that know one kind of number write 1.0 as 1
 
 
 def check_budget(budget: Any) -> float | int:
@@ -30,6 +32,29 @@ def check_budget(budget: Any) -> float | int:
     if not 0 < value <= 1 or math.isnan(value) or float(value) == 0:  # type: ignore[operator]
         raise ValueError(f"A fractional budget must lie in (0, 1], found {found(value)}: {ask}.")
     return float(value)
+
+
+def unit(budget: float | int) -> str:
+    """What a budget counts: "share" or "tokens". As numbers, the share 1.0 and 1 token are equal."""
+    return "share" if isinstance(budget, float) else "tokens"
+
+
+def with_unit(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a file without the unit of their budget, the budget in the kind of number that the unit asks for.
+
+    Raises:
+        ValueError: for a unit that there is not, or a budget that it does not fit.
+    """
+    if UNIT not in values:
+        return values
+    wanted = fit(UNIT, values[UNIT], Literal["share", "tokens"])
+    values = {k: v for k, v in values.items() if k != UNIT}
+    if "budget" in values:
+        budget = fit("budget", values["budget"], float | int)
+        if wanted == "tokens" and not float(budget).is_integer():
+            raise ValueError(f"A budget in tokens must be a whole number, found {budget}.")
+        values["budget"] = check_budget(float(budget) if wanted == "share" else int(budget))
+    return values
 
 
 def share(budget: float | int, n: int, least: int = 1) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-_IDR = 5  # type of the NAL units of an instantaneous refresh
+_IDR, _SPS = 5, 7  # types of NAL units: instantaneous refresh, sequence parameters (the size of the pictures)
 _LENGTH = 4  # byte of an avcC record that says how long the length of a NAL unit is
 _WHOLE = {"vp8", "vp9", "av1"}  # codecs in which nothing after a key frame refers to what was before it
 
@@ -21,12 +22,47 @@ def is_closed(packet: Any) -> bool:
     codec, extra = codec_of(packet), packet.stream.codec_context.extradata or b""
     if codec != "h264" or len(extra) <= _LENGTH or extra[0] != 1:  # without the record, NAL units have start codes
         return codec in _WHOLE
-    data, width, at = bytes(packet), (extra[_LENGTH] & 3) + 1, 0
+    return any(unit[0] & 31 == _IDR for unit in _units(memoryview(packet), (extra[_LENGTH] & 3) + 1))
+
+
+def keeps_size(packet: Any) -> bool:
+    """Whether a packet of an mp4 or mkv surely leaves the size of the pictures as the file's header says: in H.264, where it
+    brings no parameters that the header does not have, and in VP8. In VP9 and AV1 any frame may have another size."""
+    if packet.has_sidedata("new_extradata"):
+        return False
+    codec, context = codec_of(packet), packet.stream.codec_context
+    if codec == "vp8":
+        data = bytes(packet)[:10]  # RFC 6386, 9.1
+        size = (int.from_bytes(data[6:8], "little") & 0x3FFF, int.from_bytes(data[8:10], "little") & 0x3FFF)
+        return bool(data[0] & 1) or size == (context.width, context.height)
+    extra = context.extradata or b""
+    if codec != "h264" or len(extra) <= _LENGTH + 1 or extra[0] != 1:
+        return False
+    stated = [unit for unit in _stated(extra) if unit[0] & 31 == _SPS]
+    units = _units(memoryview(packet), (extra[_LENGTH] & 3) + 1)
+    return len(stated) == 1 and all(bytes(unit) == stated[0] for unit in units if unit[0] & 31 == _SPS)
+
+
+def _units(data: Any, width: int) -> Iterator[Any]:
+    """The NAL units of a packet, each after its length in so many bytes."""
+    at = 0
     while at + width < len(data):
-        if data[at + width] & 31 == _IDR:
-            return True
-        at += width + int.from_bytes(data[at : at + width], "big")
-    return False
+        end = at + width + int.from_bytes(data[at : at + width], "big")
+        if end > at + width:
+            yield data[at + width : end]
+        at = end
+
+
+def _stated(record: bytes) -> Iterator[bytes]:
+    """The NAL units of an avcC record: two lists, each after its length (ISO/IEC 14496-15, 5.3.3.1)."""
+    at = _LENGTH + 1
+    for mask in (31, 255):
+        count, at = (record[at] & mask if at < len(record) else 0), at + 1
+        for _ in range(count):
+            end = at + 2 + int.from_bytes(record[at : at + 2], "big")
+            if record[at + 2 : end]:
+                yield record[at + 2 : end]
+            at = end
 
 
 def codec_of(packet: Any) -> str:

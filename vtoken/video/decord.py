@@ -35,11 +35,19 @@ def unfit(reader: PyAVReader) -> str | None:
         return "decord does not read rotated video right"
     if not reader.table.closed:
         return "decord is exact only where each key frame is known to start a closed group of pictures"
+    if not one_size(reader):
+        return "decord takes no bound on pixels, and pictures of this file may grow (limits=Limits(pixels=None) allows that)"
     if (track.stated_duration or 0) * track.fps > _STATED:
         return "decord reserves memory for as many frames as a file's duration states"
     if reader.table.longest_group * track.size[0] * track.size[1] > _WORK:
         return "decord cannot be interrupted, and key frames are far apart here"
     return None
+
+
+def one_size(reader: PyAVReader) -> bool:
+    """Whether a package that takes no bound on pixels finds none above it: PyAV has decoded the first picture within it, and
+    the others have its size."""
+    return reader.limits.pixels is None or (reader.track.turned is not None and reader.table.steady)
 
 
 class DecordPicker:

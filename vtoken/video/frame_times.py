@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .bitstream import hidden, is_closed
+from .bitstream import hidden, is_closed, keeps_size
 
 _REORDER = 1.0  # seconds that a time may lie back and still be a frame out of order rather than a clock set anew
 
@@ -23,12 +23,14 @@ class FrameTable:
         pts: (n,) int64 in units of `time_base`, strictly increasing; None where frames can only be counted.
         keys: (k,) int64, pts of those frames at which decoding can start, ascending.
         closed: whether it starts cleanly at every one of them, see `bitstream.is_closed`.
+        steady: whether all pictures surely have the size that the file's header says, see `bitstream.keeps_size`.
     """
 
     seconds: np.ndarray
     pts: np.ndarray | None = None
     keys: np.ndarray | None = None
     closed: bool = False
+    steady: bool = False
 
     def __len__(self) -> int:
         return len(self.seconds)
@@ -61,8 +63,9 @@ class FrameTable:
 def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None) -> FrameTable | None:
     """The table of a file from its packets alone, None where they do not tell: times that are missing or come twice, or a
     clock that steps back."""
-    pts, keys, last, closed = [], [], None, True
+    pts, keys, last, closed, steady = [], [], None, True, True
     for packet in packets:
+        steady = steady and (not packet.size or keeps_size(packet))
         if not packet.size or packet.is_discard or hidden(packet):
             continue
         if packet.pts is None or (last is not None and packet.dts is not None and packet.dts < last):
@@ -81,7 +84,7 @@ def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None
         return None
     start = int(times[0]) if origin is None or origin < times[0] - 2**62 else min(origin, int(times[0]))
     seconds = (times - start).astype(np.float64) * time_base.numerator / time_base.denominator
-    return FrameTable(seconds, times, np.unique(np.asarray(keys, np.int64)), closed)
+    return FrameTable(seconds, times, np.unique(np.asarray(keys, np.int64)), closed, steady)
 
 
 class Clock:

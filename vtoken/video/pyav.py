@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..limits import Limits
+from ..limits import Held, Limits
 from .errors import VideoError, brief
 from .frame import Frame
 from .frame_times import Clock, FrameTable, from_packets
@@ -103,7 +103,7 @@ class PyAVReader:
 
     def __iter__(self) -> Iterator[Frame]:
         self.track.check()
-        return self._pass() if self._in_passing else self._read()
+        return self._bounded(self._pass() if self._in_passing else self._read())
 
     def get_frames(
         self, indices: Sequence[int] | None = None, *, seconds: Sequence[float] | None = None
@@ -143,6 +143,15 @@ class PyAVReader:
     def _in_passing(self) -> bool:
         """Whether iteration goes along with the source, instead of reading it through for its times first."""
         return self.source.live or self.source.kind == "network"
+
+    def _bounded(self, frames: Iterator[Frame]) -> Iterator[Frame]:
+        """The same frames, as long as those that the caller holds are not too large together."""
+        held = Held()
+        for frame in frames:
+            self._afford(held.count + 1, held.nbytes + frame.image.nbytes)
+            held.add(frame.image)
+            yield frame
+            del frame
 
     def _pass(self) -> Iterator[Frame]:
         track = self.track

@@ -112,7 +112,7 @@ def _path_of(address: str) -> str:
     if address[5:7] != "//":
         return address[5:]
     parts = urlsplit(address)
-    if parts.netloc not in ("", "localhost"):
+    if parts.netloc.lower() not in ("", "localhost"):
         raise VideoError(f"{_short(address)!r} names a file of another machine; mount it, and name its path here")
     return unquote(parts.path)
 

@@ -66,11 +66,11 @@ class Track:
         return "mp4" in self.format and not self._stream.frames
 
     @cached_property
-    def turned(self) -> bool:
-        """Whether the first frame carries a display matrix that turns or mirrors it."""
+    def turned(self) -> bool | None:
+        """Whether the first frame carries a display matrix that turns or mirrors it; None where none can be decoded."""
         self.rewind()
         first = next(decoded(self.packets(), self.damage, self.limits), None)
-        return first is not None and orientation(first) != (False, 1, 1)
+        return None if first is None else orientation(first) != (False, 1, 1)
 
     @property
     def time_base(self) -> Any:

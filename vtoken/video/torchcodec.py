@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .allowed import by_itself
+from .decord import one_size
 from .errors import VideoError, brief, load
 from .pyav import PyAVReader, check_count
 
@@ -18,9 +19,10 @@ class TorchcodecPicker:
 
     def __init__(self, reader: PyAVReader):
         decoders = load("torchcodec.decoders", "torchcodec")
-        if reader.source.kind != "file" or reader.track.turned or not by_itself(reader.source.path):
+        fit = reader.source.kind == "file" and not reader.track.turned and by_itself(reader.source.path)
+        if not fit or not one_size(reader):
             raise VideoError(
-                f"torchcodec serves upright mp4 and mkv files here: {reader.source.name!r} needs backend 'pyav'"
+                f"torchcodec serves upright mp4 and mkv files of one size here: {reader.source.name!r} needs backend 'pyav'"
             )
         try:
             self._decoder = decoders.VideoDecoder(reader.source.path, dimension_order="NHWC", seek_mode="exact")

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..._json import read
 from ...checks import fit, fit_field
-from ...strategies.budgets import check_budget
+from ...strategies.budgets import UNIT, check_budget, unit, with_unit
 from ..intervals import wilson
 
 BUDGETS: tuple[float | int, ...] = (0.5, 0.33, 0.2, 0.1, 0.05)
@@ -55,16 +55,24 @@ class Cell:
         return wilson(self.right, self.asked)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"accuracy": self.accuracy, "interval": self.interval}
+        return asdict(self) | {UNIT: unit(self.budget), "accuracy": self.accuracy, "interval": self.interval}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Cell:
         """Raises ValueError for a value of another type than its field's, or one that is missing."""
-        values = fit("a cell", values, dict)
+        values = with_unit(fit("a cell", values, dict))
         made = cls(**{f.name: fit_field(cls, f.name, values.get(f.name)) for f in fields(cls)})
         check_budget(made.budget)
         wilson(made.right, made.asked)
         return made
+
+
+Key = tuple[str, float | int, str]
+
+
+def key(strategy: str, budget: float | int) -> Key:
+    """What tells the cells of one board apart: all tokens (1.0) are another budget than one token (1)."""
+    return strategy, budget, unit(budget)
 
 
 @dataclass
@@ -167,8 +175,9 @@ class Board:
         partial.replace(path)
 
     @property
-    def at(self) -> dict[tuple[str, float | int], Cell]:
-        return {(c.strategy, c.budget): c for c in self.cells}
+    def at(self) -> dict[Key, Cell]:
+        """The cells by `key(strategy, budget)`."""
+        return {key(c.strategy, c.budget): c for c in self.cells}
 
     @property
     def names(self) -> list[str]:
@@ -177,7 +186,7 @@ class Board:
 
     @property
     def budgets(self) -> list[float | int]:
-        return list(dict.fromkeys(c.budget for c in self.cells if c.strategy != "dense"))
+        return list({key("", c.budget): c.budget for c in self.cells if c.strategy != "dense"}.values())
 
     def chance(self, tokens: float) -> float | None:
         """Accuracy of `random` at so many visual tokens, linear between its own cells and the unpatched model.

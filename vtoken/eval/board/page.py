@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .board import Board, Cell
+from .board import Board, Cell, key
 
 BEGIN, END = "<!-- board: made by the command below -->", "<!-- board: end -->"
 KINDS_AT = 0.2
@@ -17,7 +17,7 @@ def tables(boards: Sequence[Board], command: str, pictures: Sequence[str]) -> st
     for board, picture in zip(boards, pictures, strict=True):
         settings = ", ".join(f"{key} {value}" for key, value in board.settings.items())
         lines += [f"### {board.title}", "", f"{settings}.", ""]
-        dense = board.at.get(("dense", 1.0))
+        dense = board.at.get(key("dense", 1.0))
         if dense:
             lines += [f"All visual tokens: {entry(dense)}.", ""]
         lines += accuracy(board) + [""] + low(board)
@@ -32,7 +32,7 @@ def accuracy(board: Board) -> list[str]:
     at = board.at
     lines = [row(["strategy", *(f"budget {b}" for b in board.budgets)]), row(["---"] * (len(board.budgets) + 1))]
     for name in board.names:
-        cells = [at.get((name, b)) for b in board.budgets]
+        cells = [at.get(key(name, b)) for b in board.budgets]
         shown = f"*{name}*" if any(c and c.baseline for c in cells) else name
         lines.append(row([shown, *(entry(c) if c else "" for c in cells)]))
     return lines
@@ -45,7 +45,7 @@ def kinds(board: Board, budget: float | int) -> list[str]:
         row(["strategy", "tokens", "LLM FLOPs", *names]),
         row(["---", "---:", "---:", *["---:"] * len(names)]),
     ]
-    for cell in (at.get(("dense", 1.0)), *(at.get((name, budget)) for name in board.names)):
+    for cell in (at.get(key("dense", 1.0)), *(at.get(key(name, budget)) for name in board.names)):
         if cell is not None:
             shares = (f"{100 * cell.kinds[k][0] / cell.kinds[k][1]:.1f}" for k in names)
             lines.append(row([cell.strategy, f"{cell.tokens:.1f}", f"{100 * cell.flops:.1f} %", *shares]))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...strategies.registry import parse_strategy
-from .board import BUDGETS, Batch, Board, Cell, measure, versions
+from .board import BUDGETS, Batch, Board, Cell, key, measure, versions
 from .tower_memo import TowerMemo
 
 LARGEST = 0.5  # a method that cannot reach this budget on a model does not fit it
@@ -106,7 +106,7 @@ def _batch(processor: Any, pairs: Sequence[Any], memo: TowerMemo, number: int) -
 def plan(strategies: Sequence[str], budgets: Sequence[float | int]) -> list[tuple[str | None, float | int]]:
     """The cells to measure: all visual tokens once (the same for every strategy), then every strategy at every budget."""
     smaller = [b for b in budgets if isinstance(b, int) or b < 1]
-    return [(None, 1.0), *((name, budget) for name in strategies for budget in smaller)]
+    return [(None, 1.0), *dict.fromkeys((name, budget) for name in strategies for budget in smaller)]
 
 
 def tiny_board(
@@ -147,11 +147,11 @@ def tiny_board(
     }
     board = Board(f"Tiny {subject.name}, {subject.medium}s", settings, [])
     wanted = plan(strategies or subject.fitting(), budgets)
-    keys = [(named or "dense", budget) for named, budget in wanted]
-    done = {key: known.at[key] for key in keys if key in known.at} if known and known.settings == settings else {}
-    board.cells = [done[key] for key in keys if key in done]
-    for (named, budget), key in zip(wanted, keys, strict=True):
-        if key in done:
+    keys = [key(named or "dense", budget) for named, budget in wanted]
+    done = {at: known.at[at] for at in keys if at in known.at} if known and known.settings == settings else {}
+    board.cells = [done[at] for at in keys if at in done]
+    for (named, budget), place in zip(wanted, keys, strict=True):
+        if place in done:
             step("taken over", questions)
             continue
         what = f"{named} at {budget}" if named else "all visual tokens"
@@ -160,12 +160,12 @@ def tiny_board(
             step(what, questions)
             continue
         try:
-            done[key] = measure(subject.model, subject.batches, named, budget, functools.partial(step, what))
+            done[place] = measure(subject.model, subject.batches, named, budget, functools.partial(step, what))
         except ValueError as error:  # an input that the strategy refuses
             refused(f"{what}: {error}")
             continue
-        board.cells = [done[key] for key in keys if key in done]
-        cell_done(board, done[key])
+        board.cells = [done[at] for at in keys if at in done]
+        cell_done(board, done[place])
     return board
 
 
