@@ -1,9 +1,11 @@
-"""Are facts that were shown only early in a stream still answered, and how often, next to a model that reads all frames?
+"""Are facts that were shown only early in a stream still answered, and how often, next to a model that reads
+all frames?
 
     python benchmarks/early_facts.py --model qwen2_5_vl --n 200 --out benchmarks/results/early_facts.json
 
-Clips of the held-out split; the questions are those that the first half of a clip answers for good. Every memory is asked the
-same questions about the same frames at the clip's end, which all fit the model's positions.
+Clips of the held-out split; the questions are those that the first half of a clip answers for good. Every
+memory is asked the same questions about the same frames at the clip's end, which all fit the model's
+positions.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def memories(tokens: int, pruner: str, budget: float) -> dict[str, dict[str, Any
     }
 
 
-def ask(model: Any, processor: Any, pairs: list[tuple[Any, Any]], options: dict[str, Any]) -> tuple[list[str], int]:
+def ask(
+    model: Any, processor: Any, pairs: list[tuple[Any, Any]], options: dict[str, Any]
+) -> tuple[list[str], int]:
     """The session's answers, and the most visual tokens that one of them has seen."""
     said, most = [], 0
     with vtoken.StreamSession(model, processor, max_new_tokens=6, **options) as session:
@@ -64,7 +68,9 @@ def ask(model: Any, processor: Any, pairs: list[tuple[Any, Any]], options: dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="qwen2_5_vl", help="a shipped tiny model that reads videos")
     parser.add_argument("--n", type=int, default=200, help="questions, each about a clip of its own")
     parser.add_argument("--frames", type=int, default=16, help="of a clip")
@@ -80,7 +86,12 @@ def main() -> None:
 
     def row(said: list[str], tokens: int | None) -> dict[str, Any]:
         right = sum(a == b for a, b in zip(said, truth, strict=True))
-        return {"right": right, "n": len(truth), "rate": round(right / len(truth), 4), "visual_tokens": tokens}
+        return {
+            "right": right,
+            "n": len(truth),
+            "rate": round(right / len(truth), 4),
+            "visual_tokens": tokens,
+        }
 
     began = time.perf_counter()
     rows = {"all frames": row(answers(model, processor, pairs, 20), None)}

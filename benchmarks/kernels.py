@@ -1,12 +1,13 @@
-"""Kernels against their torch twins, against what is usually written (the eager N x N way), and against the copy
-bandwidth of the device, all in one run: only ratios between times of the same run are worth quoting.
+"""Kernels against their torch twins, against what is usually written (the eager N x N way), and against the
+copy bandwidth of the device, all in one run: only ratios between times of the same run are worth quoting.
 
     python benchmarks/kernels.py                        # shapes of 7B models on a GPU, scaled ones on a CPU
     python benchmarks/kernels.py --shape small --out kernels.json
 
-How far the contestants of a case differ in their answers is measured first; then they are timed in turns (A B C A B C
-...), by CUDA events on a GPU and by the wall clock on a CPU. Reported are medians, and the median and quartiles of the
-ratio of neighbouring runs. On a CPU the times mean little while other work runs: the load is part of the report.
+How far the contestants of a case differ in their answers is measured first; then they are timed in turns (A B
+C A B C ...), by CUDA events on a GPU and by the wall clock on a CPU. Reported are medians, and the median and
+quartiles of the ratio of neighbouring runs. On a CPU the times mean little while other work runs: the load is
+part of the report.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ def flat(value: Any) -> list[Tensor]:
 
 
 def differ(a: Any, b: Any) -> float:
-    """Largest difference, relative to the largest value; for picked tokens the share of picks not in common."""
+    """Largest difference, relative to the largest value; for picked tokens the share of picks not in common.
+    """
     worst = 0.0
     for x, y in zip(flat(a), flat(b), strict=True):
         if x.dtype == torch.long:
             x, y = x.flatten(0, -2).sort().values, y.flatten(0, -2).sort().values
             worst = max(
-                worst, sum(len(set(p) - set(q)) for p, q in zip(x.tolist(), y.tolist(), strict=True)) / x.numel()
+                worst,
+                sum(len(set(p) - set(q)) for p, q in zip(x.tolist(), y.tolist(), strict=True)) / x.numel(),
             )
         else:
             x, y = x.double(), y.double()
@@ -65,7 +68,8 @@ def clock(call: Call, cuda: bool, now: Callable[[], float]) -> float:
         call()
         return 1e3 * (now() - start)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(1_000_000)  # the launches queue up behind it, so that short kernels are not timed by the host
+    # the launches queue up behind it, so that short kernels are not timed by the host
+    torch.cuda._sleep(1_000_000)
     first.record()
     call()
     last.record()
@@ -108,7 +112,10 @@ def measure(
         return spread([a / b for a, b in zip(times[over], times[under], strict=True)])
 
     best = "triton" if cuda else BASE
-    result: dict[str, Any] = {"ms": {name: statistics.median(t) for name, t in times.items()}, "difference": agreement}
+    result: dict[str, Any] = {
+        "ms": {name: statistics.median(t) for name, t in times.items()},
+        "difference": agreement,
+    }
     result["usual / vtoken"] = ratio("usual", best)
     result["torch / triton"] = ratio(BASE, "triton") if cuda else None
     result["share of copy bandwidth"] = ratio("copy", best) if nbytes else None
@@ -126,22 +133,34 @@ def goals(results: dict[str, dict[str, Any]], cuda: bool) -> dict[str, dict[str,
         if not cuda:
             wanted[f"{name}: usual / twin at least"] = (result["usual / vtoken"]["median"], 1.0)
         elif name in ("gather", "gather_merge"):
-            wanted[f"{name}: share of copy bandwidth at least"] = (result["share of copy bandwidth"]["median"], 0.85)
+            wanted[f"{name}: share of copy bandwidth at least"] = (
+                result["share of copy bandwidth"]["median"],
+                0.85,
+            )
         elif name.startswith("attention_rows"):
             wanted[f"{name}: usual / Triton at least"] = (result["usual / vtoken"]["median"], 3.0)
             spare = 1 - result["extra bytes"]["triton"] / result["output bytes"]
             wanted[f"{name}: 1 - extra / output bytes at least"] = (spare, 0.99)
-    return {name: {"value": value, "goal": goal, "reached": value >= goal} for name, (value, goal) in wanted.items()}
+    return {
+        name: {"value": value, "goal": goal, "reached": value >= goal}
+        for name, (value, goal) in wanted.items()
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=[*SHAPES], help="7b on a GPU, small on a CPU, if not given")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, on a busy CPU")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, on a busy CPU"
+    )
     parser.add_argument("--repeats", type=int, default=20, help="timed rounds of each case")
     parser.add_argument("--only", default="", help="only cases whose name matches this expression")
-    parser.add_argument("--out", type=Path, help="write the results as JSON here; a file that exists gains cases")
+    parser.add_argument(
+        "--out", type=Path, help="write the results as JSON here; a file that exists gains cases"
+    )
     args = parser.parse_args()
     device = torch.device(args.device)
     now = time.process_time if args.clock == "cpu" else time.perf_counter

@@ -62,7 +62,9 @@ def llm(repeats: int) -> dict[str, Any]:
     total = work.about["visual_tokens"]
     kept = round(BUDGET * total)
 
-    def generated(attention: str, strategy: str | None = None, call: Callable[[], Any] | None = None) -> Times:
+    def generated(
+        attention: str, strategy: str | None = None, call: Callable[[], Any] | None = None
+    ) -> Times:
         work.model.set_attn_implementation(attention)
         if strategy is None:
             times = decode(work, STEPS, call)
@@ -78,7 +80,9 @@ def llm(repeats: int) -> dict[str, Any]:
         return generated("eager", call=lambda: work.model.generate(**work.inputs, **config, **asked))
 
     # sparsevlm brings a package that is called like a script beside this one
-    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent]
+    sys.path[:] = [
+        folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent
+    ]
 
     def peer() -> Times:
         from sparsevlm import sparsevlm_generate
@@ -86,7 +90,13 @@ def llm(repeats: int) -> dict[str, Any]:
         return generated(
             "eager",
             call=lambda: sparsevlm_generate(
-                work.model, None, work.inputs, n_vis=total, keep_n_vis=kept, max_new_tokens=STEPS, device="cpu"
+                work.model,
+                None,
+                work.inputs,
+                n_vis=total,
+                keep_n_vis=kept,
+                max_new_tokens=STEPS,
+                device="cpu",
             ),
         )
 
@@ -107,7 +117,9 @@ def tower(repeats: int) -> dict[str, Any]:
     from vtoken.bench.timing import prefill
 
     shape = SHAPES["llava-1.5-7b"]
-    work = replace(shape, tower={"cpu": tuple(TOWER.values())}, llm={"cpu": (64, 128, 1, 1, 1)}).build("", "cpu")
+    work = replace(shape, tower={"cpu": tuple(TOWER.values())}, llm={"cpu": (64, 128, 1, 1, 1)}).build(
+        "", "cpu"
+    )
     work = replace(work, clock="cpu")
 
     def ours() -> Times:
@@ -115,7 +127,10 @@ def tower(repeats: int) -> dict[str, Any]:
             times = prefill(work)
         return {"tower and choosing": times["tower"] + times["choose"]}
 
-    field = {"transformers, SDPA": lambda: {"tower and choosing": prefill(work)["tower"]}, "vtoken visionzip": ours}
+    field = {
+        "transformers, SDPA": lambda: {"tower and choosing": prefill(work)["tower"]},
+        "vtoken visionzip": ours,
+    }
     return {"about": {"tower": TOWER, "kept": round(BUDGET * 576)}, "ms": turns(field, repeats)}
 
 
@@ -125,7 +140,11 @@ def visionzip(repeats: int) -> dict[str, Any]:
     from transformers import CLIPVisionConfig, CLIPVisionModel
     from transformers.models.clip import modeling_clip
 
-    about: dict[str, Any] = {"transformers": transformers.__version__, "tower": TOWER, "kept": round(BUDGET * 576)}
+    about: dict[str, Any] = {
+        "transformers": transformers.__version__,
+        "tower": TOWER,
+        "kept": round(BUDGET * 576),
+    }
     try:
         importlib.import_module("visionzip")
     except ImportError as error:
@@ -158,13 +177,17 @@ def visionzip(repeats: int) -> dict[str, Any]:
 
     field = {
         f"transformers {transformers.__version__}, eager": lambda: timed(lambda: plain(images), *forwards),
-        "visionzip 0.1.3": lambda: timed(lambda: holder(images), CLIP_EncoderLayer_forward, CLIPAttention_forward),
+        "visionzip 0.1.3": lambda: timed(
+            lambda: holder(images), CLIP_EncoderLayer_forward, CLIPAttention_forward
+        ),
     }
     return {"about": about, "ms": turns(field, repeats)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=["llm", "tower", "visionzip"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True, help="JSON; a file that exists gains this part")

@@ -1,10 +1,12 @@
-"""How many answers about a long labelled stream are right, by frames so far, kind of question, memory and strategy?
+"""How many answers about a long labelled stream are right, by frames so far, kind of question, memory and
+strategy?
 
     python benchmarks/stream_answers.py --out docs/stream_answers.json
 
-At every checkpoint a session is asked about the frames that its memory holds: an answer counts as right if it is the one that
-these frames show, whatever was shown before them. A memory without bound holds all. "taught" leaves out counts of fewer digits
-than any clip of the model's training has (two); "open" leaves out answers that can be guessed ("none", "yes", "no") as well.
+At every checkpoint a session is asked about the frames that its memory holds: an answer counts as right if it
+is the one that these frames show, whatever was shown before them. A memory without bound holds all. "taught"
+leaves out counts of fewer digits than any clip of the model's training has (two); "open" leaves out answers
+that can be guessed ("none", "yes", "no") as well.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def chosen(stream: Stream, now: float, since: float, per_kind: int, rng: np.rand
     return [q for kind in KINDS for q in rng.permutation(np.array(by_kind[kind], object))[:per_kind]]
 
 
-def measure(session: vtoken.StreamSession, seed: int, frames: list[int], per_kind: int) -> list[dict[str, Any]]:
+def measure(
+    session: vtoken.StreamSession, seed: int, frames: list[int], per_kind: int
+) -> list[dict[str, Any]]:
     """One row per question asked in one stream."""
     stream, rows, rng = Stream(seed), [], np.random.default_rng(seed)
     session.reset()
@@ -68,20 +72,29 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     frames = sorted({r["frames"] for r in rows})
     out = {"all": rate(rows), "taught": rate(taught), "open": rate(guessed)}
-    out |= {f"{name} by frames": at(chosen, "frames", frames) for name, chosen in (("taught", taught), ("open", guessed))}
+    out |= {
+        f"{name} by frames": at(chosen, "frames", frames)
+        for name, chosen in (("taught", taught), ("open", guessed))
+    }
     return out | {"taught by kind": at(taught, "kind", KINDS), "all by kind": at(rows, "kind", KINDS)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=TINY, help="a shipped tiny model that reads videos")
     parser.add_argument("--streams", type=int, default=20)
     parser.add_argument("--seed", type=int, default=100, help="of the first stream")
-    parser.add_argument("--frames", type=int, nargs="+", default=[10, 20, 40, 60, 80, 100], help="when to ask")
+    parser.add_argument(
+        "--frames", type=int, nargs="+", default=[10, 20, 40, 60, 80, 100], help="when to ask"
+    )
     parser.add_argument("--per-kind", type=int, default=2, help="questions of each kind, each time")
     parser.add_argument("--strategies", nargs="+", default=["none", "stc_pruner", "stc"])
     parser.add_argument("--budget", type=float, default=0.5)
-    parser.add_argument("--steps", type=int, nargs="+", default=[TINY_STEPS, 0], help="steps in memory; 0 for no bound")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[TINY_STEPS, 0], help="steps in memory; 0 for no bound"
+    )
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     model, processor = load(arguments.model)
@@ -90,7 +103,9 @@ def main() -> None:
         for strategy in arguments.strategies:
             name = f"{strategy}, " + (f"the latest {steps} steps" if steps else "no bound")
             rows: list[dict[str, Any]] = []
-            with make_session(model, processor, strategy, arguments.budget, max_steps=steps or None) as session:
+            with make_session(
+                model, processor, strategy, arguments.budget, max_steps=steps or None
+            ) as session:
                 for seed in range(arguments.seed, arguments.seed + arguments.streams):
                     rows += measure(session, seed, arguments.frames, arguments.per_kind)
             results[name] = summary(rows)

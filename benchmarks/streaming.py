@@ -1,12 +1,12 @@
-"""What a frame and a question cost in a stream that goes on: with and without reuse in the tower and pruning, against giving
-the model all frames and against giving it a few sampled ones.
+"""What a frame and a question cost in a stream that goes on: with and without reuse in the tower and pruning,
+against giving the model all frames and against giving it a few sampled ones.
 
     python benchmarks/streaming.py --shape small --out benchmarks/results/streaming_small.json
     python benchmarks/streaming.py --shape 7b --device cuda --out streaming-7b.json
 
-Random weights; LLaVA-OneVision with 64 (small) or 196 (7b) visual tokens per frame. Plain models encode their frames when the
-question comes, as they have no memory; a session has done so before. Frames that do not fit the model's positions are not
-asked about, nor more than `--plain` of them.
+Random weights; LLaVA-OneVision with 64 (small) or 196 (7b) visual tokens per frame. Plain models encode their
+frames when the question comes, as they have no memory; a session has done so before. Frames that do not fit
+the model's positions are not asked about, nor more than `--plain` of them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,18 @@ def processor_for(model: Any) -> Any:
     import transformers as tf
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", "user", "<video>", "<image>", *QUESTION.split(), ":", "assistant"]
+    words = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "user",
+        "<video>",
+        "<image>",
+        *QUESTION.split(),
+        ":",
+        "assistant",
+    ]
     assert words[PLACEHOLDER] == "<video>"
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -67,7 +78,8 @@ def processor_for(model: Any) -> Any:
 
 
 def picture(index: int, side: int) -> np.ndarray:
-    """A frame of an endless synthetic stream: a still background per scene, and something that moves on it."""
+    """A frame of an endless synthetic stream: a still background per scene, and something that moves on it.
+    """
     image = np.random.default_rng(index // SCENE).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
     image = image.repeat(9, 0).repeat(9, 1)[:side, :side].copy()
     at, width = 3 * index % (side - side // 8), side // 8
@@ -94,7 +106,11 @@ def plain(model: Any, processor: Any, frames: Sequence[np.ndarray]) -> int:
         [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}], tokenize=False
     )
     inputs = processor(
-        text=[text], videos=[np.stack(frames)], video_metadata=[facts], do_sample_frames=False, return_tensors="pt"
+        text=[text],
+        videos=[np.stack(frames)],
+        video_metadata=[facts],
+        do_sample_frames=False,
+        return_tensors="pt",
     ).to(model.device)
     inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(model.dtype)
     model.generate(**inputs, max_new_tokens=1, do_sample=False)
@@ -111,7 +127,9 @@ def measure_session(
     now: Clock,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """One entry per number of frames in `asked`, ascending; FLOPs are those of a frame, the LLM's share of rekv included."""
+    """One entry per number of frames in `asked`, ascending; FLOPs are those of a frame, the LLM's share of
+    rekv included.
+    """
     device, side, rows = model.device, model.config.vision_config.image_size, []
     limits: dict[str, Any] = {"max_tokens": tokens}
     if options.get("memory") == "rekv":
@@ -153,7 +171,9 @@ def measure_session(
 def measure_plain(
     model: Any, processor: Any, asked: Sequence[int], most: int, sampled: int, repeats: int, now: Clock
 ) -> Any:
-    """Per number of frames the time to the first token of all frames, and of some sampled evenly; None if it does not fit."""
+    """Per number of frames the time to the first token of all frames, and of some sampled evenly; None if it
+    does not fit.
+    """
     side, out = model.config.vision_config.image_size, {"all frames": [], "sampled frames": []}
     for count in asked:
         for name, taken in (("all frames", count), ("sampled frames", min(count, sampled))):
@@ -171,13 +191,17 @@ def measure_plain(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SCALE, default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--frames", type=int, nargs="+", default=[10, 100, 1000, 10000], help="when to ask")
     parser.add_argument("--plain", type=int, default=100, help="most frames that a plain model is given")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, on a busy CPU")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, on a busy CPU"
+    )
     parser.add_argument("--only", nargs="*", default=list(SESSIONS), help="which sessions")
     parser.add_argument("--out", type=Path, help="JSON file; entries of other runs in it stay")
     arguments = parser.parse_args()
@@ -185,12 +209,18 @@ def main() -> None:
         parser.error(f"--frames must be more than {COUNTED}")
     now = time.process_time if arguments.clock == "cpu" else time.perf_counter
     asked, tokens = sorted(arguments.frames), TOKENS[arguments.shape]
-    work = SHAPES["llava-onevision-7b-video"].build("llava-onevision", SCALE[arguments.shape], arguments.device)
+    work = SHAPES["llava-onevision-7b-video"].build(
+        "llava-onevision", SCALE[arguments.shape], arguments.device
+    )
     processor, vision = processor_for(work.model), work.model.config.vision_config
     per_frame = (-(-vision.image_size // vision.patch_size // 2)) ** 2
     old = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
     facts = {"shape": arguments.shape, "tokens_per_frame": per_frame, "max_tokens": tokens, **work.about}
-    result = {**old, "about": facts, "machine": machine(torch.device(arguments.device)) | {"clock": arguments.clock}}
+    result = {
+        **old,
+        "about": facts,
+        "machine": machine(torch.device(arguments.device)) | {"clock": arguments.clock},
+    }
     for name in arguments.only:
         print(name, flush=True)
         result[name] = measure_session(

@@ -1,4 +1,6 @@
-"""Fills the tables of performance.md and streaming.md from benchmarks/results: `python docs/generate_performance.py`."""
+"""Fills the tables of performance.md and streaming.md from benchmarks/results: `python
+docs/generate_performance.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ from vtoken.strategies import strategy_info
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SHOWN = ("strategy", "budget", "visual tokens", "choosing", "LLM promised", "LLM measured", "quartiles", "attainable")
+SHOWN = (
+    "strategy",
+    "budget",
+    "visual tokens",
+    "choosing",
+    "LLM promised",
+    "LLM measured",
+    "quartiles",
+    "attainable",
+)
 SHOWN += ("prefill promised", "prefill measured", "decode", "end to end", "KV", "peak")
 
 
@@ -33,9 +44,7 @@ def models() -> str:
     report = load(RESULTS / "cpu.json")
     for name, shape in report["shapes"].items():
         left = [c for c in shape["cells"] if "refused" in c]
-        tokens = (
-            f"{shape['visual_tokens']} visual and {shape['text_tokens']} text tokens, {shape['steps']} decode steps"
-        )
+        tokens = f"{shape['visual_tokens']} visual and {shape['text_tokens']} text tokens, {shape['steps']} decode steps"
         sizes = "; ".join(
             f"{part} {', '.join(f'{k} {v}' for k, v in shape[part].items())}" for part in ("llm", "tower")
         )
@@ -47,7 +56,9 @@ def models() -> str:
 
 def goals() -> str:
     """The two goals of the CPU shape, by budget."""
-    cells = [c for s in load(RESULTS / "cpu.json")["shapes"].values() for c in s["cells"] if "refused" not in c]
+    cells = [
+        c for s in load(RESULTS / "cpu.json")["shapes"].values() for c in s["cells"] if "refused" not in c
+    ]
     body = []
     for budget in sorted({c["budget"] for c in cells}):
         own = [c for c in cells if c["budget"] == budget]
@@ -58,11 +69,19 @@ def goals() -> str:
         even = [c for c in own if "attainable" in c["kept"]]
         best = [c for c in even if c["kept"]["attainable"] >= GOAL_KEPT]
         body.append(
-            [f"{budget}", f"{len(spent)} of {len(front)}", f"{len(kept)} of {len(own)}", f"{len(whole)} of {len(own)}"]
+            [
+                f"{budget}",
+                f"{len(spent)} of {len(front)}",
+                f"{len(kept)} of {len(own)}",
+                f"{len(whole)} of {len(own)}",
+            ]
             + [f"{len(best)} of {len(even)}"]
         )
     header = ["budget", "choosing <= 5 % of the unpatched prefill (projector strategies)"]
-    header += [f"LLM: measured >= {GOAL_KEPT} x promised", f"whole prefill: measured >= {GOAL_KEPT} x promised"]
+    header += [
+        f"LLM: measured >= {GOAL_KEPT} x promised",
+        f"whole prefill: measured >= {GOAL_KEPT} x promised",
+    ]
     return markdown([*header, f"LLM: measured >= {GOAL_KEPT} x attainable"], body)
 
 
@@ -83,7 +102,9 @@ def peers() -> str:
     for part in report.values():
         for name, times in part["ms"].items():
             words = times.get("failed") or ", ".join(f"{k} {v:.0f} ms" for k, v in times.items())
-            body.append([name, "all" if name.startswith("transformers") else str(part["about"]["kept"]), words])
+            body.append(
+                [name, "all" if name.startswith("transformers") else str(part["about"]["kept"]), words]
+            )
     return markdown(["contestant", "kept tokens", "median"], body)
 
 
@@ -112,7 +133,14 @@ def _stream(report: dict[str, Any]) -> str:
         read = each(found, lambda r: f"{r.get('prompt_tokens', '-')}")
         held = each(found, lambda r: f"{r['memory_bytes'] / 2**20:.2f}" if "memory_bytes" in r else "-")
         body.append([name, *frame, wait, read, held])
-    header = ["", "ms per frame", "GFLOP per frame", "seconds to the first token", "tokens read", "memory in MiB"]
+    header = [
+        "",
+        "ms per frame",
+        "GFLOP per frame",
+        "seconds to the first token",
+        "tokens read",
+        "memory in MiB",
+    ]
     told = ", ".join(f"{n:,}" for n in lengths)
     return (
         f"LLaVA-OneVision, {about['shape']}, after {told} frames of {about['tokens_per_frame']} visual tokens; a memory of "
@@ -127,7 +155,9 @@ def early_facts() -> str:
         [name, str(row["visual_tokens"]), f"{row['right']} of {row['n']}", f"{100 * row['rate']:.1f} %"]
         for name, row in report["memories"].items()
     ]
-    told = f"{about['model']}, clips of {about['frames']} frames, {about['n']} questions, seed {about['seed']}."
+    told = (
+        f"{about['model']}, clips of {about['frames']} frames, {about['n']} questions, seed {about['seed']}."
+    )
     return f"{told}\n\n{markdown(['memory', 'visual tokens', 'right', 'rate'], body)}"
 
 

@@ -1,4 +1,6 @@
-"""Fills the tables of README.md from the registries and from docs/board/llava.json: `python docs/generate_readme.py`."""
+"""Fills the tables of README.md from the registries and from docs/board/llava.json: `python
+docs/generate_readme.py`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,12 @@ def board() -> str:
     rows = [["all visual tokens", *[f"{100 * dense.accuracy:.1f} %"] * len(budgets)]]
     for name in SHOWN:
         shown = f"*{name}* (baseline)" if strategy_info(name).baseline else name
-        rows.append([shown, *(f"{100 * c.accuracy:.1f} % @ {c.tokens:.0f}" for c in (cells[name, b] for b in budgets))])
+        rows.append(
+            [
+                shown,
+                *(f"{100 * c.accuracy:.1f} % @ {c.tokens:.0f}" for c in (cells[name, b] for b in budgets)),
+            ]
+        )
     return table([f"of {dense.tokens_in:.0f} tokens", *(f"budget {b}" for b in budgets)], rows)
 
 
@@ -45,7 +52,11 @@ def strategies() -> str:
 
 
 def families() -> str:
-    return "Values of `config.model_type` that can be patched: " + ", ".join(f"`{f}`" for f in list_families()) + "."
+    return (
+        "Values of `config.model_type` that can be patched: "
+        + ", ".join(f"`{f}`" for f in list_families())
+        + "."
+    )
 
 
 def readme() -> str:

@@ -24,7 +24,8 @@ def main() -> None:
     config = vtoken.VTokenConfig("vtc_cls", budget=0.25, options={"layers": 2})
     vtoken.patch(model, config)
     for budget in (0.5, 16):
-        with vtoken.applied(model, "hired", budget=budget):  # for a while; the patch above comes back behind it
+        # for a while; the patch above comes back behind it
+        with vtoken.applied(model, "hired", budget=budget):
             out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
             print(
                 f"hired {budget}:",
@@ -32,7 +33,10 @@ def main() -> None:
             )
             print([(v.row, v.tokens_in, v.tokens_out) for v in vtoken.report(model).visuals])
     out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    print("vtc_cls 0.25:", processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    print(
+        "vtc_cls 0.25:",
+        processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True),
+    )
     print(vtoken.report(model))
 
 

@@ -18,7 +18,9 @@ from vtoken.tiny.scenes import make_scene
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--model", default=str(tiny.path("llava")), help="Hub id or folder; default: the shipped tiny LLaVA"
     )

@@ -1,9 +1,9 @@
 """Ask about a stream while it runs: `python examples/streaming_qa.py [VIDEO or rtsp address]`.
 
-Without an argument the stream is a synthetic one of digits and coloured shapes, watched by a tiny model that ships with
-vtoken, and its questions and right answers come with it. The tiny model has learnt from clips of a few seconds, so
-it remembers, and is asked about, the last two; `--model` takes any model that reads videos. The page with the same inside is
-`vtoken demo stream`.
+Without an argument the stream is a synthetic one of digits and coloured shapes, watched by a tiny model that
+ships with vtoken, and its questions and right answers come with it. The tiny model has learnt from clips of a
+few seconds, so it remembers, and is asked about, the last two; `--model` takes any model that reads videos.
+The page with the same inside is `vtoken demo stream`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             session.push(frame)
             if frame.seconds >= due:
                 due += args.every
-                asked = [Question(args.question, "", "")] if labels is None else in_reach(labels, labels.frame(number))
+                asked = (
+                    [Question(args.question, "", "")]
+                    if labels is None
+                    else in_reach(labels, labels.frame(number))
+                )
                 for question in asked:
                     if labels is not None and question in told:
                         continue

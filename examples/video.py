@@ -17,9 +17,15 @@ from vtoken.video import open_video, sample_uniform
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Hub id or folder of a model that reads video; default: a shipped tiny one")
-    parser.add_argument("--video", default="synthetic://7?fps=2&frames=24", help="file or address; default: synthetic")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="Hub id or folder of a model that reads video; default: a shipped tiny one"
+    )
+    parser.add_argument(
+        "--video", default="synthetic://7?fps=2&frames=24", help="file or address; default: synthetic"
+    )
     parser.add_argument("--question", default="which digit came first?")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--strategy", default="vidcom2")

@@ -1,9 +1,9 @@
 """What a model that reads fewer visual tokens must answer, computed without a line of vtoken.
 
-``capture`` records what the unpatched model hands to its language model. ``generate`` then decodes greedily, one prompt
-at a time, without padding and without a cache: the embeddings are shortened explicitly, with explicit positions. Drops
-inside the language model are computed at full length, with a decoder loop written out here in which dropped tokens are
-masked from their layer on.
+``capture`` records what the unpatched model hands to its language model. ``generate`` then decodes greedily,
+one prompt at a time, without padding and without a cache: the embeddings are shortened explicitly, with
+explicit positions. Drops inside the language model are computed at full length, with a decoder loop written
+out here in which dropped tokens are masked from their layer on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Prompt:
     """The input of the language model for one prompt of n tokens, padding removed.
 
     ``allowed`` is the (n, n) attention pattern if the model made its own (images that see themselves in both
-    directions), ``deepstack`` one (n, hidden) tensor for each early layer, ``index`` the columns of the padded batch.
+    directions), ``deepstack`` one (n, hidden) tensor for each early layer, ``index`` the columns of the
+    padded batch.
     """
 
     embeds: Tensor
@@ -65,10 +66,11 @@ class Prompt:
 class Inside:
     """What happens within the language model, for one prompt.
 
-    ``drop[k]`` is a bool (m,) over the first m tokens: those that are False are seen by nobody from layer k on.
-    ``mix[k]`` is a float (m, m) matrix that replaces the first m hidden states in front of layer k.
-    ``evict[i]`` is a bool (m,): what later forwards still find in the cache of layer i; the prompt that was read in the
-    first forward ends before column ``read``. ``renumber`` closes the gaps in the positions behind every drop.
+    ``drop[k]`` is a bool (m,) over the first m tokens: those that are False are seen by nobody from layer k
+    on. ``mix[k]`` is a float (m, m) matrix that replaces the first m hidden states in front of layer k.
+    ``evict[i]`` is a bool (m,): what later forwards still find in the cache of layer i; the prompt that was
+    read in the first forward ends before column ``read``. ``renumber`` closes the gaps in the positions
+    behind every drop.
     """
 
     drop: dict[int, Tensor] = field(default_factory=dict)
@@ -83,9 +85,13 @@ def clone(inputs: dict) -> dict:
 
 
 def capture(model, inputs: dict, door: str = "generate") -> list[Prompt]:
-    """The language model's input at prefill, one ``Prompt`` for each row; ``door`` is "generate" or "forward"."""
+    """The language model's input at prefill, one ``Prompt`` for each row; ``door`` is "generate" or
+    "forward".
+    """
     got: dict = {}
-    hook = model.get_decoder().register_forward_pre_hook(lambda m, a, kw: got or got.update(kw), with_kwargs=True)
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda m, a, kw: got or got.update(kw), with_kwargs=True
+    )
     try:
         if door == "generate":
             model.generate(**clone(inputs), max_new_tokens=1, do_sample=False, suppress_tokens=SPECIAL)
@@ -101,7 +107,8 @@ def capture(model, inputs: dict, door: str = "generate") -> list[Prompt]:
     if got.get("visual_pos_masks") is not None:
         visual = got["visual_pos_masks"]
         deepstack = [
-            torch.zeros_like(embeds).masked_scatter(visual[..., None], d) for d in got["deepstack_visual_embeds"]
+            torch.zeros_like(embeds).masked_scatter(visual[..., None], d)
+            for d in got["deepstack_visual_embeds"]
         ]
     allowed = _pattern(got.get("attention_mask"))
     prompts = []
@@ -181,10 +188,10 @@ def shortened(
 ) -> list[Prompt]:
     """The prompts of a batch after pruning in front of the language model.
 
-    ``keep`` is a bool (batch, L). ``merge[b]`` is a (kept, all) matrix over the visual tokens of row b, in order: what
-    the kept ones are made of. ``features[b]`` stands for the visual tokens of row b if something in front of the
-    language model changed them, ``deepstack[b]`` for their rows of each early layer. ``renumber`` gives the survivors
-    consecutive positions.
+    ``keep`` is a bool (batch, L). ``merge[b]`` is a (kept, all) matrix over the visual tokens of row b, in
+    order: what the kept ones are made of. ``features[b]`` stands for the visual tokens of row b if something
+    in front of the language model changed them, ``deepstack[b]`` for their rows of each early layer.
+    ``renumber`` gives the survivors consecutive positions.
     """
     prompts = []
     for b, prompt in enumerate(capture(model, inputs, door)):
@@ -194,7 +201,9 @@ def shortened(
             prompt = replace(prompt, embeds=prompt.embeds.masked_scatter(visual[:, None], features[b]))
         if deepstack is not None and prompt.deepstack is not None:
             planes = zip(prompt.deepstack, deepstack[b], strict=True)
-            prompt = replace(prompt, deepstack=[p.masked_scatter(visual[:, None], mine) for p, mine in planes])
+            prompt = replace(
+                prompt, deepstack=[p.masked_scatter(visual[:, None], mine) for p, mine in planes]
+            )
         if merge is not None and merge[b] is not None:
             embeds = prompt.embeds.clone()
             embeds[visual & kept] = merge[b].to(embeds.dtype) @ prompt.embeds[visual]
@@ -202,7 +211,9 @@ def shortened(
         short = prompt.take(kept)
         if renumber:
             first = int(prompt.positions.min())
-            short = replace(short, positions=torch.arange(first, first + len(short)).expand(short.positions.shape))
+            short = replace(
+                short, positions=torch.arange(first, first + len(short)).expand(short.positions.shape)
+            )
         prompts.append(short)
     return prompts
 
@@ -235,13 +246,15 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """Greedy decoding -> ids (batch, steps) and logits (steps, batch, vocabulary).
 
-    ``drop`` and ``evict`` map a layer to a bool (batch, L), ``mix`` holds for each row ``{layer: matrix}``, ``read``
-    is L unless some of the columns were said later (see ``Inside``); ``forced`` (batch, steps) are the ids to be scored
-    instead of the greedy ones. For the others see ``shortened``.
+    ``drop`` and ``evict`` map a layer to a bool (batch, L), ``mix`` holds for each row ``{layer: matrix}``,
+    ``read`` is L unless some of the columns were said later (see ``Inside``); ``forced`` (batch, steps) are
+    the ids to be scored instead of the greedy ones. For the others see ``shortened``.
     """
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
     ids, logits = [], []
-    for b, prompt in enumerate(shortened(model, inputs, keep, merge, features, renumber, deepstack=deepstack)):
+    for b, prompt in enumerate(
+        shortened(model, inputs, keep, merge, features, renumber, deepstack=deepstack)
+    ):
         inside = None
         if drop or evict or any(mix or ()):
             cuts = [{k: d[b, prompt.index] for k, d in (of or {}).items()} for of in (drop, evict)]
@@ -258,7 +271,9 @@ def generate(
     return torch.stack(ids), torch.stack(logits, 1)
 
 
-def loss(model, inputs: dict, labels: Tensor, keep: Tensor, merge: list[Tensor | None] | None = None) -> Tensor:
+def loss(
+    model, inputs: dict, labels: Tensor, keep: Tensor, merge: list[Tensor | None] | None = None
+) -> Tensor:
     """Mean next-token cross-entropy over the label tokens of all shortened prompts, with gradients."""
     total, count = torch.zeros(()), 0
     for b, prompt in enumerate(shortened(model, inputs, keep, merge, door="forward")):

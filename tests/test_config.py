@@ -81,7 +81,9 @@ def test_newer_format_warns():
 
 def test_equality_repr_and_pickle():
     config = VTokenConfig("hired", 0.25, options={"alpha": 0.4})
-    assert config != VTokenConfig("hired", 0.25) and config != VTokenConfig("hired", 64, options={"alpha": 0.4})
+    assert config != VTokenConfig("hired", 0.25) and config != VTokenConfig(
+        "hired", 64, options={"alpha": 0.4}
+    )
     assert eval(repr(config)) == config
     assert pickle.loads(pickle.dumps(config)) == config
 
@@ -139,7 +141,10 @@ class StandInHub:
         return type("Repo", (), {"repo_id": repo_id})()
 
     def upload_folder(self, *, repo_id, folder_path, **kwargs):
-        StandInHub.uploaded = repo_id, {p.name: p.read_text() for p in Path(folder_path).rglob("*") if p.is_file()}
+        StandInHub.uploaded = (
+            repo_id,
+            {p.name: p.read_text() for p in Path(folder_path).rglob("*") if p.is_file()},
+        )
         return f"https://hub/{repo_id}/commit/1"
 
 

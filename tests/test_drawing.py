@@ -74,7 +74,11 @@ def test_flattened_patches_are_refused():
 
 def anyres():
     """A thumbnail of 2 x 2 cells and two crops side by side, with one separator row at the end."""
-    segments = (Segment("thumbnail", (2, 2)), Segment("crop", (2, 2), (0, 0)), Segment("crop", (2, 2), (0, 1)))
+    segments = (
+        Segment("thumbnail", (2, 2)),
+        Segment("crop", (2, 2), (0, 0)),
+        Segment("crop", (2, 2), (0, 1)),
+    )
     cells = torch.tensor([*range(12), -1])
     return SimpleNamespace(segments=segments, cells=cells, keep=torch.tensor([0, 5, 11, 12]))
 

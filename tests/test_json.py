@@ -1,4 +1,6 @@
-"""Files that others wrote: a config, answer logs, boards and reports of any bytes are read right or refused in one sentence."""
+"""Files that others wrote: a config, answer logs, boards and reports of any bytes are read right or refused
+in one sentence.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,15 @@ ANSWER = {
     "answer": "yes",
     **dict.fromkeys(("tokens", "tokens_in", "flops", "flops_dense", "ttft", "seconds"), 1.0),
 }
-CELL = {"strategy": "hired", "budget": 0.2, "baseline": False, "tokens": 1.0, "tokens_in": 2, "flops": 0.5, "right": 1}
+CELL = {
+    "strategy": "hired",
+    "budget": 0.2,
+    "baseline": False,
+    "tokens": 1.0,
+    "tokens_in": 2,
+    "flops": 0.5,
+    "right": 1,
+}
 CELL |= {"asked": 2, "kinds": {"colour": [1, 2]}, "seconds": 0.1}
 BOARD = {"title": "t", "settings": {}, "cells": [CELL]}
 
@@ -138,7 +148,9 @@ def test_options_too_deep_in_memory():
 # -- a share of 1.0 and one token -------------------------------------------------------------------------------------
 def through_one_kind_of_number(text):
     """As JavaScript and others write it again: 1.0 is 1."""
-    return json.dumps(json.loads(text, parse_float=lambda x: int(float(x)) if float(x).is_integer() else float(x)))
+    return json.dumps(
+        json.loads(text, parse_float=lambda x: int(float(x)) if float(x).is_integer() else float(x))
+    )
 
 
 @pytest.mark.parametrize("budget", [1.0, 1, 128, 0.25])
@@ -181,7 +193,9 @@ def test_boards_and_reports_that_are_none(case, tmp_path):
     assert "a.json" in refused(lambda: Board.load(path))
     assert "a.json" in refused(lambda: report.load(path))
     (tmp_path / "settings.json").write_bytes(BROKEN[case])
-    if not BROKEN[case].startswith(b'{"strategy": "hired", "options": {"a": [') and isinstance(BROKEN[case], bytes):
+    if not BROKEN[case].startswith(b'{"strategy": "hired", "options": {"a": [') and isinstance(
+        BROKEN[case], bytes
+    ):
         assert refused(lambda: check_settings(tmp_path, {"model": "x"}, True))
 
 
@@ -227,7 +241,8 @@ def test_a_report_of_another_shape(other, tmp_path):
 
 LINES = [*BROKEN.values(), b'{"item": 3}', b'{"item": ["a"], "answer": "yes"}', b'{"item": "a"}']
 LINES += [
-    json.dumps(ANSWER | wrong).encode() for wrong in (dict(answer=3), dict(ttft=None), dict(flops="1"), dict(error=3))
+    json.dumps(ANSWER | wrong).encode()
+    for wrong in (dict(answer=3), dict(ttft=None), dict(flops="1"), dict(error=3))
 ]
 
 

@@ -1,8 +1,9 @@
-"""Every strategy on every model family: what is generated is what the oracle generates, or `patch` says why not.
+"""Every strategy on every model family: what is generated is what the oracle generates, or `patch` says why
+not.
 
-One batch holds it all: rows of different lengths, several images in one prompt, a row without images; then a second
-turn on the same cache. A new strategy joins by being registered (with a line in OPTIONS if its defaults do not fit four
-layers and a few dozen tokens), a new family by its row in tests/models.
+One batch holds it all: rows of different lengths, several images in one prompt, a row without images; then a
+second turn on the same cache. A new strategy joins by being registered (with a line in OPTIONS if its
+defaults do not fit four layers and a few dozen tokens), a new family by its row in tests/models.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def test_equals_the_oracle_or_refuses(family, row):
         vtoken.unpatch(vtoken.patch(model, strategy))
     except ValueError as refusal:
         assert not set(parts) <= set(vtoken.list_strategies(model=model)), refusal
-        assert str(refusal).endswith(".") and any(word in str(refusal) for word in ("use ", "choose ")), refusal
+        assert str(refusal).endswith(".") and any(word in str(refusal) for word in ("use ", "choose ")), (
+            refusal
+        )
         return
     modality = FAMILIES[family].modality
     if modality not in needs_of(adapter_for(model), strategy, modality).modalities:

@@ -33,7 +33,12 @@ def tokenizer():
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = tf.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w0", unk_token="w3")
     made.add_special_tokens({"additional_special_tokens": list(names.values())})
-    made.image_token, made.image_token_id, made.video_token, made.video_token_id = "<image>", IMG, "<video>", VID
+    made.image_token, made.image_token_id, made.video_token, made.video_token_id = (
+        "<image>",
+        IMG,
+        "<video>",
+        VID,
+    )
     return made
 
 
@@ -48,14 +53,22 @@ def llava_next():
         size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS
     )
     return tf.LlavaNextProcessor(
-        images, tokenizer(), patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        images,
+        tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     )
 
 
 def llava():
     images = tf.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     return tf.LlavaProcessor(
-        images, tokenizer(), patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+        images,
+        tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     )
 
 
@@ -181,7 +194,9 @@ def test_copies_make_the_same_tokens(kind, how):
 
 def test_a_fresh_process_loads_it(tmp_path):
     small = vtoken.resized(qwen(), 0.25)
-    (tmp_path / "small.pickle").write_bytes(pickle.dumps((small, picture(140, 280), read_by(small, (140, 280)))))
+    (tmp_path / "small.pickle").write_bytes(
+        pickle.dumps((small, picture(140, 280), read_by(small, (140, 280))))
+    )
     code = (
         "import pickle, sys, torch; small, image, want = pickle.load(open(sys.argv[1], 'rb'))\n"
         "made = small(text=['<image> w5'], images=[image], return_tensors='pt')\n"

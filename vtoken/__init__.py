@@ -72,7 +72,9 @@ _LAZY = {
     **dict.fromkeys(("applied", "disabled", "patch", "report", "unpatch"), "patching"),
     **dict.fromkeys(("Strategy", "StrategyInfo", "register", "strategy_info"), "strategies"),
     **dict.fromkeys(("FrameTokens", "Reuse", "StreamState", "stream"), "streams"),
-    **dict.fromkeys(("Needs", "PrefillTokens", "Segment", "Selection", "TowerInfo", "VisualTokens"), "tokens"),
+    **dict.fromkeys(
+        ("Needs", "PrefillTokens", "Segment", "Selection", "TowerInfo", "VisualTokens"), "tokens"
+    ),
 }
 
 

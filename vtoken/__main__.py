@@ -1,4 +1,6 @@
-"""`python -m vtoken`: the command `vtoken`, for launchers that start modules, such as `accelerate launch -m vtoken`."""
+"""`python -m vtoken`: the command `vtoken`, for launchers that start modules, such as `accelerate launch -m
+vtoken`.
+"""
 
 from .cli.main import main
 

@@ -16,8 +16,8 @@ def parse(text: str | bytes) -> Any:
     """The value of a JSON text in UTF-8.
 
     Raises:
-        ValueError: for what RFC 8259 does not allow (NaN among it), a key that is there twice in one object, a number that is
-            too large for a float, or more than 100 levels; the reason, without a full stop.
+        ValueError: for what RFC 8259 does not allow (NaN among it), a key that is there twice in one object,
+            a number that is too large for a float, or more than 100 levels; the reason, without a full stop.
     """
     try:
         if isinstance(text, bytes):
@@ -54,7 +54,9 @@ def check_depth(value: Any) -> None:
     """Raise ValueError if lists and mappings lie more than 100 levels deep."""
     level = [value]
     for _ in range(DEEPEST + 1):
-        inner = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list | tuple)]
+        inner = [
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list | tuple)
+        ]
         if not inner:
             return
         level = [v for values in inner for v in values]

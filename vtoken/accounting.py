@@ -17,7 +17,8 @@ class LayersRead:
 
     Attributes:
         first, last: the layers, both included, counted from 0.
-        keep: (n,) ascending indices of the tokens that they read, among those that the unpatched model would read.
+        keep: (n,) ascending indices of the tokens that they read, among those that the unpatched model would
+            read.
     """
 
     first: int
@@ -25,7 +26,9 @@ class LayersRead:
     keep: Tensor = field(repr=False)
 
     def __str__(self) -> str:
-        return f"LLM layer {self.first}" if self.first == self.last else f"LLM layers {self.first}-{self.last}"
+        return (
+            f"LLM layer {self.first}" if self.first == self.last else f"LLM layers {self.first}-{self.last}"
+        )
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,10 @@ class VisualReport:
         segments: the crops, frames or the one image.
         cells: (tokens_in,) cell of each token, -1 for separators.
         keep: (tokens_out,) ascending indices of the tokens that entered the LLM.
-        into: (tokens_in,) slot among the kept that absorbed each token (-1: none), or None if nothing was merged.
-        layers: what the LLM's layers read, in their order; more than one entry if tokens are dropped inside the LLM.
+        into: (tokens_in,) slot among the kept that absorbed each token (-1: none), or None if nothing was
+            merged.
+        layers: what the LLM's layers read, in their order; more than one entry if tokens are dropped inside
+            the LLM.
     """
 
     row: int
@@ -73,7 +78,8 @@ class Report:
         visual_per_layer: per LLM layer, visual tokens that it reads, summed over the batch.
         flops_dense, flops: LLM prefill FLOPs of the unpatched model and of this call.
         kv_bytes_dense, kv_bytes: KV-cache bytes of the prompt.
-        seconds: measured time per stage: "tower", "select", "prefill" (GPU times are read when the report is made).
+        seconds: measured time per stage: "tower", "select", "prefill" (GPU times are read when the report is
+            made).
         tower: per modality what a tower that reuses between frames computed in its latest call; else empty.
     """
 
@@ -150,9 +156,9 @@ class Report:
             lines += [f"    {r}: {n} of {v.tokens_in} ({change(n, v.tokens_in)})" for r, n in read]
         for modality, use in self.tower.items():
             lines.append(
-                f"  {modality} tower: {len(use.tokens)} frames, {use.references} of them in full, {sum(use.recomputed)} of "
-                f"{sum(use.tokens)} tokens computed, {_si(use.flops)}FLOP instead of {_si(use.flops_dense)}FLOP "
-                f"({change(use.flops, use.flops_dense)})"
+                f"  {modality} tower: {len(use.tokens)} frames, {use.references} of them in full,"
+                f" {sum(use.recomputed)} of {sum(use.tokens)} tokens computed, {_si(use.flops)}FLOP instead"
+                f" of {_si(use.flops_dense)}FLOP ({change(use.flops, use.flops_dense)})"
             )
         layers = self.visual_per_layer
         many, together = self.prompts > 1, f", {self.prompts} prompts together" if self.prompts > 1 else ""
@@ -167,8 +173,8 @@ class Report:
             f"({change(self.flops, self.flops_dense)})"
         )
         lines.append(
-            f"  KV cache of the prompt{'s' if many else ''}: {_si(self.kv_bytes)}B instead of {_si(self.kv_bytes_dense)}B "
-            f"({change(self.kv_bytes, self.kv_bytes_dense)})"
+            f"  KV cache of the prompt{'s' if many else ''}: {_si(self.kv_bytes)}B instead of"
+            f" {_si(self.kv_bytes_dense)}B ({change(self.kv_bytes, self.kv_bytes_dense)})"
         )
         times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in self.seconds.items())
         lines.append(f"  time: {times}")
@@ -211,7 +217,9 @@ class LanguageModelShape:
         )
 
     def layer_flops(self, tokens: float, past: float = 0) -> float:
-        """FLOPs of one gated-MLP layer reading `tokens` behind `past` causally: 2 per multiply-add, half the square map."""
+        """FLOPs of one gated-MLP layer reading `tokens` behind `past` causally: 2 per multiply-add, half the
+        square map.
+        """
         projections = 2 * self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         mlp = 6 * self.hidden * self.intermediate
         return tokens * (projections + mlp) + 4 * tokens * (past + tokens / 2) * self.heads * self.head_dim

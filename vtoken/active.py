@@ -1,8 +1,8 @@
 """Which patch of a model a call uses, and when the hooks of a patch that was taken off may go.
 
 Several patches can have hooks on one model at the same time: the one of `vtoken.patch`, one for every open
-`vtoken.applied` block of every thread, and those that were taken off while another thread still generates with them.
-A call uses the same patch from its beginning to its end.
+`vtoken.applied` block of every thread, and those that were taken off while another thread still generates
+with them. A call uses the same patch from its beginning to its end.
 """
 
 from __future__ import annotations
@@ -78,8 +78,10 @@ class Patches:
         scopes: the open blocks of all threads, in the order in which they were opened.
         leaving: patches that were taken off and may still be used by a running call.
         running: by patch the number of its calls of `generate` and `get_*_features`.
-        forwards: by thread the patch of the forward that it is, or was, inside; an interrupted one tells no hook of its end.
-        older: threads that may be inside a `generate` that began before there was a patch, with its frame once it is known.
+        forwards: by thread the patch of the forward that it is, or was, inside; an interrupted one tells no
+            hook of its end.
+        older: threads that may be inside a `generate` that began before there was a patch, with its frame
+            once it is known.
         simple: the only patch, if nothing else is going on.
     """
 
@@ -102,7 +104,9 @@ class Patches:
                 own = self.current()
             except RuntimeError:
                 own = self.own
-            others = [p for p in (self.own, *(b.patch for b in self.blocks), *self.leaving) if p not in (None, own)]
+            others = [
+                p for p in (self.own, *(b.patch for b in self.blocks), *self.leaving) if p not in (None, own)
+            ]
             return {
                 "base": self.base,
                 "owners": self.owners,
@@ -138,10 +142,12 @@ class Patches:
         return [s for s in reversed(_scopes.get()) if s.patches is self and s.open]
 
     def current(self, calls: bool = True) -> Patch | None:
-        """The patch that a call uses if it begins here and now; with `calls=False` if it did not begin in a running call.
+        """The patch that a call uses if it begins here and now; with `calls=False` if it did not begin in a
+        running call.
 
-        The innermost block or running call of this thread decides; without one the open block of other threads, and without
-        any of these the patch of `vtoken.patch`. Raises RuntimeError if several other threads have a block open.
+        The innermost block or running call of this thread decides; without one the open block of other
+        threads, and without any of these the patch of `vtoken.patch`. Raises RuntimeError if several other
+        threads have a block open.
         """
         for scope in self._here():
             if scope.kind == "applied" or (calls and scope.kind == "call"):
@@ -150,8 +156,8 @@ class Patches:
         innermost = [b for b in blocks if not any(b in other.outer for other in blocks)]
         if len(innermost) > 1 and not self.disabled():
             raise RuntimeError(
-                f"{len(innermost)} other threads are inside `with vtoken.applied(...)` of this model, and this thread is not: "
-                "open a vtoken.applied block in the thread that calls the model."
+                f"{len(innermost)} other threads are inside `with vtoken.applied(...)` of this model, and"
+                " this thread is not: open a vtoken.applied block in the thread that calls the model."
             )
         return innermost[0].patch if len(innermost) == 1 else self.own
 
@@ -162,7 +168,9 @@ class Patches:
     # -- blocks -------------------------------------------------------------------------------------------------
     @contextmanager
     def scope(self, kind: str, patch: Patch | None, disabled: bool = False) -> Iterator[Scope]:
-        """An open block or a running call of this thread or task; it may be left in any order and in any thread."""
+        """An open block or a running call of this thread or task; it may be left in any order and in any
+        thread.
+        """
         scope = Scope(self, patch, kind, disabled)
         with LOCK:
             scope.outer = tuple(s for s in self._here() if s.kind == "applied")
@@ -214,8 +222,8 @@ class Patches:
                 holders = [mine]
             elif any(b.thread.is_alive() for b in self.blocks):
                 raise RuntimeError(
-                    "Another thread is inside `with vtoken.applied(...)` of this model: leave that block first, or take the "
-                    "patch off in that thread."
+                    "Another thread is inside `with vtoken.applied(...)` of this model: leave that block"
+                    " first, or take the patch off in that thread."
                 )
             else:
                 holders = [self, *self.blocks]
@@ -314,7 +322,9 @@ class Gate:
 
     @contextmanager
     def call(self) -> Iterator[bool]:
-        """A call that uses this patch to its end; yields False and does nothing if the call is another patch's."""
+        """A call that uses this patch to its end; yields False and does nothing if the call is another
+        patch's.
+        """
         patches, patch = self.patches, self.patch
         with LOCK:
             served = self._serves()
@@ -385,7 +395,8 @@ def patches_of(model: Any) -> Patches | None:
 
 @contextmanager
 def patches_for(model: Any) -> Iterator[Patches]:
-    """As `patches_of`, made where there are none; they leave no trace if nothing is on the model at the end."""
+    """As `patches_of`, made where there are none; they leave no trace if nothing is on the model at the end.
+    """
     with LOCK:
         patches = patches_of(model) or Patches(model.base_model)
         patches.held += 1

@@ -37,7 +37,8 @@ def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
     """Model in eval mode and its processor.
 
     Args:
-        model_id: the name of a tiny model that ships with vtoken, a folder or a Hub id; None: the tiny model `shipped`.
+        model_id: the name of a tiny model that ships with vtoken, a folder or a Hub id; None: the tiny model
+            `shipped`.
         shipped: see there.
 
     Raises:
@@ -58,17 +59,24 @@ def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
         if out_of_memory(error):
             raise
         here = Path(model_id).is_dir()
-        found = "a folder without a loadable model" if here else "no tiny model, no folder, and the Hub did not give it"
+        found = (
+            "a folder without a loadable model"
+            if here
+            else "no tiny model, no folder, and the Hub did not give it"
+        )
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"Cannot load the model {model_id!r} ({found}): {first}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 
 def prompt(processor: Any, question: str) -> str:
-    """The chat prompt of one question about one image, with the plain LLaVA wording if there is no template."""
+    """The chat prompt of one question about one image, with the plain LLaVA wording if there is no template.
+    """
     content = [{"type": "image"}, {"type": "text", "text": question}]
     if getattr(processor, "chat_template", None):
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
     return f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
 
 

@@ -27,16 +27,18 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
 
     Args:
         strategy: a registered name, see `vtoken.list_strategies()`, or several that are applied together.
-        budget: a float in (0, 1] is the share of the visual tokens that the unpatched model would feed to the LLM; an
-            int is a number of tokens per image or per frame. `1.0` and `1` differ and stay different on disk.
+        budget: a float in (0, 1] is the share of the visual tokens that the unpatched model would feed to the
+            LLM; an int is a number of tokens per image or per frame. `1.0` and `1` differ and stay different
+            on disk.
         positions: "original" or "renumber"; None is the strategy's own default.
-        options: the strategy's hyper-parameters by name, JSON values only; of several strategies, one such mapping per
-            strategy's name. Types and ranges of their values are checked by `vtoken.patch`, which knows the strategy.
+        options: the strategy's hyper-parameters by name, JSON values only; of several strategies, one such
+            mapping per strategy's name. Types and ranges of their values are checked by `vtoken.patch`, which
+            knows the strategy.
         version: format of the file.
 
     Raises:
-        ValueError: for an empty strategy, a budget out of range, a value of another type than its field's, or options that
-            JSON cannot hold.
+        ValueError: for an empty strategy, a budget out of range, a value of another type than its field's, or
+            options that JSON cannot hold.
     """
 
     strategy: str | list[str]
@@ -47,26 +49,39 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
 
     def __post_init__(self) -> None:
         names = [self.strategy] if isinstance(self.strategy, str) else self.strategy
-        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) and n for n in names):
-            raise ValueError(f"strategy must be a name such as 'hired' or a list of names, found {found(self.strategy)}.")
+        if (
+            not isinstance(names, (list, tuple))
+            or not names
+            or not all(isinstance(n, str) and n for n in names)
+        ):
+            raise ValueError(
+                f"strategy must be a name such as 'hired' or a list of names, found {found(self.strategy)}."
+            )
         self.strategy = names[0] if isinstance(self.strategy, str) else list(names)
         self.budget = check_budget(self.budget)
         if not isinstance(self.options, dict) or not all(isinstance(k, str) for k in self.options):
-            raise ValueError(f"options must map hyper-parameter names to values, found {found(self.options)}.")
+            raise ValueError(
+                f"options must map hyper-parameter names to values, found {found(self.options)}."
+            )
         self.positions = fit_field(VTokenConfig, "positions", self.positions)
         self.version = fit_field(VTokenConfig, "version", self.version)
         if self.version < 1:
             raise ValueError(f"version must be at least 1, found {self.version}.")
         if twice := [name for name in ("budget", "positions") if name in self.options]:
-            raise ValueError(f"{twice[0]} stands beside options in a vtoken config, not in them: move it out of options.")
+            raise ValueError(
+                f"{twice[0]} stands beside options in a vtoken config, not in them: move it out of options."
+            )
         try:
             check_depth(self.options)
         except ValueError as error:
             raise ValueError(f"options must be a mapping of plain values, and {error}.") from None
-        try:  # tuples become lists here and not on the way through the disk, so that equality survives a round trip
+        # tuples become lists here and not on the way through the disk, so that equality survives a round trip
+        try:
             self.options = json.loads(json.dumps(self.options, allow_nan=False))
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"options must hold JSON values only, found {found(self.options)}: {error}.") from None
+            raise ValueError(
+                f"options must hold JSON values only, found {found(self.options)}: {error}."
+            ) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, and "budget_unit": "share" or "tokens", in which the budget is.
@@ -85,19 +100,22 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
             ValueError: if `values` is no mapping, names no strategy, or holds a value of a wrong type.
         """
         if not isinstance(values, dict) or "strategy" not in values:
-            raise ValueError(f"A vtoken config is a JSON object with at least the key 'strategy', found {found(values)}.")
+            raise ValueError(
+                f"A vtoken config is a JSON object with at least the key 'strategy', found {found(values)}."
+            )
         known = {f.name for f in fields(cls)}
         values = with_unit(values)
         if unknown := sorted(set(values) - known, key=str):
             keys = ", ".join(map(found, unknown[:8])) + ", ..." * (len(unknown) > 8)
             warnings.warn(
-                f"vtoken ignores the unknown config key(s) {keys}; it knows {', '.join(sorted(known))}.", stacklevel=2
+                f"vtoken ignores the unknown config key(s) {keys}; it knows {', '.join(sorted(known))}.",
+                stacklevel=2,
             )
         config = cls(**{k: v for k, v in values.items() if k in known})
         if config.version > FORMAT_VERSION:
             warnings.warn(
-                f"This vtoken config has format version {config.version} and this vtoken reads up to {FORMAT_VERSION}; "
-                "a newer vtoken may read more from it.",
+                f"This vtoken config has format version {config.version} and this vtoken reads up to"
+                f" {FORMAT_VERSION}; a newer vtoken may read more from it.",
                 stacklevel=2,
             )
         return config
@@ -105,7 +123,8 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
     ) -> str | None:
-        """Write `vtoken_config.json` into a folder, which is made if needed; other files in it are left alone.
+        """Write `vtoken_config.json` into a folder, which is made if needed; other files in it are left
+        alone.
 
         Args:
             save_directory: the folder, for instance the one that holds the model.
@@ -137,13 +156,13 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
         """Load from a folder, from the JSON file itself, or from a Hub repository.
 
         Args:
-            pretrained_model_name_or_path: the folder, the file or the repository's id; the other arguments are those of
-                `huggingface_hub.hf_hub_download`.
+            pretrained_model_name_or_path: the folder, the file or the repository's id; the other arguments
+                are those of `huggingface_hub.hf_hub_download`.
 
         Raises:
             OSError: if there is no `vtoken_config.json` there.
-            ValueError: if the file is not a vtoken config: no JSON, nested more than 100 levels deep, larger than 1 MiB, or of
-                another shape.
+            ValueError: if the file is not a vtoken config: no JSON, nested more than 100 levels deep, larger
+                than 1 MiB, or of another shape.
         """
         source = os.fsdecode(pretrained_model_name_or_path)
         path = Path(source)

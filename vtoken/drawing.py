@@ -1,4 +1,5 @@
-"""Pictures of what a strategy kept: dropped cells dimmed, kept cells outlined, on what the vision tower saw."""
+"""Pictures of what a strategy kept: dropped cells dimmed, kept cells outlined, on what the vision tower saw.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ KEPT, PAPER, INK = (255, 221, 0), (255, 255, 255), (30, 30, 30)
 
 
 def tower_images(pixel_values: Tensor, image_processor: Any) -> list[Image.Image]:
-    """The pictures that the vision tower saw, one per tower forward: cropped, resized and padded as the processor did.
+    """The pictures that the vision tower saw, one per tower forward: cropped, resized and padded as the
+    processor did.
 
     Args:
         pixel_values: (..., 3, H, W) floating point, normalised by the processor.
@@ -26,8 +28,8 @@ def tower_images(pixel_values: Tensor, image_processor: Any) -> list[Image.Image
     """
     if pixel_values.ndim < 4 or pixel_values.shape[-3] != 3:
         raise ValueError(
-            f"tower_images needs pixel_values of shape (..., 3, height, width), found {tuple(pixel_values.shape)}; "
-            "draw on the original image instead."
+            "tower_images needs pixel_values of shape (..., 3, height, width), found"
+            f" {tuple(pixel_values.shape)}; draw on the original image instead."
         )
     pictures = pixel_values.detach().float().cpu().flatten(0, -4).permute(0, 2, 3, 1).numpy()
     mean, std = np.asarray(image_processor.image_mean), np.asarray(image_processor.image_std)
@@ -89,20 +91,21 @@ def visualize(
 ) -> Image.Image:
     """The picture of one image's kept visual tokens, all crops or frames of it.
 
-    Tokens that are dropped inside the LLM lose their colour and fade the more, the earlier they go; a legend says which
-    layers read what. Outlined are the tokens that the last layer reads.
+    Tokens that are dropped inside the LLM lose their colour and fade the more, the earlier they go; a legend
+    says which layers read what. Outlined are the tokens that the last layer reads.
 
     Args:
-        image: what the tower saw, one PIL image per segment (see `tower_images`), or the original image, of which every
-            segment shows its `box`.
-        tokens: a `vtoken.report(model)` of one image, one entry of its `visuals`, or anything that has `segments`
-            (each with `grid`, `kind`, `place` and, if not the whole image, `box`), `cells` (cell of each token, -1 for
-            separators), `keep` (indices of the kept tokens) and, where the LLM drops some of them, `layers` (see
-            `vtoken.accounting.LayersRead`).
+        image: what the tower saw, one PIL image per segment (see `tower_images`), or the original image, of
+            which every segment shows its `box`.
+        tokens: a `vtoken.report(model)` of one image, one entry of its `visuals`, or anything that has
+            `segments` (each with `grid`, `kind`, `place` and, if not the whole image, `box`), `cells` (cell
+            of each token, -1 for separators), `keep` (indices of the kept tokens) and, where the LLM drops
+            some of them, `layers` (see `vtoken.accounting.LayersRead`).
         cell, dim: as in `draw_cells`.
 
     Returns:
-        An RGB image: a thumbnail stands left of the canvas of its crops, frames stand side by side, a legend below.
+        An RGB image: a thumbnail stands left of the canvas of its crops, frames stand side by side, a legend
+        below.
 
     Raises:
         ValueError: if a report of several images is given, or the images do not match the segments.
@@ -112,7 +115,8 @@ def visualize(
     images = [_region(image, s) for s in segments] if isinstance(image, Image.Image) else list(image)
     if len(images) < len(segments):
         raise ValueError(
-            f"visualize needs one picture or one per segment: {len(segments)} segments, {len(images)} pictures."
+            f"visualize needs one picture or one per segment: {len(segments)} segments, {len(images)}"
+            " pictures."
         )
     sizes = [s.grid[0] * s.grid[1] for s in segments]
     layers = getattr(tokens, "layers", ())
@@ -123,7 +127,9 @@ def visualize(
     fade, cuts = 1 - levels / len(read), np.cumsum(sizes)[:-1]
     panels = [
         draw_cells(picture, segment.grid, part, cell=cell, dim=dim, fade=share)
-        for picture, segment, part, share in zip(images, segments, np.split(read[-1], cuts), np.split(fade, cuts))
+        for picture, segment, part, share in zip(
+            images, segments, np.split(read[-1], cuts), np.split(fade, cuts)
+        )
     ]
     crops = [i for i, s in enumerate(segments) if s.kind == "crop"]
     blocks = [panels[i] for i in range(len(segments)) if i not in crops]
@@ -134,13 +140,18 @@ def visualize(
 
 
 def _with_legend(picture: Image.Image, layers: Sequence[Any], levels: np.ndarray, dim: float) -> Image.Image:
-    """The picture over one line per shade: which layers read the cells that have it, and how many cells these are."""
+    """The picture over one line per shade: which layers read the cells that have it, and how many cells these
+    are.
+    """
     ranges = len(layers)
     entries = [(ranges, "read by every LLM layer")]
     entries += [(n, f"dropped before LLM layer {layers[n].first}") for n in range(ranges - 1, 0, -1)]
     entries += [(0, "not read by the LLM")] * bool((levels == 0).any())
     side, gap = 18, 6
-    lines = [_wrap(f"{words}: {int((levels == n).sum())} cells", picture.width - side - gap) for n, words in entries]
+    lines = [
+        _wrap(f"{words}: {int((levels == n).sum())} cells", picture.width - side - gap)
+        for n, words in entries
+    ]
     height = sum(max(1, len(line)) * 22 + gap for line in lines)
     sheet = Image.new("RGB", (picture.width, picture.height + 2 * gap + height), PAPER)
     sheet.paste(picture, (0, 0))
@@ -149,7 +160,9 @@ def _with_legend(picture: Image.Image, layers: Sequence[Any], levels: np.ndarray
         white = dim * (1 - n / ranges)
         shade = tuple(round(110 * (1 - white) + 255 * white) for _ in range(3))
         box = (0, y, side - 1, y + side - 1)
-        pen.rectangle(box, fill=(40, 90, 200) if n == ranges else shade, outline=KEPT if n == ranges else INK, width=2)
+        pen.rectangle(
+            box, fill=(40, 90, 200) if n == ranges else shade, outline=KEPT if n == ranges else INK, width=2
+        )
         for words in line:
             pen.text((side + gap, y - 1), words, fill=INK, font=_font())
             y += 22
@@ -158,7 +171,9 @@ def _with_legend(picture: Image.Image, layers: Sequence[Any], levels: np.ndarray
 
 
 def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str] = (), gap: int = 12) -> Image.Image:
-    """Pictures in a row on white, top-aligned, each over its caption if there is one (cut to the picture's width)."""
+    """Pictures in a row on white, top-aligned, each over its caption if there is one (cut to the picture's
+    width).
+    """
     lines = [_wrap(c, p.width) for c, p in zip(captions, pictures)]
     text = max((len(line) for line in lines), default=0) * 22 + (gap if lines else 0)
     width = sum(p.width for p in pictures) + gap * (len(pictures) + 1)

@@ -6,7 +6,9 @@ import importlib
 
 
 def require(*packages: str, extra: str) -> None:
-    """Raise ImportError now, with the extra's name, rather than after the work if a package cannot be imported."""
+    """Raise ImportError now, with the extra's name, rather than after the work if a package cannot be
+    imported.
+    """
     for name in packages:
         try:
             importlib.import_module(name)
@@ -14,4 +16,6 @@ def require(*packages: str, extra: str) -> None:
             missing = isinstance(error, ModuleNotFoundError) and error.name == name
             said = " ".join(str(error).split())
             found = "is not installed" if missing else f"does not load ({said})"
-            raise ImportError(f"This needs {name}, which {found}: pip install 'vtoken[{extra}]'.", name=name) from None
+            raise ImportError(
+                f"This needs {name}, which {found}: pip install 'vtoken[{extra}]'.", name=name
+            ) from None

@@ -16,7 +16,8 @@ from .tokens import Needs
 
 @dataclass(frozen=True)
 class Design:
-    """Where a strategy acts on a model and what it reads there: everything that the hooks of a patch depend on.
+    """Where a strategy acts on a model and what it reads there: everything that the hooks of a patch depend
+    on.
 
     Attributes:
         schedule: drops inside the LLM.
@@ -85,28 +86,36 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
     served = [m for m in adapter.modalities if m in needs_of(adapter, strategy, m).modalities]
     if not served:
         raise ValueError(
-            f"{name} is defined for {' and '.join(needs_of(adapter, strategy, adapter.modalities[0]).modalities)} input, "
-            f"{kind} models read {' and '.join(adapter.modalities)}: use {', '.join(fitting(adapter))}."
+            f"{name} is defined for"
+            f" {' and '.join(needs_of(adapter, strategy, adapter.modalities[0]).modalities)} input, {kind}"
+            f" models read {' and '.join(adapter.modalities)}: use {', '.join(fitting(adapter))}."
         )
     for modality in served:
         lacking = lacking_of(adapter, strategy, modality)
         if lacking:
             cls = "the attention of a CLS token"
-            words = {"cls_attention": cls, "cls_logits": cls, "received_attention": "attention maps of the tower"}
+            words = {
+                "cls_attention": cls,
+                "cls_logits": cls,
+                "received_attention": "attention maps of the tower",
+            }
             words |= {"reuse": "layers that can be computed in part", "pixels": "square frames of one size"}
             missing = " and ".join(words.get(x, x.replace("_", " ")) for x in lacking)
             received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
             extension = ' pass score="received" to rank by attention received, or' if received else ""
             extension = (
-                " pass thumbnail=False, or" if lacking == ["pixels"] and hasattr(strategy, "thumbnail") else extension
+                " pass thumbnail=False, or"
+                if lacking == ["pixels"] and hasattr(strategy, "thumbnail")
+                else extension
             )
             raise ValueError(
-                f"{name} needs {missing}, which the vision tower of this {kind} model does not have:{extension} "
-                f"use {', '.join(fitting(adapter))}."
+                f"{name} needs {missing}, which the vision tower of this {kind} model does not"
+                f" have:{extension} use {', '.join(fitting(adapter))}."
             )
     if strategy.positions == "renumber" and hasattr(adapter.base, "rope_deltas"):
         raise ValueError(
-            f"positions='renumber' has no meaning for the multimodal rope of {kind}: use positions='original'."
+            f"positions='renumber' has no meaning for the multimodal rope of {kind}: use"
+            " positions='original'."
         )
     if "flex" in (getattr(adapter.decoder.config, "_attn_implementation", None) or ""):
         raise ValueError(
@@ -130,12 +139,16 @@ def check_inside(adapter: Adapter, strategy: Strategy) -> None:
     name, kind, decoder = strategy.info.name, adapter.config.model_type, adapter.decoder
     if not hasattr(decoder, "layers"):
         raise ValueError(
-            f"{name} drops inside the LLM, whose layers vtoken cannot see in {kind}: use a projector strategy."
+            f"{name} drops inside the LLM, whose layers vtoken cannot see in {kind}: use a projector"
+            " strategy."
         )
-    odd = sorted(set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    odd = sorted(
+        set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    )
     if odd:
         raise ValueError(
-            f"{name} drops inside the LLM, which cannot be done to layers of type {', '.join(odd)}: use a projector strategy."
+            f"{name} drops inside the LLM, which cannot be done to layers of type {', '.join(odd)}: use a"
+            " projector strategy."
         )
     check_projections(decoder, name, kind)
     strategy.check_depth(len(decoder.layers))

@@ -1,4 +1,6 @@
-"""Hooks and replaced methods of a model, which follow a model that is rebuilt and are removed without a trace."""
+"""Hooks and replaced methods of a model, which follow a model that is rebuilt and are removed without a
+trace.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ class Hook:
 
 
 class Hooks:
-    """Hooks that move to the modules of now when parts of the model were replaced (adapters, quantised layers).
+    """Hooks that move to the modules of now when parts of the model were replaced (adapters, quantised
+    layers).
 
     Args:
         find: lists the hooks that there should be, on the modules of now.
@@ -77,14 +80,16 @@ class Hooks:
 def rebuilt(what: str) -> RuntimeError:
     """The error for a model whose parts were replaced by such that cannot be read: `what` was found."""
     return RuntimeError(
-        f"{what}: the model was rebuilt after it was patched; call vtoken.unpatch(model) and vtoken.patch(model, ...) again."
+        f"{what}: the model was rebuilt after it was patched; call vtoken.unpatch(model) and"
+        " vtoken.patch(model, ...) again."
     )
 
 
 class Method:
     """An instance attribute in place of a method: `instead(original, ...)`.
 
-    With `__wrapped__`, so that `generate()` finds the method's signature; a deep copy of the model gets one bound to itself.
+    With `__wrapped__`, so that `generate()` finds the method's signature; a deep copy of the model gets one
+    bound to itself.
     """
 
     def __init__(self, instead: Callable[..., Any], original: Callable[..., Any], before: Any) -> None:

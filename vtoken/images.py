@@ -10,7 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .limits import Limits, given
 
-# What is tried on a file: formats that are decoded in this process and name no other file (EPS, for one, runs a program).
+# What is tried on a file: formats that are decoded in this process and name no other file (EPS, for one, runs
+# a program).
 FORMATS = "JPEG,MPO,PNG,WEBP,GIF,BMP,DIB,TIFF,PPM,AVIF,HEIF,JPEG2000,ICO,TGA,PCX,SGI,QOI,DDS,PSD"
 PHOTO = Limits(pixels=2**27)  # large enough for the largest common phone sensor but one
 _FRAME = "A frame is an (h, w, 3) uint8 RGB array with h, w >= 1, or a PIL image"
@@ -21,11 +22,13 @@ def open_image(source: Any, limits: Limits | None = PHOTO, name: str | None = No
 
     Args:
         source: path, or binary file object with `seek`.
-        limits: bounds on its pixels, None for none. Pillow's own bound against decompression bombs stays as it is set.
+        limits: bounds on its pixels, None for none. Pillow's own bound against decompression bombs stays as
+            it is set.
         name: what messages call it; default: the path.
 
     Raises:
-        ValueError: one sentence: there is no such file, it is no picture, damaged, too large, or its colours are unknown.
+        ValueError: one sentence: there is no such file, it is no picture, damaged, too large, or its colours
+            are unknown.
     """
     if name is None:
         name = "the picture" if hasattr(source, "read") else repr(str(source))
@@ -36,15 +39,19 @@ def open_image(source: Any, limits: Limits | None = PHOTO, name: str | None = No
         with Image.open(source, formats=[f for f in FORMATS.split(",") if f in Image.OPEN]) as image:
             return rgb(image, limits, f"The image {name}")
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is not an image that can be read: use a PNG or JPEG, for instance.") from None
+        raise ValueError(
+            f"{name} is not an image that can be read: use a PNG or JPEG, for instance."
+        ) from None
     except ValueError:
         raise
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, DecompressionBombError and others
+    except Exception as error:
+        # Pillow's decoders raise OSError, SyntaxError, DecompressionBombError and others
         raise ValueError(f"The image {name} cannot be read: {_first_line(error)}.") from None
 
 
 def rgb(image: Image.Image, limits: Limits | None = PHOTO, name: str = "The picture") -> Image.Image:
-    """A picture in mode RGB, upright. Alpha is dropped, as transformers does; of 16 bits, the upper 8 are kept.
+    """A picture in mode RGB, upright. Alpha is dropped, as transformers does; of 16 bits, the upper 8 are
+    kept.
 
     Raises:
         ValueError: one sentence: it is damaged or too large, or its values have no known range.
@@ -104,8 +111,8 @@ def _eight_bits(image: Image.Image, format: str | None) -> Image.Image:
     if image.mode == "I" and values.min() >= 0 and values.max() <= 255:
         return Image.fromarray(values.astype(np.uint8))
     raise ValueError(
-        f"its values, of mode {image.mode!r} from {values.min():g} to {values.max():g}, have no known range: convert it to "
-        "8-bit RGB"
+        f"its values, of mode {image.mode!r} from {values.min():g} to {values.max():g}, have no known range:"
+        " convert it to 8-bit RGB"
     )
 
 

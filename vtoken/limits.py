@@ -11,14 +11,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limits:
-    """What a source may cost at most. A source says itself how large it is, and a few hundred bytes can say anything.
+    """What a source may cost at most. A source says itself how large it is, and a few hundred bytes can say
+    anything.
 
     ``limits=None`` lifts all of them where a function takes limits, None as a value lifts one.
 
     Attributes:
         pixels: of one picture; the default is twice an 8K frame.
         frames: that a video may have, and that one call may ask for.
-        nbytes: bytes of all pictures that one call returns, or of those from one iteration that are held at a time.
+        nbytes: bytes of all pictures that one call returns, or of those from one iteration that are held at a
+            time.
         seconds: that one call, or one step of an iteration, may take.
 
     Raises:
@@ -35,15 +37,17 @@ class Limits:
             value = getattr(self, field.name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and value > 0 and math.isfinite(value)):
-                raise ValueError(f"limits: {field.name} is a number above 0, or None to lift it, found {value!r}.")
+                raise ValueError(
+                    f"limits: {field.name} is a number above 0, or None to lift it, found {value!r}."
+                )
 
     def excess_pixels(self, width: int, height: int) -> str | None:
         """What is wrong with a picture of this size, None where nothing is."""
         if self.pixels is None or width * height <= self.pixels:
             return None
         return (
-            f"has pictures of {width} x {height} pixels, more than {self.pixels:,}; if you trust it, lift that with "
-            "limits=Limits(pixels=None)"
+            f"has pictures of {width} x {height} pixels, more than {self.pixels:,}; if you trust it, lift"
+            " that with limits=Limits(pixels=None)"
         )
 
     def excess_frames(self, count: float) -> str | None:
@@ -57,8 +61,8 @@ class Limits:
         if self.nbytes is None or nbytes <= self.nbytes:
             return None
         return (
-            f"{count} frames take {nbytes / 2**30:.1f} GiB, more than {self.nbytes / 2**30:.1f}; ask for fewer at a time, "
-            "or lift that with limits=Limits(nbytes=None)"
+            f"{count} frames take {nbytes / 2**30:.1f} GiB, more than {self.nbytes / 2**30:.1f}; ask for"
+            " fewer at a time, or lift that with limits=Limits(nbytes=None)"
         )
 
 

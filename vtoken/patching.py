@@ -39,7 +39,9 @@ M = TypeVar("M")
 
 
 class Patch:
-    """Everything that one `patch` put on a model. Made by `patch` and `applied`; `patches` tells which calls use it."""
+    """Everything that one `patch` put on a model. Made by `patch` and `applied`; `patches` tells which calls
+    use it.
+    """
 
     def __init__(self, adapter: Adapter, strategy: Strategy, patches: Patches) -> None:
         check_fit(adapter, strategy)
@@ -49,7 +51,9 @@ class Patch:
         self.sessions: int | None = None  # how many use a patch that sessions made
         self.unread = None if strategy.is_identity else Unread(strategy.info.name)
         self.design = design_of(adapter, strategy)
-        self.recorder = Recorder(adapter.model, adapter.decoder.config, self.design.schedule, describe(strategy))
+        self.recorder = Recorder(
+            adapter.model, adapter.decoder.config, self.design.schedule, describe(strategy)
+        )
         self.wrapped = Wrapped()
         self.parts: list[Any] = [self.wrapped]
         try:
@@ -100,8 +104,8 @@ class Patch:
         """Raise RuntimeError if an option was assigned since that asks for other hooks than there are."""
         if design_of(self.adapter, self.strategy) != self.design:
             raise RuntimeError(
-                f"{self.strategy.info.name} was given options after it was patched that need other hooks on the model: call "
-                "vtoken.unpatch(model) and vtoken.patch(model, strategy) again."
+                f"{self.strategy.info.name} was given options after it was patched that need other hooks on"
+                " the model: call vtoken.unpatch(model) and vtoken.patch(model, strategy) again."
             )
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +126,8 @@ class Patch:
             rows: (n, d) its visual tokens.
 
         Returns:
-            (m,) int64, ascending: the tokens that stay; and (m, d): their features, with those that they absorb.
+            (m,) int64, ascending: the tokens that stay; and (m, d): their features, with those that they
+            absorb.
         """
         encoded: EncodedVisuals | None = getattr(output, ENCODED, None)
         if encoded is None or self.context.disabled:
@@ -133,17 +138,25 @@ class Patch:
         into, weight = selection.into, selection.weight
         if into is None or weight is None:
             return keep, rows[keep]
-        return keep, gather_merge(rows[None], keep[None], into[None].to(rows.device), weight[None].to(rows.device))[0]
+        return (
+            keep,
+            gather_merge(rows[None], keep[None], into[None].to(rows.device), weight[None].to(rows.device))[0],
+        )
 
     def _select(self, tokens: VisualTokens) -> Selection:
-        """The strategy's answer; what it notes of the stream meanwhile is forgotten, so that the next answer is the same."""
+        """The strategy's answer; what it notes of the stream meanwhile is forgotten, so that the next answer
+        is the same.
+        """
         return self._ask(replace(tokens, memory=copy.deepcopy(tokens.memory)))
 
     def _ask(self, tokens: VisualTokens) -> Selection:
         if tokens.modality not in self.strategy.needs(tokens.tower).modalities:
-            fit = ", ".join(n for n in list_strategies(model=self.adapter.model) if tokens.modality in modalities_of(n))
+            fit = ", ".join(
+                n for n in list_strategies(model=self.adapter.model) if tokens.modality in modalities_of(n)
+            )
             raise ValueError(
-                f"{self.strategy.info.name} is not defined for {tokens.modality} input, which this prompt has: use {fit}."
+                f"{self.strategy.info.name} is not defined for {tokens.modality} input, which this prompt"
+                f" has: use {fit}."
             )
         self._warn_of_one_token(tokens)
         if self.strategy.is_identity or not self.strategy.acts_on_projector:
@@ -151,14 +164,17 @@ class Patch:
         return self.strategy.select(tokens).check(len(tokens))
 
     def _warn_of_one_token(self, tokens: VisualTokens) -> None:
-        """Warn once where a budget of 1, which is one token, may have been meant as 1.0, which is all of them."""
+        """Warn once where a budget of 1, which is one token, may have been meant as 1.0, which is all of
+        them.
+        """
         parts = getattr(self.strategy, "ordered", [self.strategy])
         dropping = [p.budget for p in parts if p.acts_on_projector or p.acts_inside]
         most = _largest(tokens.segments)
         if not self.warned and most > 16 and any(type(b) is int and b == 1 for b in dropping):
             self.warned = True
             warnings.warn(
-                f"budget=1 leaves one of the {most} visual tokens of an image or frame: write budget=1.0 to keep them all.",
+                f"budget=1 leaves one of the {most} visual tokens of an image or frame: write budget=1.0 to"
+                " keep them all.",
                 stacklevel=2,
             )
 
@@ -172,7 +188,8 @@ class Patch:
             if budget > most:
                 self.warned = True
                 warnings.warn(
-                    f"The budget of {budget} tokens is larger than the {most} visual tokens there are: all are kept.",
+                    f"The budget of {budget} tokens is larger than the {most} visual tokens there are: all"
+                    " are kept.",
                     stacklevel=2,
                 )
 
@@ -215,20 +232,21 @@ def patch(model: M, strategy: Any, budget: float | int | None = None, **options:
 
     Args:
         model: an unmodified transformers model.
-        strategy: a name (`vtoken.list_strategies()`), a `vtoken.strategies` object or a `VTokenConfig`; or "visionzip+fastv"
-            or the list ["visionzip", "fastv"], a projector strategy and one that drops inside the LLM, under one budget.
-        budget: share of the visual tokens in (0, 1], or a whole number of tokens per image or frame; the strategy's
-            default if None.
-        options: further hyper-parameters of the strategy; of several, one mapping per name, as in `fastv={"layer": 3}`, and
-            `split`, see `vtoken.strategies.Composite`.
+        strategy: a name (`vtoken.list_strategies()`), a `vtoken.strategies` object or a `VTokenConfig`; or
+            "visionzip+fastv" or the list ["visionzip", "fastv"], a projector strategy and one that drops
+            inside the LLM, under one budget.
+        budget: share of the visual tokens in (0, 1], or a whole number of tokens per image or frame; the
+            strategy's default if None.
+        options: further hyper-parameters of the strategy; of several, one mapping per name, as in
+            `fastv={"layer": 3}`, and `split`, see `vtoken.strategies.Composite`.
 
     Returns:
         The model itself.
 
     Raises:
         TypeError: if the model or the strategy is no such thing.
-        ValueError: for an unknown strategy, a value of a wrong type or out of range, a model without adapter, a strategy
-            that does not fit it, or a model that is patched already.
+        ValueError: for an unknown strategy, a value of a wrong type or out of range, a model without adapter,
+            a strategy that does not fit it, or a model that is patched already.
     """
     adapter = adapter_for(model)
     made = make_strategy(strategy, budget, options)
@@ -253,8 +271,9 @@ def check_unpatched(patches: Patches, adapter: Adapter) -> None:
     name, other = current.strategy.info.name, current.adapter.model
     if other is not adapter.model:
         raise ValueError(
-            f"The {type(other).__name__} that shares its modules with this {type(adapter.model).__name__} is patched with "
-            f"{name} already: a patch on either serves both, call vtoken.unpatch first to replace it."
+            f"The {type(other).__name__} that shares its modules with this {type(adapter.model).__name__} is"
+            f" patched with {name} already: a patch on either serves both, call vtoken.unpatch first to"
+            " replace it."
         )
     raise ValueError(
         f"This model is patched with {name} already: call vtoken.unpatch(model) first, or use "
@@ -265,11 +284,12 @@ def check_unpatched(patches: Patches, adapter: Adapter) -> None:
 def unpatch(model: M) -> M:
     """Take the patch off again; a model that is not patched stays as it is. Returns the model.
 
-    Calls of other threads that use the patch finish with it; its hooks go when the last of them has ended. Inside a
-    `vtoken.applied` block the patch of this block is taken off.
+    Calls of other threads that use the patch finish with it; its hooks go when the last of them has ended.
+    Inside a `vtoken.applied` block the patch of this block is taken off.
 
     Raises:
-        RuntimeError: if another thread is inside `with vtoken.applied(...)` of this model, and this one is not.
+        RuntimeError: if another thread is inside `with vtoken.applied(...)` of this model, and this one is
+            not.
     """
     patches = patches_of(model)
     if patches is not None:
@@ -287,10 +307,11 @@ def patch_of(model: Any) -> Patch | None:
 def applied(model: M, strategy: Any, budget: float | int | None = None, **options: Any) -> Iterator[M]:
     """Patch within a `with` block. Arguments as for `patch`.
 
-    The patch that was there before rests inside the block and goes on after it: the same object, with its report, its
-    streams and its sessions. Blocks of several threads (or asynchronous tasks) do not see each other: each calls the model
-    with its own strategy. A thread that has no block of its own takes part in the only open one, if there is one.
-    Of `applied` and `disabled` blocks inside each other the innermost counts; they may be left in any order.
+    The patch that was there before rests inside the block and goes on after it: the same object, with its
+    report, its streams and its sessions. Blocks of several threads (or asynchronous tasks) do not see each
+    other: each calls the model with its own strategy. A thread that has no block of its own takes part in the
+    only open one, if there is one. Of `applied` and `disabled` blocks inside each other the innermost counts;
+    they may be left in any order.
     """
     adapter = adapter_for(model)
     made = make_strategy(strategy, budget, options)
@@ -300,7 +321,8 @@ def applied(model: M, strategy: Any, budget: float | int | None = None, **option
 
 @contextmanager
 def disabled(model: M) -> Iterator[M]:
-    """Read all visual tokens within a `with` block, in this thread; a cache that was pruned before stays usable.
+    """Read all visual tokens within a `with` block, in this thread; a cache that was pruned before stays
+    usable.
 
     An `applied` block inside it prunes nevertheless: the innermost block counts.
     """

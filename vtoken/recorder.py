@@ -22,7 +22,8 @@ from .streams import TowerUse
 class Stopwatch:
     """Times named stages; on CUDA with events, so that nothing waits until the times are read.
 
-    A stage that is timed without end (a stream whose frames are encoded before any prompt) takes no more memory.
+    A stage that is timed without end (a stream whose frames are encoded before any prompt) takes no more
+    memory.
     """
 
     PENDING = 64  # spans per stage whose events are kept
@@ -64,15 +65,16 @@ class Stopwatch:
 
 @dataclass
 class Forward:
-    """Token counts of one forward of the language model; tensors stay on the device until a report is made."""
+    """Token counts of one forward of the language model; tensors stay on the device until a report is made.
+    """
 
     past_dense: int
     past: list[int]  # per stage
     dense: Tensor  # (rows,)
     tokens: list[Tensor]  # per stage (rows,)
     visual: list[Tensor]
-    # of a prompt that loses tokens inside the LLM: (rows, q), which image of its row a token belongs to, and per stage
-    # behind the entrance which tokens are still read
+    # of a prompt that loses tokens inside the LLM: (rows, q), which image of its row a token belongs to, and
+    # per stage behind the entrance which tokens are still read
     item: Tensor | None = None
     reads: list[Tensor] = field(default_factory=list)
 
@@ -128,7 +130,9 @@ class Recorder:
 
     def chosen(self, chosen: list[Chosen], beams: int) -> None:
         """A new prompt begins. Facts are kept of it and no features: a record outlives the call."""
-        record = Record([_facts(c) for c in chosen], beams, self.local.watch or Stopwatch(), tower=self.local.tower or {})
+        record = Record(
+            [_facts(c) for c in chosen], beams, self.local.watch or Stopwatch(), tower=self.local.tower or {}
+        )
         self.local.watch = self.local.tower = None
         self.local.record = self.last = record
 
@@ -170,7 +174,8 @@ class Recorder:
             forward.item = run.layout.item[:: record.beams]
             for index, valid in run.now[1:]:
                 times = torch.zeros_like(run.visual, dtype=torch.long)
-                times.scatter_add_(1, run.index.gather(1, index), valid.long())  # filler points anywhere and adds nothing
+                # filler points anywhere and adds nothing
+                times.scatter_add_(1, run.index.gather(1, index), valid.long())
                 forward.reads.append(times[:: record.beams] > 0)
 
     def report(self) -> Report | None:
@@ -216,10 +221,14 @@ class Recorder:
         for visual in record.visuals:
             ordinal = before[visual.row] = before.get(visual.row, -1) + 1
             kept = [visual.keep]
-            for forward in record.forwards[-1:]:  # a prompt that is read in chunks loses nothing inside the LLM
+            # a prompt that is read in chunks loses nothing inside the LLM
+            for forward in record.forwards[-1:]:
                 if forward.item is not None:
                     mine = forward.item[visual.row] == ordinal
-                    kept += [read[visual.row][mine].nonzero()[:, 0].to(visual.keep.device) for read in forward.reads]
+                    kept += [
+                        read[visual.row][mine].nonzero()[:, 0].to(visual.keep.device)
+                        for read in forward.reads
+                    ]
             out.append(replace(visual, layers=self._ranges(kept)))
         return out
 

@@ -21,27 +21,29 @@ PROBES = ((32, 32), (224, 224), (336, 1008), (1400, 700), (2000, 2000))
 def resized(processor: Any, budget: float | int) -> Any:
     """A copy of a processor that makes images smaller before the family's own rules turn them into tokens.
 
-    The honest rival of every strategy: no patch, the vision tower and the language model both see fewer pixels. Each image
-    keeps its shape and the largest size whose number of tokens, by the processor's own count, lies within the budget; one
-    that is small enough already stays as it is. Families choose sizes in steps (patches, tiles, crops), so that the number
-    of tokens may lie below the budget, and some sizes cannot be asked for at all.
+    The honest rival of every strategy: no patch, the vision tower and the language model both see fewer
+    pixels. Each image keeps its shape and the largest size whose number of tokens, by the processor's own
+    count, lies within the budget; one that is small enough already stays as it is. Families choose sizes in
+    steps (patches, tiles, crops), so that the number of tokens may lie below the budget, and some sizes
+    cannot be asked for at all.
 
         small = vtoken.resized(processor, 0.25)
         inputs = small.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
 
     Args:
         processor: a transformers processor with an image processor; it is not changed.
-        budget: share of the tokens that the image would make at its own size, or a whole number of tokens per image.
+        budget: share of the tokens that the image would make at its own size, or a whole number of tokens per
+            image.
 
     Returns:
-        The copy. Given an image that cannot be made small enough it raises ValueError; given a video, NotImplementedError. It
-        can be copied, pickled and printed. `save_pretrained` writes the processor that it was made of, with a warning: what is
-        loaded again has to be resized again.
+        The copy. Given an image that cannot be made small enough it raises ValueError; given a video,
+        NotImplementedError. It can be copied, pickled and printed. `save_pretrained` writes the processor
+        that it was made of, with a warning: what is loaded again has to be resized again.
 
     Raises:
         TypeError: if `processor` has no image processor.
-        ValueError: for a budget out of range, a family whose images make the same number of tokens at any size, or one
-            that does not tell how many they make.
+        ValueError: for a budget out of range, a family whose images make the same number of tokens at any
+            size, or one that does not tell how many they make.
     """
     budget = check_budget(budget)
     name = type(processor).__name__
@@ -52,8 +54,8 @@ def resized(processor: Any, budget: float | int) -> Any:
     made = {count_tokens(processor, *size) for size in PROBES}
     if len(made) == 1:
         raise ValueError(
-            f"{name} makes {made.pop()} tokens of an image of any size, so that a smaller image saves nothing: use "
-            "vtoken.patch(model, 'pool', ...) or another strategy."
+            f"{name} makes {made.pop()} tokens of an image of any size, so that a smaller image saves"
+            " nothing: use vtoken.patch(model, 'pool', ...) or another strategy."
         )
     small = copy.copy(processor)
     small.image_processor = _Shrinking(processor, budget)
@@ -118,8 +120,8 @@ class _Shrinking(_Part):
         # ProcessorMixin.save_pretrained asks every part for this attribute, and nothing else does
         if self._inner._auto_class is not None:
             raise ValueError(
-                "An image processor with code of its own cannot be saved in its resized form: call save_pretrained of the "
-                "processor that it was made of."
+                "An image processor with code of its own cannot be saved in its resized form: call"
+                " save_pretrained of the processor that it was made of."
             )
         self._warn()
         return None
@@ -130,7 +132,8 @@ class _Shrinking(_Part):
 
     def _warn(self) -> None:
         warnings.warn(
-            f"The resizing is not saved: load the processor and call vtoken.resized(processor, {self._budget}) again.",
+            "The resizing is not saved: load the processor and call vtoken.resized(processor,"
+            f" {self._budget}) again.",
             stacklevel=3,
         )
 
@@ -165,8 +168,9 @@ class _Shrinking(_Part):
                 return size
             least = min(least, tokens)
         raise ValueError(
-            f"An image of {height} x {width} px makes {full} tokens and no fewer than {least} when it is made smaller, which "
-            f"is more than the budget of {wanted}: ask for at least {least} tokens, or use vtoken.patch."
+            f"An image of {height} x {width} px makes {full} tokens and no fewer than {least} when it is made"
+            f" smaller, which is more than the budget of {wanted}: ask for at least {least} tokens, or use"
+            " vtoken.patch."
         )
 
 
@@ -207,7 +211,9 @@ def _resize(image: Any, height: int, width: int) -> Any:
     x = image if isinstance(image, Tensor) else torch.tensor(image)
     last = x.ndim == 3 and _channels_last(x)
     planes = x[None] if x.ndim == 2 else x.permute(2, 0, 1) if last else x
-    out = torch.nn.functional.interpolate(planes[None].float(), (height, width), mode="bicubic", antialias=True)[0]
+    out = torch.nn.functional.interpolate(
+        planes[None].float(), (height, width), mode="bicubic", antialias=True
+    )[0]
     if not x.is_floating_point():
         out = out.round().clamp(0, 255)
     out = out.to(x.dtype)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 @dataclass
 class FrameTokens:
-    """Frames of streams in front of the attention of one tower layer, each beside its stream's reference frame.
+    """Frames of streams in front of the attention of one tower layer, each beside its stream's reference
+    frame.
 
     Attributes:
         layer: the tower layer.
@@ -34,9 +35,10 @@ class FrameTokens:
 class Reuse:
     """What a strategy reuses inside a vision tower of an earlier frame of the same stream.
 
-    A reference frame is computed in full. Of the frames behind it, layer by layer, all keys and the chosen tokens are
-    computed; the other tokens take the reference's values into the attention, and instead of attending and of passing
-    the MLP they add to their own hidden state what the reference's token added in this layer.
+    A reference frame is computed in full. Of the frames behind it, layer by layer, all keys and the chosen
+    tokens are computed; the other tokens take the reference's values into the attention, and instead of
+    attending and of passing the MLP they add to their own hidden state what the reference's token added in
+    this layer.
 
     Attributes:
         layers: the tower layers in which this is done; the others are computed in full.
@@ -86,7 +88,8 @@ class References:
     Attributes:
         signature: what a frame must share with it to be compared: grid, dtype, device.
         age: frames since, 1 for the frame behind it.
-        layers: per tower layer keys (n, C), values (n, C), and what the layer added to the hidden states (n, C).
+        layers: per tower layer keys (n, C), values (n, C), and what the layer added to the hidden states (n,
+            C).
     """
 
     signature: Hashable
@@ -97,8 +100,9 @@ class References:
 class StreamState:
     """What one stream of frames remembers between calls of a patched model; see `vtoken.stream`.
 
-    Its size is constant however many frames come: a reference frame of the tower (`3 * layers * tokens * channels`
-    elements) and what the strategy keeps of its history. It can be pickled, and be on one model at a time.
+    Its size is constant however many frames come: a reference frame of the tower (`3 * layers * tokens *
+    channels` elements) and what the strategy keeps of its history. It can be pickled, and be on one model at
+    a time.
 
     Attributes:
         memory: the strategy's own, see `VisualTokens.memory`.
@@ -139,7 +143,9 @@ class StreamState:
         self.flops += use.flops
 
     def fork(self) -> StreamState:
-        """Another state that goes on from here: tensors are shared, which nobody writes into, and containers are not."""
+        """Another state that goes on from here: tensors are shared, which nobody writes into, and containers
+        are not.
+        """
         other = StreamState()
         memory = {k: list(v) if isinstance(v, list) else v for k, v in self.memory.items()}
         references = None if self.references is None else replace(self.references)
@@ -174,7 +180,8 @@ _streams: ContextVar[tuple[tuple[Any, StreamState], ...]] = ContextVar("vtoken_s
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside wrappers of it: `torch.compile`, `DistributedDataParallel`, a `PeftModel`; else `model` itself.
+    """The model inside wrappers of it: `torch.compile`, `DistributedDataParallel`, a `PeftModel`; else
+    `model` itself.
 
     A wrapper and what it wraps are one model to vtoken.
     """
@@ -195,10 +202,12 @@ def unwrapped(model: Any) -> Any:
 
 @contextmanager
 def stream(model: Any, state: StreamState | None = None) -> Iterator[StreamState]:
-    """Within the block, the visual input of `model` continues a stream of frames: every image, and every frame of a video.
+    """Within the block, the visual input of `model` continues a stream of frames: every image, and every
+    frame of a video.
 
-    Without it, every video of a call is a stream of its own that ends with the call, and images are no streams. Only the
-    current context is concerned: other threads and asynchronous tasks may feed other streams to the same model.
+    Without it, every video of a call is a stream of its own that ends with the call, and images are no
+    streams. Only the current context is concerned: other threads and asynchronous tasks may feed other
+    streams to the same model.
 
     Args:
         model: as passed to `vtoken.patch`; without a patch the block has no effect.
@@ -214,7 +223,9 @@ def stream(model: Any, state: StreamState | None = None) -> Iterator[StreamState
     if not isinstance(state, StreamState):
         raise TypeError(f"A stream's state is a vtoken.StreamState, found {type(state).__name__}.")
     if not state._lock.acquire(blocking=False):
-        raise RuntimeError("Another thread is feeding this stream: give every stream a vtoken.StreamState of its own.")
+        raise RuntimeError(
+            "Another thread is feeding this stream: give every stream a vtoken.StreamState of its own."
+        )
     token = _streams.set((*_streams.get(), (unwrapped(model), state)))
     try:
         yield state

@@ -17,9 +17,14 @@ from vtoken import Selection, Strategy, StrategyInfo, VisualTokens
 from vtoken.mechanism.forward_context import ENCODED
 
 SIZE, SIDE = 28, 4  # of a tile: px, patches
-PINPOINTS = [[r * SIZE, c * SIZE] for r, c in [(1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3), (3, 3)]]
+PINPOINTS = [
+    [r * SIZE, c * SIZE] for r, c in [(1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (2, 3), (3, 3)]
+]
 PROCESSORS = {
-    "llava_next": ("LlavaNextImageProcessor", dict(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})),
+    "llava_next": (
+        "LlavaNextImageProcessor",
+        dict(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
+    ),
     "llava_onevision": ("LlavaOnevisionImageProcessor", dict(size={"height": SIZE, "width": SIZE})),
 }
 PROCESSORS["llava_next_video"] = PROCESSORS["llava_next"]
@@ -52,7 +57,8 @@ def see(name: str, rows: list[list[Image.Image]]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def prompts(name: str, model, rows: list[list[Image.Image]]) -> dict[str, Tensor]:
-    """Left-padded inputs, one row of pictures each; the placeholders are counted by encoding without vtoken."""
+    """Left-padded inputs, one row of pictures each; the placeholders are counted by encoding without vtoken.
+    """
     vision = see(name, rows)
     sizes = [len(f) for f in model.base_model.get_image_features(**vision).pooler_output]
     numbers, ids = iter(sizes), []
@@ -109,4 +115,16 @@ def differ(a: Tensor, b: Tensor) -> Tensor:
     return ((a - b).abs().amax(1) > 1e-4).nonzero()[:, 0]
 
 
-__all__ = ["PINPOINTS", "SIDE", "SIZE", "Changed", "blind", "differ", "encode", "model_of", "picture", "prompts", "see"]
+__all__ = [
+    "PINPOINTS",
+    "SIDE",
+    "SIZE",
+    "Changed",
+    "blind",
+    "differ",
+    "encode",
+    "model_of",
+    "picture",
+    "prompts",
+    "see",
+]

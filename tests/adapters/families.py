@@ -1,4 +1,6 @@
-"""What the tests of the model families share: probes for what a strategy sees, eager attention, prompts of both modalities."""
+"""What the tests of the model families share: probes for what a strategy sees, eager attention, prompts of
+both modalities.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ GLOBAL, LINE = ROW + 9, 50  # the tag of a whole image, and what stands for a li
 
 @dataclass
 class Probe(Strategy):
-    """Keeps everything it is shown in `seen`, and of every image the tokens of the cells in `mark` (all if it is empty)."""
+    """Keeps everything it is shown in `seen`, and of every image the tokens of the cells in `mark` (all if it
+    is empty).
+    """
 
     layer: int = 3
     cls: bool = False
@@ -67,7 +71,9 @@ def seen(model, inputs: dict, **options) -> list[VisualTokens]:
 
 
 def check(name: str, strategy: str, inputs: dict, budget: float = 0.3, **options) -> None:
-    """generate() of a patched model is the oracle's answer for what the strategy chose, and not the dense answer."""
+    """generate() of a patched model is the oracle's answer for what the strategy chose, and not the dense
+    answer.
+    """
     with patched(subject(name), create(strategy, budget=budget, **options)) as spy:
         out = run(subject(name), inputs)
     assert_same(out, inputs, expected(name, inputs, spy))
@@ -133,7 +139,9 @@ def eager(name: str):
 
 @functools.cache
 def quiet(name: str):
-    """A model to be patched whose vision tower's attention says little: what changes most is the patch that was marked."""
+    """A model to be patched whose vision tower's attention says little: what changes most is the patch that
+    was marked.
+    """
     model = FAMILIES[name].build()
     for key, weight in model.named_parameters():
         if "vision" in key and key.endswith(("o_proj.weight", "out_proj.weight", "projection_layer.weight")):
@@ -143,7 +151,9 @@ def quiet(name: str):
 
 @torch.no_grad()
 def maps_of(name: str, inputs: dict, layer_module) -> list[Tensor]:
-    """Every attention map, (batch, heads, queries, keys), that an attention module of `eager(name)` makes for a prompt."""
+    """Every attention map, (batch, heads, queries, keys), that an attention module of `eager(name)` makes for
+    a prompt.
+    """
     module = importlib.import_module(type(layer_module).__module__)
     original, caught = module.eager_attention_forward, []
 
@@ -167,7 +177,9 @@ def assert_near(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def block_means(values: Tensor, height: int, width: int, side: int) -> Tensor:
-    """(height * width, ...) row-major patches -> (cells, ...), the mean of every side x side block, spelled out."""
+    """(height * width, ...) row-major patches -> (cells, ...), the mean of every side x side block, spelled
+    out.
+    """
     grid = values.reshape(height, width, *values.shape[1:])
     rows = [
         grid[y : y + side, x : x + side].flatten(0, 1).mean(0)

@@ -18,7 +18,8 @@ from vtoken.drawing import tower_images, visualize
 
 from .anyres import SIDE, SIZE, Changed, blind, differ, encode, model_of, picture, prompts, see
 
-# (height, width) px and the grid of crops: the aspect ratios leave padding above and below, left and right, or none
+# (height, width) px and the grid of crops: the aspect ratios leave padding above and below, left and right,
+# or none
 SIZES = {
     (28, 56): (1, 2),
     (56, 28): (2, 1),
@@ -35,7 +36,9 @@ SIZES = {
 SPOTS = [(0.06, 0.06), (0.5, 0.5), (0.3, 0.9), (0.94, 0.45), (0.95, 0.95)]
 
 
-def marked(size: tuple[int, int], spot: tuple[float, float]) -> tuple[Image.Image, tuple[float, float, float, float]]:
+def marked(
+    size: tuple[int, int], spot: tuple[float, float]
+) -> tuple[Image.Image, tuple[float, float, float, float]]:
     """A picture with a white square around a spot (y, x), and the square's box in fractions."""
     height, width = size
     side = max(1, round(max(size) / 28))
@@ -52,7 +55,8 @@ def overlap(boxes: torch.Tensor, box: tuple[float, ...], slack: torch.Tensor) ->
 
 
 def check_marks(segments, cells, kept, box: tuple[float, ...], resampled: float = 0.55) -> None:
-    """Every segment that is fed under the mark shows it, and what is kept touches it but for the blur of resampling.
+    """Every segment that is fed under the mark shows it, and what is kept touches it but for the blur of
+    resampling.
 
     `cells` are the cells of all tokens, `kept` those of the tokens that show the mark.
     """
@@ -74,7 +78,9 @@ def check_marks(segments, cells, kept, box: tuple[float, ...], resampled: float 
 
 
 def check_pictures(model, name: str, size: tuple[int, int], alone: bool = True):
-    """Encodes a grey picture and marked ones of the same size, checks each mark, returns the picture's segments."""
+    """Encodes a grey picture and marked ones of the same size, checks each mark, returns the picture's
+    segments.
+    """
     pictures, boxes = zip(*(marked(size, spot) for spot in SPOTS))
     beside = [] if alone else [picture(30, 60)]
     items = encode(model, see(name, [[p, *beside] for p in (picture(*size), *pictures)]))
@@ -113,7 +119,9 @@ SHRUNK = {
 
 @pytest.mark.parametrize("size, limit", SHRUNK)
 def test_a_mark_on_a_shrunk_canvas(size, limit):
-    item = check_pictures(blind(model_of("llava_onevision", 1, f"anyres_max_{limit}")), "llava_onevision", size)
+    item = check_pictures(
+        blind(model_of("llava_onevision", 1, f"anyres_max_{limit}")), "llava_onevision", size
+    )
     (height, width), (rows, columns) = SHRUNK[size, limit]
     assert len(item) == SIDE**2 + rows * (columns + 1)
     steps = [n / m for n, m in ((height, rows), (width, columns)) if m > 1]
@@ -124,7 +132,9 @@ def test_a_mark_on_a_shrunk_canvas(size, limit):
 @pytest.mark.parametrize("size", [(40, 90), (90, 40), (50, 50)])
 def test_a_mark_on_one_of_several_images(size):
     """Images that share a prompt are padded to a square and not cut."""
-    (segment,) = check_pictures(blind(model_of("llava_onevision", 1)), "llava_onevision", size, alone=False).segments
+    (segment,) = check_pictures(
+        blind(model_of("llava_onevision", 1)), "llava_onevision", size, alone=False
+    ).segments
     assert segment.kind == "image" and segment.box == pytest.approx(square_box(size))
 
 
@@ -152,7 +162,9 @@ def test_a_mark_in_a_video(name):
     before = torch.zeros(1, 4, 3, SIZE, SIZE)
     after = before.clone()
     pixels, (row, column) = SIZE // side, (1, side - 1)
-    after[0, 2, :, row * pixels + 2 : (row + 1) * pixels - 2, column * pixels + 2 : (column + 1) * pixels - 2] = 2
+    after[
+        0, 2, :, row * pixels + 2 : (row + 1) * pixels - 2, column * pixels + 2 : (column + 1) * pixels - 2
+    ] = 2
     given = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     with vtoken.applied(model, Changed()) as patched, torch.no_grad():
         patched(**given, pixel_values_videos=before)
@@ -178,9 +190,12 @@ def test_boxes_are_what_the_processor_cut(name, size):
         assert bool((inside == ~padded).float().mean() > 0.97)
 
 
-@pytest.mark.parametrize("name, size", [("llava_next", (36, 60)), ("llava_next", (90, 40)), ("llava_onevision", (33, 70))])
+@pytest.mark.parametrize(
+    "name, size", [("llava_next", (36, 60)), ("llava_next", (90, 40)), ("llava_onevision", (33, 70))]
+)
 def test_the_picture_of_the_original_is_that_of_the_tower(name, size):
-    """Drawn from the original image by boxes, or from the tiles that the tower saw, it is the same picture."""
+    """Drawn from the original image by boxes, or from the tiles that the tower saw, it is the same picture.
+    """
     height, width = size
     y, x = np.mgrid[0:height, 0:width]
     colours = np.stack([255 * x / width, 255 * y / height, 128 + 127 * np.sin(6 * x / width)], -1)
@@ -190,7 +205,9 @@ def test_the_picture_of_the_original_is_that_of_the_tower(name, size):
         model(**inputs)
         visual = vtoken.report(model).visuals[0]
     processor = SimpleNamespace(image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD)
-    drawn = [visualize(p, visual, cell=8) for p in (original, tower_images(inputs["pixel_values"], processor))]
+    drawn = [
+        visualize(p, visual, cell=8) for p in (original, tower_images(inputs["pixel_values"], processor))
+    ]
     assert drawn[0].size == drawn[1].size
     a, b = (np.asarray(d).astype(float) for d in drawn)
     assert np.abs(a - b).mean() < 6 < np.abs(a - b[::-1]).mean()

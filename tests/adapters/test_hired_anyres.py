@@ -1,4 +1,6 @@
-"""HiRED on images with crops: budgets, allocation, packing and newlines, against a second writing of the method."""
+"""HiRED on images with crops: budgets, allocation, packing and newlines, against a second writing of the
+method.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,16 @@ def image(rows: int, columns: int, side: int = 6, heads: int = 2, seed: int = 0)
     places = [(r, c) for r in range(rows) for c in range(columns)]
     segments = (Segment("thumbnail", (side, side)), *(Segment("crop", (side, side), p) for p in places))
     cells = torch.arange(len(segments) * side**2)
-    attention = {i: torch.rand(len(segments), heads, 1 + side**2, generator=generator).softmax(-1) for i in (0, 2)}
+    attention = {
+        i: torch.rand(len(segments), heads, 1 + side**2, generator=generator).softmax(-1) for i in (0, 2)
+    }
     provided = {("cls_attention", i): a[:, :, 1:] for i, a in attention.items()}
     return VisualTokens(torch.zeros(len(cells), 4), segments, cells, TOWER, provided=provided)
 
 
-def weights(early: torch.Tensor, rows: int, columns: int, side: int, alpha: float, allocation: str) -> list[float]:
+def weights(
+    early: torch.Tensor, rows: int, columns: int, side: int, alpha: float, allocation: str
+) -> list[float]:
     """Region weights of the crops, token by token."""
     n, out = side * side, [0.0] * (rows * columns)
     if allocation == "code":
@@ -43,7 +49,9 @@ def weights(early: torch.Tensor, rows: int, columns: int, side: int, alpha: floa
         return out
     for j in range(n):
         y, x = divmod(j, side)
-        out[math.floor(y * rows / side) * columns + math.floor(x * columns / side)] += float(early[j].double())
+        out[math.floor(y * rows / side) * columns + math.floor(x * columns / side)] += float(
+            early[j].double()
+        )
     return out
 
 
@@ -126,7 +134,9 @@ def test_both_allocations_see_the_same_bands():
 
 
 def towers_attention(model, vision) -> dict[int, torch.Tensor]:
-    """(tiles, cells) CLS attention summed over heads, of layers 0 and -2, from the tower's own attention maps."""
+    """(tiles, cells) CLS attention summed over heads, of layers 0 and -2, from the tower's own attention
+    maps.
+    """
     tower = model.base_model.vision_tower
     tower.set_attn_implementation("eager")
     sizes = vision["image_sizes"].tolist()
@@ -139,7 +149,9 @@ def towers_attention(model, vision) -> dict[int, torch.Tensor]:
 
 
 @pytest.mark.parametrize("keep_newline", [False, True])
-@pytest.mark.parametrize("size, grid", [((28, 56), (1, 2)), ((300, 90), (3, 1)), ((33, 70), (2, 3)), ((20, 84), (1, 3))])
+@pytest.mark.parametrize(
+    "size, grid", [((28, 56), (1, 2)), ((300, 90), (3, 1)), ((33, 70), (2, 3)), ((20, 84), (1, 3))]
+)
 def test_packing_on_a_model(size, grid, keep_newline):
     """Which rows of the prompt stay: thumbnail first, then the unpadded canvas line by line."""
     model, (rows, columns), n = model_of("llava_next"), grid, SIDE**2
@@ -150,7 +162,9 @@ def test_packing_on_a_model(size, grid, keep_newline):
     masks = torch.zeros(1 + rows * columns, n)
     for i, k in enumerate(counts):
         masks[i, list(best(late[i], k))] = 1
-    canvas = masks[1:].view(rows, columns, SIDE, SIDE).permute(0, 2, 1, 3).reshape(1, rows * SIDE, columns * SIDE)
+    canvas = (
+        masks[1:].view(rows, columns, SIDE, SIDE).permute(0, 2, 1, 3).reshape(1, rows * SIDE, columns * SIDE)
+    )
     canvas = unpad_image(canvas, list(size))[0]
     lines = torch.cat([canvas, torch.full((len(canvas), 1), float(keep_newline))], 1)
     wanted = torch.cat([masks[0], lines.flatten()]).nonzero()[:, 0]
@@ -174,7 +188,11 @@ def test_newlines_one_per_line_of_the_canvas():
             visual = vtoken.report(model).visuals[0]
         kept[keep_newline] = visual
     lines = unpad_image(torch.zeros(1, 12, 12), [70, 61]).shape[1]
-    assert int((kept[True].cells[kept[True].keep] < 0).sum()) == lines == kept[True].tokens_out - kept[False].tokens_out
+    assert (
+        int((kept[True].cells[kept[True].keep] < 0).sum())
+        == lines
+        == kept[True].tokens_out - kept[False].tokens_out
+    )
     assert int((kept[False].cells[kept[False].keep] < 0).sum()) == 0
 
 
@@ -195,7 +213,8 @@ def test_a_batch_is_its_rows(name):
 @pytest.mark.parametrize("size", [(33, 70), (300, 90), (61, 33)])
 @pytest.mark.parametrize("budget", [0.3, 10])
 def test_shares_and_numbers(name, size, budget):
-    """A share is one of what the unpatched model feeds, a number counts per image; padding is never chosen."""
+    """A share is one of what the unpatched model feeds, a number counts per image; padding is never chosen.
+    """
     model = model_of("llava_next")
     options = dict(keep_newline=False) if name in ("hired", "vtc_cls") else {}
     with vtoken.applied(model, name, budget=budget, **options), torch.no_grad():
@@ -221,7 +240,11 @@ def test_shares_and_numbers(name, size, budget):
 @pytest.mark.parametrize("allocation", ["paper", "code"])
 def test_no_image_is_left_without_a_token(allocation):
     """alpha = 0 and all attention on cells of padding."""
-    segments = (Segment("thumbnail", (6, 6)), Segment("crop", (6, 6), tokens=12), Segment("crop", (6, 6), (0, 1), tokens=12))
+    segments = (
+        Segment("thumbnail", (6, 6)),
+        Segment("crop", (6, 6), tokens=12),
+        Segment("crop", (6, 6), (0, 1), tokens=12),
+    )
     tokens = image(1, 2)
     cells = torch.cat([torch.arange(36), *(36 * i + torch.arange(12, 24) for i in (1, 2))])
     tokens = VisualTokens(torch.zeros(60, 4), segments, cells, TOWER, provided=tokens.provided)

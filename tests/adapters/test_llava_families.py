@@ -1,4 +1,6 @@
-"""LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision, Video-LLaVA and ViP-LLaVA: what they generate, and what they refuse."""
+"""LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision, Video-LLaVA and ViP-LLaVA: what they generate, and what they
+refuse.
+"""
 
 from __future__ import annotations
 
@@ -109,14 +111,18 @@ def combined(spy: Spy, inputs: dict) -> tuple[torch.Tensor, list[torch.Tensor | 
             parts[b][int(places[0])] = (matrix(answer, n), answer.into is not None)
     assert next(items, None) is None
     merge = [
-        torch.block_diag(*(m for _, (m, _) in sorted(p.items()))) if any(merges for _, merges in p.values()) else None
+        torch.block_diag(*(m for _, (m, _) in sorted(p.items())))
+        if any(merges for _, merges in p.values())
+        else None
         for p in parts
     ]
     return keep, merge
 
 
 # -- the tower's attention lines up with the tokens ---------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["llava_next_video/video", "llava_onevision/video", "video_llava/video", "vipllava"])
+@pytest.mark.parametrize(
+    "name", ["llava_next_video/video", "llava_onevision/video", "video_llava/video", "vipllava"]
+)
 def test_scores_are_on_the_grid_of_the_tokens(name):
     """They are the tower's own attention maps, pooled as the model pools its frames."""
     model, family = FAMILIES[name].build(), FAMILIES[name]
@@ -149,7 +155,11 @@ def test_pooling_of_odd_grids():
     """7 x 7 patches: LLaVA-NeXT-Video leaves the last line out, LLaVA-OneVision resamples to 4 x 4."""
     scores = torch.rand(2, 3, 49)
     for name, want, box in [
-        ("llava_next_video", torch.nn.functional.avg_pool2d(scores.view(2, 3, 7, 7), 2), (0, 0, 6 / 7, 6 / 7)),
+        (
+            "llava_next_video",
+            torch.nn.functional.avg_pool2d(scores.view(2, 3, 7, 7), 2),
+            (0, 0, 6 / 7, 6 / 7),
+        ),
         (
             "llava_onevision",
             torch.nn.functional.interpolate(scores.view(2, 3, 7, 7), (4, 4), mode="bilinear"),
@@ -248,7 +258,9 @@ def test_zero_images(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_number_of_placeholders(name):
-    """A processor that does not belong to the model: one sentence, through both doors, and no state stays behind."""
+    """A processor that does not belong to the model: one sentence, through both doors, and no state stays
+    behind.
+    """
     model, family = subject(name), FAMILIES[name]
     inputs = family.batch("one")
     token = VID if family.modality == "video" else IMG
@@ -267,7 +279,9 @@ def test_wrong_number_of_placeholders(name):
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_next_video/video", "video_llava/video"])
 def test_placeholders_in_the_wrong_prompt(name):
-    """One too many in one prompt, one too few in the other: the unpatched model mixes them silently, vtoken does not."""
+    """One too many in one prompt, one too few in the other: the unpatched model mixes them silently, vtoken
+    does not.
+    """
     model, family = subject(name), FAMILIES[name]
     inputs = family.prompt([[0], [1]])
     token = VID if family.modality == "video" else IMG

@@ -1,4 +1,6 @@
-"""InternVL, SmolVLM and Idefics3, Gemma3, Mistral3, PaliGemma: what strategies see, and what generate() makes of it."""
+"""InternVL, SmolVLM and Idefics3, Gemma3, Mistral3, PaliGemma: what strategies see, and what generate() makes
+of it.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,11 @@ def test_frames_of_a_video_are_images_to_internvl():
     ids, mask = left_pad([[*text(3, 1), *[t for f in frames for t in f], *text(4, 2)]])
     inputs = dict(input_ids=ids, attention_mask=mask, pixel_values=pixels(3, 3, 56, 56, seed=4))
     check("internvl", "hired", inputs)
-    assert [len(i.segments) for i in seen(subject("internvl"), inputs, received=False, keys=False)] == [1, 1, 1]
+    assert [len(i.segments) for i in seen(subject("internvl"), inputs, received=False, keys=False)] == [
+        1,
+        1,
+        1,
+    ]
 
 
 # -- geometry -----------------------------------------------------------------------------------------------------
@@ -143,7 +149,9 @@ def test_received_attention_is_that_of_the_eager_maps(name, layer):
         return
     if name == "internvl":
         rows = torch.cat([item.cls_attention(layer) for item in items])
-        assert_near(rows, torch.stack([torch.stack([block_means(h[0, 1:], 8, 8, 2) for h in m]) for m in maps]))
+        assert_near(
+            rows, torch.stack([torch.stack([block_means(h[0, 1:], 8, 8, 2) for h in m]) for m in maps])
+        )
         maps = maps[..., 1:]
     side = 1 if name == "paligemma" else 2
     n = 4 if name == "paligemma" else 8
@@ -172,7 +180,9 @@ def test_keys_are_those_of_the_eager_attention(name):
     got = torch.cat([item.keys(layer).flatten(0, 1) for item in items])
     if name == "mistral3":
         parts = caught[0][0].split([4 * h * w for h, w in GRIDS])
-        assert_near(got, torch.cat([block_means(p, 2 * h, 2 * w, 2) for p, (h, w) in zip(parts, GRIDS, strict=True)]))
+        assert_near(
+            got, torch.cat([block_means(p, 2 * h, 2 * w, 2) for p, (h, w) in zip(parts, GRIDS, strict=True)])
+        )
         return
     first, n, side = int(name == "internvl"), 4 if name == "paligemma" else 8, 1 if name == "paligemma" else 2
     assert_near(got, torch.cat([block_means(k[first:], n, n, side) for k in caught[0]]))
@@ -208,7 +218,9 @@ def test_pixtral_tower_of_llava():
     features = dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
 
     def config():
-        return transformers.LlavaConfig(vision_config=vision, text_config=text_config, image_token_id=IMG, **features)
+        return transformers.LlavaConfig(
+            vision_config=vision, text_config=text_config, image_token_id=IMG, **features
+        )
 
     family = dataclasses.replace(
         FAMILIES["mistral3"], name="pixtral", architecture="LlavaForConditionalGeneration", config=config

@@ -1,4 +1,5 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and its MoE: what strategies see, and what generate() makes of their choice."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and its MoE: what strategies see, and what generate() makes of their choice.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +98,10 @@ def test_segments(name):
 
 def processed(image: Image.Image) -> dict[str, torch.Tensor]:
     processor = transformers.Qwen2VLImageProcessor(
-        patch_size=7, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 14 * 14, "longest_edge": 84 * 168}
+        patch_size=7,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 14 * 14, "longest_edge": 84 * 168},
     )
     out = processor([image], return_tensors="pt")
     n = int(out["image_grid_thw"].prod()) // 4
@@ -112,7 +116,9 @@ def test_a_marked_patch_is_found_at_its_cell(name, cell):
     (row, column), size = cell, (140, 84)
     plain = Image.new("RGB", size, (90, 90, 90))
     marked = plain.copy()
-    ImageDraw.Draw(marked).rectangle((column * 14, row * 14, column * 14 + 13, row * 14 + 13), fill=(255, 255, 255))
+    ImageDraw.Draw(marked).rectangle(
+        (column * 14, row * 14, column * 14 + 13, row * 14 + 13), fill=(255, 255, 255)
+    )
     model = subject(name)
     (before,), (after,) = (seen(model, processed(p), received=False, keys=False) for p in (plain, marked))
     assert after.segments[0].grid == (6, 10)
@@ -126,8 +132,12 @@ def test_a_marked_patch_is_found_at_its_cell(name, cell):
 
 
 # -- scores -----------------------------------------------------------------------------------------------------
-def received_by_hand(name: str, inputs: dict, layer: int, grids: list[tuple[int, int, int]]) -> list[torch.Tensor]:
-    """Per item (frames, cells), from the eager maps of every frame (every window in the windowed layers of Qwen2.5-VL)."""
+def received_by_hand(
+    name: str, inputs: dict, layer: int, grids: list[tuple[int, int, int]]
+) -> list[torch.Tensor]:
+    """Per item (frames, cells), from the eager maps of every frame (every window in the windowed layers of
+    Qwen2.5-VL).
+    """
     tower = eager(name).base_model.visual
     maps = maps_of(name, inputs, tower.blocks[layer].attn)
     per_patch = torch.cat([m.mean((0, 1, 2)) for m in maps])
@@ -205,7 +215,9 @@ def test_extreme_grids(name, grid):
     n = height * width // 4
     ids, mask = left_pad([[*text(3, 1), START, *[IMG] * n, END, *text(4, 2)]])
     values = torch.randn(height * width, 294, generator=torch.Generator().manual_seed(3))
-    inputs = dict(input_ids=ids, attention_mask=mask, pixel_values=values, image_grid_thw=torch.tensor([[1, *grid]]))
+    inputs = dict(
+        input_ids=ids, attention_mask=mask, pixel_values=values, image_grid_thw=torch.tensor([[1, *grid]])
+    )
     inputs |= token_types(ids, mask)
     with patched(subject(name), create("hired", budget=0.2, score="received")) as spy:
         out = run(subject(name), inputs)
@@ -219,7 +231,9 @@ def test_wrong_number_of_placeholders(name):
     inputs = FAMILIES[name].batch("one")
     inputs["input_ids"][inputs["input_ids"] == IMG] = torch.tensor([IMG] * 17 + [9])
     with vtoken.applied(subject(name), "random"), pytest.raises(ValueError, match="tokens"), torch.no_grad():
-        subject(name)(**{k: v for k, v in inputs.items() if k != "mm_token_type_ids"}, position_ids=_flat(inputs))
+        subject(name)(
+            **{k: v for k, v in inputs.items() if k != "mm_token_type_ids"}, position_ids=_flat(inputs)
+        )
     run(subject(name), FAMILIES[name].batch("one"), 1)  # nothing stays behind
 
 
@@ -236,7 +250,10 @@ def test_video_strategies_are_refused_on_images():
     ]
     assert video_only
     for strategy in video_only:
-        with vtoken.applied(subject("qwen2_5_vl"), strategy), pytest.raises(ValueError, match="not defined for image"):
+        with (
+            vtoken.applied(subject("qwen2_5_vl"), strategy),
+            pytest.raises(ValueError, match="not defined for image"),
+        ):
             run(subject("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].batch("one"), 1)
         check("qwen2_5_vl/video", strategy, FAMILIES["qwen2_5_vl/video"].prompt([[0], [1]]))
 

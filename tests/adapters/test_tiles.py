@@ -48,14 +48,20 @@ def test_tiles_between_tags(name):
     assert first.segments[6].box == (2 / 3, 1 / 2, 1, 1)
     assert [s.place for s in items[3].segments[1:]] == [(0, 0), (1, 0), (2, 0)]
     assert items[1].segments[0].kind == "image"
-    assert first.cells.tolist() == [*range(16, 112), *range(16)]  # the whole image comes last and is seen first
-    for strategy, options in (("hired", dict(score="received")), ("vtc_cls", dict(score="received")), ("pool", {})):
+    # the whole image comes last and is seen first
+    assert first.cells.tolist() == [*range(16, 112), *range(16)]
+    for strategy, options in (
+        ("hired", dict(score="received")),
+        ("vtc_cls", dict(score="received")),
+        ("pool", {}),
+    ):
         check(name, strategy, inputs, **options)
 
 
 @pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
 def test_scores_follow_their_tile(name):
-    """Scores of the thumbnail and the crops are those of the tiles behind them, in the order of the segments."""
+    """Scores of the thumbnail and the crops are those of the tiles behind them, in the order of the segments.
+    """
     inputs = tiled_inputs([[(1, 2)]])
     (item,) = seen(subject(name), inputs)
     parts = seen(subject(name), dict(inputs, **_single_tiles(inputs)))
@@ -109,5 +115,9 @@ def test_features_without_their_layout_are_refused():
     with torch.no_grad():
         ready = clean("idefics3").base_model.get_image_features(inputs.pop("pixel_values")).pooler_output
     inputs.pop("pixel_attention_mask")
-    with vtoken.applied(model, "random"), pytest.raises(RuntimeError, match="without their layout"), torch.no_grad():
+    with (
+        vtoken.applied(model, "random"),
+        pytest.raises(RuntimeError, match="without their layout"),
+        torch.no_grad(),
+    ):
         model(**inputs, image_hidden_states=ready)

@@ -26,7 +26,10 @@ def cell(strategy="hired", budget=0.2, total=50.0, kept=0.95, overhead=0.01, **m
 
 
 def whole(*cells):
-    return {"machine": report.machine(torch.device("cpu")), "shapes": {"s": {"scale": "cpu", "cells": list(cells)}}}
+    return {
+        "machine": report.machine(torch.device("cpu")),
+        "shapes": {"s": {"scale": "cpu", "cells": list(cells)}},
+    }
 
 
 def test_save_and_load_and_what_is_no_report(tmp_path):
@@ -57,8 +60,14 @@ def test_compare_joins_cells_and_divides_times():
 
 def test_goals_are_judged_by_device():
     cells = [cell(kept=0.89, overhead=0.04), cell(), {"strategy": "x", "budget": 0.2, "refused": "no"}]
-    assert [line.rpartition(": ")[2] for line in report.goals(cells, "cpu")] == ["1 of 2 cells", "2 of 2 cells"]
-    assert [line.rpartition(": ")[2] for line in report.goals(cells, "cuda")] == ["1 of 2 cells", "1 of 2 cells"]
+    assert [line.rpartition(": ")[2] for line in report.goals(cells, "cpu")] == [
+        "1 of 2 cells",
+        "2 of 2 cells",
+    ]
+    assert [line.rpartition(": ")[2] for line in report.goals(cells, "cuda")] == [
+        "1 of 2 cells",
+        "1 of 2 cells",
+    ]
 
 
 def test_tables_and_picture(tmp_path):
@@ -105,7 +114,10 @@ def test_the_command_measures_saves_joins_and_compares(tmp_path):
         assert shape in result.output and "uniform" in result.output
     shapes = json.loads(out.read_text())["shapes"]
     assert [*shapes] == ["llava-1.5-7b", "llava-onevision-7b-video"] and picture.is_file()
-    assert shapes["llava-1.5-7b"]["cells"][0]["measured"]["prefill"]["median"] > 0 and "of 1 cells" in result.output
+    assert (
+        shapes["llava-1.5-7b"]["cells"][0]["measured"]["prefill"]["median"] > 0
+        and "of 1 cells" in result.output
+    )
     assert "1.00" in run("--compare", out, out).output
     other = json.loads(out.read_text())
     other["machine"]["device"] = "another machine"
@@ -125,4 +137,8 @@ def test_the_command_measures_saves_joins_and_compares(tmp_path):
 )
 def test_bad_input_is_one_sentence(arguments, words):
     result = run(*arguments)
-    assert result.exit_code == 2 and words in " ".join(result.output.split()) and "Traceback" not in result.output
+    assert (
+        result.exit_code == 2
+        and words in " ".join(result.output.split())
+        and "Traceback" not in result.output
+    )

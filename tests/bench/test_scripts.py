@@ -1,4 +1,6 @@
-"""The scripts in benchmarks/: the kernel benchmark runs, and gpu.sh calls what exists and survives a part that fails."""
+"""The scripts in benchmarks/: the kernel benchmark runs, and gpu.sh calls what exists and survives a part
+that fails.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,14 @@ def test_kernel_cases_agree_and_join_one_file(kernels, monkeypatch, tmp_path, ca
     assert not call(kernels, monkeypatch, *arguments, "--only", "gather|CLS")
     assert not call(kernels, monkeypatch, *arguments, "--only", "bipartite|kv")
     report = json.loads(out.read_text())
-    assert {"gather", "gather_merge", "gather_rows", "attention_rows: CLS", "bipartite_match", "kv_compact"} == set(
-        report["cases"]
-    )
+    assert {
+        "gather",
+        "gather_merge",
+        "gather_rows",
+        "attention_rows: CLS",
+        "bipartite_match",
+        "kv_compact",
+    } == set(report["cases"])
     for name, case in report["cases"].items():
         assert max(case["difference"].values()) < 1e-5, f"{name}: {case['difference']}"
     assert len(report["goals"]) == 6 and "gather" in capsys.readouterr().out
@@ -70,7 +77,15 @@ def test_gpu_script_calls_what_exists_and_goes_on_after_a_failure(tmp_path, rehe
     stub.write_text(STUB.format(record=shlex.quote(str(record))))
     stub.chmod(0o755)
     arguments = ["--device", "cpu", "--scale", "tiny"] if rehearsal else ["--device", "cpu"]
-    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments, "--python", str(stub), "--out", str(out)]
+    command = [
+        "bash",
+        str(ROOT / "benchmarks" / "gpu.sh"),
+        *arguments,
+        "--python",
+        str(stub),
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     calls = [shlex.split(line) for line in record.read_text().splitlines()]
     assert "failed: kernels-attention(3)" in done.stdout and done.returncode == 1, done.stdout + done.stderr
@@ -81,10 +96,18 @@ def test_gpu_script_calls_what_exists_and_goes_on_after_a_failure(tmp_path, rehe
 
     assert [name for p in shapes for name in p["shapes"]] == [*SHAPES]
     assert all(
-        p["output"] == str(out / "models.json") and p["scale"] == ("tiny" if rehearsal else "full") for p in shapes
+        p["output"] == str(out / "models.json") and p["scale"] == ("tiny" if rehearsal else "full")
+        for p in shapes
     )
     groups = [c[c.index("--only") + 1] for c in calls if c[0] == "benchmarks/kernels.py" and "--out" in c]
-    from_here = ("gather", "gather_merge", "attention_rows: CLS", "farthest_point", "greedy_map", "kv_compact")
+    from_here = (
+        "gather",
+        "gather_merge",
+        "attention_rows: CLS",
+        "farthest_point",
+        "greedy_map",
+        "kv_compact",
+    )
     assert all(sum(bool(re.search(g, name)) for g in groups) == 1 for name in (*from_here, "bipartite_match"))
     # what all limits add up to, and the time it takes to tell that a part is over
     limits = [int(n) for n in re.findall(r"at most (\d+) s", done.stdout)]
@@ -92,5 +115,7 @@ def test_gpu_script_calls_what_exists_and_goes_on_after_a_failure(tmp_path, rehe
 
 
 def test_unknown_options_are_refused():
-    done = subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--fast", "1"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), "--fast", "1"], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "unknown option --fast" in done.stderr

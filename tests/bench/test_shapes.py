@@ -30,7 +30,9 @@ def test_full_scale_is_the_published_model(name):
     if name.partition("-")[0] in TOWERS and "onevision" not in name:
         tower = getattr(work.model.base_model, "vision_tower", None) or work.model.base_model.visual
         blocks = next(m for n, m in tower.named_modules() if n.endswith(("layers", "blocks")))
-        assert sum(p.numel() for p in blocks.parameters()) == pytest.approx(TOWERS[name.partition("-")[0]], rel=0.03)
+        assert sum(p.numel() for p in blocks.parameters()) == pytest.approx(
+            TOWERS[name.partition("-")[0]], rel=0.03
+        )
 
 
 @pytest.mark.parametrize("name", SHAPES)

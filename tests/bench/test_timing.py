@@ -1,4 +1,6 @@
-"""The clock of the benchmark: what belongs to which phase, bytes that are alive, pairs and what is computed from them."""
+"""The clock of the benchmark: what belongs to which phase, bytes that are alive, pairs and what is computed
+from them.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,10 @@ def test_every_moment_belongs_to_one_phase(work, monkeypatch):
     layers = model.get_decoder().layers
     tower = next(m for n, m in model.named_modules() if n.endswith("multi_modal_projector"))
     handles = [layer.register_forward_hook(ticks.after(3)) for layer in layers]
-    handles += [tower.register_forward_hook(ticks.after(5)), model.lm_head.register_forward_hook(ticks.after(7))]
+    handles += [
+        tower.register_forward_hook(ticks.after(5)),
+        model.lm_head.register_forward_hook(ticks.after(7)),
+    ]
     for cls, name, seconds in ((HiRED, "select", 11), (FastV, "select_in_prefill", 13)):
         monkeypatch.setattr(cls, name, slowly(getattr(cls, name), ticks, seconds))
     try:
@@ -77,7 +82,8 @@ def test_watching_changes_nothing(work, strategy):
         vtoken.patch(model, strategy, budget=0.5)
     try:
         with torch.inference_mode():
-            want = model(**work.inputs).logits  # transformers puts hooks of its own on a model that is called first
+            # transformers puts hooks of its own on a model that is called first
+            want = model(**work.inputs).logits
             before = traces(model)
             with timing.phases(work):
                 got = model(**work.inputs).logits
@@ -146,14 +152,21 @@ def test_a_cell_computes_ratios_of_neighbours_and_promises_by_the_split(work):
 
 
 def test_measure_covers_every_cell_and_says_what_it_left_out(work):
-    found = cells.measure(work, ["uniform", "fastv", "visionzip+fastv", "vidcom2"], [0.5, 1.0], repeats=1, steps=2)
+    found = cells.measure(
+        work, ["uniform", "fastv", "visionzip+fastv", "vidcom2"], [0.5, 1.0], repeats=1, steps=2
+    )
     known = {(c["strategy"], c["budget"]): c for c in found}
     assert len(known) == 8 and "vidcom2 is defined for" in known["vidcom2", 0.5]["refused"]
     half, one = known["uniform", 0.5], known["uniform", 1.0]
     assert half["tokens"] == [36, 18.0] and one["kv_bytes"][0] == one["kv_bytes"][1] > half["kv_bytes"][1]
     assert one["promised"] == {"llm": 1.0, "prefill": pytest.approx(1.0)}
-    assert half["attainable"] and "attainable" not in known["fastv", 0.5] and known["visionzip+fastv", 0.5]["decode"]
-    assert known["fastv", 1.0]["decode_ms"] == one["decode_ms"]  # equally many bytes in the cache: one measurement
+    assert (
+        half["attainable"]
+        and "attainable" not in known["fastv", 0.5]
+        and known["visionzip+fastv", 0.5]["decode"]
+    )
+    # equally many bytes in the cache: one measurement
+    assert known["fastv", 1.0]["decode_ms"] == one["decode_ms"]
     assert vtoken.patching.patch_of(work.model) is None
     late = cells.measure(work, ["uniform"], [0.5], limit=0.0)
     assert late == [{"strategy": "uniform", "budget": 0.5, "refused": "the time limit came first"}]

@@ -23,13 +23,22 @@ SOURCE = "synthetic://3?fps=2&frames=9"
 
 @contextmanager
 def served(
-    host: str = "127.0.0.1", most: int = 2, room: int = 0, speed: float = 200.0, source: str = SOURCE, **options: Any
+    host: str = "127.0.0.1",
+    most: int = 2,
+    room: int = 0,
+    speed: float = 200.0,
+    source: str = SOURCE,
+    **options: Any,
 ) -> Iterator[Any]:
-    """A `Service` with `.desks`, `.folder` and `.make`; `room` are the bytes of uploads, which come with other sources."""
+    """A `Service` with `.desks`, `.folder` and `.make`; `room` are the bytes of uploads, which come with
+    other sources.
+    """
     make = partial(make_session, model_of(NAME), processor_of(NAME), max_steps=4)
     desks = Desks(lambda: Desk(make, speed=speed), most)
     with listen(host) as listening, private_folder() as folder:
-        page = build_page(desks, ["none", "stc_pruner"], source, allow_sources=bool(room), examples=["what ?"])
+        page = build_page(
+            desks, ["none", "stc_pruner"], source, allow_sources=bool(room), examples=["what ?"]
+        )
         service = Service(page, listening, host, uploads=folder if room else None, max_upload=room, **options)
         service.desks, service.folder, service.page = desks, folder, page
         service.start()
@@ -55,7 +64,9 @@ class Visitor:
         body = {"fn_index": self.events[name], "data": list(data), "session_hash": self.session}
         joined = self.http.post("gradio_api/queue/join", json=body)
         joined.raise_for_status()
-        with self.http.stream("GET", "gradio_api/queue/data", params={"session_hash": self.session}) as stream:
+        with self.http.stream(
+            "GET", "gradio_api/queue/data", params={"session_hash": self.session}
+        ) as stream:
             for line in stream.iter_lines():
                 message = json.loads(line[5:]) if line.startswith("data:") else {}
                 if message.get("msg") == "process_completed":

@@ -100,19 +100,26 @@ def test_demo_says_what_a_tiny_model_shows_and_measures_a_real_shape(tmp_path):
     said = " ".join(result.output.split())
     assert result.exit_code == 0, result.output
     assert "say nothing about speed" in said and "the answers survive" in said
-    assert "llava-1.5-7b, tiny scale: 8 LLM layers of width 32 in place of 32 of width 4096, random weights" in said
+    assert (
+        "llava-1.5-7b, tiny scale: 8 LLM layers of width 32 in place of 32 of width 4096, random weights"
+        in said
+    )
     assert re.search(r"\d+% of the LLM's FLOPs; the prompt is read in \d+ ms of processor time", said)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "budget", "share"), [("uniform", 0.5, 0.6), ("random", 1.0, 1.0), ("uniform+fastv", 0.25, 0.6)]
+    ("strategy", "budget", "share"),
+    [("uniform", 0.5, 0.6), ("random", 1.0, 1.0), ("uniform+fastv", 0.25, 0.6)],
 )
 def test_the_share_of_a_real_shape_is_that_of_its_flops(strategy, budget, share):
     said = demo.at_a_real_shape(strategy, budget)
     found = int(re.search(r"(\d+)% of the LLM's FLOPs", said).group(1)) / 100
     work = build(demo.SHAPE, demo.SCALE)
     names = strategy.split("+")
-    with torch.inference_mode(), vtoken.applied(work.model, names if len(names) > 1 else names[0], budget=budget):
+    with (
+        torch.inference_mode(),
+        vtoken.applied(work.model, names if len(names) > 1 else names[0], budget=budget),
+    ):
         work.model(**work.inputs)
         report = vtoken.report(work.model)
     assert found == pytest.approx(report.flops / report.flops_dense, abs=0.006) and found <= share
@@ -185,7 +192,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, tmp_path, s
         (("bench", "--plot", "nowhere/plot.png"), "does not exist"),
         (("bench", "--model", "no/such/model"), "Cannot load the model"),
         (("bench", "--compare", "no.json", "no.json"), "no report of `vtoken bench --output`: no such file"),
-        (("eval", "mme", "--data", "no_such_folder", "--output", "{folder}/o"), "no data set folder 'no_such_folder'"),
+        (
+            ("eval", "mme", "--data", "no_such_folder", "--output", "{folder}/o"),
+            "no data set folder 'no_such_folder'",
+        ),
         (("eval", "mme", "--example", "--output", "{text}/o"), "{text}"),
         (("eval", "tiny", "--output", "{text}/o.md"), "{text}"),
     ],
@@ -200,7 +210,11 @@ def test_what_the_environment_lacks_is_one_sentence_and_exit_code_1(
     result = run(*(a.format(**places) for a in arguments))
     assert result.exit_code == 1, result.output
     assert words.format(**places) in "".join(result.output.split("\n")) + " ".join(result.output.split())
-    assert "Traceback" not in result.output and result.output.count("Error:") == 1 and "Usage:" not in result.output
+    assert (
+        "Traceback" not in result.output
+        and result.output.count("Error:") == 1
+        and "Usage:" not in result.output
+    )
 
 
 class Hub(Exception):
@@ -213,12 +227,24 @@ Hub.__module__ = "httpx._exceptions"
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "kept.png"), 1, "No space left on device: 'kept.png'."),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "kept.png"),
+            1,
+            "No space left on device: 'kept.png'.",
+        ),
         (OSError(errno.EADDRINUSE, "Address already in use"), 1, "Address already in use."),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 1, "Permission denied: '/root/x'."),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 1, "Out of memory: CUDA out of memory."),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+            1,
+            "Out of memory: CUDA out of memory.",
+        ),
         (MemoryError(), 1, "Out of memory."),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "Out of memory: DefaultCPUAllocator"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            1,
+            "Out of memory: DefaultCPUAllocator",
+        ),
         (Hub("timed out"), 1, "The network did not answer: timed out."),
         (ImportError("This needs x."), 1, "This needs x."),
         (ValueError("budget is wrong"), 2, "budget is wrong"),
@@ -271,7 +297,11 @@ def test_a_missing_package_is_named_before_the_work(arguments, package, extra, m
 
 @pytest.mark.parametrize(
     ("given", "page"),
-    [((), "vtoken-tiny/board.md"), (("--output", "mine"), "mine/board.md"), (("--output", "a/my.md"), "a/my.md")],
+    [
+        ((), "vtoken-tiny/board.md"),
+        (("--output", "mine"), "mine/board.md"),
+        (("--output", "a/my.md"), "a/my.md"),
+    ],
 )
 def test_eval_tiny_writes_where_it_says_and_nowhere_else(given, page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -283,7 +313,11 @@ def test_eval_tiny_writes_where_it_says_and_nowhere_else(given, page, monkeypatc
     folder = page.removesuffix(".md")
     assert f"the page is going to be {page}" in result.output and f"wrote {page}" in result.output
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {"docs/board.md", page, *(f"{folder}/{name}" for name in ("llava.json", "llava.png", ".lock"))}
+    assert found == {
+        "docs/board.md",
+        page,
+        *(f"{folder}/{name}" for name in ("llava.json", "llava.png", ".lock")),
+    }
     assert (tmp_path / "docs" / "board.md").read_text() == "somebody's own page"
     assert "uniform+fastv" in (tmp_path / page).read_text()
 

@@ -37,7 +37,8 @@ def test_a_player_pushes_every_frame_in_order(make):
         assert not player.wait_until(99, timeout=60)
         assert player.ended and player.error is None
         assert session.stats["frames"] == 9
-        assert [r.seconds for r in player.readings] == [0.5, 1.5, 2.5, 3.5]  # two frames are a step; the ninth waits
+        # two frames are a step; the ninth waits
+        assert [r.seconds for r in player.readings] == [0.5, 1.5, 2.5, 3.5]
         assert all(r.tokens == r.rows and r.saved == 0 and r.latency > 0 for r in player.readings)
         assert player.picture().size == (476, 476)  # 7 x 7 cells
 
@@ -113,7 +114,8 @@ def test_the_page_has_its_parts(make):
     desks.close()
     kinds = [block.get_block_name() for block in page.blocks.values()]
     assert kinds.count("nativeplot") == len(PLOTS) and {"textbox", "timer"} <= set(kinds)
-    assert not {"image", "chatbot", "markdown", "uploadbutton"} & set(kinds)  # they write files, or read Markdown
+    # they write files, or read Markdown
+    assert not {"image", "chatbot", "markdown", "uploadbutton"} & set(kinds)
 
 
 def test_prepared_questions_see_nothing_later(make):
@@ -122,7 +124,11 @@ def test_prepared_questions_see_nothing_later(make):
         answers = recite(out, session, video, [(2.0, "what is here ?"), (1.0, "what is here ?")])
         assert [a.time for a in answers] == [1.0, 2.0]
         assert [len(a.frames_used) for a in answers] == [3, 5]
-    with make("none", 1.0) as session, open_video(SHORT) as video, pytest.raises(ValueError, match="ended at 4 s"):
+    with (
+        make("none", 1.0) as session,
+        open_video(SHORT) as video,
+        pytest.raises(ValueError, match="ended at 4 s"),
+    ):
         recite(out, session, video, [(9.0, "what is here ?")])
     assert "1 s what is here ?" in out.export_text()
 
@@ -142,7 +148,9 @@ def test_the_command_refuses_in_one_sentence():
     assert helped.exit_code == 0 and "--terminal" in helped.output
 
 
-@pytest.mark.parametrize("ask", [("nan", "who ?"), ("inf", "who ?"), ("-1", "who ?"), ("-inf", "who ?"), ("1", ""), ("1", " ")])
+@pytest.mark.parametrize(
+    "ask", [("nan", "who ?"), ("inf", "who ?"), ("-1", "who ?"), ("-inf", "who ?"), ("1", ""), ("1", " ")]
+)
 def test_questions_that_no_frame_answers_are_refused_before_the_work(ask, monkeypatch):
     """The time nan never comes: a stream without end was read for ever."""
     monkeypatch.setattr("vtoken.demo.load", lambda *_: pytest.fail("a model was loaded"))
@@ -154,5 +162,7 @@ def test_questions_that_no_frame_answers_are_refused_before_the_work(ask, monkey
 def test_a_source_that_is_no_video_ends_the_conversation(tmp_path, content):
     """At once, and not with a prompt after which nothing answers."""
     (tmp_path / "a.mp4").write_bytes(content)
-    said = CliRunner().invoke(cli, ["demo", "stream", "--terminal", "--source", str(tmp_path / "a.mp4")], input="\n")
+    said = CliRunner().invoke(
+        cli, ["demo", "stream", "--terminal", "--source", str(tmp_path / "a.mp4")], input="\n"
+    )
     assert said.exit_code == 2 and "a.mp4" in said.output.splitlines()[-1] and "> " not in said.output

@@ -1,6 +1,6 @@
 """The page of `vtoken demo stream` in a headless Chromium: play, pause, ask, read the right answer.
 
-    pip install playwright && apt install chromium && pytest -m browser tests/cli/test_stream_browser.py
+pip install playwright && apt install chromium && pytest -m browser tests/cli/test_stream_browser.py
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from vtoken.cli.stream_visitors import Desk, Desks
 from vtoken.tiny.clips import stream
 
 pytestmark = pytest.mark.browser
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-quic"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-quic",
+]
 SEED = 0
 
 
@@ -35,7 +41,9 @@ def desks():
 @pytest.fixture(scope="module")
 def address(desks):
     with listen("127.0.0.1") as listening, private_folder() as folder:
-        page = build_page(desks, ["stc_pruner", "none"], f"synthetic://{SEED}", allow_sources=True, examples=EXAMPLES)
+        page = build_page(
+            desks, ["stc_pruner", "none"], f"synthetic://{SEED}", allow_sources=True, examples=EXAMPLES
+        )
         service = Service(page, listening, uploads=folder, max_upload=2**20)
         service.start()
         yield service.url
@@ -57,7 +65,10 @@ def browser():
 def opened(browser, address, **kwargs):
     """A page in a context of its own, and what it asked of other sites."""
     page, foreign = browser.new_context(**kwargs).new_page(), []
-    page.on("request", lambda r: foreign.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None)
+    page.on(
+        "request",
+        lambda r: foreign.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None,
+    )
     page.goto(address)
     page.locator("#play").wait_for(timeout=60_000)
     return page, foreign
@@ -67,12 +78,16 @@ def test_play_ask_and_see_the_right_answer(desks, address, browser, tmp_path):
     page, foreign = opened(browser, address, viewport={"width": 1400, "height": 1250})
     page.locator("#play").click()
     labels = stream(SEED)
-    page.wait_for_function("document.querySelector('#status').innerText.includes('visual tokens in memory')", timeout=60_000)
+    page.wait_for_function(
+        "document.querySelector('#status').innerText.includes('visual tokens in memory')", timeout=60_000
+    )
     (desk,) = desks._desks.values()
     assert desk.player.wait_until(3.0)
     while True:  # until it stands still with a digit on screen
         page.locator("#pause").click()
-        page.wait_for_function("document.querySelector('#status').innerText.includes('paused')", timeout=60_000)
+        page.wait_for_function(
+            "document.querySelector('#status').innerText.includes('paused')", timeout=60_000
+        )
         now = desk.session.stats["last"]
         right = {q.text: q.answer for q in labels.questions_at(now) if q.kind == "now"}
         if right["which digit is shown now?"] != "none":
@@ -80,7 +95,9 @@ def test_play_ask_and_see_the_right_answer(desks, address, browser, tmp_path):
         page.locator("#play").click()
         assert desk.player.wait_until(now + 0.5) and now < 60
     page.get_by_role("button", name="which digit is shown now?").click()
-    page.wait_for_function("document.querySelector('#chat').innerText.includes('without pruning')", timeout=60_000)
+    page.wait_for_function(
+        "document.querySelector('#chat').innerText.includes('without pruning')", timeout=60_000
+    )
     said = page.locator("#chat .bot.message").last.inner_text()
     page.screenshot(path=tmp_path / "asked.png")
     assert said.split()[0] == right["which digit is shown now?"], (said, right)
@@ -90,7 +107,6 @@ def test_play_ask_and_see_the_right_answer(desks, address, browser, tmp_path):
     page.locator("#play").click()  # goes on
     assert desk.player.wait_until(now + 2.0)
 
-
     hostile = "{{1+1}} ${2+2} ![x](http://evil.example/x.png) <img src=http://evil.example/y.png>"
     page.locator("#question textarea, #question input").first.fill(hostile)
     page.locator("#ask").click()
@@ -98,7 +114,10 @@ def test_play_ask_and_see_the_right_answer(desks, address, browser, tmp_path):
     assert page.locator("#chat img").count() == 0 and foreign == []
     other, _ = opened(browser, address)
     other.wait_for_timeout(1500)
-    assert other.locator("#frame img").count() == 0 and "Nothing is playing" in other.locator("#status").inner_text()
+    assert (
+        other.locator("#frame img").count() == 0
+        and "Nothing is playing" in other.locator("#status").inner_text()
+    )
     assert hostile not in other.content()
     page.context.close()
     other.context.close()

@@ -101,7 +101,9 @@ def test_a_browser_that_went_without_a_word_is_freed():
 
 
 # -- sources ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("source", ["/etc/passwd", "http://127.0.0.1:9/", "-", "0", "synthetic://7", "concat:/etc/passwd"])
+@pytest.mark.parametrize(
+    "source", ["/etc/passwd", "http://127.0.0.1:9/", "-", "0", "synthetic://7", "concat:/etc/passwd"]
+)
 def test_a_visitor_names_no_source(closed, source, monkeypatch):
     opened = []
     monkeypatch.setattr(Desk, "play", lambda self, source, *rest: opened.append(source))
@@ -113,7 +115,12 @@ def test_a_visitor_names_no_source(closed, source, monkeypatch):
 
 def test_what_is_not_on_the_page_is_refused(closed):
     visitor = Visitor(closed)
-    for strategy, budget, fps in (("fastv", 0.5, 2.0), ("none", 7.0, 2.0), ("none", 0.5, 1e9), ("none", 0.5, 0.0)):
+    for strategy, budget, fps in (
+        ("fastv", 0.5, 2.0),
+        ("none", 7.0, 2.0),
+        ("none", 0.5, 1e9),
+        ("none", 0.5, 0.0),
+    ):
         said = str(visitor.press("play", "", strategy, budget, fps))
         assert "playing" not in said and len(closed.desks) == 0
     assert len(visitor.http.get("config").text) and SOURCE not in visitor.opened.text
@@ -193,14 +200,17 @@ def test_other_names_and_other_sites_are_refused(closed, headers, status):
     got = visitor.http.get("config", headers=headers)
     assert got.status_code == status
     body = {"fn_index": visitor.events["play"], "data": ["", "none", 0.5, 2.0], "session_hash": "foreign"}
-    got = visitor.http.post("gradio_api/queue/join", json=body | {"fn_index": visitor.events["pause"]}, headers=headers)
+    got = visitor.http.post(
+        "gradio_api/queue/join", json=body | {"fn_index": visitor.events["pause"]}, headers=headers
+    )
     assert got.status_code == status and closed.desks.of("foreign") is None
 
 
 def test_sizes_are_bounded(closed, open_to_sources):
     http = Visitor(closed).http
     assert http.post("gradio_api/queue/join", content=b"x" * (MAX_BODY + 1)).status_code == 413
-    assert http.post("gradio_api/queue/join", content=iter([b"x"] * 3)).status_code == 411  # of unknown length
+    # of unknown length
+    assert http.post("gradio_api/queue/join", content=iter([b"x"] * 3)).status_code == 411
     visitor = Visitor(open_to_sources)
 
     def send(size: int, **kwargs) -> httpx.Response:
@@ -254,7 +264,9 @@ def test_a_greedy_visitor_does_not_fill_the_queue(closed, monkeypatch):
     """One that asks and asks, under one session and under many: the queue has 64 places here."""
     greedy, calm, go = Visitor(closed), Visitor(closed), threading.Event()
     buttons = closed.page.fns[greedy.events["pause"]].fn.__self__
-    monkeypatch.setattr(buttons.desks, "of", lambda browser: None if browser == calm.session else go.wait(60) and None)
+    monkeypatch.setattr(
+        buttons.desks, "of", lambda browser: None if browser == calm.session else go.wait(60) and None
+    )
 
     def join(session: str) -> httpx.Response:
         body = {"fn_index": greedy.events["pause"], "data": [], "session_hash": session}
@@ -332,7 +344,10 @@ def test_others_need_the_token():
         base = f"http://127.0.0.1:{port}/"
         for url in (base, f"{base}?token=", f"{base}?token=wrong", f"{base}config", f"{base}assets/a.js"):
             assert httpx.get(url, trust_env=False).status_code == 403, url
-        assert httpx.get(base, headers={"cookie": "vtoken_token=\u00e9".encode()}, trust_env=False).status_code == 403
+        assert (
+            httpx.get(base, headers={"cookie": "vtoken_token=\u00e9".encode()}, trust_env=False).status_code
+            == 403
+        )
         assert httpx.post(f"{base}gradio_api/queue/join", json={}, trust_env=False).status_code == 403
         with httpx.Client(base_url=base, trust_env=False) as http:
             shown = http.get(f"/?token={service.token}")
@@ -340,7 +355,8 @@ def test_others_need_the_token():
             cookie = shown.headers["set-cookie"].lower()
             assert "httponly" in cookie and "samesite=lax" in cookie
             assert http.get("/config").status_code == 200
-            assert http.get("/config", headers={"host": "192.168.1.5"}).status_code == 200  # an address is no name
+            # an address is no name
+            assert http.get("/config", headers={"host": "192.168.1.5"}).status_code == 200
             assert http.get("/config", headers={"host": "box.example"}).status_code == 200
             assert http.get("/config", headers={"host": "evil.example"}).status_code == 421
         bearer = {"authorization": f"Bearer {service.token}"}
@@ -403,10 +419,14 @@ def test_the_truth_and_the_unpruned_answer_stand_next_to_it():
     stream, since, now = desk.player.labels(16.0, 19.5)
     assert (since, now) == (16.0, 19.5)
     assert said.truth == stream.answer_to("which digit is shown now?", 19.5, 16.0) is not None
-    assert said.unpruned and desk.talk[-1] == said and "40 frames" not in said.facts and "8 frames" in said.facts
+    assert (
+        said.unpruned and desk.talk[-1] == said and "40 frames" not in said.facts and "8 frames" in said.facts
+    )
     assert list(desk.answer("what is here ?"))[-1].truth is None
     for name in ("star", "7", "red circle"):
-        shown = any(name in (m.digit, m.shape, f"{m.colour} {m.shape}") for m in stream.moments(39) if m.stop > 32)
+        shown = any(
+            name in (m.digit, m.shape, f"{m.colour} {m.shape}") for m in stream.moments(39) if m.stop > 32
+        )
         assert stream.answer_to(f"was there a {name}?", 19.5, 16.0) == ("yes" if shown else "no")
     assert stream.answer_to("was there a cow?", 19.5, 16.0) is None
     assert desk.bound(desk.session.stats) == 4 * 36 >= desk.table().memory.max() > 0
@@ -416,7 +436,9 @@ def test_the_truth_and_the_unpruned_answer_stand_next_to_it():
 
 
 def test_a_question_is_cut_and_a_stream_that_ends_meanwhile_is_a_sentence():
-    session = SimpleNamespace(stream_answer=lambda text: (_ for _ in ()).throw(RuntimeError(f"closed {len(text)}")))
+    session = SimpleNamespace(
+        stream_answer=lambda text: (_ for _ in ()).throw(RuntimeError(f"closed {len(text)}"))
+    )
     desk = Desk(lambda *_: session)
     desk.session, desk.player = session, SimpleNamespace(readings=[1])
     assert list(desk.answer("x" * 10**5))[-1] == replace(desk.talk[-1], answer="closed 500")

@@ -90,5 +90,7 @@ def test_adding_a_model(registries, monkeypatch, capsys):
         for hook in hooks:
             hook.remove()
     q, k = (attended[p].unflatten(-1, (heads, -1)).transpose(0, 1) for p in ("q_proj", "k_proj"))
-    received = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean((0, 1)).view(4, 2, 4, 2).mean((1, 3)).flatten()
+    received = (
+        (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean((0, 1)).view(4, 2, 4, 2).mean((1, 3)).flatten()
+    )
     assert kept == sorted(received.argsort(descending=True)[:5].tolist())

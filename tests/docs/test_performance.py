@@ -16,7 +16,9 @@ SHOWN = {
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_tables_are_fresh(name):
-    spec = importlib.util.spec_from_file_location("generate_performance", ROOT / "docs" / "generate_performance.py")
+    spec = importlib.util.spec_from_file_location(
+        "generate_performance", ROOT / "docs" / "generate_performance.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     path = ROOT / "docs" / f"{name}.md"

@@ -1,4 +1,6 @@
-"""README.md is true: its tables are fresh, its links lead somewhere, its code runs, its report is what is printed."""
+"""README.md is true: its tables are fresh, its links lead somewhere, its code runs, its report is what is
+printed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from vtoken import tiny
 
 from .test_guides import ROOT, run
 
-PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md"))),
+]
 
 
 def generator():
@@ -41,11 +47,17 @@ def test_code_runs(monkeypatch, tmp_path):
     model, _ = tiny.load("llava")
     ids = torch.full((1, 150), 5)
     ids[0, 2:146] = model.config.image_token_id
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(1, 3, 96, 96)}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.rand(1, 3, 96, 96),
+    }
     stream = {"source": "synthetic://0?fps=2&frames=3", "somebody_asks": lambda: True}
     run("README.md", monkeypatch, model=model, inputs=inputs, folder=tmp_path, **stream)
     assert vtoken.report is not None and (tmp_path / "vtoken_config.json").is_file()
-    assert vtoken.patching.describe(vtoken.patching.patch_of(model).strategy) == "hired(budget=0.2, alpha=0.4)"
+    assert (
+        vtoken.patching.describe(vtoken.patching.patch_of(model).strategy) == "hired(budget=0.2, alpha=0.4)"
+    )
 
 
 def test_the_pasted_report_is_what_quickstart_prints(capsys):
@@ -53,5 +65,7 @@ def test_the_pasted_report_is_what_quickstart_prints(capsys):
 
     load("quickstart").main([])
     printed = capsys.readouterr().out.strip().splitlines()
-    pasted = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1].splitlines()
+    pasted = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[
+        1
+    ].splitlines()
     assert printed[:-1] == pasted[:-1] and printed[-1].split()[:2] == pasted[-1].split()[:2]

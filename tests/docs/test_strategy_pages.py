@@ -13,7 +13,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def generator():
-    spec = importlib.util.spec_from_file_location("generate_strategy_pages", DOCS / "generate_strategy_pages.py")
+    spec = importlib.util.spec_from_file_location(
+        "generate_strategy_pages", DOCS / "generate_strategy_pages.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -24,7 +26,11 @@ NAMES = [n for n in list_names() if strategy_info(n).cls.__module__.startswith("
 
 
 def test_there_is_a_page_for_every_strategy_and_none_besides():
-    assert {f"{n}.md" for n in NAMES} | {"README.md"} == set(PAGES) == {p.name for p in (DOCS / "strategies").iterdir()}
+    assert (
+        {f"{n}.md" for n in NAMES} | {"README.md"}
+        == set(PAGES)
+        == {p.name for p in (DOCS / "strategies").iterdir()}
+    )
 
 
 @pytest.mark.parametrize("name", PAGES)

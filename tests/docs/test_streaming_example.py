@@ -20,6 +20,8 @@ def test_the_answers_of_the_streaming_example_are_right(seed, capsys):
 
 
 def test_the_streaming_example_takes_a_source_of_ones_own(capsys):
-    load("streaming_qa").main(["synthetic://5", "--question", "which digit is shown now?", "--every", "2", "--until", "4"])
+    load("streaming_qa").main(
+        ["synthetic://5", "--question", "which digit is shown now?", "--every", "2", "--until", "4"]
+    )
     said = capsys.readouterr().out
     assert said.count("which digit is shown now?") == 2 and "right" not in said

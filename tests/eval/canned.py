@@ -12,7 +12,8 @@ from vtoken.eval.running.asker import Reply
 
 
 class Canned:
-    """Answers by the question that a prompt contains; reads `budget` of 100 tokens. Counts what it was asked."""
+    """Answers by the question that a prompt contains; reads `budget` of 100 tokens. Counts what it was asked.
+    """
 
     def __init__(self, answers: dict[str, str], refuses: str = "") -> None:
         self.answers, self.refuses = answers, refuses
@@ -114,6 +115,8 @@ def video_rows() -> list[dict]:
 
 
 def video_folder(path: Path) -> Path:
-    """Two clips of 16 frames at 8 per second, each frame 15 levels brighter than the last; "one" has subtitles."""
+    """Two clips of 16 frames at 8 per second, each frame 15 levels brighter than the last; "one" has
+    subtitles.
+    """
     clips = {name: [grey(15 * i) for i in range(16)] for name in ("one", "two")}
     return write_videomme(path / "videomme", video_rows(), clips, fps=8, said={"one": SRT})

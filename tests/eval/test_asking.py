@@ -1,4 +1,6 @@
-"""Prompts through real processors: the same inputs and answers as by hand, and what is measured is what is reported."""
+"""Prompts through real processors: the same inputs and answers as by hand, and what is measured is what is
+reported.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +44,14 @@ def test_answers_are_those_of_the_model_by_hand(asker):
             inputs = asker.processor(images=scene.image, text=text, return_tensors="pt")
             out = asker.model.generate(**inputs, max_new_tokens=8, do_sample=False)
             by_hand.append(
-                asker.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+                asker.processor.decode(
+                    out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+                ).strip()
             )
     assert [r.text for r in replies] == [r.text for r in single] == by_hand
-    assert {r.tokens for r in replies + single} == {28.0} and {r.tokens_in for r in replies + single} == {144.0}
+    assert {r.tokens for r in replies + single} == {28.0} and {r.tokens_in for r in replies + single} == {
+        144.0
+    }
     assert sum(r.flops for r in replies) == pytest.approx(report.flops)
     assert sum(r.flops_dense for r in replies) == pytest.approx(report.flops_dense)
     for reply in replies:
@@ -94,9 +100,12 @@ def test_same_tokens_from_twice_the_frames(asker):
 
 def test_a_family_of_videos_gets_one_video(qwen):
     some, other = clip(4), clip(6)
-    inputs = qwen.inputs([Prompt("which digit came first?", clip=some), Prompt("was there a circle?", clip=other)])
+    inputs = qwen.inputs(
+        [Prompt("which digit came first?", clip=some), Prompt("was there a circle?", clip=other)]
+    )
     assert inputs["video_grid_thw"].tolist() == [[2, 12, 12], [3, 12, 12]] and "pixel_values" not in inputs
-    # 4 frames, 3 apart, of 6 per second: 4 of the file's 16 make 1.5 per second, a pair of them lasts 2 / 1.5 s
+    # 4 frames, 3 apart, of 6 per second: 4 of the file's 16 make 1.5 per second, a pair of them lasts 2 / 1.5
+    # s
     assert list(inputs["second_per_grid_ts"]) == pytest.approx([2 / 1.5, 2 / 1.5])
     assert (inputs["input_ids"] == qwen.model.config.video_token_id).sum(1).tolist() == [72, 108]
     frames = np.stack([np.asarray(frame) for frame in some.frames])
@@ -137,6 +146,8 @@ def test_without_a_chat_template_the_prompt_is_plain(asker):
 
 
 def test_models_by_name(asker):
-    assert type(load("llava").model) is type(asker.model) and str(tiny.path("llava")) == asker.model.name_or_path
+    assert (
+        type(load("llava").model) is type(asker.model) and str(tiny.path("llava")) == asker.model.name_or_path
+    )
     with pytest.raises(ValueError, match="Cannot load the model 'no/such'"):
         load("no/such")

@@ -54,9 +54,13 @@ def subject():
 def test_subjects_are_prepared_as_the_model_is_measured(subject):
     model, processor = tiny.load("llava")
     pairs = held_out("llava", 10, 3)
-    assert (subject.stem, subject.medium) == ("llava", "image") and [len(b.asked) for b in subject.batches] == [4, 4, 2]
+    assert (subject.stem, subject.medium) == ("llava", "image") and [
+        len(b.asked) for b in subject.batches
+    ] == [4, 4, 2]
     assert [a for b in subject.batches for a in b.asked] == [(q.kind, q.answer) for _, q in pairs]
-    assert [text for b in subject.batches for text in b.say(subject.model)] == answers(model, processor, pairs)
+    assert [text for b in subject.batches for text in b.say(subject.model)] == answers(
+        model, processor, pairs
+    )
 
 
 def test_a_shared_tower_changes_no_answer():
@@ -91,14 +95,18 @@ def test_media_are_asked_about_apart(monkeypatch):
     clips = [SimpleNamespace(media=[0] * n) for n in (6, 8, 6)]
     pairs = [(example, Question("who?", "me", "k")) for example in (SimpleNamespace(media=1), *clips)]
     monkeypatch.setattr("vtoken.tiny.questions.held_out", lambda *a: pairs)
-    monkeypatch.setattr("vtoken.eval.board.tiny._batch", lambda p, some, *memo: Batch([q[0].media for q in some], len))
+    monkeypatch.setattr(
+        "vtoken.eval.board.tiny._batch", lambda p, some, *memo: Batch([q[0].media for q in some], len)
+    )
     images, videos = subjects("llava", 4)
     assert (images.stem, videos.stem) == ("llava_image", "llava_video")
     assert [b.asked for b in images.batches] == [[1]]
     assert [b.asked for b in videos.batches] == [[[0] * 6, [0] * 6], [[0] * 8]]
     monkeypatch.setattr(vtoken, "list_strategies", lambda: ["mustdrop", "stc_cacher", "uniform", "vidcom2"])
     assert images.fitting() == ["mustdrop", "uniform"]  # the tiny LLaVA reads no clips
-    monkeypatch.setattr("vtoken.eval.board.tiny.refusal", lambda model, name, budget: "no" * (name == "mustdrop"))
+    monkeypatch.setattr(
+        "vtoken.eval.board.tiny.refusal", lambda model, name, budget: "no" * (name == "mustdrop")
+    )
     assert images.fitting() == ["uniform"] and videos.fitting() == ["stc_cacher", "uniform", "vidcom2"]
 
 
@@ -132,7 +140,12 @@ def test_the_dense_row_is_the_unpatched_model(subject):
     heard = []
     batches = [Batch(b.asked, lambda m, b=b: heard.append(b.say(m)) or heard[-1]) for b in subject.batches]
     cell = measure(subject.model, batches, None)
-    assert heard == plain and cell.strategy == "dense" and cell.tokens == cell.tokens_in == 144 and cell.flops == 1
+    assert (
+        heard == plain
+        and cell.strategy == "dense"
+        and cell.tokens == cell.tokens_in == 144
+        and cell.flops == 1
+    )
 
 
 def test_wrong_answers_count_as_wrong(subject):
@@ -155,10 +168,20 @@ def test_one_token_and_all_tokens_are_two_budgets(tmp_path):
     for one in (board, Board.load(tmp_path / "a.json")):
         assert len(one.at) == 4 and [repr(b) for b in one.budgets] == ["1", "1.0", "0.5"]
         head, _, row = board_page.accuracy(one)
-        assert [e.strip() for e in head.strip("| ").split("|")] == ["strategy", "budget 1", "budget 1.0", "budget 0.5"]
+        assert [e.strip() for e in head.strip("| ").split("|")] == [
+            "strategy",
+            "budget 1",
+            "budget 1.0",
+            "budget 0.5",
+        ]
         assert [e.split()[0] for e in row.strip("| ").split("|")] == ["hired", "20.0", "98.0", "70.0"]
     # a board that was written before cells said their unit
-    text = (tmp_path / "a.json").read_text().replace('"budget_unit": "share",', "").replace('"budget_unit": "tokens",', "")
+    text = (
+        (tmp_path / "a.json")
+        .read_text()
+        .replace('"budget_unit": "share",', "")
+        .replace('"budget_unit": "tokens",', "")
+    )
     (tmp_path / "a.json").write_text(text)
     assert [type(c.budget) for c in Board.load(tmp_path / "a.json").cells] == [int, int, int, float]
 
@@ -189,7 +212,9 @@ def test_an_interrupted_board_goes_on_where_it_stopped(subject, monkeypatch):
     assert partial == [1, 2, 3]
     half = Board(whole.title, whole.settings, whole.cells[:2])
     measured = []
-    monkeypatch.setattr("vtoken.eval.board.tiny.measure", lambda *a, **k: measured.append(a[3]) or whole.cells[2])
+    monkeypatch.setattr(
+        "vtoken.eval.board.tiny.measure", lambda *a, **k: measured.append(a[3]) or whole.cells[2]
+    )
     assert tiny_board(subject, ["random"], [0.5, 0.2], known=half) == whole
     assert measured == [0.2]
     kept = []
@@ -221,9 +246,17 @@ def cell(strategy, budget, tokens, right, baseline=False, asked=100):
 
 
 def test_below_random_is_judged_at_equal_tokens():
-    cells = [cell("dense", 1.0, 100, 100, True), cell("random", 0.5, 50, 80, True), cell("random", 0.1, 10, 40, True)]
+    cells = [
+        cell("dense", 1.0, 100, 100, True),
+        cell("random", 0.5, 50, 80, True),
+        cell("random", 0.1, 10, 40, True),
+    ]
     board = Board("t", {}, cells)
-    assert board.chance(50) == 0.8 and board.chance(75) == pytest.approx(0.9) and board.chance(30) == pytest.approx(0.6)
+    assert (
+        board.chance(50) == 0.8
+        and board.chance(75) == pytest.approx(0.9)
+        and board.chance(30) == pytest.approx(0.6)
+    )
     assert board.chance(9) is None and Board("t", {}, cells[:1]).chance(100) is None
     low, fine, out = cell("low", 0.5, 75, 80), cell("fine", 0.5, 75, 86), cell("out", 0.1, 5, 0)
     pool = cell("pool", 0.5, 75, 10, baseline=True)
@@ -236,7 +269,16 @@ def test_below_random_is_judged_at_equal_tokens():
 
 def test_page_round_trip(tmp_path):
     page = tmp_path / "sub" / "board.md"
-    run = ["--strategies", "uniform,hired", "--questions", "10", "--budgets", "0.5,0.2", "--output", str(page)]
+    run = [
+        "--strategies",
+        "uniform,hired",
+        "--questions",
+        "10",
+        "--budgets",
+        "0.5,0.2",
+        "--output",
+        str(page),
+    ]
     for again in ([], ["--resume"]):
         ran = CliRunner().invoke(tiny_command.tiny, [*run, *again], catch_exceptions=False)
         assert ran.exit_code == 0, ran.output
@@ -245,9 +287,14 @@ def test_page_round_trip(tmp_path):
     board = Board.load(tmp_path / "sub" / "board" / "llava.json")
     assert len(board.cells) == 5 and len({c.seconds for c in board.cells}) > 1
     text = page.read_text()
-    assert text.count("Prose in front.") == 2 and text.count("Prose behind.") == 2 and text.count("### Tiny llava") == 1
     assert (
-        "`vtoken eval tiny --model llava --strategies uniform,hired --budgets 0.5,0.2 --questions 10 --seed 0`" in text
+        text.count("Prose in front.") == 2
+        and text.count("Prose behind.") == 2
+        and text.count("### Tiny llava") == 1
+    )
+    assert (
+        "`vtoken eval tiny --model llava --strategies uniform,hired --budgets 0.5,0.2 --questions 10 --seed 0`"
+        in text
     )
     assert "| *uniform* |" in text and "| hired |" in text
     for one in board.cells:

@@ -1,4 +1,6 @@
-"""Video-MME: sampling, prompts, subtitles and letters of each harness, scores computed by hand, unreadable files."""
+"""Video-MME: sampling, prompts, subtitles and letters of each harness, scores computed by hand, unreadable
+files.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,10 @@ PROMPTS = {
     ("lmms-eval", True): "This video's subtitles are listed below: \nfirst words\nsecond words\n"
     f"{ASK} and the subtitles.{ONLY}\n{LISTED}\nThe best answer is:",
     ("vlmevalkit", False): f"\nThese are the frames of a video. {ASK}.{ONLY}\nQuestion: {LISTED}\nAnswer: ",
-    ("vlmevalkit", True): "\nThese are the frames of a video. This video's subtitles are listed below:\nfirst words\n"
+    (
+        "vlmevalkit",
+        True,
+    ): "\nThese are the frames of a video. This video's subtitles are listed below:\nfirst words\n"
     f"first words\nsecond words\nsecond words\n{ASK}.{ONLY}\nQuestion: {LISTED}\nAnswer: ",
 }
 SAMPLED = {"strict": [2, 6, 10, 14], "lmms-eval": [0, 5, 10, 15], "vlmevalkit": [3, 6, 9, 12]}
@@ -93,7 +98,11 @@ def test_prompts_and_frames_by_hand(folder, protocol, subtitles):
     task = VideoMME(load(folder), protocol, 4, subtitles)
     prompt = task.prompt(task.items[0])
     assert prompt.text == PROMPTS[protocol, subtitles]
-    assert prompt.clip.indices == SAMPLED[protocol] and prompt.clip.total == 16 and prompt.clip.fps == pytest.approx(8)
+    assert (
+        prompt.clip.indices == SAMPLED[protocol]
+        and prompt.clip.total == 16
+        and prompt.clip.fps == pytest.approx(8)
+    )
     seen = [frame.getpixel((20, 20))[0] for frame in prompt.clip.frames]
     assert all(abs(value - 15 * i) < 7 for value, i in zip(seen, SAMPLED[protocol]))
     assert len(task.prompt(task.items[0], 7).clip.frames) == 7
@@ -102,7 +111,10 @@ def test_prompts_and_frames_by_hand(folder, protocol, subtitles):
 def test_a_video_without_subtitles(folder):
     items = load(folder)
     texts = {p: VideoMME(items, p, 2, True).prompt(items[2]).text for p in PROTOCOLS}
-    assert "subtitles" not in texts["strict"] and texts["strict"] == VideoMME(items, "strict", 2).prompt(items[2]).text
+    assert (
+        "subtitles" not in texts["strict"]
+        and texts["strict"] == VideoMME(items, "strict", 2).prompt(items[2]).text
+    )
     assert "listed below: \nNo subtitles available\nSelect" in texts["lmms-eval"]
     assert "listed below:\n\nSelect" in texts["vlmevalkit"]
 
@@ -120,7 +132,9 @@ def test_scores_by_hand(folder, tmp_path, protocol):
     outcome = Evaluation(task, Canned(VIDEO_SAID), tmp_path).run(Run("hired", 0.5))
     right = [int(r) for r in SCORES[protocol]]
     scores = outcome.breakdown.scores
-    assert outcome.cell.right == sum(right) and scores["overall"]["all"]["accuracy"] == pytest.approx(20 * sum(right))
+    assert outcome.cell.right == sum(right) and scores["overall"]["all"]["accuracy"] == pytest.approx(
+        20 * sum(right)
+    )
     groups = {
         ("duration", "short"): right[:2],
         ("duration", "medium"): right[2:4],
@@ -131,7 +145,11 @@ def test_scores_by_hand(folder, tmp_path, protocol):
         ("sub_category", "Law"): right,
     }
     for (kind, name), some in groups.items():
-        expected = {"accuracy": pytest.approx(100 * sum(some) / len(some)), "right": sum(some), "asked": len(some)}
+        expected = {
+            "accuracy": pytest.approx(100 * sum(some) / len(some)),
+            "right": sum(some),
+            "asked": len(some),
+        }
         assert scores[kind][name] == expected
     assert list(outcome.breakdown.columns) == ["short", "medium", "long"]
     assert outcome.cell.kinds == {
@@ -172,7 +190,9 @@ def test_a_wrong_data_set_is_refused_by_name(folder, tmp_path, change, words):
 
 
 def test_a_missing_data_set_says_how_to_get_it(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"no data set folder.*hf download lmms-lab/Video-MME.*videos_chunked"):
+    with pytest.raises(
+        ValueError, match=r"no data set folder.*hf download lmms-lab/Video-MME.*videos_chunked"
+    ):
         load(tmp_path / "nowhere")
     shutil.copytree(folder / "videomme", tmp_path / "videomme")
     with pytest.raises(ValueError, match=r"None of the videos is in.*hf download"):

@@ -68,9 +68,13 @@ def test_a_second_run_takes_the_answers_over(whole):
     again = run(*arguments)
     assert again.exit_code == 0 and "hired 0.2: 16 answers are there already" in again.output
     assert {path: path.read_bytes() for path in out.glob("*.jsonl")} == before
-    assert again.output[again.output.index("MME, llava") :] == first.output[first.output.index("MME, llava") :]
+    assert (
+        again.output[again.output.index("MME, llava") :] == first.output[first.output.index("MME, llava") :]
+    )
     other = run(*arguments, "--protocol", "lmms-eval")
-    assert other.exit_code == 2 and "max_new_tokens" not in other.output and "another --output" in other.output
+    assert (
+        other.exit_code == 2 and "max_new_tokens" not in other.output and "another --output" in other.output
+    )
 
 
 @pytest.mark.parametrize("kind", ["same", "frames"])
@@ -102,15 +106,28 @@ def test_videomme_with_frames(tmp_path, kind):
 
 def test_two_processes_give_what_one_gives(whole, tmp_path):
     out, _, _ = whole
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     asked = ["--example", "--budget", "0.2", "--output", str(tmp_path / "out")]
     made = subprocess.run(
-        [sys.executable, *launch, "-m", "vtoken", "eval", "mme", *asked], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *launch, "-m", "vtoken", "eval", "mme", *asked],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert made.returncode == 0, made.stderr
     assert len(list((tmp_path / "out").glob("hired-0.2.*.jsonl"))) == 2
     assert answers(tmp_path / "out")["hired-0.2"] == answers(out)["hired-0.2"]
-    two, one = (json.loads((folder / "results.json").read_text())["runs"] for folder in (tmp_path / "out", out))
+    two, one = (
+        json.loads((folder / "results.json").read_text())["runs"] for folder in (tmp_path / "out", out)
+    )
     measured = ("ttft", "seconds")
     assert {k: v for k, v in two[0].items() if k not in measured} == {
         k: v for k, v in one[1].items() if k not in measured
@@ -123,7 +140,10 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
     [
         (["videomme"], "Video-MME is not downloaded by this command: get it with hf download"),
         (["mme", "--data", "no_such_folder"], "There is no data set folder 'no_such_folder'"),
-        (["mme", "--example", "--budget", "0.2", "--budgets", "0.5"], "--budget and --budgets exclude each other"),
+        (
+            ["mme", "--example", "--budget", "0.2", "--budgets", "0.5"],
+            "--budget and --budgets exclude each other",
+        ),
         (["mme", "--example", "--strategy", "hirde"], "did you mean hired"),
         (["mme", "--example", "--budgets", "2.5"], "budget"),
         (["videomme", "--example", "--frames", "2", "--same-tokens-as", "2"], "exclude each other"),
@@ -134,15 +154,28 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     result = run(*arguments)
-    assert result.exit_code in (1, 2) and words in " ".join(result.output.replace("│", " ").split()), result.output
+    assert result.exit_code in (1, 2) and words in " ".join(result.output.replace("│", " ").split()), (
+        result.output
+    )
     assert "Traceback" not in result.output
 
 
 def test_a_strategy_that_refuses_is_an_error_and_a_baseline_is_left_out(tmp_path):
     data = str(mme_folder(tmp_path))
-    refused = run("mme", "--data", data, "--strategy", "sparsevlm", "--budget", "0.1", "--output", str(tmp_path / "a"))
+    refused = run(
+        "mme", "--data", data, "--strategy", "sparsevlm", "--budget", "0.1", "--output", str(tmp_path / "a")
+    )
     assert refused.exit_code == 2 and "sparsevlm 0.1:" in refused.output
-    beside = ["--budgets", "0.1", "--strategy", "uniform", "--baselines", "sparsevlm", "--output", str(tmp_path / "b")]
+    beside = [
+        "--budgets",
+        "0.1",
+        "--strategy",
+        "uniform",
+        "--baselines",
+        "sparsevlm",
+        "--output",
+        str(tmp_path / "b"),
+    ]
     result = run("mme", "--data", data, *beside)
     assert result.exit_code == 0 and "left out, sparsevlm 0.1:" in result.output, result.output
     assert len(json.loads((tmp_path / "b" / "results.json").read_text())["left_out"]) == 1

@@ -1,4 +1,5 @@
-"""lmms-eval: patched classes on stand-ins of its own, and, with `-m harness`, the real one on a local task."""
+"""lmms-eval: patched classes on stand-ins of its own, and, with `-m harness`, the real one on a local task.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from vtoken.tiny.scenes import held_out
 
 
 class HarnessModel:
-    """As lmms-eval's classes are: keyword arguments that it does not know are an error, the model is in `.model`."""
+    """As lmms-eval's classes are: keyword arguments that it does not know are an error, the model is in
+    `.model`.
+    """
 
     def __init__(self, pretrained: str, device: str = "cpu", **kwargs):
         assert kwargs == {}, f"Unexpected kwargs: {kwargs}"
@@ -39,9 +42,15 @@ def logged(monkeypatch):
     modules = {n: ModuleType("lmms_eval" + n) for n in names}
     seen = []
     modules[".models.model_utils.gen_metrics"].log_metrics = lambda *a: seen.append(a)
-    modules[".models"].AVAILABLE_SIMPLE_MODELS = {"llava_hf": "LlavaHf", "qwen2_vl": "Qwen2_VL", "vila": "VILA"}
+    modules[".models"].AVAILABLE_SIMPLE_MODELS = {
+        "llava_hf": "LlavaHf",
+        "qwen2_vl": "Qwen2_VL",
+        "vila": "VILA",
+    }
     modules[".models"].AVAILABLE_CHAT_TEMPLATE_MODELS = {"llava_hf": "LlavaHf", "internvl_hf": "InternVLHf"}
-    modules[".models"].get_model = lambda name, force_simple: type(f"{name}{force_simple}", (HarnessModel,), {})
+    modules[".models"].get_model = lambda name, force_simple: type(
+        f"{name}{force_simple}", (HarnessModel,), {}
+    )
     modules[".models.registry_v2"].ModelManifest = SimpleNamespace
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, "lmms_eval" + name, module)
@@ -50,7 +59,9 @@ def logged(monkeypatch):
 
 
 def test_our_arguments_are_taken_out_of_theirs():
-    ours, theirs = split({"pretrained": "x", "vtoken_strategy": "hired", "vtoken_budget": 0.2, "device": "cpu"})
+    ours, theirs = split(
+        {"pretrained": "x", "vtoken_strategy": "hired", "vtoken_budget": 0.2, "device": "cpu"}
+    )
     assert ours == {"strategy": "hired", "budget": 0.2} and theirs == {"pretrained": "x", "device": "cpu"}
 
 
@@ -111,7 +122,9 @@ def test_a_refused_call_ends_the_run_and_another_error_is_counted():
     scene, question = held_out(1)[0]
     inputs = processor(images=[scene.image], text=[prompt(processor, question.text)], return_tensors="pt")
     with pytest.raises(SystemExit, match=r"refused a call: .*image"):
-        model.generate(**{**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}, max_new_tokens=1)
+        model.generate(
+            **{**inputs, "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}, max_new_tokens=1
+        )
     assert calls.failed == 0
     with pytest.raises(RuntimeError):
         model.generate(**{**inputs, "input_ids": inputs["input_ids"].float()}, max_new_tokens=1)
@@ -163,7 +176,9 @@ def write_task(folder, pairs):
     rows = []
     for scene, question in pairs:
         scene.image.save(stream := io.BytesIO(), "PNG")
-        rows.append({"image": {"bytes": stream.getvalue()}, "question": question.text, "answer": question.answer})
+        rows.append(
+            {"image": {"bytes": stream.getvalue()}, "question": question.text, "answer": question.answer}
+        )
     pq.write_table(pa.Table.from_pylist(rows), folder / "test.parquet")
     (folder / "scenes.py").write_text(FUNCTIONS)
     (folder / "scenes.yaml").write_text(TASK.format(parquet=folder / "test.parquet"))
@@ -178,12 +193,24 @@ def test_every_manifest_resolves_in_the_real_lmms_eval():
         assert manifest.simple_class_path or manifest.chat_class_path
         for simple in (True, False):
             made = MODEL_REGISTRY_V2.get_model_class(manifest.model_id, force_simple=simple)
-            assert made.__mro__[1].__module__.startswith("lmms_eval.models.") and made.__name__.startswith("VToken")
+            assert made.__mro__[1].__module__.startswith("lmms_eval.models.") and made.__name__.startswith(
+                "VToken"
+            )
 
 
 def lmms_eval(given: str) -> list[str]:
     """The start of a command line with these model arguments."""
-    return [sys.executable, "-m", "lmms_eval", "--model", "vtoken_llava_hf", "--model_args", given, "--device", "cpu"]
+    return [
+        sys.executable,
+        "-m",
+        "lmms_eval",
+        "--model",
+        "vtoken_llava_hf",
+        "--model_args",
+        given,
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.mark.harness
@@ -203,12 +230,20 @@ def test_the_real_lmms_eval_scores_what_vtoken_answers(tmp_path, simple):
         "--log_samples",
     ]
     command += ["--force_simple"] if simple else []
-    quiet = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    ran = subprocess.run(command, env=os.environ | quiet, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "disabled",
+    }
+    ran = subprocess.run(
+        command, env=os.environ | quiet, cwd=tmp_path, capture_output=True, text=True, timeout=500
+    )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     results = json.loads(next((tmp_path / "out").rglob("*_results.json")).read_text())
     samples = [
-        json.loads(line) for line in next((tmp_path / "out").rglob("*_samples_*.jsonl")).read_text().splitlines()
+        json.loads(line)
+        for line in next((tmp_path / "out").rglob("*_samples_*.jsonl")).read_text().splitlines()
     ]
 
     model, processor = tiny.load("llava")

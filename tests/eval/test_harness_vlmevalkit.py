@@ -1,4 +1,6 @@
-"""The VLMEvalKit launcher, on a stand-in package with VLMEvalKit's layout: `run.py` beside `vlmeval/config.py`."""
+"""The VLMEvalKit launcher, on a stand-in package with VLMEvalKit's layout: `run.py` beside
+`vlmeval/config.py`.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,18 @@ def test_runs_patched_twins_at_every_budget(kit, tmp_path, capsys):
 
 
 def test_a_model_that_cannot_be_patched_ends_the_run(kit, tmp_path):
-    given = ["--strategy", "hired", "--model", "gpt", "--kit", str(kit), "--data", "7", "--work-dir", str(tmp_path)]
+    given = [
+        "--strategy",
+        "hired",
+        "--model",
+        "gpt",
+        "--kit",
+        str(kit),
+        "--data",
+        "7",
+        "--work-dir",
+        str(tmp_path),
+    ]
     with pytest.raises(SystemExit, match=r"gpt cannot be patched: .*str"):
         main(given)
 

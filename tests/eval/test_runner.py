@@ -52,7 +52,9 @@ def evaluation(task, folder, asker=None, **options) -> Evaluation:
 
 def test_a_killed_process_loses_the_question_in_flight_and_continues(tmp_path):
     data, out = mme_folder(tmp_path), tmp_path / "out"
-    made = subprocess.run([sys.executable, "-c", KILLED, str(data), str(out)], cwd=ROOT, capture_output=True, text=True)
+    made = subprocess.run(
+        [sys.executable, "-c", KILLED, str(data), str(out)], cwd=ROOT, capture_output=True, text=True
+    )
     assert made.returncode == -signal.SIGKILL, made.stderr
     assert len(lines(out)) == 3
     task, asker = MME(load(data)), Canned(MME_SAID)
@@ -178,7 +180,9 @@ def test_a_missing_answer_is_an_error_with_its_name(task, tmp_path):
     made.run(RUN)
     records = read(tmp_path / "out", RUN.stem, made.names)
     del records[made.names[4]]
-    with pytest.raises(ValueError, match=r"hired 0.2 has no answer to 'code_reasoning: .*Is it Python.*and 0 more"):
+    with pytest.raises(
+        ValueError, match=r"hired 0.2 has no answer to 'code_reasoning: .*Is it Python.*and 0 more"
+    ):
         made.outcome(RUN, records)
 
 
@@ -198,7 +202,9 @@ def test_items_that_could_be_opened_later_are_asked_again(task, tmp_path):
 def test_nothing_that_can_be_opened_is_an_error(task, tmp_path):
     for item in task.items:
         object.__setattr__(item, "media", lambda: 1 / 0)
-    with pytest.raises(ValueError, match=r"None of the 6 items could be opened; the first: The image of existence"):
+    with pytest.raises(
+        ValueError, match=r"None of the 6 items could be opened; the first: The image of existence"
+    ):
         evaluation(task, tmp_path / "out").run(RUN)
 
 
@@ -214,9 +220,9 @@ def test_several_processes_are_one(task, tmp_path, count, batch_size):
 
     def work(index: int) -> None:
         shared = Processes(index, count, barrier.wait)
-        made[index] = evaluation(task, tmp_path / "out", askers[index], batch_size=batch_size, processes=shared).run(
-            RUN
-        )
+        made[index] = evaluation(
+            task, tmp_path / "out", askers[index], batch_size=batch_size, processes=shared
+        ).run(RUN)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
     for thread in threads:

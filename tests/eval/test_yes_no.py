@@ -64,15 +64,25 @@ SCORES = {  # protocol: (perception, cognition), acc and acc+ of existence and o
 @pytest.mark.parametrize("layout", ["parquet", "tsv"])
 def test_scores_by_hand(tmp_path, protocol, layout):
     source = mme_folder(tmp_path) if layout == "parquet" else write_mme_tsv(tmp_path / "MME.tsv", mme_rows())
-    outcome = Evaluation(MME(load(source), protocol), Canned(MME_SAID), tmp_path / "out").run(Run("hired", 0.2))
+    outcome = Evaluation(MME(load(source), protocol), Canned(MME_SAID), tmp_path / "out").run(
+        Run("hired", 0.2)
+    )
     perception, cognition, existence, code = SCORES[protocol]
     scores = outcome.breakdown.scores
-    assert (scores["perception"], scores["cognition"], scores["sum"]) == (perception, cognition, perception + cognition)
+    assert (scores["perception"], scores["cognition"], scores["sum"]) == (
+        perception,
+        cognition,
+        perception + cognition,
+    )
     for category, (acc, plus) in {"existence": existence, "code_reasoning": code}.items():
         assert scores["categories"][category] == {"acc": acc, "acc+": plus, "score": acc + plus}
     right = round(existence[0] / 25) + round(code[0] / 50)
     assert (outcome.cell.right, outcome.cell.asked) == (right, 6)
-    assert outcome.cell.tokens == 20 and outcome.cell.tokens_in == 100 and outcome.cell.flops == pytest.approx(0.2)
+    assert (
+        outcome.cell.tokens == 20
+        and outcome.cell.tokens_in == 100
+        and outcome.cell.flops == pytest.approx(0.2)
+    )
     assert outcome.ttft == 0.25 and not outcome.unreadable and len(outcome.wrong) == 6 - right
     assert len(outcome.unparsed) == {"strict": 5, "lmms-eval": 1, "vlmevalkit": 3}[protocol]
     perception_shown, cognition_shown, total = outcome.breakdown.columns.values()
@@ -126,7 +136,10 @@ def spoiled(**changes):
         ),
         (spoiled(question_id="e9.png"), "two questions, but 'existence: existence/e2.png' has 1, and 1 more"),
         (mme_rows()[:5], "two questions, but 'code_reasoning: code_reasoning/c1.png' has 1"),
-        ([{k: v for k, v in row.items() if k != "category"} for row in mme_rows()], "lacks the column category"),
+        (
+            [{k: v for k, v in row.items() if k != "category"} for row in mme_rows()],
+            "lacks the column category",
+        ),
     ],
 )
 def test_a_wrong_data_set_is_refused_by_name(tmp_path, rows, words):
@@ -144,7 +157,9 @@ def test_a_missing_data_set_says_how_to_get_it(tmp_path, monkeypatch, source):
 
 def test_an_id_on_the_hub_downloads_parquet_files_alone(tmp_path, monkeypatch):
     folder, calls = mme_folder(tmp_path), []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: calls.append((a, k)) or str(folder))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *a, **k: calls.append((a, k)) or str(folder)
+    )
     assert len(load()) == len(load("some/where")) == 6
     only = {"repo_type": "dataset", "allow_patterns": ["*.parquet"]}
     assert calls == [(("lmms-lab/MME",), only), (("some/where",), only)]
@@ -176,7 +191,9 @@ def test_only_the_test_split_is_read(tmp_path):
 def test_an_image_that_cannot_be_decoded_counts_as_wrong_and_is_named(tmp_path, layout):
     rows = mme_rows()
     rows[0]["image"] = rows[1]["image"] = png(rows[0]["image"])[:40] + b"x" * 60
-    source = write_mme(tmp_path / "mme", rows) if layout == "parquet" else write_mme_tsv(tmp_path / "a.tsv", rows)
+    source = (
+        write_mme(tmp_path / "mme", rows) if layout == "parquet" else write_mme_tsv(tmp_path / "a.tsv", rows)
+    )
     task = MME(load(source), "lmms-eval")
     with pytest.raises(Unreadable, match=r"image of existence: existence/e1.png: Is a dog"):
         task.prompt(task.items[0])

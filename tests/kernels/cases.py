@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # relative, of values stored in the dtype
+# relative, of values stored in the dtype
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def tensor(seed: int, *shape: int, dtype: torch.dtype = torch.float32, layout: int = 0) -> Tensor:
-    """Normal values; layout 1 is a slice of a wider tensor, layout 2 has its last two axes swapped in memory, 3 the
-    two before the last one, as heads and rows of attention are."""
+    """Normal values; layout 1 is a slice of a wider tensor, layout 2 has its last two axes swapped in memory,
+    3 the two before the last one, as heads and rows of attention are.
+    """
     g = torch.Generator().manual_seed(seed)
     if layout == 1:
         wide = torch.randn(*shape[:-2], shape[-2] + 3, shape[-1] + 5, generator=g).to(dtype)
@@ -20,7 +22,9 @@ def tensor(seed: int, *shape: int, dtype: torch.dtype = torch.float32, layout: i
     if layout == 2:
         return torch.randn(*shape[:-2], shape[-1], shape[-2], generator=g).to(dtype).mT
     if layout == 3:
-        return torch.randn(*shape[:-3], shape[-2], shape[-3], shape[-1], generator=g).to(dtype).transpose(-3, -2)
+        return (
+            torch.randn(*shape[:-3], shape[-2], shape[-3], shape[-1], generator=g).to(dtype).transpose(-3, -2)
+        )
     return torch.randn(*shape, generator=g).to(dtype)
 
 
@@ -62,7 +66,9 @@ def masks(draw, batch: int, rows: int, n: int):
     if kind == "none":
         return None
     shape = {"keys": (batch, n), "rows": (batch, rows, n), "shared": (1, n)}[kind]
-    return torch.rand(shape, generator=torch.Generator().manual_seed(draw(seeds))) > draw(st.sampled_from([0.3, 1.0]))
+    return torch.rand(shape, generator=torch.Generator().manual_seed(draw(seeds))) > draw(
+        st.sampled_from([0.3, 1.0])
+    )
 
 
 @st.composite

@@ -1,5 +1,6 @@
-"""Compile every Triton kernel for the CUDA compute capability given (80, 90, ...), without a GPU, and check what the
-binary must have: shared memory that fits, wide loads for moved rows, and a barrier that acquires."""
+"""Compile every Triton kernel for the CUDA compute capability given (80, 90, ...), without a GPU, and check
+what the binary must have: shared memory that fits, wide loads for moved rows, and a barrier that acquires.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ def main(capability: int) -> None:
     for kernel, constants, types, expected in KERNELS:
         built = build(kernel, constants, types, GPUTarget("cuda", capability, 32))
         shared = built.metadata.shared
-        assert built.asm["cubin"] and expected in built.asm["ptx"], f"{kernel.__name__}: no {expected} in its code"
+        assert built.asm["cubin"] and expected in built.asm["ptx"], (
+            f"{kernel.__name__}: no {expected} in its code"
+        )
         assert shared <= 99 * 1024, f"{kernel.__name__} takes {shared} bytes of shared memory"
         print(kernel.__name__, shared, flush=True)
 

@@ -28,7 +28,11 @@ def attention(q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None) ->
     for b in range(batch):
         for h in range(heads):
             for r in range(rows):
-                logits = k[b, h // (heads // kv_heads)].double() @ q[b, h, r].double() * (scale or 1 / math.sqrt(d))
+                logits = (
+                    k[b, h // (heads // kv_heads)].double()
+                    @ q[b, h, r].double()
+                    * (scale or 1 / math.sqrt(d))
+                )
                 seen = torch.ones(n, dtype=torch.bool)
                 if mask is not None:
                     seen = mask[b % mask.shape[0]] if mask.ndim == 2 else mask[b % mask.shape[0], r]
@@ -53,7 +57,8 @@ def cosines(x: Tensor) -> Tensor:
 
 
 def masked_tome(keys: Tensor, r: int, protect: int) -> tuple[list[int], list[int]]:
-    """ToMe's own formulation for one sample: even against odd positions, protected rows and columns at -inf."""
+    """ToMe's own formulation for one sample: even against odd positions, protected rows and columns at -inf.
+    """
     if not min(r, (len(keys) - protect) // 2):
         return [], []
     score = cosines(keys)[::2, 1::2].clone()

@@ -55,9 +55,13 @@ def test_a_row_that_sees_nothing_is_zero_and_scale_is_used():
 
 def test_huge_logits_do_not_overflow():
     q, k = 3e3 * tensor(0, 1, 1, 2, 8), 3e3 * tensor(1, 1, 1, 9, 8)
-    assert torch.allclose(kernels.attention_rows(q, k).double(), oracle.attention(q, k, None, None), atol=1e-5)
+    assert torch.allclose(
+        kernels.attention_rows(q, k).double(), oracle.attention(q, k, None, None), atol=1e-5
+    )
     q = 3e3 * tensor(2, 1, 1, 9, 8)
-    assert torch.allclose(kernels.received_attention(q, k).double(), oracle.received(q, k, None, [0, 9]), atol=1e-5)
+    assert torch.allclose(
+        kernels.received_attention(q, k).double(), oracle.received(q, k, None, [0, 9]), atol=1e-5
+    )
 
 
 def test_empty_inputs():
@@ -95,7 +99,9 @@ def test_windows_share_their_mass_and_cost_no_map():
         with Largest() as largest:
             kernels.received_attention(q, k, cu_seqlens=windows, chunk=16)
         assert (
-            2 * 16 * 900 < largest.elements <= 2 * 16 * 1024 if windows is None else largest.elements <= 2 * 16 * 1024
+            2 * 16 * 900 < largest.elements <= 2 * 16 * 1024
+            if windows is None
+            else largest.elements <= 2 * 16 * 1024
         )
 
 
@@ -119,9 +125,13 @@ def test_many_equal_windows_are_one_batch():
 def test_gradients():
     q, k = (tensor(s, 1, 2, 5, 3).double().requires_grad_() for s in (0, 1))
     mask = torch.tensor([[True, True, False, True, True]])
-    assert torch.autograd.gradcheck(lambda q, k: kernels.attention_rows(q, k[:, :1], mask=mask, reduce="mean"), (q, k))
+    assert torch.autograd.gradcheck(
+        lambda q, k: kernels.attention_rows(q, k[:, :1], mask=mask, reduce="mean"), (q, k)
+    )
     cuts = torch.tensor([0, 2, 5])
-    assert torch.autograd.gradcheck(lambda q, k: kernels.received_attention(q, k, cu_seqlens=cuts, chunk=2), (q, k))
+    assert torch.autograd.gradcheck(
+        lambda q, k: kernels.received_attention(q, k, cu_seqlens=cuts, chunk=2), (q, k)
+    )
 
 
 def test_what_does_not_fit_is_refused():
@@ -133,7 +143,10 @@ def test_what_does_not_fit_is_refused():
         ("'max'", lambda: kernels.attention_rows(q, k, reduce="max")),
         ("as many queries", lambda: kernels.received_attention(q[:, :, :4], k)),
         ("cu_seqlens must rise", lambda: kernels.received_attention(q, k, cu_seqlens=torch.tensor([0, 4]))),
-        ("cu_seqlens must rise", lambda: kernels.received_attention(q, k, cu_seqlens=torch.tensor([0, 4, 3, 5]))),
+        (
+            "cu_seqlens must rise",
+            lambda: kernels.received_attention(q, k, cu_seqlens=torch.tensor([0, 4, 3, 5])),
+        ),
         ("chunk", lambda: kernels.received_attention(q, k, chunk=0)),
     ]:
         with pytest.raises(ValueError, match=words):

@@ -28,7 +28,9 @@ def test_gather_merge_is_the_sum_of_the_rows_that_name_a_column(case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_untouched_row_is_bit_identical(dtype):
-    x = torch.tensor([[-0.0, 0.0, torch.inf, 1e-7], [3.0, -0.0, 1.0, 2.0], [0.1, 0.7, 1.3, -2.0]], dtype=dtype)
+    x = torch.tensor(
+        [[-0.0, 0.0, torch.inf, 1e-7], [3.0, -0.0, 1.0, 2.0], [0.1, 0.7, 1.3, -2.0]], dtype=dtype
+    )
     index, into = torch.tensor([0, 1]), torch.tensor([0, 1, -1])
     copy = x[:2].view(torch.uint8)
     assert torch.equal(kernels.gather_merge(x, index).view(torch.uint8), copy)
@@ -96,8 +98,16 @@ def test_what_does_not_fit_is_refused():
         (IndexError, "-1 to 1", lambda: kernels.gather_merge(x, index, torch.full((2, 5), 2))),
         (ValueError, "gather_rows", lambda: kernels.gather_rows([x, x[:, :4]], index)),
         (ValueError, "kv_compact", lambda: kernels.kv_compact([x[None]], [x[None]], index)),
-        (ValueError, "ascending", lambda: kernels.kv_compact([x[:, None]], [], index.flip(1) * 0, inplace=True)),
-        (ValueError, "at most 5", lambda: kernels.kv_compact([x[:, None]], [], torch.zeros(2, 6).long(), inplace=True)),
+        (
+            ValueError,
+            "ascending",
+            lambda: kernels.kv_compact([x[:, None]], [], index.flip(1) * 0, inplace=True),
+        ),
+        (
+            ValueError,
+            "at most 5",
+            lambda: kernels.kv_compact([x[:, None]], [], torch.zeros(2, 6).long(), inplace=True),
+        ),
     ]
     for error, words, call in cases:
         with pytest.raises(error, match=words):

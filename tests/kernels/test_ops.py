@@ -104,7 +104,9 @@ def test_autocast_and_inference_mode_change_nothing():
         lambda: kernels.greedy_map(tensor(0, 1, 60, 64), tensor(1, 1, 60).exp(), 30),
         lambda: kernels.bipartite_match(tensor(0, 1, 200, 64), 50).source,
         lambda: kernels.gather_merge(X, INDEX, INTO, WEIGHT),
-        lambda: kernels.kv_compact([X[:, None].clone()], [], torch.tensor([[1, 4], [2, 8]]), inplace=True)[0][0],
+        lambda: kernels.kv_compact([X[:, None].clone()], [], torch.tensor([[1, 4], [2, 8]]), inplace=True)[0][
+            0
+        ],
     ]
     for call in calls:
         want = call()

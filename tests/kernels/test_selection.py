@@ -29,7 +29,11 @@ def test_bipartite_match_is_tomes(seed, n, d, r, protect, dtype, layout):
         assert match.source[b].tolist() == source and match.target[b].tolist() == target
         if r:
             stay = [i for i in range(protect, n) if i % 2 == 0 and i not in source]
-            assert match.keep[b].tolist() == [*range(protect), *stay, *(i for i in range(protect, n) if i % 2)]
+            assert match.keep[b].tolist() == [
+                *range(protect),
+                *stay,
+                *(i for i in range(protect, n) if i % 2),
+            ]
         assert torch.equal(match.owner[b, match.keep[b]], torch.arange(n - r))
         assert torch.equal(match.owner[b, match.source[b]], match.owner[b, match.target[b]])
 
@@ -43,14 +47,18 @@ def test_bipartite_match_unsorted_keeps_similarity_order_and_nothing_to_merge_mo
         set(range(21)) - set(match.source[0].tolist())
     )
     match = kernels.bipartite_match(keys, 0)
-    assert match.source.shape == (1, 0) and match.keep[0].tolist() == match.owner[0].tolist() == list(range(21))
+    assert match.source.shape == (1, 0) and match.keep[0].tolist() == match.owner[0].tolist() == list(
+        range(21)
+    )
 
 
 @common
 @given(seeds, st.integers(2, 30), st.integers(0, 15), st.booleans(), dtypes)
 def test_merge_weighted_keeps_what_it_averages(seed, n, r, sized, dtype):
     x, match = tensor(seed, 2, n, 5, dtype=dtype), kernels.bipartite_match(tensor(seed + 1, 2, n, 4), r, 1)
-    size = torch.randint(1, 9, (2, n), generator=torch.Generator().manual_seed(seed)).float() if sized else None
+    size = (
+        torch.randint(1, 9, (2, n), generator=torch.Generator().manual_seed(seed)).float() if sized else None
+    )
     merged, sizes = kernels.merge_weighted(x, match, size)
     weights = torch.ones(2, n, dtype=torch.float64) if size is None else size.double()
     assert merged.dtype == dtype and sizes.dtype == torch.float32

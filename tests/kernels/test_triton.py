@@ -24,7 +24,17 @@ def run(*args: str, **env: str) -> None:
 
 
 def checks(**env: str) -> None:
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "triton_checks.py"), **env)
+    run(
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(HERE / "triton_checks.py"),
+        **env,
+    )
 
 
 def test_interpreted_on_the_cpu():

@@ -1,5 +1,7 @@
-"""The Triton kernels against the float64 oracle and the torch twins. `test_triton.py` runs this file in a process of
-its own: interpreted on the CPU (TRITON_INTERPRET=1 has to be set before triton is imported), or on a CUDA device."""
+"""The Triton kernels against the float64 oracle and the torch twins. `test_triton.py` runs this file in a
+process of its own: interpreted on the CPU (TRITON_INTERPRET=1 has to be set before triton is imported), or on
+a CUDA device.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def on_device(value):
 
 
 def triton(name: str, *args, repeat: bool = MANY, **kwargs):
-    """A kernel's answer, on the CPU; on a GPU asked twice, since a race or an unset buffer may be right only once."""
+    """A kernel's answer, on the CPU; on a GPU asked twice, since a race or an unset buffer may be right only
+    once.
+    """
     args, kwargs = [on_device(a) for a in args], {k: on_device(v) for k, v in kwargs.items()}
     with kernels.backend("triton"):
         answers = [getattr(kernels, name)(*args, **kwargs) for _ in range(2 if repeat else 1)]
@@ -62,7 +66,9 @@ def test_gather_merge(case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_untouched_row_is_bit_identical(dtype):
-    x = torch.tensor([[-0.0, 0.0, torch.inf, 1e-7], [3.0, -0.0, 1.0, 2.0], [0.1, 0.7, 1.3, -2.0]], dtype=dtype)
+    x = torch.tensor(
+        [[-0.0, 0.0, torch.inf, 1e-7], [3.0, -0.0, 1.0, 2.0], [0.1, 0.7, 1.3, -2.0]], dtype=dtype
+    )
     index, into = torch.tensor([0, 1]), torch.tensor([0, 1, -1])
     for args in [(x, index), (x, index, into), (x, index, into, torch.ones(3))]:
         assert torch.equal(triton("gather_merge", *args).view(torch.uint8), x[:2].view(torch.uint8))
@@ -93,7 +99,10 @@ def test_gather_rows(width):
     for some in (tensors, tensors[2:4]):
         for got, want in zip(triton("gather_rows", some, index), torch_twin("gather_rows", some, index)):
             assert got.dtype == want.dtype and torch.equal(got, want)
-    assert triton("gather_rows", [torch.arange(5), torch.arange(5)], torch.tensor([4, 1]))[0].tolist() == [4, 1]
+    assert triton("gather_rows", [torch.arange(5), torch.arange(5)], torch.tensor([4, 1]))[0].tolist() == [
+        4,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("m", [0, 37, 150])
@@ -130,7 +139,9 @@ def test_attention_rows_over_several_stretches_of_keys(monkeypatch):
     mask[0, 0, :520], mask[0, 1] = False, False
     want = oracle.attention(q, k, None, mask)
     assert torch.allclose(triton("attention_rows", q, k, mask=mask).double(), want, atol=1e-6)
-    assert torch.allclose(triton("attention_rows", q, k, mask=mask, reduce="sum").double(), want.sum((1, 2)), atol=1e-5)
+    assert torch.allclose(
+        triton("attention_rows", q, k, mask=mask, reduce="sum").double(), want.sum((1, 2)), atol=1e-5
+    )
 
 
 @common
@@ -147,7 +158,9 @@ def test_received_attention(qk, data):
 
 def test_head_widths_that_do_not_fit_go_to_the_twin():
     q, k = tensor(0, 1, 1, 2, 300), tensor(1, 1, 1, 9, 300)
-    assert torch.allclose(triton("attention_rows", q, k).double(), oracle.attention(q, k, None, None), atol=1e-6)
+    assert torch.allclose(
+        triton("attention_rows", q, k).double(), oracle.attention(q, k, None, None), atol=1e-6
+    )
 
 
 @common

@@ -31,11 +31,14 @@ OPTIONS = dict(before=FRONT, both=BOTH, aligned=ALIGNED, merge=dict(merge=True))
 
 
 def everywhere(never: tuple[str, ...] = (), **few: dict) -> pytest.MarkDecorator:
-    """Parametrises over `name` and `options` of `Fixed`: drops before and inside the LLM for every family, further
-    options for some of them; under the marker `product` all options but `never` for the families of `PRODUCT`.
+    """Parametrises over `name` and `options` of `Fixed`: drops before and inside the LLM for every family,
+    further options for some of them; under the marker `product` all options but `never` for the families of
+    `PRODUCT`.
     """
     cheap = [(name, "both") for name in PATCHABLE] + [(name, key) for key in few for name in SOME]
-    more = [(name, key) for name in PRODUCT for key in OPTIONS if key not in never and (name, key) not in cheap]
+    more = [
+        (name, key) for name in PRODUCT for key in OPTIONS if key not in never and (name, key) not in cheap
+    ]
     rows = [(case, ()) for case in cheap] + [(case, (pytest.mark.product,)) for case in more]
     params = [pytest.param(n, OPTIONS[key], id=f"{n}-{key}", marks=marks) for (n, key), marks in rows]
     return pytest.mark.parametrize(("name", "options"), params)
@@ -54,7 +57,9 @@ def subject(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32):
 
 
 def checkpointing(model):
-    """The same model, which keeps no activations of its layers for backward; transformers 5.24 renamed the method."""
+    """The same model, which keeps no activations of its layers for backward; transformers 5.24 renamed the
+    method.
+    """
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model
 
@@ -62,7 +67,9 @@ def checkpointing(model):
 def run(model, inputs: dict, steps: int = STEPS, **kwargs):
     """generate() with exactly ``steps`` greedy tokens, their logits kept."""
     fixed = dict(max_new_tokens=steps, min_new_tokens=steps, do_sample=False, suppress_tokens=SPECIAL)
-    return model.generate(**clone(inputs), **fixed, return_dict_in_generate=True, output_logits=True, **kwargs)
+    return model.generate(
+        **clone(inputs), **fixed, return_dict_in_generate=True, output_logits=True, **kwargs
+    )
 
 
 def new_ids(out, inputs: dict) -> Tensor:
@@ -91,7 +98,9 @@ def assert_moved(out, name: str, inputs: dict) -> None:
             assert_close(got[b], dense[b])
 
 
-def expected(name: str, inputs: dict, spy: Spy, steps: int = STEPS, model=None, **kwargs) -> tuple[Tensor, Tensor]:
+def expected(
+    name: str, inputs: dict, spy: Spy, steps: int = STEPS, model=None, **kwargs
+) -> tuple[Tensor, Tensor]:
     """The oracle's answer for what a strategy was seen to choose."""
     family, model = FAMILIES[name], clean(name) if model is None else model
     keep, merge = spy.in_front(family, inputs) if spy.items else (None, None)
@@ -110,7 +119,9 @@ def consistent(name: str, inputs: dict, **kwargs) -> bool:
         return False
     scale = torch.stack(plain.logits).abs().max()
     same = torch.equal(plain.sequences, other.sequences)
-    return same and bool((torch.stack(plain.logits) - torch.stack(other.logits)).abs().max() < TOLERANCE * scale)
+    return same and bool(
+        (torch.stack(plain.logits) - torch.stack(other.logits)).abs().max() < TOLERANCE * scale
+    )
 
 
 def random_keep(family: Family, inputs: dict, share: float = 0.4, seed: int = 7) -> Tensor:

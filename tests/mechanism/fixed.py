@@ -16,7 +16,8 @@ from vtoken.patching import patch_of
 
 @dataclass
 class Fixed(Strategy):
-    """Keeps a random subset whose places and size depend on the picture; may merge; may drop in front of LLM layers.
+    """Keeps a random subset whose places and size depend on the picture; may merge; may drop in front of LLM
+    layers.
 
     Args:
         seed: another seed, other places.
@@ -57,7 +58,8 @@ class Fixed(Strategy):
         keep = torch.randperm(n, generator=generator)[:count].sort().values
         if not self.merge:
             return Selection(keep)
-        into = torch.randint(-1, max(1, count - 1), (n,), generator=generator)  # the last kept one absorbs nothing
+        # the last kept one absorbs nothing
+        into = torch.randint(-1, max(1, count - 1), (n,), generator=generator)
         into[keep] = torch.arange(count)
         into[keep[-1]] = -1
         return Selection(keep, into, torch.rand(n, generator=generator))
@@ -72,7 +74,8 @@ class Spy:
     Attributes:
         items: for every image or video asked about, in order: number of tokens and the answer.
         features: what each of these was made of.
-        planes: per early LLM layer what all visual tokens add there (DeepStack), if the tower reuses between frames.
+        planes: per early LLM layer what all visual tokens add there (DeepStack), if the tower reuses between
+            frames.
         drops: per LLM layer, for every prompt asked about: columns of its visual tokens and the answer.
     """
 
@@ -116,7 +119,8 @@ class Spy:
     def in_front(
         self, family: Family, inputs: dict, labels: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """What the items' answers mean for a batch: bool (batch, L), and a (kept, all) matrix for rows that merge.
+        """What the items' answers mean for a batch: bool (batch, L), and a (kept, all) matrix for rows that
+        merge.
 
         The last token of the prompt, which ends where `labels` begin, stays whatever was answered.
         """
@@ -152,9 +156,15 @@ class Spy:
 
     def planes_by_row(self, family: Family, inputs: dict) -> list[list[Tensor]] | None:
         counts = family.visual(inputs).sum(1).tolist()
-        return [list(rows) for rows in zip(*(plane.split(counts) for plane in self.planes))] if self.planes else None
+        return (
+            [list(rows) for rows in zip(*(plane.split(counts) for plane in self.planes))]
+            if self.planes
+            else None
+        )
 
-    def inside(self, family: Family, inputs: dict, front: Tensor) -> tuple[dict[int, Tensor], list[dict[int, Tensor]]]:
+    def inside(
+        self, family: Family, inputs: dict, front: Tensor
+    ) -> tuple[dict[int, Tensor], list[dict[int, Tensor]]]:
         """What the answers inside the LLM mean: per layer bool (batch, L), per row and layer a matrix."""
         visual, drop = family.visual(inputs), {}
         mix: list[dict[int, Tensor]] = [{} for _ in visual]

@@ -1,4 +1,6 @@
-"""Reuse between frames written out: every frame alone, every token computed, masks decide what is taken from where."""
+"""Reuse between frames written out: every frame alone, every token computed, masks decide what is taken from
+where.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,12 @@ def layers_of(model):
     return adapter_for(model).towers["video"].layers
 
 
-def film(kind: str, frames: int, seed: int = 0, dtype: torch.dtype = torch.float64, grid=GRID) -> list[Tensor]:
-    """Frames of pixels as the model takes them one by one; between frames a few patches change and all of them flicker."""
+def film(
+    kind: str, frames: int, seed: int = 0, dtype: torch.dtype = torch.float64, grid=GRID
+) -> list[Tensor]:
+    """Frames of pixels as the model takes them one by one; between frames a few patches change and all of
+    them flicker.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = (grid[0] * grid[1], 3 * 2 * 7 * 7) if kind.startswith("qwen") else (3, 28, 28)
     still = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -44,20 +50,28 @@ def film(kind: str, frames: int, seed: int = 0, dtype: torch.dtype = torch.float
 
 
 def features(model, kind: str, *videos: list[Tensor], grid=GRID):
-    """What `get_video_features` gives for videos of equal length; releases differ in the name of its first argument."""
+    """What `get_video_features` gives for videos of equal length; releases differ in the name of its first
+    argument.
+    """
     if kind.startswith("qwen"):
         grids = torch.tensor([[len(v), *grid] for v in videos])
-        return model.base_model.get_video_features(torch.cat([torch.cat(v) for v in videos]), video_grid_thw=grids)
+        return model.base_model.get_video_features(
+            torch.cat([torch.cat(v) for v in videos]), video_grid_thw=grids
+        )
     return model.base_model.get_video_features(torch.stack([torch.stack(v) for v in videos]))
 
 
 @torch.no_grad()
 def run(model, kind: str, *videos: list[Tensor], grid=GRID) -> list[Tensor]:
-    """Behind every tower layer (tokens, C), the frames of all videos one behind the other; input of the first in front."""
+    """Behind every tower layer (tokens, C), the frames of all videos one behind the other; input of the first
+    in front.
+    """
     seen: list[Tensor] = []
     layers = layers_of(model)
     handles = [layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, -2)))]
-    handles += [layer.register_forward_hook(lambda m, args, out: seen.append(out.flatten(0, -2))) for layer in layers]
+    handles += [
+        layer.register_forward_hook(lambda m, args, out: seen.append(out.flatten(0, -2))) for layer in layers
+    ]
     try:
         features(model, kind, *videos, grid=grid)
     finally:
@@ -99,10 +113,19 @@ def turn(x: Tensor, rotary) -> Tensor:
 
 
 def anatomy(layer, x: Tensor):
-    """Queries, keys, values (n, C), the output projection, the second norm, the MLP and the number of heads."""
+    """Queries, keys, values (n, C), the output projection, the second norm, the MLP and the number of heads.
+    """
     if hasattr(layer, "self_attn"):
         a, normed = layer.self_attn, layer.layer_norm1(x)
-        return a.q_proj(normed), a.k_proj(normed), a.v_proj(normed), a.out_proj, layer.layer_norm2, layer.mlp, a.num_heads
+        return (
+            a.q_proj(normed),
+            a.k_proj(normed),
+            a.v_proj(normed),
+            a.out_proj,
+            layer.layer_norm2,
+            layer.mlp,
+            a.num_heads,
+        )
     q, k, v = layer.attn.qkv(layer.norm1(x)).chunk(3, -1)
     return q, k, v, layer.attn.proj, layer.norm2, layer.mlp, layer.attn.num_heads
 

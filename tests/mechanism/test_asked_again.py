@@ -1,4 +1,6 @@
-"""The same features give the same tokens however often; a stream goes on when frames are encoded, not when asked about."""
+"""The same features give the same tokens however often; a stream goes on when frames are encoded, not when
+asked about.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ STREAMING = [
 
 @dataclass
 class Counting(Fixed):
-    """One of someone's own: which tokens stay depends on how many frames went before, noted in whatever way."""
+    """One of someone's own: which tokens stay depends on how many frames went before, noted in whatever way.
+    """
 
     def select(self, tokens: VisualTokens) -> Selection:
         tokens.memory.setdefault("sums", []).append(tokens.features.sum().double())
@@ -52,7 +55,11 @@ def features(model, inputs: dict, modality: str = "image"):
 
 def text_of(model, inputs: dict) -> dict:
     names = inspect.signature(model.base_model.get_image_features).parameters
-    return {k: v for k, v in clone(inputs).items() if k not in names and not k.startswith(("pixel", "image", "video"))}
+    return {
+        k: v
+        for k, v in clone(inputs).items()
+        if k not in names and not k.startswith(("pixel", "image", "video"))
+    }
 
 
 def kept(spy: Spy) -> list[list[int]]:
@@ -106,7 +113,8 @@ def test_features_encoded_once_and_asked_three_times(case, name, streaming):
 @pytest.mark.parametrize("case", [*STREAMING[1:], "own"], ids=str)
 @torch.no_grad()
 def test_history_is_what_was_pushed_in_its_order(case):
-    """Frames pushed first and asked about last to first: the answers are those of asking each when it came."""
+    """Frames pushed first and asked about last to first: the answers are those of asking each when it came.
+    """
     family, model = FAMILIES["llava"], subject("llava")
     frames = [family.prompt([[i]]) for i in (0, 1, 2)]
 
@@ -146,7 +154,10 @@ def test_a_refused_frame_leaves_no_history():
 @torch.no_grad()
 def test_a_strategy_that_reads_the_question_is_not_asked_before_there_is_one():
     model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
-    with patched(model, strategies.create("cdpruner", budget=0.3)) as spy, vtoken.stream(model, StreamState()):
+    with (
+        patched(model, strategies.create("cdpruner", budget=0.3)) as spy,
+        vtoken.stream(model, StreamState()),
+    ):
         features(model, inputs)
         assert not spy.items
         model(**clone(inputs))
@@ -160,7 +171,9 @@ def test_a_strategy_that_reads_the_question_is_not_asked_before_there_is_one():
 )  # fmt: skip
 @torch.no_grad()
 def test_generate_pushes_its_frames_once(case, name, way):
-    """With `use_cache=False` too, where every step reads the prompt again and older releases encode its pictures again."""
+    """With `use_cache=False` too, where every step reads the prompt again and older releases encode its
+    pictures again.
+    """
     family, model = FAMILIES[name], subject(name)
     if way and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         pytest.skip("this release gives every beam a copy of the frame")
@@ -169,7 +182,9 @@ def test_generate_pushes_its_frames_once(case, name, way):
     for cache in (True, False):
         state = StreamState()
         with patched(model, made(case)) as spy, vtoken.stream(model, state):
-            texts = [run(model, one, 3, use_cache=cache, **way).sequences.tolist() for one in (*inputs, inputs[0])]
+            texts = [
+                run(model, one, 3, use_cache=cache, **way).sequences.tolist() for one in (*inputs, inputs[0])
+            ]
         seen.append((texts, repr(state.memory), kept(spy)))
     assert seen[0][0] == seen[1][0] and seen[0][1] == seen[1][1]
     assert seen[0][2] == seen[1][2]

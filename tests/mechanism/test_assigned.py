@@ -1,4 +1,6 @@
-"""Options that are assigned to the strategy of a patched model, and features that were encoded under another strategy."""
+"""Options that are assigned to the strategy of a patched model, and features that were encoded under another
+strategy.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_an_option_that_moves_hooks_is_a_sentence(name, strategy, options, assig
         answer(model, inputs)
         for option, value in assigned.items():
             setattr(strategy, option, value)
-        with pytest.raises(RuntimeError, match=r"given options after it was patched.*vtoken.unpatch\(model\)"):
+        with pytest.raises(
+            RuntimeError, match=r"given options after it was patched.*vtoken.unpatch\(model\)"
+        ):
             answer(model, inputs)
         with vtoken.disabled(model):
             assert torch.equal(answer(model, inputs), answer(clean(name), inputs))
@@ -85,7 +89,9 @@ def test_other_options_are_followed(name, strategy, options, assigned):
 
 def features_of(model, inputs: dict):
     names = inspect.signature(model.base_model.get_image_features).parameters
-    return model.base_model.get_image_features(**{k: v for k, v in inputs.items() if k in names}, return_dict=True)
+    return model.base_model.get_image_features(
+        **{k: v for k, v in inputs.items() if k in names}, return_dict=True
+    )
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "internvl"])
@@ -112,7 +118,9 @@ def test_features_of_another_strategy_are_read_right_or_refused(name, first, the
         output = features_of(model, inputs)
     with vtoken.applied(subject(name), then, budget=0.5) as model:
         if not fits:
-            with pytest.raises(ValueError, match=r"encoded under another strategy.*call get_image_features again"):
+            with pytest.raises(
+                ValueError, match=r"encoded under another strategy.*call get_image_features again"
+            ):
                 model(**text, mm_encoder_outputs={"image": output})
             output = features_of(model, inputs)
         want = answer(model, inputs)

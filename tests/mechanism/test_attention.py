@@ -10,7 +10,18 @@ import vtoken
 from tests.models import FAMILIES
 from tests.oracle import CACHE, clone
 
-from .common import BOTH, FRONT, PATCHABLE, SOME, assert_close, assert_moved, assert_same, expected, run, subject
+from .common import (
+    BOTH,
+    FRONT,
+    PATCHABLE,
+    SOME,
+    assert_close,
+    assert_moved,
+    assert_same,
+    expected,
+    run,
+    subject,
+)
 from .fixed import Fixed, patched
 
 
@@ -30,16 +41,21 @@ def dense_kernel(q, k, v, causal=True, softmax_scale=None, **_):
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
     mask = mask.tril(k.shape[2] - q.shape[2]) if causal else mask
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale).transpose(
-        1, 2
-    )
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=softmax_scale
+    ).transpose(1, 2)
 
 
 def varlen_kernel(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=True, softmax_scale=None, **_):
-    """flash_attn_varlen_func: sequences packed behind each other. The real one reads foreign memory beyond the last of them."""
+    """flash_attn_varlen_func: sequences packed behind each other. The real one reads foreign memory beyond
+    the last of them.
+    """
     assert int(cu_seqlens_q[-1]) == len(q) and int(cu_seqlens_k[-1]) == len(k) == len(v)
     bounds = zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:])
-    parts = [dense_kernel(q[None, a:b], k[None, c:d], v[None, c:d], causal, softmax_scale)[0] for a, b, c, d in bounds]
+    parts = [
+        dense_kernel(q[None, a:b], k[None, c:d], v[None, c:d], causal, softmax_scale)[0]
+        for a, b, c, d in bounds
+    ]
     return torch.cat(parts)
 
 
@@ -49,7 +65,8 @@ def flash_arguments(query_length, key_length, is_causal, softmax_scale=None, **_
 
 @pytest.fixture
 def flash(monkeypatch):
-    """The code path of flash attention with kernels that run anywhere; makes models whose LLM goes that way."""
+    """The code path of flash attention with kernels that run anywhere; makes models whose LLM goes that way.
+    """
     kernels = (dense_kernel, varlen_kernel, None, flash_utils._pad_input, flash_utils._unpad_input)
     newer = hasattr(flash_utils, "_process_with_kvcache_kwargs_fn")
     arguments = (flash_arguments, flash_arguments) if newer else flash_arguments
@@ -108,7 +125,8 @@ def test_half_precision(name, dtype):
     """Kept dtype, finite logits, near those in float32 with the same selection."""
     model, inputs = subject(name, dtype=dtype), FAMILIES[name].batch("ragged", dtype)
     strategy = Fixed(budget=0.5, layers=(2,))
-    strategy.select = lambda tokens: strategy._draw(len(tokens), len(tokens))  # whatever the rounding of the features
+    # whatever the rounding of the features
+    strategy.select = lambda tokens: strategy._draw(len(tokens), len(tokens))
     with patched(model, strategy) as spy, torch.no_grad():
         out = model(**clone(inputs), use_cache=False).logits
         run(model, inputs, 2)

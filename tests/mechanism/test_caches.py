@@ -1,6 +1,7 @@
 """KV caches that hold a shortened prompt: cropped, moved, copied, and read by whoever comes next.
 
-What follows on a cropped cache is compared with the oracle, which shortens what is left of the prompt by hand.
+What follows on a cropped cache is compared with the oracle, which shortens what is left of the prompt by
+hand.
 """
 
 from __future__ import annotations
@@ -55,12 +56,18 @@ def positions_of(name: str, inputs: dict) -> Tensor:
 def read(model, inputs: dict, positions: Tensor, cache=None):
     """The prompt's forward: logits of the last token, and the cache."""
     with torch.no_grad():
-        out = model(**clone(inputs), position_ids=positions, use_cache=True, **({} if cache is None else {CACHE: cache}))
+        out = model(
+            **clone(inputs),
+            position_ids=positions,
+            use_cache=True,
+            **({} if cache is None else {CACHE: cache}),
+        )
     return out.logits[:, -1], out[CACHE]
 
 
 def go_on(model, inputs: dict, length: int, start: Tensor, cache) -> Tensor:
-    """Two tokens in one forward, then two steps of one: logits (4, B, vocabulary) behind `length` tokens of the prompt.
+    """Two tokens in one forward, then two steps of one: logits (4, B, vocabulary) behind `length` tokens of
+    the prompt.
 
     `start` (B,) are the positions of the first of them.
     """
@@ -138,7 +145,9 @@ def test_crop_counts_prompt_tokens(name, option, kind, static):
             assert {int(cropped.get_seq_length(i)) for i in range(4)} == {length}
             if left in ("before", "start"):
                 assert physical_length(cropped.layers[-1]) == int(real.sum(1).max())
-            assert_close(go_on(model, inputs, length, start, cropped), wanted(name, inputs, spy, length, start))
+            assert_close(
+                go_on(model, inputs, length, start, cropped), wanted(name, inputs, spy, length, start)
+            )
         assert int(cache.get_seq_length()) == whole
 
 
@@ -146,7 +155,9 @@ def test_crop_counts_prompt_tokens(name, option, kind, static):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_the_same_picture_again_after_a_crop(name, option, static):
-    """Back to before the picture, or to an empty cache, and the rest of the prompt once more: the same answer."""
+    """Back to before the picture, or to an empty cache, and the rest of the prompt once more: the same
+    answer.
+    """
     family, model = FAMILIES[name], subject(name)
     inputs = family.batch("ragged") if name == "llava" else family.batch("one")
     positions, visual = positions_of(name, inputs), family.visual(inputs).any(0).nonzero()[:, 0]
@@ -159,7 +170,10 @@ def test_the_same_picture_again_after_a_crop(name, option, static):
             got, cache = read(model, later, positions[..., length:], cache)
             assert_close(got, want)
             spy.drops = {k: [(c + length, a) for c, a in v] for k, v in spy.drops.items()}
-            whole, start = inputs["input_ids"].shape[1], positions.reshape(-1, *positions.shape[-2:]).amax((0, 2)) + 1
+            whole, start = (
+                inputs["input_ids"].shape[1],
+                positions.reshape(-1, *positions.shape[-2:]).amax((0, 2)) + 1,
+            )
             assert_close(go_on(model, inputs, whole, start, cache), wanted(name, inputs, spy, whole, start))
 
 
@@ -176,7 +190,8 @@ def test_generate_reads_the_picture_again_after_a_crop(option):
 
 
 def test_renumbered_positions_after_a_crop():
-    """`positions="renumber"` counts what was dropped before the crop, no longer what was dropped behind it."""
+    """`positions="renumber"` counts what was dropped before the crop, no longer what was dropped behind it.
+    """
     family, model = FAMILIES["llava"], subject("llava")
     inputs = family.batch("ragged")
     mask, where = inputs["attention_mask"], lengths_of(family, inputs)
@@ -184,7 +199,9 @@ def test_renumbered_positions_after_a_crop():
         keep = None
         for left in ("behind", "inside", "before"):
             length = where[left]
-            cache = model(**clone(inputs), position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True)[CACHE]
+            cache = model(**clone(inputs), position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True)[
+                CACHE
+            ]
             cache.crop(length - mask.shape[1])
             start = mask[:, :length].sum(1)
             got = go_on(model, inputs, length, start, cache)
@@ -200,7 +217,9 @@ def test_renumbered_positions_after_a_crop():
 
 
 def test_crop_of_an_older_and_a_newer_release():
-    """A positive number is a length of the prompt where transformers takes one, and an error where it does not."""
+    """A positive number is a length of the prompt where transformers takes one, and an error where it does
+    not.
+    """
     model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
     with patched(model), torch.no_grad():
         cache = model(**clone(inputs), use_cache=True)[CACHE]
@@ -241,7 +260,9 @@ def test_what_a_layer_of_transformers_cannot_do_is_a_sentence():
     cache = new_cache(model, True)
     with patched(model), torch.no_grad():
         model(**clone(inputs), **{CACHE: cache})
-    with pytest.raises(NotImplementedError, match="StaticLayer of this transformers has no batch_select_indices"):
+    with pytest.raises(
+        NotImplementedError, match="StaticLayer of this transformers has no batch_select_indices"
+    ):
         cache.batch_select_indices(torch.tensor([0]))
     if not hasattr(StaticLayer, "crop"):
         with pytest.raises(NotImplementedError, match="StaticLayer of this transformers has no crop"):
@@ -264,7 +285,9 @@ def test_a_cache_that_cannot_be_gathered_is_not_cropped_into_a_ragged_prompt():
                 cache.crop(where["inside"] - int(cache.get_seq_length()))
                 assert int(cache.get_seq_length()) == where["inside"]
                 continue
-            with pytest.raises(NotImplementedError, match="a DynamicCache or StaticCache that is not offloaded"):
+            with pytest.raises(
+                NotImplementedError, match="a DynamicCache or StaticCache that is not offloaded"
+            ):
                 cache.crop(where["inside"] - int(cache.get_seq_length()))
             assert all(a is layer.keys for a, layer in zip(before, cache.layers))
             assert int(cache.get_seq_length()) == inputs["input_ids"].shape[1]
@@ -291,7 +314,11 @@ def test_tables_after_a_crop_are_those_of_a_naive_writing():
     """Random tables of three stages and two forwards; per row a list of what is left."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        ledger, batch, rows = Ledger(3, 3, torch.device("cpu"), [0, 1, 2, 2]), 3, [[[], [], []] for _ in range(3)]
+        ledger, batch, rows = (
+            Ledger(3, 3, torch.device("cpu"), [0, 1, 2, 2]),
+            3,
+            [[[], [], []] for _ in range(3)],
+        )
         for length in (7, 6):
             end = ledger.end
             keep = torch.ones(batch, length, dtype=torch.bool)
@@ -301,7 +328,9 @@ def test_tables_after_a_crop_are_those_of_a_naive_writing():
                 chosen, valid = vtoken.mechanism.ragged.right_aligned(keep)
                 if stage == 0:
                     index = torch.where(valid, chosen, -1)
-                place = torch.stack([(index[b][None] == chosen[b][:, None]).long().argmax(1) for b in range(batch)])
+                place = torch.stack(
+                    [(index[b][None] == chosen[b][:, None]).long().argmax(1) for b in range(batch)]
+                )
                 ledger.append(stage, end, chosen, past + place, valid, not bool(valid.all()))
                 for b in range(batch):
                     rows[stage][b] += [end + int(i) for i in keep[b].nonzero()]
@@ -324,7 +353,10 @@ def test_tables_after_a_crop_are_those_of_a_naive_writing():
 def test_the_longest_prompt_a_cache_holds_counts_prompt_tokens(name):
     model, inputs = subject(name), FAMILIES[name].batch("one")
     static, dynamic = new_cache(model, True), new_cache(model, False)
-    before = [layer.get_max_length() for layer in static.layers], [layer.get_max_length() for layer in dynamic.layers]
+    before = (
+        [layer.get_max_length() for layer in static.layers],
+        [layer.get_max_length() for layer in dynamic.layers],
+    )
     with patched(model), torch.no_grad():
         for cache in (static, dynamic):
             model(**clone(inputs), **{CACHE: cache})
@@ -335,7 +367,9 @@ def test_the_longest_prompt_a_cache_holds_counts_prompt_tokens(name):
         assert dynamic.get_max_length(i) == before[1][i]
 
 
-@pytest.mark.parametrize("rows", [[1], torch.tensor([False, True]), slice(1, 2)], ids=["list", "bool", "slice"])
+@pytest.mark.parametrize(
+    "rows", [[1], torch.tensor([False, True]), slice(1, 2)], ids=["list", "bool", "slice"]
+)
 def test_rows_may_be_named_as_torch_allows(rows):
     model, inputs = subject("llava"), FAMILIES["llava"].batch("ragged")
     length, positions = inputs["input_ids"].shape[1], positions_of("llava", inputs)
@@ -390,7 +424,9 @@ def test_a_mask_over_new_tokens_alone_is_refused():
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shortened_cache_wants_a_patched_model(name, option, kind, static):
-    """After `unpatch`, after the `with` block and on another model: one sentence, and the cache stays as it was."""
+    """After `unpatch`, after the `with` block and on another model: one sentence, and the cache stays as it
+    was.
+    """
     model, inputs = subject(name), FAMILIES[name].batch(kind)
     positions, length = positions_of(name, inputs), inputs["input_ids"].shape[1]
     start = positions.reshape(-1, *positions.shape[-2:]).amax((0, 2)) + 1
@@ -458,7 +494,9 @@ def test_the_language_model_alone_goes_on_under_the_patch(name):
         last = positions[..., -1:].amax() + 1 + torch.zeros_like(positions[..., -1:])
         ids, other = torch.tensor([[7]]), copy.deepcopy(cache)
         want = model(ids, position_ids=last, **{CACHE: cache}).logits
-        got = model.get_decoder()(inputs_embeds=model.get_input_embeddings()(ids), position_ids=last, **{CACHE: other})
+        got = model.get_decoder()(
+            inputs_embeds=model.get_input_embeddings()(ids), position_ids=last, **{CACHE: other}
+        )
         assert_close(model.get_output_embeddings()(got.last_hidden_state), want)
     with pytest.raises(RuntimeError, match="is not patched"):
         model.get_decoder()(input_ids=ids, position_ids=last, **{CACHE: other})
@@ -594,7 +632,9 @@ def test_a_chunk_may_lose_all_its_tokens(name, kind, chunk, static):
 
 
 def test_a_forward_may_lose_all_its_tokens_but_the_last():
-    """A picture in a forward of its own, of which the strategy keeps nothing: an answer might be read from its end."""
+    """A picture in a forward of its own, of which the strategy keeps nothing: an answer might be read from
+    its end.
+    """
     family, model = FAMILIES["llava"], subject("llava")
     inputs = family.batch("one")
     visual = family.visual(inputs)[0].nonzero()[:, 0]

@@ -67,7 +67,11 @@ def test_no_features_stay_alive_between_calls(name, strategy):
         if isinstance(out, torch.Tensor) and out.is_floating_point():
             alive.append(weakref.ref(out))
 
-    towers = [m for n, m in model.named_modules() if "vision" in n or "visual" in n or "projector" in n or "connector" in n]
+    towers = [
+        m
+        for n, m in model.named_modules()
+        if "vision" in n or "visual" in n or "projector" in n or "connector" in n
+    ]
     handles = [m.register_forward_hook(note) for m in {id(m): m for m in towers}.values()]
     model(**clone(inputs))
     model.generate(**clone(inputs), max_new_tokens=2)
@@ -96,13 +100,19 @@ assert not any("vtoken" in str(v) for m in model.modules() for v in vars(m).valu
 """
 
 
-@pytest.mark.parametrize(("name", "strategy"), [("llava", ["hired", "pyramiddrop"]), ("qwen2_5_vl/video", "stc_cacher")])
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("llava", ["hired", "pyramiddrop"]), ("qwen2_5_vl/video", "stc_cacher")]
+)
 def test_another_process_loads_a_patched_model(name, strategy, tmp_path):
-    """Saved by torch.save with the patch on, before transformers has put hooks of its own there, which no pickle takes."""
+    """Saved by torch.save with the patch on, before transformers has put hooks of its own there, which no
+    pickle takes.
+    """
     inputs = FAMILIES[name].batch("one")
     dense, want = answer(FAMILIES[name].build(), inputs), answer(patched(name, strategy), inputs)
     torch.save((patched(name, strategy), inputs, want, dense), tmp_path / "model.pt")
-    out = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "model.pt")], capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path / "model.pt")], capture_output=True, text=True
+    )
     assert out.returncode == 0, out.stderr
 
 

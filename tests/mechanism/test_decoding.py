@@ -48,7 +48,9 @@ def beam_search(model, inputs: dict):
 
 
 def teacher_forced(ids: torch.Tensor, answer) -> torch.Tensor:
-    """Mean log-probability (batch, beams) of every beam; ``answer(ids)`` are the logits (steps, batch, vocabulary)."""
+    """Mean log-probability (batch, beams) of every beam; ``answer(ids)`` are the logits (steps, batch,
+    vocabulary).
+    """
     scores = []
     for beam in ids.unbind(1):
         log_p = answer(beam).log_softmax(-1)
@@ -61,7 +63,9 @@ def test_beam_scores(name, options):
     inputs = FAMILIES[name].batch("ragged")
     try:
         ids, scores = beam_search(clean(name), inputs)
-        dense = teacher_forced(ids, lambda beam: oracle.generate(clean(name), inputs, steps=STEPS, forced=beam)[1])
+        dense = teacher_forced(
+            ids, lambda beam: oracle.generate(clean(name), inputs, steps=STEPS, forced=beam)[1]
+        )
         assert_close(scores, dense)
     except Exception:
         pytest.skip("the unpatched model's beam search is wrong here")
@@ -93,7 +97,9 @@ def test_prompt_lookup(name, options):
     inputs = extend(inputs, torch.arange(3, 95)[None])  # whatever the model says can be looked up
     with patched(model, **options) as spy:
         lengths, stop = queries(model)
-        out = model.generate(**clone(inputs), max_new_tokens=12, do_sample=False, suppress_tokens=SPECIAL, **LOOKUP)
+        out = model.generate(
+            **clone(inputs), max_new_tokens=12, do_sample=False, suppress_tokens=SPECIAL, **LOOKUP
+        )
         stop()
     assert out[:, inputs["input_ids"].shape[1] :].tolist() == expected(name, inputs, spy, 12)[0].tolist()
     assert max(lengths[1:]) > 1
@@ -101,7 +107,9 @@ def test_prompt_lookup(name, options):
 
 @everywhere(before=FRONT)
 def test_prompt_lookup_on_a_static_cache(name, options):
-    """Drafts of the first forward are cropped out of the prompt's tables; transformers allows it from 5.24 on."""
+    """Drafts of the first forward are cropped out of the prompt's tables; transformers allows it from 5.24
+    on.
+    """
     inputs = extend(FAMILIES[name].batch("one"), torch.tensor([[5, 6, 7, 8, 9, 10, 5]]))
     padded = [k for k, v in inputs.items() if v.shape == inputs["input_ids"].shape]
     inputs = inputs | {k: torch.nn.functional.pad(inputs[k], (3, 0)) for k in padded}

@@ -1,4 +1,6 @@
-"""The other door, `forward(pixel_values=...)`: shapes, losses, gradients, attentions, and loops written by hand."""
+"""The other door, `forward(pixel_values=...)`: shapes, losses, gradients, attentions, and loops written by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -64,10 +66,14 @@ def test_loss_and_gradients(name, side):
     assert (want - dense.loss).abs() > 1e-4 * dense.loss
     assert out.logits.shape == dense.logits.shape
     for where in ("layers.1.mlp.up_proj.weight", "layers.3.self_attn.q_proj.weight"):
-        parameters = dict(model.get_decoder().named_parameters()), dict(clean(name).get_decoder().named_parameters())
+        parameters = (
+            dict(model.get_decoder().named_parameters()),
+            dict(clean(name).get_decoder().named_parameters()),
+        )
         if where in parameters[0]:
             got, ref = (
-                torch.autograd.grad(x, p[where], retain_graph=True)[0] for x, p in zip((out.loss, want), parameters)
+                torch.autograd.grad(x, p[where], retain_graph=True)[0]
+                for x, p in zip((out.loss, want), parameters)
             )
             assert_close(got, ref)
     assert_close(
@@ -175,7 +181,9 @@ def test_attentions_and_hidden_states(name):
 @pytest.mark.parametrize("training", [False, True])
 @everywhere(before=FRONT)
 def test_without_gradients_in_training_mode(name, options, training):
-    """With gradient checkpointing, too: from transformers 5.24 on, a model in training mode caches where gradients are off."""
+    """With gradient checkpointing, too: from transformers 5.24 on, a model in training mode caches where
+    gradients are off.
+    """
     if training and options.get("layers") and HOOKS_INSIDE_CHECKPOINT:
         pytest.skip("refused on this transformers")
     family, model = FAMILIES[name], checkpointing(FAMILIES[name].build()).train(training)

@@ -50,8 +50,20 @@ def test_importing_patches_nothing_and_is_quick():
     assert float(out.stdout.split()[0]) < 1.0
 
 
-# Every room from the ground up, and what it may import of the package besides itself. A room is a folder or a file.
-GROUND = ("_json", "_threads", "checks", "extras", "hooks", "kernels", "limits", "streams", "tokens", "version")
+# Every room from the ground up, and what it may import of the package besides itself. A room is a folder or a
+# file.
+GROUND = (
+    "_json",
+    "_threads",
+    "checks",
+    "extras",
+    "hooks",
+    "kernels",
+    "limits",
+    "streams",
+    "tokens",
+    "version",
+)
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(GROUND, ()),
     "images": ("limits",),
@@ -69,22 +81,64 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "active": ("streams",),
     "fit": ("adapters", "mechanism", "strategies", "streams", "tokens"),
     "patching": (
-        *("accounting", "active", "adapters", "config", "fit", "hooks", "mechanism", "recorder", "strategies"),
+        *(
+            "accounting",
+            "active",
+            "adapters",
+            "config",
+            "fit",
+            "hooks",
+            "mechanism",
+            "recorder",
+            "strategies",
+        ),
         *("streams", "tokens"),
     ),
     "streaming": (
-        *("active", "adapters", "checks", "fit", "images", "kernels", "mechanism", "patching", "strategies", "streams"),
+        *(
+            "active",
+            "adapters",
+            "checks",
+            "fit",
+            "images",
+            "kernels",
+            "mechanism",
+            "patching",
+            "strategies",
+            "streams",
+        ),
         "tokens",
     ),
     # the public face, as users import it: `import vtoken`
     "vtoken": (
-        *("accounting", "config", "fit", "mechanism", "patching", "resize", "strategies", "streaming", "streams"),
+        *(
+            "accounting",
+            "config",
+            "fit",
+            "mechanism",
+            "patching",
+            "resize",
+            "strategies",
+            "streaming",
+            "streams",
+        ),
         *("drawing", "tokens", "version", "video"),
     ),
     "bench": ("_json", "asking", "checks", "extras", "mechanism", "recorder", "strategies", "tiny", "vtoken"),
     "eval": ("_json", "asking", "checks", "extras", "images", "strategies", "tiny", "video", "vtoken"),
     "cli": (
-        *("asking", "bench", "checks", "eval", "extras", "images", "patching", "strategies", "streaming", "streams"),
+        *(
+            "asking",
+            "bench",
+            "checks",
+            "eval",
+            "extras",
+            "images",
+            "patching",
+            "strategies",
+            "streaming",
+            "streams",
+        ),
         *("tiny", "video", "drawing", "vtoken"),
     ),
     "__main__": ("cli",),
@@ -98,7 +152,10 @@ LIBRARIES = {  # third-party packages that a room must not touch
     "mechanism": ("timm", "open_clip", "accelerate"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
-NAMES = {path: ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
+NAMES = {
+    path: ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in FILES
+}
 
 
 def room_of(module: str) -> str:
@@ -108,7 +165,9 @@ def room_of(module: str) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """The modules that a file imports, by full name; those of the package down to the file. Type checkers' imports count."""
+    """The modules that a file imports, by full name; those of the package down to the file. Type checkers'
+    imports count.
+    """
     found, package = set(), ["vtoken", *path.relative_to(ROOT).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -142,8 +201,13 @@ def test_no_circle_of_files():
     graph = {}
     for path in FILES:
         package = NAMES[path] if path.name == "__init__.py" else NAMES[path].rpartition(".")[0]
-        # that importing a file runs the __init__ of its folder is no import of it; the face is imported at work only
-        graph[NAMES[path]] = {m for m in imports(path) if m in NAMES.values()} - {NAMES[path], "vtoken", package}
+        # that importing a file runs the __init__ of its folder is no import of it; the face is imported at
+        # work only
+        graph[NAMES[path]] = {m for m in imports(path) if m in NAMES.values()} - {
+            NAMES[path],
+            "vtoken",
+            package,
+        }
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError
 
 

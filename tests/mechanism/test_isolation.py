@@ -31,7 +31,9 @@ from .fixed import Fixed, patched
 
 def logits(model, inputs: dict) -> torch.Tensor:
     with torch.no_grad():
-        return torch.cat([torch.stack(run(model, inputs).logits).flatten(), model(**clone(inputs)).logits.flatten()])
+        return torch.cat(
+            [torch.stack(run(model, inputs).logits).flatten(), model(**clone(inputs)).logits.flatten()]
+        )
 
 
 def traces(model) -> dict:
@@ -56,7 +58,9 @@ def test_unpatch_restores_everything(name):
     vtoken.unpatch(model)
 
 
-@pytest.mark.parametrize(("name", "strategy"), [(n, "pool") for n in PATCHABLE] + [(n, "random") for n in SOME])
+@pytest.mark.parametrize(
+    ("name", "strategy"), [(n, "pool") for n in PATCHABLE] + [(n, "random") for n in SOME]
+)
 def test_the_whole_budget_is_the_unpatched_model(name, strategy):
     model, inputs = subject(name), FAMILIES[name].batch("ragged")
     want = logits(model, inputs)
@@ -67,7 +71,10 @@ def test_the_whole_budget_is_the_unpatched_model(name, strategy):
 def test_an_int_budget_above_the_image_keeps_all_and_warns_once():
     model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
     want = logits(model, inputs)
-    with vtoken.applied(model, "random", budget=1000), pytest.warns(UserWarning, match="budget of 1000") as seen:
+    with (
+        vtoken.applied(model, "random", budget=1000),
+        pytest.warns(UserWarning, match="budget of 1000") as seen,
+    ):
         got = logits(model, inputs)
         run(model, inputs)
     assert torch.equal(got, want)
@@ -192,7 +199,11 @@ def test_an_exception_in_a_strategy(name, where):
 @pytest.mark.parametrize("answer", ["out of range", "unsorted", "not integer", "into without weight"])
 def test_an_illegal_answer_is_an_error(answer):
     model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
-    keep = {"out of range": torch.tensor([3, 16]), "unsorted": torch.tensor([3, 1]), "not integer": torch.rand(3)}
+    keep = {
+        "out of range": torch.tensor([3, 16]),
+        "unsorted": torch.tensor([3, 1]),
+        "not integer": torch.rand(3),
+    }
     strategy = Fixed()
     selection = vtoken.Selection(keep.get(answer, torch.arange(3)))
     if answer == "into without weight":
@@ -228,7 +239,9 @@ def test_keeping_nothing():
 
 @pytest.mark.parametrize("first", ["theirs", "ours"])
 def test_a_forward_that_someone_else_wraps(first):
-    """Autocast and device maps set `forward` on the instance, before the patch or after it: each takes off its own."""
+    """Autocast and device maps set `forward` on the instance, before the patch or after it: each takes off
+    its own.
+    """
     model = FAMILIES["llava"].build()
     inputs, calls = FAMILIES["llava"].batch("one"), []
 

@@ -33,7 +33,9 @@ def test_greedy(name, plan):
     assert sorted(spy.drops) == list(PLANS[plan]["layers"])
     assert_same(out, inputs, expected(name, inputs, spy))
     assert_moved(out, name, inputs)
-    keep = spy.in_front(FAMILIES[name], inputs)[0] if spy.items else torch.ones_like(inputs["input_ids"]).bool()
+    keep = (
+        spy.in_front(FAMILIES[name], inputs)[0] if spy.items else torch.ones_like(inputs["input_ids"]).bool()
+    )
     alive, stored = keep & inputs["attention_mask"].bool(), []
     for i in range(4):
         alive = alive & spy.inside(FAMILIES[name], inputs, keep)[0].get(i, keep)

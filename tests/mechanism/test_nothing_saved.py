@@ -55,14 +55,18 @@ def test_embeddings_merged_by_hand(name, strategy, how):
         "base": lambda **given: model.base_model(**given),
         "language model": lambda **given: model.get_decoder()(**given),
     }
-    with pytest.warns(UserWarning, match=f"{strategy} saved no visual token.*Pass input_ids and pixel_values") as seen:
+    with pytest.warns(
+        UserWarning, match=f"{strategy} saved no visual token.*Pass input_ids and pixel_values"
+    ) as seen:
         calls[how](**merged(model, name, inputs))
         calls[how](**merged(model, name, inputs))
     assert len([w for w in seen if "saved no visual token" in str(w.message)]) == 1
 
 
 def test_other_uses_of_features_are_nobodys_business():
-    """Features that the LLM never reads, or that the user has pruned; prompts of text; a disabled patch; the whole budget."""
+    """Features that the LLM never reads, or that the user has pruned; prompts of text; a disabled patch; the
+    whole budget.
+    """
     name, inputs = "llava", FAMILIES["llava"].batch("one")
     model, text = FAMILIES[name].build(), FAMILIES[name].prompt([[]])
     vtoken.patch(model, "hired", budget=0.3)

@@ -1,4 +1,6 @@
-"""The oracle is right by itself: with nothing dropped it is the unpatched model; its two ways of shortening agree."""
+"""The oracle is right by itself: with nothing dropped it is the unpatched model; its two ways of shortening
+agree.
+"""
 
 from __future__ import annotations
 

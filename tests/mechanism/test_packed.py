@@ -56,7 +56,9 @@ def packed(name: str, rows) -> tuple[list[list[dict]], dict]:
 
 def alone(name: str, prompts: list[list[dict]], inputs: dict, spy, renumber: bool = False) -> list[tuple]:
     """Per prompt: row, first column, kept columns, and the oracle's logits there."""
-    keep, _ = spy.in_front(FAMILIES[name], inputs) if spy else (torch.ones_like(inputs["input_ids"]).bool(), None)
+    keep, _ = (
+        spy.in_front(FAMILIES[name], inputs) if spy else (torch.ones_like(inputs["input_ids"]).bool(), None)
+    )
     out = []
     for b, row in enumerate(prompts):
         start = 0
@@ -95,7 +97,9 @@ def test_packed_prompts_do_not_see_each_other(name, case, attn):
 @pytest.mark.parametrize("merge", [False, True], ids=["dropped", "merged"])
 @pytest.mark.parametrize("name", NAMES)
 def test_training_on_packed_prompts_is_training_on_each(name, merge):
-    """Loss and gradients, of prompts that begin with their picture too; gradient checkpointing turns the cache off."""
+    """Loss and gradients, of prompts that begin with their picture too; gradient checkpointing turns the
+    cache off.
+    """
     prompts, inputs = packed(name, CASES["one row"])
     begins = next(n for n, i in enumerate(prompts[0][1]["input_ids"][0]) if i == IMG)
     labels = inputs["input_ids"].masked_fill(FAMILIES[name].visual(inputs), -100)
@@ -118,7 +122,9 @@ def test_training_on_packed_prompts_is_training_on_each(name, merge):
 
 @pytest.mark.parametrize("where", ["first", "later"])
 def test_a_prompt_that_begins_with_its_picture(where):
-    """A dropped token at the head of a packed prompt is answered for by its own prompt, never by the one before."""
+    """A dropped token at the head of a packed prompt is answered for by its own prompt, never by the one
+    before.
+    """
     family = FAMILIES["llava"]
     picture = family.vision(0)["pixel_values"]
     one, other = torch.tensor([[IMG] * 16 + text(4, 1)]), torch.tensor([text(6, 2)])
@@ -131,7 +137,11 @@ def test_a_prompt_that_begins_with_its_picture(where):
     with vtoken.applied(model, strategy), torch.no_grad():
         got = model(ids, pixel_values=picture, position_ids=positions, use_cache=False).logits
         want = torch.cat(
-            [model(x, **({"pixel_values": picture} if x is one else {}), use_cache=False).logits for x in row], 1
+            [
+                model(x, **({"pixel_values": picture} if x is one else {}), use_cache=False).logits
+                for x in row
+            ],
+            1,
         )
     assert_close(got, want)
 
@@ -187,14 +197,20 @@ def test_renumbered_positions_count_from_the_beginning_of_each_prompt():
     check("llava", got, alone("llava", prompts, inputs, spy, renumber=True))
 
 
-FLASH_CASES = {"three prompts": CASES["three prompts"], "one prompt": [[[[0]]]], "one of two pictures": [[[[2, 1]]]]}
+FLASH_CASES = {
+    "three prompts": CASES["three prompts"],
+    "one prompt": [[[[0]]]],
+    "one of two pictures": [[[[2, 1]]]],
+}
 
 
 @pytest.mark.parametrize("lengths", [False, True], ids=["positions", "lengths"])
 @pytest.mark.parametrize("case", FLASH_CASES)
 @pytest.mark.parametrize("name", NAMES)
 def test_flash_attention(name, case, lengths, flash):  # noqa: F811
-    """It finds the prompts in the positions, or is told their lengths; both are those of the shortened prompts."""
+    """It finds the prompts in the positions, or is told their lengths; both are those of the shortened
+    prompts.
+    """
     model, (prompts, inputs) = flash(name), packed(name, FLASH_CASES[case])
     sizes = [p["input_ids"].shape[1] for p in prompts[0]]
     ends = torch.tensor([0, *sizes]).cumsum(0).int()
@@ -252,7 +268,8 @@ def test_pictures_of_packed_prompts_are_no_video():
 
 
 def test_a_cache_makes_one_prompt_of_a_row():
-    """With a cache transformers reads positions that start again as one prompt, and so does a patched model."""
+    """With a cache transformers reads positions that start again as one prompt, and so does a patched model.
+    """
     name = "llava"
     _, inputs = packed(name, CASES["one row"])
     model = subject(name)

@@ -54,7 +54,9 @@ def probed(name: str, inputs: dict, *layers: int, **options) -> list:
 # -- attention rows -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", PATCHABLE)
 def test_rows_are_those_of_eager_attention(name):
-    """Grouped queries, multimodal rope, q/k norms, images that see themselves: whatever eager attention says, to 1e-5."""
+    """Grouped queries, multimodal rope, q/k norms, images that see themselves: whatever eager attention says,
+    to 1e-5.
+    """
     tolerance = 5e-5 if name == "paligemma" else 1e-5  # scales its embeddings: logits of hundreds, in float32
     inputs = FAMILIES[name].batch("ragged")
     with torch.no_grad():
@@ -85,7 +87,9 @@ def test_preview_in_front_of_the_first_layer():
 
 def clean_embeddings(name: str, inputs: dict) -> Tensor:
     got: dict = {}
-    hook = clean(name).get_decoder().register_forward_pre_hook(lambda m, a, kw: got.update(kw), with_kwargs=True)
+    hook = (
+        clean(name).get_decoder().register_forward_pre_hook(lambda m, a, kw: got.update(kw), with_kwargs=True)
+    )
     run(clean(name), inputs, 1)
     hook.remove()
     return got["inputs_embeds"]
@@ -102,10 +106,16 @@ def test_rows_on_a_cache_with_an_earlier_turn(name, static):
     with torch.no_grad():
         maps = clean(name, "eager")(**clone(whole), output_attentions=True).attentions
     model, probe = subject(name), Probe(2)
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=160) if static else DynamicCache()
+    cache = (
+        StaticCache(config=model.config.get_text_config(), max_cache_len=160) if static else DynamicCache()
+    )
     names = ("input_ids", "attention_mask", "mm_token_type_ids")
     position = {}
-    hook = clean(name).get_decoder().register_forward_pre_hook(lambda m, a, kw: position.update(kw), with_kwargs=True)
+    hook = (
+        clean(name)
+        .get_decoder()
+        .register_forward_pre_hook(lambda m, a, kw: position.update(kw), with_kwargs=True)
+    )
     clean(name)(**clone(whole))
     hook.remove()
     ids = position["position_ids"]
@@ -129,9 +139,13 @@ def test_rows_leave_out_the_padding_of_an_earlier_turn(static):
     ids = torch.tensor([text(6, 2) + image, [0] * 4 + text(2, 3) + image])
     mask = (ids != 0).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    whole = dict(attention_mask=mask, pixel_values=torch.cat([family.vision(i)["pixel_values"] for i in (0, 1)]))
+    whole = dict(
+        attention_mask=mask, pixel_values=torch.cat([family.vision(i)["pixel_values"] for i in (0, 1)])
+    )
     with torch.no_grad():
-        maps = clean("llava", "eager")(ids, position_ids=positions, **clone(whole), output_attentions=True).attentions
+        maps = clean("llava", "eager")(
+            ids, position_ids=positions, **clone(whole), output_attentions=True
+        ).attentions
     model, probe = subject("llava"), Probe(2)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=40) if static else DynamicCache()
     with patched(model, probe), torch.no_grad():
@@ -175,7 +189,8 @@ def test_frames_are_units():
     "options", [dict(use_cache=False), dict(prompt_lookup_num_tokens=3)], ids=["no cache", "lookup"]
 )
 def test_drafts_and_generated_tokens_are_not_the_prompt(options):
-    """The last token of the prompt ranks, not a draft or a generated token: the same answer as with a cache."""
+    """The last token of the prompt ranks, not a draft or a generated token: the same answer as with a cache.
+    """
     model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
     ids = inputs["input_ids"].clone()
     ids[0, -3:-1] = ids[0, 1:3]
@@ -203,10 +218,16 @@ def test_chunks_are_refused():
     model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
     if not consistent("llava", inputs, prefill_chunk_size=7):
         pytest.skip("this release loses the image in a chunked prefill, unpatched too")
-    with patched(model, layers=(1,), projector=False), pytest.raises(NotImplementedError, match="prefill_chunk_size"):
+    with (
+        patched(model, layers=(1,), projector=False),
+        pytest.raises(NotImplementedError, match="prefill_chunk_size"),
+    ):
         run(model, inputs, prefill_chunk_size=7)
     whole = int(FAMILIES["llava"].visual(inputs)[0].nonzero()[-1]) + 1
-    with patched(model, layers=(1,), projector=False), pytest.raises(NotImplementedError, match="prefill_chunk_size"):
+    with (
+        patched(model, layers=(1,), projector=False),
+        pytest.raises(NotImplementedError, match="prefill_chunk_size"),
+    ):
         run(model, inputs, prefill_chunk_size=whole)  # all visual tokens in the first chunk
 
 
@@ -277,12 +298,16 @@ def test_a_cache_filled_under_another_patch():
         out = run(model, inputs, 2)
     ids = torch.cat([out.sequences, torch.tensor([text(3, 5)])], 1)
     again = dict(input_ids=ids, attention_mask=torch.ones_like(ids), **{CACHE: out[CACHE]})
-    with patched(model, layers=(2,), projector=False), pytest.raises(ValueError, match="filled under a strategy"):
+    with (
+        patched(model, layers=(2,), projector=False),
+        pytest.raises(ValueError, match="filled under a strategy"),
+    ):
         run(model, again, 2)
 
 
 def test_windows():
-    """A window that the conversation fits is no hindrance; a smaller one is refused before the first token."""
+    """A window that the conversation fits is no hindrance; a smaller one is refused before the first token.
+    """
     family = FAMILIES["gemma3"]
     inputs = family.batch("one")
     total = inputs["input_ids"].shape[1] + 5
@@ -314,9 +339,13 @@ def test_layers_that_cannot_drop_tokens(monkeypatch):
     kinds = ["linear_attention", "full_attention"] * 2
     with monkeypatch.context() as patch:
         patch.setattr(model.get_decoder().config, "layer_types", kinds, raising=False)
-        with pytest.raises(ValueError, match="cannot be done to layers of type linear_attention: use a projector"):
+        with pytest.raises(
+            ValueError, match="cannot be done to layers of type linear_attention: use a projector"
+        ):
             vtoken.patch(model, "fastv", layer=1)
-        assert "fastv" not in vtoken.list_strategies(model=model) and "random" in vtoken.list_strategies(model=model)
+        assert "fastv" not in vtoken.list_strategies(model=model) and "random" in vtoken.list_strategies(
+            model=model
+        )
     layer = model.get_decoder().layers[0]
     attention = layer.self_attn
     try:
@@ -373,7 +402,9 @@ def test_scoring_makes_no_square_map(case):
     images = 20
     ids = torch.tensor([text(3, 1) + [IMG] * 16 * images + text(5, 2)])
     inputs = dict(
-        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=one["pixel_values"].repeat(images, 1, 1, 1)
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=one["pixel_values"].repeat(images, 1, 1, 1),
     )
     strategy = strategies.create(case.split()[0], **SCORERS[case])
     inner, spy = strategy.select_in_prefill, Largest()
@@ -397,8 +428,8 @@ def test_scoring_makes_no_square_map(case):
 @pytest.mark.parametrize("cache", [StaticCache, DynamicCache])
 @pytest.mark.parametrize("case", ["unpatched", "random", "fastv", "mustdrop"])
 def test_compiled_decode_does_not_recompile(case, cache):
-    """`torch.compile(model.forward, fullgraph=True)` on the decode steps of a pruned prompt, rows of different lengths: no
-    graph break, and from the second token on no new graph, as in the unpatched model.
+    """`torch.compile(model.forward, fullgraph=True)` on the decode steps of a pruned prompt, rows of
+    different lengths: no graph break, and from the second token on no new graph, as in the unpatched model.
     """
     import torch._dynamo as dynamo
 
@@ -407,11 +438,16 @@ def test_compiled_decode_does_not_recompile(case, cache):
     mask, length = inputs["attention_mask"], inputs["input_ids"].shape[1]
     positions, config = (mask.cumsum(1) - 1).clamp(min=0), model.config.get_text_config()
     store = (
-        StaticCache(config=config, max_cache_len=length + 16) if cache is StaticCache else DynamicCache(config=config)
+        StaticCache(config=config, max_cache_len=length + 16)
+        if cache is StaticCache
+        else DynamicCache(config=config)
     )
     dynamo.reset()
     dynamo.utils.counters.clear()
-    with nullcontext() if case == "unpatched" else patched(model, strategies.create(case, **options)), torch.no_grad():
+    with (
+        nullcontext() if case == "unpatched" else patched(model, strategies.create(case, **options)),
+        torch.no_grad(),
+    ):
         want = run(model, inputs, 6)
         out = model(**clone(inputs), **{CACHE: store}, position_ids=positions)
         compiled, graphs, ids = torch.compile(model.forward, backend="eager", fullgraph=True), [], []
@@ -423,14 +459,20 @@ def test_compiled_decode_does_not_recompile(case, cache):
             out = compiled(**step, **{CACHE: store})
             graphs.append(dynamo.utils.counters["stats"]["unique_graphs"])
     assert torch.equal(torch.stack(ids, 1), want.sequences[:, length:])
-    assert graphs == [1, 2, 2, 2, 2, 2], "the second graph is for a mask of any width, no further one is expected"
+    assert graphs == [1, 2, 2, 2, 2, 2], (
+        "the second graph is for a mask of any width, no further one is expected"
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.12"), reason="dynamo of torch 2.11 cannot guard hooks' state")
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.12"), reason="dynamo of torch 2.11 cannot guard hooks' state"
+)
 @pytest.mark.parametrize("case", ["random", "fastv"])
 def test_compiled_prefill_is_right(case):
-    """What depends on data is left to eager mode, whatever surrounds it is compiled: the very same logits, twice."""
+    """What depends on data is left to eager mode, whatever surrounds it is compiled: the very same logits,
+    twice.
+    """
     import torch._dynamo as dynamo
 
     model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
@@ -446,7 +488,9 @@ def test_compiled_prefill_is_right(case):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.12"), reason="dynamo of torch 2.11 cannot guard hooks' state")
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.12"), reason="dynamo of torch 2.11 cannot guard hooks' state"
+)
 def test_what_was_compiled_and_called_before_the_patch_says_so():
     model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
     torch.compiler.reset()

@@ -1,4 +1,6 @@
-"""Where the prompt ends: drafts, generated tokens or an answer after it do not choose what is kept of its pictures."""
+"""Where the prompt ends: drafts, generated tokens or an answer after it do not choose what is kept of its
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +49,19 @@ def kept(spy: Spy) -> list:
 
 
 def with_answers(inputs: dict, answers: list[list[int]], side: str) -> tuple[dict, Tensor, list[int]]:
-    """The rows of a batch with an answer after each -> inputs padded at `side`, labels, and the columns of each prompt."""
+    """The rows of a batch with an answer after each -> inputs padded at `side`, labels, and the columns of
+    each prompt.
+    """
     longest = max(map(len, answers))
     ids = torch.tensor([a + [0] * (longest - len(a)) for a in answers])
     mask = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers])
     starts, out = [inputs["input_ids"].shape[1]] * len(answers), extend(inputs, ids)
     out["attention_mask"] = torch.cat([inputs["attention_mask"], mask], 1)
-    shift = (inputs["attention_mask"] == 0).sum(1).tolist() if side == "right" else [len(a) - longest for a in answers]
+    shift = (
+        (inputs["attention_mask"] == 0).sum(1).tolist()
+        if side == "right"
+        else [len(a) - longest for a in answers]
+    )
     for key in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
         if key in out:
             out[key] = torch.stack([row.roll(-n) for row, n in zip(out[key], shift, strict=True)])
@@ -72,7 +80,9 @@ ANSWERS = [[text(5, 1), text(2, 2)], [text(5, 3), text(2, 4)], [text(1, 5), text
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 @pytest.mark.parametrize("case", READERS)
 def test_the_answer_does_not_choose(case, name, side):
-    """Two prompts of different lengths, three answers: the kept set is the one that generate() chooses for the prompts."""
+    """Two prompts of different lengths, three answers: the kept set is the one that generate() chooses for
+    the prompts.
+    """
     model, inputs = subject(name), FAMILIES[name].batch("ragged")
     with patched(model, made(case)) as spy, torch.no_grad():
         run(model, inputs, 1)
@@ -99,7 +109,9 @@ def test_the_answer_does_not_choose(case, name, side):
             spy.clear()
             model(**clone(full))
             without.append(kept(spy))
-        assert without[0] != without[1] or without[0] != want, "nothing depends on the answer here, told or not"
+        assert without[0] != without[1] or without[0] != want, (
+            "nothing depends on the answer here, told or not"
+        )
 
 
 def test_labels_by_position_and_none_that_count():
@@ -240,7 +252,9 @@ def test_drafts_change_nothing(case, name, way):
             want = kept(spy)
             spy.clear()
             hook = model.get_decoder().register_forward_pre_hook(
-                lambda m, a, kw, seen=lengths: seen.append(kw["inputs_embeds"].shape[1]), with_kwargs=True, prepend=True
+                lambda m, a, kw, seen=lengths: seen.append(kw["inputs_embeds"].shape[1]),
+                with_kwargs=True,
+                prepend=True,
             )
             out = run(model, inputs, 8, **options)
             hook.remove()
@@ -250,12 +264,16 @@ def test_drafts_change_nothing(case, name, way):
 
 
 def test_only_the_new_turn_is_given():
-    """`generate` may be given the new tokens alone, with the mask of the whole conversation: the prompt is all of it."""
+    """`generate` may be given the new tokens alone, with the mask of the whole conversation: the prompt is
+    all of it.
+    """
     family, model = FAMILIES["llava"], subject("llava")
     whole = family.prompt([[0, 1]], turns=True)
     whole = extend(whole, whole["input_ids"][:, -3:-2])
     cut = int(family.visual(whole)[0].nonzero()[16]) - 1
-    turn = dict(input_ids=whole["input_ids"][:, cut:], attention_mask=whole["attention_mask"], **family.vision(1))
+    turn = dict(
+        input_ids=whole["input_ids"][:, cut:], attention_mask=whole["attention_mask"], **family.vision(1)
+    )
     plain = dict(max_new_tokens=4, do_sample=False, suppress_tokens=SPECIAL)
     lookup = dict(prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
 
@@ -308,7 +326,9 @@ def test_without_cache_the_prompt_is_chosen_from_once(case, name):
     assert sum(v.tokens_in for v in report.visuals) == int(FAMILIES[name].visual(inputs).sum())
 
 
-@pytest.mark.parametrize("options", [dict(), dict(layers=(1, 3), aligned=(0, 1, 2))], ids=["before", "aligned"])
+@pytest.mark.parametrize(
+    "options", [dict(), dict(layers=(1, 3), aligned=(0, 1, 2))], ids=["before", "aligned"]
+)
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_without_cache_equals_the_oracle(options, attn):
     for name in ("llava", "qwen3_vl"):
@@ -335,7 +355,8 @@ def test_beams_without_cache(case, way):
 
 
 def test_another_picture_within_one_generate_is_asked_about():
-    """A forward of someone else within generate(), as contrastive decoding makes one, has its own pictures."""
+    """A forward of someone else within generate(), as contrastive decoding makes one, has its own pictures.
+    """
     family, model = FAMILIES["llava"], subject("llava")
     inputs = family.batch("one")
     other = inputs | {"pixel_values": inputs["pixel_values"].flip(0) + 1}
@@ -372,12 +393,18 @@ def ending_in_pictures(name: str, kind: str = "one") -> dict:
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "mistral3", "llava_next"])
 @pytest.mark.parametrize("case", [*READERS, "llavolta"])
 def test_a_prompt_that_ends_in_its_picture(case, name):
-    """The last token stays wherever something is dropped: the answer is the oracle's for what was chosen among the others."""
+    """The last token stays wherever something is dropped: the answer is the oracle's for what was chosen
+    among the others.
+    """
     inputs, model = ending_in_pictures(name, "ragged"), subject(name)
     assert name not in ("llava", "llava_next") or FAMILIES[name].visual(inputs)[:, -1].all()
     with patched(model, made(case)) as spy:
         out = run(model, inputs, 3)
-        front = spy.in_front(FAMILIES[name], inputs)[0] if spy.items else torch.ones_like(inputs["input_ids"]).bool()
+        front = (
+            spy.in_front(FAMILIES[name], inputs)[0]
+            if spy.items
+            else torch.ones_like(inputs["input_ids"]).bool()
+        )
         assert_same(out, inputs, expected(name, inputs, spy, 3))
         again = run(model, inputs, 3, use_cache=False) if consistent(name, inputs, use_cache=False) else out
     visual, last = FAMILIES[name].visual(inputs), inputs["input_ids"].shape[1] - 1
@@ -388,7 +415,8 @@ def test_a_prompt_that_ends_in_its_picture(case, name):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(), dict(layers=(1, 3), projector=False), dict(layers=(0, 2)), dict(merge=True, layers=(1,))]
+    "options",
+    [dict(), dict(layers=(1, 3), projector=False), dict(layers=(0, 2)), dict(merge=True, layers=(1,))],
 )
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "llava_next"])
 def test_a_prompt_that_ends_in_its_picture_equals_the_oracle(name, options):

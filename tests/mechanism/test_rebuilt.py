@@ -1,4 +1,6 @@
-"""A model that is rebuilt after it was patched (adapters, quantised layers, new towers) answers as one rebuilt before."""
+"""A model that is rebuilt after it was patched (adapters, quantised layers, new towers) answers as one
+rebuilt before.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from .common import EFFECT
 
 
 class LowRank(nn.Module):
-    """A linear layer with an adapter, as LoRA puts it around one; it has none of the attributes of `nn.Linear`."""
+    """A linear layer with an adapter, as LoRA puts it around one; it has none of the attributes of
+    `nn.Linear`.
+    """
 
     def __init__(self, base: nn.Linear, seed: int) -> None:
         super().__init__()
@@ -119,7 +123,14 @@ def everything(model) -> None:
         change(model)
 
 
-TOWER = [adapters_on_the_tower, quantised_tower, other_tower_layers, another_list_of_tower_layers, another_tower, everything]
+TOWER = [
+    adapters_on_the_tower,
+    quantised_tower,
+    other_tower_layers,
+    another_list_of_tower_layers,
+    another_tower,
+    everything,
+]
 LLM = [adapters_in_the_llm, another_list_of_llm_layers, everything]
 READERS = [  # every way in which something is read or done inside a tower
     ("llava", "hired", {}),
@@ -133,8 +144,17 @@ READERS = [  # every way in which something is read or done inside a tower
     ("qwen2_5_vl/video", "stc_cacher", {}),
 ]
 CASES = [(*reader, change) for reader in READERS[::3] for change in TOWER]
-CASES += [(*reader, change) for reader in READERS[1::3] + READERS[2::3] for change in (adapters_on_the_tower, everything)]
-CASES += [(name, strategy, {}, change) for name in ("llava", "gemma3") for strategy in ("fastv", "sparsevlm") for change in LLM]
+CASES += [
+    (*reader, change)
+    for reader in READERS[1::3] + READERS[2::3]
+    for change in (adapters_on_the_tower, everything)
+]
+CASES += [
+    (name, strategy, {}, change)
+    for name in ("llava", "gemma3")
+    for strategy in ("fastv", "sparsevlm")
+    for change in LLM
+]
 
 
 def answer(model, inputs: dict) -> torch.Tensor:
@@ -162,7 +182,9 @@ def test_rebuilt_after_the_patch(name, strategy, options, change):
 
 
 def test_rebuilt_between_two_turns_of_a_conversation():
-    """The LLM's layers are replaced while a pruned prompt waits in its cache: hooks of later turns move along."""
+    """The LLM's layers are replaced while a pruned prompt waits in its cache: hooks of later turns move
+    along.
+    """
     family = FAMILIES["llava"]
     inputs, answers = family.batch("ragged"), []
     for rebuild in (False, True):

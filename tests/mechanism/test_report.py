@@ -1,4 +1,5 @@
-"""The report of a call: what each LLM layer reads of each image, and one meaning of every number in a batch."""
+"""The report of a call: what each LLM layer reads of each image, and one meaning of every number in a batch.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def test_layers_are_named_with_what_they_read(shipped):
     report = ask(*shipped, held_out("llava", 1, 3), "fastv", 0.5)
     (visual,) = report.visuals
     assert [(r.first, r.last, len(r.keep)) for r in visual.layers] == [(0, 1, 144), (2, 3, 72)]
-    assert "LLM layers 0-1: 144 of 144 (100.0%)" in str(report) and "LLM layers 2-3: 72 of 144 (50.0%)" in str(report)
+    assert "LLM layers 0-1: 144 of 144 (100.0%)" in str(
+        report
+    ) and "LLM layers 2-3: 72 of 144 (50.0%)" in str(report)
     assert "144 -> 144" not in str(report)
     assert report.to_dict()["visuals"][0]["layers"][1] == {"first": 2, "last": 3, "tokens": 72}
     both = ask(*shipped, held_out("llava", 1, 3), ["visionzip", "fastv"], 0.25)
@@ -54,9 +57,12 @@ def test_layers_are_named_with_what_they_read(shipped):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("llava", "ragged"), ("llava", "one"), ("qwen2_5_vl", "ragged"), ("llava_next", "ragged")]
+    ("name", "kind"),
+    [("llava", "ragged"), ("llava", "one"), ("qwen2_5_vl", "ragged"), ("llava_next", "ragged")],
 )
-@pytest.mark.parametrize("strategy", [FastV(0.4, layer=1), PyramidDrop(0.4), "both"], ids=["fastv", "pyramid", "both"])
+@pytest.mark.parametrize(
+    "strategy", [FastV(0.4, layer=1), PyramidDrop(0.4), "both"], ids=["fastv", "pyramid", "both"]
+)
 def test_each_image_has_the_tokens_that_the_strategy_kept(name, kind, strategy):
     """The oracle is what the strategy answered at each layer, about the columns of the whole prompt."""
     family, model = FAMILIES[name], subject(name)
@@ -83,7 +89,8 @@ def test_each_image_has_the_tokens_that_the_strategy_kept(name, kind, strategy):
             assert [mine[i] for i in reads[layer]] == kept
     assert sorted(reads) == list(range(4)) and any(len(v.layers) > 1 for v in report.visuals)
     assert report.visual_per_layer == [
-        sum(len(r.keep) for v in report.visuals for r in v.layers if r.first <= layer <= r.last) for layer in range(4)
+        sum(len(r.keep) for v in report.visuals for r in v.layers if r.first <= layer <= r.last)
+        for layer in range(4)
     ]
 
 

@@ -1,4 +1,6 @@
-"""Frames that reuse an earlier one inside the tower: against the slow oracle, and what a stream may and may not know."""
+"""Frames that reuse an earlier one inside the tower: against the slow oracle, and what a stream may and may
+not know.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,12 @@ def models():
 
     return get
 
+
 # torch 2.14 counts nothing for this one
 SDPA = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v)
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: (
+        sdpa_flop_count(q, k, v)
+    )
 }
 
 
@@ -58,7 +63,8 @@ def feed(model, kind: str, video, state=None, grid=GRID):
 
 @pytest.mark.parametrize("kind", TOWERS)
 @pytest.mark.parametrize(
-    ("interval", "ratio", "shared"), [(2, 0.25, False), (4, 0.5, False), (3, 5, False), (3, 0.3, True), (9, 0.01, False)]
+    ("interval", "ratio", "shared"),
+    [(2, 0.25, False), (4, 0.5, False), (3, 5, False), (3, 0.3, True), (9, 0.01, False)],
 )
 def test_equals_the_oracle(models, patched, kind, interval, ratio, shared):
     video = film(kind, 6)
@@ -144,7 +150,9 @@ def test_exactly_the_chosen_rows_are_computed(patched, kind):
     parts = dict(q=layer.self_attn.q_proj, k=layer.self_attn.k_proj, v=layer.self_attn.v_proj, mlp=layer.mlp)
     parts["out"] = layer.self_attn.out_proj
     handles = [
-        module.register_forward_hook(lambda m, a, out, name=name: rows.setdefault(name, []).append(out[..., 0].numel()))
+        module.register_forward_hook(
+            lambda m, a, out, name=name: rows.setdefault(name, []).append(out[..., 0].numel())
+        )
         for name, module in parts.items()
     ]
     feed(model, kind, video)
@@ -232,7 +240,8 @@ def test_a_stream_is_fed_by_one_thread_at_a_time(patched):
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2.5", "qwen3"])
 def test_another_resolution_is_a_new_reference(patched, kind):
-    model, state, small = patched(kind, budget=0.2, interval=9), StreamState(), (4, 12)  # as many patches as GRID
+    # as many patches as GRID
+    model, state, small = patched(kind, budget=0.2, interval=9), StreamState(), (4, 12)
     frames, others = film(kind, 3), film(kind, 2, grid=small)
     feed(model, kind, frames, state)
     got = feed(model, kind, others, state, small)

@@ -1,4 +1,6 @@
-"""Several patches of one model: threads, asynchronous tasks, blocks in any order, and calls that run meanwhile."""
+"""Several patches of one model: threads, asynchronous tasks, blocks in any order, and calls that run
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,10 @@ def test_frames_that_reuse_in_two_threads():
         left.set()
 
     def second():
-        with vtoken.applied(subject.model, "uniform", budget=0.3), vtoken.applied(subject.model, "stc_cacher", budget=0.3):
+        with (
+            vtoken.applied(subject.model, "uniform", budget=0.3),
+            vtoken.applied(subject.model, "stc_cacher", budget=0.3),
+        ):
             entered.set()
             assert subject.reads() == "stc_cacher"
             left.wait(60)
@@ -121,7 +126,9 @@ def test_frames_that_reuse_in_two_threads():
 
 
 def churn(subject: Subject, seconds: float, readers: int, strategies=("fastv", "mustdrop")) -> int:
-    """Patch and unpatch while others generate: every answer is of one of the strategies or dense. Returns their number."""
+    """Patch and unpatch while others generate: every answer is of one of the strategies or dense. Returns
+    their number.
+    """
     ended, answers = time.monotonic() + seconds, []
     allowed = {"dense", *strategies}
 
@@ -235,7 +242,10 @@ def test_a_thread_without_a_block_takes_part_in_the_only_one_and_asks_for_one_wh
             asked.wait()
 
     together(lambda: job("fastv"), lambda: job("mustdrop"), other)
-    with vtoken.applied(subject.model, "fastv", budget=0.3), vtoken.applied(subject.model, "mustdrop", budget=0.3):
+    with (
+        vtoken.applied(subject.model, "fastv", budget=0.3),
+        vtoken.applied(subject.model, "mustdrop", budget=0.3),
+    ):
         got = []
         together(lambda: got.append(subject.reads()))
         assert got == ["mustdrop"]
@@ -306,7 +316,9 @@ def test_many_threads():
 
 # -- nesting and order ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("before", [None, "visionzip"])
-@pytest.mark.parametrize("blocks", list(itertools.permutations(["fastv", "dense", "mustdrop"])) + [("dense", "dense", "fastv")])
+@pytest.mark.parametrize(
+    "blocks", list(itertools.permutations(["fastv", "dense", "mustdrop"])) + [("dense", "dense", "fastv")]
+)
 def test_the_innermost_block_counts(subject, blocks, before):
     """Entered one by one and left one by one, in order and from the outside in."""
     if before:
@@ -314,7 +326,11 @@ def test_the_innermost_block_counts(subject, blocks, before):
     for leave in (-1, 0):
         opened = []
         for name in blocks:
-            block = vtoken.disabled(subject.model) if name == "dense" else vtoken.applied(subject.model, name, budget=0.3)
+            block = (
+                vtoken.disabled(subject.model)
+                if name == "dense"
+                else vtoken.applied(subject.model, name, budget=0.3)
+            )
             block.__enter__()
             opened.append((name, block))
             assert subject.reads() == name
@@ -351,7 +367,11 @@ def test_exceptions_and_interrupts(subject):
 
         handle = layer.register_forward_pre_hook(fail)
         for call in (subject, lambda: subject.model(**subject.inputs)):
-            with pytest.raises(error), vtoken.applied(subject.model, "fastv", budget=0.3), vtoken.disabled(subject.model):
+            with (
+                pytest.raises(error),
+                vtoken.applied(subject.model, "fastv", budget=0.3),
+                vtoken.disabled(subject.model),
+            ):
                 call()
             with pytest.raises(error):
                 call()
@@ -396,7 +416,9 @@ def test_the_same_patch_goes_on_after_a_block(subject):
 
 
 def test_a_stream_goes_on_after_a_block():
-    """Streams with and without a block between their turns: the same frames are references, the answers are the same."""
+    """Streams with and without a block between their turns: the same frames are references, the answers are
+    the same.
+    """
     subject, answers = Subject("llava_onevision/video", ["stc_cacher"]), []
     for block in (False, True):
         state = vtoken.StreamState()

@@ -1,4 +1,6 @@
-"""What a later transformers may do, done to today's model: each is answered by a sentence, none by a wrong answer."""
+"""What a later transformers may do, done to today's model: each is answered by a sentence, none by a wrong
+answer.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ SENTENCE = f"vtoken is tested with transformers {names.OLDEST} to {names.NEWEST}
 
 
 def between(module, change):
-    """Lets `module.forward` be called with `change(kwargs)` in place of its keyword arguments, after all hooks."""
+    """Lets `module.forward` be called with `change(kwargs)` in place of its keyword arguments, after all
+    hooks.
+    """
     original = module.forward
 
     @functools.wraps(original)
@@ -81,9 +85,12 @@ def test_a_later_turn_whose_cache_does_not_reach_the_language_model():
 def test_unshortened_embeddings_that_are_read_all_the_same(options, use_cache):
     model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
     whole = {}
-    model.get_decoder().register_forward_pre_hook(lambda m, a, kw: whole.update(kw), with_kwargs=True, prepend=True)
+    model.get_decoder().register_forward_pre_hook(
+        lambda m, a, kw: whole.update(kw), with_kwargs=True, prepend=True
+    )
     between(
-        model.get_decoder(), lambda kw: kw | {k: whole[k] for k in ("inputs_embeds", "position_ids", "attention_mask")}
+        model.get_decoder(),
+        lambda kw: kw | {k: whole[k] for k in ("inputs_embeds", "position_ids", "attention_mask")},
     )
     with patched(model, **options), pytest.raises(RuntimeError, match=SENTENCE):
         run(model, inputs, 1, use_cache=use_cache)
@@ -124,7 +131,11 @@ class Wrapper:
 
 @pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
 def test_a_wrapper_around_a_cache(options):
-    model, inputs, step = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged"), torch.tensor([[7], [8]])
+    model, inputs, step = (
+        FAMILIES["llava"].build(),
+        FAMILIES["llava"].batch("ragged"),
+        torch.tensor([[7], [8]]),
+    )
     with patched(model, **options), torch.no_grad():
         got = []
         for wrap in (lambda cache: cache, Wrapper):
@@ -140,7 +151,11 @@ def test_a_cache_without_layers_is_refused():
             return 0
 
     model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
-    with patched(model), torch.no_grad(), pytest.raises(NotImplementedError, match="consists of layers, found Other"):
+    with (
+        patched(model),
+        torch.no_grad(),
+        pytest.raises(NotImplementedError, match="consists of layers, found Other"),
+    ):
         model(**clone(inputs), **{CACHE: Other()})
 
 
@@ -193,7 +208,9 @@ def test_an_output_without_its_field(part):
     if part == "decoder":
         between(model.get_decoder(), dict)
         forward = model.get_decoder().forward
-        model.get_decoder().forward = functools.wraps(forward)(lambda **kw: transformers.utils.ModelOutput(other=1))
+        model.get_decoder().forward = functools.wraps(forward)(
+            lambda **kw: transformers.utils.ModelOutput(other=1)
+        )
     else:
         inner = model.base_model.get_image_features
         model.base_model.get_image_features = functools.wraps(inner)(
@@ -255,7 +272,9 @@ def renamed(function, old: str):
 def test_a_renamed_argument_is_refused(part, name):
     model = FAMILIES["llava"].build()
     layer = model.get_decoder().layers[0]
-    module = dict(base=model.base_model, decoder=model.get_decoder(), layer=layer, attention=layer.self_attn)[part]
+    module = dict(base=model.base_model, decoder=model.get_decoder(), layer=layer, attention=layer.self_attn)[
+        part
+    ]
     module.forward = renamed(module.forward, name)
     with pytest.raises(RuntimeError, match=name) as error, patched(model, **BOTH):
         pass
@@ -288,7 +307,9 @@ def test_a_part_that_takes_no_cache_is_refused(part):
 def test_every_family_keeps_the_contract(name):
     adapter = adapter_for(FAMILIES[name].build())
     names.check_names(adapter, inside=True)
-    assert names.cache_argument(adapter.decoder.forward) == names.cache_argument(adapter.base.forward) == CACHE
+    assert (
+        names.cache_argument(adapter.decoder.forward) == names.cache_argument(adapter.base.forward) == CACHE
+    )
 
 
 # -- what a user sees -------------------------------------------------------------------------------------------
@@ -349,7 +370,9 @@ def test_a_wrapper_without_names_is_not_refused(part):
     with patched(model, **BOTH):
         want = run(model, inputs, cache_implementation=None).sequences
     layer = model.get_decoder().layers[0]
-    module = dict(base=model.base_model, decoder=model.get_decoder(), layer=layer, attention=layer.self_attn)[part]
+    module = dict(base=model.base_model, decoder=model.get_decoder(), layer=layer, attention=layer.self_attn)[
+        part
+    ]
     forward = module.forward
     module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     with patched(model, **BOTH):

@@ -35,7 +35,9 @@ PLAIN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
 def first_turn(model, inputs: dict, steps: int = 4, seed: int = 77):
-    """A few tokens, then five of the user's: the whole conversation as inputs, and what the second call is given."""
+    """A few tokens, then five of the user's: the whole conversation as inputs, and what the second call is
+    given.
+    """
     out = run(model, inputs, steps)
     answer = out.sequences[:, inputs["input_ids"].shape[1] :]
     more = torch.tensor([text(5, seed)]).expand(len(answer), -1)
@@ -56,7 +58,10 @@ def agrees(name: str, inputs: dict) -> bool:
     out = run(clean(name), again)
     ids, logits = oracle.generate(clean(name), whole)
     error = (torch.stack(out.logits) - logits).abs().max()
-    return out.sequences[:, whole["input_ids"].shape[1] :].tolist() == ids.tolist() and error < TOLERANCE * logits.max()
+    return (
+        out.sequences[:, whole["input_ids"].shape[1] :].tolist() == ids.tolist()
+        and error < TOLERANCE * logits.max()
+    )
 
 
 @everywhere(before=FRONT, aligned=ALIGNED)
@@ -75,7 +80,8 @@ def test_new_image_in_the_second_turn(name, options):
     family = FAMILIES[name]
     whole = family.prompt([[0, 1]], turns=True)
     start = int(family.visual(whole)[0].nonzero()[len(family.visual(family.prompt([[0]])).nonzero()), 0])
-    cut = start - 3 if whole["input_ids"][0, start - 1] >= 100 else start  # in front of what wraps the second image
+    # in front of what wraps the second image
+    cut = start - 3 if whole["input_ids"][0, start - 1] >= 100 else start
 
     def converse(model):
         one = {k: whole[k][:, :cut] for k in PLAIN if k in whole} | family.vision(0)
@@ -106,7 +112,8 @@ def join_turns(spy: Spy, cut: int) -> None:
 @pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
 @pytest.mark.parametrize("name", [n for n in PATCHABLE if n.startswith("qwen")])
 def test_new_image_by_hand(name, options):
-    """generate() cannot place a second image on the cache of a multimodal rope; whoever passes positions can."""
+    """generate() cannot place a second image on the cache of a multimodal rope; whoever passes positions can.
+    """
     family = FAMILIES[name]
     whole = family.prompt([[0, 1]], turns=True)
     start = len(family.visual(family.prompt([[0]])).nonzero())
@@ -240,7 +247,9 @@ def test_rows_of_a_cache_move_together(name, operation):
     model, inputs = subject(name), FAMILIES[name].batch("ragged")
     operate, rows = OPERATIONS[operation]
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
-    now = dict(input_ids=torch.tensor([[5], [6]]), attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1)
+    now = dict(
+        input_ids=torch.tensor([[5], [6]]), attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1
+    )
     with patched(model, **ALIGNED), torch.no_grad():
         cache = model(**clone(inputs), use_cache=True)[CACHE]
         moved = copy.deepcopy(cache)

@@ -21,7 +21,9 @@ from .fixed import Fixed, Spy, patched
 @pytest.mark.parametrize("order", ["dispatch, then patch", "patch, then dispatch"])
 @pytest.mark.parametrize("name", [n for n in SOME if n != "idefics3"])
 def test_offloaded_model(name, order):
-    """cpu_offload leaves meta tensors between calls and replaces every module's forward. (Idefics3 itself fails there.)"""
+    """cpu_offload leaves meta tensors between calls and replaces every module's forward. (Idefics3 itself
+    fails there.)
+    """
     model, inputs = FAMILIES[name].build(), FAMILIES[name].batch("ragged")
     spy = Spy(Fixed(**BOTH))
     if order.startswith("patch"):
@@ -45,7 +47,9 @@ def test_dispatched_model(name):
     """A device map puts hooks on whole sub-models that move their inputs."""
     model, inputs = FAMILIES[name].build(), FAMILIES[name].batch("ragged")
     for module in (model.get_decoder(), model.get_output_embeddings(), *model.get_decoder().layers):
-        accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True))
+        accelerate.hooks.add_hook_to_module(
+            module, accelerate.hooks.AlignDevicesHook("cpu", io_same_device=True)
+        )
     with patched(model, **BOTH) as spy:
         out = run(model, inputs)
     assert_same(out, inputs, expected(name, inputs, spy))
@@ -88,7 +92,12 @@ def test_pipeline():
     )
     options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, suppress_tokens=SPECIAL)
     asked = [
-        [{"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "w5 w6 w7"}]}],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "w5 w6 w7"}],
+            }
+        ],
         [
             {
                 "role": "user",
@@ -102,11 +111,15 @@ def test_pipeline():
     ]
 
     def answers() -> list[str]:
-        return [pipe(text=chat, return_full_text=False, generate_kwargs=options)[0]["generated_text"] for chat in asked]
+        return [
+            pipe(text=chat, return_full_text=False, generate_kwargs=options)[0]["generated_text"]
+            for chat in asked
+        ]
 
     dense = answers()
     inputs = [
-        dict(tools.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")) for chat in asked
+        dict(tools.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt"))
+        for chat in asked
     ]
     want = []
     for chat, row in zip(asked, inputs):

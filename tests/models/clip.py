@@ -25,7 +25,9 @@ def image(i: int, n: int) -> Item:
 
 
 def video_llava_image(i: int, n: int) -> Item:
-    """Some releases call the pixels of images ``pixel_values_images`` here, as there is another tower for videos."""
+    """Some releases call the pixels of images ``pixel_values_images`` here, as there is another tower for
+    videos.
+    """
     names = inspect.signature(tf.VideoLlavaForConditionalGeneration.forward).parameters
     name = "pixel_values_images" if "pixel_values_images" in names else "pixel_values"
     return Item([IMG] * N, {name: pixels(1, 3, SIZE, SIZE, seed=i)})
@@ -40,18 +42,25 @@ def anyres(i: int, n: int) -> Item:
 
 def video(frames: int, per_frame: int):
     def item(i: int, n: int) -> Item:
-        return Item([VID] * (frames * per_frame), dict(pixel_values_videos=pixels(1, frames, 3, SIZE, SIZE, seed=i)))
+        return Item(
+            [VID] * (frames * per_frame), dict(pixel_values_videos=pixels(1, frames, 3, SIZE, SIZE, seed=i))
+        )
 
     return item
 
 
 def llava():
-    return tf.LlavaConfig(vision_config=clip(), text_config=tf.LlamaConfig(**LM), image_token_id=IMG, **FEATURES)
+    return tf.LlavaConfig(
+        vision_config=clip(), text_config=tf.LlamaConfig(**LM), image_token_id=IMG, **FEATURES
+    )
 
 
 def vipllava():
     return tf.VipLlavaConfig(
-        vision_config=clip(), text_config=tf.LlamaConfig(**LM), image_token_id=IMG, vision_feature_layers=[-2, -3]
+        vision_config=clip(),
+        text_config=tf.LlamaConfig(**LM),
+        image_token_id=IMG,
+        vision_feature_layers=[-2, -3],
     )
 
 
@@ -65,12 +74,18 @@ def llava_next():
 def llava_next_video():
     tokens = dict(image_token_id=IMG, video_token_id=VID, image_grid_pinpoints=PINPOINTS)
     pool = dict(spatial_pool_mode="average", spatial_pool_stride=2)
-    return tf.LlavaNextVideoConfig(vision_config=clip(), text_config=tf.LlamaConfig(**LM), **tokens, **pool, **FEATURES)
+    return tf.LlavaNextVideoConfig(
+        vision_config=clip(), text_config=tf.LlamaConfig(**LM), **tokens, **pool, **FEATURES
+    )
 
 
 def video_llava():
     return tf.VideoLlavaConfig(
-        vision_config=clip(), text_config=tf.LlamaConfig(**LM), image_token_id=IMG, video_token_id=VID, **FEATURES
+        vision_config=clip(),
+        text_config=tf.LlamaConfig(**LM),
+        image_token_id=IMG,
+        video_token_id=VID,
+        **FEATURES,
     )
 
 
@@ -79,7 +94,9 @@ FAMILIES = [
     Family("vipllava", "image", "VipLlavaForConditionalGeneration", vipllava, image),
     Family("llava_next", "image", "LlavaNextForConditionalGeneration", llava_next, anyres),
     Family("llava_next_video", "image", "LlavaNextVideoForConditionalGeneration", llava_next_video, anyres),
-    Family("llava_next_video", "video", "LlavaNextVideoForConditionalGeneration", llava_next_video, video(5, 4)),
+    Family(
+        "llava_next_video", "video", "LlavaNextVideoForConditionalGeneration", llava_next_video, video(5, 4)
+    ),
     Family("video_llava", "image", "VideoLlavaForConditionalGeneration", video_llava, video_llava_image),
     Family("video_llava", "video", "VideoLlavaForConditionalGeneration", video_llava, video(3, 17)),
 ]

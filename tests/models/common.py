@@ -25,7 +25,12 @@ LM = dict(
     eos_token_id=2,
 )
 VIT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
-KINDS = {"one": [[0]], "ragged": [[0], [1, 2]], "several_images": [[0, 1, 2]], "text_only_row": [[0], [], [1]]}
+KINDS = {
+    "one": [[0]],
+    "ragged": [[0], [1, 2]],
+    "several_images": [[0, 1, 2]],
+    "text_only_row": [[0], [], [1]],
+}
 
 
 @dataclass(frozen=True)
@@ -39,16 +44,19 @@ class Item:
 def concatenate(rows: list[list[Item]]) -> dict[str, Tensor]:
     """The tensors of all items in prompt order, concatenated along the first dimension."""
     items = [item for row in rows for item in row]
-    return {key: torch.cat([item.tensors[key] for item in items]) for key in items[0].tensors} if items else {}
+    return (
+        {key: torch.cat([item.tensors[key] for item in items]) for key in items[0].tensors} if items else {}
+    )
 
 
 @dataclass(frozen=True)
 class Family:
     """A model family in one modality, as a tiny random model with prompts that exercise it.
 
-    ``item(i, n)`` makes the i-th test image (or video) for a prompt that holds n of them; items differ in size
-    wherever the family allows it. ``collate`` turns rows of items into the model's vision inputs; ``extra`` derives
-    further inputs from (input_ids, attention_mask). ``per_prompt`` is the largest number of items in one prompt.
+    ``item(i, n)`` makes the i-th test image (or video) for a prompt that holds n of them; items differ in
+    size wherever the family allows it. ``collate`` turns rows of items into the model's vision inputs;
+    ``extra`` derives further inputs from (input_ids, attention_mask). ``per_prompt`` is the largest number of
+    items in one prompt.
     """
 
     name: str
@@ -79,9 +87,11 @@ class Family:
     def prompt(
         self, rows: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32, turns: bool = False
     ) -> dict[str, Tensor]:
-        """Left-padded inputs; each row lists the items of one prompt, with text of varying length around them.
+        """Left-padded inputs; each row lists the items of one prompt, with text of varying length around
+        them.
 
-        With ``turns``, every item is prepared as if alone in its prompt, as it is when it comes with a later turn.
+        With ``turns``, every item is prepared as if alone in its prompt, as it is when it comes with a later
+        turn.
         """
         items = [[self.item(i, 1 if turns else len(row)) for i in row] for row in rows]
         ids, mask = left_pad([self._row(row, numbers) for row, numbers in zip(items, rows)])
@@ -91,7 +101,10 @@ class Family:
 
     def vision(self, item: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Only the vision inputs of a prompt, or a turn, with this one item."""
-        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.collate([[self.item(item, 1)]]).items()}
+        return {
+            k: v.to(dtype) if v.is_floating_point() else v
+            for k, v in self.collate([[self.item(item, 1)]]).items()
+        }
 
     def _row(self, items: list[Item], numbers: Sequence[int]) -> list[int]:
         first = numbers[0] if numbers else 9

@@ -18,7 +18,9 @@ VIDEO_FIELDS = ("pixel_values_videos", "video_grid_thw")
 
 def image(i: int, n: int) -> Item:
     t, h, w = IMAGES[i]
-    tensors = dict(pixel_values=pixels(t * h * w, 3 * 2 * 7 * 7, seed=i), image_grid_thw=torch.tensor([[t, h, w]]))
+    tensors = dict(
+        pixel_values=pixels(t * h * w, 3 * 2 * 7 * 7, seed=i), image_grid_thw=torch.tensor([[t, h, w]])
+    )
     return Item([START, *[IMG] * (t * h * w // 4), END], tensors)
 
 
@@ -46,7 +48,9 @@ def token_types(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 def qwen2_vl():
     vision = dict(**PATCHES, embed_dim=32, hidden_size=32, mlp_ratio=2)
-    return tf.Qwen2VLConfig(text_config=dict(**LM, rope_parameters=dict(ROPE)), vision_config=vision, **TOKENS)
+    return tf.Qwen2VLConfig(
+        text_config=dict(**LM, rope_parameters=dict(ROPE)), vision_config=vision, **TOKENS
+    )
 
 
 def qwen2_5_vl():

@@ -20,7 +20,9 @@ def siglip(size: int = SIZE) -> tf.SiglipVisionConfig:
 def llava_onevision():
     tokens = dict(image_token_id=IMG, video_token_id=VID, image_grid_pinpoints=PINPOINTS)
     features = dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
-    return tf.LlavaOnevisionConfig(vision_config=siglip(), text_config=tf.Qwen2Config(**LM), **tokens, **features)
+    return tf.LlavaOnevisionConfig(
+        vision_config=siglip(), text_config=tf.Qwen2Config(**LM), **tokens, **features
+    )
 
 
 def onevision_image(i: int, n: int) -> Item:
@@ -46,7 +48,9 @@ def internvl():
 
 
 def internvl_image(i: int, n: int) -> Item:
-    return Item([START, *[IMG] * (16 * TILES[i]), END], dict(pixel_values=pixels(TILES[i], 3, 56, 56, seed=i)))
+    return Item(
+        [START, *[IMG] * (16 * TILES[i]), END], dict(pixel_values=pixels(TILES[i], 3, 56, 56, seed=i))
+    )
 
 
 def idefics(prefix: str):
@@ -66,13 +70,15 @@ def idefics_image(i: int, n: int) -> Item:
 def idefics_collate(rows: list[list[Item]]) -> dict[str, Tensor]:
     """(batch, most tiles, 3, H, W); missing tiles are all zero, which is how the model knows them."""
     tiles = [
-        torch.cat([item.tensors["pixel_values"] for item in row]) if row else torch.zeros(0, 3, 56, 56) for row in rows
+        torch.cat([item.tensors["pixel_values"] for item in row]) if row else torch.zeros(0, 3, 56, 56)
+        for row in rows
     ]
     most = max(len(t) for t in tiles)
     values = torch.stack([torch.cat([t, t.new_zeros(most - len(t), 3, 56, 56)]) for t in tiles])
     real = torch.tensor([[k < len(t) for k in range(most)] for t in tiles])
     return dict(
-        pixel_values=values, pixel_attention_mask=real[:, :, None, None].expand(-1, -1, 56, 56).long().contiguous()
+        pixel_values=values,
+        pixel_attention_mask=real[:, :, None, None].expand(-1, -1, 56, 56).long().contiguous(),
     )
 
 
@@ -80,7 +86,10 @@ def gemma3():
     layers = ["sliding_attention", "full_attention"] * 2
     lm = dict(**LM, head_dim=8, sliding_window=4096, query_pre_attn_scalar=8, layer_types=layers)
     return tf.Gemma3Config(
-        text_config=tf.Gemma3TextConfig(**lm), vision_config=siglip(56), mm_tokens_per_image=16, image_token_id=IMG
+        text_config=tf.Gemma3TextConfig(**lm),
+        vision_config=siglip(56),
+        mm_tokens_per_image=16,
+        image_token_id=IMG,
     )
 
 
@@ -97,7 +106,11 @@ def mistral3():
     vision = tf.PixtralVisionConfig(**VIT, image_size=84, patch_size=7, head_dim=8)
     lm = tf.MistralConfig(**LM, sliding_window=None)
     return tf.Mistral3Config(
-        vision_config=vision, text_config=lm, image_token_id=IMG, vision_feature_layer=-1, spatial_merge_size=2
+        vision_config=vision,
+        text_config=lm,
+        image_token_id=IMG,
+        vision_feature_layer=-1,
+        spatial_merge_size=2,
     )
 
 
@@ -131,11 +144,25 @@ FAMILIES = [
         onevision_image,
         onevision_collate,
     ),
-    Family("llava_onevision", "video", "LlavaOnevisionForConditionalGeneration", llava_onevision, onevision_video),
-    Family("internvl", "image", "InternVLForConditionalGeneration", internvl, internvl_image),
-    Family("smolvlm", "image", "SmolVLMForConditionalGeneration", idefics("SmolVLM"), idefics_image, idefics_collate),
     Family(
-        "idefics3", "image", "Idefics3ForConditionalGeneration", idefics("Idefics3"), idefics_image, idefics_collate
+        "llava_onevision", "video", "LlavaOnevisionForConditionalGeneration", llava_onevision, onevision_video
+    ),
+    Family("internvl", "image", "InternVLForConditionalGeneration", internvl, internvl_image),
+    Family(
+        "smolvlm",
+        "image",
+        "SmolVLMForConditionalGeneration",
+        idefics("SmolVLM"),
+        idefics_image,
+        idefics_collate,
+    ),
+    Family(
+        "idefics3",
+        "image",
+        "Idefics3ForConditionalGeneration",
+        idefics("Idefics3"),
+        idefics_image,
+        idefics_collate,
     ),
     Family(
         "gemma3",
@@ -145,7 +172,9 @@ FAMILIES = [
         gemma3_image,
         extra=lambda ids, mask: dict(token_type_ids=(ids == IMG).long()),
     ),
-    Family("mistral3", "image", "Mistral3ForConditionalGeneration", mistral3, mistral3_image, mistral3_collate),
+    Family(
+        "mistral3", "image", "Mistral3ForConditionalGeneration", mistral3, mistral3_image, mistral3_collate
+    ),
     Family(
         "paligemma",
         "image",

@@ -42,7 +42,11 @@ def tokenizer(qwen: bool, internvl: bool = False) -> Any:
         names[i] = name
     core = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=False)]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Digits(individual_digits=False),
+        ]
     )
     tokens = dict(image_token=image, video_token=video)
     if internvl:
@@ -76,15 +80,21 @@ def template(video: bool, wrap: str) -> str:
 def clip_like(name: str) -> Any:
     text = tokenizer(False)
     image = tf.CLIPImageProcessor(size=SHORT, crop_size=SQUARE, **HALF)
-    common = dict(tokenizer=text, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    common = dict(
+        tokenizer=text, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
     if name == "llava":
         return tf.LlavaProcessor(image, chat_template=template(False, "{}"), **common)
     if name == "llava_next":
-        pixels = tf.LlavaNextImageProcessor(size=SHORT, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS, **HALF)
+        pixels = tf.LlavaNextImageProcessor(
+            size=SHORT, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS, **HALF
+        )
         return tf.LlavaNextProcessor(pixels, chat_template=template(False, "{}"), **common)
     if name == "llava_next_video":
         frames = tf.LlavaNextVideoVideoProcessor(size=SHORT, crop_size=SQUARE, **HALF)
-        pixels = tf.LlavaNextImageProcessor(size=SHORT, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS, **HALF)
+        pixels = tf.LlavaNextImageProcessor(
+            size=SHORT, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS, **HALF
+        )
         return tf.LlavaNextVideoProcessor(
             video_processor=frames, image_processor=pixels, chat_template=template(True, "{}"), **common
         )
@@ -131,7 +141,15 @@ def internvl() -> Any:
     )
 
 
-VIDEO = ["llava_onevision", "llava_next_video", "video_llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"]
+VIDEO = [
+    "llava_onevision",
+    "llava_next_video",
+    "video_llava",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+]
 IMAGE = ["llava", "llava_next"]
 
 

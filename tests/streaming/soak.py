@@ -58,7 +58,11 @@ def cheap_model() -> Any:
     text = tf.Qwen2Config(**LM | small | dict(num_key_value_heads=1))
     tokens = dict(image_token_id=IMG, video_token_id=VID)
     config = tf.LlavaOnevisionConfig(
-        vision_config=vision, text_config=text, vision_feature_layer=-1, vision_feature_select_strategy="full", **tokens
+        vision_config=vision,
+        text_config=text,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        **tokens,
     )
     return randomize(tf.LlavaOnevisionForConditionalGeneration._from_config(config))
 
@@ -84,12 +88,20 @@ def _tensors() -> tuple[int, int]:
     return len(alive), sum(stores.values())
 
 
-def run(frames: int, marks: int = 10, memory: str = "recent", strategy: str = "stc", **options: Any) -> Iterator[Mark]:
+def run(
+    frames: int, marks: int = 10, memory: str = "recent", strategy: str = "stc", **options: Any
+) -> Iterator[Mark]:
     """Feed a stream, look at it `marks` times at equal distances, and ask a question each time."""
     times: list[float] = []
     every = frames // marks
     with vtoken.StreamSession(
-        cheap_model(), processor_of("llava_onevision"), strategy, budget=0.5, memory=memory, fps=2.0, **options
+        cheap_model(),
+        processor_of("llava_onevision"),
+        strategy,
+        budget=0.5,
+        memory=memory,
+        fps=2.0,
+        **options,
     ) as session:
         for index in range(every * marks):
             frame = picture(index)

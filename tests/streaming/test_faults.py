@@ -1,4 +1,6 @@
-"""Bad input, a full disk, and `reset` or `close` while others ask: one sentence, and the session is what it was."""
+"""Bad input, a full disk, and `reset` or `close` while others ask: one sentence, and the session is what it
+was.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def refused(kind):
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
 @pytest.mark.parametrize("strategy", [None, "stc"])
 def test_bad_frames_leave_the_session_as_it_was(name, strategy):
-    """Also before the first frame, and where the tower waits for a second one; then the stream goes on as if untouched."""
+    """Also before the first frame, and where the tower waits for a second one; then the stream goes on as if
+    untouched.
+    """
     frames, options = frames_of(5), {} if strategy is None else dict(strategy=strategy, budget=0.5)
     with session_of(name, **options) as clean:
         fed(clean, frames)
@@ -187,7 +191,9 @@ def test_a_full_disk_leaves_no_file_and_no_frame(fault, tmp_path, monkeypatch):
                         monkeypatch.setattr(session.memory, "disk", tmp_path / "gone")
                         session.push(frame, i / 2)
                     elif fault == "cannot be mapped":
-                        monkeypatch.setattr(torch, "from_file", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no")))
+                        monkeypatch.setattr(
+                            torch, "from_file", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no"))
+                        )
                         session.push(frame, i / 2)
                     else:
                         with file_limit(0 if fault == "nothing fits" else 500):
@@ -201,6 +207,7 @@ def test_a_full_disk_leaves_no_file_and_no_frame(fault, tmp_path, monkeypatch):
 
 def test_a_disk_that_says_it_is_full(tmp_path, monkeypatch):
     with session_of("llava_onevision", memory="rekv", memory_options=dict(disk=tmp_path)) as session:
+
         def full(handle, *args, **kwargs):
             os.close(handle)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -242,7 +249,9 @@ def test_close_waits_for_an_answer_and_reset_does_not(way):
 
     def ask() -> None:
         options = SHORT | dict(stopping_criteria=StoppingCriteriaList([hold]))
-        said.append(session.ask(Q, **options).text if way == "ask" else "".join(session.stream_answer(Q, **options)))
+        said.append(
+            session.ask(Q, **options).text if way == "ask" else "".join(session.stream_answer(Q, **options))
+        )
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -298,7 +307,11 @@ def test_reset_while_others_ask_and_push(memory):
         for i, frame in enumerate(frames):
             session.push(frame, i / 2)
 
-    actions = [push, lambda: session.ask(Q, max_new_tokens=1), lambda: list(session.stream_answer(Q, max_new_tokens=1))]
+    actions = [
+        push,
+        lambda: session.ask(Q, max_new_tokens=1),
+        lambda: list(session.stream_answer(Q, max_new_tokens=1)),
+    ]
     threads = [threading.Thread(target=work, args=(action,)) for action in actions]
     [t.start() for t in threads]
     for _ in range(15):
@@ -308,7 +321,9 @@ def test_reset_while_others_ask_and_push(memory):
     [t.join(60) for t in threads]
     assert not faults and not any(t.is_alive() for t in threads)
     session.reset()
-    assert torch.equal(logits_of(fed(session, frames)), logits_of(fed(session_of("llava_onevision", memory=memory), frames)))
+    assert torch.equal(
+        logits_of(fed(session, frames)), logits_of(fed(session_of("llava_onevision", memory=memory), frames))
+    )
 
 
 def test_close_while_others_ask_and_push():

@@ -23,18 +23,25 @@ KINDS = {
 }
 SENTENCES = (TypeError, ValueError, RuntimeError)
 times = st.one_of(
-    st.none(), st.floats(-1, 20), st.floats(allow_nan=True, allow_infinity=True), st.sampled_from([*NO_TIMES, 10**400])
+    st.none(),
+    st.floats(-1, 20),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.sampled_from([*NO_TIMES, 10**400]),
 )
 
 
 class Sessions(RuleBasedStateMachine):
-    """What is known of the stream: frames taken, the latest time, questions answered, and whether it is closed."""
+    """What is known of the stream: frames taken, the latest time, questions answered, and whether it is
+    closed.
+    """
 
     @initialize(kind=st.sampled_from(sorted(KINDS)))
     def begin(self, kind):
         name, options = KINDS[kind]
         self.name, self.unit = name, 2 if kind == "pairs" else 1
-        self.session = vtoken.StreamSession(model_of(name), processor_of(name), fps=2.0, max_new_tokens=1, **options)
+        self.session = vtoken.StreamSession(
+            model_of(name), processor_of(name), fps=2.0, max_new_tokens=1, **options
+        )
         self.times, self.asked, self.closed = [], 0, False
 
     def refused(self, call) -> None:
@@ -76,7 +83,9 @@ class Sessions(RuleBasedStateMachine):
     def push_in_the_past(self, back):
         self.refused(lambda: self.session.push(FRAMES[0], self.times[-1] - back))
 
-    @rule(text=st.sampled_from([Q, "what ?", "", " ", None, 3, b"what ?", "<video>", "<|video_pad|>"]), t=times)
+    @rule(
+        text=st.sampled_from([Q, "what ?", "", " ", None, 3, b"what ?", "<video>", "<|video_pad|>"]), t=times
+    )
     def ask(self, text, t):
         asks = isinstance(text, str) and text.strip() and self.session.frames.token not in text
         finite = t is None or (isinstance(t, float) and math.isfinite(t))
@@ -113,7 +122,9 @@ class Sessions(RuleBasedStateMachine):
     def counts(self):
         if hasattr(self, "session"):
             stats = self.session.stats
-            assert stats["frames"] == len(self.times) and stats["last"] == (self.times[-1] if self.times else None)
+            assert stats["frames"] == len(self.times) and stats["last"] == (
+                self.times[-1] if self.times else None
+            )
             assert stats["questions"] == self.asked and stats["bytes"] <= stats["max_bytes"]
             assert stats["steps"] + stats["forgotten"] == len(self.times) // self.unit
 

@@ -16,7 +16,12 @@ D = 4
 def step(t: float, change: float = 1.0, tokens: int = 2, rows: int = 2) -> Step:
     kept = torch.arange(tokens)
     return Step(
-        (t,), torch.randn(tokens, D, generator=torch.Generator().manual_seed(int(t))), kept, rows, kept, change=change
+        (t,),
+        torch.randn(tokens, D, generator=torch.Generator().manual_seed(int(t))),
+        kept,
+        rows,
+        kept,
+        change=change,
     )
 
 
@@ -76,7 +81,9 @@ def test_history_is_pruned_when_it_leaves_the_window():
     old = step(1, tokens=4, rows=4)
     unit = torch.nn.functional.normalize(old.features, dim=-1)
     far = (unit @ unit.mean(0)).argsort()[:2].sort().values
-    assert torch.equal(memory.view()[1].kept, far) and torch.equal(memory.view()[1].features, old.features[far])
+    assert torch.equal(memory.view()[1].kept, far) and torch.equal(
+        memory.view()[1].features, old.features[far]
+    )
     assert memory.nbytes == sum(s.nbytes for s in memory.view())
 
 

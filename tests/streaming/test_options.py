@@ -1,4 +1,6 @@
-"""Options of sessions, memories and readers: of the right type, or one sentence before anything is patched or opened."""
+"""Options of sessions, memories and readers: of the right type, or one sentence before anything is patched or
+opened.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def test_options_of_a_memory(memory, option, wrong):
 
 
 def test_numbers_of_numpy_and_torch_are_numbers():
-    with session_of(NAME, fps=np.int64(2), max_bytes=torch.tensor(10**7), max_new_tokens=np.uint8(3)) as session:
+    with session_of(
+        NAME, fps=np.int64(2), max_bytes=torch.tensor(10**7), max_new_tokens=np.uint8(3)
+    ) as session:
         session.push(frames_of(1)[0])
         assert (session.prompts.fps, session.memory.max_bytes, session.max_new_tokens) == (2.0, 10**7, 3)
     memory = RecentMemory(max_bytes=np.int32(9), max_tokens=1, history_tokens=np.int64(1))
@@ -75,7 +79,13 @@ def test_options_of_a_live_reader(wrong):
 
 
 def test_options_of_readers_and_samplers():
-    for wrong in (dict(backend=None), dict(timeout="1"), dict(timeout=-1), dict(timeout=math.nan), dict(options=3)):
+    for wrong in (
+        dict(backend=None),
+        dict(timeout="1"),
+        dict(timeout=-1),
+        dict(timeout=math.nan),
+        dict(options=3),
+    ):
         refused(lambda wrong=wrong: open_video("synthetic://0", **wrong), VideoError)
     for wrong in (dict(seed="0"), dict(fps=math.nan), dict(frames=2.5), dict(seed=-1)):
         refused(lambda wrong=wrong: SyntheticReader(**wrong), VideoError)

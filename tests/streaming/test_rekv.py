@@ -35,7 +35,9 @@ def test_everything_retrieved_is_full_attention(name):
 
 
 class Oracle:
-    """Every query-key pair of the LLM on its own: the query rotated by the pair's distance, the key not at all."""
+    """Every query-key pair of the LLM on its own: the query rotated by the pair's distance, the key not at
+    all.
+    """
 
     def __init__(self, session: vtoken.StreamSession, n_local: int) -> None:
         self.decoder, self.n_local = session.adapter.decoder, n_local
@@ -85,7 +87,9 @@ class Oracle:
             x = self.layer(i, x, rule)
         return made
 
-    def behind(self, x: Tensor, contexts: list[tuple[Tensor, Tensor]] | None, choose=None) -> tuple[Tensor, list]:
+    def behind(
+        self, x: Tensor, contexts: list[tuple[Tensor, Tensor]] | None, choose=None
+    ) -> tuple[Tensor, list]:
         """(n, d) behind a context per layer, which `choose(i, q)` gives; hidden states and the contexts."""
         used = []
 
@@ -103,7 +107,9 @@ class Oracle:
 
 
 def stream_of(frames) -> Tensor:
-    """(n, d): the prompt's beginning and all frames, as the LLM reads them; and how many tokens the beginning has."""
+    """(n, d): the prompt's beginning and all frames, as the LLM reads them; and how many tokens the beginning
+    has.
+    """
     inputs, model = plain_inputs(NAME, frames, Q), model_of(NAME)
     ids = inputs["input_ids"][0]
     places = (ids == model.config.video_token_id).nonzero()[:, 0]
@@ -141,8 +147,12 @@ def test_limited_retrieval(topk, chunk, metric):
     def choose(i: int, q: Tensor):
         k, v = made[i]
         query = q.mean(1).flatten()
-        means = torch.stack([k[:, first + 4 * b :][:, :4].mean(1).repeat_interleave(2, 0).flatten() for b in range(7)])
-        scores = torch.nn.functional.cosine_similarity(means, query[None]) if metric == "cosine" else means @ query
+        means = torch.stack(
+            [k[:, first + 4 * b :][:, :4].mean(1).repeat_interleave(2, 0).flatten() for b in range(7)]
+        )
+        scores = (
+            torch.nn.functional.cosine_similarity(means, query[None]) if metric == "cosine" else means @ query
+        )
         groups = [list(range(g, min(g + chunk, 7))) for g in range(0, 7, chunk)]
         rank = sorted(groups, key=lambda g: -float(scores[g].mean()))
         frames_taken = sorted([b for g in rank for b in g][:topk])
@@ -168,7 +178,8 @@ def test_selection():
     assert memory.select(query, means[:3]).tolist() == [0, 1, 2]
     summed = query.view(2, 2, 8).sum(1)
     means[6], means[3], means[0] = summed, 3 * summed, 0.1 * summed
-    assert memory.select(query, means).tolist() == [0, 2, 3, 6]  # the odd tail is a group of its own; the next fills up
+    # the odd tail is a group of its own; the next fills up
+    assert memory.select(query, means).tolist() == [0, 2, 3, 6]
     means[2] = -2.5 * summed  # now 1 > 1 / 4 > 1 / 20
     means[1] = -summed
     assert memory.select(query, means).tolist() == [2, 3, 4, 6]

@@ -44,13 +44,16 @@ def logits_of(session: vtoken.StreamSession, t: float | None = None, question: s
 
 @pytest.mark.parametrize("name", VIDEO + IMAGE)
 def test_answer_is_the_models_own_where_everything_is_kept(name):
-    """Every family, through its real processor, an odd number of frames included (the towers of Qwen join two)."""
+    """Every family, through its real processor, an odd number of frames included (the towers of Qwen join
+    two).
+    """
     for count in (2,) if name == "llava_next" else (5, 4):
         frames = frames_of(count)
         text, logits = plain(name, frames)
         with fed(session_of(name), frames) as session:
             answer = session.ask(Q, **SHORT)
-            assert torch.allclose(logits_of(session), logits, atol=1e-5)  # frames pass the tower one by one, not as a batch
+            # frames pass the tower one by one, not as a batch
+            assert torch.allclose(logits_of(session), logits, atol=1e-5)
         assert answer.text == text
         assert answer.frames_used == tuple(i / 2 for i in range(count))
         assert (answer.time, answer.new_tokens) == ((count - 1) / 2, 6)
@@ -80,7 +83,9 @@ def test_pruned_stream_is_the_patched_model(name, positions):
 def test_forgotten_frames_are_as_if_never_shown():
     """Without time in the prompt the rest is a shorter video."""
     frames = frames_of(5)
-    with fed(session_of("llava_onevision", max_tokens=3 * 4, memory_options={"recent": 2}), frames) as session:
+    with fed(
+        session_of("llava_onevision", max_tokens=3 * 4, memory_options={"recent": 2}), frames
+    ) as session:
         assert [s.seconds for s in session.memory.view()][:1] == [(0.0,)]
         used = [int(2 * t) for t in session.ask(Q, **SHORT).frames_used]
         assert len(used) == 3 and used[-2:] == [3, 4] and session.stats["forgotten"] == 2
@@ -89,10 +94,14 @@ def test_forgotten_frames_are_as_if_never_shown():
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
 def test_forgotten_frames_leave_their_time_in_multimodal_rope(name):
-    """The oracle: the whole video's embeddings and positions, without the columns of the frames that were forgotten."""
+    """The oracle: the whole video's embeddings and positions, without the columns of the frames that were
+    forgotten.
+    """
     frames, model = frames_of(8), model_of(name)
     inputs = plain_inputs(name, frames, Q)
-    with fed(session_of(name, max_tokens=2 * 6, memory_options={"recent": 1}, max_bytes=10**6), frames) as session:
+    with fed(
+        session_of(name, max_tokens=2 * 6, memory_options={"recent": 1}, max_bytes=10**6), frames
+    ) as session:
         steps = session.memory.view()
         assert [s.seconds[0] for s in steps] == [0.0, 3.0] and session.memory.forgotten == 2
         got = logits_of(session)[0]
@@ -109,7 +118,9 @@ def test_forgotten_frames_leave_their_time_in_multimodal_rope(name):
         embeds[0, visual] = features
         keep = torch.ones(ids.shape[1], dtype=torch.bool)
         keep[visual.view(4, -1)[1:3]] = False
-        hidden = base.language_model(inputs_embeds=embeds[:, keep], position_ids=rope[..., keep]).last_hidden_state
+        hidden = base.language_model(
+            inputs_embeds=embeds[:, keep], position_ids=rope[..., keep]
+        ).last_hidden_state
         assert torch.allclose(got, model.lm_head(hidden[:, -1]), atol=1e-4)
 
 
@@ -137,7 +148,9 @@ def test_asking_changes_nothing():
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
 def test_state_of_two_streams_does_not_mix(name):
-    """Reuse in the tower and the pruner's history belong to a session, also where a question looks at half a step."""
+    """Reuse in the tower and the pruner's history belong to a session, also where a question looks at half a
+    step.
+    """
     options = dict(strategy="stc", budget=0.5, interval=3)
     videos = [frames_of(7), frames_of(7, seed=1)]
     alone = []
@@ -282,14 +295,18 @@ def test_what_cannot_be_served_is_refused():
     refused("recent must be at least 1", memory_options={"recent": 0}, strategy="uniform")
     refused("has no option topk", memory_options={"topk": 0})
     refused("serve qwen2_vl: it needs one-dimensional positions", name="qwen2_vl", memory="rekv")
-    refused("topk must be a positive multiple of chunk", memory="rekv", memory_options={"topk": 3, "chunk": 2})
+    refused(
+        "topk must be a positive multiple of chunk", memory="rekv", memory_options={"topk": 3, "chunk": 2}
+    )
     with pytest.raises(ValueError, match="needs the model's processor"):
         vtoken.StreamSession(model_of("llava"), processor_of("llava").tokenizer)
     bare = processor_of("llava_onevision").__class__.__new__(processor_of("llava_onevision").__class__)
     bare.__dict__.update(processor_of("llava_onevision").__dict__, chat_template=None)
     with pytest.raises(ValueError, match="no chat template"):
         vtoken.StreamSession(model_of("llava_onevision"), bare)
-    own = vtoken.StreamSession(model_of("llava_onevision"), bare, prompt="user : {frames} {question} assistant :")
+    own = vtoken.StreamSession(
+        model_of("llava_onevision"), bare, prompt="user : {frames} {question} assistant :"
+    )
     assert torch.equal(logits_of(fed(own, frames_of(2))), plain("llava_onevision", frames_of(2))[1])
 
 
@@ -299,7 +316,11 @@ def test_bad_frames_and_questions_get_a_sentence():
         session.ask(Q)
     frame = frames_of(1)[0]
     session.push(frame, 1.0)
-    for t, match in ((1.0, "order of their times"), (0.5, "order of their times"), (float("nan"), "finite number")):
+    for t, match in (
+        (1.0, "order of their times"),
+        (0.5, "order of their times"),
+        (float("nan"), "finite number"),
+    ):
         with pytest.raises(ValueError, match=match):
             session.push(frame, t)
     for bad in (frame[..., 0], frame.astype(np.float32), "clip.mp4"):

@@ -6,7 +6,10 @@ import pytest
 
 from tests.streaming.soak import Mark, run
 
-OPTIONS = {"recent": dict(max_bytes=20_000), "rekv": dict(max_bytes=30_000, memory_options=dict(n_local=16, topk=4))}
+OPTIONS = {
+    "recent": dict(max_bytes=20_000),
+    "rekv": dict(max_bytes=30_000, memory_options=dict(n_local=16, topk=4)),
+}
 
 
 def check_flat(marks: list[Mark]) -> list[Mark]:

@@ -21,7 +21,9 @@ def digest(images):
 def test_clips_are_a_function_of_seed_split_and_length():
     assert digest(make_clip(5).media) == digest(make_clip(5).media)
     assert make_clip(5).moments == make_clip(5).moments and questions(make_clip(5)) == questions(make_clip(5))
-    made = {digest(make_clip(i, split, n).media) for i in range(10) for split in ("train", "test") for n in (4, 8)}
+    made = {
+        digest(make_clip(i, split, n).media) for i in range(10) for split in ("train", "test") for n in (4, 8)
+    }
     assert len(made) == 40
 
 
@@ -47,8 +49,12 @@ def test_bad_requests_get_one_sentence():
 def test_splits_share_no_digit_no_font_and_no_photograph():
     assert not set(digits.FONTS["train"]) & set(digits.FONTS["test"])
     with np.load(digits.FILE) as stored:
-        masks = {split: {m.tobytes() for d in stored[f"digits_{split}"] for m in d} for split in ("train", "test")}
-    assert {split: len(some) for split, some in masks.items()} == {s: 10 * n for s, n in digits.GLYPHS.items()}
+        masks = {
+            split: {m.tobytes() for d in stored[f"digits_{split}"] for m in d} for split in ("train", "test")
+        }
+    assert {split: len(some) for split, some in masks.items()} == {
+        s: 10 * n for s, n in digits.GLYPHS.items()
+    }
     assert not masks["train"] & masks["test"]
     for split in ("train", "test"):
         known = {name.partition(".")[0] for name in PHOTOGRAPHS[split]}
@@ -59,7 +65,8 @@ def test_splits_share_no_digit_no_font_and_no_photograph():
 
 
 def right_answers(shows, text):
-    """All answers that a clip supports, from what is on screen frame by frame and the words of the question alone.
+    """All answers that a clip supports, from what is on screen frame by frame and the words of the question
+    alone.
 
     ``shows``: per frame ``(moment, digit, shape, colour)`` with None for what is not there.
     """
@@ -146,7 +153,9 @@ def test_bent_masks_are_like_their_originals_and_no_two_alike():
         assert len({bent.tobytes() for bent in some}) == 6
         for bent in some:
             assert bent.shape == (24, 24) and bent.dtype == np.uint8 and 0.4 < bent.mean() / mask.mean() < 2.2
-            both = np.minimum(bent, mask).astype(float).sum() / min(bent.astype(float).sum(), mask.astype(float).sum())
+            both = np.minimum(bent, mask).astype(float).sum() / min(
+                bent.astype(float).sum(), mask.astype(float).sum()
+            )
             assert both > 0.5
 
 
@@ -156,14 +165,18 @@ def test_held_out_questions_are_balanced():
     assert all(kinds.count(kind) == 8 for kind in KINDS)
     assert all(clip.split == "test" for clip, _ in pairs)
     assert [len(clip.media) for clip, _ in pairs] == ([8] * 5 + [12] * 5) * 4
-    assert [q for _, q in held_out(10)] == [q for _, q in held_out(10)] != [q for _, q in held_out(10, seed=1)]
+    assert (
+        [q for _, q in held_out(10)] == [q for _, q in held_out(10)] != [q for _, q in held_out(10, seed=1)]
+    )
 
 
 def test_stream_is_endless_deterministic_and_knows_no_future():
     live, again = stream(3), stream(3)
     frames = list(islice(live, 60))
     assert [f.seconds for f in frames[:3]] == [0.0, 0.5, 1.0]
-    assert digest([again.frame(50).image, again.frame(7).image]) == digest([frames[50].image, frames[7].image])
+    assert digest([again.frame(50).image, again.frame(7).image]) == digest(
+        [frames[50].image, frames[7].image]
+    )
     assert digest([stream(4).frame(50).image]) != digest([frames[50].image])
     for frame in frames:
         assert all(m.start <= frame.index for m in frame.moments)

@@ -16,7 +16,16 @@ from training.tiny.qwen_language import (
     visual_tokens,
     warm_start,
 )
-from training.tiny.qwen_tower import OBJECTS, crowd, encode, image_patches, owners, targets, train_tower, video_patches
+from training.tiny.qwen_tower import (
+    OBJECTS,
+    crowd,
+    encode,
+    image_patches,
+    owners,
+    targets,
+    train_tower,
+    video_patches,
+)
 from training.tiny.reading import SIZES, ReadingHeads, clip_targets, look_targets, places, stack
 from training.tiny.recipes import qwen2_5_vl as recipe
 from vtoken import tiny
@@ -48,7 +57,9 @@ def test_visual_tokens_and_seconds(small):
     _, processor = small
     inputs = prepare(processor, [(make_scene(0), Question("where is the star?", "", ""))])
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 100
-    inputs = prepare(processor, [(make_clip(0, frames=8, fps=1.0), Question("which digit came first?", "", ""))])
+    inputs = prepare(
+        processor, [(make_clip(0, frames=8, fps=1.0), Question("which digit came first?", "", ""))]
+    )
     assert (inputs["input_ids"] == processor.video_token_id).sum() == 4 * 36
     assert inputs["second_per_grid_ts"].tolist() == [2.0]
     assert processor.tokenizer.unk_token_id not in inputs["input_ids"]
@@ -92,7 +103,10 @@ def test_packed_logits_equal_single_prompts(small):
             text = processor.tokenizer.decode(row[: first - 1])  # up to "assistant :"
             single = prepare(processor, [(example, Question(text, "", ""))])
             torch.testing.assert_close(
-                model.lm_head(hidden[slot * width + first]), model(**single).logits[0, -1], atol=1e-4, rtol=1e-4
+                model.lm_head(hidden[slot * width + first]),
+                model(**single).logits[0, -1],
+                atol=1e-4,
+                rtol=1e-4,
             )
 
 
@@ -109,7 +123,8 @@ def test_targets_are_where_the_objects_are():
             assert own[y // 8, x // 8] == index
             assert patches[y // 16, x // 16, y // 8 % 2, x // 8 % 2] == OBJECTS.index(item.shape) + 1
         assert set(goal["cell_count"][cells.view(1, -1) > 0].tolist()) == {len(scene.objects)}
-        outline = goal["outline"][0].view(6, 6, 2, 2, 12, 12)[:, :, :, :, 4:8, 4:8]  # the middle of 3 x 3: the patch
+        # the middle of 3 x 3: the patch
+        outline = goal["outline"][0].view(6, 6, 2, 2, 12, 12)[:, :, :, :, 4:8, 4:8]
         drawn = outline.permute(0, 2, 4, 1, 3, 5).reshape(48, 48)
         expected = scene.masks().max(0).reshape(48, 2, 48, 2).mean((1, 3))
         np.testing.assert_allclose(drawn, expected, atol=1e-6)
@@ -130,7 +145,9 @@ def test_read_outs_ask_for_what_has_been_shown_and_nothing_later(stride):
             assert bool(len(asked)) == bool(now)
             for cell in asked:
                 assert goal["digit"][step, cell] == (10 if now[0].digit is None else int(now[0].digit))
-                assert goal["shape"][step, cell] == (8 if now[0].shape is None else SHAPES.index(now[0].shape))
+                assert goal["shape"][step, cell] == (
+                    8 if now[0].shape is None else SHAPES.index(now[0].shape)
+                )
                 shown = {digit for digit in range(10) if goal["seen"][step, cell] >> digit & 1}
                 assert shown == {int(m.digit) for m in seen if m.digit is not None}
                 if now[0].start == stride * step:  # every object of the moment has a cell up to here
@@ -244,7 +261,10 @@ def test_held_out_takes_images_and_clips_in_turn():
 
 
 def test_shipped_model_answers_held_out_questions(shipped):
-    assert [type(part).__name__ for part in shipped] == ["Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor"]
+    assert [type(part).__name__ for part in shipped] == [
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLProcessor",
+    ]
     pairs = held_out("qwen2_5_vl", 80, seed=3)
     said = answers(*shipped, pairs)
     assert score(pairs[::2], said[::2])["all"] >= 0.95
@@ -257,7 +277,9 @@ def test_shipped_model_sees_the_order_of_frames(shipped):
     for i in range(12):
         clip = make_clip(3_000_000 + i, "test")
         shown = [m.digit for m in clip.moments if m.digit]
-        turned = Frames([frame for k in range(6, -1, -2) for frame in clip.media[k : k + 2]], clip.media.seconds)
+        turned = Frames(
+            [frame for k in range(6, -1, -2) for frame in clip.media[k : k + 2]], clip.media.seconds
+        )
         backwards = clips.Clip(turned, clip.moments, clip.seed, clip.split, clip.background, clip.fps)
         said = answers(*shipped, [(clip, first), (backwards, first), (clip, last), (backwards, last)])
         right.append(said == [shown[0], shown[-1], shown[-1], shown[0]])

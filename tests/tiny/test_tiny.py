@@ -66,7 +66,9 @@ def right_answers(scene, text):
     words = text.rstrip("?.").split()
     colours = [w for w in words if w in COLOURS]
     shapes = [w for w in words if w in SHAPES]
-    fit = [o for o in scene.objects if all(o.colour == c for c in colours) and all(o.shape == s for s in shapes)]
+    fit = [
+        o for o in scene.objects if all(o.colour == c for c in colours) and all(o.shape == s for s in shapes)
+    ]
     if words[0] == "how":
         return {NUMBERS[len(scene.objects)]}
     if words[:2] in (["is", "there"], ["do", "you"]):
@@ -95,10 +97,16 @@ def test_objects_are_where_their_boxes_say():
         scene = make_scene(i)
         pixels = np.asarray(scene.image).astype(int)
         assert 2 <= len(scene.objects) <= 4
-        assert len({o.colour for o in scene.objects}) == len({o.shape for o in scene.objects}) == len(scene.objects)
+        assert (
+            len({o.colour for o in scene.objects})
+            == len({o.shape for o in scene.objects})
+            == len(scene.objects)
+        )
         for item in scene.objects:
             left, top, right, bottom = item.box
-            assert 0 <= left < right <= 96 and 0 <= top < bottom <= 96 and max(right - left, bottom - top) <= 23
+            assert (
+                0 <= left < right <= 96 and 0 <= top < bottom <= 96 and max(right - left, bottom - top) <= 23
+            )
             assert min(abs((left + right) / 2 - 48), abs((top + bottom) / 2 - 48)) > 3
             near = abs(pixels[top:bottom, left:right] - COLOURS[item.colour]).max(-1) <= 16
             assert 0.2 < near.mean() <= 1
@@ -118,7 +126,15 @@ def test_tokenizer_knows_every_word_and_decodes_clean_text():
     ids = tokenizer("What shape is the RED one? Assistant: top left").input_ids
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids[-2:]) == "top left"
-    assert tokenizer.tokenize("user: <image>\nfind the star.") == ["user", ":", "<image>", "find", "the", "star", "."]
+    assert tokenizer.tokenize("user: <image>\nfind the star.") == [
+        "user",
+        ":",
+        "<image>",
+        "find",
+        "the",
+        "star",
+        ".",
+    ]
 
 
 def test_import_is_cheap():
@@ -142,7 +158,9 @@ def test_packed_logits_equal_single_prompts():
     assert len(asked) == SLOTS
     vocabulary = processor.tokenizer.get_vocab()
     ids, labels = pack([asked], vocabulary)
-    inputs = [processor(images=scene.image, text=prompt(processor, q.text), return_tensors="pt") for q in asked]
+    inputs = [
+        processor(images=scene.image, text=prompt(processor, q.text), return_tensors="pt") for q in asked
+    ]
     image = model.eval().model.get_image_features(inputs[0]["pixel_values"]).pooler_output[0]
     before = model.get_input_embeddings()(torch.tensor([vocabulary["user"], vocabulary[":"]]))
     mask, position = layout()
@@ -153,7 +171,9 @@ def test_packed_logits_equal_single_prompts():
     ).last_hidden_state[0, 146:]
     for slot, single in list(enumerate(inputs))[::3]:
         first = slot * 10 + (labels[0, slot * 10 : slot * 10 + 10] >= 0).nonzero()[0, 0]
-        torch.testing.assert_close(model.lm_head(hidden[first]), model(**single).logits[0, -1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model.lm_head(hidden[first]), model(**single).logits[0, -1], atol=1e-4, rtol=1e-4
+        )
 
 
 def test_a_few_steps_reduce_the_loss(monkeypatch):

@@ -108,7 +108,10 @@ def test_places_of_wide_scenes_are_quadrants_of_the_canvas():
         assert (width, height) == SMALL.canvases[i % 4]
         for item in scene.objects:
             x, y = (item.box[0] + item.box[2]) / 2, (item.box[1] + item.box[3]) / 2
-            assert item.place == f"{'top' if y < height / 2 else 'bottom'} {'left' if x < width / 2 else 'right'}"
+            assert (
+                item.place
+                == f"{'top' if y < height / 2 else 'bottom'} {'left' if x < width / 2 else 'right'}"
+            )
             assert min(abs(x - width / 2), abs(y - height / 2)) > 3
 
 
@@ -139,7 +142,9 @@ def test_packed_sequences_read_what_the_model_reads(name):
         before = embed(torch.tensor([vocabulary["user"], vocabulary[":"]]))[None]
         mask, position = layout(visual.shape[1], 2, 1, len(ids))
         hidden = model.model.language_model(
-            inputs_embeds=torch.cat([before, visual, embed(ids)[None]], 1), attention_mask=mask, position_ids=position
+            inputs_embeds=torch.cat([before, visual, embed(ids)[None]], 1),
+            attention_mask=mask,
+            position_ids=position,
         ).last_hidden_state
         single = model(**prepare(processor, [(example, question)])).logits
         torch.testing.assert_close(model.lm_head(hidden), single, atol=1e-4, rtol=1e-4)
@@ -180,7 +185,10 @@ def test_warm_start_takes_over_the_words_and_what_the_tower_sees(name):
 def test_training_goes_on_where_it_was_interrupted(tmp_path):
     def run(steps, keep):
         torch.manual_seed(0)
-        parameters = {"a.layers.0": torch.nn.Parameter(torch.randn(4, 4)), "bias": torch.nn.Parameter(torch.zeros(4))}
+        parameters = {
+            "a.layers.0": torch.nn.Parameter(torch.randn(4, 4)),
+            "bias": torch.nn.Parameter(torch.zeros(4)),
+        }
 
         def loss_of(item, done):
             if item >= steps:
@@ -191,7 +199,15 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path):
 
         log: list[dict] = []
         try:
-            optimise("fit", parameters, int, loss_of, {"steps": 120, "rate": 0.01, "muon_rate": 0.02}, log, keep=keep)
+            optimise(
+                "fit",
+                parameters,
+                int,
+                loss_of,
+                {"steps": 120, "rate": 0.01, "muon_rate": 0.02},
+                log,
+                keep=keep,
+            )
         except KeyboardInterrupt:
             return None
         return parameters, [(entry["step"], entry["loss"]) for entry in log]

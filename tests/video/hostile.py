@@ -1,4 +1,6 @@
-"""Media made to harm: they name other files, or declare more than they hold. And a file that tells who opened it."""
+"""Media made to harm: they name other files, or declare more than they hold. And a file that tells who opened
+it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class Canary:
         self.path = write(folder / name, 8)
         libc = ctypes.CDLL(None, use_errno=True)
         self._watch = libc.inotify_init1(_NONBLOCK)
-        assert libc.inotify_add_watch(self._watch, os.fsencode(self.path), _OPEN) >= 0, os.strerror(ctypes.get_errno())
+        assert libc.inotify_add_watch(self._watch, os.fsencode(self.path), _OPEN) >= 0, os.strerror(
+            ctypes.get_errno()
+        )
 
     def opened(self) -> bool:
         try:
@@ -76,8 +80,16 @@ def with_reference(folder: Path, target: str) -> Path:
     data = bytearray(write(folder / "whole.mov", 8, group=8).read_bytes())
     name = target.encode()
     path = b"/" + name + b"\0" * ((len(name) + 1) % 2)
-    record = bytes(10) + b"\0" + bytes(27) + bytes(12) + bytes([len(name)]) + name.ljust(63, b"\0") + bytes(16)
-    record += struct.pack(">HH", 1, 1) + bytes(16) + struct.pack(">HH", 2, len(path)) + path + struct.pack(">hh", -1, 0)
+    record = (
+        bytes(10) + b"\0" + bytes(27) + bytes(12) + bytes([len(name)]) + name.ljust(63, b"\0") + bytes(16)
+    )
+    record += (
+        struct.pack(">HH", 1, 1)
+        + bytes(16)
+        + struct.pack(">HH", 2, len(path))
+        + path
+        + struct.pack(">hh", -1, 0)
+    )
     entry = struct.pack(">I4sI", 12 + len(record), b"alis", 0) + record
     *around, at = boxes(data, b"moov", b"trak", b"mdia", b"minf", b"dinf", b"dref")
     old = struct.unpack_from(">I", data, at)[0]

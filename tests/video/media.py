@@ -18,7 +18,9 @@ T = TypeVar("T")
 
 
 def picture(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """(height, width, 3) uint8: the number in black and white cells along the top, below them a grey that changes."""
+    """(height, width, 3) uint8: the number in black and white cells along the top, below them a grey that
+    changes.
+    """
     width, height = size
     image = np.full((height, width, 3), 40 + number * 7 % 160, np.uint8)
     for bit in range(BITS):

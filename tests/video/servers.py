@@ -26,7 +26,9 @@ def later(work: Callable[[], object]) -> threading.Thread:
 
 @contextmanager
 def serving(answer: Callable[[socket.socket, int], None]) -> Iterator[int]:
-    """A TCP server that gives each connection, with its number, to `answer`, at the same time; yields its port."""
+    """A TCP server that gives each connection, with its number, to `answer`, at the same time; yields its
+    port.
+    """
     over = threading.Event()
 
     def one(connection: socket.socket, count: int) -> None:

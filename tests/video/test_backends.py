@@ -58,7 +58,9 @@ def test_the_choice_is_explained(tmp_path):
 def test_without_decord_pyav_reads(tmp_path, monkeypatch, broken):
     path = write(tmp_path / "a.mp4", 4)
     if broken:
-        (tmp_path / "decord.py").write_text("raise OSError('libavcodec.so.58: cannot open shared object file')")
+        (tmp_path / "decord.py").write_text(
+            "raise OSError('libavcodec.so.58: cannot open shared object file')"
+        )
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "decord", raising=False)
     else:
@@ -119,7 +121,10 @@ def test_torchcodec(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
     with open_video(path, "torchcodec") as reader:
-        assert [number(f.image) for f in reader.get_frames([5, 2])] == [5, 2] and reader.backend == "torchcodec"
+        assert [number(f.image) for f in reader.get_frames([5, 2])] == [
+            5,
+            2,
+        ] and reader.backend == "torchcodec"
         assert [number(f.image) for f in reader.get_frames([6])] == [6]
         assert reader.backend == "pyav" and "torchcodec failed: Could not decode" in reader.why
     with pytest.raises(VideoError, match="upright"):
@@ -152,7 +157,9 @@ one = [f.to_ndarray(format="rgb24") for f in av.open({str(path)!r}).decode(video
 two = decord.VideoReader({str(path)!r}).get_batch(range(8)).asnumpy()
 assert np.abs(np.stack(one).astype(int) - two).mean() < 2
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, cwd=ROOT)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, cwd=ROOT
+    )
     assert run.returncode == 0, run.stderr
 
 

@@ -19,7 +19,9 @@ def test_asking_about_a_file(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("example_video", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(["--model", str(tmp_path / "model"), "--video", str(path), "--frames", "4", "--budget", "0.25"])
+    module.main(
+        ["--model", str(tmp_path / "model"), "--video", str(path), "--frames", "4", "--budget", "0.25"]
+    )
     said = capsys.readouterr().out
     assert "4 of 24 frames over 1.0 s, read by decord" in said
     assert "all tokens:" in said and "vidcom2 0.25:" in said and "visual tokens" in said

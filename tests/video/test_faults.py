@@ -82,7 +82,9 @@ def cover(folder: Path) -> Path:
         sound, sleeve = out.add_stream("mp3", rate=16000), out.add_stream("mjpeg", rate=1)
         sleeve.width, sleeve.height, sleeve.pix_fmt = *SIZE, "yuvj420p"
         sleeve.disposition = av.stream.Disposition.attached_pic
-        out.mux(sleeve.encode(av.VideoFrame.from_ndarray(picture(1), format="rgb24").reformat(format="yuvj420p")))
+        out.mux(
+            sleeve.encode(av.VideoFrame.from_ndarray(picture(1), format="rgb24").reformat(format="yuvj420p"))
+        )
         tone = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.int16), format="s16p", layout="mono")
         tone.sample_rate = 16000
         out.mux(sound.encode(tone))
@@ -109,11 +111,20 @@ REFUSED = {
         lambda d: raw(d, b"1\n00:00:01,000 --> 00:00:02,000\nHello\n", "s.srt"),
         "no video stream, only subtitle",
     ),
-    "sound alone, mp4": (lambda d: write(d / "s.mp4", audio="aac", video=False), "no video stream, only audio"),
-    "sound alone, wav": (lambda d: write(d / "s.wav", audio="pcm_s16le", video=False), "no video stream, only audio"),
+    "sound alone, mp4": (
+        lambda d: write(d / "s.mp4", audio="aac", video=False),
+        "no video stream, only audio",
+    ),
+    "sound alone, wav": (
+        lambda d: write(d / "s.wav", audio="pcm_s16le", video=False),
+        "no video stream, only audio",
+    ),
     "sound with a sleeve": (cover, "no video stream, only audio"),
     "mp4 without its index": (lambda d: cut(d, 0.6), "index is cut off"),
-    "header of an mp4": (lambda d: raw(d, b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41"), "not a video|cannot open"),
+    "header of an mp4": (
+        lambda d: raw(d, b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41"),
+        "not a video|cannot open",
+    ),
     "header of an mkv": (lambda d: cut(d, 0.05, ".mkv"), "not a video|no video|no frame|cannot open"),
     "unknown scheme": (lambda d: "gopherx://host/clip", "knows no such protocol"),
     "scheme of the browser": (lambda d: "blob://host/clip", "knows no such protocol"),
@@ -208,7 +219,10 @@ RECOVERED = {
     "transport stream cut within a group": (lambda d: cut(d, 0.7, ".ts"), 4),
     "flv cut within a group": (lambda d: cut(d, 0.6, ".flv"), 4),
     "avi cut within a group": (lambda d: cut(d, 0.8, ".avi", codec="mpeg4", frames=60), 4),
-    "gif cut within a picture, which is damaged": (lambda d: cut(d, 0.6, ".gif", codec="gif", pixels="rgb8"), 4),
+    "gif cut within a picture, which is damaged": (
+        lambda d: cut(d, 0.6, ".gif", codec="gif", pixels="rgb8"),
+        4,
+    ),
     "bare H.264 cut within a picture": (lambda d: cut(d, 0.6, ".h264", format="h264"), 4),
     "webm cut within a group": (lambda d: cut(d, 0.6, ".webm", codec="libvpx"), 4),
     "mp4 with damaged packets": (lambda d: damaged(d, ".mp4", 1, 12, frames=40), 10),
@@ -218,21 +232,35 @@ RECOVERED = {
     "webm with damaged packets": (lambda d: damaged(d, ".webm", 5, 12, frames=40, codec="libvpx"), 0),
     "avi with damaged packets": (lambda d: damaged(d, ".avi", 6, 12, frames=40, codec="mpeg4"), 0),
     "transport stream with lost packets": (holes, 8),
-    "noise before a transport stream": (lambda d: raw(d, noise(188 * 3) + write(d / "a.ts").read_bytes(), "n.ts"), 16),
+    "noise before a transport stream": (
+        lambda d: raw(d, noise(188 * 3) + write(d / "a.ts").read_bytes(), "n.ts"),
+        16,
+    ),
     "noise behind an mp4": (lambda d: raw(d, write(d / "a.mp4").read_bytes() + noise(9000)), 24),
     "noise within a transport stream": (
         lambda d: raw(
-            d, write(d / "a.ts").read_bytes() + noise(9000) + write(d / "b.ts", range(24, 48)).read_bytes(), "n.ts"
+            d,
+            write(d / "a.ts").read_bytes() + noise(9000) + write(d / "b.ts", range(24, 48)).read_bytes(),
+            "n.ts",
         ),
         40,
     ),
-    "clock that jumps back": (lambda d: joined(d, dict(times=range(900, 924)), dict(frames=range(24, 40))), 40),
-    "clock that jumps forwards": (lambda d: joined(d, {}, dict(frames=range(24, 40), times=range(90_000, 90_016))), 40),
+    "clock that jumps back": (
+        lambda d: joined(d, dict(times=range(900, 924)), dict(frames=range(24, 40))),
+        40,
+    ),
+    "clock that jumps forwards": (
+        lambda d: joined(d, {}, dict(frames=range(24, 40), times=range(90_000, 90_016))),
+        40,
+    ),
     "size that changes": (
         lambda d: joined(d, {}, dict(frames=range(24, 40), size=(SIZE[0] * 2, 96), times=range(24, 40))),
         40,
     ),
-    "clock and size that change twice": (lambda d: joined(d, *[dict(size=(SIZE[0], h)) for h in (48, 80, 64)]), 72),
+    "clock and size that change twice": (
+        lambda d: joined(d, *[dict(size=(SIZE[0], h)) for h in (48, 80, 64)]),
+        72,
+    ),
     "wrong suffix": (lambda d: write(d / "a.mkv").rename(d / "a.mp4"), 24),
     "no suffix": (lambda d: write(d / "a.mkv").rename(d / "a"), 24),
     "name with a colon": (lambda d: write(d / "rtsp:a%03d?.mp4"), 24),

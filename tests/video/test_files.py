@@ -1,4 +1,6 @@
-"""Whole files of every kind: each frame is the one that was encoded, at the time it was given, however it is asked for."""
+"""Whole files of every kind: each frame is the one that was encoded, at the time it was given, however it is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ KINDS = {
     "mp4 that starts late": (".mp4", dict(times=range(50, 74))),
     "mov": (".mov", {}),
     "mov, ProRes 10 bit": (".mov", dict(codec="prores_ks", pixels="yuv422p10le", group=1)),
-    "mp4 with gradual refresh": (".mp4", dict(options={"x264-params": "intra-refresh=1:keyint=7:bframes=3"}, group=99)),
+    "mp4 with gradual refresh": (
+        ".mp4",
+        dict(options={"x264-params": "intra-refresh=1:keyint=7:bframes=3"}, group=99),
+    ),
     "mp4, HEVC": (".mp4", dict(codec="libx265", options={"x265-params": X265 + ":open-gop=0"})),
     "mp4, HEVC with open groups": (
         ".mp4",
@@ -176,7 +181,9 @@ def test_decord_is_not_trusted_where_it_is_wrong(made, kind):
         open_video(made(kind), backend="decord")
 
 
-@pytest.mark.parametrize("kind", ["mp4, HEVC", "mp4 with open groups", "mp4 with gradual refresh", "mp4, MPEG-4"])
+@pytest.mark.parametrize(
+    "kind", ["mp4, HEVC", "mp4 with open groups", "mp4 with gradual refresh", "mp4, MPEG-4"]
+)
 def test_decord_is_trusted_with_closed_groups_alone(made, kind):
     with pytest.raises(ValueError, match="closed group"):
         open_video(made(kind), backend="decord")

@@ -1,4 +1,5 @@
-"""Bytes that chance has changed: an answer or a VideoError of one sentence, in time, whatever the container."""
+"""Bytes that chance has changed: an answer or a VideoError of one sentence, in time, whatever the container.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def sound(folder: Path, kind: str) -> bytes:
     if kind[1:] in PLAYLISTS:
         return PLAYLISTS[kind[1:]]("sound.ts")
     if kind == ".svg":
-        return b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="5" height="5"/></svg>'
+        return (
+            b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="5" height="5"/></svg>'
+        )
     return write(path, 8, **VIDEOS[kind]).read_bytes()
 
 
@@ -92,7 +95,10 @@ KINDS = (*VIDEOS, *PICTURES, *(f".{kind}" for kind in PLAYLISTS), ".svg")
 
 
 @settings(
-    max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=120,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     kind=st.sampled_from(KINDS),
@@ -106,7 +112,12 @@ def test_changed_bytes(folder, kind, name, seed, auto):
     in_time(lambda: use(path, "auto" if auto else "pyav"), 60)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(kind=st.sampled_from((*PICTURES, ".gif")), seed=st.integers(0, 2**32))
 def test_changed_pictures(folder, kind, seed):
     try:

@@ -1,4 +1,6 @@
-"""A file says how large it is, and nothing is allocated because it says so: one sentence, and `limits` to go on."""
+"""A file says how large it is, and nothing is allocated because it says so: one sentence, and `limits` to go
+on.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ def png(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(2000))) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(2000)))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -103,7 +108,9 @@ def test_the_bound_on_pixels_is_exact(tmp_path):
 
 
 def test_a_picture_that_grows_is_left_out(tmp_path):
-    data = write(tmp_path / "a.ts", 8).read_bytes() + write(tmp_path / "b.ts", 8, size=(640, 408)).read_bytes()
+    data = (
+        write(tmp_path / "a.ts", 8).read_bytes() + write(tmp_path / "b.ts", 8, size=(640, 408)).read_bytes()
+    )
     path = kept(tmp_path, data, "grows.ts")
     with open_video(path, limits=Limits(pixels=128 * 48)) as video:
         assert {f.image.shape for f in video} == {(48, 128, 3)} and video.damage
@@ -133,11 +140,16 @@ def test_more_frames_than_fit(tmp_path):
                 with pytest.raises(VideoError, match=r"frames take .* GiB.*limits=Limits\(nbytes=None\)"):
                     ask(video)
             assert sum(1 for _ in video) == 60  # nothing is held in passing
-    with open_video(path, limits=Limits(frames=59)) as video, pytest.raises(VideoError, match="more than 59 frames"):
+    with (
+        open_video(path, limits=Limits(frames=59)) as video,
+        pytest.raises(VideoError, match="more than 59 frames"),
+    ):
         video.get_frames([0])
 
 
-@pytest.mark.parametrize("hoard", [list, lambda v: [f.image for f in v], lambda v: list(at_fps(v, 25)), sorted])
+@pytest.mark.parametrize(
+    "hoard", [list, lambda v: [f.image for f in v], lambda v: list(at_fps(v, 25)), sorted]
+)
 def test_pictures_that_are_held(tmp_path, hoard):
     """One iteration gives as many as it likes, and its caller holds as many as fit."""
     hoard = (lambda v: sorted(v, key=lambda f: f.index)) if hoard is sorted else hoard
@@ -181,7 +193,13 @@ def growing(path: Path, codec: str, large: tuple[int, int] = (1280, 816)) -> Pat
 
 @pytest.mark.parametrize(
     ("name", "codec"),
-    [("a.mp4", "libx264"), ("b.mkv", "libx264"), ("c.mkv", "libvpx"), ("d.webm", "libvpx-vp9"), ("e.mp4", "libvpx-vp9")],
+    [
+        ("a.mp4", "libx264"),
+        ("b.mkv", "libx264"),
+        ("c.mkv", "libvpx"),
+        ("d.webm", "libvpx-vp9"),
+        ("e.mp4", "libvpx-vp9"),
+    ],
 )
 def test_decord_gets_no_picture_that_may_be_too_large(tmp_path, name, codec):
     path, few = growing(tmp_path / name, codec), Limits(pixels=128 * 48)
@@ -189,7 +207,9 @@ def test_decord_gets_no_picture_that_may_be_too_large(tmp_path, name, codec):
         assert {f.image.shape for f in video.get_frames(range(16))} == {(48, 128, 3), (816, 1280, 3)}
         assert video.backend == "pyav" and "may grow" in video.why
     with open_video(path, limits=few) as video:
-        assert {f.image.shape for f in video.get_frames(seconds=[0, 0.2, 0.5])} == {(48, 128, 3)} and video.damage
+        assert {f.image.shape for f in video.get_frames(seconds=[0, 0.2, 0.5])} == {
+            (48, 128, 3)
+        } and video.damage
     with pytest.raises(VideoError, match=r"no bound on pixels.*limits=Limits\(pixels=None\)"):
         open_video(path, "decord", limits=few)
     with open_video(path, limits=Limits(pixels=None)) as video:
@@ -207,7 +227,10 @@ def test_time(tmp_path):
     path = write(tmp_path / "a.ts", 8)
     for use in (list, lambda v: v.get_frames([0]), lambda v: sample_uniform(v, 2)):
         message = r"takes more than 1e-09 s.*limits=Limits\(seconds=None\)"
-        with open_video(path, "pyav", limits=Limits(seconds=1e-9)) as video, pytest.raises(VideoError, match=message):
+        with (
+            open_video(path, "pyav", limits=Limits(seconds=1e-9)) as video,
+            pytest.raises(VideoError, match=message),
+        ):
             use(video)
     with open_video(path, limits=Limits(seconds=None)) as video:
         assert len(list(video)) == 8
@@ -257,7 +280,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
 def test_what_is_allocated(tmp_path):
-    """In a process of its own, because a process remembers its largest size: MB beyond what a sound video takes."""
+    """In a process of its own, because a process remembers its largest size: MB beyond what a sound video
+    takes.
+    """
     run = subprocess.run(
         [sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=120
     )

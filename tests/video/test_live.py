@@ -244,7 +244,8 @@ def test_sizes_that_change_pass_through():
 
 
 @pytest.mark.parametrize(
-    "item", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), "text", None, b"bytes"]
+    "item",
+    [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), "text", None, b"bytes"],
 )
 def test_what_is_no_picture(item):
     with LiveReader([item], speed=None) as live, pytest.raises(VideoError, match="a frame is"):
@@ -255,14 +256,24 @@ def test_the_synthetic_stream_and_other_readers():
     with LiveReader("synthetic://3?fps=4", speed=None, drop=False) as live:
         got = [in_time(live.read) for _ in range(5)]
         assert [f.seconds for f in got] == [0, 0.25, 0.5, 0.75, 1.0] and live.fps == 4
-    with open_video("synthetic://3?fps=4&frames=5") as reader, LiveReader(reader, speed=None, drop=False) as live:
+    with (
+        open_video("synthetic://3?fps=4&frames=5") as reader,
+        LiveReader(reader, speed=None, drop=False) as live,
+    ):
         again = in_time(lambda: list(live))
     assert all((a.image == b.image).all() for a, b in zip(got, again)) and len(again) == 5
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(fps=0), dict(queue=0), dict(timeout=-1), dict(backoff=float("inf")), dict(speed=0), dict(growing=True)],
+    [
+        dict(fps=0),
+        dict(queue=0),
+        dict(timeout=-1),
+        dict(backoff=float("inf")),
+        dict(speed=0),
+        dict(growing=True),
+    ],
 )
 def test_arguments_out_of_range(wrong):
     with pytest.raises(VideoError, match=r"above 0|file on disk|finite number"):

@@ -1,4 +1,5 @@
-"""Live sources of the network: sockets, HTTP, HLS and RTSP on the loopback, and cameras that follow a script."""
+"""Live sources of the network: sockets, HTTP, HLS and RTSP on the loopback, and cameras that follow a script.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +71,10 @@ def test_a_stream_of_garbage_between_two_of_pictures(stream):
     def answer(connection: socket.socket, count: int) -> None:
         connection.sendall(os.urandom(40_000) if count % 2 else stream)
 
-    with serving(answer) as port, LiveReader(f"tcp://127.0.0.1:{port}", backoff=0.005, timeout=5, drop=False) as live:
+    with (
+        serving(answer) as port,
+        LiveReader(f"tcp://127.0.0.1:{port}", backoff=0.005, timeout=5, drop=False) as live,
+    ):
         got = in_time(lambda: [live.read() for _ in range(90)])
     ascending(got)
     assert {number(f.image) for f in got} <= set(range(40))
@@ -133,7 +137,11 @@ SILENT = av.error.ExitError(av.error.tag_to_code(b"EXIT"), "exit")
         ),
         ([[shot(0, 0), lambda: BAD]], [0], "no picture within 0.2 s"),
         ([[shot(0, 9), shot(1, 8), shot(2, 7), shot(3, 10)]], [0, 3], "ended"),
-        ([[shot(0, 0), shot(1, 10**6), shot(2, 10**6 + 1), shot(3, 5), shot(4, 6)]], [0, 1, 2, 3, 4], "ended"),
+        (
+            [[shot(0, 0), shot(1, 10**6), shot(2, 10**6 + 1), shot(3, 5), shot(4, 6)]],
+            [0, 1, 2, 3, 4],
+            "ended",
+        ),
         ([[shot(0, None), shot(1, None), shot(2, 80), shot(3, 81)]], [0, 1, 2, 3], "ended"),
         ([[shot(0, -50), shot(1, -49), shot(2, 0)]], [0, 1, 2], "ended"),
     ],
@@ -144,8 +152,12 @@ def test_what_a_camera_may_do(monkeypatch, scripts, shown, error):
     class Stream:
         average_rate = guessed_rate = 25
 
-    monkeypatch.setattr("vtoken.video.live_feeds.open_container", lambda *_, **__: (Script(*next(connections)), Stream))
-    live = LiveReader("rtsp://camera/1", timeout=0.2, retries=2 * (len(scripts) > 1), backoff=0.001, drop=False)
+    monkeypatch.setattr(
+        "vtoken.video.live_feeds.open_container", lambda *_, **__: (Script(*next(connections)), Stream)
+    )
+    live = LiveReader(
+        "rtsp://camera/1", timeout=0.2, retries=2 * (len(scripts) > 1), backoff=0.001, drop=False
+    )
     got = []
     with live:
         while len(got) < len(shown):
@@ -195,7 +207,14 @@ def test_a_file_of_the_web(site):
 def test_hls(site):
     folder, address = site
     container = {"hls_time": "0.3", "hls_list_size": "0"}
-    write(folder / "live.m3u8", 40, format="hls", container=container, between=0, options={"tune": "zerolatency"})
+    write(
+        folder / "live.m3u8",
+        40,
+        format="hls",
+        container=container,
+        between=0,
+        options={"tune": "zerolatency"},
+    )
     assert len(list(folder.glob("*.ts"))) > 2
     got, live = read_all(f"{address}/live.m3u8")
     assert [number(f.image) for f in got] == list(range(40)) and live.stats.reconnects == 0

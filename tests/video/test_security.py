@@ -43,7 +43,9 @@ def read(source: object, backend: str = "auto", **how: object) -> list[int]:
 
 def live(source: object, **how: object) -> list[int]:
     try:
-        with LiveReader(source, speed=None, drop=False, timeout=0.5, retries=1, backoff=0.01, **how) as reader:  # type: ignore[arg-type]
+        with LiveReader(
+            source, speed=None, drop=False, timeout=0.5, retries=1, backoff=0.01, **how
+        ) as reader:  # type: ignore[arg-type]
             return [number(f.image) for f in reader]
     except VideoError as error:
         assert "\n" not in str(error)
@@ -99,7 +101,12 @@ def test_a_playlist_opens_nothing(canary, tmp_path, way, name):
         pytest.skip("one name is enough for the slowest way")
     slow = way in ("growing", "pipe", "command")  # one of them waits for more data, one loads a model
     for make in list(PLAYLISTS.values())[: 1 if slow else None]:
-        for target in ("canary.ts", str(canary.path), f"file://{canary.path}", f"crypto+file://{canary.path}"):
+        for target in (
+            "canary.ts",
+            str(canary.path),
+            f"file://{canary.path}",
+            f"crypto+file://{canary.path}",
+        ):
             path = tmp_path / name
             path.write_bytes(make(target))
             assert in_time(lambda path=path: WAYS[way](path)) == []
@@ -269,7 +276,9 @@ def served(folder: Path) -> Iterator[str]:
             with suppress(OSError):
                 super().do_GET()
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+    ) as server:
         later(server.serve_forever)
         try:
             yield f"http://127.0.0.1:{server.server_port}"
@@ -289,7 +298,12 @@ def test_an_address_may_name_addresses_but_no_files(tmp_path):
             address.upper() + "/part.ts", timeout=5
         ) as video:  # names of protocols are the same in capitals
             assert [number(f.image) for f in video] == list(range(8))
-        for target in (str(canary.path), f"file://{canary.path}", f"file:{canary.path}", f"concat:{canary.path}"):
+        for target in (
+            str(canary.path),
+            f"file://{canary.path}",
+            f"file:{canary.path}",
+            f"concat:{canary.path}",
+        ):
             (tmp_path / "bad.m3u8").write_bytes(hls(target))
             assert read(f"{address}/bad.m3u8") == []
         (tmp_path / "bad.m3u8").write_bytes(PLAYLISTS["ffconcat"](f"file:{canary.path}"))

@@ -56,7 +56,10 @@ def test_a_named_pipe(stream, tmp_path):
 def test_a_pipe_that_falls_silent(stream, tmp_path):
     out, into = os.pipe()
     os.write(into, stream[: len(stream) // 2 // 188 * 188])
-    with os.fdopen(out, "rb") as file, LiveReader(file, timeout=0.4, retries=1, backoff=0.01, drop=False) as live:
+    with (
+        os.fdopen(out, "rb") as file,
+        LiveReader(file, timeout=0.4, retries=1, backoff=0.01, drop=False) as live,
+    ):
         got = []
         with pytest.raises(VideoError, match=r"no data within 0\.4 s"):
             in_time(lambda: got.extend(live))
@@ -91,7 +94,9 @@ def test_a_pipe_of_garbage(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".ts", ".mkv", ".mp4"])
 def test_a_growing_file(tmp_path, suffix):
-    how = dict(container={"movflags": "frag_keyframe+empty_moov+default_base_moof"}) if suffix == ".mp4" else {}
+    how = (
+        dict(container={"movflags": "frag_keyframe+empty_moov+default_base_moof"}) if suffix == ".mp4" else {}
+    )
     data = write(tmp_path / f"whole{suffix}", 40, **BITSTREAM, **how).read_bytes()
     path = tmp_path / f"growing{suffix}"
     path.touch()

@@ -22,7 +22,9 @@ from vtoken.video import (
 from vtoken.video.frame_times import Clock
 
 
-@pytest.mark.parametrize(("n", "total"), [(1, 9), (2, 9), (3, 10), (8, 100), (7, 7), (9, 4), (64, 1000), (5, 6)])
+@pytest.mark.parametrize(
+    ("n", "total"), [(1, 9), (2, 9), (3, 10), (8, 100), (7, 7), (9, 4), (64, 1000), (5, 6)]
+)
 def test_uniform_indices(n, total):
     ends = uniform_indices(total, n)
     reference = np.linspace(0, total - 1, min(n, total)).astype(int).tolist() if n > 1 else [0]

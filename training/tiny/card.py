@@ -1,4 +1,5 @@
-"""What the model cards of the recipes have in common: tables, the plan in words, the curve of a training run."""
+"""What the model cards of the recipes have in common: tables, the plan in words, the curve of a training run.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ model, processor = (c.from_pretrained("vtoken/tiny/{name}") for c in (AutoModelF
 def table(columns: dict[str, Any], rows: dict[str, list[float]]) -> str:
     """A Markdown table with numbers to three places."""
     head = "| " + " | ".join(["", *columns]) + " |\n|" + "---|" * (len(columns) + 1)
-    return "\n".join([head, *("| " + " | ".join([n, *(f"{v:.3f}" for v in vs)]) + " |" for n, vs in rows.items())])
+    return "\n".join(
+        [head, *("| " + " | ".join([n, *(f"{v:.3f}" for v in vs)]) + " |" for n, vs in rows.items())]
+    )
 
 
 def accuracy(report: dict[str, Any]) -> str:
@@ -37,14 +40,18 @@ def accuracy(report: dict[str, Any]) -> str:
 def plan(chosen: dict[str, Any], log: list[dict], stage: str) -> str:
     """``900 steps of 32 scenes, Muon 0.02 and AdamW 0.002``: what a stage did, by its plan and the log."""
     last = max(e["step"] for e in log if e["stage"] == stage) + 1
-    return f"{last} steps of {chosen['batch']} scenes, Muon {chosen['muon_rate']:g} and AdamW {chosen['rate']:g}"
+    return (
+        f"{last} steps of {chosen['batch']} scenes, Muon {chosen['muon_rate']:g} and AdamW {chosen['rate']:g}"
+    )
 
 
 def run(report: dict[str, Any]) -> str:
     """The command of a run, its time and where it ran."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     command = f"python -m training.tiny.train {report['model']} --seed {report['seed']}"
-    return f"`{command}`: {report['training_minutes']} minutes of training on {report['machine']}\n({versions})."
+    return (
+        f"`{command}`: {report['training_minutes']} minutes of training on {report['machine']}\n({versions})."
+    )
 
 
 def draw(file: Path, log: list[dict]) -> None:
@@ -58,7 +65,9 @@ def draw(file: Path, log: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
     stages = list(dict.fromkeys(entry["stage"] for entry in log))
-    figure, axes = plt.subplots(1, len(stages), figsize=(4.5 * len(stages), 3.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(stages), figsize=(4.5 * len(stages), 3.2), layout="constrained", squeeze=False
+    )
     for axis, stage in zip(axes[0], stages):
         some = [e for e in log if e["stage"] == stage]
         axis.plot([e["step"] for e in some], [e["loss"] for e in some], color="0.6", lw=1)

@@ -1,4 +1,6 @@
-"""Figures of the model cards: what a reader of the question alone would score, and accuracy with few visual tokens."""
+"""Figures of the model cards: what a reader of the question alone would score, and accuracy with few visual
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from vtoken.tiny.scenes import Question
 
 
 def most_frequent(pairs: Pairs, seen: Iterable[Question]) -> dict[str, float]:
-    """What a reader of the question alone would score: each kind's most frequent answer among the questions ``seen``."""
+    """What a reader of the question alone would score: each kind's most frequent answer among the questions
+    ``seen``.
+    """
     counts: dict[str, Counter[str]] = {}
     for question in seen:
         counts.setdefault(question.kind, Counter())[question.answer] += 1
@@ -21,14 +25,17 @@ def most_frequent(pairs: Pairs, seen: Iterable[Question]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def pruned_accuracy(model: Any, processor: Any, share: float, by: str, n: int = 500, seed: int = 0) -> dict[str, float]:
+def pruned_accuracy(
+    model: Any, processor: Any, share: float, by: str, n: int = 500, seed: int = 0
+) -> dict[str, float]:
     """Accuracy of a LLaVA when only a share of the visual tokens is fed, at their original positions.
 
     An independent few lines to see whether a freshly trained model is fit for studies of token reduction.
 
     Args:
         share: share of the visual tokens that stays, in (0, 1].
-        by: ``cls`` keeps the tokens with most CLS attention in the layer whose output is read; ``random`` draws them.
+        by: ``cls`` keeps the tokens with most CLS attention in the layer whose output is read; ``random``
+            draws them.
     """
     from vtoken.mechanism.transformers_names import cache_argument, cache_in
 
@@ -55,7 +62,9 @@ def pruned_accuracy(model: Any, processor: Any, share: float, by: str, n: int = 
         visual = ids == model.config.image_token_id
         embeds = model.get_input_embeddings()(ids).masked_scatter(visual[..., None], features)
         stays = ~visual
-        stays[visual] = torch.zeros_like(rank, dtype=torch.bool, device=device).scatter_(1, keep, True).flatten()
+        stays[visual] = (
+            torch.zeros_like(rank, dtype=torch.bool, device=device).scatter_(1, keep, True).flatten()
+        )
         hidden = embeds[stays].view(len(some), -1, embeds.shape[-1])
         position = torch.arange(ids.shape[1], device=device).expand_as(ids)[stays].view(len(some), -1)
         cached: dict[str, Any] = {}

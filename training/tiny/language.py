@@ -1,8 +1,8 @@
 """The last stage of a recipe: the projector and the language model learn to answer from the visual tokens.
 
-Several questions (ten by default) share one sequence: ``[user : image][question answer][question answer]...``. A mask
-lets each question see the image and itself only, and positions start again after the image for each, so that every one
-of them looks exactly like a prompt with a single question.
+Several questions (ten by default) share one sequence: ``[user : image][question answer][question
+answer]...``. A mask lets each question see the image and itself only, and positions start again after the
+image for each, so that every one of them looks exactly like a prompt with a single question.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ WIDTH = 10  # tokens per question: the longest is "what shape is the red one ? a
 
 
 def choose(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Ten of the questions about a scene, in drawn wordings: one count, two exists, and seven of the others."""
+    """Ten of the questions about a scene, in drawn wordings: one count, two exists, and seven of the others.
+    """
     pool = questions(scene, rng)
     order = [pool[i] for i in rng.permutation(len(pool))]
     exists = [q for q in order if q.kind == "exists"]
@@ -35,7 +36,8 @@ def choose(scene: Scene, rng: np.random.Generator) -> list[Question]:
 def pack(
     asked: list[list[Question]], vocabulary: dict[str, int], slots: int = SLOTS, width: int = WIDTH
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and next-token labels of the question slots, both ``(scenes, slots * width)`` int64, -100 unlabelled.
+    """Token ids and next-token labels of the question slots, both ``(scenes, slots * width)`` int64, -100
+    unlabelled.
 
     Only the answer and the ``</s>`` after it are labelled. Slots beyond the questions of a scene stay empty.
     """
@@ -59,7 +61,9 @@ def choose_kinds(
     slots: int = SLOTS,
     kind: Callable[[Question], str] = attrgetter("kind"),
 ) -> list[Question]:
-    """``slots`` of a pool of questions, drawn: as many of each kind as ``wanted`` says, where there are, then any."""
+    """``slots`` of a pool of questions, drawn: as many of each kind as ``wanted`` says, where there are, then
+    any.
+    """
     order = [pool[i] for i in rng.permutation(len(pool))]
     first = [q for name, n in wanted.items() for q in [q for q in order if kind(q) == name][:n]]
     return (first + [q for q in order if q not in first])[:slots]
@@ -131,14 +135,16 @@ def train_language(
 
     Args:
         model: a LLaVA-like model.
-        visual_of: what a batch shows -> visual tokens ``(n, tokens, hidden)``, with the gradient of the projector.
-        make: what the batch of a step shows, its packed questions and, with ``reading``, the targets of the read-outs.
+        visual_of: what a batch shows -> visual tokens ``(n, tokens, hidden)``, with the gradient of the
+            projector.
+        make: what the batch of a step shows, its packed questions and, with ``reading``, the targets of the
+            read-outs.
         checks: held-out batches.
         plan: ``steps``, ``rate``, ``muon_rate``.
         user: token ids before the visual tokens.
         width: tokens per question, as in `pack`.
-        reading: asks the visual tokens too, where a batch has targets for them (a third item), with the weight
-            ``plan["reading"]``.
+        reading: asks the visual tokens too, where a batch has targets for them (a third item), with the
+            weight ``plan["reading"]``.
         **limits: as in `training.tiny.loop.optimise`.
     """
 
@@ -154,7 +160,9 @@ def train_language(
     @torch.no_grad()
     def facts() -> dict[str, float]:
         told = [loss_of(check, 1.0) for check in checks]
-        loss, right = (sum(values) / len(told) for values in zip(*((t[0].item(), t[1]["answers"]) for t in told)))
+        loss, right = (
+            sum(values) / len(told) for values in zip(*((t[0].item(), t[1]["answers"]) for t in told))
+        )
         names = {name: None for _, found in told for name in found if name != "answers"}
         means = {f"test_{name}": float(np.mean([f[name] for _, f in told if name in f])) for name in names}
         return {"held_out_loss": loss, "held_out_answers": right, **means}

@@ -55,8 +55,8 @@ def optimise(
         steps: number of steps instead of the plan's.
         seconds: the way is the number of steps, or this long where that comes first.
         workers: processes that make batches ahead.
-        keep: folder for ``<stage>.safetensors``, written every 50 steps; a stage that is found there goes on from its last
-            state, and a finished one is not run again.
+        keep: folder for ``<stage>.safetensors``, written every 50 steps; a stage that is found there goes on
+            from its last state, and a finished one is not run again.
     """
     steps = steps or plan["steps"]
     used = optimisers(parameters.items(), plan["rate"], plan["muon_rate"])
@@ -83,16 +83,27 @@ def optimise(
         for optimiser in used:
             optimiser.step()
         if step % 20 == 0 or step == steps - 1:
-            entry = {"stage": stage, "step": step, "seconds": time.perf_counter() - began, "loss": loss.item(), **extra}
+            entry = {
+                "stage": stage,
+                "step": step,
+                "seconds": time.perf_counter() - began,
+                "loss": loss.item(),
+                **extra,
+            }
             if step % 100 == 0 or step == steps - 1:
                 entry |= facts()
-                print(*(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()), flush=True)
+                print(
+                    *(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()),
+                    flush=True,
+                )
             log.append({k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()})
         if keep and (step % 50 == 49 or step == steps - 1):
             _save(keep, stage, parameters, used, log, step + 1, time.perf_counter() - began)
 
 
-def _save(keep: Path, stage: str, parameters: dict, used: list, log: list[dict], following: int, spent: float) -> None:
+def _save(
+    keep: Path, stage: str, parameters: dict, used: list, log: list[dict], following: int, spent: float
+) -> None:
     """Writes ``<stage>.safetensors`` so that an interruption leaves the old one or the new one.
 
     Numbers that are no tensor lie in the file's metadata as JSON: reading the file runs no code.

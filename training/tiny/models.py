@@ -18,17 +18,22 @@ def chat_template(video: bool = False) -> str:
     return (
         "{% for message in messages %}{{ message['role'] }}: "
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% for item in message['content'] if " + media + " %}" + mark + "\n{% endfor %}"
-        "{% for item in message['content'] if item['type'] == 'text' %}{{ item['text'] }}{% endfor %}{% endif %}"
-        "{% if message['role'] == 'assistant' %}</s>{% endif %}{{ ' ' }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
+        "{% for item in message['content'] if "
+        + media
+        + " %}"
+        + mark
+        + "\n{% endfor %}{% for item in message['content'] if item['type'] == 'text' %}{{ item['text'] }}{%"
+        " endfor %}{% endif %}{% if message['role'] == 'assistant' %}</s>{% endif %}{{ ' ' }}{% endfor %}{%"
+        " if add_generation_prompt %}assistant:{% endif %}"
     )
 
 
 def build_tokenizer(special: Iterable[str] = (), words: Iterable[str] = ()) -> Any:
-    """A word-level fast tokenizer: lower case, split at whitespace and punctuation, left padding, no added tokens.
+    """A word-level fast tokenizer: lower case, split at whitespace and punctuation, left padding, no added
+    tokens.
 
-    ``special`` tokens and ``words`` come after those of the image questions, whose ids are the same in every model.
+    ``special`` tokens and ``words`` come after those of the image questions, whose ids are the same in every
+    model.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -36,7 +41,9 @@ def build_tokenizer(special: Iterable[str] = (), words: Iterable[str] = ()) -> A
     known = dict.fromkeys([*SPECIAL, *CHAT_WORDS, *vocabulary(), *special, *words])
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
@@ -69,9 +76,11 @@ def language_config(kind: Callable[..., Any], tokenizer: Any, width: int, layers
 def clip_llava(
     kind: Callable[..., Any], tokenizer: Any, width: int, layers: tuple[int, int], heads: int, side: int
 ) -> Any:
-    """A ``LlavaConfig`` or its like: a Llama that reads the last layer but one of a CLIP tower, patches of 8 px, no CLS.
+    """A ``LlavaConfig`` or its like: a Llama that reads the last layer but one of a CLIP tower, patches of 8
+    px, no CLS.
 
-    ``layers`` of tower and language model, ``side`` of the tower's images in px; ``width`` and ``heads`` of both.
+    ``layers`` of tower and language model, ``side`` of the tower's images in px; ``width`` and ``heads`` of
+    both.
     """
     from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -130,10 +139,11 @@ def generation_config(tokenizer: Any) -> Any:
 
 
 def start_tower(tower: Any) -> None:
-    """Starting weights for a small CLIP tower, in place: positions as 2-D sines, patches and attention of unit scale.
+    """Starting weights for a small CLIP tower, in place: positions as 2-D sines, patches and attention of
+    unit scale.
 
-    The usual ones (0.02) suit a hundred times the steps: positions start as a whisper beside the patches, and it takes
-    long until a patch finds its neighbours.
+    The usual ones (0.02) suit a hundred times the steps: positions start as a whisper beside the patches, and
+    it takes long until a patch finds its neighbours.
     """
     import torch
 

@@ -1,4 +1,6 @@
-"""Muon for the matrices and AdamW for the rest: small transformers learn in about half the steps of AdamW alone."""
+"""Muon for the matrices and AdamW for the rest: small transformers learn in about half the steps of AdamW
+alone.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,13 @@ def orthogonal(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): momentum, made orthogonal, for the weights of linear layers; float32 throughout."""
+    """Muon (Jordan et al. 2024): momentum, made orthogonal, for the weights of linear layers; float32
+    throughout.
+    """
 
-    def __init__(self, params: Iterable[torch.nn.Parameter], lr: float = 0.02, momentum: float = 0.95) -> None:
+    def __init__(
+        self, params: Iterable[torch.nn.Parameter], lr: float = 0.02, momentum: float = 0.95
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": 0.01})
 
     @torch.no_grad()
@@ -40,8 +46,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimisers(named: Iterable[tuple[str, torch.nn.Parameter]], rate: float, muon_rate: float) -> list:
-    """Muon for the linear layers inside the transformer blocks, AdamW (``rate``) for every other parameter."""
+    """Muon for the linear layers inside the transformer blocks, AdamW (``rate``) for every other parameter.
+    """
     matrices, others = [], []
     for name, p in named:
         (matrices if p.ndim == 2 and ".layers." in name else others).append(p)
-    return [Muon(matrices, lr=muon_rate), torch.optim.AdamW(others, lr=rate, weight_decay=0.01, betas=(0.9, 0.98))]
+    return [
+        Muon(matrices, lr=muon_rate),
+        torch.optim.AdamW(others, lr=rate, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]

@@ -1,7 +1,8 @@
-"""The second stage of the tiny Qwen2.5-VL: the merger and the language model learn to answer about images and clips.
+"""The second stage of the tiny Qwen2.5-VL: the merger and the language model learn to answer about images and
+clips.
 
-As in `training.tiny.language`, ten questions share a sequence; each of them has the M-RoPE positions that the model's own
-``get_rope_index`` gives to a prompt with a single question.
+As in `training.tiny.language`, ten questions share a sequence; each of them has the M-RoPE positions that the
+model's own ``get_rope_index`` gives to a prompt with a single question.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ RATES = (1.0, 2.0, 2.0)  # frames per second
 
 
 def warm_start(model: Any) -> None:
-    """Takes over from the tiny LLaVA's Llama what has the same name and shape, and the embeddings of shared words."""
+    """Takes over from the tiny LLaVA's Llama what has the same name and shape, and the embeddings of shared
+    words.
+    """
     from vtoken.tiny import load
 
     old = load("llava")[0]
-    known = {name: p for part in (old.model.language_model, old.lm_head) for name, p in part.named_parameters()}
+    known = {
+        name: p for part in (old.model.language_model, old.lm_head) for name, p in part.named_parameters()
+    }
     with torch.no_grad():
         for part in (model.model.language_model, model.lm_head):
             for name, p in part.named_parameters():
@@ -41,7 +46,9 @@ def warm_start(model: Any) -> None:
 
 
 def choose_about_clip(clip: clips.Clip, rng: np.random.Generator, slots: int = SLOTS) -> list[Question]:
-    """``slots`` of the questions about a clip in drawn wordings; those that are hardest to learn are always there."""
+    """``slots`` of the questions about a clip in drawn wordings; those that are hardest to learn are always
+    there.
+    """
     wanted = {"presence of a digit": 2, "moment": 2, "digits": 1, "order": 2, "presence": 1, "now": 1}
 
     def kind(question: Question) -> str:
@@ -55,15 +62,22 @@ def choose_about_scene(scene: Scene, rng: np.random.Generator) -> list[Question]
     return choose_kinds(questions(scene, rng), rng, {"count": 1, "exists": 2, "where": 4})
 
 
-def language_batch(processor: Any, plan: dict[str, Any], first: int, step: int, split: str = "train") -> list[tuple]:
-    """Patches, grid, seconds per grid step, packed questions and targets of a step: scenes, clips of a drawn length."""
+def language_batch(
+    processor: Any, plan: dict[str, Any], first: int, step: int, split: str = "train"
+) -> list[tuple]:
+    """Patches, grid, seconds per grid step, packed questions and targets of a step: scenes, clips of a drawn
+    length.
+    """
     vocabulary, half = processor.tokenizer.get_vocab(), plan["batch"] // 2
     start = first + step * half
     rng = np.random.Generator(np.random.PCG64([start, 9]))
     frames, fps = int(rng.choice(LENGTHS)), float(rng.choice(RATES))
     some = [make_scene(start + i, split) for i in range(half)]
     seen = [clips.make_clip(start + i, split, frames, fps) for i in range(half)]
-    asked = [choose_about_scene(scene, rng) for scene in some], [choose_about_clip(clip, rng) for clip in seen]
+    asked = (
+        [choose_about_scene(scene, rng) for scene in some],
+        [choose_about_clip(clip, rng) for clip in seen],
+    )
     pixels = np.stack([np.asarray(frame) for clip in seen for frame in clip.media])
     return [
         (
@@ -89,7 +103,8 @@ def language_batch(processor: Any, plan: dict[str, Any], first: int, step: int, 
 
 
 def visual_tokens(model: Any, patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-    """What the language model reads of examples ``(n, patches, 384)`` of one grid, up to ``<|vision_end|>``."""
+    """What the language model reads of examples ``(n, patches, 384)`` of one grid, up to ``<|vision_end|>``.
+    """
     n = len(patches)
     merged = encode(model.model.visual, patches.to(model.device).view(n * grid[0], -1, patches.shape[-1]))[0]
     end = model.get_input_embeddings().weight[model.config.vision_end_token_id]
@@ -99,7 +114,9 @@ def visual_tokens(model: Any, patches: torch.Tensor, grid: tuple[int, int, int])
 def positions(
     model: Any, kind: str, grid: tuple[int, int, int], seconds: float, slots: int, width: int, prefix: int = 3
 ) -> torch.Tensor:
-    """M-RoPE positions ``(3, 1, length)`` of a packed sequence: the model's own of one question, for every slot."""
+    """M-RoPE positions ``(3, 1, length)`` of a packed sequence: the model's own of one question, for every
+    slot.
+    """
     config = model.config
     token, number = (config.image_token_id, 1) if kind == "image" else (config.video_token_id, 2)
     start = prefix + grid[0] * grid[1] * grid[2] // 4 + 1
@@ -114,9 +131,16 @@ def positions(
 
 
 def train_language(
-    model: Any, processor: Any, plan: dict[str, Any], log: list[dict], first: int, checks: int = 6, **limits: Any
+    model: Any,
+    processor: Any,
+    plan: dict[str, Any],
+    log: list[dict],
+    first: int,
+    checks: int = 6,
+    **limits: Any,
 ) -> None:
-    """Stage two, in place, with the tower's blocks frozen; arguments as in `training.tiny.qwen_tower.train_tower`.
+    """Stage two, in place, with the tower's blocks frozen; arguments as in
+    `training.tiny.qwen_tower.train_tower`.
 
     ``plan["reading"]`` is the weight of the read-outs of `training.tiny.reading`.
     """
@@ -142,7 +166,10 @@ def train_language(
     def facts() -> dict[str, float]:
         found = [loss_of(language_batch(processor, plan, 7_000_000, i, "test"))[1] for i in range(checks)]
         means = {name: float(np.mean([f[name] for f in found])) for name in found[0]}
-        return {f"{'held_out' if name.endswith('answers') else 'test'}_{name}": mean for name, mean in means.items()}
+        return {
+            f"{'held_out' if name.endswith('answers') else 'test'}_{name}": mean
+            for name, mean in means.items()
+        }
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters |= dict(heads.named_parameters(prefix="heads"))

@@ -1,11 +1,12 @@
 """The first stage of the tiny Qwen2.5-VL: a vision tower and merger whose merged cells say what is on them.
 
-The tower's own ``forward`` takes one flat sequence and goes through its windows one by one. Training has many images of
-one size, so the same weights are applied here to a batch; a test holds the two together.
+The tower's own ``forward`` takes one flat sequence and goes through its windows one by one. Training has many
+images of one size, so the same weights are applied here to a batch; a test holds the two together.
 
-The merged cells (16 x 16 px, what the language model reads) that an object covers name its shape or digit, its colour
-and the number of objects; half-way up, the patches of an object name it too and draw its outline. Where an object is
-cannot be asked of this tower: its rotary positions are relative, and the language model's M-RoPE says where a cell is.
+The merged cells (16 x 16 px, what the language model reads) that an object covers name its shape or digit,
+its colour and the number of objects; half-way up, the patches of an object name it too and draw its outline.
+Where an object is cannot be asked of this tower: its rotary positions are relative, and the language model's
+M-RoPE says where a cell is.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from .loop import optimise
 OBJECTS = (*SHAPES, *DIGITS)
 COLOUR_NAMES = (*COLOURS, WHITE)
 IMAGE_SIDE = 160  # px: the processor enlarges scenes to this
-COVERED = 0.3  # a patch or cell belongs to the object whose box covers this share of it (its best one does anyway)
+# a patch or cell belongs to the object whose box covers this share of it (its best one does anyway)
+COVERED = 0.3
 
 
 def windows(side: int, width: int) -> tuple[torch.Tensor, list[int]]:
@@ -48,8 +50,8 @@ def encode(tower: Any, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
     Args:
         tower: a ``Qwen2_5_VisionTransformerPretrainedModel``.
-        patches: ``(n, patches, channels * frames * patch * patch)``, one temporal patch per row, in the order of the
-            image processor.
+        patches: ``(n, patches, channels * frames * patch * patch)``, one temporal patch per row, in the order
+            of the image processor.
 
     Returns:
         Merged cells ``(n, cells, out_hidden_size)`` row by row, and the patches half-way up ``(n, patches,
@@ -63,7 +65,9 @@ def encode(tower: Any, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     sizes = [unit * size for size in sizes]
     cell, corner, merge = index // unit, index % unit, config.spatial_merge_size
     where = torch.stack([cell // side * merge + corner // merge, cell % side * merge + corner % merge], 1)
-    angles = (where[..., None] * tower.rotary_pos_emb.inv_freq.cpu()).flatten(1).repeat(1, 2).to(patches.device)
+    angles = (
+        (where[..., None] * tower.rotary_pos_emb.inv_freq.cpu()).flatten(1).repeat(1, 2).to(patches.device)
+    )
     cos, sin = angles.cos(), angles.sin()
 
     def attend(layer: Any, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -84,10 +88,11 @@ def encode(tower: Any, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def start(tower: Any) -> None:
-    """Starting weights for a small tower, in place: attention of unit scale, with biases that make it look around.
+    """Starting weights for a small tower, in place: attention of unit scale, with biases that make it look
+    around.
 
-    A constant part of query and key, turned by the rotary positions, prefers one offset: a patch finds its neighbours
-    before it knows what to look for.
+    A constant part of query and key, turned by the rotary positions, prefers one offset: a patch finds its
+    neighbours before it knows what to look for.
     """
     width, inner = tower.config.hidden_size, tower.config.intermediate_size
     with torch.no_grad():
@@ -106,7 +111,8 @@ def start(tower: Any) -> None:
 def crowd(seed: int, split: str = "train", bent: bool = False) -> tuple[list[Any], Scene]:
     """Two frames as in a clip, but with up to four digits and shapes at once, and the objects on them.
 
-    A clip shows one or two things at a time; a tower learns to read them faster from more. ``bent``: none like another.
+    A clip shows one or two things at a time; a tower learns to read them faster from more. ``bent``: none
+    like another.
     """
     rng = np.random.Generator(np.random.PCG64([seed, SPLITS.index(split), 8]))
     camera, colours = Camera(rng, split), tuple(COLOURS)
@@ -137,7 +143,9 @@ def owners(scene: Scene, side: int) -> np.ndarray:
 
 
 def _cell_order(x: torch.Tensor, side: int) -> torch.Tensor:
-    """``(n, side * side, ...)`` patches row by row into the processor's order: cell by cell, four patches each."""
+    """``(n, side * side, ...)`` patches row by row into the processor's order: cell by cell, four patches
+    each.
+    """
     index = torch.arange(side * side).view(side // 2, 2, side // 2, 2).permute(0, 2, 1, 3).flatten()
     return x[:, index]
 
@@ -145,10 +153,13 @@ def _cell_order(x: torch.Tensor, side: int) -> torch.Tensor:
 def targets(scenes: list[Scene], side: int) -> dict[str, torch.Tensor]:
     """Targets for images of ``side * side`` patches.
 
-    ``cell_*`` are ``(n, cells)`` int64 row by row, ``patch_*`` are ``(n, patches)`` in the processor's order; 0 is
-    "nothing", ``count`` is -100 there. ``outline`` is ``(n, patches, 144)`` float: 3 x 3 patches at 4 x 4 points each.
+    ``cell_*`` are ``(n, cells)`` int64 row by row, ``patch_*`` are ``(n, patches)`` in the processor's order;
+    0 is "nothing", ``count`` is -100 there. ``outline`` is ``(n, patches, 144)`` float: 3 x 3 patches at 4 x
+    4 points each.
     """
-    columns: dict[str, list[np.ndarray]] = {f"{a}_{b}": [] for a in ("cell", "patch") for b in ("object", "colour")}
+    columns: dict[str, list[np.ndarray]] = {
+        f"{a}_{b}": [] for a in ("cell", "patch") for b in ("object", "colour")
+    }
     columns["cell_count"] = []
     for scene in scenes:
         names = np.array([0, *(OBJECTS.index(o.shape) + 1 for o in scene.objects)])
@@ -206,7 +217,9 @@ class DenseHeads(nn.Module):
 
 def image_patches(processor: Any, some: list[Scene]) -> torch.Tensor:
     """Scenes as the image processor cuts them: ``(n, 400, 384)``."""
-    pixels = processor.image_processor(images=[scene.image for scene in some], return_tensors="pt")["pixel_values"]
+    pixels = processor.image_processor(images=[scene.image for scene in some], return_tensors="pt")[
+        "pixel_values"
+    ]
     return pixels.view(len(some), -1, pixels.shape[-1])
 
 
@@ -234,7 +247,13 @@ def tower_batch(
 
 
 def train_tower(
-    model: Any, processor: Any, plan: dict[str, Any], log: list[dict], first: int, checks: int = 5, **limits: Any
+    model: Any,
+    processor: Any,
+    plan: dict[str, Any],
+    log: list[dict],
+    first: int,
+    checks: int = 5,
+    **limits: Any,
 ) -> None:
     """Stage one, in place; appends to ``log``.
 

@@ -1,18 +1,19 @@
 """What the visual tokens of the tiny video models are asked inside the language model, in training only.
 
-A tower sees one frame, or one pair of frames, at a time; time and company are the language model's to find out (and
-place, where the tower's positions are relative). Answers alone teach that slowly, so after two of its layers every
-visual token also says
+A tower sees one frame, or one pair of frames, at a time; time and company are the language model's to find
+out (and place, where the tower's positions are relative). Answers alone teach that slowly, so after two of
+its layers every visual token also says
 
 - ``row``, ``column``: in which half of the image it is;
-- ``digit``, ``shape``, ``colour``: what is on screen at its time (tokens of objects, once all of it has been read);
+- ``digit``, ``shape``, ``colour``: what is on screen at its time (tokens of objects, once all of it has been
+  read);
 - ``seen``: which digits have been shown up to then (the same tokens);
 - ``so_far``: how many digits have been shown up to it;
 - ``shape_before``, ``colour_before``: the last shape shown before this digit.
 
-And a question that names a thing is asked where it is: one head of a layer is to look from the word ("7", or the last of
-"purple triangle") at the tokens that show it, or at the start of the prompt if none does, and one of the last layer so
-from the question's end, where the answer is read.
+And a question that names a thing is asked where it is: one head of a layer is to look from the word ("7", or
+the last of "purple triangle") at the tokens that show it, or at the start of the prompt if none does, and one
+of the last layer so from the question's end, where the answer is read.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ SIZES = {
 }
 NAMES = (*SHAPES, *COLOURS)
 LAYERS = (1, 2)  # after these layers of the language model
-LOOKS = (2, 3)  # the first head of these layers looks, from the word that names a thing and from the question's end
+# the first head of these layers looks, from the word that names a thing and from the question's end
+LOOKS = (2, 3)
 
 
 def places(steps: int, side: int) -> dict[str, np.ndarray]:
@@ -86,7 +88,9 @@ def clip_targets(clip: Clip, stride: int, side: int = 6) -> dict[str, np.ndarray
             goal["so_far"][step] += cells >= first[0]
         before = [m for m in clip.moments if m.shape is not None and m.start < now.start]
         goal["shape_before"][step][own == 0] = SHAPES.index(before[-1].shape) if before else len(SHAPES)
-        goal["colour_before"][step][own == 0] = COLOUR_NAMES.index(before[-1].colour) if before else len(COLOUR_NAMES)
+        goal["colour_before"][step][own == 0] = (
+            COLOUR_NAMES.index(before[-1].colour) if before else len(COLOUR_NAMES)
+        )
     return goal
 
 
@@ -95,9 +99,9 @@ def look_targets(
 ) -> tuple[np.ndarray, np.ndarray]:
     """From which words of each question a head is to look, and at which visual tokens.
 
-    ``(slots, 2)`` int64, the numbers of the word that names a thing and of the question's end, -1 where it names none,
-    and ``(slots, 2, visual tokens)`` bool: the tokens that show the thing, and those that the answer is read from, which
-    are the same but for what came after it.
+    ``(slots, 2)`` int64, the numbers of the word that names a thing and of the question's end, -1 where it
+    names none, and ``(slots, 2, visual tokens)`` bool: the tokens that show the thing, and those that the
+    answer is read from, which are the same but for what came after it.
     """
     starts = range(0, len(clip.media), stride)
     own = [owners(clip.scene(frame), side) for frame in starts]
@@ -127,10 +131,14 @@ def look_targets(
 def stack(
     goals: list[dict[str, np.ndarray]], looks: list[tuple[np.ndarray, np.ndarray]] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Targets of several examples of one grid: ``(n, visual tokens)`` int64 each; ``word`` and ``shows`` of `look_targets`."""
+    """Targets of several examples of one grid: ``(n, visual tokens)`` int64 each; ``word`` and ``shows`` of
+    `look_targets`.
+    """
     out = {name: torch.from_numpy(np.stack([goal[name].flatten() for goal in goals])) for name in SIZES}
     if looks:
-        out |= {name: torch.from_numpy(np.stack(parts)) for name, parts in zip(("word", "shows"), zip(*looks))}
+        out |= {
+            name: torch.from_numpy(np.stack(parts)) for name, parts in zip(("word", "shows"), zip(*looks))
+        }
     return out
 
 
@@ -163,7 +171,9 @@ class ReadingHeads(nn.Module):
     def look(
         self, seen: list[torch.Tensor], goal: dict[str, torch.Tensor], width: int = 13
     ) -> tuple[torch.Tensor, float]:
-        """Divergence of the words' attention from the tokens that they are to look at; the share that is on them."""
+        """Divergence of the words' attention from the tokens that they are to look at; the share that is on
+        them.
+        """
         slots, _, count = goal["shows"].shape[1:]
         rows = torch.stack([row[:, -slots * width :, : self.prefix + count] for row in seen], 2)
         rows = rows.unflatten(1, (slots, width)).transpose(2, 3)  # (n, slots, 2, width, prefix + count)

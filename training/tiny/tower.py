@@ -1,13 +1,13 @@
 """First stage of a recipe: a tower that knows what is where, and (CLIP) whose CLS attends to it.
 
-*Dense* objective: the patches that an object covers name its form (shape), colour and quadrant and the number of objects,
-and half-way up they draw the outline around them (without that, shapes are learnt several times slower); the others
-say "nothing". *CLS* objective, for towers that have one: after each of the last four layers the CLS state names the
-objects present (every pair of shape and colour, every shape, every colour, the count). CLIP's CLS gathers a little at
-every layer; a CLS that has read everything early need not look again, so in training the CLS state is put back to its
-start before some of these layers. That happens in training only: the tower itself stays an ordinary
-``CLIPVisionModel``. As its read-outs sharpen, the CLS gets by with one patch of each object; a mild third term
-(``look_loss``, late in training) asks it to look at all of them.
+*Dense* objective: the patches that an object covers name its form (shape), colour and quadrant and the number
+of objects, and half-way up they draw the outline around them (without that, shapes are learnt several times
+slower); the others say "nothing". *CLS* objective, for towers that have one: after each of the last four
+layers the CLS state names the objects present (every pair of shape and colour, every shape, every colour, the
+count). CLIP's CLS gathers a little at every layer; a CLS that has read everything early need not look again,
+so in training the CLS state is put back to its start before some of these layers. That happens in training
+only: the tower itself stays an ordinary ``CLIPVisionModel``. As its read-outs sharpen, the CLS gets by with
+one patch of each object; a mild third term (``look_loss``, late in training) asks it to look at all of them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from .loop import optimise
 COLOUR_NAMES = tuple(COLOURS)
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 MOST = 4  # objects in a view
-COVERED = 0.35  # a patch belongs to the object that covers this share of it (its best patch belongs to it anyway)
+# a patch belongs to the object that covers this share of it (its best patch belongs to it anyway)
+COVERED = 0.35
 CLS_LAYERS = 4  # the last layers whose CLS state is trained
 PATCH = 8
 
 
 @dataclass(frozen=True)
 class View:
-    """What a tower sees at once: masks ``(objects, side, side)`` float32 in 0..1, the objects' forms and colours.
+    """What a tower sees at once: masks ``(objects, side, side)`` float32 in 0..1, the objects' forms and
+    colours.
 
     Objects of which nothing is seen do not count.
     """
@@ -52,7 +54,9 @@ class View:
         return cls(masks[seen], tuple(forms[i] for i in seen), tuple(colours[i] for i in seen))
 
     def coverage(self, patch: int = PATCH) -> np.ndarray:
-        """Share of each patch that each object covers: ``(objects, side // patch, side // patch)`` float32 in 0..1."""
+        """Share of each patch that each object covers: ``(objects, side // patch, side // patch)`` float32 in
+        0..1.
+        """
         n, side, _ = self.masks.shape
         return self.masks.reshape(n, side // patch, patch, side // patch, patch).mean((2, 4))
 
@@ -88,7 +92,8 @@ def to_pixels(images: Sequence[Any]) -> torch.Tensor:
 def targets(
     views: Sequence[View], forms: Sequence[str] = SHAPES, colour_names: Sequence[str] = COLOUR_NAMES
 ) -> dict[str, torch.Tensor]:
-    """Dense targets ``(n, patches)`` int64 (0 is "nothing" for form and colour) and CLS targets as float 0/1."""
+    """Dense targets ``(n, patches)`` int64 (0 is "nothing" for form and colour) and CLS targets as float 0/1.
+    """
     names = ("owner", "form", "colour", "place", "count", "present", "mask")
     out: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for one in views:
@@ -102,11 +107,20 @@ def targets(
         pairs[shapes[:-1] * len(colour_names) + colours[:-1]] = 1
         rest[shapes[:-1]] = rest[len(forms) + colours[:-1]] = rest[count - MOST - 1] = 1
         outlines = one.coverage(2).sum(0, keepdims=True)
-        values = (own, shapes[own] + 1, colours[own] + 1, places[own], np.full_like(own, count), present, outlines)
+        values = (
+            own,
+            shapes[own] + 1,
+            colours[own] + 1,
+            places[own],
+            np.full_like(own, count),
+            present,
+            outlines,
+        )
         for column, value in zip(out.values(), values):
             column.append(value)
     goal = {name: torch.from_numpy(np.stack(column)) for name, column in out.items()}
-    goal["mask"] = F.unfold(goal["mask"].clamp(max=1), 12, padding=4, stride=4).transpose(1, 2)  # 3 x 3 patches around
+    # 3 x 3 patches around
+    goal["mask"] = F.unfold(goal["mask"].clamp(max=1), 12, padding=4, stride=4).transpose(1, 2)
     return goal
 
 
@@ -118,7 +132,8 @@ def present_size(forms: Sequence[str], colour_names: Sequence[str]) -> int:
 def hidden_states(tower: Any, pixels: torch.Tensor, reset: float = 0.0) -> list[torch.Tensor]:
     """The tower's ``hidden_states`` (``layers + 1`` of ``(n, tokens, width)``), with CLS resets for training.
 
-    ``reset`` is the probability, per image and layer, that the CLS state starts again before one of the last layers.
+    ``reset`` is the probability, per image and layer, that the CLS state starts again before one of the last
+    layers.
     """
     tower = getattr(tower, "vision_model", tower)
     state = tower.embeddings(pixels)
@@ -136,7 +151,8 @@ def hidden_states(tower: Any, pixels: torch.Tensor, reset: float = 0.0) -> list[
 
 
 def cls_rows(tower: Any, states: list[torch.Tensor], layer: int) -> torch.Tensor:
-    """Softmaxed CLS attention of a layer (0-based): ``(n, heads, patches)`` float32, the CLS column dropped."""
+    """Softmaxed CLS attention of a layer (0-based): ``(n, heads, patches)`` float32, the CLS column dropped.
+    """
     block = getattr(tower, "vision_model", tower).encoder.layers[layer]
     attention = block.self_attn
     normed = block.layer_norm1(states[layer])
@@ -148,7 +164,8 @@ def cls_rows(tower: Any, states: list[torch.Tensor], layer: int) -> torch.Tensor
 
 
 def look_loss(tower: Any, states: list[torch.Tensor], goal: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Divergence of the CLS rows (mean over heads) of layers -4 to -2 from an even look at the object patches.
+    """Divergence of the CLS rows (mean over heads) of layers -4 to -2 from an even look at the object
+    patches.
 
     Views without an object do not count.
     """
@@ -180,14 +197,23 @@ class TowerHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.read, self.first = read, int(cls)
-        self.sizes = {"form": len(forms) + 1, "colour": len(colour_names) + 1, "place": len(PLACES), "count": MOST + 1}
+        self.sizes = {
+            "form": len(forms) + 1,
+            "colour": len(colour_names) + 1,
+            "place": len(PLACES),
+            "count": MOST + 1,
+        }
         dense = sum(self.sizes.values())
         self.early, self.late = nn.Linear(width, dense), nn.Linear(width, dense)
         self.outline = nn.Linear(width, 144)
-        self.cls = nn.ModuleList(nn.Linear(width, present_size(forms, colour_names)) for _ in range(cls * CLS_LAYERS))
+        self.cls = nn.ModuleList(
+            nn.Linear(width, present_size(forms, colour_names)) for _ in range(cls * CLS_LAYERS)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(len(self.cls) + 2))
 
-    def dense_loss(self, logits: torch.Tensor, goal: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def dense_loss(
+        self, logits: torch.Tensor, goal: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a dense read-out, objects and background weighted alike, and where its answers are right.
 
         The latter is ``(4, object patches)`` bool: form, colour, place, count.
@@ -198,7 +224,9 @@ class TowerHeads(nn.Module):
         loss = loss + sum(F.cross_entropy(parts[name][~on], goal[name][~on]) for name in ("form", "colour"))
         return loss, torch.stack([parts[name][on].argmax(-1) == goal[name][on] for name in self.sizes])
 
-    def forward(self, states: list[torch.Tensor], goal: dict[str, torch.Tensor], post: nn.Module) -> dict[str, Any]:
+    def forward(
+        self, states: list[torch.Tensor], goal: dict[str, torch.Tensor], post: nn.Module
+    ) -> dict[str, Any]:
         """Losses from the tower's hidden states; ``post`` is the tower's final layer norm."""
         late, right = self.dense_loss(self.late(self.norms[-1](states[self.read][:, self.first :])), goal)
         half = self.norms[-2](states[self.read - 2][:, self.first :])
@@ -233,8 +261,10 @@ def train_tower(
         heads: its read-outs.
         make: ``(pixels, targets)`` of a step.
         check: pixels and targets of held-out views.
-        plan: ``steps``, ``rate``, ``muon_rate``, ``reset`` and ``look`` (the weight of `look_loss` in the last third).
-        more_facts: measures of the held-out views, told where the read-out of the forms is right, ``(objects,)``.
+        plan: ``steps``, ``rate``, ``muon_rate``, ``reset`` and ``look`` (the weight of `look_loss` in the
+            last third).
+        more_facts: measures of the held-out views, told where the read-out of the forms is right,
+            ``(objects,)``.
         **limits: as in `training.tiny.loop.optimise`.
     """
     inner = getattr(tower, "vision_model", tower)
@@ -270,8 +300,8 @@ def localisation(tower: Any, pixels: torch.Tensor, on: torch.Tensor, share: floa
         share: of the patches that are chosen; a random choice finds as many of the object patches.
 
     Returns:
-        One number per layer, ``layer -4`` to ``layer -2`` (the layer whose output the language model reads), and
-        ``mean`` for the three rows averaged.
+        One number per layer, ``layer -4`` to ``layer -2`` (the layer whose output the language model reads),
+        and ``mean`` for the three rows averaged.
     """
     states = hidden_states(tower, pixels.to(next(tower.parameters()).device))
     count = len(getattr(tower, "vision_model", tower).encoder.layers)

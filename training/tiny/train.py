@@ -1,7 +1,8 @@
 """Trains a tiny vision-language model as its recipe says: ``python -m training.tiny.train llava``.
 
 No visual token is ever dropped in training. On glibc systems the environment variables
-``MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=16000000000`` save about a fifth of the time on a CPU.
+``MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=16000000000`` save about a fifth of the time on a
+CPU.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def cores() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.tiny.train", description=train.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m training.tiny.train", description=train.__doc__.splitlines()[0]
+    )
     parser.add_argument("name", choices=recipes.names())
     parser.add_argument("--out", default=None, help="folder to write (default: tiny-NAME)")
     parser.add_argument("--minutes", type=float, default=None, help="upper limit of the training time")
@@ -111,7 +114,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from what an interrupted run left")
     args = parser.parse_args()
-    report = train(args.name, args.out or f"tiny-{args.name}", args.minutes, args.device, args.seed, args.resume)
+    report = train(
+        args.name, args.out or f"tiny-{args.name}", args.minutes, args.device, args.seed, args.resume
+    )
     print(json.dumps({k: report[k] for k in ("accuracy", "training_minutes")}, indent=1))
 
 

@@ -1,1 +1,2 @@
-"""Model families: where the parts of each are, and which of its visual tokens is which cell of the picture."""
+"""Model families: where the parts of each are, and which of its visual tokens is which cell of the picture.
+"""

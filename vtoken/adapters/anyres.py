@@ -20,7 +20,9 @@ Box = tuple[float, float, float, float]
 
 
 def canvas_box(size: tuple[int, int], canvas: tuple[int, int]) -> Box:
-    """Region of the original image under a canvas onto which it was fitted and centred; sizes are (height, width) px."""
+    """Region of the original image under a canvas onto which it was fitted and centred; sizes are (height,
+    width) px.
+    """
     (height, width), (tall, wide) = size, canvas
     across, down = wide / width, tall / height
     if across < down:
@@ -46,8 +48,8 @@ def part(box: Box, place: tuple[int, int], grid: tuple[int, int]) -> Box:
 def tile_rows(side: int, first: int) -> Tensor:
     """(rows, 2) float64: (y, x) of every row that a tile of side x side patches hands to the projector.
 
-    `first` is 0 where these are the patches, -1 where a CLS row precedes them (it gets -1, -1), 1 where the model takes
-    the first patch for a CLS row and drops it.
+    `first` is 0 where these are the patches, -1 where a CLS row precedes them (it gets -1, -1), 1 where the
+    model takes the first patch for a CLS row and drops it.
     """
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     rows = torch.stack([y, x], -1).view(-1, 2).double()
@@ -55,12 +57,17 @@ def tile_rows(side: int, first: int) -> Tensor:
 
 
 def anyres_layout(
-    base: Any, size: tuple[int, int], canvas: tuple[int, int] | None, side: int, first: int = 0, **options: Any
+    base: Any,
+    size: tuple[int, int],
+    canvas: tuple[int, int] | None,
+    side: int,
+    first: int = 0,
+    **options: Any,
 ) -> Layout:
     """Layout of an image that is a thumbnail and a canvas of crops, or a single tile.
 
-    A token of a canvas that the model shrank (LLaVA-OneVision, bilinear) belongs to the cell nearest to its centre, the
-    lower of two; the cells between the centres have no token.
+    A token of a canvas that the model shrank (LLaVA-OneVision, bilinear) belongs to the cell nearest to its
+    centre, the lower of two; the cells between the centres have no token.
 
     Args:
         base: has `pack_image_features` and a vision config.
@@ -78,7 +85,10 @@ def anyres_layout(
     shown = torch.nn.functional.pad(tile, (1, 0)).masked_fill(tile[:, :1] < 0, -1.0)
     tiles = [shown] + [shown + torch.tensor([1.0, r * side, c * side]) for r, c in places]
     packed = base.pack_image_features(
-        [torch.stack(tiles)], [list(size)], image_newline=torch.full((3,), -1.0, dtype=torch.float64), **options
+        [torch.stack(tiles)],
+        [list(size)],
+        image_newline=torch.full((3,), -1.0, dtype=torch.float64),
+        **options,
     )[0][0]
     kind, y, x = (packed + 0.5 - 1e-6).floor().long().unbind(1)
     crop = y.div(side, rounding_mode="floor") * columns + x.div(side, rounding_mode="floor")
@@ -106,11 +116,15 @@ def _step(canvas: Tensor) -> float:
 def frames_layout(
     frames: int, grid: tuple[int, int], leading: int = 0, trailing: int = 0, box: Box = (0.0, 0.0, 1.0, 1.0)
 ) -> Layout:
-    """Layout of a video: `leading` rows that are no patch before every frame, `trailing` ones behind the video."""
+    """Layout of a video: `leading` rows that are no patch before every frame, `trailing` ones behind the
+    video.
+    """
     per_frame = grid[0] * grid[1]
     cells = torch.arange(frames * per_frame).view(frames, per_frame)
     cells = torch.nn.functional.pad(cells, (leading, 0), value=-1).flatten()
-    return Layout([Segment("frame", grid, box=box)] * frames, torch.nn.functional.pad(cells, (0, trailing), value=-1))
+    return Layout(
+        [Segment("frame", grid, box=box)] * frames, torch.nn.functional.pad(cells, (0, trailing), value=-1)
+    )
 
 
 def best_canvas(size: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
@@ -122,6 +136,8 @@ def best_canvas(size: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> tu
 
 
 def frame_count(arguments: dict[str, Any]) -> int:
-    """Frames per video of one `get_video_features` call; older releases call the pixels `pixel_values` there too."""
+    """Frames per video of one `get_video_features` call; older releases call the pixels `pixel_values` there
+    too.
+    """
     pixels = arguments.get("pixel_values_videos")
     return int((arguments["pixel_values"] if pixels is None else pixels).shape[1])

@@ -1,4 +1,6 @@
-"""What an adapter is: where the parts of a model family are, and which token of the LLM is which cell of the picture."""
+"""What an adapter is: where the parts of a model family are, and which token of the LLM is which cell of the
+picture.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from .towers.base import Tower
 
 
 class Layout:
-    """The geometry of one image or video: its segments, and the cell behind every token ((n,) int64, -1 for none)."""
+    """The geometry of one image or video: its segments, and the cell behind every token ((n,) int64, -1 for
+    none).
+    """
 
     def __init__(self, segments: Sequence[Segment], cells: Tensor) -> None:
         self.segments, self.cells = tuple(segments), cells
@@ -25,16 +29,19 @@ class Layout:
 
 
 class Adapter:
-    """One model family. Subclass it in a file of this folder, name its `model_types`, write `layouts` and `make_towers`.
+    """One model family. Subclass it in a file of this folder, name its `model_types`, write `layouts` and
+    `make_towers`.
 
     Override:
         model_types: values of `config.model_type` that the class serves.
         make_towers: the vision tower per modality.
         layouts: segments and cells of every image or video of one `get_*_features` call.
-        prompt_arguments: arguments of `forward` and `generate` that `layouts` wants beside those of `get_*_features`.
+        prompt_arguments: arguments of `forward` and `generate` that `layouts` wants beside those of
+            `get_*_features`.
         join: for families whose prompt, not whose features, tells which tiles are one image.
         frames: where the tower's frames are no rows of the pixels.
-        square_frames: modalities whose pixels are squares of one size, so that a picture made of some can be encoded.
+        square_frames: modalities whose pixels are squares of one size, so that a picture made of some can be
+            encoded.
         frame_arguments: what encodes such a picture, where pixels are not all that it takes.
 
     Attributes:
@@ -46,7 +53,11 @@ class Adapter:
 
     model_types: ClassVar[tuple[str, ...]] = ()
     modalities: ClassVar[tuple[str, ...]] = ("image",)
-    pixel_arguments: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos", "pixel_values_images")
+    pixel_arguments: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+        "pixel_values_videos",
+        "pixel_values_images",
+    )
     prompt_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,7 +82,8 @@ class Adapter:
         raise NotImplementedError(f"{type(self).__name__} must lay out its visual tokens.")
 
     def join(self, items: list[VisualTokens], input_ids: Tensor | None, places: Tensor) -> list[VisualTokens]:
-        """The images or videos of one prompt row from the items that its placeholders take, the same tokens in the same order.
+        """The images or videos of one prompt row from the items that its placeholders take, the same tokens
+        in the same order.
 
         Args:
             items: as `split_features` and `layouts` made them.
@@ -81,7 +93,8 @@ class Adapter:
         return items
 
     def frames(self, modality: str, arguments: dict[str, Any]) -> list[int]:
-        """Per image or video of one `get_*_features` call, how many frames of the tower it is; none for images in crops.
+        """Per image or video of one `get_*_features` call, how many frames of the tower it is; none for
+        images in crops.
 
         Default: pixels (videos, frames, 3, H, W) or (images, 3, H, W).
         """
@@ -116,11 +129,14 @@ class Adapter:
         return [p if modality == "video" else p[:1] if p.ndim == 4 else p[None] for p in pixels]
 
     def find_placeholders(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Visual tokens by their ids, for families without `get_placeholder_mask`: modality -> (B, q) bool."""
+        """Visual tokens by their ids, for families without `get_placeholder_mask`: modality -> (B, q) bool.
+        """
         return {m: input_ids == getattr(self.config, f"{m}_token_id") for m in self.modalities}
 
     def provides(self, modality: str) -> frozenset[str]:
-        """Which of "cls_attention", "cls_logits", "received_attention", "keys", "text_embeddings", "pixels" there is."""
+        """Which of "cls_attention", "cls_logits", "received_attention", "keys", "text_embeddings", "pixels"
+        there is.
+        """
         tower = self.towers.get(modality)
         own = {"text_embeddings", "pixels"} if modality in self.square_frames else {"text_embeddings"}
         return frozenset(own) | (tower.provides if tower is not None else frozenset())

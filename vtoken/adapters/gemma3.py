@@ -15,7 +15,9 @@ from .towers.clip import SiglipTower
 
 @register_adapter
 class Gemma3Adapter(Adapter):
-    """`Gemma3ForConditionalGeneration`. Every crop of pan-and-scan is an image of its own: the model is not told more."""
+    """`Gemma3ForConditionalGeneration`. Every crop of pan-and-scan is an image of its own: the model is not
+    told more.
+    """
 
     model_types = ("gemma3",)
 

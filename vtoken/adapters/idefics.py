@@ -1,4 +1,6 @@
-"""Idefics3 and SmolVLM: tiles between text that names them, pixel shuffle, a SigLIP-like tower with padding masks."""
+"""Idefics3 and SmolVLM: tiles between text that names them, pixel shuffle, a SigLIP-like tower with padding
+masks.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ from .towers.idefics import IdeficsTower
 class IdeficsAdapter(Adapter):
     """`Idefics3ForConditionalGeneration`, `SmolVLMForConditionalGeneration`.
 
-    The processors write `R x C` tiles row by row and the whole image behind them, each tile with a tag in front, text
-    between rows, and the same tag in front of every whole image. The frames of a video are images to the model.
+    The processors write `R x C` tiles row by row and the whole image behind them, each tile with a tag in
+    front, text between rows, and the same tag in front of every whole image. The frames of a video are images
+    to the model.
     """
 
     model_types = ("idefics3", "smolvlm")
@@ -31,7 +34,11 @@ class IdeficsAdapter(Adapter):
     def make_towers(self) -> dict[str, Tower]:
         tower, connector = self.base.vision_model, self.base.connector
         shuffle = functools.partial(connector.pixel_shuffle, scale_factor=connector.scale_factor)
-        return {"image": IdeficsTower(tower, len(tower.encoder.layers) - 1, functools.partial(shuffled_pool, shuffle))}
+        return {
+            "image": IdeficsTower(
+                tower, len(tower.encoder.layers) - 1, functools.partial(shuffled_pool, shuffle)
+            )
+        }
 
     def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
         size = self.base.image_seq_len
@@ -43,7 +50,8 @@ class IdeficsAdapter(Adapter):
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         if "inputs_embeds" in arguments and not hasattr(self.base, "get_placeholder_mask"):
             raise NotImplementedError(
-                f"{self.config.model_type} finds image tokens by their ids, found a prompt of embeddings: pass input_ids."
+                f"{self.config.model_type} finds image tokens by their ids, found a prompt of embeddings:"
+                " pass input_ids."
             )
         return [Layout.plain([Segment("image", square(len(f)))], f.device) for f in features]
 

@@ -18,7 +18,9 @@ REMEMBERED = 256  # image sizes
 
 @register_adapter
 class LlavaNextAdapter(Adapter):
-    """`LlavaNextForConditionalGeneration`: thumbnail tokens, then the unpadded canvas row by row, each with a newline."""
+    """`LlavaNextForConditionalGeneration`: thumbnail tokens, then the unpadded canvas row by row, each with a
+    newline.
+    """
 
     model_types = ("llava_next",)
 
@@ -54,7 +56,8 @@ class LlavaNextAdapter(Adapter):
         sizes = [(int(h), int(w)) for h, w in torch.as_tensor(arguments["image_sizes"]).tolist()]
         return [
             self._image_layout(size, split, self._first(arguments), options)
-            for size, split in zip(sizes, self.are_split(arguments, len(sizes)), strict=False)  # as the model pairs them
+            # as the model pairs them
+            for size, split in zip(sizes, self.are_split(arguments, len(sizes)), strict=False)
         ]
 
     def video_layouts(self, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
@@ -78,20 +81,25 @@ class LlavaNextAdapter(Adapter):
         drops = self._given("vision_feature_select_strategy", arguments) == "default"
         return int(drops) - int("image" in self.towers and self.towers["image"].has_cls)
 
-    def _image_layout(self, size: tuple[int, int], split: bool, first: int, options: dict[str, Any]) -> Layout:
+    def _image_layout(
+        self, size: tuple[int, int], split: bool, first: int, options: dict[str, Any]
+    ) -> Layout:
         key = (size, split, first, tuple(options.items()))
         if key not in self._known:
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
             canvas = best_canvas(size, self.config.image_grid_pinpoints) if split else None
-            with torch.inference_mode(False), torch.no_grad():  # remembered, and may be used with gradients later
+            # remembered, and may be used with gradients later
+            with torch.inference_mode(False), torch.no_grad():
                 self._known[key] = anyres_layout(self.base, size, canvas, self.side, first, **options)
         return self._known[key]
 
 
 @register_adapter
 class LlavaNextVideoAdapter(LlavaNextAdapter):
-    """`LlavaNextVideoForConditionalGeneration`: images as in LLaVA-NeXT; frames pooled by a stride, no newlines."""
+    """`LlavaNextVideoForConditionalGeneration`: images as in LLaVA-NeXT; frames pooled by a stride, no
+    newlines.
+    """
 
     model_types = ("llava_next_video",)
     modalities = ("image", "video")
@@ -103,7 +111,9 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     def _pool(self, value: Tensor) -> Tensor:
         """(..., patches) -> (..., cells), the mean of the patches that the model pools into a cell."""
         square = value.reshape(-1, 1, self.side, self.side)
-        return torch.nn.functional.avg_pool2d(square, self.config.spatial_pool_stride).view(*value.shape[:-1], -1)
+        return torch.nn.functional.avg_pool2d(square, self.config.spatial_pool_stride).view(
+            *value.shape[:-1], -1
+        )
 
     def video_layouts(self, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         stride = self.config.spatial_pool_stride

@@ -1,4 +1,6 @@
-"""LLaVA-OneVision: anyres images whose canvas may be shrunk, several images as one tile each, pooled video frames."""
+"""LLaVA-OneVision: anyres images whose canvas may be shrunk, several images as one tile each, pooled video
+frames.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,10 @@ from .towers.base import Tower
 class LlavaOnevisionAdapter(LlavaNextAdapter):
     """`LlavaOnevisionForConditionalGeneration`.
 
-    An image alone in its prompt is a thumbnail and a canvas of crops, which the model shrinks bilinearly where it is
-    larger than `vision_aspect_ratio` allows (see `anyres_layout` for its cells); images that share a prompt are one tile
-    and one newline each. Frames are pooled bilinearly, and one newline ends a video.
+    An image alone in its prompt is a thumbnail and a canvas of crops, which the model shrinks bilinearly
+    where it is larger than `vision_aspect_ratio` allows (see `anyres_layout` for its cells); images that
+    share a prompt are one tile and one newline each. Frames are pooled bilinearly, and one newline ends a
+    video.
     """
 
     model_types = ("llava_onevision",)

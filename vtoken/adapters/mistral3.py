@@ -29,4 +29,6 @@ class Mistral3Adapter(Adapter):
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         cell = self.base.vision_tower.patch_size * self.config.spatial_merge_size
         sizes = [(int(h) // cell, int(w) // cell) for h, w in arguments["image_sizes"]]
-        return [Layout.plain([Segment("image", grid)], f.device) for grid, f in zip(sizes, features, strict=True)]
+        return [
+            Layout.plain([Segment("image", grid)], f.device) for grid, f in zip(sizes, features, strict=True)
+        ]

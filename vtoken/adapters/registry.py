@@ -16,7 +16,8 @@ _discovered = False
 
 
 def register_adapter(cls: type[Adapter]) -> type[Adapter]:
-    """Class decorator: serve `cls.model_types` with this adapter. Raises ValueError for a type that is taken."""
+    """Class decorator: serve `cls.model_types` with this adapter. Raises ValueError for a type that is taken.
+    """
     if not cls.model_types:
         raise ValueError(f"{cls.__name__} must name its model_types.")
     for model_type in cls.model_types:
@@ -49,8 +50,9 @@ def adapter_for(model: Any) -> Adapter:
     model_type = getattr(config, "model_type", None)
     if model_type is None or not hasattr(model, "base_model"):
         raise TypeError(
-            f"vtoken patches Hugging Face vision-language models, found {type(model).__module__}.{type(model).__name__}: "
-            "pass the model itself, for example one loaded with AutoModelForImageTextToText.from_pretrained(...)."
+            "vtoken patches Hugging Face vision-language models, found"
+            f" {type(model).__module__}.{type(model).__name__}: pass the model itself, for example one loaded"
+            " with AutoModelForImageTextToText.from_pretrained(...)."
         )
     if model_type not in _adapters:
         raise ValueError(

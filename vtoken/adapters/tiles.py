@@ -11,7 +11,9 @@ from torch import Tensor
 from ..tokens import Segment, VisualTokens
 
 
-def join_tiles(tiles: Sequence[VisualTokens], segments: Sequence[Segment], order: Sequence[int]) -> VisualTokens:
+def join_tiles(
+    tiles: Sequence[VisualTokens], segments: Sequence[Segment], order: Sequence[int]
+) -> VisualTokens:
     """One image from its tiles.
 
     Args:
@@ -35,12 +37,15 @@ def join_tiles(tiles: Sequence[VisualTokens], segments: Sequence[Segment], order
 
 
 def join_images(images: Sequence[VisualTokens]) -> VisualTokens:
-    """The images of a prompt as the frames of one video; of one in crops, the view of the whole is the frame."""
+    """The images of a prompt as the frames of one video; of one in crops, the view of the whole is the frame.
+    """
     start = [0]
     for image in images:
         start.append(start[-1] + image.num_cells)
     cells = [torch.where(x.cells < 0, -1, x.cells + s) for x, s in zip(images, start, strict=False)]
-    segments = [s if s.kind == "crop" else replace(s, kind="frame") for image in images for s in image.segments]
+    segments = [
+        s if s.kind == "crop" else replace(s, kind="frame") for image in images for s in image.segments
+    ]
     pixels = [x.pixels for x in images if x.pixels is not None]
     return replace(
         images[0],
@@ -63,8 +68,8 @@ def shuffled_pool(shuffle: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
     """(..., patches) -> (..., cells), the mean over the patches that a pixel shuffle gathers in a cell.
 
     Args:
-        shuffle: the model's own function, (1, patches, 1) -> (..., patches per cell) with one row per cell; patch indices
-            are pushed through it.
+        shuffle: the model's own function, (1, patches, 1) -> (..., patches per cell) with one row per cell;
+            patch indices are pushed through it.
     """
     index = torch.arange(value.shape[-1], dtype=torch.float64).view(1, -1, 1)
     groups = shuffle(index)

@@ -15,13 +15,17 @@ from .towers.base import Tower
 
 @register_adapter
 class VideoLlavaAdapter(LlavaAdapter):
-    """`VideoLlavaForConditionalGeneration`: images as in LLaVA-1.5; every frame is a CLS row (cell -1) and its patches."""
+    """`VideoLlavaForConditionalGeneration`: images as in LLaVA-1.5; every frame is a CLS row (cell -1) and
+    its patches.
+    """
 
     model_types = ("video_llava",)
     modalities = ("image", "video")
 
     def make_towers(self) -> dict[str, Tower]:
-        return find_tower(self.base.image_tower, self.config) | find_tower(self.base.video_tower, self.config, "video")
+        return find_tower(self.base.image_tower, self.config) | find_tower(
+            self.base.video_tower, self.config, "video"
+        )
 
     def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
         if modality == "image":

@@ -33,7 +33,8 @@ class Cell:
         return vtoken.applied(self.work.model, names if len(names) > 1 else names[0], budget=self.budget)
 
     def look(self, dense: tuple[int, int]) -> None:
-        """One untimed call: counts, bytes, the FLOPs' promise, or the sentence with which the strategy refuses.
+        """One untimed call: counts, bytes, the FLOPs' promise, or the sentence with which the strategy
+        refuses.
 
         `dense` are the bytes at the peak and in the cache of the unpatched model.
         """
@@ -69,7 +70,9 @@ class Cell:
             self.refused = str(refusal)
 
     def turn(self, dense: Times, floors: dict[int, float]) -> None:
-        """One timed prefill beside that of the unpatched model, and the LLM alone on as many tokens as were kept."""
+        """One timed prefill beside that of the unpatched model, and the LLM alone on as many tokens as were
+        kept.
+        """
         with self.applied():
             short = prefill(self.work)
         self.dense.append(dense)
@@ -113,9 +116,13 @@ class Cell:
             out["attainable"] = spread([d["llm"] / f for d, f in zip(self.dense, self.floors)])
             out["kept"]["attainable"] = statistics.median(f / t for f, t in zip(self.floors, llm))
         if self.decoding:
-            out["decode_ms"] = [1e3 * statistics.median(p[i]["decode"] for p in self.decoding) for i in (0, 1)]
+            out["decode_ms"] = [
+                1e3 * statistics.median(p[i]["decode"] for p in self.decoding) for i in (0, 1)
+            ]
             out["decode"] = spread([d["decode"] / s["decode"] for d, s in self.decoding])
-            out["end_to_end_ms"] = [1e3 * statistics.median(p[i]["total"] for p in self.decoding) for i in (0, 1)]
+            out["end_to_end_ms"] = [
+                1e3 * statistics.median(p[i]["total"] for p in self.decoding) for i in (0, 1)
+            ]
             out["end_to_end"] = spread([d["total"] / s["total"] for d, s in self.decoding])
         return out
 
@@ -131,9 +138,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Every strategy at every budget beside the unpatched model, in turns.
 
-    A turn is the unpatched model, then up to three cells: A B C D A E F G. What cannot differ is measured once: budget 1.0 is
-    the unpatched model whatever the strategy; decode steps depend only on how much the cache holds; so does the LLM alone on
-    the number of its tokens, within a round.
+    A turn is the unpatched model, then up to three cells: A B C D A E F G. What cannot differ is measured
+    once: budget 1.0 is the unpatched model whatever the strategy; decode steps depend only on how much the
+    cache holds; so does the LLM alone on the number of its tokens, within a round.
 
     Args:
         work: the model, which must not be patched, and its prompt.

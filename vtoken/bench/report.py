@@ -59,7 +59,9 @@ def _processor() -> str:
 def load(path: str | Path) -> Report:
     """Read a report that `vtoken bench --output` wrote. Raises ValueError if it is none."""
     if not Path(path).is_file():
-        raise ValueError(f"{str(path)!r} is no report of `vtoken bench --output`: no such file.") from FileNotFoundError(path)
+        raise ValueError(
+            f"{str(path)!r} is no report of `vtoken bench --output`: no such file."
+        ) from FileNotFoundError(path)
     try:
         report = fit("the file", read(Path(path)), dict)
         for key, hint in SHAPE.items():
@@ -74,7 +76,9 @@ def load(path: str | Path) -> Report:
                 if "refused" not in cell:
                     _check_cell(cell)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is no report of `vtoken bench --output`: {str(error).rstrip('.')}.") from None
+        raise ValueError(
+            f"{str(path)!r} is no report of `vtoken bench --output`: {str(error).rstrip('.')}."
+        ) from None
     return report
 
 
@@ -132,7 +136,16 @@ COLUMNS: dict[str, Callable[[Cell], str]] = {
     "KV": lambda c: _shares(c["kv_bytes"]),
     "peak": lambda c: _shares(c["peak_bytes"]),
 }
-NARROW = ("strategy", "budget", "visual tokens", "choosing", "LLM (promised)", "prefill (promised)", "end to end", "KV")
+NARROW = (
+    "strategy",
+    "budget",
+    "visual tokens",
+    "choosing",
+    "LLM (promised)",
+    "prefill (promised)",
+    "end to end",
+    "KV",
+)
 
 
 def rows(cells: Sequence[Cell], columns: Sequence[str] = tuple(COLUMNS)) -> list[list[str]]:
@@ -143,7 +156,9 @@ def rows(cells: Sequence[Cell], columns: Sequence[str] = tuple(COLUMNS)) -> list
 def table(cells: Sequence[Cell], title: str, columns: Sequence[str] = NARROW) -> Table:
     from rich.table import Table
 
-    out = Table(*columns, title=title, caption="speed-ups over the unpatched model: medians of neighbouring runs")
+    out = Table(
+        *columns, title=title, caption="speed-ups over the unpatched model: medians of neighbouring runs"
+    )
     for row in rows(cells, columns):
         out.add_row(*row)
     return out
@@ -165,14 +180,19 @@ def goals(cells: Sequence[Cell], kind: str) -> list[str]:
 
 
 def compare(a: Report, b: Report) -> list[list[str]]:
-    """Rows (shape, strategy, budget, prefill of a and of b in ms, b / a, speed-up of a and of b) of the cells in both.
+    """Rows (shape, strategy, budget, prefill of a and of b in ms, b / a, speed-up of a and of b) of the cells
+    in both.
 
     Raises ValueError if there are none.
     """
 
     def cells(report: Report) -> dict[tuple[str, str, str], Cell]:
         found = ((n, s["scale"], c) for n, s in report["shapes"].items() for c in s["cells"])
-        return {(f"{n} {scale}", c["strategy"], str(c["budget"])): c for n, scale, c in found if "refused" not in c}
+        return {
+            (f"{n} {scale}", c["strategy"], str(c["budget"])): c
+            for n, scale, c in found
+            if "refused" not in c
+        }
 
     first, second = cells(a), cells(b)
     out = []
@@ -191,7 +211,8 @@ COMPARED = ("shape", "strategy", "budget", "prefill ms: a", "b", "b / a", "speed
 
 
 def draw(report: Report, path: str | Path) -> None:
-    """One panel per shape: the speed-up of the LLM's prefill, measured against promised, one colour per strategy.
+    """One panel per shape: the speed-up of the LLM's prefill, measured against promised, one colour per
+    strategy.
 
     Raises ImportError where matplotlib is missing, ValueError for an ending that names no picture format.
     """

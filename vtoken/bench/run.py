@@ -23,10 +23,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # what is measured where nothing is asked for: the truth about a real shape in less than a minute
-SHAPE, STRATEGIES, SHARES, SECONDS, STEPS = "llava-1.5-7b", ("hired", "visionzip", "fastv"), (0.2, 0.5), 40.0, 16
+SHAPE, STRATEGIES, SHARES, SECONDS, STEPS = (
+    "llava-1.5-7b",
+    ("hired", "visionzip", "fastv"),
+    (0.2, 0.5),
+    40.0,
+    16,
+)
 BUDGETS, ALL_STEPS = (0.1, 0.2, 0.33, 0.5, 1.0), 64
 SMALL = 30e6  # parameters of a model whose calls are mostly overhead
-SAME = ("device", "type", "threads", "clock", "torch", "transformers", "vtoken")  # of runs that may share a report
+# of runs that may share a report
+SAME = ("device", "type", "threads", "clock", "torch", "transformers", "vtoken")
 
 
 def run(
@@ -46,14 +53,18 @@ def run(
 ) -> None:
     """Measure the given shapes one after the other; a report that exists at `output` gains them.
 
-    Without shapes and model it is LLaVA-1.5's shape, smaller than published on a CPU, with a few strategies and a time limit.
+    Without shapes and model it is LLaVA-1.5's shape, smaller than published on a CPU, with a few strategies
+    and a time limit.
 
-    Raises ValueError for what is unknown, unreadable or does not fit together, ImportError where matplotlib is missing.
+    Raises ValueError for what is unknown, unreadable or does not fit together, ImportError where matplotlib
+    is missing.
     """
     for strategy in strategies:
         parse_strategy(strategy)
     if shapes and model_id:
-        raise ValueError("Give either --shape or --model: a shape is built with random weights, a model is loaded.")
+        raise ValueError(
+            "Give either --shape or --model: a shape is built with random weights, a model is loaded."
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     quick = not shapes and model_id is None
     scale = scale or ("full" if device.startswith("cuda") else "quick" if quick else "cpu")
@@ -65,9 +76,25 @@ def run(
     alone = quick and clock is None and device == "cpu"
     clock = clock or ("cpu" if alone else "wall")
     if clock == "cpu" and device != "cpu":
-        raise ValueError(f"--clock cpu times this process's processor, not the {device} device: leave it out.")
+        raise ValueError(
+            f"--clock cpu times this process's processor, not the {device} device: leave it out."
+        )
     with one_thread() if alone else nullcontext():
-        _measure_all(out, shapes, scale, device, model_id, strategies, budgets, repeats, steps, limit, clock, output, plot)
+        _measure_all(
+            out,
+            shapes,
+            scale,
+            device,
+            model_id,
+            strategies,
+            budgets,
+            repeats,
+            steps,
+            limit,
+            clock,
+            output,
+            plot,
+        )
 
 
 def _measure_all(
@@ -130,13 +157,16 @@ def _measured(
         out.print(line, highlight=False)
     if parameters(work) < SMALL and work.about["scale"] != "quick":
         out.print(
-            f"{work.name} is so small that a call is mostly overhead, which no strategy saves: its times say nothing about "
-            "models of billions of parameters. Leave out --model for one that shows what they gain.",
+            f"{work.name} is so small that a call is mostly overhead, which no strategy saves: its times say"
+            " nothing about models of billions of parameters. Leave out --model for one that shows what they"
+            " gain.",
             highlight=False,
         )
     for refused in [c for c in cells if "refused" in c]:
         out.print(
-            f"left out: {refused['strategy']} {refused['budget']}: {refused['refused']}", highlight=False, markup=False
+            f"left out: {refused['strategy']} {refused['budget']}: {refused['refused']}",
+            highlight=False,
+            markup=False,
         )
     return cells
 
@@ -146,8 +176,8 @@ def _joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         if old["machine"].get(key) != new["machine"][key]:
             was = old["machine"].get(key)
             raise ValueError(
-                f"The report at --output was made with {key} {was}, this is {new['machine'][key]}: choose another file, and "
-                "--compare the two."
+                f"The report at --output was made with {key} {was}, this is {new['machine'][key]}: choose"
+                " another file, and --compare the two."
             )
     return old | {"machine": new["machine"]}
 
@@ -159,7 +189,9 @@ def _check_folder(path: str) -> None:
 
 
 def compare(out: Console, a: str, b: str) -> None:
-    """Print how b's times relate to a's. Raises ValueError for what is no report, or for two with nothing in common."""
+    """Print how b's times relate to a's. Raises ValueError for what is no report, or for two with nothing in
+    common.
+    """
     from rich.table import Table
 
     first, second = reports.load(a), reports.load(b)
@@ -168,5 +200,8 @@ def compare(out: Console, a: str, b: str) -> None:
         table.add_row(*row)
     for letter, path, one in (("a", a, first), ("b", b, second)):
         m = one["machine"]
-        out.print(f"{letter}: {path}: {m['device']}, {m['threads']} threads, torch {m['torch']}, vtoken {m['vtoken']}")
+        out.print(
+            f"{letter}: {path}: {m['device']}, {m['threads']} threads, torch {m['torch']}, vtoken"
+            f" {m['vtoken']}"
+        )
     out.print(table)

@@ -1,8 +1,8 @@
 """Models of published shapes with random weights, and a prompt for each; nothing is downloaded.
 
-Every shape comes in four scales: "full" is the published model, "cpu" one that a CPU reads in about a second, "quick" one
-that it reads in a third of that; "tiny" is for tests. All but the last read hundreds of visual tokens, and reading them
-takes most of the time, as in the published model.
+Every shape comes in four scales: "full" is the published model, "cpu" one that a CPU reads in about a second,
+"quick" one that it reads in a third of that; "tiny" is for tests. All but the last read hundreds of visual
+tokens, and reading them takes most of the time, as in the published model.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ class Shape:
         ids[:, 4 : 4 + tokens] = PLACEHOLDER
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **vision}
         if architecture.startswith("Qwen"):
-            inputs["mm_token_type_ids"] = (ids == PLACEHOLDER).int() * (2 if "pixel_values_videos" in vision else 1)
+            inputs["mm_token_type_ids"] = (ids == PLACEHOLDER).int() * (
+                2 if "pixel_values_videos" in vision else 1
+            )
         inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
         names = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
         about = {
@@ -128,7 +130,12 @@ def llava(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]:
     config = tf.LlavaConfig(
         vision_config=vision, text_config=tf.LlamaConfig(**_llm(shape, scale)), image_token_id=PLACEHOLDER
     )
-    return "LlavaForConditionalGeneration", config, side**2, {"pixel_values": _pixels(1, 3, side * PATCH, side * PATCH)}
+    return (
+        "LlavaForConditionalGeneration",
+        config,
+        side**2,
+        {"pixel_values": _pixels(1, 3, side * PATCH, side * PATCH)},
+    )
 
 
 def llava_next(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]:
@@ -143,12 +150,17 @@ def llava_next(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]
         image_token_id=PLACEHOLDER,
         image_grid_pinpoints=[[2 * pixels, 2 * pixels]],
     )
-    vision = {"pixel_values": _pixels(1, 5, 3, pixels, pixels), "image_sizes": torch.tensor([[2 * pixels] * 2])}
+    vision = {
+        "pixel_values": _pixels(1, 5, 3, pixels, pixels),
+        "image_sizes": torch.tensor([[2 * pixels] * 2]),
+    }
     return "LlavaNextForConditionalGeneration", config, 5 * side**2 + 2 * side, vision
 
 
 def qwen2_5_vl(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]:
-    """Qwen2.5-VL: (frame pairs, height, width) in patches, of which 2 x 2 are merged; one frame pair is an image."""
+    """Qwen2.5-VL: (frame pairs, height, width) in patches, of which 2 x 2 are merged; one frame pair is an
+    image.
+    """
     import transformers as tf
 
     t, h, w = shape.size[scale]
@@ -193,12 +205,20 @@ def llava_onevision(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, 
 
 SHAPES = {
     "llava-1.5-7b": Shape(llava, VICUNA, CLIP, {"full": (24,), "cpu": (24,), "quick": (24,), "tiny": (6,)}),
-    "llava-next-7b": Shape(llava_next, VICUNA, CLIP, {"full": (24,), "cpu": (12,), "quick": (12,), "tiny": (4,)}),
+    "llava-next-7b": Shape(
+        llava_next, VICUNA, CLIP, {"full": (24,), "cpu": (12,), "quick": (12,), "tiny": (4,)}
+    ),
     "qwen2.5-vl-7b-image": Shape(
-        qwen2_5_vl, QWEN, QWEN_VIT, {"full": (1, 72, 72), "cpu": (1, 44, 44), "quick": (1, 44, 44), "tiny": (1, 12, 12)}
+        qwen2_5_vl,
+        QWEN,
+        QWEN_VIT,
+        {"full": (1, 72, 72), "cpu": (1, 44, 44), "quick": (1, 44, 44), "tiny": (1, 12, 12)},
     ),
     "qwen2.5-vl-7b-video": Shape(
-        qwen2_5_vl, QWEN, QWEN_VIT, {"full": (16, 28, 28), "cpu": (4, 22, 22), "quick": (4, 22, 22), "tiny": (3, 8, 8)}
+        qwen2_5_vl,
+        QWEN,
+        QWEN_VIT,
+        {"full": (16, 28, 28), "cpu": (4, 22, 22), "quick": (4, 22, 22), "tiny": (3, 8, 8)},
     ),
     "llava-onevision-7b-video": Shape(
         llava_onevision, QWEN, SIGLIP, {"full": (32, 27), "cpu": (8, 16), "quick": (8, 16), "tiny": (3, 8)}
@@ -214,10 +234,15 @@ def build(name: str, scale: str, device: str = "cpu") -> Workload:
 
 
 def in_words(work: Workload) -> str:
-    """What is measured: the size of the model and of its prompt, and of the published model where it is a smaller copy."""
+    """What is measured: the size of the model and of its prompt, and of the published model where it is a
+    smaller copy.
+    """
     about = work.about
     if "llm" not in about:
-        return f"{work.name}: {parameters(work) / 1e6:.1f} M parameters, a prompt of {about['prompt_tokens']} tokens"
+        return (
+            f"{work.name}: {parameters(work) / 1e6:.1f} M parameters, a prompt of {about['prompt_tokens']}"
+            " tokens"
+        )
     size = f"{about['llm']['layers']} LLM layers of width {about['llm']['hidden_size']}"
     width, _, layers, *_ = SHAPES[work.name].llm["full"]
     size += "" if about["scale"] == "full" else f" in place of {layers} of width {width}"
@@ -230,7 +255,8 @@ def parameters(work: Workload) -> int:
 
 
 def shipped(model_id: str | None) -> Workload:
-    """A model from the Hub or a folder, or a tiny one by name (None: llava), with a generated picture and one question.
+    """A model from the Hub or a folder, or a tiny one by name (None: llava), with a generated picture and one
+    question.
 
     Raises ValueError if it cannot be loaded.
     """

@@ -1,7 +1,8 @@
 """Times of the stages of one call, and the bytes it holds.
 
-A call is split without gaps: every moment belongs to the vision tower, to vtoken (scoring, selection, gathering: all that its
-hooks do), to the LLM, or to the rest. On a GPU the bounds are CUDA events on the model's stream.
+A call is split without gaps: every moment belongs to the vision tower, to vtoken (scoring, selection,
+gathering: all that its hooks do), to the LLM, or to the rest. On a GPU the bounds are CUDA events on the
+model's stream.
 """
 
 from __future__ import annotations
@@ -136,7 +137,9 @@ def floor(work: Workload, tokens: int) -> float:
 
 
 def decode(work: Workload, steps: int, call: Callable[[], Any] | None = None) -> Times:
-    """Seconds of `generate`, or of `call`: "total", and "decode" for what comes behind the prompt and its first token."""
+    """Seconds of `generate`, or of `call`: "total", and "decode" for what comes behind the prompt and its
+    first token.
+    """
     ends: list[Any] = []
     hook = work.model.get_decoder().register_forward_hook
     handle = hook(lambda *_: ends.append(now(work)) if not ends else None)
@@ -187,7 +190,9 @@ def _storage_of(tensor: torch.Tensor) -> int:
 
 
 def peak_bytes(work: Workload) -> tuple[int, int]:
-    """The most bytes that reading the prompt held at once beyond the model and its inputs, and those of its KV cache."""
+    """The most bytes that reading the prompt held at once beyond the model and its inputs, and those of its
+    KV cache.
+    """
     device = work.model.device
     arguments = work.inputs | {"use_cache": True, "logits_to_keep": 1}
     if device.type != "cuda":
@@ -209,5 +214,7 @@ def cache_bytes(cache: Any) -> int:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    low, middle, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    )
     return {"median": middle, "q1": low, "q3": high}

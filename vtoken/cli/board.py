@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.option("--model", "models", multiple=True, default=["llava"], show_default=True, help="A tiny model; may be repeated.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=["llava"],
+    show_default=True,
+    help="A tiny model; may be repeated.",
+)
 @click.option("--all", "everything", is_flag=True, help="All tiny models that ship with vtoken.")
 @click.option(
     "--strategies",
@@ -32,7 +39,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="Per model, images and clips together.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which held-out examples.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which held-out examples."
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=50, show_default=True)
 @click.option(
     "--output",
@@ -87,7 +96,8 @@ def tiny(
             def cell_done(board: Board, cell: Cell) -> None:
                 board.save(path)
                 said = (
-                    f"{cell.right} of {cell.asked} right with {cell.tokens:.1f} visual tokens, {cell.seconds:.1f} s"
+                    f"{cell.right} of {cell.asked} right with {cell.tokens:.1f} visual tokens,"
+                    f" {cell.seconds:.1f} s"
                 )
                 bar.console.print(f"{subject.stem} {cell.strategy} {cell.budget}: {said}", highlight=False)
 
@@ -132,4 +142,6 @@ def progress(out: Console) -> Progress:
     )
 
     text = TextColumn("{task.description}")
-    return Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=out)
+    return Progress(
+        text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=out
+    )

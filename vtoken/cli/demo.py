@@ -70,13 +70,15 @@ def run(
                 bar.advance(task)
             report = vtoken.report(model)
     _print_answers(out, strategy, budget, cases, dense, short, report)
-    caption = f"{strategy}, budget {budget}: {report.tokens_out} of {report.tokens_in} visual tokens enter the LLM"
+    caption = (
+        f"{strategy}, budget {budget}: {report.tokens_out} of {report.tokens_in} visual tokens enter the LLM"
+    )
     _draw(picture, cases[-1][2], processor, report, caption).save(output)
     out.print(f"The kept tokens are drawn in [bold]{escape(output)}[/bold]", highlight=False)
     if model_id is None or model_id in tiny.names():
         out.print(
-            "\nThe times above say nothing about speed: a call of a model this small is mostly overhead, whatever it reads. "
-            "It shows that the answers survive.",
+            "\nThe times above say nothing about speed: a call of a model this small is mostly overhead,"
+            " whatever it reads. It shows that the answers survive.",
             highlight=False,
         )
         with out.status("measuring LLaVA-1.5's shape"):
@@ -120,7 +122,9 @@ def _questions(
 
     scene = make_scene(seed, "test")
     if question is not None:
-        return scene.image, [(question, next((q.answer for q in questions(scene) if q.text == question), None))]
+        return scene.image, [
+            (question, next((q.answer for q in questions(scene) if q.text == question), None))
+        ]
     chosen: dict[str, Any] = {}
     for q in questions(scene):
         chosen.setdefault(q.kind, q)
@@ -145,7 +149,9 @@ def _print_answers(
     if known:
         table.add_column("true answer")
     for (text, answer, _), (all_said, _), (few_said, _) in zip(cases, dense, short):
-        right = {s: "green" if s == answer else "red" for s in (all_said, few_said)} if answer is not None else {}
+        right = (
+            {s: "green" if s == answer else "red" for s in (all_said, few_said)} if answer is not None else {}
+        )
         cells = [f"[{right.get(s, 'default')}]{escape(s)}[/]" for s in (all_said, few_said)]
         table.add_row(escape(text), *cells, *([escape(answer or "")] if known else []))
     table.add_section()

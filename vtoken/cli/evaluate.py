@@ -20,7 +20,11 @@ PROTOCOLS = ("strict", "lmms-eval", "vlmevalkit")
 BASELINES = "random,uniform,pool"
 
 
-@click.group(cls=Group, lazy={"tiny": "vtoken.cli.board:tiny"}, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Group,
+    lazy={"tiny": "vtoken.cli.board:tiny"},
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 def evaluate() -> None:
     """Accuracy against kept visual tokens."""
 
@@ -54,7 +58,8 @@ def common(default_output: str) -> Callable[[Callable[..., None]], Callable[...,
 
 @evaluate.command(cls=Command)
 @click.option(
-    "--data", help="Folder with MME's parquet files, VLMEvalKit's MME.tsv, or a Hub id. [default: lmms-lab/MME]"
+    "--data",
+    help="Folder with MME's parquet files, VLMEvalKit's MME.tsv, or a Hub id. [default: lmms-lab/MME]",
 )
 @common("vtoken-mme")
 def mme(data: str | None, protocol: str, **options: Any) -> None:
@@ -77,7 +82,9 @@ def mme(data: str | None, protocol: str, **options: Any) -> None:
 @click.option("--same-tokens-as", type=click.IntRange(min=1),
               help="As many frames as cost what this many cost unpruned: 32 at a budget of 0.25 reads 128 frames.")  # fmt: skip
 @click.option("--subtitles", type=click.Choice(["no", "yes", "both"]), default="no", show_default=True)
-@click.option("--letters", help="Of the options, ABCDEFGH for instance; default: as many as the data set uses.")
+@click.option(
+    "--letters", help="Of the options, ABCDEFGH for instance; default: as many as the data set uses."
+)
 @common("vtoken-videomme")
 def videomme(
     data: str | None,
@@ -95,7 +102,9 @@ def videomme(
 
     def tasks(output: Path, example: bool) -> list[tuple[Path, Task]]:
         if letters and (not letters.isalpha() or not letters.isupper() or len(set(letters)) != len(letters)):
-            raise ValueError(f"The letters of options are different capitals such as ABCD, found {letters!r}.")
+            raise ValueError(
+                f"The letters of options are different capitals such as ABCD, found {letters!r}."
+            )
         source = example_data.videomme(output / "example") if example else data
         if source is None:
             raise ValueError(f"Video-MME is not downloaded by this command: {HOW}")
@@ -184,7 +193,12 @@ def one_task(
     from ..eval.running.summary import save, show, summary
 
     out, main = console(), processes.index == 0
-    settings = {"model": model, "dtype": str(asker.model.dtype), "max_new_tokens": task.max_new_tokens, **versions()}
+    settings = {
+        "model": model,
+        "dtype": str(asker.model.dtype),
+        "max_new_tokens": task.max_new_tokens,
+        **versions(),
+    }
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

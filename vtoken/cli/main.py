@@ -10,7 +10,9 @@ from .options import MODEL, Budget, Group, console, fail
 
 
 @click.group(
-    cls=Group, lazy={"eval": "vtoken.cli.evaluate:evaluate"}, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=Group,
+    lazy={"eval": "vtoken.cli.evaluate:evaluate"},
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="vtoken")
 def cli() -> None:
@@ -42,7 +44,9 @@ def list_command(pattern: str, names: bool) -> None:
 @cli.command()
 @click.argument("name")
 def info(name: str) -> None:
-    """What is known of one strategy: paper, code, hyper-parameters with defaults; of two, joined by +, of each."""
+    """What is known of one strategy: paper, code, hyper-parameters with defaults; of two, joined by +, of
+    each.
+    """
     from ..strategies import combine
     from ..strategies.registry import parse_strategy
 
@@ -86,11 +90,15 @@ def show_info(name: str) -> None:
 @cli.group(invoke_without_command=True, lazy={"stream": "vtoken.cli.stream:stream_command"})
 @click.option("--image", type=click.Path(), help="Ask about this image instead of a generated scene.")
 @click.option("--question", help="The question; needed with --image unless the tiny model answers.")
-@click.option("--strategy", default="hired", show_default=True, help="See `vtoken list`; two are joined by +.")
+@click.option(
+    "--strategy", default="hired", show_default=True, help="See `vtoken list`; two are joined by +."
+)
 @click.option("--budget", type=Budget(), help="A share such as 0.2, or a count: 64.  [default: 0.2]")
 @click.option("--model", "model_id", help=MODEL)
 @click.option("--output", type=click.Path(dir_okay=False), default="vtoken_demo.png", show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which held-out scene.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which held-out scene."
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
 @click.pass_context
 def demo(context: click.Context, **options: Any) -> None:
@@ -99,7 +107,8 @@ def demo(context: click.Context, **options: Any) -> None:
         return
     from .demo import run
 
-    # not click's default: it would be converted, by code that needs torch, for `vtoken demo stream --help` as well
+    # not click's default: it would be converted, by code that needs torch, for `vtoken demo stream --help` as
+    # well
     options["budget"] = 0.2 if options["budget"] is None else options["budget"]
     run(console(), **options)
 
@@ -109,7 +118,10 @@ def demo(context: click.Context, **options: Any) -> None:
     "--shape",
     "shapes",
     multiple=True,
-    help="A published shape with random weights, or all; may be repeated. [default: llava-1.5-7b, 3 strategies]",
+    help=(
+        "A published shape with random weights, or all; may be repeated. [default: llava-1.5-7b, 3"
+        " strategies]"
+    ),
 )
 @click.option("--model", "model_id", help=MODEL)
 @click.option(
@@ -119,7 +131,10 @@ def demo(context: click.Context, **options: Any) -> None:
 )
 @click.option("--device", help="Where shapes are built; default: a GPU if there is one.")
 @click.option(
-    "--strategy", "strategies", multiple=True, help="May be repeated; two are joined by +. [default: all that fit]"
+    "--strategy",
+    "strategies",
+    multiple=True,
+    help="May be repeated; two are joined by +. [default: all that fit]",
 )
 @click.option(
     "--budget",
@@ -128,8 +143,12 @@ def demo(context: click.Context, **options: Any) -> None:
     multiple=True,
     help="May be repeated. [default: 0.1, 0.2, 0.33, 0.5 and 1.0; 0.2 and 0.5 without --shape]",
 )
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed pairs per cell.")
-@click.option("--decode", "steps", type=click.IntRange(min=0), help="Decode steps. [default: 64; 16 without --shape]")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed pairs per cell."
+)
+@click.option(
+    "--decode", "steps", type=click.IntRange(min=0), help="Decode steps. [default: 64; 16 without --shape]"
+)
 @click.option(
     "--limit",
     type=click.FloatRange(min=0),
@@ -138,12 +157,22 @@ def demo(context: click.Context, **options: Any) -> None:
 @click.option(
     "--clock",
     type=click.Choice(["wall", "cpu"]),
-    help="cpu: processor time, for a CPU that others use too; with OMP_NUM_THREADS=1. [default: wall; cpu without --shape]",
+    help=(
+        "cpu: processor time, for a CPU that others use too; with OMP_NUM_THREADS=1. [default: wall; cpu"
+        " without --shape]"
+    ),
 )
-@click.option("--output", type=click.Path(dir_okay=False), help="JSON report; one that exists gains these shapes.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="Picture of measured against promised speed-ups.")
 @click.option(
-    "--compare", nargs=2, type=click.Path(), help="Two reports: print how their times relate, measure nothing."
+    "--output", type=click.Path(dir_okay=False), help="JSON report; one that exists gains these shapes."
+)
+@click.option(
+    "--plot", type=click.Path(dir_okay=False), help="Picture of measured against promised speed-ups."
+)
+@click.option(
+    "--compare",
+    nargs=2,
+    type=click.Path(),
+    help="Two reports: print how their times relate, measure nothing.",
 )
 def bench(compare: tuple[str, str] | None, **options: Any) -> None:
     """Time every stage with and without a strategy, in turns, next to what the FLOPs promise."""

@@ -1,4 +1,6 @@
-"""What all commands share: budgets and lists as arguments, errors in one sentence, commands imported on demand."""
+"""What all commands share: budgets and lists as arguments, errors in one sentence, commands imported on
+demand.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SYNTHETIC = "synthetic://0"  # the source of `vtoken demo stream`
-MODEL = "Hub id or folder of a vision-language model, or a tiny one that ships with vtoken: llava, llava_next, ..."
+MODEL = (
+    "Hub id or folder of a vision-language model, or a tiny one that ships with vtoken: llava,"
+    " llava_next, ..."
+)
 
 
 class Budget(click.ParamType):
@@ -31,20 +36,25 @@ class Budget(click.ParamType):
                 value if isinstance(value, (int, float)) else float(value) if "." in value else int(value)
             )
         except ValueError as error:
-            words = str(error) if "budget" in str(error) else f"{value!r} is no number: use 0.2 or 128, for instance."
+            words = (
+                str(error)
+                if "budget" in str(error)
+                else f"{value!r} is no number: use 0.2 or 128, for instance."
+            )
             return self.fail(words, param, ctx)
 
 
 def of_the_network(error: BaseException) -> bool:
-    """Whether a request failed; the Hub's client raises httpx's errors where it has no sentence of its own."""
+    """Whether a request failed; the Hub's client raises httpx's errors where it has no sentence of its own.
+    """
     return any(kind.__module__.partition(".")[0].startswith("httpx") for kind in type(error).__mro__)
 
 
 def failure(error: BaseException) -> click.ClickException | None:
     """What a command says of an error in one sentence, None if it is a fault of the program.
 
-    Bad input is a `click.UsageError`, exit code 2. What the environment lacks (a file, a package, memory, disk space, the
-    network) is no fault of the command line: exit code 1, without the usage text.
+    Bad input is a `click.UsageError`, exit code 2. What the environment lacks (a file, a package, memory,
+    disk space, the network) is no fault of the command line: exit code 1, without the usage text.
     """
     if isinstance(error, click.ClickException):
         return error

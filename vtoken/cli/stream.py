@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ..streaming.session import StreamSession
 
 TINY = "qwen2_5_vl"
-TINY_STEPS = 4  # of two frames each, which the tiny model remembers: it has learnt from clips of 4 to 8 frames
+# of two frames each, which the tiny model remembers: it has learnt from clips of 4 to 8 frames
+TINY_STEPS = 4
 STRATEGIES = ("stc_pruner", "stc", "stc_cacher", "none")
 EXAMPLES = ("which digit is shown now?", "which shape is shown now?", "was there a star?", "was there a 7?")
 SESSIONS = 4  # browsers at a time
@@ -25,24 +26,49 @@ PAGE_BYTES = 256 * 2**20  # of the memories of all of them
 
 
 @click.command("stream", cls=Command)
-@click.option("--source", default=SYNTHETIC, show_default=True, help="File, rtsp/http address, camera number.")
-@click.option("--model", "model_id", help="Hub id or folder of a model that reads videos; default: a shipped tiny one.")
-@click.option("--strategy", default=STRATEGIES[0], show_default=True, help="A strategy that fits streams, or none.")
-@click.option("--budget", type=Budget(), default="0.5", show_default=True, help="Share of the visual tokens to keep.")
+@click.option(
+    "--source", default=SYNTHETIC, show_default=True, help="File, rtsp/http address, camera number."
+)
+@click.option(
+    "--model", "model_id", help="Hub id or folder of a model that reads videos; default: a shipped tiny one."
+)
+@click.option(
+    "--strategy", default=STRATEGIES[0], show_default=True, help="A strategy that fits streams, or none."
+)
+@click.option(
+    "--budget", type=Budget(), default="0.5", show_default=True, help="Share of the visual tokens to keep."
+)
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True), default=2.0, show_default=True)
 @click.option(
-    "--speed", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Of recordings."
+    "--speed",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Of recordings.",
 )
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Visual tokens that the session remembers at most.")
-@click.option("--terminal", is_flag=True, help="No page: type questions here.")
-@click.option("--ask", "questions", type=(float, str), multiple=True, help="SECONDS QUESTION; may be repeated.")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address of the page; others than this need a token."
+    "--max-tokens", type=click.IntRange(min=1), help="Visual tokens that the session remembers at most."
+)
+@click.option("--terminal", is_flag=True, help="No page: type questions here.")
+@click.option(
+    "--ask", "questions", type=(float, str), multiple=True, help="SECONDS QUESTION; may be repeated."
+)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address of the page; others than this need a token.",
 )
 @click.option("--port", type=int, help="Its port; default: a free one from 7860.")
-@click.option("--allow-host", "hosts", multiple=True, help="A further name that browsers may reach the page by.")
-@click.option("--sessions", type=click.IntRange(min=1), default=SESSIONS, show_default=True, help="Browsers at a time.")
-@click.option("--allow-sources", is_flag=True, help="Visitors may open files, addresses and cameras of this machine.")
+@click.option(
+    "--allow-host", "hosts", multiple=True, help="A further name that browsers may reach the page by."
+)
+@click.option(
+    "--sessions", type=click.IntRange(min=1), default=SESSIONS, show_default=True, help="Browsers at a time."
+)
+@click.option(
+    "--allow-sources", is_flag=True, help="Visitors may open files, addresses and cameras of this machine."
+)
 @click.option("--open/--no-open", "show", default=True, show_default=True, help="Open the page in a browser.")
 def stream_command(**options: Any) -> None:
     """Play a file, a camera, an address or a synthetic stream, and ask about it while it runs."""
@@ -67,7 +93,9 @@ def run(
     for seconds, question in questions:
         if not (math.isfinite(seconds) and seconds >= 0 and question.strip()):
             found = f"{seconds} {question!r}"
-            raise ValueError(f"--ask takes a time from 0 on and a question, such as --ask 3 'who?', found {found}.")
+            raise ValueError(
+                f"--ask takes a time from 0 on and a question, such as --ask 3 'who?', found {found}."
+            )
     if not questions and not terminal:
         require("gradio", extra="stream")
     if not source.startswith("synthetic:"):
@@ -118,7 +146,8 @@ def show_page(
 
     if not isinstance(budget, float):
         raise ValueError(
-            f"The page takes a share such as --budget 0.5, found {budget}: a number of tokens needs --terminal."
+            f"The page takes a share such as --budget 0.5, found {budget}: a number of tokens needs"
+            " --terminal."
         )
     sessions = 1 if source == "-" else sessions  # what was read from a pipe is gone
     names = [strategy, *(s for s in STRATEGIES if s != strategy)]
@@ -127,7 +156,9 @@ def show_page(
         bounds = bounds | {"max_bytes": PAGE_BYTES // sessions}
 
         def make(strategy: str, budget: float) -> StreamSession:
-            """A tiny model is loaded for every browser, so that each may choose its strategy; a large one is shared."""
+            """A tiny model is loaded for every browser, so that each may choose its strategy; a large one is
+            shared.
+            """
             model, processor = loaded or load(None, TINY)
             return make_session(model, processor, strategy, budget, **bounds)
 
@@ -151,8 +182,8 @@ def announce(service: Any, allow_sources: bool, show: bool) -> None:
     out.print(f"The page is at {service.url} (Ctrl+C ends it).", highlight=False, soft_wrap=True)
     if service.token is not None:
         out.print(
-            "Warning: other machines can reach this page by the addresses of this one. Whoever has the address with its token "
-            "can watch the stream and ask; it travels unencrypted.",
+            "Warning: other machines can reach this page by the addresses of this one. Whoever has the"
+            " address with its token can watch the stream and ask; it travels unencrypted.",
             style="yellow",
         )
     if allow_sources:

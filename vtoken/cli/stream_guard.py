@@ -1,4 +1,6 @@
-"""Which requests reach the page: for its own routes, from its own pages, of bounded size, with the token if there is one."""
+"""Which requests reach the page: for its own routes, from its own pages, of bounded size, with the token if
+there is one.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-READ = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/gradio_api/queue/data")
+READ = (
+    "/",
+    "/config",
+    "/theme.css",
+    "/favicon.ico",
+    "/manifest.json",
+    "/robots.txt",
+    "/gradio_api/queue/data",
+)
 READ_UNDER = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
 JOIN = "/gradio_api/queue/join"
 WRITE = (JOIN, "/gradio_api/cancel", "/gradio_api/reset")
@@ -25,9 +35,12 @@ MAX_OPEN = 64  # requests of one address at a time; a page takes two or three
 COOKIE = "vtoken_token"
 HEADERS = {
     # all that the page shows comes from the page; gradio's plots compile their own scripts
-    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
-    "font-src 'self' data:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; media-src 'self' blob:; "
-    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'",
+    "content-security-policy": (
+        "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; font-src 'self'"
+        " data:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; media-src 'self' blob:;"
+        " worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors"
+        " 'none'"
+    ),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
@@ -36,11 +49,13 @@ HEADERS = {
 
 
 class Shares:
-    """What one visitor may take of the queue and of the connections, so that something is left for the others.
+    """What one visitor may take of the queue and of the connections, so that something is left for the
+    others.
 
     Args:
         pending: tells how many events of a session wait or run.
-        queue: events that one address may have waiting or running, whatever number of sessions it says it has.
+        queue: events that one address may have waiting or running, whatever number of sessions it says it
+            has.
     """
 
     def __init__(self, pending: Callable[[str], int], queue: int) -> None:
@@ -64,11 +79,13 @@ class Shares:
 
 
 class Guard:
-    """An ASGI application that passes on what a browser with the page open asks for, and refuses the rest in one sentence.
+    """An ASGI application that passes on what a browser with the page open asks for, and refuses the rest in
+    one sentence.
 
     Args:
         app: the page.
-        hosts: names that requests may address (`Host`), besides addresses such as 192.168.1.5 if there is a token.
+        hosts: names that requests may address (`Host`), besides addresses such as 192.168.1.5 if there is a
+            token.
         token: what a visitor must know; None for loopback.
         uploads: the folder that uploaded files go to; None to take none.
         max_upload: bytes of one upload, and of all that lie in the folder.
@@ -87,7 +104,9 @@ class Guard:
         self.app, self.hosts, self.token, self.shares = app, hosts, token, shares
         self.uploads, self.max_upload = uploads, max_upload
 
-    async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+    async def __call__(
+        self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
+    ) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
@@ -101,7 +120,9 @@ class Guard:
             given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
             if not secrets.compare_digest(given.encode(), self.token.encode()):
                 await _drain(receive)
-                return await _answer(send, 403, "Open the address with the token that `vtoken demo stream` has printed.")
+                return await _answer(
+                    send, 403, "Open the address with the token that `vtoken demo stream` has printed."
+                )
             cookie = f"{COOKIE}={self.token}; HttpOnly; SameSite=Lax; Path=/"
             return await _answer(send, 303, "", {"location": "/", "set-cookie": cookie})
 
@@ -128,7 +149,9 @@ class Guard:
             if scope["method"] == "POST" and scope["path"] == JOIN:
                 body = await _body(receive)
                 if shares.takes_too_much(address, body):
-                    return await _answer(send, 429, "Too much that you asked for is still waiting: try again later.")
+                    return await _answer(
+                        send, 429, "Too much that you asked for is still waiting: try again later."
+                    )
                 receive = _again(body, receive)
             await self.app(scope, receive, send)
         finally:
@@ -144,13 +167,21 @@ class Guard:
         """
         host = headers.get("host", "")
         if not self._is_own(host):
-            return 421, "This server does not go by that name: use the address that `vtoken demo stream` has printed."
+            return (
+                421,
+                (
+                    "This server does not go by that name: use the address that `vtoken demo stream` has"
+                    " printed."
+                ),
+            )
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         foreign = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
         if foreign or (site in ("cross-site", "same-site") and (method, path) != ("GET", "/")):
             return 403, "Requests from other sites are refused."
         if method in ("GET", "HEAD"):
-            known = path in READ or path.startswith(READ_UNDER) or (path == PROGRESS and self.uploads is not None)
+            known = (
+                path in READ or path.startswith(READ_UNDER) or (path == PROGRESS and self.uploads is not None)
+            )
             return None if known and ".." not in path.split("/") else (404, "There is no such page.")
         if method != "POST" or not (path in WRITE or (path == UPLOAD and self.uploads is not None)):
             return 404, "There is no such page."
@@ -158,7 +189,13 @@ class Guard:
         if not (length.isascii() and length.isdigit()):
             return 411, "A request says how long it is."
         if int(length) > (self._room() if path == UPLOAD else MAX_BODY):
-            return 413, f"That is too large: uploads may have {self.max_upload} bytes together, other requests {MAX_BODY}."
+            return (
+                413,
+                (
+                    f"That is too large: uploads may have {self.max_upload} bytes together, other requests"
+                    f" {MAX_BODY}."
+                ),
+            )
         return None
 
     def _room(self) -> int:
@@ -221,8 +258,14 @@ def _again(body: bytes, receive: Callable[..., Any]) -> Callable[..., Any]:
     return again
 
 
-async def _answer(send: Callable[..., Any], status: int, sentence: str, more: dict[str, str] | None = None) -> None:
-    headers = {"content-type": "text/plain; charset=utf-8", "cache-control": "no-store", "connection": "close"}
+async def _answer(
+    send: Callable[..., Any], status: int, sentence: str, more: dict[str, str] | None = None
+) -> None:
+    headers = {
+        "content-type": "text/plain; charset=utf-8",
+        "cache-control": "no-store",
+        "connection": "close",
+    }
     pairs = [(k.encode(), v.encode()) for k, v in (HEADERS | headers | (more or {})).items()]
     await send({"type": "http.response.start", "status": status, "headers": pairs})
     await send({"type": "http.response.body", "body": sentence.encode()})

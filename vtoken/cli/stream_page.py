@@ -1,4 +1,6 @@
-"""A page in the browser: a stream plays, what was kept is drawn on it, and questions are answered at any moment."""
+"""A page in the browser: a stream plays, what was kept is drawn on it, and questions are answered at any
+moment.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ def build_page(
         source: what plays; what the source field holds at first, if there is one.
         budget: where the budget slider stands at first.
         fps: frames per second at first.
-        allow_sources: whether visitors may name files, addresses and cameras of this machine, and upload files.
+        allow_sources: whether visitors may name files, addresses and cameras of this machine, and upload
+            files.
         examples: questions to press.
     """
     buttons = Buttons(desks, strategies, source, allow_sources)
@@ -58,7 +61,10 @@ def build_page(
     many = own | dict(concurrency_limit=desks.most)
     delete = (600, 24 * 3600)  # seconds: look for files of an earlier day every ten minutes
     with gr.Blocks(
-        title="vtoken: questions to a live stream", analytics_enabled=False, delete_cache=delete, fill_width=True
+        title="vtoken: questions to a live stream",
+        analytics_enabled=False,
+        delete_cache=delete,
+        fill_width=True,
     ) as page:
         gr.HTML("<h3>Questions to a live stream</h3>")
         with gr.Row():
@@ -79,7 +85,9 @@ def build_page(
                 )
                 send = gr.Button("Ask", variant="primary", elem_id="ask")
                 with gr.Row():
-                    pressed = [gr.Button(text, size="sm", min_width=120, elem_classes="example") for text in examples]
+                    pressed = [
+                        gr.Button(text, size="sm", min_width=120, elem_classes="example") for text in examples
+                    ]
         with gr.Row():
             where = gr.Textbox(
                 source if allow_sources else "",
@@ -97,7 +105,9 @@ def build_page(
                 upload.upload(buttons.upload, upload, where, **own)
         with gr.Row():
             plots = [
-                gr.LinePlot(x="seconds", y=name, title=title, height=200, min_width=220, elem_id=f"plot-{name}")
+                gr.LinePlot(
+                    x="seconds", y=name, title=title, height=200, min_width=220, elem_id=f"plot-{name}"
+                )
                 for name, title in PLOTS.items()
             ]
         gr.HTML(f"<small>{escape(LEGEND)}</small>")
@@ -115,10 +125,17 @@ def build_page(
 
 
 class Buttons:
-    """What the page's events do, each for the desk of the browser that it comes from. All that they show is escaped."""
+    """What the page's events do, each for the desk of the browser that it comes from. All that they show is
+    escaped.
+    """
 
     def __init__(self, desks: Desks, strategies: list[str], source: str, allow_sources: bool) -> None:
-        self.desks, self.strategies, self.source, self.allow_sources = desks, strategies, source, allow_sources
+        self.desks, self.strategies, self.source, self.allow_sources = (
+            desks,
+            strategies,
+            source,
+            allow_sources,
+        )
 
     def play(self, source: str, strategy: str, budget: float, fps: float, request: gr.Request) -> str:
         source = source.strip() if self.allow_sources else self.source
@@ -209,7 +226,10 @@ def picture_html(picture: Any) -> str:
     """A picture as part of the page: no file is written for it."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
-    return f'<img alt="the latest frame" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return (
+        '<img alt="the latest frame"'
+        f' src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    )
 
 
 __all__ = ["PLOTS", "Desk", "Desks", "build_page"]

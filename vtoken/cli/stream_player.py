@@ -105,7 +105,9 @@ class Player:
         self._latest = image, step, use
         stats = self.session.stats
         self.readings.append(
-            Reading(step.seconds[-1], len(step.kept), step.rows, saved, stats["bytes"], stats["tokens"], latency)
+            Reading(
+                step.seconds[-1], len(step.kept), step.rows, saved, stats["bytes"], stats["tokens"], latency
+            )
         )
 
     @property
@@ -125,7 +127,9 @@ class Player:
         self._running.set()
 
     def wait_until(self, seconds: float, timeout: float = 60.0) -> bool:
-        """Wait until a frame at or behind this time has been taken, at most `timeout` seconds; whether it has."""
+        """Wait until a frame at or behind this time has been taken, at most `timeout` seconds; whether it
+        has.
+        """
         end = time.monotonic() + timeout
         while not self.readings or self.readings[-1].seconds < seconds:
             if self.ended or time.monotonic() > end:
@@ -143,7 +147,9 @@ class Player:
         return [kept[t] for t in seconds] if all(t in kept for t in seconds) else None
 
     def labels(self, since: float, now: float) -> tuple[Stream, float, float] | None:
-        """The labelled stream that shows what lies between two times, and its own times for them; None if none does."""
+        """The labelled stream that shows what lies between two times, and its own times for them; None if
+        none does.
+        """
         if not str(self.source).startswith("synthetic://"):
             return None
         from ..video.synthetic import from_address
@@ -167,7 +173,9 @@ class Player:
 
 
 def passes_by(source: Any) -> bool:
-    """Whether a source goes on while nobody looks, so that frames must be dropped: cameras, pipes and the network."""
+    """Whether a source goes on while nobody looks, so that frames must be dropped: cameras, pipes and the
+    network.
+    """
     from ..video.source import resolve
 
     if isinstance(source, Iterable) and not isinstance(source, str | bytes | Path):
@@ -179,7 +187,8 @@ def passes_by(source: Any) -> bool:
 
 
 def draw_step(image: np.ndarray, step: Step, use: TowerUse | None = None, side: int = SIDE) -> Image.Image:
-    """A frame whose kept cells are outlined and whose other cells are dimmed; red dots where the tower computed anew.
+    """A frame whose kept cells are outlined and whose other cells are dimmed; red dots where the tower
+    computed anew.
 
     Args:
         image: (h, w, 3) uint8.

@@ -37,7 +37,9 @@ def listen(host: str, port: int | None = None) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError, ValueError):
-        raise ValueError(f"--host {host!r} is no known name or address: use 127.0.0.1, for instance.") from None
+        raise ValueError(
+            f"--host {host!r} is no known name or address: use 127.0.0.1, for instance."
+        ) from None
     for number in range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]:
         try:
             return socket.create_server((address[0], number), family=family, backlog=128)
@@ -45,16 +47,24 @@ def listen(host: str, port: int | None = None) -> socket.socket:
             if error.errno == errno.EADDRINUSE and port is None:
                 continue
             if error.errno == errno.EADDRINUSE:
-                raise ValueError(f"Port {port} of {host} is in use: choose another --port, or none.") from None
+                raise ValueError(
+                    f"Port {port} of {host} is in use: choose another --port, or none."
+                ) from None
             if error.errno in (errno.EACCES, errno.EPERM):
-                raise ValueError(f"Port {port} of {host} needs rights that you do not have: use 1024 or more.") from None
-            raise ValueError(f"This machine cannot serve on --host {host!r}: {error.strerror or error}.") from None
+                raise ValueError(
+                    f"Port {port} of {host} needs rights that you do not have: use 1024 or more."
+                ) from None
+            raise ValueError(
+                f"This machine cannot serve on --host {host!r}: {error.strerror or error}."
+            ) from None
     raise ValueError(f"Ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1} of {host} are in use: choose a --port.")
 
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """A folder for all files of a page that is made within the block; it goes with it. gradio calls nobody meanwhile."""
+    """A folder for all files of a page that is made within the block; it goes with it. gradio calls nobody
+    meanwhile.
+    """
     names = ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "GRADIO_SHARE")
     before = {name: os.environ.pop(name, None) for name in names}
     with tempfile.TemporaryDirectory(prefix="vtoken-page-", ignore_cleanup_errors=True) as folder:
@@ -69,8 +79,9 @@ def private_folder() -> Iterator[Path]:
 
 
 def pending(queue: Any, session: str) -> int:
-    """How many events of a session wait in a page's queue or run. gradio's own count per session never forgets those of a
-    browser that went before its answer came."""
+    """How many events of a session wait in a page's queue or run. gradio's own count per session never
+    forgets those of a browser that went before its answer came.
+    """
     waiting = (event for part in queue.event_queue_per_concurrency_id.values() for event in part.queue)
     running = (event for job in queue.active_jobs if job for event in job)
     return sum(event.session_hash == session for event in chain(waiting, running))

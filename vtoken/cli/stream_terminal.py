@@ -50,7 +50,8 @@ def converse(out: Console, player: Player) -> None:
 def recite(
     out: Console, session: StreamSession, frames: Iterable[Frame], questions: Sequence[tuple[float, str]]
 ) -> list[Answer]:
-    """Ask prepared questions `(seconds, text)`, each when the stream has reached its time and before a later frame comes.
+    """Ask prepared questions `(seconds, text)`, each when the stream has reached its time and before a later
+    frame comes.
 
     Raises:
         ValueError: if the stream ends before the last question.
@@ -67,7 +68,9 @@ def recite(
     while waiting and waiting[0][0] <= last:
         answers.append(ask(out, session, *waiting.pop(0)))
     if waiting:
-        raise ValueError(f"The stream ended at {max(last, 0):g} s, before the question at {waiting[0][0]:g} s.")
+        raise ValueError(
+            f"The stream ended at {max(last, 0):g} s, before the question at {waiting[0][0]:g} s."
+        )
     return answers
 
 
@@ -92,7 +95,8 @@ def show_status(out: Console, player: Player) -> None:
         out.print("No frame yet." + (f" {player.error}" if player.error else ""))
         return
     out.print(
-        f"{last.seconds:.1f} s, {stats['frames']} frames: {last.tokens} of {last.rows} visual tokens per step, "
-        f"{last.saved:.0%} of the tower's FLOPs saved, {stats['tokens']} tokens and {stats['bytes'] / 2**20:.2f} MiB in "
-        f"memory, {last.latency * 1000:.0f} ms per step" + (f"; {player.error}" if player.error else "")
+        f"{last.seconds:.1f} s, {stats['frames']} frames: {last.tokens} of {last.rows} visual tokens per"
+        f" step, {last.saved:.0%} of the tower's FLOPs saved, {stats['tokens']} tokens and"
+        f" {stats['bytes'] / 2**20:.2f} MiB in memory, {last.latency * 1000:.0f} ms per step"
+        + (f"; {player.error}" if player.error else "")
     )

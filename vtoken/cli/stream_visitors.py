@@ -1,4 +1,6 @@
-"""What the buttons of a page act on: one stream per browser, its questions and answers, and a bounded number of them."""
+"""What the buttons of a page act on: one stream per browser, its questions and answers, and a bounded number
+of them.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class Said:
 
     Attributes:
         truth: what the remembered frames show, of a labelled stream only.
-        unpruned: what the model answers from all visual tokens of the same frames, where the session is a short window.
+        unpruned: what the model answers from all visual tokens of the same frames, where the session is a
+            short window.
         facts: what the answer took.
     """
 
@@ -69,7 +72,8 @@ class Desk:
 
     @contextmanager
     def turn(self, what: str) -> Iterator[None]:
-        """Within the block, "play" or "answer" goes on, once at a time. Raises ValueError if it does already."""
+        """Within the block, "play" or "answer" goes on, once at a time. Raises ValueError if it does already.
+        """
         lock = self._turns[what]
         if not lock.acquire(blocking=False):
             raise ValueError(BUSY)
@@ -93,7 +97,9 @@ class Desk:
             self.session = self.make_session(strategy, budget)
             try:
                 name = int(wanted[0]) if wanted[0].isdecimal() else wanted[0]
-                self.player = Player(self.session, name, fps=wanted[3], speed=self.speed, frames=self._frames_kept())
+                self.player = Player(
+                    self.session, name, fps=wanted[3], speed=self.speed, frames=self._frames_kept()
+                )
             except BaseException:
                 self._end()
                 raise
@@ -144,8 +150,8 @@ class Desk:
             answer = pieces.answer
             assert answer is not None
             facts = (
-                f"at {answer.time:.1f} s, from {len(answer.frames_used)} frames and {answer.visual_tokens} visual tokens, "
-                f"first word after {answer.first_token_seconds * 1000:.0f} ms"
+                f"at {answer.time:.1f} s, from {len(answer.frames_used)} frames and {answer.visual_tokens}"
+                f" visual tokens, first word after {answer.first_token_seconds * 1000:.0f} ms"
             )
             truth = self._truth(player, question, answer.frames_used)
             said = self._replace(said, replace(said, answer=answer.text, facts=facts, truth=truth))
@@ -164,7 +170,9 @@ class Desk:
         return new
 
     def _truth(self, player: Player, question: str, seconds: tuple[float, ...]) -> str | None:
-        """The one right answer, where the stream is labelled and no labelled moment can lie between two frames."""
+        """The one right answer, where the stream is labelled and no labelled moment can lie between two
+        frames.
+        """
         labels = player.labels(seconds[0], seconds[-1])
         if labels is None:
             return None
@@ -180,7 +188,10 @@ class Desk:
         frames = player.frames_at(seconds)
         if frames is None or session._patch is None:
             return None
-        with disabled(session.model), StreamSession(session.model, session.processor, fps=session.prompts.fps) as plain:
+        with (
+            disabled(session.model),
+            StreamSession(session.model, session.processor, fps=session.prompts.fps) as plain,
+        ):
             for frame in frames:
                 plain.push(frame)
             return plain.ask(question).text
@@ -227,7 +238,8 @@ class Desks:
     Args:
         make: makes one.
         most: browsers that may play at a time.
-        idle: seconds after which a desk is freed that nobody has looked at, whose browser went without a word.
+        idle: seconds after which a desk is freed that nobody has looked at, whose browser went without a
+            word.
     """
 
     def __init__(self, make: Callable[[], Desk], most: int = 4, idle: float = 300.0) -> None:
@@ -247,13 +259,17 @@ class Desks:
         return desk
 
     def open(self, browser: str | None) -> Desk:
-        """A browser's desk; a new one if there is room. Raises ValueError if not, or for a request of no browser."""
+        """A browser's desk; a new one if there is room. Raises ValueError if not, or for a request of no
+        browser.
+        """
         if not browser:
             raise ValueError("Open the page first: a request needs its session.")
         with self._lock:
             if browser not in self._desks:
                 if self._ended.is_set() or len(self._desks) >= self.most:
-                    raise ValueError(f"All {self.most} places are taken: try again when another browser has left.")
+                    raise ValueError(
+                        f"All {self.most} places are taken: try again when another browser has left."
+                    )
                 self._desks[browser] = self.make()
             return self.of(browser)  # type: ignore[return-value]
 

@@ -36,7 +36,8 @@ def _check(name: str) -> str:
 
 
 def set_backend(name: str) -> None:
-    """Choose the kernels of this process: "triton", "torch", or "auto" (Triton on CUDA tensors, torch elsewhere).
+    """Choose the kernels of this process: "triton", "torch", or "auto" (Triton on CUDA tensors, torch
+    elsewhere).
 
     Raises ValueError for another name, RuntimeError for "triton" where the triton package is not installed.
     """
@@ -68,7 +69,8 @@ def use_triton(x: Tensor, *, any_dtype: bool = False) -> bool:
         return triton_available()
     if chosen == "triton" and not (x.device.type == "cpu" and interpreting()):
         raise RuntimeError(
-            f"The triton backend cannot run on a {x.device.type} tensor: move it to a CUDA device, use 'auto', "
-            "or set TRITON_INTERPRET=1 before triton is imported to interpret the kernels on the CPU."
+            f"The triton backend cannot run on a {x.device.type} tensor: move it to a CUDA device, use"
+            " 'auto', or set TRITON_INTERPRET=1 before triton is imported to interpret the kernels on the"
+            " CPU."
         )
     return chosen == "triton"

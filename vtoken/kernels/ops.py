@@ -23,9 +23,12 @@ def _triton() -> ModuleType:
     return triton
 
 
-def _op(fake: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as `torch.ops.vtoken.<name>`; plain eager calls skip the dispatcher, which costs more than
-    a small gather does."""
+def _op(
+    fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as `torch.ops.vtoken.<name>`; plain eager calls skip the dispatcher, which costs
+    more than a small gather does.
+    """
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
         op = custom_op(f"vtoken::{fn.__name__}", mutates_args=mutates)(fn)

@@ -1,7 +1,7 @@
 """Plain torch twins of the Triton kernels: what runs on a CPU, under autograd, and wherever Triton is absent.
 
-They are called through `vtoken.kernels`, which documents and checks the arguments. Everything here is batched,
-computes in float32 (float64 for float64 input) and has no Python loop over tokens, heads or windows.
+They are called through `vtoken.kernels`, which documents and checks the arguments. Everything here is
+batched, computes in float32 (float64 for float64 input) and has no Python loop over tokens, heads or windows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def check_index(index: Tensor, low: int, high: int, name: str = "index") -> None
         return
     least, most = (int(v) for v in torch.aminmax(index))
     if least < low or most >= high:
-        raise IndexError(f"{name} has entries from {least} to {most}; the rows it may name are {low} to {high - 1}.")
+        raise IndexError(
+            f"{name} has entries from {least} to {most}; the rows it may name are {low} to {high - 1}."
+        )
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -59,7 +61,9 @@ def gather_rows(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     return [take(x, index) for x in tensors]
 
 
-def gather_merge(x: Tensor, index: Tensor, into: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+def gather_merge(
+    x: Tensor, index: Tensor, into: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
     kept, m = take(x, index), index.shape[1]
     if into is None or not kept.numel():
         return kept
@@ -79,19 +83,25 @@ def gather_merge(x: Tensor, index: Tensor, into: Tensor | None = None, weight: T
 
 
 def _merge_with_grad(x: Tensor, kept: Tensor, into: Tensor, weight: Tensor | None) -> Tensor:
-    """The same out of place and with static shapes, for autograd under torch.compile: one spare column for the dropped."""
+    """The same out of place and with static shapes, for autograd under torch.compile: one spare column for
+    the dropped.
+    """
     (batch, n, d), m = x.shape, kept.shape[1]
     column = torch.where(into < 0, m, into)
     rows = x.to(compute_dtype(x))
     rows = rows if weight is None else rows * weight[..., None].to(rows.dtype)
     total = torch.full((batch, m + 1, d), -0.0, dtype=rows.dtype, device=x.device)
     total = total.scatter_add(1, column[..., None].expand(batch, n, d), rows)[:, :m]
-    named = torch.zeros(batch, m + 1, dtype=torch.bool, device=x.device).scatter_(1, column, True)[:, :m, None]
+    named = torch.zeros(batch, m + 1, dtype=torch.bool, device=x.device).scatter_(1, column, True)[
+        :, :m, None
+    ]
     return torch.where(named, total.to(x.dtype), kept)
 
 
 @full_precision
-def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None, reduce: str | None = None) -> Tensor:
+def attention_rows(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None, reduce: str | None = None
+) -> Tensor:
     (batch, heads, rows, d), (_, kv_heads, n, _) = q.shape, k.shape
     dtype = compute_dtype(q)
     logits = (q.to(dtype) * scale).reshape(batch, kv_heads, heads // kv_heads * rows, d) @ k.to(dtype).mT
@@ -111,7 +121,9 @@ def windows_by_length(cu_seqlens: Tensor, n: int) -> dict[int, list[int]]:
     """Starts of the windows, by window length; raises ValueError for bounds that do not run from 0 to n."""
     bounds = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0 or bounds[-1] != n or any(b < a for a, b in pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to the {n} tokens given; found {bounds[:4]} ... {bounds[-2:]}.")
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the {n} tokens given; found {bounds[:4]} ... {bounds[-2:]}."
+        )
     groups: dict[int, list[int]] = {}
     for start, stop in pairwise(bounds):
         if stop > start:
@@ -161,7 +173,9 @@ def kv_gather(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
         return [t.index_select(2, index[0]) for t in tensors]
     if not batch:
         return [t[:, :, : index.shape[1]].clone() for t in tensors]
-    return [torch.stack([rows.index_select(1, at) for rows, at in zip(t, index, strict=True)]) for t in tensors]
+    return [
+        torch.stack([rows.index_select(1, at) for rows, at in zip(t, index, strict=True)]) for t in tensors
+    ]
 
 
 def check_ascending(index: Tensor) -> None:

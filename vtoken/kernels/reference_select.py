@@ -1,7 +1,7 @@
 """Plain torch twins of the token selection kernels (greedy max-min, greedy MAP of a DPP, bipartite matching).
 
-Cosines are float32 sums whose last bits depend on the order of summation, so values within `TIE` count as equal and
-the lower index wins; both backends then pick the same tokens, exact duplicates included.
+Cosines are float32 sums whose last bits depend on the order of summation, so values within `TIE` count as
+equal and the lower index wins; both backends then pick the same tokens, exact duplicates included.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def bipartite_match(keys: Tensor, r: int, protect: int = 0, sort: bool = True) -
     r = max(0, min(r, (n - protect) // 2))
     a, b = parity_split(n, protect)
     if not r:
-        return match_tensors(keys.new_empty(batch, 0), keys.new_empty(batch, 0, dtype=torch.long), n, 0, protect, sort)
+        return match_tensors(
+            keys.new_empty(batch, 0), keys.new_empty(batch, 0, dtype=torch.long), n, 0, protect, sort
+        )
     sources, targets = unit[:, a::2], unit[:, b::2].mT
     count = targets.shape[2]
     rank = torch.arange(count, 0, -1, dtype=unit.dtype, device=keys.device)  # highest for the first
@@ -66,7 +68,9 @@ def match_tensors(best: Tensor, to: Tensor, n: int, r: int, protect: int, sort: 
 
 
 class _Cosines:
-    """Rows of the cosine matrix of (n, d) unit rows, on the host; kept whole only where it is no larger than they are."""
+    """Rows of the cosine matrix of (n, d) unit rows, on the host; kept whole only where it is no larger than
+    they are.
+    """
 
     def __init__(self, unit: Tensor):
         self.unit, (n, d) = unit, unit.shape
@@ -87,15 +91,17 @@ class _Cosines:
         return torch.cat(out).cpu().numpy()
 
 
-# The steps of the two greedy loops run on the host in numpy: a step is a handful of operations on n numbers, and each costs
-# torch more to launch, on any device, than to do.
+# The steps of the two greedy loops run on the host in numpy: a step is a handful of operations on n numbers,
+# and each costs torch more to launch, on any device, than to do.
 @full_precision
 def farthest_point(features: Tensor, k: int, start: Tensor | None = None) -> Tensor:
     batch = features.shape[0]
     if not batch or not k:
         return torch.empty(batch, k, dtype=torch.long, device=features.device)
     starts = [None] * batch if start is None else start.tolist()
-    picks = [_farthest(_Cosines(unit), k, first) for unit, first in zip(unit_rows(features), starts, strict=True)]
+    picks = [
+        _farthest(_Cosines(unit), k, first) for unit, first in zip(unit_rows(features), starts, strict=True)
+    ]
     return torch.tensor(picks, device=features.device)
 
 
@@ -121,12 +127,15 @@ def greedy_map(features: Tensor, quality: Tensor, k: int) -> Tensor:
     q = quality.to(compute_dtype(features))
     q = q / q.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     scaled = unit_rows(features) * q[..., None]
-    picks = [_greedy(_Cosines(x), variance.cpu().numpy(), k) for x, variance in zip(scaled, q * q, strict=True)]
+    picks = [
+        _greedy(_Cosines(x), variance.cpu().numpy(), k) for x, variance in zip(scaled, q * q, strict=True)
+    ]
     return torch.tensor(picks, device=features.device)
 
 
 def _greedy(kernel: _Cosines, variance: np.ndarray, k: int) -> list[int]:
-    gain = variance.copy()  # what the chosen ones do not explain of each token, at least its floor; -inf once chosen
+    # what the chosen ones do not explain of each token, at least its floor; -inf once chosen
+    gain = variance.copy()
     number = gain.dtype.type
     floor, most, least = number(DPP_FLOOR) * gain, number(1 - DPP_TIE), number(1e-30)
     factor = np.empty((k, len(gain)), gain.dtype)  # rows of the incremental Cholesky factor

@@ -1,4 +1,6 @@
-"""Rows of the LLM's attention, recomputed from its projections: only the queries that a method reads, never the whole map."""
+"""Rows of the LLM's attention, recomputed from its projections: only the queries that a method reads, never
+the whole map.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
     attention = getattr(decoder.layers[0], "self_attn", None)  # type: ignore[index]
     if not all(hasattr(attention, part) for part in ("q_proj", "k_proj", "head_dim", "scaling")):
         raise ValueError(
-            f"{name} reads the LLM's attention, which vtoken recomputes from q_proj and k_proj; the LLM of this {kind} model "
-            "has no such projections: use a projector strategy."
+            f"{name} reads the LLM's attention, which vtoken recomputes from q_proj and k_proj; the LLM of"
+            f" this {kind} model has no such projections: use a projector strategy."
         )
 
 
@@ -58,7 +60,8 @@ def rows_of_attention(
         rotary: cosines and sines, (1, n, rotary_dim).
         rows: (r,) int64.
         key: (1, kv_heads, n, head_dim) from the cache, None to compute them.
-        past: (1, kv_heads, p, head_dim), keys of earlier forwards; they take part in the softmax and are left out.
+        past: (1, kv_heads, p, head_dim), keys of earlier forwards; they take part in the softmax and are left
+            out.
         seen: (r, n) bool, what the rows may see of the n; None if they see what lies before them.
     """
     cos, sin = rotary

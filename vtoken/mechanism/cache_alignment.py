@@ -13,9 +13,11 @@ from .forward_context import Run
 
 
 def align_cache(run: Run, schedule: DropSchedule) -> None:
-    """Cut the cache of the aligned layers to what the last drop left; called before the ledger takes in this forward.
+    """Cut the cache of the aligned layers to what the last drop left; called before the ledger takes in this
+    forward.
 
-    Earlier forwards were aligned when they were read, so only the current tokens move. The logical length stays.
+    Earlier forwards were aligned when they were read, so only the current tokens move. The logical length
+    stays.
     """
     final = len(run.now) - 1
     past = run.ledger.slots[final].shape[1]
@@ -30,7 +32,9 @@ def align_cache(run: Run, schedule: DropSchedule) -> None:
 
 
 def _columns(run: Run, stage: int, final: int, past: int) -> Tensor:
-    """(B, m) int64: for every slot of the last stage the slot of `stage` that holds the same token; filler points at 0."""
+    """(B, m) int64: for every slot of the last stage the slot of `stage` that holds the same token; filler
+    points at 0.
+    """
     (index, valid), (last, valid_last) = run.now[stage], run.now[final]
     assert run.index is not None
     column = torch.zeros_like(run.index)
@@ -41,7 +45,8 @@ def _columns(run: Run, stage: int, final: int, past: int) -> Tensor:
 
 
 def cut_layers(layers: list[Any], index: Tensor, inplace: bool = False) -> None:
-    """Keep the slots `index` (B, m) int64 of layers on one device; `inplace` needs them strictly ascending."""
+    """Keep the slots `index` (B, m) int64 of layers on one device; `inplace` needs them strictly ascending.
+    """
     keys, values = kv_compact([x.keys for x in layers], [x.values for x in layers], index, inplace)
     for layer, key, value in zip(layers, keys, values, strict=True):
         if layer.is_compileable:  # static buffers keep their address

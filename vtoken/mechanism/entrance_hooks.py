@@ -1,8 +1,9 @@
 """How a sequence becomes shorter inside unmodified transformers.
 
-A forward pre-hook on the language model, where `inputs_embeds`, `position_ids`, the mask and DeepStack features meet,
-gathers the tokens that a plan keeps; a forward hook stretches `last_hidden_state` back to the prompt's length. Everything
-is done with hooks and instance attributes, and state of a forward lives in a `threading.local`.
+A forward pre-hook on the language model, where `inputs_embeds`, `position_ids`, the mask and DeepStack
+features meet, gathers the tokens that a plan keeps; a forward hook stretches `last_hidden_state` back to the
+prompt's length. Everything is done with hooks and instance attributes, and state of a forward lives in a
+`threading.local`.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ class EntranceHooks:
             if unwrapped(there) is not unwrapped(now):
                 raise rebuilt(f"The {name} is another than the one that was patched")
 
-    # A hook that another thread is putting on or taking off is called without `kwargs`, in a call that is not its own.
+    # A hook that another thread is putting on or taking off is called without `kwargs`, in a call that is not
+    # its own.
     def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         if kwargs is None or not self.gate.forward_begins():
             self.context.call = None
@@ -151,10 +153,12 @@ class EntranceHooks:
         if ledger is None or not isinstance(mask, Tensor) or mask.ndim != 2:
             return None
         if given.get("position_ids") is None and hasattr(module, "rope_deltas"):
-            return None  # Qwen derives positions from this mask: aligned later, in front of the language model
+            # Qwen derives positions from this mask: aligned later, in front of the language model
+            return None
         if not cache.is_compileable:
             ledger.follow(physical_length(cache.layers[0]), grow=False)
-        call.mask_aligned = True  # here, because Gemma3 and PaliGemma make their masks between here and the decoder
+        # here, because Gemma3 and PaliGemma make their masks between here and the decoder
+        call.mask_aligned = True
         if cache.is_compileable and self.layers.flash:
             x = given["inputs_embeds"] if call.input_ids is None else call.input_ids
             if mask.shape[1] != int(cache.get_seq_length()) + x.shape[1]:
@@ -163,7 +167,9 @@ class EntranceHooks:
 
     @torch.compiler.disable
     def _set_call(self, call: Call | None) -> None:
-        """Note the call in eager mode: what a traced graph writes to a thread's state is lost where the graph breaks."""
+        """Note the call in eager mode: what a traced graph writes to a thread's state is lost where the graph
+        breaks.
+        """
         self.context.call = call
 
     def _after_base(self, module: nn.Module, args: Any, out: Any) -> None:
@@ -177,17 +183,20 @@ class EntranceHooks:
         self.gate.forward_ended()
         if out is not None and call.has_features and not call.read and not self.context.disabled:
             raise changed(
-                f"{type(module).__name__} was given images or videos and did not call {type(self.decoder).__name__} (if it was "
-                "compiled and called before it was patched, call torch.compiler.reset())"
+                f"{type(module).__name__} was given images or videos and did not call"
+                f" {type(self.decoder).__name__} (if it was compiled and called before it was patched, call"
+                " torch.compiler.reset())"
             )
 
     def _align(self, ledger: Ledger, cache: Any, mask: Tensor) -> Tensor:
         mask = ledger.align(mask)
-        # flash attention + static cache: transformers slices the keys to the mask, so the mask starts at slot 0
+        # flash attention + static cache: transformers slices the keys to the mask, so the mask starts at slot
+        # 0
         return mask[:, ledger.dropped[0] :] if cache.is_compileable and self.layers.flash else mask
 
     def _masks_for_generate(self, original: Callable[..., Any], **kwargs: Any) -> Any:
-        """Static cache: generate() makes the 4-D mask itself, in front of (and outside) the compiled forward."""
+        """Static cache: generate() makes the 4-D mask itself, in front of (and outside) the compiled forward.
+        """
         cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
         ledger = ledger_of(cache)
         if ledger is not None and cache is not None and self.gate.serves():
@@ -216,7 +225,9 @@ class EntranceHooks:
         if not torch.compiler.is_compiling():
             self.layers.hooks.refresh()
         if ledger is not call.ledger:
-            raise changed(f"{type(self.base).__name__} did not hand its KV cache on to {type(decoder).__name__}")
+            raise changed(
+                f"{type(self.base).__name__} did not hand its KV cache on to {type(decoder).__name__}"
+            )
         visual = self._visual(call, embeds) if call.visual or call.has_features else None
         if visual is None:
             self._without_visual(embeds)

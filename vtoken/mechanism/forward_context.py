@@ -1,4 +1,6 @@
-"""State of one forward pass, shared by the hooks: the call's arguments, the pruning plan, and the observer that records it."""
+"""State of one forward pass, shared by the hooks: the call's arguments, the pruning plan, and the observer
+that records it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ ENCODED = "_vtoken_encoded"  # what a model's own features carry
 
 @dataclass
 class Call:
-    """One forward of the base model: its arguments, and what the hooks learn of its visual tokens while it runs."""
+    """One forward of the base model: its arguments, and what the hooks learn of its visual tokens while it
+    runs.
+    """
 
     input_ids: Tensor | None = None
     given: dict[str, Any] = field(default_factory=dict)  # the arguments of the base model
@@ -34,7 +38,8 @@ class Call:
 
 @dataclass
 class Plan:
-    """What to do with the tokens of one forward: `keep` (B, q) bool, and who absorbs whom ((B, q), by position).
+    """What to do with the tokens of one forward: `keep` (B, q) bool, and who absorbs whom ((B, q), by
+    position).
 
     `source` (B, q) int64 is the row of `features` that is read instead of a token's own, -1 for none.
     """
@@ -95,16 +100,21 @@ class Run:
     index: Tensor | None = None  # (B, n): position in the prompt's forward of every token behind the entrance
     real: Tensor | None = None  # (B, q) bool: what is no padding
     first: Tensor | None = None  # (B, q) int64 if rows hold several packed prompts, see packed.py
-    ranks: Tensor | None = None  # (1, n) int64, for flash attention: places behind the entrance within packed prompts
+    # (1, n) int64, for flash attention: places behind the entrance within packed prompts
+    ranks: Tensor | None = None
     past_slots: int = 0
     now: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per stage: (index into stage 0, valid)
     ragged: list[bool] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
-    tap: tuple[int, nn.Module, Tensor, Any, Any] | None = None  # layer, attention, its input, rotary tables, mask
+    # layer, attention, its input, rotary tables, mask
+    tap: tuple[int, nn.Module, Tensor, Any, Any] | None = None
     layout: PromptLayout | None = None
-    ends: Tensor | None = None  # (B,): position in this forward at which a row's prompt ends and its answer begins
-    queries: Tensor | None = None  # (B,): position of the token from which a row's answer is read, -1 for an empty row
-    drops: dict[tuple[int, int], Selection] = field(default_factory=dict)  # answers inside the LLM, by (stage, row)
+    # (B,): position in this forward at which a row's prompt ends and its answer begins
+    ends: Tensor | None = None
+    # (B,): position of the token from which a row's answer is read, -1 for an empty row
+    queries: Tensor | None = None
+    # answers inside the LLM, by (stage, row)
+    drops: dict[tuple[int, int], Selection] = field(default_factory=dict)
     choice: Choice | None = None  # where every step reads the prompt again
     positions: Tensor | None = None  # position ids behind the entrance, for positions="renumber"
     past_seen: Tensor | None = None  # (B, past_slots) bool: what the mask lets through of earlier forwards

@@ -2,7 +2,8 @@
 
 One rule, for every strategy that reads the text or the language model's attention:
 
-1. within `generate()`, the prompt that it was given: drafts of assisted decoding and generated tokens follow it;
+1. within `generate()`, the prompt that it was given: drafts of assisted decoding and generated tokens follow
+    it;
 2. with `labels`, per row the tokens before the first label that counts;
 3. within `prompt_length(...)`, as many tokens as the user says;
 4. otherwise all tokens.
@@ -41,20 +42,23 @@ def generating(context: ForwardContext, original: Callable[..., Any], *args: Any
 
 @contextmanager
 def prompt_length(tokens: int | Sequence[int] | Tensor) -> Iterator[None]:
-    """Within the block, a forward of a patched model reads a prompt of this length, and what follows it is the answer.
+    """Within the block, a forward of a patched model reads a prompt of this length, and what follows it is
+    the answer.
 
-    For one forward over prompt and answer without `labels`: log-likelihood scoring, or the policy's log-probabilities in
-    GRPO. Strategies then choose visual tokens by the prompt alone, as `generate()` lets them. A running `generate()` and
-    `labels` tell where the prompt ends themselves and take precedence. Only the current thread or asynchronous task is
-    concerned.
+    For one forward over prompt and answer without `labels`: log-likelihood scoring, or the policy's
+    log-probabilities in GRPO. Strategies then choose visual tokens by the prompt alone, as `generate()` lets
+    them. A running `generate()` and `labels` tell where the prompt ends themselves and take precedence. Only
+    the current thread or asynchronous task is concerned.
 
     Args:
-        tokens: columns of `input_ids` before the answer, padding on the left and tokens in the KV cache included, such as
-            `prompt_ids.shape[1]`; one number for all rows, or one per row as a list or a 1-D integer tensor.
+        tokens: columns of `input_ids` before the answer, padding on the left and tokens in the KV cache
+            included, such as `prompt_ids.shape[1]`; one number for all rows, or one per row as a list or a
+            1-D integer tensor.
 
     Raises:
         TypeError: if `tokens` is neither a whole number nor a list or 1-D tensor of such.
-        ValueError: for a length below 1; in the forward, for another number of rows than it has, or a length beyond its end.
+        ValueError: for a length below 1; in the forward, for another number of rows than it has, or a length
+            beyond its end.
 
     Example:
         with vtoken.prompt_length(prompt_ids.shape[1]):
@@ -77,7 +81,8 @@ def _lengths(tokens: Any) -> Tensor:
         given = torch.tensor(tokens) if whole else torch.zeros(0)
     if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool or given.ndim > 1:
         raise TypeError(
-            f"prompt_length takes a whole number of tokens, or a list or 1-D integer tensor with one per row, found {tokens!r}."
+            "prompt_length takes a whole number of tokens, or a list or 1-D integer tensor with one per row,"
+            f" found {tokens!r}."
         )
     if bool((given < 1).any()):
         raise ValueError(f"A prompt has at least 1 token, found prompt_length({given.tolist()}).")
@@ -85,7 +90,8 @@ def _lengths(tokens: Any) -> Tensor:
 
 
 def prompt_ends(context: ForwardContext, past: int, real: Tensor) -> Tensor:
-    """(B,) int64: the position in this forward at which every row's prompt ends, its length if all of it is prompt.
+    """(B,) int64: the position in this forward at which every row's prompt ends, its length if all of it is
+    prompt.
 
     Args:
         context: of the forward.
@@ -103,11 +109,13 @@ def prompt_ends(context: ForwardContext, past: int, real: Tensor) -> Tensor:
     ends, told, labels = torch.full((batch,), length, device=real.device), _told.get(), context.labels
     if told is not None:
         if told.ndim and len(told) != batch:
-            raise ValueError(f"prompt_length has {len(told)} rows, this forward {batch}: give one length per row.")
+            raise ValueError(
+                f"prompt_length has {len(told)} rows, this forward {batch}: give one length per row."
+            )
         if int(told.max()) > past + length:
             raise ValueError(
-                f"prompt_length says {int(told.max())} tokens, this forward ends after {past + length}: count the columns of "
-                "input_ids before the answer."
+                f"prompt_length says {int(told.max())} tokens, this forward ends after {past + length}: count"
+                " the columns of input_ids before the answer."
             )
         ends = (told - past).clamp(min=0).to(real.device).expand(batch)
     if isinstance(labels, Tensor) and labels.shape == real.shape:
@@ -117,10 +125,11 @@ def prompt_ends(context: ForwardContext, past: int, real: Tensor) -> Tensor:
 
 
 def queries_of(ends: Tensor, real: Tensor, visual: Tensor) -> Tensor:
-    """(B,) int64: the position of every row's query, the token from which the answer is read; -1 for an empty row.
+    """(B,) int64: the position of every row's query, the token from which the answer is read; -1 for an empty
+    row.
 
-    The last token of the prompt; the last visual token where that comes later, as in the later turns of a training sample,
-    because only what follows a picture can see it.
+    The last token of the prompt; the last visual token where that comes later, as in the later turns of a
+    training sample, because only what follows a picture can see it.
     """
     place = torch.arange(real.shape[1], device=real.device).expand_as(real)
     last = torch.maximum(ends - 1, torch.where(visual, place, -1).amax(1))

@@ -1,8 +1,8 @@
 """Dropping at LLM layer k: hidden states, rotary tables, masks and positions are cut from that layer on.
 
-The decoder makes one mask per attention type and one (cos, sin) and hands the same objects to every layer. A pre-hook on the
-first layer of a stage gathers the hidden states; pre-hooks on all layers behind it substitute what was gathered, made once
-per (stage, layer type).
+The decoder makes one mask per attention type and one (cos, sin) and hands the same objects to every layer. A
+pre-hook on the first layer of a stage gathers the hidden states; pre-hooks on all layers behind it substitute
+what was gathered, made once per (stage, layer type).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class LayerHooks:
     Args:
         decoder: the language model.
         schedule: its drops.
-        select: `select(PrefillTokens) -> Selection` over the visual tokens of one prompt, asked at every drop.
+        select: `select(PrefillTokens) -> Selection` over the visual tokens of one prompt, asked at every
+            drop.
         context: shared with the other hooks.
         positions: "original" or "renumber".
     """
@@ -57,7 +58,9 @@ class LayerHooks:
         kinds = getattr(decoder.config, "layer_types", None)
         self.kind = list(kinds[: schedule.layers]) if kinds else [None] * schedule.layers
         rotary = getattr(decoder, "rotary_emb", None)
-        self.typed_rotary = rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        self.typed_rotary = (
+            rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
+        )
         self.hooks = Hooks(self.find)
 
     @property
@@ -96,20 +99,23 @@ class LayerHooks:
         window = getattr(self.decoder.config, "sliding_window", None)
         slides = "sliding_attention" in self.kind if any(self.kind) else True
         if window is not None and slides and tokens > window:
-            raise NotImplementedError(f"{WINDOW_FULL[:-1]} (window {window}, prompt and answer {tokens} tokens).")
+            raise NotImplementedError(
+                f"{WINDOW_FULL[:-1]} (window {window}, prompt and answer {tokens} tokens)."
+            )
 
     def check_ledger(self, ledger: Ledger) -> None:
         """Raise ValueError for a cache that was filled under a patch with other layers or positions."""
         if ledger.renumber != self.renumber:
             found, own = ("renumber", "original") if ledger.renumber else ("original", "renumber")
             raise ValueError(
-                f"This KV cache was filled with positions={found!r}, the present strategy has positions={own!r}: go on with "
-                "the strategy that filled it, or start the conversation with a new cache."
+                f"This KV cache was filled with positions={found!r}, the present strategy has"
+                f" positions={own!r}: go on with the strategy that filled it, or start the conversation with"
+                " a new cache."
             )
         if len(ledger.slots) != self.schedule.count + 1 or ledger.tables != self.schedule.stored:
             raise ValueError(
-                "This KV cache was filled under a strategy that drops at other LLM layers than the present one: go on with "
-                "the strategy that filled it, or start the conversation with a new cache."
+                "This KV cache was filled under a strategy that drops at other LLM layers than the present"
+                " one: go on with the strategy that filled it, or start the conversation with a new cache."
             )
 
     # -- hooks --------------------------------------------------------------------------------------------------
@@ -134,7 +140,8 @@ class LayerHooks:
                 kwargs = kwargs | {"attention_mask": self._mask(run, i, mask, args[0])}
             return args, kwargs
         if self.flash:
-            # rope is applied from position_embeddings; flash attention would read the gaps as packed sequences
+            # rope is applied from position_embeddings; flash attention would read the gaps as packed
+            # sequences
             kwargs = kwargs | {"position_ids": run.ranks}
         if table == 0 or (stage == 0 and not run.past_slots and not self._evicts(run, i)):
             return args, kwargs
@@ -178,7 +185,9 @@ class LayerHooks:
 
     # -- the drop -----------------------------------------------------------------------------------------------
     @torch.compiler.disable
-    def _enter(self, run: Run, stage: int, hidden: Tensor, layer: nn.Module, rotary: Any, mask: Any) -> Tensor:
+    def _enter(
+        self, run: Run, stage: int, hidden: Tensor, layer: nn.Module, rotary: Any, mask: Any
+    ) -> Tensor:
         """Ask the strategy and gather what it keeps: (B, n, d) -> (B, m, d)."""
         assert run.visual is not None and run.index is not None
         index, valid = run.now[stage - 1]
@@ -194,7 +203,9 @@ class LayerHooks:
                 continue
             if (stage, b) not in run.drops:
                 ahead = layer, rotary, mask
-                tokens = self.views.of(run, stage, b, rows, prompt_index[b, rows], hidden, ahead, candidates[b])
+                tokens = self.views.of(
+                    run, stage, b, rows, prompt_index[b, rows], hidden, ahead, candidates[b]
+                )
                 with torch.no_grad():
                     run.drops[stage, b] = self.select(tokens).check(len(places))
             plan.follow(b, places, run.drops[stage, b])
@@ -217,15 +228,17 @@ class LayerHooks:
         return run.memo[key]
 
     def _evicts(self, run: Run, i: int) -> bool:
-        """Whether generated tokens must not see here what a cache would have lost; without a cache nothing is lost."""
+        """Whether generated tokens must not see here what a cache would have lost; without a cache nothing is
+        lost.
+        """
         return i in self.schedule.aligned and run.choice is not None and run.choice.survivors is not None
 
     def _evicted(self, run: Run, i: int, mask: Any) -> Tensor:
         assert run.index is not None
         if self.flash:
             raise NotImplementedError(
-                "Flash attention without a KV cache cannot hide from the answer what an aligned cache loses: leave out "
-                "use_cache=False, or pass align_cache=False."
+                "Flash attention without a KV cache cannot hide from the answer what an aligned cache loses:"
+                " leave out use_cache=False, or pass align_cache=False."
             )
         survivors = run.choice.survivors
         place = run.index.gather(1, run.now[self.schedule.reads(i)][0])
@@ -235,13 +248,17 @@ class LayerHooks:
         if mask is None:
             mask = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device).tril()
         off = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        return torch.where(hidden.to(mask.device), torch.tensor(off, dtype=mask.dtype, device=mask.device), mask)
+        return torch.where(
+            hidden.to(mask.device), torch.tensor(off, dtype=mask.dtype, device=mask.device), mask
+        )
 
     def _make_mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
         ledger, stage, table = run.ledger, self.schedule.reads(i), self.schedule.stores(i)
         now = run.now[stage] if run.visual is not None else None
         if mask is not None:
-            return cut_mask(mask, run, table, now, run.query_length if run.index is None else run.index.shape[1])
+            return cut_mask(
+                mask, run, table, now, run.query_length if run.index is None else run.index.shape[1]
+            )
         if not (ledger.ragged[table] or (run.visual is not None and run.ragged[stage])):
             return None
         # filler in this stage, none in the one before
@@ -269,7 +286,9 @@ class LayerHooks:
     # -- behind the decoder -------------------------------------------------------------------------------------
     @torch.compiler.disable
     def store(self, run: Run) -> None:
-        """Enter into the ledger what a forward with visual tokens left in the cache, and align the cache if so wished."""
+        """Enter into the ledger what a forward with visual tokens left in the cache, and align the cache if
+        so wished.
+        """
         assert run.index is not None and run.visual is not None
         if self.schedule.aligned:
             align_cache(run, self.schedule)
@@ -286,7 +305,9 @@ class LayerHooks:
         for layer in run.cache.layers:
             settle(layer, ledger)
 
-    def deepstack(self, original: Callable[..., Any], hidden: Tensor, places: Tensor, embeds: Tensor) -> Tensor:
+    def deepstack(
+        self, original: Callable[..., Any], hidden: Tensor, places: Tensor, embeds: Tensor
+    ) -> Tensor:
         """Qwen3-VL adds features after its first layers: re-index them once a stage has begun."""
         run = self.context.run
         if run is None or run.visual is None or len(run.now) == 1:

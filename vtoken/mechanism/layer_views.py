@@ -37,9 +37,11 @@ class LayerViews:
         ahead: tuple[Any, Any, Any],
         candidates: Tensor,
     ) -> PrefillTokens:
-        """What the strategy sees of sample b: `rows` of the current tokens, at `places` of the prompt's forward.
+        """What the strategy sees of sample b: `rows` of the current tokens, at `places` of the prompt's
+        forward.
 
-        `ahead` is the layer about to run, its rotary tables and its mask (of stage 0); `candidates` (q,) bool.
+        `ahead` is the layer about to run, its rotary tables and its mask (of stage 0); `candidates` (q,)
+        bool.
         """
         assert run.layout is not None and run.ends is not None and run.queries is not None
         k = self.schedule.drops[stage - 1]
@@ -50,7 +52,9 @@ class LayerViews:
 
         def before(queries: Tensor) -> Tensor:
             if run.tap is None:
-                raise ValueError("There is no layer before layer 0 whose attention could be read: choose a later layer.")
+                raise ValueError(
+                    "There is no layer before layer 0 whose attention could be read: choose a later layer."
+                )
             i, attention, inputs, rotary, mask = run.tap
             return self._rows(run, b, rows, queries, i, attention, inputs, rotary, mask, stored=True)
 
@@ -94,19 +98,29 @@ class LayerViews:
         mask: Any,
         stored: bool,
     ) -> Tensor:
-        """Attention rows of layer i for sample b; its keys come from the cache if they are `stored` there already."""
+        """Attention rows of layer i for sample b; its keys come from the cache if they are `stored` there
+        already.
+        """
         one = 0 if hidden.shape[0] == 1 else b
         unpadded = len(rows) == hidden.shape[1]
         tables = tuple(t.expand(max(b + 1, t.shape[0]), *t.shape[1:])[b : b + 1, rows] for t in rotary)
         key = past = None
         cached = run.cache.layers[i] if run.cache is not None else None
         width = run.ledger.slots[self.schedule.stores(i)].shape[1]
-        readable = cached is not None and not hasattr(cached, "_quantize") and not getattr(run.cache, "offloading", False)
+        readable = (
+            cached is not None
+            and not hasattr(cached, "_quantize")
+            and not getattr(run.cache, "offloading", False)
+        )
         keys = cached.keys if readable and cached is not None and cached.is_initialized else None
         needed = width + (run.now[self.schedule.reads(i)][0].shape[1] if stored else 0)
         if keys is not None and keys.ndim == 4 and keys.shape[2] >= needed:
             if stored:  # a view if there is no padding to leave out
-                key = keys[b : b + 1, :, width:needed] if unpadded else keys[b : b + 1].index_select(2, width + rows)
+                key = (
+                    keys[b : b + 1, :, width:needed]
+                    if unpadded
+                    else keys[b : b + 1].index_select(2, width + rows)
+                )
             if width:
                 seen = run.ledger.slots[self.schedule.stores(i)][b] >= 0
                 if run.past_seen is not None:
@@ -114,11 +128,12 @@ class LayerViews:
                 past = keys[b : b + 1].index_select(2, seen.nonzero()[:, 0])
         elif width:
             raise NotImplementedError(
-                f"A new image on a cache of {name_of(cached)} that holds earlier turns cannot be scored inside the LLM: use a "
-                "DynamicCache or StaticCache that is not offloaded."
+                f"A new image on a cache of {name_of(cached)} that holds earlier turns cannot be scored"
+                " inside the LLM: use a DynamicCache or StaticCache that is not offloaded."
             )
         seen = None  # type: ignore[assignment]
-        if isinstance(mask, Tensor) and mask.ndim == 4:  # images or prompts that see themselves in both directions
+        # images or prompts that see themselves in both directions
+        if isinstance(mask, Tensor) and mask.ndim == 4:
             seen = mask[min(b, len(mask) - 1), 0].index_select(0, rows[queries]).index_select(1, width + rows)
             seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
         own = hidden[one : one + 1] if unpadded else hidden[one : one + 1, rows]

@@ -14,7 +14,9 @@ from .ragged import right_aligned
 
 @dataclass
 class Cut:
-    """The slots of one stage that stay: `index` (B, m) int64, `valid` (B, m) bool, and whether they are the first m."""
+    """The slots of one stage that stay: `index` (B, m) int64, `valid` (B, m) bool, and whether they are the
+    first m.
+    """
 
     index: Tensor
     valid: Tensor
@@ -23,7 +25,9 @@ class Cut:
 
 @dataclass
 class Crop:
-    """The latest crop of a cache into its tables: the logical length after it, the cut of every stage, layers done."""
+    """The latest crop of a cache into its tables: the logical length after it, the cut of every stage, layers
+    done.
+    """
 
     length: int
     cuts: list[Cut]
@@ -33,8 +37,8 @@ class Crop:
 class Ledger:
     """Which logical token sits in which cache slot, one table per stage (stage 0 = before the LLM).
 
-    The tables end with the last visual token's forward. Whatever follows is one slot per token in every layer, so that
-    decoding never touches this object and needs no device synchronisation.
+    The tables end with the last visual token's forward. Whatever follows is one slot per token in every
+    layer, so that decoding never touches this object and needs no device synchronisation.
 
     Attributes:
         slots: per stage (batch, slots) int64, the logical index of a slot's token; -1 for filler.
@@ -103,7 +107,8 @@ class Ledger:
         self.real = self.real[rows]
 
     def follow(self, physical: int, grow: bool) -> None:
-        """Adapt to the first layer's physical length: with `grow`, text stored since then is taken into the tables.
+        """Adapt to the first layer's physical length: with `grow`, text stored since then is taken into the
+        tables.
 
         Raises:
             RuntimeError: if slots of the tables are gone.
@@ -111,8 +116,8 @@ class Ledger:
         extra = physical - self.slots[self.tables[0]].shape[1]
         if extra < 0:
             raise RuntimeError(
-                f"This KV cache lost {-extra} slots of a shortened prompt since it was read: shorten it with cache.crop, "
-                "or start with a new cache."
+                f"This KV cache lost {-extra} slots of a shortened prompt since it was read: shorten it with"
+                " cache.crop, or start with a new cache."
             )
         if grow and extra:
             new = torch.arange(extra, device=self.device).expand(self.batch_size, extra)
@@ -124,7 +129,8 @@ class Ledger:
     def cuts(self, length: int) -> list[Cut]:
         """Per stage what stays if the logical tokens from `length` on go, which is less than `end`.
 
-        Rows may have lost different numbers of the tokens that go, so that the rest is aligned to the right again.
+        Rows may have lost different numbers of the tokens that go, so that the rest is aligned to the right
+        again.
         """
         out = []
         for table in self.slots:
@@ -140,7 +146,9 @@ class Ledger:
         column[row, cuts[0].index[row, place]] = place
         tables = list(zip(cuts, self.slots, self.columns, strict=True))
         self.slots = [torch.where(c.valid, slots.gather(1, c.index), -1) for c, slots, _ in tables]
-        self.columns = [torch.where(c.valid, column.gather(1, old.gather(1, c.index)), 0) for c, _, old in tables]
+        self.columns = [
+            torch.where(c.valid, column.gather(1, old.gather(1, c.index)), 0) for c, _, old in tables
+        ]
         self.ragged = [not bool(c.valid.all()) for c in cuts]
         self.dropped = [length - slots.shape[1] for slots in self.slots]
         self.real = self.real[:, :length]
@@ -156,8 +164,8 @@ class Ledger:
         """
         if mask.shape[1] < self.end:
             raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns, the prompt in the KV cache has {self.end} tokens: pass a "
-                "mask over the whole conversation, or none."
+                f"attention_mask has {mask.shape[1]} columns, the prompt in the KV cache has {self.end}"
+                " tokens: pass a mask over the whole conversation, or none."
             )
         slots = self.slots[0]
         mask = mask.to(slots.device)
@@ -165,12 +173,18 @@ class Ledger:
         return torch.cat([mask.new_ones(mask.shape[0], self.dropped[0]), past, mask[:, self.end :]], 1)
 
     def validity(self, stage: int, now: Tensor) -> Tensor:
-        """The same for one stage where there was no mask; `now` (batch, m): validity of what follows the tables."""
+        """The same for one stage where there was no mask; `now` (batch, m): validity of what follows the
+        tables.
+        """
         slots = self.slots[stage]
         return torch.cat([now.new_ones(now.shape[0], self.dropped[stage]), slots >= 0, now], 1)
 
-    def append(self, stage: int, end: int, logical: Tensor, columns: Tensor, valid: Tensor, ragged: bool) -> None:
-        """Enter what one forward stored: `logical` (batch, m) indices within that forward, filler where not `valid`."""
+    def append(
+        self, stage: int, end: int, logical: Tensor, columns: Tensor, valid: Tensor, ragged: bool
+    ) -> None:
+        """Enter what one forward stored: `logical` (batch, m) indices within that forward, filler where not
+        `valid`.
+        """
         self.slots[stage] = torch.cat([self.slots[stage], torch.where(valid, end + logical, -1)], 1)
         self.columns[stage] = torch.cat([self.columns[stage], columns], 1)
         self.ragged[stage] = self.ragged[stage] or ragged

@@ -1,9 +1,10 @@
 """KV caches that report the logical length of a prompt and store the physical one.
 
-`generate`, chat turns, `rope_deltas`, beams and assisted decoding all count prompt tokens with `get_seq_length()`. A cache
-layer that stores P of L tokens therefore goes on reporting L; masks, which need the physical size, learn it through
-`get_mask_sizes -> (kv_length, kv_offset)`, the pair that sliding layers use for the same purpose. Whatever else has a
-length or an index (`crop`, `get_max_length`, batch operations) counts prompt tokens as well.
+`generate`, chat turns, `rope_deltas`, beams and assisted decoding all count prompt tokens with
+`get_seq_length()`. A cache layer that stores P of L tokens therefore goes on reporting L; masks, which need
+the physical size, learn it through `get_mask_sizes -> (kv_length, kv_offset)`, the pair that sliding layers
+use for the same purpose. Whatever else has a length or an index (`crop`, `get_max_length`, batch operations)
+counts prompt tokens as well.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from .cache_alignment import cut_layers
 from .ledger import Crop, Ledger
 
 UNOWNED = (
-    "This KV cache holds a prompt that vtoken shortened, and the model that goes on with it is not patched: patch it with "
-    "the strategy that filled the cache, or start with a new cache."
+    "This KV cache holds a prompt that vtoken shortened, and the model that goes on with it is not patched:"
+    " patch it with the strategy that filled the cache, or start with a new cache."
 )
 
 
@@ -35,7 +36,8 @@ def logical_layer_class(cls: type) -> Any:
     class Logical(cls):  # type: ignore[misc, valid-type]
         _layer_type = None  # transformers registers subclasses that name a layer type for the whole process
         dropped = 0  # logical tokens that have no slot here
-        behind_stage: tuple[int, int] | None = None  # (slots that stage 0 has more, tokens dropped in stage 0)
+        # (slots that stage 0 has more, tokens dropped in stage 0)
+        behind_stage: tuple[int, int] | None = None
         ledger: Ledger | None = None
         number = 0  # of the LLM layer; the first one sees every batch operation
 
@@ -49,7 +51,9 @@ def logical_layer_class(cls: type) -> Any:
 
         def its_own(self, method: str) -> Any:
             if not hasattr(super(), method):
-                raise NotImplementedError(f"A {cls.__name__} of this transformers has no {method}: use a DynamicCache.")
+                raise NotImplementedError(
+                    f"A {cls.__name__} of this transformers has no {method}: use a DynamicCache."
+                )
             return getattr(super(), method)
 
         def physically(self, method: Any, *args: Any) -> Any:
@@ -74,18 +78,21 @@ def logical_layer_class(cls: type) -> Any:
             kv_length, kv_offset = self.physically(super().get_mask_sizes, query_length)
             if self.behind_stage is None:
                 return kv_length, kv_offset + self.dropped
-            # The model makes one mask per attention type, from the first layer of that type, wherever that sits: every
-            # layer answers for stage 0, and the layer hooks cut the columns down for later stages.
+            # The model makes one mask per attention type, from the first layer of that type, wherever that
+            # sits: every layer answers for stage 0, and the layer hooks cut the columns down for later
+            # stages.
             more_slots, dropped = self.behind_stage
             window = self.max_cache_len if self.is_compileable else getattr(self, "sliding_window", None)
             if self.is_sliding and self.physical_length() + more_slots + query_length > window:
                 raise NotImplementedError(
-                    "Dropping inside the LLM cannot serve a sliding-window layer whose window is full: prune before the LLM."
+                    "Dropping inside the LLM cannot serve a sliding-window layer whose window is full: prune"
+                    " before the LLM."
                 )
             return kv_length + (0 if self.is_compileable else more_slots), kv_offset + dropped
 
         def crop(self, tokens_to_remove: int) -> Any:
-            """Remove the last `-tokens_to_remove` logical tokens; the layers of a cache are cropped in order."""
+            """Remove the last `-tokens_to_remove` logical tokens; the layers of a cache are cropped in order.
+            """
             crop_slots = self.its_own("crop")
             if self.ledger is None or not self.is_initialized or tokens_to_remove == 0:
                 return self.physically(crop_slots, tokens_to_remove)
@@ -137,7 +144,8 @@ def _empty_layer(cls: type) -> Any:
 def _crop(layer: Any, tokens: int, crop_slots: Any) -> None:
     """Remove the last `tokens` logical tokens of a layer; `crop_slots` is the crop of its own class.
 
-    The first layer cuts the tables and the others follow, as each of them stores another part of the tokens that go.
+    The first layer cuts the tables and the others follow, as each of them stores another part of the tokens
+    that go.
     """
     ledger: Ledger = layer.ledger
     if layer.number == 0:
@@ -150,11 +158,13 @@ def _crop(layer: Any, tokens: int, crop_slots: Any) -> None:
         return
     cut, stored = crop.cuts[ledger.table(layer.number)], physical_length(layer)
     if layer.number in crop.done or crop.length != max(0, stored + layer.dropped - tokens):
-        raise NotImplementedError("One layer of a shortened KV cache cannot be cropped alone: use cache.crop.")
+        raise NotImplementedError(
+            "One layer of a shortened KV cache cannot be cropped alone: use cache.crop."
+        )
     if not (ledger.gather or all(c.first for c in crop.cuts)):
         raise NotImplementedError(
-            f"A KV cache of {name_of(layer)} cannot be cropped into a prompt whose rows lost different numbers of tokens: "
-            "crop less, or use a DynamicCache or StaticCache that is not offloaded."
+            f"A KV cache of {name_of(layer)} cannot be cropped into a prompt whose rows lost different"
+            " numbers of tokens: crop less, or use a DynamicCache or StaticCache that is not offloaded."
         )
     gone = stored - cut.index.shape[1]
     _check_window(layer, gone, whole=not cut.first)
@@ -180,7 +190,8 @@ def _check_window(layer: Any, gone: int, whole: bool = False) -> None:
     held = min(stored, window) if layer.is_compileable else layer.keys.shape[-2]
     if held < stored and (whole or layer.is_compileable or held - gone < min(window - 1, stored - gone)):
         raise NotImplementedError(
-            f"A sliding-window layer has lost tokens that it needs after a crop (window {window}): start with a new cache."
+            f"A sliding-window layer has lost tokens that it needs after a crop (window {window}): start with"
+            " a new cache."
         )
 
 
@@ -210,7 +221,8 @@ def name_of(layer: Any) -> str:
 
 
 def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
-    """Raise NotImplementedError before the first token if this kind of cache cannot hold what a strategy leaves of a prompt.
+    """Raise NotImplementedError before the first token if this kind of cache cannot hold what a strategy
+    leaves of a prompt.
 
     Args:
         inside: whether layers of the LLM will hold different numbers of tokens.
@@ -218,19 +230,30 @@ def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
     """
     if not hasattr(cache, "layers"):
         raise NotImplementedError(
-            f"vtoken needs a KV cache that consists of layers, found {type(cache).__name__}: use a DynamicCache."
+            f"vtoken needs a KV cache that consists of layers, found {type(cache).__name__}: use a"
+            " DynamicCache."
         )
     for layer in cache.layers:
         known = isinstance(layer, (DynamicLayer, StaticLayer)) and not hasattr(layer, "conv_states")
         if (inside and not known) or (aligned and not _plain(cache, layer)):
             kind = "an offloaded cache" if getattr(cache, "offloading", False) else name_of(layer)
-            instead = "a DynamicCache or StaticCache" if not known else "a DynamicCache or StaticCache, or align_cache=False"
+            instead = (
+                "a DynamicCache or StaticCache"
+                if not known
+                else "a DynamicCache or StaticCache, or align_cache=False"
+            )
             doing = "be shortened after prefill" if aligned and known else "hold layers of different lengths"
-            raise NotImplementedError(f"This strategy needs a KV cache that can {doing}, found {kind}: use {instead}.")
+            raise NotImplementedError(
+                f"This strategy needs a KV cache that can {doing}, found {kind}: use {instead}."
+            )
 
 
-def make_logical(cache: Cache, ledger: Ledger, num_layers: int, inside: bool = False, aligned: bool = False) -> None:
-    """Let every layer of `cache` count logical tokens, and tie `ledger` to it; for the others see `check_cache`."""
+def make_logical(
+    cache: Cache, ledger: Ledger, num_layers: int, inside: bool = False, aligned: bool = False
+) -> None:
+    """Let every layer of `cache` count logical tokens, and tie `ledger` to it; for the others see
+    `check_cache`.
+    """
     while getattr(cache, "layer_class_to_replicate", None) is not None and len(cache.layers) < num_layers:
         cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
     check_cache(cache, inside, aligned)

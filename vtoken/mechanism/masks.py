@@ -9,11 +9,15 @@ from torch import Tensor, nn
 
 from .forward_context import Run
 
-WINDOW_FULL = "Dropping inside the LLM cannot serve a sliding-window layer whose window is full: prune before the LLM."
+WINDOW_FULL = (
+    "Dropping inside the LLM cannot serve a sliding-window layer whose window is full: prune before the LLM."
+)
 
 
 def sees_itself(mask: Any, past: int, otherwise: Tensor) -> Tensor:
-    """(B, q) bool: current tokens that are no padding, by a 4-D mask, or one per layer type, with `past` earlier columns."""
+    """(B, q) bool: current tokens that are no padding, by a 4-D mask, or one per layer type, with `past`
+    earlier columns.
+    """
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if not isinstance(mask, Tensor) or mask.ndim != 4:
@@ -27,14 +31,15 @@ def sees_itself(mask: Any, past: int, otherwise: Tensor) -> Tensor:
 def cut_mask(mask: Any, run: Run, stage: int, now: tuple[Tensor, Tensor] | None, current: int) -> Any:
     """Make a mask of stage 0 one of `stage`. Columns of `mask`: table slots, then what follows them.
 
-    With `now = (index, valid)`, the first `current` of what follows are the current tokens, of which `index` survive
-    (columns and rows); without, everything behind the tables survives.
+    With `now = (index, valid)`, the first `current` of what follows are the current tokens, of which `index`
+    survive (columns and rows); without, everything behind the tables survives.
     """
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
         raise NotImplementedError(
-            f"Attention masks of type {type(mask).__name__} cannot be cut: load the model with attn_implementation='sdpa'."
+            f"Attention masks of type {type(mask).__name__} cannot be cut: load the model with"
+            " attn_implementation='sdpa'."
         )
     ledger, device = run.ledger, mask.device
     width, past_slots, batch = mask.shape[-1], ledger.slots[0].shape[1], ledger.batch_size

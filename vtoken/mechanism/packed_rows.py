@@ -1,8 +1,10 @@
-"""Rows that hold several prompts, packed without padding: which token belongs to which prompt, and what keeps them apart.
+"""Rows that hold several prompts, packed without padding: which token belongs to which prompt, and what keeps
+them apart.
 
-Without a mask and a cache, transformers reads positions that start again within a row as packed prompts. The kept tokens of
-a shortened row have gaps in their positions, so that its rule no longer serves: the prompts are told apart here, on the whole
-row, by positions that do not grow. Positions that merely have gaps, or begin at another number than 0, are one prompt.
+Without a mask and a cache, transformers reads positions that start again within a row as packed prompts. The
+kept tokens of a shortened row have gaps in their positions, so that its rule no longer serves: the prompts
+are told apart here, on the whole row, by positions that do not grow. Positions that merely have gaps, or
+begin at another number than 0, are one prompt.
 """
 
 from __future__ import annotations
@@ -51,8 +53,9 @@ def packed_rows(decoder: Any, kwargs: dict[str, Any], mask: Any, cache: Any) -> 
         return None
     if flash and batch > 1:
         raise NotImplementedError(
-            f"Flash attention tells packed prompts apart in a batch of one row only, found {batch} rows with positions that "
-            "start again: pack them into one row, or load the model with attn_implementation='sdpa'."
+            f"Flash attention tells packed prompts apart in a batch of one row only, found {batch} rows with"
+            " positions that start again: pack them into one row, or load the model with"
+            " attn_implementation='sdpa'."
         )
     return torch.where(starts, torch.arange(length, device=embeds.device), 0).cummax(1).values
 
@@ -74,7 +77,8 @@ def _without_cache(decoder: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def ranks_of(first: Tensor, index: Tensor, valid: Tensor) -> Tensor:
-    """Places of kept tokens within their prompts, (B, n) int64 counting from 0; filler is a prompt of its own each.
+    """Places of kept tokens within their prompts, (B, n) int64 counting from 0; filler is a prompt of its own
+    each.
 
     Args:
         first: (B, q), as `packed_rows` gives it.
@@ -87,7 +91,8 @@ def ranks_of(first: Tensor, index: Tensor, valid: Tensor) -> Tensor:
 
 
 def packed_mask(config: Any, embeds: Tensor, ranks: Tensor) -> Any:
-    """The attention mask that keeps packed prompts apart, as transformers makes it; per layer type where there are several.
+    """The attention mask that keeps packed prompts apart, as transformers makes it; per layer type where
+    there are several.
 
     Args:
         config: the language model's.
@@ -102,7 +107,8 @@ def packed_mask(config: Any, embeds: Tensor, ranks: Tensor) -> Any:
         kinds = {"full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"}
     if odd := sorted(kinds - set(MAKERS)):
         raise NotImplementedError(
-            f"Packed prompts cannot be shortened for layers of type {', '.join(odd)}: give each prompt a row of its own."
+            f"Packed prompts cannot be shortened for layers of type {', '.join(odd)}: give each prompt a row"
+            " of its own."
         )
     masks = {}
     for kind in kinds:
@@ -114,7 +120,8 @@ def packed_mask(config: Any, embeds: Tensor, ranks: Tensor) -> Any:
 def packed_lengths(kwargs: dict[str, Any], ranks: Tensor | None) -> dict[str, Any]:
     """`kwargs` with the lengths of the shortened prompts where those of the whole ones were given.
 
-    Without lengths where there are no packed prompts: those of a prompt that is whole would reach beyond its end.
+    Without lengths where there are no packed prompts: those of a prompt that is whole would reach beyond its
+    end.
 
     Args:
         ranks: (1, n) int64, see `ranks_of`; None if every row is one prompt.
@@ -130,7 +137,8 @@ def packed_lengths(kwargs: dict[str, Any], ranks: Tensor | None) -> dict[str, An
 
 
 def within(first: Tensor, final: Tensor, column: Tensor) -> Tensor:
-    """Columns that stay in their own prompt: where the nearest kept token lies in an earlier one, take the next instead.
+    """Columns that stay in their own prompt: where the nearest kept token lies in an earlier one, take the
+    next instead.
 
     Args:
         first: (B, q), as `packed_rows` gives it.

@@ -27,7 +27,9 @@ class Chosen:
 
 @dataclass
 class ChunkedPlan:
-    """A plan over whole prompts, consumed chunk by chunk: per modality (B, tokens) bool, what was consumed and all, (B,)."""
+    """A plan over whole prompts, consumed chunk by chunk: per modality (B, tokens) bool, what was consumed
+    and all, (B,).
+    """
 
     keep: dict[str, Tensor]
     seen: dict[str, Tensor]
@@ -70,8 +72,8 @@ class Planner:
             return None
         if run.first is not None and self.wants_text:
             raise NotImplementedError(
-                "A strategy that reads the text reads one prompt per row, found rows whose positions start again: give each "
-                "prompt a row of its own, or use a strategy that does not read the text."
+                "A strategy that reads the text reads one prompt per row, found rows whose positions start"
+                " again: give each prompt a row of its own, or use a strategy that does not read the text."
             )
         pending: ChunkedPlan | None = run.ledger.pending
         if pending is not None and not any(call.encoded.values()):
@@ -88,8 +90,8 @@ class Planner:
             return self._whole(call, run, encoded, embeds, real)
         if prompt is None or not prompt.encoded:
             raise RuntimeError(
-                "Visual features reached the language model without their layout: pass pixel_values, or the output of "
-                "get_image_features of this patched model unchanged."
+                "Visual features reached the language model without their layout: pass pixel_values, or the"
+                " output of get_image_features of this patched model unchanged."
             )
         return self._first_chunk(call, run, prompt, embeds)
 
@@ -118,10 +120,17 @@ class Planner:
         return None if plan.into is None and plan.source is None and bool(plan.keep.all()) else plan
 
     def _ask(
-        self, call: Call, run: Run, encoded: dict[str, EncodedVisuals], embeds: Tensor, real: Tensor, beams: int
+        self,
+        call: Call,
+        run: Run,
+        encoded: dict[str, EncodedVisuals],
+        embeds: Tensor,
+        real: Tensor,
+        beams: int,
     ) -> list[Answered]:
         assert run.ends is not None and run.queries is not None
-        # a picture after the prompt's end, as in the later turns of a training sample, holds no query of the prompt
+        # a picture after the prompt's end, as in the later turns of a training sample, holds no query of the
+        # prompt
         queries, answered = torch.where(run.queries < run.ends, run.queries, -1).tolist(), []
         for modality, places_of in self._places(call.visual, beams).items():
             for b, places, items in apart(_assign(places_of, encoded[modality].items), run.first, beams):
@@ -129,7 +138,9 @@ class Planner:
                 items = self._join(modality, items, ids, places)
                 text = embeds[b * beams][self._text(call, run, b * beams, real)] if self.wants_text else None
                 picks = complete([self._select(item, text) for item in items], items)
-                answered.append(Answered(b, places, items, keep_query(picks, items, places, queries[b * beams])))
+                answered.append(
+                    Answered(b, places, items, keep_query(picks, items, places, queries[b * beams]))
+                )
         return answered
 
     def _join(
@@ -140,7 +151,9 @@ class Planner:
         return [join_images(items)] if self.together and modality == "image" and len(items) > 1 else items
 
     @staticmethod
-    def _lay_out(run: Run, rows: slice, places: Tensor, items: list[VisualTokens], picks: list[Selection]) -> None:
+    def _lay_out(
+        run: Run, rows: slice, places: Tensor, items: list[VisualTokens], picks: list[Selection]
+    ) -> None:
         assert run.visual is not None
         if run.layout is None:
             none = torch.zeros_like(run.visual)
@@ -187,8 +200,8 @@ class Planner:
             placed, total = int(mask.sum()), encoded[modality].total if modality in encoded else 0
             if total == 0 or placed % total:
                 raise ValueError(
-                    f"The prompt has {placed} {modality} tokens but the features have {total}: use the processor that "
-                    "belongs to this model."
+                    f"The prompt has {placed} {modality} tokens but the features have {total}: use the"
+                    " processor that belongs to this model."
                 )
             beams = placed // total
         return beams
@@ -220,7 +233,8 @@ class Planner:
                 selection = concat_selections(picks, [len(item) for item in items])
                 if selection.into is not None or selection.features is not None:
                     raise NotImplementedError(
-                        "A strategy that makes features needs the whole prompt in one prefill: leave out prefill_chunk_size."
+                        "A strategy that makes features needs the whole prompt in one prefill: leave out"
+                        " prefill_chunk_size."
                     )
                 chosen += [Chosen(b, item, s) for item, s in zip(items, picks, strict=True)]
                 keep[b, : len(places)] = False
@@ -253,27 +267,37 @@ def complete(picks: list[Selection], items: list[VisualTokens]) -> list[Selectio
     return [replace(p, features=item.features[p.keep]) if p.features is None else p for p, item in each]
 
 
-def keep_query(picks: list[Selection], items: list[VisualTokens], places: Tensor, query: int) -> list[Selection]:
-    """Answers that keep the token at column `query`, from which the answer is read, if it is the last of the visual tokens."""
+def keep_query(
+    picks: list[Selection], items: list[VisualTokens], places: Tensor, query: int
+) -> list[Selection]:
+    """Answers that keep the token at column `query`, from which the answer is read, if it is the last of the
+    visual tokens.
+    """
     if not len(places) or int(places[-1]) != query:
         return picks
     return [*picks[:-1], picks[-1].with_last(items[-1].features)]
 
 
-def _assign(places_of: list[Tensor], items: list[VisualTokens]) -> list[tuple[int, Tensor, list[VisualTokens]]]:
-    """Images belong to prompt rows in placeholder order: (row, places in the row, its images) for rows that have any."""
+def _assign(
+    places_of: list[Tensor], items: list[VisualTokens]
+) -> list[tuple[int, Tensor, list[VisualTokens]]]:
+    """Images belong to prompt rows in placeholder order: (row, places in the row, its images) for rows that
+    have any.
+    """
     out, i = [], 0
     for b, places in enumerate(places_of):
         mine: list[VisualTokens] = []
         while sum(len(x) for x in mine) < len(places):
             if i == len(items):
-                raise ValueError("The prompt has more visual tokens than features: use the model's own processor.")
+                raise ValueError(
+                    "The prompt has more visual tokens than features: use the model's own processor."
+                )
             mine.append(items[i])
             i += 1
         if sum(len(x) for x in mine) != len(places):
             raise ValueError(
-                f"Row {b} of the prompt has {len(places)} visual tokens, its images have {sum(len(x) for x in mine)}: "
-                "use the model's own processor."
+                f"Row {b} of the prompt has {len(places)} visual tokens, its images have"
+                f" {sum(len(x) for x in mine)}: use the model's own processor."
             )
         if mine:
             out.append((b, places, mine))

@@ -15,8 +15,9 @@ from ..tokens import Needs, Selection, VisualTokens
 class EncodedVisuals:
     """All images, or all videos, of one batch in placeholder order.
 
-    `picks` are the strategy's answers, given when the frames of a stream were pushed; None outside of a stream. `needs` is
-    what was read from the tower, `merging` the tower layers behind which tokens were merged.
+    `picks` are the strategy's answers, given when the frames of a stream were pushed; None outside of a
+    stream. `needs` is what was read from the tower, `merging` the tower layers behind which tokens were
+    merged.
     """
 
     modality: str
@@ -32,7 +33,9 @@ class EncodedVisuals:
 
 @dataclass
 class Answered:
-    """What the strategy answered about the images or videos of one prompt row, at the columns `places` (n,) int64."""
+    """What the strategy answered about the images or videos of one prompt row, at the columns `places` (n,)
+    int64.
+    """
 
     row: int
     places: Tensor
@@ -42,14 +45,16 @@ class Answered:
 
 @dataclass
 class Choice:
-    """What was chosen for one batch of prompts that is read again in every step, as `generate(use_cache=False)` does.
+    """What was chosen for one batch of prompts that is read again in every step, as
+    `generate(use_cache=False)` does.
 
     Attributes:
         visual: modality -> (B, prompt) bool, the visual tokens.
         encoded: modality -> what the strategy was asked about.
         answered: its answers before the language model.
         drops: its answers inside, by (stage, row).
-        survivors: (B, prompt) bool, what the last drop left; None while the prompt is read for the first time.
+        survivors: (B, prompt) bool, what the last drop left; None while the prompt is read for the first
+            time.
     """
 
     visual: dict[str, Tensor]
@@ -93,7 +98,8 @@ class Prompt:
         encoded: modality -> the pictures that it encoded before it read the prompt.
         default: the model's generation config.
         choice: what was chosen, if every step reads the prompt again.
-        pushed: by modality the frames that a stream went on by, as (stream, tensors, features): not by the same again.
+        pushed: by modality the frames that a stream went on by, as (stream, tensors, features): not by the
+            same again.
     """
 
     input_ids: Tensor | None
@@ -117,7 +123,8 @@ class Prompt:
     @property
     def length(self) -> int:
         """Tokens of the prompt, those of earlier turns in the cache included; 0 if unknown."""
-        mask = self.given.get("attention_mask")  # of the whole conversation, where input_ids may be the last turn's only
+        # of the whole conversation, where input_ids may be the last turn's only
+        mask = self.given.get("attention_mask")
         return int(mask.shape[1]) if isinstance(mask, Tensor) and mask.ndim == 2 else self._given_tokens
 
     @property
@@ -140,5 +147,7 @@ class Prompt:
     def new_tokens(self) -> int:
         """Tokens that may be generated, 0 if unknown."""
         config = self.given.get("generation_config") or self.default
-        most, longest = (self.given.get(n) or getattr(config, n, None) for n in ("max_new_tokens", "max_length"))
+        most, longest = (
+            self.given.get(n) or getattr(config, n, None) for n in ("max_new_tokens", "max_length")
+        )
         return int(most) if most else max(0, int(longest or 0) - self._given_tokens)

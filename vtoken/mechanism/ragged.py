@@ -1,4 +1,6 @@
-"""Rows of different lengths: choosing, gathering and masking per sample, with kept tokens aligned to the right."""
+"""Rows of different lengths: choosing, gathering and masking per sample, with kept tokens aligned to the
+right.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,11 @@ from ..kernels import gather_merge, gather_rows
 
 
 def right_aligned(keep: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
-    """(B, n) bool -> index (B, m) int64 of the kept tokens in order, aligned to the right, and valid (B, m) bool.
+    """(B, n) bool -> index (B, m) int64 of the kept tokens in order, aligned to the right, and valid (B, m)
+    bool.
 
-    m is at least `least`: where every row loses all its tokens, a language model still needs one to read, as filler.
+    m is at least `least`: where every row loses all its tokens, a language model still needs one to read, as
+    filler.
     """
     count = keep.sum(1)
     longest = max(least, int(count.max()))
@@ -20,7 +24,9 @@ def right_aligned(keep: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
     return torch.where(valid, order, 0), valid
 
 
-def take_merged(x: Tensor, index: Tensor, valid: Tensor, into: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+def take_merged(
+    x: Tensor, index: Tensor, valid: Tensor, into: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Gather kept tokens and add to them what they absorb: (B, n, d) -> (B, m, d).
 
     Args:
@@ -38,13 +44,16 @@ def take_merged(x: Tensor, index: Tensor, valid: Tensor, into: Tensor | None = N
 
 
 def overwrite(x: Tensor, source: Tensor, features: Tensor) -> Tensor:
-    """(B, m, d) with row `source[b, i]` of `features` (w, d) in place i where `source` (B, m) is not negative."""
+    """(B, m, d) with row `source[b, i]` of `features` (w, d) in place i where `source` (B, m) is not
+    negative.
+    """
     rows = features.to(x)[source.clamp(min=0)]
     return torch.where((source >= 0)[..., None], rows, x)
 
 
 def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
-    """Gather with one index row per sample; x: (B, n, ...) for dim 1, (..., B, n) for dim -1; index (B, m)."""
+    """Gather with one index row per sample; x: (B, n, ...) for dim 1, (..., B, n) for dim -1; index (B, m).
+    """
     index = index.to(x.device)
     if dim == -1:
         return x.gather(-1, index.expand(x.shape[:-1] + index.shape[-1:]))

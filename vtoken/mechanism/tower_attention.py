@@ -10,16 +10,23 @@ from torch import Tensor
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, windows: Sequence[int], heads: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    chosen: Tensor,
+    windows: Sequence[int],
+    heads: int,
+    scale: float,
 ) -> tuple[Tensor, int]:
-    """Softmax attention, (frames, m, C) in the dtype of `value`, and the number of query-key pairs computed for it.
+    """Softmax attention, (frames, m, C) in the dtype of `value`, and the number of query-key pairs computed
+    for it.
 
     Args:
         query: (frames, m, C), heads side by side; rotary embedding, if any, applied as to `key`.
         key, value: (frames, n, C).
         chosen: (frames, m) int64, ascending: the token behind every query.
-        windows: lengths that add up to n; a token sees its own window. With several, queries are padded to the fullest
-            window, which costs at most what all n queries would.
+        windows: lengths that add up to n; a token sees its own window. With several, queries are padded to
+            the fullest window, which costs at most what all n queries would.
         scale: factor on the logits.
     """
     frames, m, width = query.shape

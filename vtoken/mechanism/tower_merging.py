@@ -1,11 +1,14 @@
-"""Merging inside a vision tower: behind chosen layers its sequence becomes shorter, at its end it gets its count back.
+"""Merging inside a vision tower: behind chosen layers its sequence becomes shorter, at its end it gets its
+count back.
 
-The layers in between, and whatever taps read there, work on the short sequence. The tower's output is spread over the
-original patches again, every patch taking the state of the token that it was merged into, because everything behind the
-tower (packing of crops, the check of feature counts) counts patches. What was merged travels to the strategy's projector
-stage as `VisualTokens.merged`, which drops the copies in front of the LLM.
+The layers in between, and whatever taps read there, work on the short sequence. The tower's output is spread
+over the original patches again, every patch taking the state of the token that it was merged into, because
+everything behind the tower (packing of crops, the check of feature counts) counts patches. What was merged
+travels to the strategy's projector stage as `VisualTokens.merged`, which drops the copies in front of the
+LLM.
 
-This cannot be computed from captured states: the layers behind a merge attend over fewer tokens and give other values.
+This cannot be computed from captured states: the layers behind a merge attend over fewer tokens and give
+other values.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Frames of a stream that compute a part of their tokens and reuse the rest of an earlier frame, inside a vision tower.
+"""Frames of a stream that compute a part of their tokens and reuse the rest of an earlier frame, inside a
+vision tower.
 
-All frames of a call pass a layer together: first those that are references, through the layer as it is, then the others
-in one batch, each beside its reference. So a video in one call gives what its frames give one by one.
+All frames of a call pass a layer together: first those that are references, through the layer as it is, then
+the others in one batch, each beside its reference. So a video in one call gives what its frames give one by
+one.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class FrameReuse:
         active: the capture of the running `get_*_features` call, if any.
     """
 
-    def __init__(self, tower: Tower, reuse: Reuse, read: set[int], active: Callable[[], Capture | None]) -> None:
+    def __init__(
+        self, tower: Tower, reuse: Reuse, read: set[int], active: Callable[[], Capture | None]
+    ) -> None:
         self.tower, self.reuse, self.active = tower, reuse, active
         self.prefix = int(tower.has_cls)
         self.layers = set(reuse.layers) - read
@@ -110,8 +114,8 @@ class FrameReuse:
             return original(hidden_states, *args, **kwargs)
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             raise NotImplementedError(
-                "Reusing frames keeps state, which gradient checkpointing would meet twice: call model.eval() or "
-                "model.gradient_checkpointing_disable()."
+                "Reusing frames keeps state, which gradient checkpointing would meet twice: call model.eval()"
+                " or model.gradient_checkpointing_disable()."
             )
         rows, block, use = Rows(hidden_states, run, kwargs), self.blocks[i], run.use
         every = list(range(len(rows.sizes)))
@@ -155,7 +159,9 @@ class FrameReuse:
             made = original(rows.take(full), *args, **(kwargs | rows.arguments(full)))
         finally:
             run.parts = None
-        each = (rows.split(x, full) for x in (parts["key"], parts["value"], parts["attention"] + parts["mlp"]))
+        each = (
+            rows.split(x, full) for x in (parts["key"], parts["value"], parts["attention"] + parts["mlp"])
+        )
         run.entries = dict(zip(full, zip(*each, strict=True), strict=True))
         for j in full:
             run.counts[j] += 1
@@ -167,7 +173,9 @@ class FrameReuse:
     def _in_part(self, i: int, run: FramePass, rows: Rows, group: list[int]) -> Tensor:
         """Frames of one shape beside their references -> (frames, n, C)."""
         block, x = self.blocks[i], rows.of(group)
-        key_then, value_then, added = (stack(list(e)) for e in zip(*(run.entry(j, i) for j in group), strict=True))
+        key_then, value_then, added = (
+            stack(list(e)) for e in zip(*(run.entry(j, i) for j in group), strict=True)
+        )
         normed = block.norm1(x)
         key = block.key(normed)
         chosen = run.chosen.get(group[0])

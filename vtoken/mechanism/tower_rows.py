@@ -12,7 +12,8 @@ from ..adapters.towers.capture import FramePass
 
 
 class Rows:
-    """The frames of a layer's input: a batch of equal ones, or one packed sequence with its bounds and rotary tables.
+    """The frames of a layer's input: a batch of equal ones, or one packed sequence with its bounds and rotary
+    tables.
 
     Args:
         x: (frames, n, C) or (tokens, C).
@@ -74,7 +75,8 @@ class Rows:
         return list(x.split([self.sizes[i] for i in frames])) if self.packed else list(x)
 
     def put(self, out: Tensor, frames: list[int], x: Tensor) -> None:
-        """Write (frames, n, C), or something laid out as `take(frames)`, into a tensor laid out as the input."""
+        """Write (frames, n, C), or something laid out as `take(frames)`, into a tensor laid out as the input.
+        """
         for i, mine in zip(frames, self.split(x, frames) if x.ndim == self.x.ndim else x, strict=True):
             out[self.spans[i] if self.packed else i] = mine
 

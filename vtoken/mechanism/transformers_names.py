@@ -1,8 +1,9 @@
 """What vtoken relies on inside transformers: names of arguments, and checks that a call did what was planned.
 
-Argument names and call chains in transformers change between minor releases, and a hook that uses an old name is ignored in
-silence. Names are therefore read from signatures, a KV cache is known by its type, `check_names` refuses a model whose parts
-no longer take what the hooks replace, and `check_prompt` compares what the language model read and stored with the plan.
+Argument names and call chains in transformers change between minor releases, and a hook that uses an old name
+is ignored in silence. Names are therefore read from signatures, a KV cache is known by its type,
+`check_names` refuses a model whose parts no longer take what the hooks replace, and `check_prompt` compares
+what the language model read and stored with the plan.
 """
 
 from __future__ import annotations
@@ -23,14 +24,18 @@ from .drop_schedule import DropSchedule
 from .forward_context import Run
 from .logical_cache import physical_length
 
-OLDEST, NEWEST = "5.17", "5.24"  # the minor releases of transformers that all tests have passed on, and those between
+# the minor releases of transformers that all tests have passed on, and those between
+OLDEST, NEWEST = "5.17", "5.24"
 
 
 def changed(what: str) -> RuntimeError:
     """The error for a model that does not do what vtoken relies on: `what` was found, and what to do."""
     installed = Version(transformers.__version__)
     if Version(OLDEST) <= installed < Version(f"{NEWEST}.999"):
-        advice = "so a part of the model was replaced, or is called in another way: load the model anew, or unpatch it"
+        advice = (
+            "so a part of the model was replaced, or is called in another way: load the model anew, or"
+            " unpatch it"
+        )
         return RuntimeError(f"{what}: {_tested(installed)}; {advice}.")
     advice = f"run pip install --upgrade vtoken, or pip install 'transformers=={NEWEST}.*'"
     return RuntimeError(f"{what}: {_tested(installed)}; {advice}.")
@@ -47,11 +52,14 @@ def cache_in(call: Mapping[str, Any] | tuple[Any, ...]) -> Any:
     Known by its type, or as an object that counts like one: a wrapper around a cache need not be a `Cache`.
     """
     values = call if isinstance(call, tuple) else call.values()
-    return next((value for value in values if isinstance(value, Cache) or hasattr(value, "get_seq_length")), None)
+    return next(
+        (value for value in values if isinstance(value, Cache) or hasattr(value, "get_seq_length")), None
+    )
 
 
 def cache_argument(function: Callable[..., Any]) -> str:
-    """The name under which `function` takes a KV cache, by its annotation; for a wrapper without names, that of all others.
+    """The name under which `function` takes a KV cache, by its annotation; for a wrapper without names, that
+    of all others.
 
     Raises RuntimeError if no parameter is annotated as a cache.
     """
@@ -73,7 +81,9 @@ def hidden_states_of(output: Any) -> Tensor:
 
 
 def recomputes(decoder: Any) -> bool:
-    """Whether layers are computed again in backward (gradient checkpointing); they are given no KV cache then."""
+    """Whether layers are computed again in backward (gradient checkpointing); they are given no KV cache
+    then.
+    """
     return bool(decoder.training and getattr(decoder, "gradient_checkpointing", False))
 
 
@@ -94,7 +104,8 @@ def _name(function: Any) -> str:
 
 # -- when a model is patched ------------------------------------------------------------------------------------
 def check_names(adapter: Adapter, inside: bool) -> None:
-    """Raise RuntimeError if a part of the model no longer takes what the hooks read and replace; takes under 1 ms.
+    """Raise RuntimeError if a part of the model no longer takes what the hooks read and replace; takes under
+    1 ms.
 
     Args:
         adapter: the model's parts.

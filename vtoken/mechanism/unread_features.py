@@ -41,9 +41,9 @@ class Unread:
         if not self.warned:
             self.warned = True
             warnings.warn(
-                f"{self.name} saved no visual token: the language model read all features of this patched model inside "
-                "ready-made embeddings, where vtoken does not see them. Pass input_ids and pixel_values and let the model "
-                "merge them.",
+                f"{self.name} saved no visual token: the language model read all features of this patched"
+                " model inside ready-made embeddings, where vtoken does not see them. Pass input_ids and"
+                " pixel_values and let the model merge them.",
                 stacklevel=2,
             )
 

@@ -1,7 +1,8 @@
-"""The vision side: what `get_image_features` and `get_video_features` gave, with the scores their tower made on the way.
+"""The vision side: what `get_image_features` and `get_video_features` gave, with the scores their tower made
+on the way.
 
-Newer transformers encodes inside `generate()`, before the prompt is read; older releases inside `forward`. Either way the
-result travels on the very object that the model's own method returns.
+Newer transformers encodes inside `generate()`, before the prompt is read; older releases inside `forward`.
+Either way the result travels on the very object that the model's own method returns.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class VisionHooks:
         merge: asked there.
         reuse: per modality what its tower reuses between frames.
         used: told what a tower with reuse computed: `used(modality, TowerUse)`.
-        select: `select(VisualTokens) -> Selection`, asked once about every frame of a stream, so that the stream goes on;
-            None for a strategy that cannot choose before the prompt is known.
+        select: `select(VisualTokens) -> Selection`, asked once about every frame of a stream, so that the
+            stream goes on; None for a strategy that cannot choose before the prompt is known.
         handed_out: told what was encoded for the user, outside of `forward`, `generate` and streams.
     """
 
@@ -98,7 +99,8 @@ class VisionHooks:
         self.wrapped.remove()
 
     def _follow(self) -> None:
-        """Look the towers and their parts up again: adapters or quantisation may have replaced them since the last call.
+        """Look the towers and their parts up again: adapters or quantisation may have replaced them since the
+        last call.
 
         Raises RuntimeError for a tower that cannot be read as the one that was patched.
         """
@@ -130,7 +132,9 @@ class VisionHooks:
         return self._features("video", original, args, kwargs)
 
     @torch.compiler.disable
-    def _features(self, modality: str, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    def _features(
+        self, modality: str, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
         with self.gate.call() as served:
             self.context.disabled = self.gate.disabled()
             return self._encoded(modality, original, args, kwargs) if served else original(*args, **kwargs)
@@ -152,7 +156,9 @@ class VisionHooks:
             if context.call is not None:
                 context.call.encoded[modality] = getattr(known, ENCODED)
             return known
-        context.capture = capture = Capture(modality, self.needs[modality], frames=self._frames(modality, given, stream))
+        context.capture = capture = Capture(
+            modality, self.needs[modality], frames=self._frames(modality, given, stream)
+        )
         try:
             with self.timer("tower"):
                 output = original(*args, **kwargs)
@@ -160,7 +166,10 @@ class VisionHooks:
             context.capture = None
         missing = capture.missing if modality in self.adapter.towers else []
         if missing:
-            raise rebuilt(f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read from")
+            raise rebuilt(
+                f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read"
+                " from"
+            )
         if capture.frames is not None:
             capture.frames.commit()
             if self.used is not None:
@@ -170,7 +179,10 @@ class VisionHooks:
         encoded = self._encode(modality, output, given, capture)
         if self.needs[modality].pixels:
             for item, pixels in zip(encoded.items, self.adapter.frame_pixels(modality, given), strict=True):
-                item.pixels, item.encode = pixels, functools.partial(self._encode_frames, modality, original, given)
+                item.pixels, item.encode = (
+                    pixels,
+                    functools.partial(self._encode_frames, modality, original, given),
+                )
         if stream is not None:
             self._push(encoded, stream)
         setattr(output, ENCODED, encoded)
@@ -188,24 +200,28 @@ class VisionHooks:
     def read(self, modality: str, output: Any) -> EncodedVisuals | None:
         """What an output of `get_*_features` carries, None if it was made without a patch.
 
-        Raises ValueError for one that was made under a strategy that reads or merges otherwise in the vision tower.
+        Raises ValueError for one that was made under a strategy that reads or merges otherwise in the vision
+        tower.
         """
         encoded: EncodedVisuals | None = getattr(output, ENCODED, None)
         if encoded is None or modality not in self.needs or self.gate.disabled():
             return encoded
         mine, theirs = self.needs[modality], encoded.needs
         lacking = (
-            any(set(getattr(mine, x)) - set(getattr(theirs, x)) for x in TOWER_NEEDS) or mine.pixels > theirs.pixels
+            any(set(getattr(mine, x)) - set(getattr(theirs, x)) for x in TOWER_NEEDS)
+            or mine.pixels > theirs.pixels
         )
         if lacking or encoded.merging != self.merging.get(modality, ()):
             raise ValueError(
-                f"These {modality} features were encoded under another strategy, which reads or merges other things in the "
-                f"vision tower than the present one: call get_{modality}_features again."
+                f"These {modality} features were encoded under another strategy, which reads or merges other"
+                f" things in the vision tower than the present one: call get_{modality}_features again."
             )
         return encoded
 
     def _push(self, encoded: EncodedVisuals, stream: StreamState) -> None:
-        """Let a stream go on by these frames. Whoever asks about them later starts from the history before them."""
+        """Let a stream go on by these frames. Whoever asks about them later starts from the history before
+        them.
+        """
         memory, picks = copy.deepcopy(stream.memory), []
         for item in encoded.items:
             item.memory = copy.deepcopy(memory)
@@ -222,7 +238,8 @@ class VisionHooks:
         frames = self.adapter.frames(modality, given)
         if stream is not None and modality == "video" and len(frames) > 1:
             raise ValueError(
-                f"A stream goes on with one video per call, found {len(frames)}: give each video a vtoken.stream of its own."
+                f"A stream goes on with one video per call, found {len(frames)}: give each video a"
+                " vtoken.stream of its own."
             )
         if not frames:
             return None
@@ -232,7 +249,9 @@ class VisionHooks:
         self, modality: str, original: Callable[..., Any], like: dict[str, Any], pixels: Tensor
     ) -> Tensor:
         """(k, cells, d) features of k further frames (k, 3, H, W), cells in raster order."""
-        given = self.adapter.frame_arguments(modality, pixels.to(like[self.adapter.pixel_argument(like)]), like)
+        given = self.adapter.frame_arguments(
+            modality, pixels.to(like[self.adapter.pixel_argument(like)]), like
+        )
         with torch.no_grad():
             output = original(**given)
         features = self.adapter.split_features(modality, output, given)
@@ -247,10 +266,15 @@ class VisionHooks:
     def _told(self) -> dict[str, Any]:
         """The prompt's arguments that the adapter wants beside those of `get_*_features`."""
         sources = [x.given for x in (self.context.call, self.context.prompt) if x is not None]
-        told = ((n, next((g[n] for g in sources if g.get(n) is not None), None)) for n in self.adapter.prompt_arguments)
+        told = (
+            (n, next((g[n] for g in sources if g.get(n) is not None), None))
+            for n in self.adapter.prompt_arguments
+        )
         return {name: value for name, value in told if value is not None}
 
-    def _encode(self, modality: str, output: Any, arguments: dict[str, Any], capture: Capture) -> EncodedVisuals:
+    def _encode(
+        self, modality: str, output: Any, arguments: dict[str, Any], capture: Capture
+    ) -> EncodedVisuals:
         check_features(output)
         features = self.adapter.split_features(modality, output, arguments)
         layouts = self.adapter.layouts(modality, features, arguments)
@@ -262,12 +286,17 @@ class VisionHooks:
 
     @staticmethod
     def _tokens(
-        modality: str, features: Tensor, layout: Layout, provided: dict[Any, Tensor], merged: Tensor | None, tower: Any
+        modality: str,
+        features: Tensor,
+        layout: Layout,
+        provided: dict[Any, Tensor],
+        merged: Tensor | None,
+        tower: Any,
     ) -> VisualTokens:
         if len(layout.cells) != len(features):
             raise RuntimeError(
-                f"The layout of this {modality} has {len(layout.cells)} tokens, the model made {len(features)}: "
-                "please report the model and the input's size."
+                f"The layout of this {modality} has {len(layout.cells)} tokens, the model made"
+                f" {len(features)}: please report the model and the input's size."
             )
         return VisualTokens(
             features=features,

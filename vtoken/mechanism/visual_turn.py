@@ -1,4 +1,6 @@
-"""A forward of the language model that brings visual tokens: what enters it, and the length of what it answers."""
+"""A forward of the language model that brings visual tokens: what enters it, and the length of what it
+answers.
+"""
 
 from __future__ import annotations
 
@@ -69,8 +71,8 @@ class VisualTurn:
         self.schedule, self.renumber = layers.schedule, positions == "renumber"
         self.context, self.gate, self.observer = context, gate, observer
 
-    # What reads visual tokens depends on data (who survives) and keeps state: torch.compile leaves it to eager mode, and
-    # traces decode steps and text turns as one graph.
+    # What reads visual tokens depends on data (who survives) and keeps state: torch.compile leaves it to
+    # eager mode, and traces decode steps and text turns as one graph.
     @torch.compiler.disable
     def enter(
         self, call: Call, cache: Any, ledger: Ledger | None, visual: Tensor, args: Any, kwargs: dict[str, Any]
@@ -135,18 +137,21 @@ class VisualTurn:
         return run, self.planner(call, run, kwargs["inputs_embeds"], real)
 
     def _check_inside(self, run: Run, tokens: int) -> None:
-        """Raise NotImplementedError for prompts of which a strategy that drops inside the LLM does not see the end."""
+        """Raise NotImplementedError for prompts of which a strategy that drops inside the LLM does not see
+        the end.
+        """
         if run.first is not None:
             raise NotImplementedError(
-                "A strategy that drops inside the LLM reads one prompt per row, found rows whose positions start again: give "
-                "each prompt a row of its own, or prune before the LLM."
+                "A strategy that drops inside the LLM reads one prompt per row, found rows whose positions"
+                " start again: give each prompt a row of its own, or prune before the LLM."
             )
         prompt = self.context.prompt
         if prompt is None:
             return
         if prompt.length > tokens:
             raise NotImplementedError(
-                "A strategy that drops inside the LLM reads the end of the prompt: leave out prefill_chunk_size."
+                "A strategy that drops inside the LLM reads the end of the prompt: leave out"
+                " prefill_chunk_size."
             )
         self.layers.check_windows(tokens + prompt.new_tokens)
 
@@ -177,8 +182,12 @@ class VisualTurn:
         merged = () if plan is None else (plan.into, plan.weight)
         kwargs["inputs_embeds"] = take_merged(embeds, index, valid, *merged)
         if plan is not None and plan.source is not None and plan.features is not None:
-            kwargs["inputs_embeds"] = overwrite(kwargs["inputs_embeds"], plan.source.gather(1, index), plan.features)
-        kwargs["position_ids"] = run.positions = self._positions(kwargs.get("position_ids"), run, keep, real, index)
+            kwargs["inputs_embeds"] = overwrite(
+                kwargs["inputs_embeds"], plan.source.gather(1, index), plan.features
+            )
+        kwargs["position_ids"] = run.positions = self._positions(
+            kwargs.get("position_ids"), run, keep, real, index
+        )
         if run.first is not None:
             run.ranks = ranks_of(run.first, index, valid)
         kwargs = packed_lengths(kwargs, run.ranks)
@@ -186,7 +195,9 @@ class VisualTurn:
         self._deepstack(kwargs, run)
         return kwargs
 
-    def _positions(self, positions: Tensor | None, run: Run, keep: Tensor, real: Tensor, index: Tensor) -> Tensor:
+    def _positions(
+        self, positions: Tensor | None, run: Run, keep: Tensor, real: Tensor, index: Tensor
+    ) -> Tensor:
         """Position ids as the language model would have chosen them, of the kept tokens."""
         ledger = run.ledger
         batch, length = keep.shape
@@ -213,9 +224,12 @@ class VisualTurn:
         if mask is not None and mask_2d is None:
             return cut_mask(mask, run, 0, (run.index, valid), run.query_length)
         if mask_2d is not None:
-            return torch.cat([mask_2d[:, : ledger.end].bool(), valid & turn.real.gather(1, run.index)], 1).long()
+            return torch.cat(
+                [mask_2d[:, : ledger.end].bool(), valid & turn.real.gather(1, run.index)], 1
+            ).long()
         if run.ragged[0] or ledger.ragged[0] or run.cache is None:
-            # without a cache, gaps in position_ids would be read as packed sequences unless a 2-D mask is there
+            # without a cache, gaps in position_ids would be read as packed sequences unless a 2-D mask is
+            # there
             return ledger.validity(0, valid).long()
         return None
 
@@ -232,7 +246,8 @@ class VisualTurn:
     # -- after the language model -------------------------------------------------------------------------------
     @torch.compiler.disable
     def leave(self, out: Any) -> Any:
-        """The output at the length of what the model was given; None if it has that length, or there is none."""
+        """The output at the length of what the model was given; None if it has that length, or there is none.
+        """
         context = self.context
         run, context.run = context.run, None
         device, context.reading = context.reading, None
@@ -257,18 +272,23 @@ class VisualTurn:
         return out
 
     def _settle_cache(self, run: Run, out: Any) -> None:
-        if run.cache is None and (made := cache_in(out)) is not None:  # by the language model, which was given none
+        # by the language model, which was given none
+        if run.cache is None and (made := cache_in(out)) is not None:
             self._adopt(made, run.ledger)
             run.cache = made
-        if recomputes(self.decoder) and run.cache is not None and not any(x.is_initialized for x in run.cache.layers):
+        if (
+            recomputes(self.decoder)
+            and run.cache is not None
+            and not any(x.is_initialized for x in run.cache.layers)
+        ):
             run.cache = None  # transformers takes no cache to layers that are computed again in backward
 
 
 def _stretched(run: Run, final: Tensor, valid: Tensor) -> Tensor:
     """(B, q) int64: for every original position the column of the nearest kept token at or before it.
 
-    logits_to_keep, labels and generate() find the length they expect, and the next-token loss of the first text token after
-    an image is the one of the shortened sequence.
+    logits_to_keep, labels and generate() find the length they expect, and the next-token loss of the first
+    text token after an image is the one of the shortened sequence.
     """
     column = torch.full((final.shape[0], run.query_length), -1, dtype=torch.long, device=final.device)
     row, place = valid.nonzero(as_tuple=True)

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 
 
 class Calls:
-    """Many calls at a time, or one owner alone: a lock for readers and writers in which a waiting owner goes first.
+    """Many calls at a time, or one owner alone: a lock for readers and writers in which a waiting owner goes
+    first.
 
-    A call may begin in one thread (`enter`) and end in another (`leave`); `within` marks the thread that works for it.
+    A call may begin in one thread (`enter`) and end in another (`leave`); `within` marks the thread that
+    works for it.
     """
 
     def __init__(self) -> None:
@@ -57,12 +59,14 @@ class Calls:
         """Wait for all calls to end, and let none begin within the block.
 
         Raises:
-            RuntimeError: if the calling thread works for one of the calls, which would wait for itself; `action` says what it
-                cannot do.
+            RuntimeError: if the calling thread works for one of the calls, which would wait for itself;
+                `action` says what it cannot do.
         """
         with self._change:
             if threading.get_ident() in self._working:
-                raise RuntimeError(f"A StreamSession cannot {action} from within one of its own answers: do so after it.")
+                raise RuntimeError(
+                    f"A StreamSession cannot {action} from within one of its own answers: do so after it."
+                )
             self._waiting += 1
             try:
                 self._change.wait_for(lambda: not self._count)

@@ -32,7 +32,8 @@ def make_memory(
     max_tokens: int | None,
     options: dict[str, Any],
 ) -> RecentMemory | ReKVMemory:
-    """A memory by its name; None for bounds chooses them. Raises ValueError for what there is not, or cannot serve the model.
+    """A memory by its name; None for bounds chooses them. Raises ValueError for what there is not, or cannot
+    serve the model.
 
     Args:
         renumber: whether prompts count the tokens that were kept, not those that might have been.
@@ -45,7 +46,9 @@ def make_memory(
     positions = int(getattr(adapter.decoder.config, "max_position_embeddings", 4096))
     if name == "rekv":
         if max_tokens is not None:
-            raise ValueError("memory='rekv' counts blocks: pass memory_options={'topk': ...} instead of max_tokens.")
+            raise ValueError(
+                "memory='rekv' counts blocks: pass memory_options={'topk': ...} instead of max_tokens."
+            )
         options = {"n_local": min(N_LOCAL, positions)} | options
         return ReKVMemory(Layers(adapter), prompts, REKV_BYTES if max_bytes is None else max_bytes, **options)
     room = positions - min(SPARE, positions // 2)
@@ -69,10 +72,13 @@ class SharedPatch:
         patch: None if the model has none.
 
     Raises:
-        TypeError, ValueError: as `vtoken.patch`; for another strategy than the model's, or one that cannot serve a stream.
+        TypeError, ValueError: as `vtoken.patch`; for another strategy than the model's, or one that cannot
+            serve a stream.
     """
 
-    def __init__(self, adapter: Adapter, strategy: Any, budget: float | int | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self, adapter: Adapter, strategy: Any, budget: float | int | None, options: dict[str, Any]
+    ) -> None:
         self.adapter = adapter
         with LOCK:  # two sessions of two threads may be opened at the same time
             self._find(strategy, budget, options)
@@ -82,14 +88,16 @@ class SharedPatch:
         self.patch: Patch | None = patch_of(adapter.model)
         if strategy is None:
             if budget is not None or options:
-                raise ValueError(f"{', '.join(['budget'] * (budget is not None) + list(options))} needs a strategy.")
+                raise ValueError(
+                    f"{', '.join(['budget'] * (budget is not None) + list(options))} needs a strategy."
+                )
             self._check(self.patch)
         else:
             made = make_strategy(strategy, budget, options)
             if self.patch is not None and describe(self.patch.strategy) != describe(made):
                 raise ValueError(
-                    f"This model is patched with {describe(self.patch.strategy)} already, which its other sessions may use: "
-                    "use the same strategy, or another model."
+                    f"This model is patched with {describe(self.patch.strategy)} already, which its other"
+                    " sessions may use: use the same strategy, or another model."
                 )
             if self.patch is None:
                 patch(adapter.model, made)
@@ -137,11 +145,11 @@ class SharedPatch:
         strategy = current.strategy
         if any(needs_of(self.adapter, strategy, m).text_embeddings for m in self.adapter.modalities):
             raise ValueError(
-                f"{strategy.info.name} reads the question when it chooses, and a stream is pruned before there is one: use a "
-                "strategy that does not read the text."
+                f"{strategy.info.name} reads the question when it chooses, and a stream is pruned before"
+                " there is one: use a strategy that does not read the text."
             )
         if strategy.acts_inside:
             raise ValueError(
-                f"{strategy.info.name} drops inside the LLM, which a StreamSession does not do: use a strategy of the stages "
-                "encoder and projector."
+                f"{strategy.info.name} drops inside the LLM, which a StreamSession does not do: use a"
+                " strategy of the stages encoder and projector."
             )

@@ -1,4 +1,6 @@
-"""Frames through a model's own processor and its own `get_*_features`; prompts without pixels through the same."""
+"""Frames through a model's own processor and its own `get_*_features`; prompts without pixels through the
+same.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,15 @@ from torch import Tensor
 from ..adapters.base import Adapter
 from .memory import Step, change_between
 
-STREAM_FACTS = ("sample", "before", "rows", "tail", "modality", "timed", "shape")  # all that a stream changes in `Frames`
+# all that a stream changes in `Frames`
+STREAM_FACTS = ("sample", "before", "rows", "tail", "modality", "timed", "shape")
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()  # one per tokenizer
 
 
 class Stand:
-    """Stands in for a processor's part: notes what the part gave, or gives what it was told without reading pixels."""
+    """Stands in for a processor's part: notes what the part gave, or gives what it was told without reading
+    pixels.
+    """
 
     def __init__(self, part: Any, given: Any = None) -> None:
         self.part, self.given = part, given
@@ -54,9 +59,13 @@ class Frames:
     def __init__(self, adapter: Adapter, processor: Any, options: dict[str, Any]) -> None:
         self.adapter, self.processor, self.options = adapter, processor, options
         name = type(processor).__name__
-        video = getattr(processor, "video_processor", None) is not None and getattr(processor, "video_token", None)
+        video = getattr(processor, "video_processor", None) is not None and getattr(
+            processor, "video_token", None
+        )
         if not video and getattr(processor, "image_processor", None) is None:
-            raise ValueError(f"A stream needs the model's processor, found {name}: load it with AutoProcessor.")
+            raise ValueError(
+                f"A stream needs the model's processor, found {name}: load it with AutoProcessor."
+            )
         self.media = "video" if video else "image"
         self.part = f"{self.media}_processor"
         self.token = getattr(processor, f"{self.media}_token")
@@ -90,7 +99,9 @@ class Frames:
         self._process([frame] * self.unit)
 
     @torch.no_grad()
-    def encode(self, frames: Sequence[np.ndarray], seconds: Sequence[float], patch: Any, remember: bool = True) -> Step:
+    def encode(
+        self, frames: Sequence[np.ndarray], seconds: Sequence[float], patch: Any, remember: bool = True
+    ) -> Step:
         """One step of `unit` frames (h, w, 3) uint8; fewer are filled up with the last one.
 
         Args:
@@ -102,14 +113,16 @@ class Frames:
         model, base = self.adapter.model, self.adapter.base
         method = getattr(base, f"get_{self.modality}_features")
         names = inspect.signature(method).parameters
-        arguments = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k in names}
+        arguments = {
+            k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k in names
+        }
         output = method(**arguments, return_dict=True)
         pieces = self.adapter.split_features(self.modality, output, arguments)
         rows = torch.cat(pieces)
         if len(rows) != self.rows + self.tail:
             raise RuntimeError(
-                f"The processor foresees {self.rows + self.tail} visual tokens per step, the model made {len(rows)}: use the "
-                "processor that belongs to this model."
+                f"The processor foresees {self.rows + self.tail} visual tokens per step, the model made"
+                f" {len(rows)}: use the processor that belongs to this model."
             )
         first = output.pooler_output
         self.shape = (type(first), first.ndim if isinstance(first, Tensor) else first[0].ndim, type(output))
@@ -141,14 +154,18 @@ class Frames:
         )
 
     def _process(self, frames: Sequence[np.ndarray]) -> Mapping[str, Any]:
-        """The processor's inputs of one step; the first also tells how many placeholders a step and a video's end have."""
+        """The processor's inputs of one step; the first also tells how many placeholders a step and a video's
+        end have.
+        """
         stand = Stand(getattr(self.processor, self.part))
         try:
             inputs = self._run(self.token, stand, frames, [0.0] * len(frames), 1.0)
         except Exception as error:
             high, wide = frames[0].shape[:2]
             why = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"The model's processor cannot read a frame of {wide} x {high} pixels: {why}") from error
+            raise ValueError(
+                f"The model's processor cannot read a frame of {wide} x {high} pixels: {why}"
+            ) from error
         if self.sample is None:
             self.modality = "video" if "pixel_values_videos" in inputs else "image"
             self.sample = {k: _hollow(v) for k, v in stand.given.items() if k != "video_metadata"}

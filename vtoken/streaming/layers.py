@@ -22,7 +22,8 @@ class Layers:
         adapter: the model's parts.
 
     Raises:
-        ValueError: for decoders with multimodal rope, sliding windows, other layers, or tables that change with the length.
+        ValueError: for decoders with multimodal rope, sliding windows, other layers, or tables that change
+            with the length.
     """
 
     def __init__(self, adapter: Adapter) -> None:
@@ -45,7 +46,9 @@ class Layers:
     @staticmethod
     def _slides(config: Any) -> bool:
         """Mistral names no layer types; Qwen2 names a window that it does not use."""
-        return not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None
+        return (
+            not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None
+        )
 
     def __len__(self) -> int:
         return len(self.decoder.layers)
@@ -67,8 +70,8 @@ class Layers:
         """(1, n, d) through all layers.
 
         Args:
-            attend: `attend(layer, q, k, v)` with q (1, H, n, D), k and v (1, Hkv, n, D), k and q before their rotation, gives
-                the attention's output (1, H, n, D).
+            attend: `attend(layer, q, k, v)` with q (1, H, n, D), k and v (1, Hkv, n, D), k and q before their
+                rotation, gives the attention's output (1, H, n, D).
         """
         for i, layer in enumerate(self.decoder.layers):
             attention, x = layer.self_attn, layer.input_layernorm(hidden)
@@ -77,8 +80,11 @@ class Layers:
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         return hidden
 
-    def sdpa(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
-        """Attention of rotated (1, H, n, D) over (1, Hkv, m, D), with the layer's scale; `mask` (n, m) bool."""
+    def sdpa(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False
+    ) -> Tensor:
+        """Attention of rotated (1, H, n, D) over (1, Hkv, m, D), with the layer's scale; `mask` (n, m) bool.
+        """
         scale = self.decoder.layers[layer].self_attn.scaling
         gqa = q.shape[1] != k.shape[1]
         return torch.nn.functional.scaled_dot_product_attention(
@@ -91,7 +97,8 @@ class Layers:
         hidden = self.embed(torch.arange(5) % self.decoder.embed_tokens.num_embeddings)
         tables = self.tables(hidden, torch.arange(5))
         mine = self.run(
-            hidden, lambda i, q, k, v: self.sdpa(i, rotate(q, *tables), rotate(k, *tables), v, None, causal=True)
+            hidden,
+            lambda i, q, k, v: self.sdpa(i, rotate(q, *tables), rotate(k, *tables), v, None, causal=True),
         )
         own: Any = self.decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state
         mine = self.decoder.norm(mine)

@@ -1,4 +1,6 @@
-"""What a stream remembers of its frames: the first ones, the latest ones, and between them those at which much changed."""
+"""What a stream remembers of its frames: the first ones, the latest ones, and between them those at which
+much changed.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Step:
         cells: (k,) int64 on the CPU, grid cell of every kept token, -1 for tokens that are no patch.
         grid: (rows, columns) of the cells, None where a step is several crops.
         tail: (s, d) rows that the model puts behind the last step of a video, where it does.
-        deepstack: (levels, k, d), for models that feed features of earlier tower layers into early LLM layers.
+        deepstack: (levels, k, d), for models that feed features of earlier tower layers into early LLM
+            layers.
         change: how much changed since the step before it in memory, >= 0.
     """
 
@@ -56,7 +59,9 @@ class Step:
 
 
 def change_between(before: Tensor | None, now: Tensor) -> float:
-    """How much changed between two pictures of (n, d) features each: 1 - cosine, mean of the tenth that changed most."""
+    """How much changed between two pictures of (n, d) features each: 1 - cosine, mean of the tenth that
+    changed most.
+    """
     if before is None or before.shape != now.shape:
         return 1.0
     moved = 1 - cosine_similarity(before.float(), now.float(), dim=-1)
@@ -64,17 +69,21 @@ def change_between(before: Tensor | None, now: Tensor) -> float:
 
 
 def thinnest(changes: Sequence[float], first: int, last: int) -> int:
-    """The step of [first, last) that a memory misses least: the one with the least change; the earliest of equals."""
+    """The step of [first, last) that a memory misses least: the one with the least change; the earliest of
+    equals.
+    """
     return min(range(first, last), key=changes.__getitem__)
 
 
 class RecentMemory:
-    """First steps, a window of the latest, and a history between them, within a number of bytes and of tokens.
+    """First steps, a window of the latest, and a history between them, within a number of bytes and of
+    tokens.
 
-    Where a new step does not fit, the history step with the least change since its predecessor in memory is forgotten, and
-    its change is added to its successor's: what stays is about evenly spaced in change, not in time, and long still
-    stretches shrink first. Only when no history is left the window shrinks. Steps that leave the window may be pruned to
-    `history_tokens`, those that resemble the mean of their step least (the spatial anchor of STC, arXiv 2512.00891).
+    Where a new step does not fit, the history step with the least change since its predecessor in memory is
+    forgotten, and its change is added to its successor's: what stays is about evenly spaced in change, not in
+    time, and long still stretches shrink first. Only when no history is left the window shrinks. Steps that
+    leave the window may be pruned to `history_tokens`, those that resemble the mean of their step least (the
+    spatial anchor of STC, arXiv 2512.00891).
 
     Args:
         max_bytes: bytes of features and indices that are kept at most.
@@ -82,10 +91,10 @@ class RecentMemory:
         sinks: first steps that are never forgotten.
         recent: latest steps that are forgotten last and not pruned further.
         history_tokens: share or number of a history step's kept tokens that stay; None keeps them all.
-        max_rows: bound of the tokens that the kept steps would have unpruned, for prompts whose positions count those; None
-            for no bound.
-        max_steps: steps that are kept at most, None for no bound. With `sinks=0` and `recent` as large, the memory is a window
-            of the latest steps.
+        max_rows: bound of the tokens that the kept steps would have unpruned, for prompts whose positions
+            count those; None for no bound.
+        max_steps: steps that are kept at most, None for no bound. With `sinks=0` and `recent` as large, the
+            memory is a window of the latest steps.
 
     Raises:
         ValueError: for a bound that is not positive.
@@ -136,10 +145,15 @@ class RecentMemory:
 
     def prepare(self, step: Step) -> Step:
         """What `add` takes. Raises ValueError if the step alone is larger than the memory."""
-        if step.nbytes > self.max_bytes or len(step.kept) > self.max_tokens or step.rows > (self.max_rows or step.rows):
+        if (
+            step.nbytes > self.max_bytes
+            or len(step.kept) > self.max_tokens
+            or step.rows > (self.max_rows or step.rows)
+        ):
             raise ValueError(
-                f"One step of {len(step.kept)} visual tokens, {step.nbytes} bytes, does not fit a memory of "
-                f"{self.max_tokens} tokens, {self.max_bytes} bytes: raise max_tokens or max_bytes, or lower the budget."
+                f"One step of {len(step.kept)} visual tokens, {step.nbytes} bytes, does not fit a memory of"
+                f" {self.max_tokens} tokens, {self.max_bytes} bytes: raise max_tokens or max_bytes, or lower"
+                " the budget."
             )
         return step
 
@@ -173,5 +187,7 @@ class RecentMemory:
         return step.only(top_k(-unit @ unit.mean(0), k))
 
     def view(self, t: float | None = None) -> list[Step]:
-        """The steps in memory whose frames all lie at or before time `t` (seconds; None for all), in time order."""
+        """The steps in memory whose frames all lie at or before time `t` (seconds; None for all), in time
+        order.
+        """
         return [s for s in self.steps if t is None or s.seconds[-1] <= t]

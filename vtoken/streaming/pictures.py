@@ -20,22 +20,24 @@ def picture_of(frame: Any) -> tuple[np.ndarray, Any]:
 
     Raises:
         TypeError: for what is no picture.
-        ValueError: for one with more than `MAX_PIXELS`, or narrower than a 200th of its length; for a PIL image that is
-            damaged or of unknown colours.
+        ValueError: for one with more than `MAX_PIXELS`, or narrower than a 200th of its length; for a PIL
+            image that is damaged or of unknown colours.
     """
     array = pixels(getattr(frame, "image", frame))
     high, wide = array.shape[:2]
     if high * wide > MAX_PIXELS or max(high, wide) > MAX_RATIO * min(high, wide):
         raise ValueError(
-            f"A frame has 1 to {MAX_PIXELS} pixels and sides that differ by a factor of {MAX_RATIO} at most, found {wide} x "
-            f"{high}."
+            f"A frame has 1 to {MAX_PIXELS} pixels and sides that differ by a factor of {MAX_RATIO} at most,"
+            f" found {wide} x {high}."
         )
     return np.array(array, order="C"), getattr(frame, "seconds", None)
 
 
 def time_of(t: Any) -> float:
     """A time in seconds. Raises TypeError for what is no number, ValueError for nan and infinity."""
-    if isinstance(t, bool | np.bool_) or not isinstance(t, numbers.Real | np.number | torch.Tensor | np.ndarray):
+    if isinstance(t, bool | np.bool_) or not isinstance(
+        t, numbers.Real | np.number | torch.Tensor | np.ndarray
+    ):
         raise TypeError(f"A time is a number of seconds, found {type(t).__name__}.")
     try:
         seconds = float(t)

@@ -23,7 +23,8 @@ class PromptInputs:
     """A prompt about some steps, ready for `generate`.
 
     Attributes:
-        arguments: of `generate`, on the model's device: `input_ids` (1, n), masks, `position_ids`, and the features.
+        arguments: of `generate`, on the model's device: `input_ids` (1, n), masks, `position_ids`, and the
+            features.
         visual: (n,) bool, which tokens are visual.
         seconds: times of the frames that it is about.
     """
@@ -54,8 +55,8 @@ class Prompts:
         self.frames, self.prompt, self.system, self.fps = frames, prompt, system, fps
         if prompt is None and getattr(frames.processor, "chat_template", None) is None:
             raise ValueError(
-                f'This {type(frames.processor).__name__} has no chat template: pass prompt="... {{frames}} ... {{question}} '
-                '...", the text of a prompt.'
+                f'This {type(frames.processor).__name__} has no chat template: pass prompt="... {{frames}}'
+                ' ... {question} ...", the text of a prompt.'
             )
 
     def text(self, question: str, steps: int) -> str:
@@ -70,22 +71,27 @@ class Prompts:
         return self.frames.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def inputs(self, question: str, steps: Sequence[Step], renumber: bool = False) -> PromptInputs:
-        """The prompt about remembered steps: the processor's own, less the placeholders of tokens that were not kept.
+        """The prompt about remembered steps: the processor's own, less the placeholders of tokens that were
+        not kept.
 
-        Positions are those of the whole prompt; `renumber` closes their gaps where they count tokens. In multimodal rope
-        without time stamps in the text, a gap between steps counts as the frames that would fill it, `GAP` at most.
+        Positions are those of the whole prompt; `renumber` closes their gaps where they count tokens. In
+        multimodal rope without time stamps in the text, a gap between steps counts as the frames that would
+        fill it, `GAP` at most.
         """
         self.check(question)
         fps = self.fps or _usual_fps(steps)
         places = self._times(steps, fps)
-        times = [t for s in steps for t in (*s.seconds, *[s.seconds[-1]] * (self.frames.unit - len(s.seconds)))]
+        times = [
+            t for s in steps for t in (*s.seconds, *[s.seconds[-1]] * (self.frames.unit - len(s.seconds)))
+        ]
         full = self.frames.replay(self.text(question, len(steps)), places[-1] + 1, times, fps)
         visual = self.frames.placeholders(full)
         columns = visual.nonzero()[:, 0]
         if len(columns) != (places[-1] + 1) * self.frames.rows + self.frames.tail:
             raise RuntimeError(
-                f"The prompt of {places[-1] + 1} steps has {len(columns)} visual placeholders, expected "
-                f"{(places[-1] + 1) * self.frames.rows + self.frames.tail}: a prompt of one's own has {{frames}} once."
+                f"The prompt of {places[-1] + 1} steps has {len(columns)} visual placeholders, expected"
+                f" {(places[-1] + 1) * self.frames.rows + self.frames.tail}: a prompt of one's own has"
+                " {frames} once."
             )
         keep = ~visual
         for place, step in zip(places, steps, strict=True):
@@ -95,14 +101,17 @@ class Prompts:
             keep[columns[len(columns) - self.frames.tail :]] = True
         device, length = self.frames.adapter.model.device, visual.shape[0]
         arguments: dict[str, Any] = {
-            k: v[:, keep].to(device) for k, v in full.items() if isinstance(v, Tensor) and v.shape == (1, length)
+            k: v[:, keep].to(device)
+            for k, v in full.items()
+            if isinstance(v, Tensor) and v.shape == (1, length)
         }
         arguments["position_ids"] = self._positions(full, keep, renumber).to(device)
         arguments["mm_encoder_outputs"] = {self.frames.modality: self.frames.features_of(steps)}
         return PromptInputs(arguments, visual[keep], tuple(t for s in steps for t in s.seconds))
 
     def around(self, question: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids of a prompt in front of the frames and behind them, and placeholders of a video's end; (n,) int64 each.
+        """Ids of a prompt in front of the frames and behind them, and placeholders of a video's end; (n,)
+        int64 each.
 
         Raises ValueError where the processor writes text between frames.
         """
@@ -113,7 +122,8 @@ class Prompts:
         if last - first + 1 != len(places):
             name = type(self.frames.processor).__name__
             raise ValueError(
-                f"memory='rekv' needs frames without text between them, and {name} writes some: use memory='recent'."
+                f"memory='rekv' needs frames without text between them, and {name} writes some: use"
+                " memory='recent'."
             )
         return ids[:first], ids[last + 1 :], ids[last + 1 - self.frames.tail : last + 1]
 
@@ -124,14 +134,17 @@ class Prompts:
             return tokenizer(question, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
 
     def check(self, question: Any) -> None:
-        """Raises TypeError for what is no text; ValueError for an empty question, or one with a placeholder of frames."""
+        """Raises TypeError for what is no text; ValueError for an empty question, or one with a placeholder
+        of frames.
+        """
         if not isinstance(question, str):
             raise TypeError(f"A question is a text, found {type(question).__name__}.")
         if not question.strip():
             raise ValueError("The question is empty: ask something.")
         if self.frames.token in question:
             raise ValueError(
-                f"The question must not contain {self.frames.token}, which stands for frames in this model's prompts."
+                f"The question must not contain {self.frames.token}, which stands for frames in this model's"
+                " prompts."
             )
 
     def _times(self, steps: Sequence[Step], fps: float) -> list[int]:

@@ -30,7 +30,8 @@ class Block:
 
     Attributes:
         step: the step, without its features.
-        kv: (layers, 2, kv_heads, n, head_dim), keys before their rotation and values, on the CPU or mapped from a file.
+        kv: (layers, 2, kv_heads, n, head_dim), keys before their rotation and values, on the CPU or mapped
+            from a file.
         mean: (layers, kv_heads, head_dim) float32, mean key.
         change: see `Step.change`; forgotten predecessors add theirs.
     """
@@ -78,14 +79,16 @@ class Prepared:
 
 
 class ReKVMemory:
-    """Sliding-window prefill of every step, all blocks in CPU memory or in files, and retrieval per question and layer.
+    """Sliding-window prefill of every step, all blocks in CPU memory or in files, and retrieval per question
+    and layer.
 
-    A step attends to the `n_local` tokens up to it and to the prompt's beginning (attention sinks), which never is farther
-    away than `n_local - 1`. At a question each LLM layer takes the `topk` blocks whose mean key has the largest product with
-    the question's mean query, in the order of time; sinks and blocks get positions 0, 1, 2, ... and the prompt's end
-    continues them, through the model's own `generate`. Differs from the published code: a sink is not counted twice while it
-    is in the window, the end of a video (`Step.tail`) stays in the prompt, a short last group is filled up, `n_local` does
-    not limit the answer, and blocks are bounded: where a new one does not fit, that with the least change is forgotten as in
+    A step attends to the `n_local` tokens up to it and to the prompt's beginning (attention sinks), which
+    never is farther away than `n_local - 1`. At a question each LLM layer takes the `topk` blocks whose mean
+    key has the largest product with the question's mean query, in the order of time; sinks and blocks get
+    positions 0, 1, 2, ... and the prompt's end continues them, through the model's own `generate`. Differs
+    from the published code: a sink is not counted twice while it is in the window, the end of a video
+    (`Step.tail`) stays in the prompt, a short last group is filled up, `n_local` does not limit the answer,
+    and blocks are bounded: where a new one does not fit, that with the least change is forgotten as in
     `RecentMemory`.
 
     Args:
@@ -96,7 +99,8 @@ class ReKVMemory:
         topk: blocks a layer takes.
         chunk: blocks that are scored and taken together; divides `topk`.
         metric: "dot" as published, or "cosine".
-        disk: directory for the blocks' keys and values, None for CPU memory. `max_bytes` counts them either way.
+        disk: directory for the blocks' keys and values, None for CPU memory. `max_bytes` counts them either
+            way.
 
     Raises:
         ValueError: for values out of range.
@@ -147,7 +151,8 @@ class ReKVMemory:
     # -- frames -------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def prepare(self, step: Step) -> Prepared:
-        """Let the LLM read the next step, and write what it made of it to the disk. The memory stays as it is.
+        """Let the LLM read the next step, and write what it made of it to the disk. The memory stays as it
+        is.
 
         Raises:
             ValueError: if the step is longer than the window, or than the step before.
@@ -155,17 +160,21 @@ class ReKVMemory:
         """
         tokens = len(step.kept)
         if tokens > self.n_local:
-            raise ValueError(f"A step of {tokens} tokens is longer than the window of {self.n_local}: raise n_local.")
+            raise ValueError(
+                f"A step of {tokens} tokens is longer than the window of {self.n_local}: raise n_local."
+            )
         if self.blocks and tokens != len(self.blocks[-1].step.kept):
             raise ValueError(
-                f"memory='rekv' needs blocks of one length, found {tokens} tokens after {len(self.blocks[-1].step.kept)}: use "
-                "a strategy that keeps as much of every frame."
+                f"memory='rekv' needs blocks of one length, found {tokens} tokens after"
+                f" {len(self.blocks[-1].step.kept)}: use a strategy that keeps as much of every frame."
             )
         context = self.context
         if context.prefix is None:
             prefix = self.prompts.around("?")[0]
             context = self._read(self.layers.embed(prefix), context)[1]
-            context = replace(context, prefix=prefix, sinks=[(k.clone(), v.clone()) for k, v in context.window])
+            context = replace(
+                context, prefix=prefix, sinks=[(k.clone(), v.clone()) for k, v in context.window]
+            )
         made, context = self._read(step.features[None].to(self.layers.device), context)
         kv = torch.stack([torch.stack([k[0], v[0]]) for k, v in made]).cpu()
         mean = torch.stack([k[0].float().mean(1) for k, _ in made])
@@ -175,14 +184,16 @@ class ReKVMemory:
         return Prepared(Block(bare, kv, mean, step.change), context)
 
     def add(self, prepared: Prepared) -> None:
-        """Remember a block that was prepared. Raises ValueError if it alone does not fit, and remembers nothing then."""
+        """Remember a block that was prepared. Raises ValueError if it alone does not fit, and remembers
+        nothing then.
+        """
         blocks = [*self.blocks, prepared.block]
         held, forgotten = self._block_bytes + prepared.block.nbytes, self.forgotten
         while prepared.context.nbytes + held > self.max_bytes:
             if len(blocks) == 1:
                 raise ValueError(
-                    f"The window, the sinks and one block take {prepared.context.nbytes + held} bytes and max_bytes is "
-                    f"{self.max_bytes}: raise max_bytes or lower n_local."
+                    f"The window, the sinks and one block take {prepared.context.nbytes + held} bytes and"
+                    f" max_bytes is {self.max_bytes}: raise max_bytes or lower n_local."
                 )
             place = thinnest([b.change for b in blocks], 0, len(blocks) - 1)
             gone = blocks.pop(place)
@@ -193,7 +204,8 @@ class ReKVMemory:
         self._block_bytes, self.forgotten = held, forgotten
 
     def _read(self, hidden: Tensor, context: Context) -> tuple[list[tuple[Tensor, Tensor]], Context]:
-        """Prefill one piece after a context; returns its keys and values per layer, and the context after it."""
+        """Prefill one piece after a context; returns its keys and values per layer, and the context after it.
+        """
         made: list[tuple[Tensor, Tensor]] = []
         window, sinks, seen = context.window, context.sinks, context.seen
         piece, past = hidden.shape[1], window[0][0].shape[2] if window else 0
@@ -219,19 +231,24 @@ class ReKVMemory:
             near_k = rotate(k, *tables)
             if far is None:
                 return self.layers.sdpa(i, near_q, near_k, v, local)
-            # a sink sees another rotation of the query: both side by side, each against zeros in the other's keys
+            # a sink sees another rotation of the query: both side by side, each against zeros in the other's
+            # keys
             at_zero, ceiling, mask = far
             sink_k, sink_v = sinks[i]
             sink_k = rotate(sink_k, *at_zero)
             both_q = torch.cat([near_q, rotate(q, *ceiling)], -1)
             zero = torch.zeros_like
-            both_k = torch.cat([torch.cat([zero(sink_k), sink_k], -1), torch.cat([near_k, zero(near_k)], -1)], 2)
+            both_k = torch.cat(
+                [torch.cat([zero(sink_k), sink_k], -1), torch.cat([near_k, zero(near_k)], -1)], 2
+            )
             return self.layers.sdpa(i, both_q, both_k, torch.cat([sink_v, v], 2), mask)
 
         self.layers.run(hidden, attend)
         before = window or [(k[:, :, :0], v[:, :, :0]) for k, v in made]
         moved: Any = [
-            tuple(torch.cat([old, new], 2)[:, :, -self.n_local :].clone() for old, new in zip(a, b, strict=True))
+            tuple(
+                torch.cat([old, new], 2)[:, :, -self.n_local :].clone() for old, new in zip(a, b, strict=True)
+            )
             for a, b in zip(before, made, strict=True)
         ]
         return made, replace(context, window=moved, seen=seen + piece)
@@ -284,7 +301,9 @@ class ReKVMemory:
             taken = self.select(q[0].float().mean(1), torch.stack([b.mean[i] for b in blocks])).tolist()
             used.update(taken)
             own = torch.cat([blocks[b].kv[i] for b in taken], 2).to(q.device)
-            context_k, context_v = (torch.cat([s, x[None]], 2) for s, x in zip(self.context.sinks[i], own, strict=True))
+            context_k, context_v = (
+                torch.cat([s, x[None]], 2) for s, x in zip(self.context.sinks[i], own, strict=True)
+            )
             visual = own.shape[2]
             n, m = context_k.shape[2], k.shape[2]
             cos, sin = self.layers.tables(q, torch.arange(n + m))
@@ -329,6 +348,7 @@ def _to_file(kv: Tensor, folder: str | os.PathLike[str]) -> Tensor:
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OSError(
             getattr(error, "errno", None) or errno.EIO,
-            f"{kv.nbytes} bytes of a frame could not be written ({why}): free some space, or pass another `disk`",
+            f"{kv.nbytes} bytes of a frame could not be written ({why}): free some space, or pass another"
+            " `disk`",
             str(folder),
         ) from error

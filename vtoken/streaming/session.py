@@ -28,36 +28,39 @@ from .rekv import ReKVMemory
 class StreamSession:
     """One stream of frames, and questions about it at any moment.
 
-    Every frame goes once through the model's own processor, vision tower and projector; what the strategy keeps of its
-    visual tokens goes into a memory of bounded size. A question becomes the model's ordinary prompt, whose placeholders are
-    filled from the memory. While nothing has been pruned or forgotten, the answer is what `model.generate` gives for the same
-    frames. The stream may go on forever: memory, prompt length and work per frame stay constant.
+    Every frame goes once through the model's own processor, vision tower and projector; what the strategy
+    keeps of its visual tokens goes into a memory of bounded size. A question becomes the model's ordinary
+    prompt, whose placeholders are filled from the memory. While nothing has been pruned or forgotten, the
+    answer is what `model.generate` gives for the same frames. The stream may go on forever: memory, prompt
+    length and work per frame stay constant.
 
-    `push` may be called by one thread while others ask; `reset` waits for questions to be taken, `close` for answers to end. An
-    answer has seen frames up to its time only.
+    `push` may be called by one thread while others ask; `reset` waits for questions to be taken, `close` for
+    answers to end. An answer has seen frames up to its time only.
 
     Args:
         model: a transformers model that reads videos, or several images; patched or not.
         processor: its processor.
-        strategy: patches the model while the session is open, see `vtoken.patch`; sessions with equal strategies share it.
-            None takes the model as it is, with the patch it has or none.
+        strategy: patches the model while the session is open, see `vtoken.patch`; sessions with equal
+            strategies share it. None takes the model as it is, with the patch it has or none.
         budget, options: of the strategy.
-        memory: "recent" keeps visual tokens, see `vtoken.streaming.RecentMemory`; "rekv" keeps what the LLM made of them and
-            retrieves per question, see `vtoken.streaming.ReKVMemory`, for models without multimodal rope.
+        memory: "recent" keeps visual tokens, see `vtoken.streaming.RecentMemory`; "rekv" keeps what the LLM
+            made of them and retrieves per question, see `vtoken.streaming.ReKVMemory`, for models without
+            multimodal rope.
         max_bytes: bytes that the memory may hold; None for 256 MiB ("recent") or 4 GiB ("rekv").
         max_tokens: visual tokens of a prompt ("recent"); None for what the LLM's positions leave room for.
-        memory_options: `sinks`, `recent` (in steps), `history_tokens` of "recent"; `n_local`, `topk`, `chunk`, `metric`, `disk`
-            of "rekv".
+        memory_options: `sinks`, `recent` (in steps), `history_tokens` of "recent"; `n_local`, `topk`,
+            `chunk`, `metric`, `disk` of "rekv".
         prompt: text of a prompt with {frames} and {question}, for processors without a chat template.
         system: system message for those with one.
-        fps: frames per second of the stream; None to take the median distance between frames. Decides time positions of
-            Qwen2.5-VL, and the time of frames that are pushed without one.
-        processor_options: further arguments of the processor, such as `size`; a processor that shrinks long videos as a whole
-            (Qwen3-VL) sees one step at a time here.
+        fps: frames per second of the stream; None to take the median distance between frames. Decides time
+            positions of Qwen2.5-VL, and the time of frames that are pushed without one.
+        processor_options: further arguments of the processor, such as `size`; a processor that shrinks long
+            videos as a whole (Qwen3-VL) sees one step at a time here.
         max_new_tokens: tokens of an answer, unless the question says otherwise.
 
     Raises:
-        TypeError, ValueError: as `vtoken.patch`; for a memory, a processor or a strategy that cannot serve a stream.
+        TypeError, ValueError: as `vtoken.patch`; for a memory, a processor or a strategy that cannot serve a
+            stream.
 
     Example:
         with vtoken.StreamSession(model, processor, "stc_pruner", budget=0.3) as session:
@@ -91,8 +94,8 @@ class StreamSession:
         self.adapter = adapter_for(model)
         if "mm_encoder_outputs" not in inspect.signature(self.adapter.base.forward).parameters:
             raise ValueError(
-                f"A StreamSession hands visual features to the model, and {type(model).__name__} of transformers "
-                f"{transformers.__version__} does not take any: use transformers 5.18 or newer."
+                f"A StreamSession hands visual features to the model, and {type(model).__name__} of"
+                f" transformers {transformers.__version__} does not take any: use transformers 5.18 or newer."
             )
         self.model, self.processor = model, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
@@ -111,7 +114,13 @@ class StreamSession:
         self._patch = self._shared.patch
         try:
             self.memory = make_memory(
-                memory, self.adapter, self.prompts, self._shared.renumbers, max_bytes, max_tokens, memory_options or {}
+                memory,
+                self.adapter,
+                self.prompts,
+                self._shared.renumbers,
+                max_bytes,
+                max_tokens,
+                memory_options or {},
             )
         except BaseException:
             self._shared.release()
@@ -122,17 +131,18 @@ class StreamSession:
         """Take the stream's next frame.
 
         Args:
-            frame: (h, w, 3) uint8 RGB array or tensor, a PIL image, or a frame of a `VideoReader`, which knows its time. Frames
-                of another size than the first are resized to it.
+            frame: (h, w, 3) uint8 RGB array or tensor, a PIL image, or a frame of a `VideoReader`, which
+                knows its time. Frames of another size than the first are resized to it.
             t: its time in seconds, later than the frame before; None for the next of `fps` per second.
 
         Returns:
-            What was remembered of it: the kept tokens and their cells; None while the tower waits for a second frame.
+            What was remembered of it: the kept tokens and their cells; None while the tower waits for a
+            second frame.
 
         Raises:
             TypeError: for what is no picture, or a time that is no number.
-            ValueError: for a frame that is empty or too large, a time that is not later than the frame before, or a frame
-                larger than the memory.
+            ValueError: for a frame that is empty or too large, a time that is not later than the frame
+                before, or a frame larger than the memory.
             RuntimeError: if the session is closed.
 
         A call that raises leaves the session as it was.
@@ -145,7 +155,9 @@ class StreamSession:
             if t is None:
                 t = 0.0 if self._last is None else self._last + 1 / (self.prompts.fps or 1.0)
             if self._last is not None and t <= self._last:
-                raise ValueError(f"Frames come in the order of their times: found {t} s after {self._last} s.")
+                raise ValueError(
+                    f"Frames come in the order of their times: found {t} s after {self._last} s."
+                )
             return self._push(image, t)
 
     def _push(self, image: np.ndarray, t: float) -> Step | None:
@@ -167,7 +179,9 @@ class StreamSession:
                 self._pushed += 1
         return step
 
-    def _encode(self, frames: list[tuple[np.ndarray, float]], state: StreamState, remember: bool = True) -> Step:
+    def _encode(
+        self, frames: list[tuple[np.ndarray, float]], state: StreamState, remember: bool = True
+    ) -> Step:
         """One step, with `state` going on; `remember` as in `Frames.encode`."""
         images, seconds = zip(*frames, strict=True)
         with self._shared.used(), stream(self.model, state):
@@ -177,10 +191,14 @@ class StreamSession:
         if self.closed:
             raise RuntimeError("This StreamSession is closed: make a new one.")
         if not self._shared.is_there():
-            raise RuntimeError("The model was patched or unpatched while a session used it: make a new session.")
+            raise RuntimeError(
+                "The model was patched or unpatched while a session used it: make a new session."
+            )
 
     def reset(self) -> None:
-        """Forget the stream; the next frame is the first of another. Answers that are being given are of the old one."""
+        """Forget the stream; the next frame is the first of another. Answers that are being given are of the
+        old one.
+        """
         with self._taking.alone("be reset"), self._encoding, self._remembering:
             self._forget()
 
@@ -193,9 +211,9 @@ class StreamSession:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Numbers of the stream so far: `frames`, `steps` in memory, `forgotten` steps, `tokens` and `bytes` in memory with
-        their bounds, `state_bytes` that the strategy remembers besides, of constant size, `first` time in memory, `last` time,
-        `questions`.
+        """Numbers of the stream so far: `frames`, `steps` in memory, `forgotten` steps, `tokens` and `bytes`
+        in memory with their bounds, `state_bytes` that the strategy remembers besides, of constant size,
+        `first` time in memory, `last` time, `questions`.
         """
         with self._remembering:
             steps = self.memory.view()
@@ -232,7 +250,9 @@ class StreamSession:
             return self._answer(self._take(text, t), generate)
 
     def stream_answer(self, text: str, t: float | None = None, **generate: Any) -> AnswerStream:
-        """As `ask`, an iterator of pieces of the answer's text; the question is taken at once, whenever they are read."""
+        """As `ask`, an iterator of pieces of the answer's text; the question is taken at once, whenever they
+        are read.
+        """
         self._answering.enter()
         try:
             asked = self._take(text, t)
@@ -272,7 +292,8 @@ class StreamSession:
     def _view(self, t: float | None, alone: bool = False) -> tuple[list[Any], float | None]:
         """Steps of the memory up to a time, and the time of the latest frame.
 
-        A frame without its second one is encoded for this answer only: `alone`, without a frame that is pushed meanwhile.
+        A frame without its second one is encoded for this answer only: `alone`, without a frame that is
+        pushed meanwhile.
         """
         with self._encoding if alone else nullcontext():
             with self._remembering:
@@ -295,9 +316,11 @@ class StreamSession:
 
     # -- the end ------------------------------------------------------------------------------------------------
     def close(self) -> None:
-        """Forget the stream and take off the patch that the session put on the model, if no other session uses it.
+        """Forget the stream and take off the patch that the session put on the model, if no other session
+        uses it.
 
-        Answers that are being given in other threads are waited for. Raises RuntimeError from within one of them.
+        Answers that are being given in other threads are waited for. Raises RuntimeError from within one of
+        them.
         """
         with self._answering.alone("be closed"), self._taking.alone("be closed"), self._encoding:
             if self.closed:

@@ -35,7 +35,8 @@ def load(name: str = "llava", **kwargs: Any) -> tuple[Any, Any]:
 
     Args:
         name: one of `names()`.
-        **kwargs: go to ``AutoModelForImageTextToText.from_pretrained`` (``dtype``, ``attn_implementation``, ...).
+        **kwargs: go to ``AutoModelForImageTextToText.from_pretrained`` (``dtype``, ``attn_implementation``,
+            ...).
 
     Returns:
         ``(model, processor)``, float32 unless ``dtype`` says otherwise.

@@ -1,12 +1,14 @@
 """Builds ``assets.npz``: photographs and glyph masks that the scenes are composed of.
 
-Run ``python -m vtoken.tiny.assets`` to build it again (needs scikit-image and Pillow). The file ships with the package,
-so that composing a scene is integer arithmetic on stored bytes and gives the same scene on every machine.
+Run ``python -m vtoken.tiny.assets`` to build it again (needs scikit-image and Pillow). The file ships with
+the package, so that composing a scene is integer arithmetic on stored bytes and gives the same scene on every
+machine.
 
 Photographs (all from ``skimage.data``, released as CC0 or into the public domain, or without known copyright
-restrictions): train - astronaut (NASA), chelsea (Stefan van der Walt), brick and grass (textures), coins (Brooklyn
-Museum), hubble_deep_field (NASA), retina (Mikael Haggstrom); test - coffee (Rachel Michetti), rocket (SpaceX), camera
-(Lav Varshney), gravel (texture). They are reduced to 160 x 128, half desaturated and brought into the range 25..175.
+restrictions): train - astronaut (NASA), chelsea (Stefan van der Walt), brick and grass (textures), coins
+(Brooklyn Museum), hubble_deep_field (NASA), retina (Mikael Haggstrom); test - coffee (Rachel Michetti),
+rocket (SpaceX), camera (Lav Varshney), gravel (texture). They are reduced to 160 x 128, half desaturated and
+brought into the range 25..175.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ FILE = Path(__file__).with_name("assets.npz")
 
 
 def outline(shape: str) -> np.ndarray:
-    """Corners of a shape in the unit disc, ``(k, 2)`` float64, y downwards. ``ring`` is the outline of a circle."""
+    """Corners of a shape in the unit disc, ``(k, 2)`` float64, y downwards. ``ring`` is the outline of a
+    circle.
+    """
     turn = 2 * np.pi
     if shape in ("circle", "ring"):
         t = np.arange(40) / 40 * turn
@@ -63,7 +67,9 @@ def outline(shape: str) -> np.ndarray:
 
 
 def glyph(shape: str, rng: np.random.Generator) -> np.ndarray:
-    """One deformed mask of ``shape``: ``(24, 24)`` uint8, 255 inside. Outer diameter 15 to 19 px before deformation."""
+    """One deformed mask of ``shape``: ``(24, 24)`` uint8, 255 inside. Outer diameter 15 to 19 px before
+    deformation.
+    """
     points = outline(shape)
     radius = rng.uniform(7.5, 9.5)
     aspect = rng.uniform(0.9, 1.1)

@@ -1,4 +1,6 @@
-"""What the clips show: a photograph seen by a slow camera, and moments with a digit, a coloured shape or both."""
+"""What the clips show: a photograph seen by a slow camera, and moments with a digit, a coloured shape or
+both.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ class Camera:
 
 
 def bend(mask: np.ndarray, rng: np.random.Generator, most: float = 2.0) -> np.ndarray:
-    """A mask ``(24, 24)`` uint8 with a 3 x 3 mesh of points moved by up to ``most`` px, strokes thinner or thicker."""
+    """A mask ``(24, 24)`` uint8 with a 3 x 3 mesh of points moved by up to ``most`` px, strokes thinner or
+    thicker.
+    """
     grid = np.linspace(0, CANVAS, 4).round().astype(int)
     moved = np.stack(np.meshgrid(grid, grid), -1) + rng.uniform(-most, most, (4, 4, 2))
     mesh = [
@@ -89,7 +93,8 @@ def bend(mask: np.ndarray, rng: np.random.Generator, most: float = 2.0) -> np.nd
 def draw_object(
     rng: np.random.Generator, split: str, name: str, colour: str, quadrant: int, bent: bool = False
 ) -> SceneObject:
-    """A digit or shape drawn from the masks of a split and placed in a quadrant, 3 px or more from its borders.
+    """A digit or shape drawn from the masks of a split and placed in a quadrant, 3 px or more from its
+    borders.
 
     ``bent`` also deforms the mask: a tower that sees no two alike reads the test split's fonts better.
     """
@@ -105,7 +110,13 @@ def draw_object(
 
 
 def draw_moment(
-    rng: np.random.Generator, split: str, start: int, stop: int, digit: str | None, shape: str | None, colour: str
+    rng: np.random.Generator,
+    split: str,
+    start: int,
+    stop: int,
+    digit: str | None,
+    shape: str | None,
+    colour: str,
 ) -> Moment:
     first, second = (int(q) for q in rng.permutation(4)[:2])
     objects = [] if digit is None else [draw_object(rng, split, digit, WHITE, first)]

@@ -1,10 +1,11 @@
 """Short labelled clips and endless streams of digits and shapes, and questions about them.
 
-On a photograph that stands still or drifts slowly, under a little camera noise, there are *moments*: for a while a
-digit, a coloured shape or both are on screen; between moments there is the photograph alone. A clip has 2 to 4 moments,
-no digit twice, no colour twice; a shape may come again in another colour. Clips are 96 x 96 px and a function of
-``(seed, split)`` and their length alone: stored bytes, PCG64 and integer arithmetic. The ``test`` split uses other
-photographs and shape masks than the ``train`` split (`vtoken.tiny.assets`) and other fonts (`vtoken.tiny.digits`).
+On a photograph that stands still or drifts slowly, under a little camera noise, there are *moments*: for a
+while a digit, a coloured shape or both are on screen; between moments there is the photograph alone. A clip
+has 2 to 4 moments, no digit twice, no colour twice; a shape may come again in another colour. Clips are 96 x
+96 px and a function of ``(seed, split)`` and their length alone: stored bytes, PCG64 and integer arithmetic.
+The ``test`` split uses other photographs and shape masks than the ``train`` split (`vtoken.tiny.assets`) and
+other fonts (`vtoken.tiny.digits`).
 """
 
 from __future__ import annotations
@@ -121,7 +122,10 @@ def make_clip(seed: int, split: str = "train", frames: int = 8, fps: float = 2.0
         )
         for i in range(count)
     )
-    images = [camera.frame(i, [o for m in moments if m.start <= i < m.stop for o in m.objects]) for i in range(frames)]
+    images = [
+        camera.frame(i, [o for m in moments if m.start <= i < m.stop for o in m.objects])
+        for i in range(frames)
+    ]
     media = Frames(images, [i / fps for i in range(frames)])
     return Clip(media, moments, int(seed), split, camera.name, float(fps))
 
@@ -129,12 +133,15 @@ def make_clip(seed: int, split: str = "train", frames: int = 8, fps: float = 2.0
 def _ask(
     moments: Sequence[Moment], now: int, rng: np.random.Generator, forms: np.random.Generator | None
 ) -> list[tuple[Question, int]]:
-    """Questions after frame ``now``, each with the frame from which on nothing bears on its answer any more."""
+    """Questions after frame ``now``, each with the frame from which on nothing bears on its answer any more.
+    """
     asked: list[tuple[Question, int]] = []
 
     def ask(form: str, answer: str, until: int = now + 1, **words: str) -> None:
         number = 0 if forms is None else int(forms.integers(len(FORMS[form])))
-        asked.append((Question(FORMS[form][number].format(**words), answer, KIND_OF[form]), min(until, now + 1)))
+        asked.append(
+            (Question(FORMS[form][number].format(**words), answer, KIND_OF[form]), min(until, now + 1))
+        )
 
     with_digit = [m for m in moments if m.digit]
     with_shape = [m for m in moments if m.shape]
@@ -159,14 +166,21 @@ def _ask(
         if m.shape and digits.count(m.digit) == 1:
             ask("shape with", m.shape, m.stop, digit=m.digit)
             ask("colour with", m.colour, m.stop, digit=m.digit)
-    seen = {name: m.stop for m in moments for name in (m.digit, m.shape, m.shape and f"{m.colour} {m.shape}") if name}
+    seen = {
+        name: m.stop
+        for m in moments
+        for name in (m.digit, m.shape, m.shape and f"{m.colour} {m.shape}")
+        if name
+    }
     names = [*DIGITS, *SHAPES, *(f"{m.colour} {shape}" for m in with_shape for shape in SHAPES)]
     names += [f"{colour} {m.shape}" for m in with_shape for colour in COLOURS]
     unseen = [name for name in dict.fromkeys(names) if name not in seen]
     for name in seen:
         ask("was", "yes", seen[name], name=name)
         alike = [
-            other for other in unseen if (other in DIGITS, len(other.split())) == (name in DIGITS, len(name.split()))
+            other
+            for other in unseen
+            if (other in DIGITS, len(other.split())) == (name in DIGITS, len(name.split()))
         ]
         if alike:
             ask("was", "no", name=alike[int(rng.integers(len(alike)))])
@@ -178,13 +192,15 @@ def _ask(
     return asked
 
 
-def questions(clip: Clip, forms: np.random.Generator | None = None, seen_before: float | None = None) -> list[Question]:
+def questions(
+    clip: Clip, forms: np.random.Generator | None = None, seen_before: float | None = None
+) -> list[Question]:
     """All questions about a clip, each with exactly one right answer, asked after its last frame.
 
     Args:
         forms: a numpy generator draws the wording from ``FORMS``; without it the first wording is used.
-        seen_before: only those that the frames before this time (in seconds) answer for good: what came later neither
-            shows the answer again nor could have changed it.
+        seen_before: only those that the frames before this time (in seconds) answer for good: what came later
+            neither shows the answer again nor could have changed it.
     """
     rng = np.random.Generator(np.random.PCG64([clip.seed, SPLITS.index(clip.split), 4]))
     asked = _ask(clip.moments, len(clip.media) - 1, rng, forms)
@@ -196,7 +212,8 @@ def held_out(
 ) -> list[tuple[Clip, Question]]:
     """``n`` questions about ``n`` different clips of the test split, balanced over ``KINDS``.
 
-    ``seed`` picks a disjoint set of clips (a million apart). Of several ``frames`` each length takes its turn.
+    ``seed`` picks a disjoint set of clips (a million apart). Of several ``frames`` each length takes its
+    turn.
     """
     if n < 0 or seed < 0:
         raise ValueError(f"held_out needs n >= 0 and seed >= 0, got n={n}, seed={seed}")
@@ -214,7 +231,9 @@ def vocabulary() -> list[str]:
     """Every word and mark that questions and answers are made of, sorted."""
     text = " ".join(form for forms in FORMS.values() for form in forms).replace("?", " ")
     words = {word for word in text.split() if "{" not in word}
-    return sorted(words | {"?", "yes", "no", "none"} | set(DIGITS) | set(NUMBERS) | set(SHAPES) | set(COLOURS))
+    return sorted(
+        words | {"?", "yes", "no", "none"} | set(DIGITS) | set(NUMBERS) | set(SHAPES) | set(COLOURS)
+    )
 
 
 @dataclass(frozen=True)
@@ -280,19 +299,24 @@ class Stream:
     def questions_at(
         self, seconds: float, seen_before: float | None = None, since: float | None = None
     ) -> list[Question]:
-        """What can be asked at a time, with exactly one right answer given the frames up to then and no later one.
+        """What can be asked at a time, with exactly one right answer given the frames up to then and no later
+        one.
 
-        ``seen_before`` as in `questions`: facts that were shown only early. ``since``: given the frames from this time on, for
-        those who have forgotten the earlier ones.
+        ``seen_before`` as in `questions`: facts that were shown only early. ``since``: given the frames from
+        this time on, for those who have forgotten the earlier ones.
         """
         now = int(seconds * self.fps + 1e-6)
         rng = np.random.Generator(np.random.PCG64([self.seed, SPLITS.index(self.split), 7, max(now, 0)]))
         first = 0 if since is None else int(since * self.fps + 1e-6)
         asked = _ask([m for m in self.moments(now) if m.stop > first], now, rng, None)
-        return [question for question, until in asked if seen_before is None or until / self.fps <= seen_before]
+        return [
+            question for question, until in asked if seen_before is None or until / self.fps <= seen_before
+        ]
 
     def answer_to(self, question: str, seconds: float, since: float | None = None) -> str | None:
-        """The right answer to a question in the first wording at a time, as `questions_at` counts it; None if there is none."""
+        """The right answer to a question in the first wording at a time, as `questions_at` counts it; None if
+        there is none.
+        """
         for known in self.questions_at(seconds, since=since):
             if known.text == question:
                 return known.answer

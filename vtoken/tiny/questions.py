@@ -1,4 +1,5 @@
-"""Held-out questions for each tiny model, and its answers as its user gets them: real processor, plain ``generate``.
+"""Held-out questions for each tiny model, and its answers as its user gets them: real processor, plain
+``generate``.
 
 An example is anything with ``.media``: a PIL image, or a list of PIL frames whose times are in ``.seconds``.
 """
@@ -20,7 +21,9 @@ Pairs = Sequence[tuple[Any, Question]]
 LENGTHS = (4, 6, 8)  # frames of held-out clips: up to two, three and four moments
 
 
-def _in_turn(images: Callable[[int, int], list[tuple[Any, Question]]], n: int, seed: int) -> list[tuple[Any, Question]]:
+def _in_turn(
+    images: Callable[[int, int], list[tuple[Any, Question]]], n: int, seed: int
+) -> list[tuple[Any, Question]]:
     """An image, a clip, an image, ..."""
     pictures, videos = images(n - n // 2, seed), clips.held_out(n // 2, seed, LENGTHS)
     return [pair for both in zip(pictures, videos) for pair in both] + pictures[n // 2 :]
@@ -37,7 +40,8 @@ HELD_OUT: dict[str, Callable[[int, int], list[tuple[Any, Question]]]] = {
 def held_out(name: str, n: int, seed: int = 0) -> list[tuple[Any, Question]]:
     """``n`` questions about the test split of the tiny model ``name``: (example, question) pairs.
 
-    ``seed`` picks a disjoint set of examples. For models of images and video they are in turn about an image and a clip.
+    ``seed`` picks a disjoint set of examples. For models of images and video they are in turn about an image
+    and a clip.
 
     Raises:
         ValueError: there is no tiny model of that name.
@@ -54,7 +58,8 @@ def prompt(processor: Any, text: str, media: str = "image") -> str:
 
 
 def prepare(processor: Any, pairs: Pairs) -> Any:
-    """The model's inputs for questions about images, or about videos of one number of frames; padded on the left.
+    """The model's inputs for questions about images, or about videos of one number of frames; padded on the
+    left.
 
     All frames are given to the model: none is left out by the video processor.
     """
@@ -77,9 +82,14 @@ def _metadata(seconds: Sequence[float]) -> dict[str, Any]:
 
 @torch.no_grad()
 def answers(
-    model: Any, processor: Any, pairs: Pairs, batch_size: int = 50, change: Callable[[Any], None] = lambda inputs: None
+    model: Any,
+    processor: Any,
+    pairs: Pairs,
+    batch_size: int = 50,
+    change: Callable[[Any], None] = lambda inputs: None,
 ) -> list[str]:
-    """Greedy answers to questions about examples, batched with left padding: images with images, clips with as long.
+    """Greedy answers to questions about examples, batched with left padding: images with images, clips with
+    as long.
 
     ``change`` is given the inputs of each batch and may change them.
     """
@@ -92,7 +102,9 @@ def answers(
             some = group[first : first + batch_size]
             inputs = prepare(processor, [pairs[i] for i in some]).to(model.device)
             change(inputs)
-            out = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+            out = model.generate(**inputs, max_new_tokens=6, do_sample=False)[
+                :, inputs["input_ids"].shape[1] :
+            ]
             for i, text in zip(some, processor.batch_decode(out, skip_special_tokens=True)):
                 said[i] = text.strip()
     return said

@@ -1,7 +1,7 @@
 """Scenes of a few coloured shapes on photographs, and questions about them: the data of the tiny models.
 
-A scene is a function of ``(seed, split)`` alone: stored bytes, PCG64 and integer arithmetic, so it is the same on every
-machine. The ``test`` split uses glyphs and photographs that the ``train`` split never shows.
+A scene is a function of ``(seed, split)`` alone: stored bytes, PCG64 and integer arithmetic, so it is the
+same on every machine. The ``test`` split uses glyphs and photographs that the ``train`` split never shows.
 """
 
 from __future__ import annotations
@@ -40,25 +40,32 @@ _EDGE, _MIDDLE, _APART = 11, 7, 23  # px: centre to border, to the image's middl
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its names, its bounding box ``(left, top, right, bottom)`` in px and its ``(24, 24)`` uint8 mask."""
+    """One object: its names, its bounding box ``(left, top, right, bottom)`` in px and its ``(24, 24)`` uint8
+    mask.
+    """
 
     shape: str
     colour: str
     box: tuple[int, int, int, int]
     mask: np.ndarray = field(repr=False, compare=False)
     origin: tuple[int, int] = field(repr=False, compare=False)  # left, top of the mask in the image
-    canvas: tuple[int, int] = field(default=(SIZE, SIZE), repr=False, compare=False)  # width, height of the image
+    # width, height of the image
+    canvas: tuple[int, int] = field(default=(SIZE, SIZE), repr=False, compare=False)
 
     @property
     def place(self) -> str:
         """The quadrant of the image that holds the object: ``top left``, ``bottom right``, ..."""
         x, y = (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
-        return f"{'top' if y < self.canvas[1] / 2 else 'bottom'} {'left' if x < self.canvas[0] / 2 else 'right'}"
+        return (
+            f"{'top' if y < self.canvas[1] / 2 else 'bottom'} {'left' if x < self.canvas[0] / 2 else 'right'}"
+        )
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An RGB image (96 x 96 px if plain), its 2 to 4 objects (no shape, no colour twice) and where it comes from."""
+    """An RGB image (96 x 96 px if plain), its 2 to 4 objects (no shape, no colour twice) and where it comes
+    from.
+    """
 
     image: Image.Image = field(repr=False, compare=False)
     objects: tuple[SceneObject, ...]
@@ -139,7 +146,9 @@ def background(rng: np.random.Generator, split: str, width: int, height: int) ->
     pixels = photograph[top : top + height, left : left + width].astype(np.int32)
     if rng.integers(2):
         pixels = pixels[:, ::-1]
-    return (pixels * int(rng.integers(180, 281)) // 256).clip(0, 200), PHOTOGRAPHS[split][which].partition(".")[0]
+    return (pixels * int(rng.integers(180, 281)) // 256).clip(0, 200), PHOTOGRAPHS[split][which].partition(
+        "."
+    )[0]
 
 
 def place_objects(
@@ -168,7 +177,9 @@ def place_objects(
         padded = np.zeros((CANVAS, CANVAS), np.uint8)
         padded[: mask.shape[0], : mask.shape[1]] = mask
         corners = tuple(int(v) for v in box)
-        objects.append(SceneObject(SHAPES[shape], names[colour], corners, padded, (left, top), (width, height)))
+        objects.append(
+            SceneObject(SHAPES[shape], names[colour], corners, padded, (left, top), (width, height))
+        )
     return tuple(objects)
 
 
@@ -188,8 +199,9 @@ def _centres(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
 def questions(scene: Scene, forms: np.random.Generator | None = None) -> list[Question]:
     """All questions about a scene, each with exactly one right answer.
 
-    With ``forms`` (a numpy generator) the wording is drawn from ``FORMS``; without it the first wording is used.
-    As many ``exists`` questions are answered yes as no; a "no" pairs a colour and a shape that are not on one object.
+    With ``forms`` (a numpy generator) the wording is drawn from ``FORMS``; without it the first wording is
+    used. As many ``exists`` questions are answered yes as no; a "no" pairs a colour and a shape that are not
+    on one object.
     """
     rng = generator(scene.seed, scene.split, 1)
 
@@ -215,11 +227,13 @@ def questions(scene: Scene, forms: np.random.Generator | None = None) -> list[Qu
     return asked
 
 
-def held_out(n: int, seed: int = 0, make: Callable[[int, str], Scene] = make_scene) -> list[tuple[Scene, Question]]:
+def held_out(
+    n: int, seed: int = 0, make: Callable[[int, str], Scene] = make_scene
+) -> list[tuple[Scene, Question]]:
     """``n`` questions about ``n`` different scenes of the test split, balanced over ``KINDS``.
 
-    ``seed`` picks a disjoint set of scenes (a million apart), ``make`` composes them. Within a kind the question is
-    drawn evenly.
+    ``seed`` picks a disjoint set of scenes (a million apart), ``make`` composes them. Within a kind the
+    question is drawn evenly.
     """
     if n < 0 or seed < 0:
         raise ValueError(f"held_out needs n >= 0 and seed >= 0, got n={n}, seed={seed}")

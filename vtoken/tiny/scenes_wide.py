@@ -1,9 +1,9 @@
 """Wide and tall scenes for models that cut an image into crops (any resolution: "anyres").
 
-A layout is the size of a crop and of some canvases: whole crops along both sides, or 16 px less along one (the processor
-then pads the image, and the model takes the padding's tokens out again). Objects are as large as in the plain scenes,
-15 to 19 px, and lie within one crop each: none is cut. With ``SMALL``, three crops by two of 64 px, they are 5 to 6 px
-along the long side of the base image (64 x 64 px of the whole).
+A layout is the size of a crop and of some canvases: whole crops along both sides, or 16 px less along one
+(the processor then pads the image, and the model takes the padding's tokens out again). Objects are as large
+as in the plain scenes, 15 to 19 px, and lie within one crop each: none is cut. With ``SMALL``, three crops by
+two of 64 px, they are 5 to 6 px along the long side of the base image (64 x 64 px of the whole).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .scenes import COLOURS, Question, Scene, background, generator, held_out, p
 
 @dataclass(frozen=True)
 class Layout:
-    """Side of a crop in px, canvases as (width, height), and the sizes (height, width) that whole crops make up.
+    """Side of a crop in px, canvases as (width, height), and the sizes (height, width) that whole crops make
+    up.
 
     Scene ``i`` has the canvas ``i % len(canvases)``.
     """
@@ -32,7 +33,8 @@ class Layout:
 
 SMALL = Layout(64, ((192, 128), (128, 192), (192, 112), (112, 192)), ((128, 192), (192, 128)))
 LARGE = Layout(96, ((192, 96), (96, 192), (192, 80), (96, 96)), ((96, 96), (96, 192), (192, 96)))
-_EDGE, _MIDDLE, _APART = 12, 7, 23  # px: centre to a crop's border, to the canvas's middle lines, to another centre
+# px: centre to a crop's border, to the canvas's middle lines, to another centre
+_EDGE, _MIDDLE, _APART = 12, 7, 23
 
 
 def make_wide(seed: int, split: str = "train", layout: Layout = SMALL) -> Scene:
@@ -46,7 +48,9 @@ def make_wide(seed: int, split: str = "train", layout: Layout = SMALL) -> Scene:
     pixels, name = background(rng, split, width, height)
     count = int(rng.integers(2, 5))
     shapes, colours = rng.permutation(len(SHAPES))[:count], rng.permutation(len(COLOURS))[:count]
-    objects = place_objects(rng, pixels, split, shapes, colours, _centres(rng, count, width, height, layout.tile))
+    objects = place_objects(
+        rng, pixels, split, shapes, colours, _centres(rng, count, width, height, layout.tile)
+    )
     return Scene(Image.fromarray(pixels.astype(np.uint8)), objects, int(seed), split, name)
 
 
@@ -58,7 +62,9 @@ def _allowed(length: int, tile: int) -> np.ndarray:
     return at[inside & (np.minimum(within, tile - within) >= _EDGE) & (abs(at - length // 2) >= _MIDDLE)]
 
 
-def _centres(rng: np.random.Generator, count: int, width: int, height: int, tile: int) -> list[tuple[int, int]]:
+def _centres(
+    rng: np.random.Generator, count: int, width: int, height: int, tile: int
+) -> list[tuple[int, int]]:
     columns, rows = _allowed(width, tile), _allowed(height, tile)
     while True:
         chosen: list[tuple[int, int]] = []
@@ -71,7 +77,8 @@ def _centres(rng: np.random.Generator, count: int, width: int, height: int, tile
 
 
 def cut(scene: Scene, tile: int = SMALL.tile) -> np.ndarray:
-    """The objects' masks as the model sees them: ``(1 + crops, objects, tile, tile)`` float32, the base image first.
+    """The objects' masks as the model sees them: ``(1 + crops, objects, tile, tile)`` float32, the base image
+    first.
 
     Crops go row by row, as those of the image processor.
     """

@@ -27,8 +27,9 @@ _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
 
 
 def restrictions(source: Source) -> dict[str, str]:
-    """Options of libav that keep a source to what its user named. A `format` that was asked for is one more container; a
-    playlist that was asked for by its `format` may name files, if it is a file itself. The user's own options come first.
+    """Options of libav that keep a source to what its user named. A `format` that was asked for is one more
+    container; a playlist that was asked for by its `format` may name files, if it is a file itself. The
+    user's own options come first.
     """
     options = {"enable_drefs": "0"}  # tracks of a mov that lie in other files
     if source.format is None:
@@ -43,11 +44,15 @@ def restrictions(source: Source) -> dict[str, str]:
 
 
 def by_itself(path: str | None) -> bool:
-    """Whether a file surely is an mp4 or mkv to every FFmpeg, so that one which cannot be told what to open may have it:
-    it begins as one, and no text that a playlist could be recognised by comes before the first zero byte."""
+    """Whether a file surely is an mp4 or mkv to every FFmpeg, so that one which cannot be told what to open
+    may have it: it begins as one, and no text that a playlist could be recognised by comes before the first
+    zero byte.
+    """
     try:
         with open(path or "", "rb") as file:
             head = file.read(4096)
     except OSError:
         return False
-    return (head[:1] == b"\0" and head[4:8] in _BOXES) or (head[:4] == _EBML and b"<" not in head.split(b"\0", 1)[0])
+    return (head[:1] == b"\0" and head[4:8] in _BOXES) or (
+        head[:4] == _EBML and b"<" not in head.split(b"\0", 1)[0]
+    )

@@ -16,18 +16,22 @@ def hidden(packet: Any) -> bool:
 
 
 def is_closed(packet: Any) -> bool:
-    """Whether a key packet of an mp4 or mkv surely starts a group of pictures that needs nothing before it: key frames of
-    VP8, VP9 and AV1, and instantaneous refreshes of H.264 (ITU-T H.264, 7.4.1). Its other key packets start open groups, or
-    pictures that are refreshed bit by bit."""
+    """Whether a key packet of an mp4 or mkv surely starts a group of pictures that needs nothing before it:
+    key frames of VP8, VP9 and AV1, and instantaneous refreshes of H.264 (ITU-T H.264, 7.4.1). Its other key
+    packets start open groups, or pictures that are refreshed bit by bit.
+    """
     codec, extra = codec_of(packet), packet.stream.codec_context.extradata or b""
-    if codec != "h264" or len(extra) <= _LENGTH or extra[0] != 1:  # without the record, NAL units have start codes
+    # without the record, NAL units have start codes
+    if codec != "h264" or len(extra) <= _LENGTH or extra[0] != 1:
         return codec in _WHOLE
     return any(unit[0] & 31 == _IDR for unit in _units(memoryview(packet), (extra[_LENGTH] & 3) + 1))
 
 
 def keeps_size(packet: Any) -> bool:
-    """Whether a packet of an mp4 or mkv surely leaves the size of the pictures as the file's header says: in H.264, where it
-    brings no parameters that the header does not have, and in VP8. In VP9 and AV1 any frame may have another size."""
+    """Whether a packet of an mp4 or mkv surely leaves the size of the pictures as the file's header says: in
+    H.264, where it brings no parameters that the header does not have, and in VP8. In VP9 and AV1 any frame
+    may have another size.
+    """
     if packet.has_sidedata("new_extradata"):
         return False
     codec, context = codec_of(packet), packet.stream.codec_context

@@ -38,7 +38,9 @@ class Buffer:
             self._change.notify_all()
 
     def take(self, timeout: float | None = None, newest: bool = False) -> Frame | None:
-        """The oldest frame, or the newest one after dropping those before it; None after `timeout` seconds or at the end."""
+        """The oldest frame, or the newest one after dropping those before it; None after `timeout` seconds or
+        at the end.
+        """
         with self._change:
             self._change.wait_for(lambda: self._waiting or self._shut, timeout)
             while newest and len(self._waiting) > 1:

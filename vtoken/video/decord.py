@@ -1,8 +1,8 @@
 """Random access through decord, which is fast where it is right.
 
-It gives wrong frames, without a word, of MPEG-TS, AVI, FLV and fragmented mp4, of MPEG-4 with B-frames, of HEVC, and of H.264
-with open groups of pictures or gradual refresh; and four channels of a rotated video. So it is asked for pixels alone, and
-only of files that it reads right; which frame is where, PyAV says.
+It gives wrong frames, without a word, of MPEG-TS, AVI, FLV and fragmented mp4, of MPEG-4 with B-frames, of
+HEVC, and of H.264 with open groups of pictures or gradual refresh; and four channels of a rotated video. So
+it is asked for pixels alone, and only of files that it reads right; which frame is where, PyAV says.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ def unfit(reader: PyAVReader) -> str | None:
     if not reader.table.closed:
         return "decord is exact only where each key frame is known to start a closed group of pictures"
     if not one_size(reader):
-        return "decord takes no bound on pixels, and pictures of this file may grow (limits=Limits(pixels=None) allows that)"
+        return (
+            "decord takes no bound on pixels, and pictures of this file may grow (limits=Limits(pixels=None)"
+            " allows that)"
+        )
     if (track.stated_duration or 0) * track.fps > _STATED:
         return "decord reserves memory for as many frames as a file's duration states"
     if reader.table.longest_group * track.size[0] * track.size[1] > _WORK:
@@ -45,8 +48,9 @@ def unfit(reader: PyAVReader) -> str | None:
 
 
 def one_size(reader: PyAVReader) -> bool:
-    """Whether a package that takes no bound on pixels finds none above it: PyAV has decoded the first picture within it, and
-    the others have its size."""
+    """Whether a package that takes no bound on pixels finds none above it: PyAV has decoded the first picture
+    within it, and the others have its size.
+    """
     return reader.limits.pixels is None or (reader.track.turned is not None and reader.table.steady)
 
 

@@ -27,7 +27,8 @@ class Frame:
 
 @runtime_checkable
 class VideoReader(Protocol):
-    """What every back-end offers. `len(reader)` exists too where frames can be counted; a stream raises TypeError.
+    """What every back-end offers. `len(reader)` exists too where frames can be counted; a stream raises
+    TypeError.
 
     Attributes:
         fps: mean frame rate per second.
@@ -50,7 +51,8 @@ class VideoReader(Protocol):
         """The frames at `indices`, or those on screen at `seconds`, in the order asked for.
 
         Raises:
-            VideoError: an index or time outside the video, a frame that cannot be decoded, a source without random access.
+            VideoError: an index or time outside the video, a frame that cannot be decoded, a source without
+                random access.
         """
 
     def close(self) -> None: ...

@@ -11,7 +11,8 @@ import numpy as np
 
 from .bitstream import hidden, is_closed, keeps_size
 
-_REORDER = 1.0  # seconds that a time may lie back and still be a frame out of order rather than a clock set anew
+# seconds that a time may lie back and still be a frame out of order rather than a clock set anew
+_REORDER = 1.0
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class FrameTable:
         pts: (n,) int64 in units of `time_base`, strictly increasing; None where frames can only be counted.
         keys: (k,) int64, pts of those frames at which decoding can start, ascending.
         closed: whether it starts cleanly at every one of them, see `bitstream.is_closed`.
-        steady: whether all pictures surely have the size that the file's header says, see `bitstream.keeps_size`.
+        steady: whether all pictures surely have the size that the file's header says, see
+            `bitstream.keeps_size`.
     """
 
     seconds: np.ndarray
@@ -43,7 +45,9 @@ class FrameTable:
         return int(np.diff(np.append(np.searchsorted(self.pts, self.keys), len(self))).max())
 
     def on_screen(self, seconds: Iterable[float]) -> np.ndarray:
-        """(m,) int64: the last frame that begins at or before each time (within a microsecond), the first one before that."""
+        """(m,) int64: the last frame that begins at or before each time (within a microsecond), the first one
+        before that.
+        """
         places = np.searchsorted(self.seconds, np.asarray(list(seconds), np.float64) + 1e-6, side="right") - 1
         return np.maximum(places, 0)
 
@@ -61,8 +65,9 @@ class FrameTable:
 
 
 def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None) -> FrameTable | None:
-    """The table of a file from its packets alone, None where they do not tell: times that are missing or come twice, or a
-    clock that steps back."""
+    """The table of a file from its packets alone, None where they do not tell: times that are missing or come
+    twice, or a clock that steps back.
+    """
     pts, keys, last, closed, steady = [], [], None, True, True
     for packet in packets:
         steady = steady and (not packet.size or keeps_size(packet))
@@ -90,9 +95,10 @@ def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None
 class Clock:
     """Turns the times of a stream into seconds that only ever increase.
 
-    A time that is missing lies one frame after the last, or `passed` seconds if that is longer. One that lies back a little
-    is a frame out of order and has no place (None). One that lies back further, or forward by more than `leap` seconds and
-    twice the seconds `passed`, comes of a clock that was set anew: the stream goes on as if it were missing.
+    A time that is missing lies one frame after the last, or `passed` seconds if that is longer. One that lies
+    back a little is a frame out of order and has no place (None). One that lies back further, or forward by
+    more than `leap` seconds and twice the seconds `passed`, comes of a clock that was set anew: the stream
+    goes on as if it were missing.
 
     With `keep`, every frame has a place: after less than a frame's time, it lies half a frame after the last.
     """
@@ -104,7 +110,8 @@ class Clock:
         self._offset: float | None = None
 
     def __call__(self, time: float | None, passed: float = 0.0) -> float | None:
-        """Seconds of a frame with the stream's own `time`, `passed` real seconds after the frame before it."""
+        """Seconds of a frame with the stream's own `time`, `passed` real seconds after the frame before it.
+        """
         if self.last is None:
             self._offset, self.last = -(time or 0.0), 0.0
             return 0.0

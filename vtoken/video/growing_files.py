@@ -19,11 +19,13 @@ class Stopped(Exception):
 class Waiting:
     """A binary stream without `seek`, for libav: `read(n)` waits for data.
 
-    A file that grows ends when nothing has been added for `timeout` seconds; one that shrinks is read from its start again.
-    A pipe ends when its writer closes it, and one that stays silent for `timeout` seconds raises TimeoutError.
+    A file that grows ends when nothing has been added for `timeout` seconds; one that shrinks is read from
+    its start again. A pipe ends when its writer closes it, and one that stays silent for `timeout` seconds
+    raises TimeoutError.
 
     Args:
-        file: path of a regular file or named pipe, or a file descriptor or object that has one (which stays open).
+        file: path of a regular file or named pipe, or a file descriptor or object that has one (which stays
+            open).
         timeout: seconds.
         stop: set to end a read that waits, which then raises `Stopped`.
     """

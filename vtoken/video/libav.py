@@ -21,7 +21,9 @@ _GARBAGE = 64  # errors of the demuxer in a row after which a source is taken to
 
 @dataclass
 class Damage:
-    """What was left out: packets that the demuxer or decoder refused, frames that the decoder marked as corrupt."""
+    """What was left out: packets that the demuxer or decoder refused, frames that the decoder marked as
+    corrupt.
+    """
 
     packets: int = 0
     frames: int = 0
@@ -42,15 +44,16 @@ def open_container(
         stop: set to end waiting for a pipe, which then raises `Stopped`.
 
     Raises:
-        VideoError: the source cannot be opened, has no picture, or one that is too large; `Unreadable` where no second try
-            will help.
+        VideoError: the source cannot be opened, has no picture, or one that is too large; `Unreadable` where
+            no second try will help.
     """
     av = load("av", "PyAV")
     options = restrictions(source)
     if live:
         options.setdefault("fpsprobesize", "2")  # or libav waits for twenty frames to guess the rate from
     if limits.pixels is not None:
-        options["max_pixels"] = str(limits.pixels + _ALIGNED)  # of the decoders that look for the size of the pictures
+        # of the decoders that look for the size of the pictures
+        options["max_pixels"] = str(limits.pixels + _ALIGNED)
     if source.kind == "network" and source.target.startswith("rtsp"):
         options.setdefault("rtsp_transport", "tcp")  # frames that UDP loses come out damaged
     container = None
@@ -103,22 +106,27 @@ def _refusal(av: Any, error: Exception, source: Source, timeout: float) -> Video
     name = repr(source.name)
     unknown = isinstance(error, (av.error.ProtocolNotFoundError, av.error.DemuxerNotFoundError))
     if unknown or "no container format" in str(error):
-        return Unreadable(f"cannot open {name}: this build of PyAV knows no such protocol or format ({brief(error)})")
+        return Unreadable(
+            f"cannot open {name}: this build of PyAV knows no such protocol or format ({brief(error)})"
+        )
     if isinstance(error, av.error.ExitError):
         return VideoError(f"cannot open {name}: no answer within {timeout:g} s")
     if isinstance(error, av.error.ArgumentError) and source.kind != "network" and source.format is None:
         return Unreadable(
-            f"{name} is not a video that is read by itself: it is damaged, text, or a playlist, which names other files (if "
-            "you trust it, name its format, such as format='hls')"
+            f"{name} is not a video that is read by itself: it is damaged, text, or a playlist, which names"
+            " other files (if you trust it, name its format, such as format='hls')"
         )
     if isinstance(error, av.error.InvalidDataError):
-        return VideoError(f"{name} is not a video that libav can read, or its index is cut off ({brief(error)})")
+        return VideoError(
+            f"{name} is not a video that libav can read, or its index is cut off ({brief(error)})"
+        )
     return VideoError(f"cannot open {name}: {brief(error)}")
 
 
 def decoded(packets: Iterable[Any], damage: Damage, limits: Limits) -> Iterator[Any]:
-    """Frames of PyAV in the order the decoder gives them; what cannot be decoded, or is too large, is counted in `damage`
-    and left out."""
+    """Frames of PyAV in the order the decoder gives them; what cannot be decoded, or is too large, is counted
+    in `damage` and left out.
+    """
     av = load("av", "PyAV")
     for packet in packets:
         try:
@@ -177,7 +185,9 @@ def seek(container: Any, stream: Any, pts: int) -> bool:
 
 
 def orientation(frame: Any) -> tuple[bool, int, int]:
-    """How a frame's display matrix turns it, to the nearest quarter turn: (transpose, step of rows, step of columns)."""
+    """How a frame's display matrix turns it, to the nearest quarter turn: (transpose, step of rows, step of
+    columns).
+    """
     try:
         side = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # other data on the frame are of a type that PyAV does not know, such as EXIF
@@ -201,7 +211,9 @@ def to_rgb(frame: Any) -> np.ndarray:
         image = frame.to_ndarray(format="rgb24")
         transpose, rows, columns = orientation(frame)
     except Exception as error:
-        raise VideoError(f"a picture of {frame.width} x {frame.height} cannot be converted: {brief(error)}") from error
+        raise VideoError(
+            f"a picture of {frame.width} x {frame.height} cannot be converted: {brief(error)}"
+        ) from error
     if transpose:
         image = image.transpose(1, 0, 2)
     return np.ascontiguousarray(image[::rows, ::columns])

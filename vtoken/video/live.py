@@ -52,32 +52,36 @@ class LiveStats:
 class LiveReader:
     """Reads a source in a thread of its own and keeps the newest frames, however slowly they are taken.
 
-    Frames come in order: `seconds` and `index` strictly increase, over disconnections and clocks that jump. `index` counts
-    the pictures that arrived in order, so that gaps show what was dropped or not wanted. Memory is bounded by `queue` frames
-    and `max_bytes`.
+    Frames come in order: `seconds` and `index` strictly increase, over disconnections and clocks that jump.
+    `index` counts the pictures that arrived in order, so that gaps show what was dropped or not wanted.
+    Memory is bounded by `queue` frames and `max_bytes`.
 
         with LiveReader("rtsp://camera/stream", fps=2) as live:
             for frame in live:
                 session.push(frame.image, frame.seconds)
 
     Args:
-        source: address (rtsp, http, hls, ...), camera, pipe, file, file object, "synthetic://SEED", a `VideoReader`, any
-            iterable of `Frame`, (image, seconds) or images, or a function that returns such an iterable and is called
-            again when it raises.
+        source: address (rtsp, http, hls, ...), camera, pipe, file, file object, "synthetic://SEED", a
+            `VideoReader`, any iterable of `Frame`, (image, seconds) or images, or a function that returns
+            such an iterable and is called again when it raises.
         fps: frames per second wanted; the others are not even converted. All where None.
         queue: frames that wait at most; beyond that the oldest is dropped.
         drop: False makes the source wait instead of dropping frames, for recordings.
-        timeout: seconds that a source may stay silent, or send nothing that can be decoded, before it counts as broken.
+        timeout: seconds that a source may stay silent, or send nothing that can be decoded, before it counts
+            as broken.
         retries: tries in a row without a picture after which it is given up; None for never.
         backoff: seconds before the second try, doubled with each one up to 30.
-        speed: recordings (files, iterables) play this many times as fast as they were made; None for as fast as can be.
-        growing: the file is still being written; its end is where nothing has been added for `timeout` seconds.
+        speed: recordings (files, iterables) play this many times as fast as they were made; None for as fast
+            as can be.
+        growing: the file is still being written; its end is where nothing has been added for `timeout`
+            seconds.
         max_bytes: bytes of all waiting frames together; one frame may wait however large it is.
-        format, options, limits: as `open_video`; of the limits, `pixels` and, for the next picture of a file, `seconds`
-            count: the others bound what is held at once, as `queue` and `max_bytes` do here.
+        format, options, limits: as `open_video`; of the limits, `pixels` and, for the next picture of a file,
+            `seconds` count: the others bound what is held at once, as `queue` and `max_bytes` do here.
 
     Raises:
-        VideoError: the source does not exist, or an argument is out of range. What goes wrong later is raised by `read`.
+        VideoError: the source does not exist, or an argument is out of range. What goes wrong later is raised
+            by `read`.
     """
 
     why = "a live source is read in passing"
@@ -112,7 +116,9 @@ class LiveReader:
         self._stop, self._buffer = threading.Event(), Buffer(queue, max_bytes, drop)
         self._stats = LiveStats()
         self._failure: VideoError | None = None
-        self._feed, self._recorded = feed_of(source, timeout, self._stop, growing, format, options, given(limits))
+        self._feed, self._recorded = feed_of(
+            source, timeout, self._stop, growing, format, options, given(limits)
+        )
         self._speed = speed if self._recorded else None
         self._clock: Clock | None = None
         self._start = self._arrived = 0.0  # of the real clock: first picture, last picture
@@ -148,7 +154,8 @@ class LiveReader:
     def read(self, timeout: float | None = None, newest: bool = False) -> Frame | None:
         """The oldest frame that waits, or the newest one (those before it then count as dropped).
 
-        Waits for one, at most `timeout` seconds. None where none came in time or the source has ended (see `ended`).
+        Waits for one, at most `timeout` seconds. None where none came in time or the source has ended (see
+        `ended`).
 
         Raises:
             VideoError: the source was given up, and all frames that it gave are read.
@@ -171,14 +178,17 @@ class LiveReader:
     def close(self) -> None:
         """End the thread and forget the frames that wait.
 
-        Returns at once, except while libav waits for a network: that takes up to `timeout` seconds. An iterable that blocks
-        cannot be interrupted: after `timeout` seconds its thread is left behind, with a RuntimeWarning.
+        Returns at once, except while libav waits for a network: that takes up to `timeout` seconds. An
+        iterable that blocks cannot be interrupted: after `timeout` seconds its thread is left behind, with a
+        RuntimeWarning.
         """
         self._stop.set()
         self._buffer.shut(forget=True)
         self._thread.join(self._timeout + 1)
         if self._thread.is_alive():
-            warnings.warn(f"{self._feed.name!r} blocks; its thread was left behind", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"{self._feed.name!r} blocks; its thread was left behind", RuntimeWarning, stacklevel=2
+            )
 
     def __enter__(self) -> LiveReader:
         return self
@@ -215,7 +225,9 @@ class LiveReader:
 
     def _given_up(self, error: Exception, tries: int) -> VideoError:
         if tries > 1:
-            return VideoError(f"{self._feed.name!r} gave no picture in {tries} tries; the last: {brief(error)}")
+            return VideoError(
+                f"{self._feed.name!r} gave no picture in {tries} tries; the last: {brief(error)}"
+            )
         if isinstance(error, VideoError):
             return error
         return VideoError(f"{self._feed.name!r} broke off: {type(error).__name__}: {brief(error)}")
@@ -228,7 +240,12 @@ class LiveReader:
                 return
             self._stats.read += 1
             self._stats.connected = True
-            if self._feed.replays and known is not None and picture.time is not None and picture.time <= known:
+            if (
+                self._feed.replays
+                and known is not None
+                and picture.time is not None
+                and picture.time <= known
+            ):
                 continue
             seconds = self._seconds(picture.time, fresh and not self._feed.replays)
             fresh, self._time = False, picture.time

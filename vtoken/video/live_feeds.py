@@ -60,8 +60,9 @@ class Feed:
 
 
 class Frames(Feed):
-    """Pictures that Python code yields: `Frame`s, (image, seconds) pairs or bare arrays, by an iterable or by a function
-    that makes a new one for each connection."""
+    """Pictures that Python code yields: `Frame`s, (image, seconds) pairs or bare arrays, by an iterable or by
+    a function that makes a new one for each connection.
+    """
 
     def __init__(self, source: Any, limits: Limits):
         super().__init__()
@@ -76,7 +77,8 @@ class Frames(Feed):
 
 
 class Libav(Feed):
-    """Whatever libav reads: network, devices, pipes, growing files, and files from their start to their end."""
+    """Whatever libav reads: network, devices, pipes, growing files, and files from their start to their end.
+    """
 
     backend = "pyav"
 
@@ -84,12 +86,16 @@ class Libav(Feed):
         super().__init__()
         self._limits = limits
         self._source, self._timeout, self._stop = source, timeout, stop
-        self._file = Waiting(source.path or source.target, timeout, stop) if growing or source.kind == "pipe" else None
+        self._file = (
+            Waiting(source.path or source.target, timeout, stop) if growing or source.kind == "pipe" else None
+        )
         self.name, self.again = source.name, source.kind not in ("file", "object") or growing
 
     def connect(self) -> Iterator[Picture]:
         source = replace(self._source, target=self._file, kind="object") if self._file else self._source
-        container, stream = open_container(source, self._limits, timeout=self._timeout, live=True, stop=self._stop)
+        container, stream = open_container(
+            source, self._limits, timeout=self._timeout, live=True, stop=self._stop
+        )
         try:
             rate = stream.average_rate or stream.guessed_rate
             self.fps = float(rate) if rate and rate <= 1000 else None
@@ -97,7 +103,9 @@ class Libav(Feed):
             still = still_of(source, container, self._limits)  # of the first picture
             arriving = packets(container, stream, self.damage, live=self.again)
             for frame in self._watched(arriving):
-                yield Picture(frame.time, partial(to_rgb, frame) if still is None else partial(np.copy, still))
+                yield Picture(
+                    frame.time, partial(to_rgb, frame) if still is None else partial(np.copy, still)
+                )
                 still = None
             if self._source.kind in ("network", "device") and not self.replays:
                 raise VideoError("the stream was ended at its source")
@@ -119,7 +127,9 @@ class Libav(Feed):
                     return
                 barren += 1
                 if barren > _BARREN and time.monotonic() - since > self._timeout:
-                    raise VideoError(f"no picture within {self._timeout:g} s, only data that cannot be decoded")
+                    raise VideoError(
+                        f"no picture within {self._timeout:g} s, only data that cannot be decoded"
+                    )
                 yield packet
 
         for frame in decoded(fresh(), self.damage, self._limits):
@@ -148,7 +158,8 @@ def feed_of(
     options: dict[str, str] | None,
     limits: Limits,
 ) -> tuple[Feed, bool]:
-    """The feed of what a user named, and whether it is a recording, to be played at the speed at which it was made.
+    """The feed of what a user named, and whether it is a recording, to be played at the speed at which it was
+    made.
 
     Raises:
         VideoError: as `resolve`, or a source that cannot be played.

@@ -18,7 +18,8 @@ from .libav import Damage, decoded, to_rgb
 from .source import Source
 from .stream_track import Track
 
-_FURTHER = (1, 2, 4, 8)  # key frames that the decoder goes back where it cannot decode a frame from the nearest
+# key frames that the decoder goes back where it cannot decode a frame from the nearest
+_FURTHER = (1, 2, 4, 8)
 
 
 class Picker(Protocol):
@@ -33,9 +34,13 @@ class Picker(Protocol):
 
 
 def check_count(name: str, count: int, reader: PyAVReader) -> None:
-    """Raises VideoError where another package counts other frames than PyAV: then its numbers mean other frames."""
+    """Raises VideoError where another package counts other frames than PyAV: then its numbers mean other
+    frames.
+    """
     if count != len(reader.table):
-        raise VideoError(f"{name} counts {count} frames in {reader.source.name!r} and PyAV {len(reader.table)}")
+        raise VideoError(
+            f"{name} counts {count} frames in {reader.source.name!r} and PyAV {len(reader.table)}"
+        )
 
 
 class PyAVReader:
@@ -72,7 +77,8 @@ class PyAVReader:
 
     @cached_property
     def table(self) -> FrameTable:
-        """When each frame is on screen; the file is read through once, and decoded if its packets do not tell.
+        """When each frame is on screen; the file is read through once, and decoded if its packets do not
+        tell.
 
         Raises:
             VideoError: a stream without end, or no frame in it.
@@ -108,8 +114,9 @@ class PyAVReader:
     def get_frames(
         self, indices: Sequence[int] | None = None, *, seconds: Sequence[float] | None = None
     ) -> list[Frame]:
-        """See `VideoReader`. For a time at which the frame on screen is damaged, the nearest one before it (or else after
-        it) that can be decoded; its `index` and `seconds` tell."""
+        """See `VideoReader`. For a time at which the frame on screen is damaged, the nearest one before it
+        (or else after it) that can be decoded; its `index` and `seconds` tell.
+        """
         self.track.check()
         if (indices is None) == (seconds is None):
             raise VideoError("get_frames takes either indices or seconds")
@@ -190,12 +197,16 @@ class PyAVReader:
         return Frame(to_rgb(frame) if still is None else still, float(self.table.seconds[ordinal]), ordinal)
 
     def _nothing(self, where: str = "") -> VideoError:
-        """The error of a source of which no frame comes. A picture that is too large is not decoded, not even for its size."""
+        """The error of a source of which no frame comes. A picture that is too large is not decoded, not even
+        for its size.
+        """
         most, size = self.limits.pixels, self.track.size
         perhaps = (
             ""
             if most is None or all(size)
-            else (f", or its pictures have more than {most:,} pixels, which limits=Limits(pixels=None) allows")
+            else (
+                f", or its pictures have more than {most:,} pixels, which limits=Limits(pixels=None) allows"
+            )
         )
         return VideoError(f"{self.source.name!r} holds no frame that can be decoded{where}{perhaps}")
 
@@ -248,7 +259,9 @@ class PyAVReader:
         for wanted, (ordinal, frame) in self._decode(ordinals):
             if exact and ordinal != wanted:
                 name = repr(self.source.name)
-                raise VideoError(f"frame {wanted} of {name} is damaged; get_frames(seconds=...) shows its neighbour")
+                raise VideoError(
+                    f"frame {wanted} of {name} is damaged; get_frames(seconds=...) shows its neighbour"
+                )
             nbytes += 3 * frame.width * frame.height
             self._afford(len(found) + 1, nbytes)
             found[wanted] = self._frame(ordinal, frame)
@@ -275,8 +288,9 @@ class PyAVReader:
             yield wanted, nearest
 
     def _again(self, wanted: int) -> tuple[int, Any] | None:
-        """The last frame up to `wanted` that can be decoded, coming from key frames further back: a picture that is refreshed
-        bit by bit takes more than one of them."""
+        """The last frame up to `wanted` that can be decoded, coming from key frames further back: a picture
+        that is refreshed bit by bit takes more than one of them.
+        """
         best: tuple[int, Any] | None = None
         for back in _FURTHER:
             for ordinal, frame in self._frames_from(wanted, back):
@@ -293,7 +307,8 @@ class PyAVReader:
         return table.pts is not None and table.key_before(wanted) > table.pts[at]
 
     def _frames_from(self, ordinal: int, back: int = 0) -> Iterator[tuple[int, Any]]:
-        """(ordinal, frame) ascending, from `ordinal` on, or from the key frame `back` key frames before it."""
+        """(ordinal, frame) ascending, from `ordinal` on, or from the key frame `back` key frames before it.
+        """
         table = self.table
         if ordinal >= len(table):
             return
@@ -312,4 +327,6 @@ class PyAVReader:
     def _count_from(self, ordinal: int) -> Iterator[tuple[int, Any]]:
         self.track.rewind()
         # decoding damage in another way may bring more frames than were counted
-        yield from islice(enumerate(decoded(self.track.packets(), self.damage, self.limits)), ordinal, len(self.table))
+        yield from islice(
+            enumerate(decoded(self.track.packets(), self.damage, self.limits)), ordinal, len(self.table)
+        )

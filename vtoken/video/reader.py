@@ -22,22 +22,23 @@ def open_video(
     timeout: float = 10.0,
     limits: Limits | None = STANDARD,
 ) -> VideoReader:
-    """Open a video for reading. Only what is named is opened: a playlist, which names other files, is refused unless its
-    `format` is asked for, except under http, where it may name addresses. See docs/security.md.
+    """Open a video for reading. Only what is named is opened: a playlist, which names other files, is refused
+    unless its `format` is asked for, except under http, where it may name addresses. See docs/security.md.
 
     Args:
-        source: path, address (http, rtsp, rtmp, srt, tcp, udp), binary file object, camera number, or "synthetic://SEED".
-        backend: "auto" takes decord for random access in mp4 and mkv files that it reads right, and PyAV for everything
-            else; "pyav", "decord" or "torchcodec" ask for one.
+        source: path, address (http, rtsp, rtmp, srt, tcp, udp), binary file object, camera number, or
+            "synthetic://SEED".
+        backend: "auto" takes decord for random access in mp4 and mkv files that it reads right, and PyAV for
+            everything else; "pyav", "decord" or "torchcodec" ask for one.
         format: demuxer of libav, None to probe; "lavfi" and "v4l2" name devices.
         options: options of libav for the source, such as {"rtsp_transport": "tcp"}.
         timeout: seconds that a stream of the network may stay silent.
-        limits: bounds on pixels, frames, bytes and seconds, None for none. Whatever exceeds them raises VideoError, here or
-            when it is read.
+        limits: bounds on pixels, frames, bytes and seconds, None for none. Whatever exceeds them raises
+            VideoError, here or when it is read.
 
     Raises:
-        VideoError: the source is missing, empty, a directory, not a video, has no picture or too large ones; or the back-end
-            is unknown, not installed, or cannot read this source right.
+        VideoError: the source is missing, empty, a directory, not a video, has no picture or too large ones;
+            or the back-end is unknown, not installed, or cannot read this source right.
     """
     if backend not in BACKENDS:
         raise VideoError(f"unknown back-end {backend!r}; there are {', '.join(BACKENDS)}")

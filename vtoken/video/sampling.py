@@ -18,8 +18,9 @@ def uniform_indices(total: int, n: int, placement: str = "ends") -> list[int]:
     """Indices of min(n, total) distinct frames spread evenly over `total`.
 
     Args:
-        placement: "ends" for first, last and equal steps between, rounded down, as `numpy.linspace(0, total - 1, n)` does
-            in the evaluation of LLaVA-style models; "middle" for the middle of each of n equal parts.
+        placement: "ends" for first, last and equal steps between, rounded down, as `numpy.linspace(0, total -
+            1, n)` does in the evaluation of LLaVA-style models; "middle" for the middle of each of n equal
+            parts.
 
     Raises:
         VideoError: n or total below 1, or an unknown placement.
@@ -39,7 +40,8 @@ def uniform_indices(total: int, n: int, placement: str = "ends") -> list[int]:
 def sample_uniform(reader: VideoReader, n: int, placement: str = "ends") -> list[Frame]:
     """Evenly spread frames of a video that can be counted; all of them where it has no more than n.
 
-    In place of a frame that is damaged stands its nearest neighbour that can be decoded, as its `index` tells.
+    In place of a frame that is damaged stands its nearest neighbour that can be decoded, as its `index`
+    tells.
 
     Raises:
         VideoError: as `uniform_indices`, or the reader is a stream without end.
@@ -62,13 +64,15 @@ def sample_uniform(reader: VideoReader, n: int, placement: str = "ends") -> list
 
 @checked
 def sample_fps(reader: VideoReader, fps: float, start: float = 0.0, end: float | None = None) -> list[Frame]:
-    """The frames on screen at `start`, `start` + 1/fps, ... below `end` (the video's end where None), one for each time.
+    """The frames on screen at `start`, `start` + 1/fps, ... below `end` (the video's end where None), one for
+    each time.
 
-    Exact by presentation time, so on variable frame rates too. A frame that stays on screen longer than 1/fps comes again.
+    Exact by presentation time, so on variable frame rates too. A frame that stays on screen longer than 1/fps
+    comes again.
 
     Raises:
-        VideoError: fps not above 0, a span outside the video, more frames than the reader's limits, or a source without
-            random access.
+        VideoError: fps not above 0, a span outside the video, more frames than the reader's limits, or a
+            source without random access.
     """
     _check_rate(fps)
     if end is None:
@@ -89,7 +93,8 @@ def sample_fps(reader: VideoReader, fps: float, start: float = 0.0, end: float |
 
 @checked
 def at_fps(frames: Iterable[Frame], fps: float) -> Iterator[Frame]:
-    """Thin frames out as they come, without a look ahead: of the frames in each 1/fps seconds, counted from 0, the first.
+    """Thin frames out as they come, without a look ahead: of the frames in each 1/fps seconds, counted from
+    0, the first.
 
     Raises:
         VideoError: fps not above 0.

@@ -74,7 +74,9 @@ def resolve(
     if hasattr(source, "read"):
         return _object(source, rest)
     if not isinstance(source, (str, os.PathLike)):
-        raise VideoError(f"a video is a path, an address or a binary file object, got {type(source).__name__}")
+        raise VideoError(
+            f"a video is a path, an address or a binary file object, got {type(source).__name__}"
+        )
     text = os.fsdecode(source)
     if not isinstance(source, str):  # a path object is no address, whatever it is called
         return _local(text, rest, growing)
@@ -101,7 +103,9 @@ def _object(file: Any, rest: dict[str, Any]) -> Source:
 def _address(text: str, scheme: str, rest: dict[str, Any]) -> Source:
     name = _short(_without_password(text))
     if scheme not in PROTOCOLS:
-        raise Unreadable(f"{name!r}: vtoken knows no such protocol as {scheme[:40]!r}, only {', '.join(PROTOCOLS)}")
+        raise Unreadable(
+            f"{name!r}: vtoken knows no such protocol as {scheme[:40]!r}, only {', '.join(PROTOCOLS)}"
+        )
     if any(ord(c) < 32 or ord(c) == 127 for c in text):
         raise VideoError(f"{name!r} holds a control character, which no address does")
     return Source(scheme + text[len(scheme) :], name, "network", **rest)
@@ -113,7 +117,9 @@ def _path_of(address: str) -> str:
         return address[5:]
     parts = urlsplit(address)
     if parts.netloc.lower() not in ("", "localhost"):
-        raise VideoError(f"{_short(address)!r} names a file of another machine; mount it, and name its path here")
+        raise VideoError(
+            f"{_short(address)!r} names a file of another machine; mount it, and name its path here"
+        )
     return unquote(parts.path)
 
 
@@ -133,7 +139,11 @@ def _local(text: str, rest: dict[str, Any], growing: bool) -> Source:
     except (OSError, ValueError) as error:
         if rest["format"] in ("lavfi", "dshow", "avfoundation"):
             return Source(text, name, "device", **rest)
-        why = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
+        why = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else getattr(error, "strerror", None) or str(error)
+        )
         raise VideoError(f"cannot open {name!r}: {why}") from error
     path, mode = path.absolute(), status.st_mode
     if stat.S_ISDIR(mode):

@@ -21,7 +21,8 @@ class Track:
         limits: bounds on its pictures.
         watch: the time that is left to the call under way; its owner starts it.
         damage: what could not be decoded and was skipped.
-        turn: how often the place in the stream has been moved; an iterator that finds it changed has lost its place.
+        turn: how often the place in the stream has been moved; an iterator that finds it changed has lost its
+            place.
     """
 
     def __init__(self, source: Source, timeout: float, limits: Limits):
@@ -42,7 +43,9 @@ class Track:
         """Mean frame rate; 25, libav's own guess, where the source does not say."""
         self.check()
         s = self._stream
-        return next((float(r) for r in (s.average_rate, s.guessed_rate, s.base_rate) if r and 0 < r <= 1000), 25.0)
+        return next(
+            (float(r) for r in (s.average_rate, s.guessed_rate, s.base_rate) if r and 0 < r <= 1000), 25.0
+        )
 
     @cached_property
     def stated_duration(self) -> float | None:
@@ -67,7 +70,9 @@ class Track:
 
     @cached_property
     def turned(self) -> bool | None:
-        """Whether the first frame carries a display matrix that turns or mirrors it; None where none can be decoded."""
+        """Whether the first frame carries a display matrix that turns or mirrors it; None where none can be
+        decoded.
+        """
         self.rewind()
         first = next(decoded(self.packets(), self.damage, self.limits), None)
         return None if first is None else orientation(first) != (False, 1, 1)
@@ -86,7 +91,8 @@ class Track:
         return None if start is None else round(start / 1e6 / self._stream.time_base)
 
     def packets(self, live: bool = False) -> Iterator[Any]:
-        """Packets from where the stream stands, see `libav.packets`. VideoError once the call takes too long."""
+        """Packets from where the stream stands, see `libav.packets`. VideoError once the call takes too long.
+        """
         self.check()
         self._unread = False
         return self._watched(packets(self._container, self._stream, self.damage, live=live))
@@ -98,12 +104,15 @@ class Track:
         return self._stream.width, self._stream.height
 
     def still(self) -> Any:
-        """(h, w, 3) uint8 of the first picture of a file of stills, None for anything else, see `still_of`."""
+        """(h, w, 3) uint8 of the first picture of a file of stills, None for anything else, see `still_of`.
+        """
         self.check()
         return still_of(self.source, self._container, self.limits)
 
     def packets_from(self, key: int) -> Iterator[Any]:
-        """Packets from the key frame with pts `key`, or from an earlier one where libav cannot be moved there."""
+        """Packets from the key frame with pts `key`, or from an earlier one where libav cannot be moved
+        there.
+        """
         second = round(1 / self.time_base)
         for target in (key, key - second, key - 10 * second):
             if not self._seek(target):
@@ -118,7 +127,9 @@ class Track:
         return self.packets()
 
     def rewind(self) -> None:
-        """Back to the first packet. A new container, because a seek to the start of a transport stream loses packets."""
+        """Back to the first packet. A new container, because a seek to the start of a transport stream loses
+        packets.
+        """
         self.check()
         self.turn += 1
         if not self._unread:
@@ -147,7 +158,7 @@ class Track:
         for packet in arriving:
             if self.watch.over:
                 raise VideoError(
-                    f"reading {self.source.name!r} takes more than {self.watch.seconds:g} s; if you can wait, lift that with "
-                    "limits=Limits(seconds=None)"
+                    f"reading {self.source.name!r} takes more than {self.watch.seconds:g} s; if you can wait,"
+                    " lift that with limits=Limits(seconds=None)"
                 )
             yield packet

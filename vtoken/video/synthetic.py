@@ -1,4 +1,6 @@
-"""A video without end that is drawn as it is read: digits and shapes on photographs, of which it is known what they show."""
+"""A video without end that is drawn as it is read: digits and shapes on photographs, of which it is known
+what they show.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,13 @@ from .frame import Frame
 if TYPE_CHECKING:
     from ..tiny.clips import Stream
 
-_CHAPTER = 4096  # frames after which a fresh stream begins, so that a frame costs the same however late it comes
+# frames after which a fresh stream begins, so that a frame costs the same however late it comes
+_CHAPTER = 4096
 
 
 class SyntheticReader:
-    """A `VideoReader` over the labelled streams of `vtoken.tiny.clips`: 96 x 96 px, the same for the same arguments.
+    """A `VideoReader` over the labelled streams of `vtoken.tiny.clips`: 96 x 96 px, the same for the same
+    arguments.
 
     Args:
         seed: which stream, 0 or more.
@@ -36,13 +40,16 @@ class SyntheticReader:
     @checked
     def __init__(self, seed: int = 0, fps: float = 2.0, frames: int | None = None):
         if seed < 0 or not fps > 0 or (frames is not None and frames < 1):
-            raise VideoError(f"a synthetic video needs seed >= 0, fps > 0, frames >= 1; got {seed}, {fps}, {frames}")
+            raise VideoError(
+                f"a synthetic video needs seed >= 0, fps > 0, frames >= 1; got {seed}, {fps}, {frames}"
+            )
         self.seed, self.fps, self.frames = seed, float(fps), frames
         self.duration = None if frames is None else frames / self.fps
         self._chapter = lru_cache(maxsize=2)(self._open)
 
     def labels(self, index: int) -> tuple[Stream, int]:
-        """The stream that draws a frame, and the frame's number in it: what `Stream.moments` and `questions_at` go by.
+        """The stream that draws a frame, and the frame's number in it: what `Stream.moments` and
+        `questions_at` go by.
 
         Frames 0 to 4095 are those of ``stream(seed)``, the next 4096 those of another stream, and so on.
         """

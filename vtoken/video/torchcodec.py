@@ -1,4 +1,6 @@
-"""Random access through torchcodec, in upright files, where it is installed and finds an FFmpeg that it can load."""
+"""Random access through torchcodec, in upright files, where it is installed and finds an FFmpeg that it can
+load.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,13 @@ class TorchcodecPicker:
         fit = reader.source.kind == "file" and not reader.track.turned and by_itself(reader.source.path)
         if not fit or not one_size(reader):
             raise VideoError(
-                f"torchcodec serves upright mp4 and mkv files of one size here: {reader.source.name!r} needs backend 'pyav'"
+                f"torchcodec serves upright mp4 and mkv files of one size here: {reader.source.name!r} needs"
+                " backend 'pyav'"
             )
         try:
-            self._decoder = decoders.VideoDecoder(reader.source.path, dimension_order="NHWC", seek_mode="exact")
+            self._decoder = decoders.VideoDecoder(
+                reader.source.path, dimension_order="NHWC", seek_mode="exact"
+            )
         except Exception as error:
             raise VideoError(f"torchcodec cannot open {reader.source.name!r}: {brief(error)}") from error
         check_count(self.name, len(self._decoder), reader)

@@ -3,8 +3,9 @@
 A recipe has
 
 - ``build() -> (model, processor)``: the untrained model, of the real classes;
-- ``train(model, processor, log, seed, **limits)``: all stages, in place, through `training.tiny.loop.optimise`;
-  ``limits`` are its keywords ``seconds``, ``workers``, ``keep`` and (for tests) ``steps`` and ``checks`` of each stage;
+- ``train(model, processor, log, seed, **limits)``: all stages, in place, through
+  `training.tiny.loop.optimise`; ``limits`` are its keywords ``seconds``, ``workers``, ``keep`` and (for
+  tests) ``steps`` and ``checks`` of each stage;
 - ``measure(model, processor, questions) -> dict``: what else its report says, besides the accuracy;
 - ``card(report, log) -> str``: its model card in Markdown.
 """

@@ -1,7 +1,7 @@
 """Tiny LLaVA-1.5: CLIP tower with CLS, two-layer projector, Llama; trained from nothing.
 
-Stage ``tower`` teaches the tower (`training.tiny.tower`); stage ``language`` freezes it and teaches the projector and the
-language model (`training.tiny.language`).
+Stage ``tower`` teaches the tower (`training.tiny.tower`); stage ``language`` freezes it and teaches the
+projector and the language model (`training.tiny.language`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from ..tower import TowerHeads, hidden_states, localisation, targets, to_pixels,
 
 __all__ = ["build", "card", "measure", "train"]
 
-TOWER: dict[str, Any] = {"steps": 900, "batch": 32, "rate": 2e-3, "muon_rate": 0.02, "reset": 0.5, "look": 0.5}
+TOWER: dict[str, Any] = {
+    "steps": 900,
+    "batch": 32,
+    "rate": 2e-3,
+    "muon_rate": 0.02,
+    "reset": 0.5,
+    "look": 0.5,
+}
 LANGUAGE: dict[str, Any] = {"steps": 600, "batch": 32, "rate": 2e-3, "muon_rate": 0.02}
 LATER = 50_000_000  # stage two goes on with scenes that stage one has not seen
 SHARES = (0.5, 0.2, 0.1)
@@ -83,7 +90,9 @@ def language_batch(
     start = first + step * size
     scenes = [make_scene(start + i, split) for i in range(size)]
     rng = np.random.Generator(np.random.PCG64(start))
-    return to_pixels([scene.image for scene in scenes]), pack([choose(scene, rng) for scene in scenes], vocabulary)
+    return to_pixels([scene.image for scene in scenes]), pack(
+        [choose(scene, rng) for scene in scenes], vocabulary
+    )
 
 
 def train_tower(model: Any, log: list[dict], seed: int = 0, checks: int = 200, **limits: Any) -> None:

@@ -1,7 +1,9 @@
-"""Tiny LLaVA-NeXT: the tiny LLaVA grown to wide and tall images with small objects, as LLaVA-NeXT grew from LLaVA-1.5.
+"""Tiny LLaVA-NeXT: the tiny LLaVA grown to wide and tall images with small objects, as LLaVA-NeXT grew from
+LLaVA-1.5.
 
-It starts from the shipped tiny LLaVA. Stage ``tower`` teaches its tower crops of 64 px (64 patches) and base images;
-stage ``language`` freezes it and teaches the projector, the newline token and the language model the long layout.
+It starts from the shipped tiny LLaVA. Stage ``tower`` teaches its tower crops of 64 px (64 patches) and base
+images; stage ``language`` freezes it and teaches the projector, the newline token and the language model the
+long layout.
 """
 
 from __future__ import annotations
@@ -27,7 +29,14 @@ from ..tower import TowerHeads, View, hidden_states, localisation, targets
 
 __all__ = ["build", "card", "measure", "train"]
 
-TOWER: dict[str, Any] = {"steps": 300, "batch": 16, "rate": 1e-3, "muon_rate": 0.01, "reset": 0.5, "look": 0.5}
+TOWER: dict[str, Any] = {
+    "steps": 300,
+    "batch": 16,
+    "rate": 1e-3,
+    "muon_rate": 0.01,
+    "reset": 0.5,
+    "look": 0.5,
+}
 LANGUAGE: dict[str, Any] = {"steps": 350, "batch": 16, "rate": 1e-3, "muon_rate": 0.01}
 TILE = SMALL.tile
 LATER = 50_000_000  # stage two goes on with scenes that stage one has not seen
@@ -35,7 +44,8 @@ CHECK = 7_000_000  # scenes of the test split for the measures along the way
 
 
 def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: int = 4) -> tuple[Any, Any]:
-    """An untrained LLaVA-NeXT with 64 visual tokens per crop of 64 px, a base image and six crops, and its processor.
+    """An untrained LLaVA-NeXT with 64 visual tokens per crop of 64 px, a base image and six crops, and its
+    processor.
 
     Args:
         width: hidden size of the tower and of the language model; a multiple of ``2 * heads``.
@@ -82,14 +92,16 @@ def warm_start(model: Any) -> None:
 def train(
     model: Any, processor: Any, log: list[dict], seed: int = 0, seconds: float | None = None, **limits: Any
 ) -> None:
-    """Warm start and both stages, in place; appends to ``log``. Limits as in `training.tiny.loop.optimise`."""
+    """Warm start and both stages, in place; appends to ``log``. Limits as in `training.tiny.loop.optimise`.
+    """
     warm_start(model)
     train_tower(model, processor, log, seed, seconds=seconds and seconds * 0.3, **limits)
     train_language(model, processor, log, seed, seconds=seconds and seconds * 0.7, **limits)
 
 
 def views(processor: Any, first: int, size: int, split: str) -> tuple[torch.Tensor, list[View], torch.Tensor]:
-    """What the tower sees of some scenes: all base images, all crops with an object, and every fourth crop without.
+    """What the tower sees of some scenes: all base images, all crops with an object, and every fourth crop
+    without.
 
     Returns pixels ``(n, 3, 64, 64)``, what they show, and which of them are base images, ``(n,)`` bool.
     """
@@ -106,13 +118,17 @@ def views(processor: Any, first: int, size: int, split: str) -> tuple[torch.Tens
     return torch.stack(pixels), seen, torch.tensor(base)
 
 
-def tower_batch(processor: Any, first: int, size: int, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def tower_batch(
+    processor: Any, first: int, size: int, step: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Pixels and targets of the base images and crops of a step."""
     pixels, seen, _ = views(processor, first + step * size, size, "train")
     return pixels, targets(seen)
 
 
-def train_tower(model: Any, processor: Any, log: list[dict], seed: int = 0, checks: int = 40, **limits: Any) -> None:
+def train_tower(
+    model: Any, processor: Any, log: list[dict], seed: int = 0, checks: int = 40, **limits: Any
+) -> None:
     """Stage one, in place; appends to ``log``. ``checks``: held-out scenes of the measures along the way."""
     tower = model.model.vision_tower
     pixels, seen, base = views(processor, CHECK, checks, "test")
@@ -151,16 +167,22 @@ def language_batch(
 
 
 def visual_tokens(model: Any, shown: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """What the language model reads of images of one size: ``(n, tokens, hidden)``; no gradient for the tower."""
+    """What the language model reads of images of one size: ``(n, tokens, hidden)``; no gradient for the
+    tower.
+    """
     (pixels, sizes), inner, config = shown, model.model, model.config
     with torch.no_grad():
         states = hidden_states(inner.vision_tower, pixels.to(model.device).flatten(0, 1))
-    features = inner.multi_modal_projector(states[config.vision_feature_layer][:, 1:]).unflatten(0, pixels.shape[:2])
+    features = inner.multi_modal_projector(states[config.vision_feature_layer][:, 1:]).unflatten(
+        0, pixels.shape[:2]
+    )
     strategy = config.vision_feature_select_strategy
     return torch.stack(inner.pack_image_features(list(features), sizes, strategy, inner.image_newline)[0])
 
 
-def train_language(model: Any, processor: Any, log: list[dict], seed: int = 0, checks: int = 25, **limits: Any) -> None:
+def train_language(
+    model: Any, processor: Any, log: list[dict], seed: int = 0, checks: int = 25, **limits: Any
+) -> None:
     """Stage two, in place, with the tower frozen; ``checks``: held-out scenes of each layout."""
     vocabulary = processor.tokenizer.get_vocab()
 
@@ -177,7 +199,9 @@ def train_language(model: Any, processor: Any, log: list[dict], seed: int = 0, c
 
 
 def hide(model: Any, part: str, inputs: Any) -> None:
-    """Masks the visual tokens of the ``crops`` or of the ``base`` image, so that the rest is all that is read."""
+    """Masks the visual tokens of the ``crops`` or of the ``base`` image, so that the rest is all that is
+    read.
+    """
     visual = inputs["input_ids"] == model.config.image_token_id
     crops = visual & (visual.cumsum(1) > (TILE // 8) ** 2)
     inputs["attention_mask"][crops if part == "crops" else visual & ~crops] = 0
@@ -200,7 +224,11 @@ def measure(model: Any, processor: Any, n: int = 500) -> dict[str, Any]:
 def card(report: dict[str, Any], log: list[dict]) -> str:
     """The model card."""
     scores = report["accuracy"]
-    parts = {"all tokens": scores, "base image alone": report["base_alone"], "crops alone": report["crops_alone"]}
+    parts = {
+        "all tokens": scores,
+        "base image alone": report["base_alone"],
+        "crops alone": report["crops_alone"],
+    }
     last = [entry for entry in log if "held_out_form_base" in entry][-1]
     tokens = report["visual_tokens"]
     return CARD.format(

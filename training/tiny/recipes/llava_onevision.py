@@ -1,8 +1,8 @@
 """Tiny LLaVA-OneVision: SigLIP tower, Qwen2; images cut into crops ("anyres_max_9") and video pooled 2 x 2.
 
-It starts from the shipped tiny LLaVA, as far as the shapes agree. Stage ``tower`` teaches the tower images, crops and
-frames; stage ``language`` freezes it and teaches the projector, the newline token and the language model, a
-third of the steps on images, the others on clips of 4 to 8 frames.
+It starts from the shipped tiny LLaVA, as far as the shapes agree. Stage ``tower`` teaches the tower images,
+crops and frames; stage ``language`` freezes it and teaches the projector, the newline token and the language
+model, a third of the steps on images, the others on clips of 4 to 8 frames.
 """
 
 from __future__ import annotations
@@ -35,12 +35,20 @@ from ..tower import TowerHeads, View, hidden_states, targets, to_pixels
 
 __all__ = ["build", "card", "measure", "train"]
 
-TOWER: dict[str, Any] = {"steps": 1200, "batch": 32, "rate": 2e-3, "muon_rate": 0.02, "reset": 0.0, "look": 0.0}
+TOWER: dict[str, Any] = {
+    "steps": 1200,
+    "batch": 32,
+    "rate": 2e-3,
+    "muon_rate": 0.02,
+    "reset": 0.0,
+    "look": 0.0,
+}
 LANGUAGE: dict[str, Any] = {"steps": 2500, "batch": 12, "rate": 2e-3, "muon_rate": 0.02, "reading": 0.1}
 LENGTHS = (4, 4, 6, 6, 6, 8, 8, 8)  # frames of the clips in training
 LONGER = (10, 12)  # measured apart
 SLOTS = 16  # questions per clip
-WIDTH = 13  # tokens per question: "which digit was shown with the purple triangle ? assistant : 4" and one to spare
+# tokens per question: "which digit was shown with the purple triangle ? assistant : 4" and one to spare
+WIDTH = 13
 LATER = 50_000_000  # stage two goes on with scenes that stage one has not seen
 CHECK = 7_000_000  # scenes of the test split for the measures along the way
 TILE = LARGE.tile
@@ -48,7 +56,8 @@ FORMS, COLOUR_NAMES = (*SHAPES, *DIGITS), (*COLOURS, WHITE)
 
 
 def build(width: int = 128, tower_layers: int = 5, llm_layers: int = 4, heads: int = 4) -> tuple[Any, Any]:
-    """An untrained LLaVA-OneVision with 144 visual tokens per crop of 96 px and 36 per frame, and its processor.
+    """An untrained LLaVA-OneVision with 144 visual tokens per crop of 96 px and 36 per frame, and its
+    processor.
 
     Args:
         width: hidden size of the tower and of the language model; a multiple of ``2 * heads``.
@@ -114,9 +123,9 @@ def build(width: int = 128, tower_layers: int = 5, llm_layers: int = 4, heads: i
 def warm_start(model: Any) -> None:
     """The weights of the shipped tiny LLaVA, in place, wherever names and shapes agree.
 
-    Its CLIP tower normalises patches before the first layer, a SigLIP tower does not: the norm becomes part of the
-    patches' and positions' weights, with the spread that it meets on average. Rows of the word embeddings are those of
-    the words that both know, which come first.
+    Its CLIP tower normalises patches before the first layer, a SigLIP tower does not: the norm becomes part
+    of the patches' and positions' weights, with the spread that it meets on average. Rows of the word
+    embeddings are those of the words that both know, which come first.
     """
     theirs = load("llava")[0]
     known = theirs.state_dict()
@@ -138,7 +147,8 @@ def warm_start(model: Any) -> None:
 def train(
     model: Any, processor: Any, log: list[dict], seed: int = 0, seconds: float | None = None, **limits: Any
 ) -> None:
-    """Warm start and both stages, in place; appends to ``log``. Limits as in `training.tiny.loop.optimise`."""
+    """Warm start and both stages, in place; appends to ``log``. Limits as in `training.tiny.loop.optimise`.
+    """
     warm_start(model)
     train_tower(model, processor, log, seed, seconds=seconds and seconds * 0.25, **limits)
     train_language(model, processor, log, seed, seconds=seconds and seconds * 0.75, **limits)
@@ -147,7 +157,8 @@ def train(
 def tower_batch(
     processor: Any, first: int, size: int, split: str, step: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Pixels and targets of a step: three quarters crowded frames, an eighth crops and an eighth base images."""
+    """Pixels and targets of a step: three quarters crowded frames, an eighth crops and an eighth base images.
+    """
     start = first + step * size
     pixels, seen = [], []
     for i in range(start, start + size // 8):
@@ -161,11 +172,15 @@ def tower_batch(
     for i in range(start, start + size - size // 4):
         frames, scene = crowd(i, split, bent=split == "train")
         pixels.append(to_pixels(frames[:1])[0])
-        seen.append(View.of(scene.masks(), [o.shape for o in scene.objects], [o.colour for o in scene.objects]))
+        seen.append(
+            View.of(scene.masks(), [o.shape for o in scene.objects], [o.colour for o in scene.objects])
+        )
     return torch.stack(pixels), targets(seen, FORMS, COLOUR_NAMES)
 
 
-def train_tower(model: Any, processor: Any, log: list[dict], seed: int = 0, checks: int = 160, **limits: Any) -> None:
+def train_tower(
+    model: Any, processor: Any, log: list[dict], seed: int = 0, checks: int = 160, **limits: Any
+) -> None:
     """Stage one, in place; appends to ``log``. ``checks``: held-out views of the measures along the way."""
     pixels, goal = tower_batch(processor, CHECK, checks, "test", 0)
     digits = goal["form"][goal["owner"] >= 0] > len(SHAPES)
@@ -184,7 +199,9 @@ def train_tower(model: Any, processor: Any, log: list[dict], seed: int = 0, chec
 def language_batch(
     processor: Any, first: int, size: int, split: str, step: int
 ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], Any, dict[str, torch.Tensor] | None]:
-    """Pixels (and sizes, of images), packed questions, and read-outs: every third step images, else as long clips."""
+    """Pixels (and sizes, of images), packed questions, and read-outs: every third step images, else as long
+    clips.
+    """
     rng = np.random.Generator(np.random.PCG64([first, step]))
     start, vocabulary = first + step * 4 * size, processor.tokenizer.get_vocab()
     if step % 3:
@@ -206,7 +223,8 @@ def language_batch(
 
 
 def visual_tokens(model: Any, shown: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
-    """What the language model reads of images of one size, or (without sizes) of as long clips: ``(n, tokens, hidden)``.
+    """What the language model reads of images of one size, or (without sizes) of as long clips: ``(n, tokens,
+    hidden)``.
 
     No gradient for the tower.
     """
@@ -221,7 +239,9 @@ def visual_tokens(model: Any, shown: tuple[torch.Tensor, torch.Tensor | None]) -
     return torch.stack(inner.pack_image_features(crops, sizes, inner.image_newline, ratio)[0])
 
 
-def train_language(model: Any, processor: Any, log: list[dict], seed: int = 0, checks: int = 9, **limits: Any) -> None:
+def train_language(
+    model: Any, processor: Any, log: list[dict], seed: int = 0, checks: int = 9, **limits: Any
+) -> None:
     """Stage two, in place, with the tower frozen; ``checks``: held-out batches, two thirds of them clips."""
     vocabulary = processor.tokenizer.get_vocab()
     before = [vocabulary["user"], vocabulary[":"]]
@@ -244,21 +264,26 @@ def train_language(model: Any, processor: Any, log: list[dict], seed: int = 0, c
 def longer(model: Any, processor: Any, n: int = 100) -> dict[str, float]:
     """Accuracy on ``n`` questions about clips of each of the ``LONGER`` lengths."""
     asked = {frames: clips.held_out(n, 0, frames) for frames in LONGER}
-    return {str(frames): score(pairs, answers(model, processor, pairs))["all"] for frames, pairs in asked.items()}
+    return {
+        str(frames): score(pairs, answers(model, processor, pairs))["all"] for frames, pairs in asked.items()
+    }
 
 
 def measure(model: Any, processor: Any, n: int = 500) -> dict[str, Any]:
     """Blind accuracy and the number of visual tokens of images and clips."""
     asked = [questions(make_wide(i, layout=LARGE)) for i in range(500)]
     asked += [
-        clips.questions(clips.make_clip(i, frames=HELD_OUT_FRAMES[i % len(HELD_OUT_FRAMES)])) for i in range(500)
+        clips.questions(clips.make_clip(i, frames=HELD_OUT_FRAMES[i % len(HELD_OUT_FRAMES)]))
+        for i in range(500)
     ]
     canvases = [(height, width) for width, height in LARGE.canvases]
     videos = [(frames, TILE, TILE) for frames in HELD_OUT_FRAMES + LONGER]
     tokens = processor._get_num_multimodal_tokens(image_sizes=canvases, video_sizes=videos)
     return {
         "recipe": {"tower": TOWER, "language": LANGUAGE},
-        "most_frequent_answer": most_frequent(held_out("llava_onevision", n), [q for some in asked for q in some]),
+        "most_frequent_answer": most_frequent(
+            held_out("llava_onevision", n), [q for some in asked for q in some]
+        ),
         "longer": longer(model, processor),
         "visual_tokens": {"images": tokens["num_image_tokens"], "clips": tokens["num_video_tokens"]},
     }
@@ -278,7 +303,9 @@ def card(report: dict[str, Any], log: list[dict]) -> str:
         form=last["held_out_form"],
         digit=last["held_out_digit"],
         images=", ".join(f"{n} ({w} x {h} px)" for n, (w, h) in zip(tokens["images"], LARGE.canvases)),
-        clips=", ".join(f"{n} ({frames} frames)" for n, frames in zip(tokens["clips"], HELD_OUT_FRAMES + LONGER)),
+        clips=", ".join(
+            f"{n} ({frames} frames)" for n, frames in zip(tokens["clips"], HELD_OUT_FRAMES + LONGER)
+        ),
         lengths=", ".join(f"{n} ({LENGTHS.count(n) / len(LENGTHS):.0%})" for n in dict.fromkeys(LENGTHS)),
         tower=plan(TOWER, log, "tower"),
         language=plan(LANGUAGE, log, "language"),

@@ -1,8 +1,9 @@
-"""Tiny Qwen2.5-VL: window-attention tower without position embeddings, 2 x 2 merger, M-RoPE; images and video.
+"""Tiny Qwen2.5-VL: window-attention tower without position embeddings, 2 x 2 merger, M-RoPE; images and
+video.
 
-Stage ``tower`` teaches the tower and its merger (`training.tiny.qwen_tower`); stage ``language`` freezes the tower and
-teaches the merger and the language model, half of it on the scenes of `vtoken.tiny.scenes`, half on `vtoken.tiny.clips`
-(`training.tiny.qwen_language`, with the read-outs of `training.tiny.reading`).
+Stage ``tower`` teaches the tower and its merger (`training.tiny.qwen_tower`); stage ``language`` freezes the
+tower and teaches the merger and the language model, half of it on the scenes of `vtoken.tiny.scenes`, half on
+`vtoken.tiny.clips` (`training.tiny.qwen_language`, with the read-outs of `training.tiny.reading`).
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def build(
     )
 
     tokenizer = build_tokenizer(MARKS, clips.vocabulary())
-    pad, bos, eos, image, video, begin, end = tokenizer.convert_tokens_to_ids(["<pad>", "<s>", "</s>", *MARKS])
+    pad, bos, eos, image, video, begin, end = tokenizer.convert_tokens_to_ids(
+        ["<pad>", "<s>", "</s>", *MARKS]
+    )
     half = width // heads // 2  # pairs of rotary frequencies
     tower = {
         "hidden_size": tower_width,

@@ -21,21 +21,26 @@ if TYPE_CHECKING:
 class Tower:
     """A vision tower as strategies see it.
 
-    Subclasses say where the attention modules are and how to turn their projections into heads. The default serves towers
-    with `q_proj` and `k_proj` over a batch of segments (CLIP, SigLIP).
+    Subclasses say where the attention modules are and how to turn their projections into heads. The default
+    serves towers with `q_proj` and `k_proj` over a batch of segments (CLIP, SigLIP).
 
     Args:
         module: the tower.
         feature_layer: the layer whose output feeds the projector.
-        pool: (..., patches) -> (..., cells) for the views in which the model pools patches, None where a patch is a cell.
+        pool: (..., patches) -> (..., cells) for the views in which the model pools patches, None where a
+            patch is a cell.
     """
 
     has_cls = False
     equal_grids = False  # whether one forward is a batch of square grids of one size
 
-    def __init__(self, module: nn.Module, feature_layer: int, pool: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, feature_layer: int, pool: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self.module, self.pool = module, pool
-        self.info = TowerInfo(len(self.layers), feature_layer, self.has_cls, self.global_layers(), self.num_heads())
+        self.info = TowerInfo(
+            len(self.layers), feature_layer, self.has_cls, self.global_layers(), self.num_heads()
+        )
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -46,13 +51,15 @@ class Tower:
         """Go on with the module of `found`, the same tower looked up anew.
 
         Args:
-            read: whether something inside is read, for which it must have the shape of the one that was patched.
+            read: whether something inside is read, for which it must have the shape of the one that was
+                patched.
 
         Raises RuntimeError if it has another.
         """
         if read and found.info != self.info:
             raise rebuilt(
-                f"The vision tower has {found.info.num_layers} layers of another kind than when it was patched"
+                f"The vision tower has {found.info.num_layers} layers of another kind than when it was"
+                " patched"
             )
         self.module, self.info = found.module, found.info
 
@@ -84,7 +91,9 @@ class Tower:
         return received_attention(query, key, self.scale(layer))
 
     def to_cells(self, value: Tensor) -> Tensor:
-        """Values per patch (..., patches) -> per cell (..., cells); the mean where several patches make one cell."""
+        """Values per patch (..., patches) -> per cell (..., cells); the mean where several patches make one
+        cell.
+        """
         return value if self.pool is None else self.pool(value)
 
     def block(self, layer: int) -> Block:
@@ -120,7 +129,9 @@ class Tower:
         return frozenset(kinds | {"cls_attention", "cls_logits"} if self.has_cls else kinds)
 
     def taps(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Hook]:
-        """Hooks on the projections of the layers in `needs`, as they are now. They act while `active()` is a Capture."""
+        """Hooks on the projections of the layers in `needs`, as they are now. They act while `active()` is a
+        Capture.
+        """
         hooks: list[Hook] = []
         for layer in sorted(needs.tower_layers):
             query, key = self.projections(layer)
@@ -135,7 +146,9 @@ class Tower:
         if capture is not None:
             capture.pending["query", layer] = out
 
-    def _on_key(self, active: Callable[[], Capture | None], layer: int, module: Any, args: Any, out: Any) -> None:
+    def _on_key(
+        self, active: Callable[[], Capture | None], layer: int, module: Any, args: Any, out: Any
+    ) -> None:
         capture = active()
         query = None if capture is None else capture.pending.pop(("query", layer), None)
         if capture is None or query is None:
@@ -144,9 +157,12 @@ class Tower:
             self.record(capture, layer, self.heads(query, layer), self.heads(out, layer))
 
     def heads(self, x: Tensor, layer: int) -> Tensor:
-        """(segments, tokens, heads * head_dim), or already (segments, heads, tokens, head_dim) -> the latter."""
+        """(segments, tokens, heads * head_dim), or already (segments, heads, tokens, head_dim) -> the latter.
+        """
         if not isinstance(x, Tensor):
-            raise rebuilt(f"A projection in layer {layer} of the vision tower answers with a {type(x).__name__}")
+            raise rebuilt(
+                f"A projection in layer {layer} of the vision tower answers with a {type(x).__name__}"
+            )
         if x.ndim == 4:
             return x
         return x.view(*x.shape[:2], -1, int(self.attention(layer).head_dim)).transpose(1, 2)  # type: ignore[arg-type]
@@ -166,7 +182,9 @@ class Tower:
             logits = torch.einsum("shd,shnd->sn", query[:, :, 0].float(), key[:, :, 1:].float())
             capture.add("cls_logits", layer, cells(logits * (self.scale(layer) / query.shape[1])))
         if layer in capture.needs.received_attention:
-            capture.add("received_attention", layer, cells(self.received(capture, query, key, layer)[:, first:]))
+            capture.add(
+                "received_attention", layer, cells(self.received(capture, query, key, layer)[:, first:])
+            )
         if layer in capture.needs.keys:
             flat = key[:, :, first:].transpose(1, 2).flatten(2)
             capture.add("keys", layer, cells(flat.transpose(1, 2)).transpose(1, 2))

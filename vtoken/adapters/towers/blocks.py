@@ -74,7 +74,9 @@ class Block(ABC):
     @property
     @abstractmethod
     def chosen_flops(self) -> int:
-        """FLOPs that a token costs beyond its key, if it is computed in a frame that reuses; attention left out."""
+        """FLOPs that a token costs beyond its key, if it is computed in a frame that reuses; attention left
+        out.
+        """
 
     def dense_flops(self, windows: Sequence[int]) -> int:
         """FLOPs of the layer on one frame whose attention is cut into windows of these lengths."""
@@ -83,7 +85,9 @@ class Block(ABC):
 
 
 def linear_flops(*modules: nn.Module) -> int:
-    """FLOPs per token of the linear layers among the given modules and their children; adapters count as layers."""
+    """FLOPs per token of the linear layers among the given modules and their children; adapters count as
+    layers.
+    """
     every: list[Any] = [m for module in modules for m in module.modules() if not any(m.children())]
     return sum(2 * int(m.in_features) * int(m.out_features) for m in every if hasattr(m, "in_features"))
 

@@ -1,4 +1,6 @@
-"""What is gathered while a vision tower runs: scores, the frames of a stream, and what became of merged patches."""
+"""What is gathered while a vision tower runs: scores, the frames of a stream, and what became of merged
+patches.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,9 @@ class Merged:
 
     def follow(self, merge: EncoderMerge) -> None:
         self.owner = merge.into.gather(1, self.owner)
-        self.sizes = torch.zeros(merge.keep.shape, device=self.sizes.device).scatter_add(1, merge.into, self.sizes)
+        self.sizes = torch.zeros(merge.keep.shape, device=self.sizes.device).scatter_add(
+            1, merge.into, self.sizes
+        )
         self.by_count[merge.keep.shape[1]] = self.owner
 
     def spread(self, value: Tensor) -> Tensor:
@@ -146,7 +150,8 @@ class Capture:
         modality: what is being encoded; a tower may serve several.
         needs: what is read for it.
         merged: while a tower runs whose tokens are being merged, what became of them.
-        owners: after it has run, (segments, patches) int64, the token that each patch ended up in, chunk by chunk.
+        owners: after it has run, (segments, patches) int64, the token that each patch ended up in, chunk by
+            chunk.
         frames: the frames of streams that the call encodes, None where nothing is reused between frames.
         pending: what a tower's hooks note until they can add it.
     """
@@ -182,7 +187,9 @@ class Capture:
         return items
 
     def merged_per_item(self, counts: Sequence[int]) -> list[Tensor | None]:
-        """Per image or video (patches,) int64, the token that each patch ended up in; None if nothing was merged."""
+        """Per image or video (patches,) int64, the token that each patch ended up in; None if nothing was
+        merged.
+        """
         if not self.owners:
             return [None] * len(counts)
         items = self._split("merged", self.owners, counts)

@@ -1,4 +1,5 @@
-"""The towers of Idefics3 and SmolVLM: SigLIP over tiles of which a part may be padding, then pixel shuffle."""
+"""The towers of Idefics3 and SmolVLM: SigLIP over tiles of which a part may be padding, then pixel shuffle.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +26,17 @@ class IdeficsTower(Tower):
     def taps(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Hook]:
         hooks = super().taps(needs, active)
         if hooks:
-            hooks.append(Hook(self.module, functools.partial(self._before_tower, active), before=True, kwargs=True))
+            hooks.append(
+                Hook(self.module, functools.partial(self._before_tower, active), before=True, kwargs=True)
+            )
         return hooks
 
     def _before_tower(
-        self, active: Callable[[], Capture | None], module: Any, args: Any, kwargs: dict[str, Any] | None = None
+        self,
+        active: Callable[[], Capture | None],
+        module: Any,
+        args: Any,
+        kwargs: dict[str, Any] | None = None,
     ) -> None:
         capture = active()
         if capture is not None and kwargs is not None:

@@ -1,4 +1,6 @@
-"""The InternViT tower of InternVL: a class token, and norms (or none) behind the projections of queries and keys."""
+"""The InternViT tower of InternVL: a class token, and norms (or none) behind the projections of queries and
+keys.
+"""
 
 from __future__ import annotations
 

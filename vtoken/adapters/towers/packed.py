@@ -1,4 +1,6 @@
-"""Towers that read all images of a call as one sequence: rotary embedding, attention in windows, patches in any order."""
+"""Towers that read all images of a call as one sequence: rotary embedding, attention in windows, patches in
+any order.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ class Packing:
 
     Attributes:
         items: per image or video its segments (images, frames) and the cells of each.
-        patches: (cells, patches per cell) int64, the places in the tower's sequence of the patches behind every cell.
-        bounds: (windows + 1,) int, where attention is cut; None if each attention module is told (`cu_seqlens`).
+        patches: (cells, patches per cell) int64, the places in the tower's sequence of the patches behind
+            every cell.
+        bounds: (windows + 1,) int, where attention is cut; None if each attention module is told
+            (`cu_seqlens`).
     """
 
     items: list[tuple[int, int]]
@@ -41,7 +45,9 @@ class PackedTower(Tower):
         raise NotImplementedError
 
     def query_key(self, layer: int, outputs: list[Tensor]) -> Iterable[Tensor]:
-        """Queries and keys before rotary embedding, (patches, heads, head_dim) each, from what the projections put out."""
+        """Queries and keys before rotary embedding, (patches, heads, head_dim) each, from what the
+        projections put out.
+        """
         raise NotImplementedError
 
     # -- provided -----------------------------------------------------------------------------------------------
@@ -58,14 +64,22 @@ class PackedTower(Tower):
         return hooks
 
     def _before_tower(
-        self, active: Callable[[], Capture | None], module: Any, args: Any, kwargs: dict[str, Any] | None = None
+        self,
+        active: Callable[[], Capture | None],
+        module: Any,
+        args: Any,
+        kwargs: dict[str, Any] | None = None,
     ) -> None:
         capture = active()
         if capture is not None and kwargs is not None:
             capture.pending["forward"] = _Forward(self.packing(args, kwargs))
 
     def _before_attention(
-        self, active: Callable[[], Capture | None], module: Any, args: Any, kwargs: dict[str, Any] | None = None
+        self,
+        active: Callable[[], Capture | None],
+        module: Any,
+        args: Any,
+        kwargs: dict[str, Any] | None = None,
     ) -> None:
         forward = _forward(active())
         if forward is not None and kwargs is not None:
@@ -97,7 +111,9 @@ class PackedTower(Tower):
     def _add(capture: Capture, what: str, layer: int, value: Tensor, packing: Packing) -> None:
         """Store values per patch (patches, ...) as means per cell, item by item."""
         cells = value[packing.patches.to(value.device)].mean(1)
-        for item, (count, size) in zip(cells.split([a * b for a, b in packing.items]), packing.items, strict=True):
+        for item, (count, size) in zip(
+            cells.split([a * b for a, b in packing.items]), packing.items, strict=True
+        ):
             capture.add(what, layer, item.unflatten(0, (count, size)))
 
 
@@ -116,7 +132,8 @@ def _forward(capture: Capture | None) -> _Forward | None:
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """(patches, heads, head_dim) after rotary embedding, first half of head_dim against the second; same dtype.
+    """(patches, heads, head_dim) after rotary embedding, first half of head_dim against the second; same
+    dtype.
 
     Args:
         rotary: cos and sin, (patches, head_dim).
@@ -128,7 +145,8 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def merged_patches(height: int, width: int, side: int) -> Tensor:
-    """(cells, side * side) int64: the row-major patches of every cell of a height x width grid; a rest that fills no cell
-    is left out, as convolutions do."""
+    """(cells, side * side) int64: the row-major patches of every cell of a height x width grid; a rest that
+    fills no cell is left out, as convolutions do.
+    """
     index = torch.arange(height * width).view(height, width)[: height // side * side, : width // side * side]
     return index.view(height // side, side, width // side, side).transpose(1, 2).reshape(-1, side * side)

@@ -16,8 +16,8 @@ from .packed import PackedTower, Packing
 class QwenTower(PackedTower):
     """Blocks of merge_size x merge_size patches lie side by side and become one cell.
 
-    Frames (and images) do not see each other; Qwen2.5-VL moreover computes most layers in windows and keeps its tokens in
-    window order.
+    Frames (and images) do not see each other; Qwen2.5-VL moreover computes most layers in windows and keeps
+    its tokens in window order.
     """
 
     def find_layers(self) -> list[nn.Module]:
@@ -36,7 +36,9 @@ class QwenTower(PackedTower):
         items = [(t, (h // merge) * (w // merge)) for t, h, w in grid.tolist()]
         order = torch.arange(sum(t * n for t, n in items), device=grid.device)
         if hasattr(tower, "fullatt_block_indexes"):
-            windows = get_vision_window_index(grid, merge, tower.window_size, tower.patch_size, kwargs=dict(kwargs))
+            windows = get_vision_window_index(
+                grid, merge, tower.window_size, tower.patch_size, kwargs=dict(kwargs)
+            )
             order = torch.argsort(windows[0])
         unit = merge * merge
         return Packing(items, order[:, None] * unit + torch.arange(unit, device=order.device))

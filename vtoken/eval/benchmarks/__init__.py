@@ -1,1 +1,3 @@
-"""One file per benchmark, with its questions, its parsing of answers and its score; and the data sets they read."""
+"""One file per benchmark, with its questions, its parsing of answers and its score; and the data sets they
+read.
+"""

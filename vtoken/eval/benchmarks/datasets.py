@@ -1,4 +1,5 @@
-"""Reads evaluation data sets: parquet in the layout of the Hub, from a folder or downloaded, and VLMEvalKit's TSV.
+"""Reads evaluation data sets: parquet in the layout of the Hub, from a folder or downloaded, and VLMEvalKit's
+TSV.
 
 Only rows are read: no script of a data set is run and nothing is unpickled.
 """
@@ -46,7 +47,9 @@ def parquet_folder(source: str | Path, how: str) -> Path:
 
 
 def parquet_files(folder: Path, split: str = "test") -> list[Path]:
-    """The parquet files of a split, `test-00000-of-00002.parquet` for instance; all of them if none names a split."""
+    """The parquet files of a split, `test-00000-of-00002.parquet` for instance; all of them if none names a
+    split.
+    """
     found = sorted(folder.rglob("*.parquet"))
     named = [f for f in found if f.name.startswith(split) or f.parent.name == split]
     return named or [f for f in found if not re.match(r"(train|validation|val|dev)\b", f.name)]
@@ -59,7 +62,8 @@ def read_parquet(folder: Path, columns: Sequence[str], how: str, image: str | No
         folder: searched for parquet files of the `test` split.
         columns: must be there; all of them but `image` are read.
         how: for errors, how to get the data set.
-        image: a column of Hub images (struct of `bytes` and `path`) or of bytes. Read a row group at a time, when asked.
+        image: a column of Hub images (struct of `bytes` and `path`) or of bytes. Read a row group at a time,
+            when asked.
 
     Raises:
         ValueError: if there is no file, or a column is missing.
@@ -143,7 +147,9 @@ def _tsv_opener(images: dict[str, str], cell: str) -> Callable[[], Image.Image]:
     def open_it() -> Image.Image:
         data = images.get(cell, "") if len(cell) <= 64 else cell
         if len(data) <= 64:
-            raise ValueError(f"the column 'image' has neither base64 nor the index of a row that has it: {cell[:64]!r}")
+            raise ValueError(
+                f"the column 'image' has neither base64 nor the index of a row that has it: {cell[:64]!r}"
+            )
         return open_image(io.BytesIO(base64.b64decode(data)))
 
     return open_it

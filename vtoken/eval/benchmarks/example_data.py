@@ -1,7 +1,8 @@
 """Small generated data sets in the exact layout of the real ones, to try the commands and to test them.
 
-The pictures are scenes of `vtoken.tiny`. The tiny LLaVA can answer the MME-shaped questions under the strict protocol; it
-has never seen multiple choice, so what it says to the Video-MME-shaped ones shows that the machinery runs, no more.
+The pictures are scenes of `vtoken.tiny`. The tiny LLaVA can answer the MME-shaped questions under the strict
+protocol; it has never seen multiple choice, so what it says to the Video-MME-shaped ones shows that the
+machinery runs, no more.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def write_mme(folder: str | Path, rows: Sequence[Row], row_group: int = 4) -> Pa
 
     Args:
         folder: made if needed.
-        rows: `question_id, image, question, answer, category` each; an image is a PIL image or the bytes of a file.
+        rows: `question_id, image, question, answer, category` each; an image is a PIL image or the bytes of a
+            file.
         row_group: rows per group.
     """
     cells = [row | {"image": {"bytes": _bytes(row["image"]), "path": row["question_id"]}} for row in rows]
@@ -42,7 +44,9 @@ def write_mme(folder: str | Path, rows: Sequence[Row], row_group: int = 4) -> Pa
 
 
 def write_mme_tsv(path: str | Path, rows: Sequence[Row]) -> Path:
-    """Write the same rows as VLMEvalKit's TSV; the second question of an image refers to the first. Returns the path."""
+    """Write the same rows as VLMEvalKit's TSV; the second question of an image refers to the first. Returns
+    the path.
+    """
     try:
         import pandas as pd
     except ImportError:
@@ -67,7 +71,8 @@ def write_videomme(
     fps: int = 8,
     said: Row | None = None,
 ) -> Path:
-    """Write Video-MME's layout: `videomme/test-00000-of-00001.parquet`, `data/<videoID>.mp4`, `subtitle/<videoID>.srt`.
+    """Write Video-MME's layout: `videomme/test-00000-of-00001.parquet`, `data/<videoID>.mp4`,
+    `subtitle/<videoID>.srt`.
 
     Args:
         folder: made if needed.
@@ -107,7 +112,8 @@ def write_mp4(path: Path, frames: Sequence[Image.Image], fps: int) -> None:
 
 
 def mme(folder: str | Path, images: int = 8) -> Path:
-    """An MME-shaped set about generated scenes in the categories existence and color, half yes and half no."""
+    """An MME-shaped set about generated scenes in the categories existence and color, half yes and half no.
+    """
     rows = []
     for i in range(images):
         scene = make_scene(i, "test")
@@ -121,7 +127,9 @@ def mme(folder: str | Path, images: int = 8) -> Path:
 
 
 def videomme(folder: str | Path, videos: int = 3) -> Path:
-    """A Video-MME-shaped set: clips of two scenes, the colour of an object in the first and in the second one."""
+    """A Video-MME-shaped set: clips of two scenes, the colour of an object in the first and in the second
+    one.
+    """
     rows, clips, said = [], {}, {}
     colours = list(COLOURS)
     for v in range(videos):

@@ -11,10 +11,21 @@ from .task import Breakdown, Item, Prompt, Task, checked, decoded, fingerprint
 
 HUB = "lmms-lab/MME"
 HOW = (
-    "give --data a folder with the parquet files of https://huggingface.co/datasets/lmms-lab/MME (hf download "
-    "lmms-lab/MME --repo-type dataset --local-dir MME) or VLMEvalKit's MME.tsv, or use --example."
+    "give --data a folder with the parquet files of https://huggingface.co/datasets/lmms-lab/MME (hf download"
+    " lmms-lab/MME --repo-type dataset --local-dir MME) or VLMEvalKit's MME.tsv, or use --example."
 )
-PERCEPTION = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
+PERCEPTION = [
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+]
 COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
 PARTS = {"perception": PERCEPTION, "cognition": COGNITION}
 
@@ -23,18 +34,22 @@ def load(source: str | Path = HUB) -> list[Item]:
     """The questions of MME, grouped by category; `about["image"]` is shared by the two questions of an image.
 
     Args:
-        source: a folder of parquet files or an id on the Hub (columns `question_id, image, question, answer, category`),
-            or VLMEvalKit's TSV (`index, image, question, answer, category, image_path`).
+        source: a folder of parquet files or an id on the Hub (columns `question_id, image, question, answer,
+            category`), or VLMEvalKit's TSV (`index, image, question, answer, category, image_path`).
 
     Raises:
-        ValueError: if there is no such data set, a column is missing, a category is unknown, an answer is not yes or
-            no, a question is there twice, or an image has not two questions. The sentence names the item.
+        ValueError: if there is no such data set, a column is missing, a category is unknown, an answer is not
+            yes or no, a question is there twice, or an image has not two questions. The sentence names the
+            item.
     """
     path = Path(source)
     if path.is_file():
         if path.suffix != ".tsv":
             raise ValueError(f"{str(path)!r} is a file, but no .tsv: {HOW}")
-        rows, key = read_tsv(path, ["index", "image", "question", "answer", "category", "image_path"]), "image_path"
+        rows, key = (
+            read_tsv(path, ["index", "image", "question", "answer", "category", "image_path"]),
+            "image_path",
+        )
     else:
         columns = ["question_id", "image", "question", "answer", "category"]
         rows, key = (
@@ -48,7 +63,9 @@ def _item(row: dict[str, Any], key: str) -> Item:
     image, question, category = row[key], str(row["question"] or ""), row["category"]
     name = f"{category}: {image}: {question.strip()}"
     if category not in PERCEPTION + COGNITION:
-        raise ValueError(f"{name!r} has a category that MME does not have: use {', '.join(PERCEPTION + COGNITION)}.")
+        raise ValueError(
+            f"{name!r} has a category that MME does not have: use {', '.join(PERCEPTION + COGNITION)}."
+        )
     answer = str(row["answer"] or "").strip().rstrip(".").lower()
     if answer not in ("yes", "no"):
         raise ValueError(f"{name!r} has the answer {row['answer']!r}: MME needs Yes or No.")
@@ -77,7 +94,12 @@ class MME(Task):
         self.max_new_tokens = self.protocol.max_new_tokens
 
     def settings(self) -> dict[str, Any]:
-        return {"task": "MME", "protocol": self.name, "questions": len(self.items), "data": fingerprint(self.items)}
+        return {
+            "task": "MME",
+            "protocol": self.name,
+            "questions": len(self.items),
+            "data": fingerprint(self.items),
+        }
 
     def prompt(self, item: Item, frames: int | None = None) -> Prompt:
         return Prompt(self.protocol.prompt(item.question), image=decoded(item.name, item.media))
@@ -86,7 +108,9 @@ class MME(Task):
         return self.protocol.read(text)
 
     def breakdown(self, right: dict[str, bool]) -> Breakdown:
-        """acc (questions) and acc+ (images with both questions right) per category; their sum is its score, at most 200."""
+        """acc (questions) and acc+ (images with both questions right) per category; their sum is its score,
+        at most 200.
+        """
         images: dict[str, dict[str, list[bool]]] = {}
         for item in self.items:
             images.setdefault(item.group, {}).setdefault(item.about["image"], []).append(right[item.name])

@@ -1,4 +1,6 @@
-"""What an evaluation asks: items with a name, prompts with pictures, and the sentence for what cannot be read."""
+"""What an evaluation asks: items with a name, prompts with pictures, and the sentence for what cannot be
+read.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class Clip:
 
     Attributes:
         frames: RGB images, in the order of `indices`.
-        indices: which frames of the file these are, ascending; repeated where a clip has fewer frames than were wanted.
+        indices: which frames of the file these are, ascending; repeated where a clip has fewer frames than
+            were wanted.
         fps: frames per second of the file.
         total: frames of the file.
     """
@@ -82,7 +85,9 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, item: Item, text: str) -> str:
-        """What the protocol takes for the answer in a model's text, in the words of `Item.answer`; "" if there is none."""
+        """What the protocol takes for the answer in a model's text, in the words of `Item.answer`; "" if
+        there is none.
+        """
 
     @abstractmethod
     def breakdown(self, right: dict[str, bool]) -> Breakdown:
@@ -132,7 +137,8 @@ def decoded(name: str, open_it: Callable[[], Image.Image]) -> Image.Image:
     """An RGB image from whatever opens it.
 
     Raises:
-        Unreadable: with the item's name if Pillow cannot decode it; decoders fail in many ways, none of which may end a run.
+        Unreadable: with the item's name if Pillow cannot decode it; decoders fail in many ways, none of which
+            may end a run.
     """
     try:
         return rgb(open_it())

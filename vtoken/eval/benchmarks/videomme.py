@@ -13,9 +13,9 @@ from .datasets import read_parquet
 from .task import Breakdown, Clip, Item, Prompt, Task, Unreadable, checked, fingerprint, one_line
 
 HOW = (
-    "get it with hf download lmms-lab/Video-MME --repo-type dataset --local-dir Video-MME, unpack its "
-    "videos_chunked_*.zip into Video-MME/data and subtitle.zip into Video-MME/subtitle, and give --data Video-MME, or "
-    "use --example."
+    "get it with hf download lmms-lab/Video-MME --repo-type dataset --local-dir Video-MME, unpack its"
+    " videos_chunked_*.zip into Video-MME/data and subtitle.zip into Video-MME/subtitle, and give --data"
+    " Video-MME, or use --example."
 )
 COLUMNS = [
     "video_id",
@@ -42,8 +42,8 @@ def load(source: str | Path, letters: str | None = None) -> list[Item]:
         letters: of the options, "ABCD" for instance; as many as the longest list of options needs if None.
 
     Raises:
-        ValueError: if the folder, a column, or every video is missing, a question is there twice, or an answer is not
-            one of the letters. The sentence names the item.
+        ValueError: if the folder, a column, or every video is missing, a question is there twice, or an
+            answer is not one of the letters. The sentence names the item.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -57,7 +57,8 @@ def load(source: str | Path, letters: str | None = None) -> list[Item]:
             raise ValueError(f"{name!r} has {len(options)} options, which the letters {known} cannot name.")
         if len(answer) != 1 or answer not in known[: len(options)]:
             raise ValueError(
-                f"{name!r} has the answer {row['answer']!r}: it needs one of {', '.join(known[: len(options)])}."
+                f"{name!r} has the answer {row['answer']!r}: it needs one of"
+                f" {', '.join(known[: len(options)])}."
             )
         about = {key: str(row[key]) for key in ("duration", "domain", "sub_category", "videoID")}
         items.append(Item(name, str(row["question"]), answer, str(row["task_type"]), folder, options, about))
@@ -70,7 +71,9 @@ def load(source: str | Path, letters: str | None = None) -> list[Item]:
 def _beside(item: Item, sort: str, endings: tuple[str, ...]) -> Path | None:
     # a name with a separator would lead out of the folder
     names = [item.about["videoID"] + end for end in endings]
-    return next((p for name in names if Path(name).name == name and (p := item.media / sort / name).is_file()), None)
+    return next(
+        (p for name in names if Path(name).name == name and (p := item.media / sort / name).is_file()), None
+    )
 
 
 def video_path(item: Item) -> Path | None:
@@ -118,7 +121,8 @@ class VideoMME(Task):
         }
 
     def clip(self, item: Item, frames: int) -> Clip:
-        """Sampled frames of an item's video; of the last video they are remembered, as its questions follow each other.
+        """Sampled frames of an item's video; of the last video they are remembered, as its questions follow
+        each other.
 
         Raises:
             Unreadable: naming the item and the file.
@@ -126,7 +130,9 @@ class VideoMME(Task):
         path = video_path(item)
         if path is None:
             wanted = f"data/{item.about['videoID']}.mp4"
-            raise Unreadable(f"The video of {item.name} is missing: there is no {wanted} in {str(item.media)!r}.")
+            raise Unreadable(
+                f"The video of {item.name} is missing: there is no {wanted} in {str(item.media)!r}."
+            )
         if self._last and self._last[0] == (path, frames):
             return self._last[1]
         from ...video import Limits, open_video
@@ -143,7 +149,9 @@ class VideoMME(Task):
                 indices = self.protocol.sample(total, frames)
                 once = sorted(set(indices))
                 images = dict(
-                    zip(once, (Image.fromarray(f.image) for f in reader.get_frames(indices=once)), strict=True)
+                    zip(
+                        once, (Image.fromarray(f.image) for f in reader.get_frames(indices=once)), strict=True
+                    )
                 )
                 clip = Clip([images[i] for i in indices], indices, float(reader.fps), total)
         except ImportError:
@@ -166,7 +174,9 @@ class VideoMME(Task):
             raise
         except Exception as error:
             where = f"subtitle/{item.about['videoID']}.srt"
-            raise Unreadable(f"The subtitles of {item.name}, {where}, cannot be read: {one_line(error)}") from None
+            raise Unreadable(
+                f"The subtitles of {item.name}, {where}, cannot be read: {one_line(error)}"
+            ) from None
 
     def prompt(self, item: Item, frames: int | None = None) -> Prompt:
         clip = self.clip(item, frames or self.frames)

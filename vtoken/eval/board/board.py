@@ -1,4 +1,6 @@
-"""The accuracy board: strategies x budgets on held-out questions, with measured token counts and Wilson intervals."""
+"""The accuracy board: strategies x budgets on held-out questions, with measured token counts and Wilson
+intervals.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +113,8 @@ def measure(
     tokens = tokens_in = flops = flops_dense = 0.0
     kinds: dict[str, list[int]] = {}
     start = time.process_time()
-    # the dense row reads its counts off a patch that keeps everything, which is the unpatched model bit for bit
+    # the dense row reads its counts off a patch that keeps everything, which is the unpatched model bit for
+    # bit
     with vtoken.applied(model, strategy or "uniform", budget=budget if strategy else 1.0):
         for batch in batches:
             said = batch.say(model)
@@ -189,7 +192,8 @@ class Board:
         return list({key("", c.budget): c.budget for c in self.cells if c.strategy != "dense"}.values())
 
     def chance(self, tokens: float) -> float | None:
-        """Accuracy of `random` at so many visual tokens, linear between its own cells and the unpatched model.
+        """Accuracy of `random` at so many visual tokens, linear between its own cells and the unpatched
+        model.
 
         None if that lies below its smallest cell, or if `random` was not measured.
         """
@@ -201,7 +205,9 @@ class Board:
         return a1 if t1 == t0 else a0 + (a1 - a0) * (tokens - t0) / (t1 - t0)
 
     def below_random(self) -> list[tuple[Cell, float]]:
-        """Cells of published methods whose whole interval lies below what `random` has at equal tokens, with that."""
+        """Cells of published methods whose whole interval lies below what `random` has at equal tokens, with
+        that.
+        """
         found = []
         for cell in self.cells:
             chance = None if cell.baseline else self.chance(cell.tokens)

@@ -12,7 +12,9 @@ KINDS_AT = 0.2
 
 
 def tables(boards: Sequence[Board], command: str, pictures: Sequence[str]) -> str:
-    """Markdown of all boards: per board accuracy by strategy and budget, the kinds of question at one budget, a plot."""
+    """Markdown of all boards: per board accuracy by strategy and budget, the kinds of question at one budget,
+    a plot.
+    """
     lines = [f"Made by `{command}`.", ""]
     for board, picture in zip(boards, pictures, strict=True):
         settings = ", ".join(f"{key} {value}" for key, value in board.settings.items())
@@ -22,7 +24,12 @@ def tables(boards: Sequence[Board], command: str, pictures: Sequence[str]) -> st
             lines += [f"All visual tokens: {entry(dense)}.", ""]
         lines += accuracy(board) + [""] + low(board)
         if any(c.budget == KINDS_AT for c in board.cells):
-            lines += ["", f"Exact answers in % by kind of question, budget {KINDS_AT}:", "", *kinds(board, KINDS_AT)]
+            lines += [
+                "",
+                f"Exact answers in % by kind of question, budget {KINDS_AT}:",
+                "",
+                *kinds(board, KINDS_AT),
+            ]
         lines += ["", f"![accuracy against kept tokens, {board.title}]({picture})", ""]
     return "\n".join(lines)
 
@@ -30,7 +37,10 @@ def tables(boards: Sequence[Board], command: str, pictures: Sequence[str]) -> st
 def accuracy(board: Board) -> list[str]:
     """One row per strategy, one column per budget."""
     at = board.at
-    lines = [row(["strategy", *(f"budget {b}" for b in board.budgets)]), row(["---"] * (len(board.budgets) + 1))]
+    lines = [
+        row(["strategy", *(f"budget {b}" for b in board.budgets)]),
+        row(["---"] * (len(board.budgets) + 1)),
+    ]
     for name in board.names:
         cells = [at.get(key(name, b)) for b in board.budgets]
         shown = f"*{name}*" if any(c and c.baseline for c in cells) else name
@@ -55,7 +65,8 @@ def kinds(board: Board, budget: float | int) -> list[str]:
 def low(board: Board) -> list[str]:
     """The cells below `random` at equal tokens, in words."""
     found = [
-        f"{c.strategy} at {c.budget} ({100 * c.accuracy:.1f} with {c.tokens:.1f} tokens, random {100 * chance:.1f})"
+        f"{c.strategy} at {c.budget} ({100 * c.accuracy:.1f} with {c.tokens:.1f} tokens, random"
+        f" {100 * chance:.1f})"
         for c, chance in board.below_random()
     ]
     return [f"Below *random* at equal tokens, whole interval: {'; '.join(found) or 'none'}."]
@@ -83,5 +94,6 @@ def write(page: Path, boards: Sequence[Board], command: str, pictures: Sequence[
     after = rest.partition(END)[2]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(
-        f"{before.rstrip()}\n\n{BEGIN}\n{tables(boards, command, pictures)}\n{END}{after or chr(10)}", encoding="utf-8"
+        f"{before.rstrip()}\n\n{BEGIN}\n{tables(boards, command, pictures)}\n{END}{after or chr(10)}",
+        encoding="utf-8",
     )

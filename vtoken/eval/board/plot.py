@@ -49,9 +49,13 @@ def draw(board: Board, path: str | Path) -> None:
             alpha=0.9,
         )
     for cell in (c for c in board.cells if c.strategy == "dense"):
-        axes.axhline(100 * cell.accuracy, color="black", linewidth=0.8, linestyle=":", label="all visual tokens")
+        axes.axhline(
+            100 * cell.accuracy, color="black", linewidth=0.8, linestyle=":", label="all visual tokens"
+        )
     axes.set(
-        xlabel="visual tokens per question, average over the LLM's layers", ylabel="exact answers, %", title=board.title
+        xlabel="visual tokens per question, average over the LLM's layers",
+        ylabel="exact answers, %",
+        title=board.title,
     )
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)

@@ -41,7 +41,9 @@ class Subject:
         return self.name if self.only else f"{self.name}_{self.medium}"
 
     def fitting(self) -> list[str]:
-        """Strategies that fit the model at half its tokens and are defined for the medium; on images none about frames."""
+        """Strategies that fit the model at half its tokens and are defined for the medium; on images none
+        about frames.
+        """
         import vtoken
 
         names = [name for name in vtoken.list_strategies() if not refusal(self.model, name, LARGEST)]
@@ -91,7 +93,9 @@ def _batch(processor: Any, pairs: Sequence[Any], memo: TowerMemo, number: int) -
     inputs = prepare(processor, pairs)
     asked = [(question.kind, question.answer) for _, question in pairs]
     # one word and an end more than any answer has: a longer text is wrong whatever follows
-    longest = max(len(ids) for ids in processor.tokenizer([a for _, a in asked], add_special_tokens=False).input_ids)
+    longest = max(
+        len(ids) for ids in processor.tokenizer([a for _, a in asked], add_special_tokens=False).input_ids
+    )
 
     @torch.no_grad()
     def say(model: Any) -> list[str]:
@@ -104,7 +108,9 @@ def _batch(processor: Any, pairs: Sequence[Any], memo: TowerMemo, number: int) -
 
 
 def plan(strategies: Sequence[str], budgets: Sequence[float | int]) -> list[tuple[str | None, float | int]]:
-    """The cells to measure: all visual tokens once (the same for every strategy), then every strategy at every budget."""
+    """The cells to measure: all visual tokens once (the same for every strategy), then every strategy at
+    every budget.
+    """
     smaller = [b for b in budgets if isinstance(b, int) or b < 1]
     return [(None, 1.0), *dict.fromkeys((name, budget) for name in strategies for budget in smaller)]
 
@@ -129,7 +135,8 @@ def tiny_board(
         step: told what is measured and how many questions were just answered.
         cell_done: told the board so far and the cell that was just measured.
         known: an earlier board; its cells are taken over if its settings are the same.
-        refused: told of each cell that is left out because the strategy cannot serve this model with this budget.
+        refused: told of each cell that is left out because the strategy cannot serve this model with this
+            budget.
 
     Raises:
         ValueError: for an unknown strategy or a budget out of range.
@@ -160,7 +167,9 @@ def tiny_board(
             step(what, questions)
             continue
         try:
-            done[place] = measure(subject.model, subject.batches, named, budget, functools.partial(step, what))
+            done[place] = measure(
+                subject.model, subject.batches, named, budget, functools.partial(step, what)
+            )
         except ValueError as error:  # an input that the strategy refuses
             refused(f"{what}: {error}")
             continue
@@ -170,7 +179,9 @@ def tiny_board(
 
 
 def refusal(model: Any, strategy: str | None, budget: float | int) -> str:
-    """The sentence with which `vtoken.patch` refuses this strategy and budget on this model; empty if it does not."""
+    """The sentence with which `vtoken.patch` refuses this strategy and budget on this model; empty if it does
+    not.
+    """
     import vtoken
 
     try:
@@ -181,7 +192,9 @@ def refusal(model: Any, strategy: str | None, budget: float | int) -> str:
 
 
 def weights(model: Any) -> str:
-    """The first digits of a SHA-256 over the model's parameters, which tells boards of different weights apart."""
+    """The first digits of a SHA-256 over the model's parameters, which tells boards of different weights
+    apart.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

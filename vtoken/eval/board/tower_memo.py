@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 
 class TowerMemo:
-    """Remembers what the layers of a vision tower answered to a batch, and answers the same when they are given the same.
+    """Remembers what the layers of a vision tower answered to a batch, and answers the same when they are
+    given the same.
 
-    Only the computation of a layer is spared, and only where nothing listens inside it: a layer with hooks on its parts
-    (a strategy reads its attention) runs, and so does one whose input is not, bit for bit, the remembered one (a strategy
-    has merged tokens in front of it). What a model says is the same with and without.
+    Only the computation of a layer is spared, and only where nothing listens inside it: a layer with hooks on
+    its parts (a strategy reads its attention) runs, and so does one whose input is not, bit for bit, the
+    remembered one (a strategy has merged tokens in front of it). What a model says is the same with and
+    without.
     """
 
     def __init__(self, model: Any) -> None:
@@ -57,7 +59,9 @@ class TowerMemo:
 
 
 def _overheard(layer: nn.Module) -> bool:
-    """Whether hooks listen to parts of this layer, other than those with which transformers collects `attentions`."""
+    """Whether hooks listen to parts of this layer, other than those with which transformers collects
+    `attentions`.
+    """
     hooks = (
         h
         for m in layer.modules()
@@ -69,4 +73,6 @@ def _overheard(layer: nn.Module) -> bool:
 
 def _versions(given: Tensor, answer: Any) -> list[int]:
     """Changes whenever one of these tensors has been written to in place."""
-    return [t._version for t in (given, *(answer if isinstance(answer, tuple) else (answer,))) if t is not None]
+    return [
+        t._version for t in (given, *(answer if isinstance(answer, tuple) else (answer,))) if t is not None
+    ]

@@ -1,7 +1,8 @@
-"""lmms-eval models with a patch: `lmms-eval --model vtoken_llava_hf --model_args pretrained=...,vtoken_strategy=hired`.
+"""lmms-eval models with a patch: `lmms-eval --model vtoken_llava_hf --model_args
+pretrained=...,vtoken_strategy=hired`.
 
-`manifests` is the entry point of the group `lmms_eval.models`; the classes are made from lmms-eval's own when one is asked
-for, so that this module imports nothing of lmms-eval and none of its models before that.
+`manifests` is the entry point of the group `lmms_eval.models`; the classes are made from lmms-eval's own when
+one is asked for, so that this module imports nothing of lmms-eval and none of its models before that.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def manifests() -> list[Any]:
 
 
 def patched_class(base: type) -> type:
-    """A subclass of an lmms-eval model that takes `vtoken_...` arguments, patches its model and counts the calls."""
+    """A subclass of an lmms-eval model that takes `vtoken_...` arguments, patches its model and counts the
+    calls.
+    """
 
     class Patched(base):  # type: ignore[misc, valid-type]
         def __init__(self, **arguments: Any) -> None:

@@ -1,4 +1,6 @@
-"""What both harnesses need: our arguments out of theirs, a patch on the model they made, and a count of its calls."""
+"""What both harnesses need: our arguments out of theirs, a patch on the model they made, and a count of its
+calls.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +50,9 @@ class Calls:
             return f"vtoken: no call with images or videos yet, {self.failed} failed"
         of = self.per_call()
         return (
-            f"vtoken: {self.calls} calls, {of['visual_tokens_unpatched']:.1f} -> {of['visual_tokens']:.1f} visual tokens "
-            f"each (average over the LLM's layers), {of['prefill_flops_share']:.1%} of the prefill FLOPs, "
-            f"{self.failed} failed"
+            f"vtoken: {self.calls} calls, {of['visual_tokens_unpatched']:.1f} -> {of['visual_tokens']:.1f}"
+            f" visual tokens each (average over the LLM's layers), {of['prefill_flops_share']:.1%} of the"
+            f" prefill FLOPs, {self.failed} failed"
         )
 
 
@@ -63,8 +65,8 @@ def split(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 def patch_arguments(ours: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `vtoken.patch` from a harness's: `strategy`, `budget` and hyper-parameters by name.
 
-    Values that look like JSON lists or objects are read as such (`vtoken_fastv={"layer":3}`); strategies that work
-    together are joined by "+".
+    Values that look like JSON lists or objects are read as such (`vtoken_fastv={"layer":3}`); strategies that
+    work together are joined by "+".
 
     Raises:
         ValueError: without a strategy, for an unknown one, or for a value that is no JSON.
@@ -72,7 +74,7 @@ def patch_arguments(ours: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(ours)
     if not isinstance(given.get("strategy"), str):
         raise ValueError(
-            f"Name a strategy for this model, such as vtoken_strategy=hired,vtoken_budget=0.2; found "
+            "Name a strategy for this model, such as vtoken_strategy=hired,vtoken_budget=0.2; found "
             f"{', '.join(f'{PREFIX}{k}={v}' for k, v in given.items()) or 'no argument that begins with vtoken_'}."
         )
     given["strategy"] = parse_strategy(given["strategy"])
@@ -81,15 +83,18 @@ def patch_arguments(ours: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 given[name] = parse(value)
             except ValueError as error:
-                raise ValueError(f"{PREFIX}{name} must be a value or JSON, found {found(value)}: {error}.") from None
+                raise ValueError(
+                    f"{PREFIX}{name} must be a value or JSON, found {found(value)}: {error}."
+                ) from None
     return given
 
 
 def patch_counted(model: Any, ours: Mapping[str, Any]) -> Calls:
     """Patch a model that a harness has loaded, and count what its `generate` reads from now on.
 
-    A ValueError out of `generate` (a kind of input that the strategy refuses, say) ends the run with its sentence:
-    harnesses catch it, log it and score an empty answer, which would be a wrong result and not a missing one.
+    A ValueError out of `generate` (a kind of input that the strategy refuses, say) ends the run with its
+    sentence: harnesses catch it, log it and score an empty answer, which would be a wrong result and not a
+    missing one.
 
     Raises:
         TypeError, ValueError: as `vtoken.patch` does.
@@ -108,7 +113,9 @@ def _counting(model: Any, generate: Callable[..., Any], calls: Calls, *args: Any
     try:
         out = generate(*args, **kwargs)
     except ValueError as error:
-        raise SystemExit(f"vtoken ends this run, because the patched model refused a call: {error}") from error
+        raise SystemExit(
+            f"vtoken ends this run, because the patched model refused a call: {error}"
+        ) from error
     except Exception:
         calls.failed += 1
         raise

@@ -1,7 +1,9 @@
-"""VLMEvalKit with patched models: `python -m vtoken.eval.harness.vlmevalkit --strategy hired --budget 0.2 --model NAME ...`.
+"""VLMEvalKit with patched models: `python -m vtoken.eval.harness.vlmevalkit --strategy hired --budget 0.2
+--model NAME ...`.
 
-Registers patched twins of VLMEvalKit's models in its `supported_VLM` and hands over to its own `run.py` with all other
-arguments. VLMEvalKit is installed from a checkout (`pip install -e .`), beside whose package `run.py` lies.
+Registers patched twins of VLMEvalKit's models in its `supported_VLM` and hands over to its own `run.py` with
+all other arguments. VLMEvalKit is installed from a checkout (`pip install -e .`), beside whose package
+`run.py` lies.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ def register(
     """Add a patched twin of each named model to VLMEvalKit's `supported_VLM`.
 
     Args:
-        supported: model names to callables that build a `vlmeval.vlm` model, whose `.model` is a transformers model.
-        names: models to take; the twin of `llava_next_vicuna_7b` is `llava_next_vicuna_7b-vtoken-hired-0.2`, so that its
-            predictions have files of their own and switches in VLMEvalKit that look into names still see the model's.
+        supported: model names to callables that build a `vlmeval.vlm` model, whose `.model` is a transformers
+            model.
+        names: models to take; the twin of `llava_next_vicuna_7b` is `llava_next_vicuna_7b-vtoken-hired-0.2`,
+            so that its predictions have files of their own and switches in VLMEvalKit that look into names
+            still see the model's.
         ours: `strategy`, `budget` and hyper-parameters.
         made: told the call counts of each model that is built, by the twin's name.
 
@@ -86,13 +90,14 @@ def load_run(kit: str | None = None) -> ModuleType:
     spec = importlib.util.find_spec("vlmeval")
     if spec is None or spec.origin is None:
         raise ImportError(
-            "VLMEvalKit is not installed: clone github.com/open-compass/VLMEvalKit and `pip install -e` it, or pass its "
-            "folder with --kit."
+            "VLMEvalKit is not installed: clone github.com/open-compass/VLMEvalKit and `pip install -e` it,"
+            " or pass its folder with --kit."
         )
     path = Path(spec.origin).parents[1] / "run.py"
     if not path.is_file():
         raise ImportError(
-            f"No run.py beside the package vlmeval in {path.parent}: install VLMEvalKit with `pip install -e`."
+            f"No run.py beside the package vlmeval in {path.parent}: install VLMEvalKit with `pip install"
+            " -e`."
         )
     run_spec = importlib.util.spec_from_file_location("vlmevalkit_run", path)
     assert run_spec is not None and run_spec.loader is not None
@@ -125,14 +130,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kit", help="a checkout of VLMEvalKit, if it is not installed")
     given, rest = parser.parse_known_args(arguments)
     if any(a == "--config" or a.startswith("--config=") for a in rest):
-        parser.error("--config builds models past supported_VLM, where the patch sits: use --model and --data.")
+        parser.error(
+            "--config builds models past supported_VLM, where the patch sits: use --model and --data."
+        )
     options = {name: _value(value) for name, _, value in (o.partition("=") for o in given.option)}
     made: dict[str, Calls] = {}
     try:
         run = load_run(given.kit)
         twins = []
         for budget in given.budget or [None]:
-            ours = {"strategy": given.strategy} | ({} if budget is None else {"budget": _value(budget)}) | options
+            ours = (
+                {"strategy": given.strategy}
+                | ({} if budget is None else {"budget": _value(budget)})
+                | options
+            )
             twins += register(run.supported_VLM, given.model, ours, made)
     except (ImportError, ValueError) as error:
         parser.error(str(error))

@@ -10,26 +10,37 @@ import numpy as np
 
 from . import subtitles
 
-SUBJECTS = ("answer", "correct answer", "best answer", "correct option", "best option", "choice", "correct choice")
+SUBJECTS = (
+    "answer",
+    "correct answer",
+    "best answer",
+    "correct option",
+    "best option",
+    "choice",
+    "correct choice",
+)
 PHRASES = [f"{the}{subject} is" for subject in SUBJECTS for the in ("the ", "")]
 PHRASES += ["i choose", "i select", "i pick", "my answer is", "my choice is"]
 PHRASES += ["옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"]
 
 
 def strict(text: str, letters: str, options: Sequence[str] = ()) -> str:
-    """The letter that was asked for and nothing else, bare or as in "(B)", "B." or "B:", or one whole option."""
+    """The letter that was asked for and nothing else, bare or as in "(B)", "B." or "B:", or one whole option.
+    """
     found = re.fullmatch(rf"\s*\(?([{letters}])[).:]?\s*", text)
     if found:
         return found[1]
-    return next((c for c, option in zip(letters, options) if text.strip().casefold() == option.strip().casefold()), "")
+    return next(
+        (c for c, option in zip(letters, options) if text.strip().casefold() == option.strip().casefold()), ""
+    )
 
 
 def lmms_eval(text: str, letters: str, options: Sequence[str] = ()) -> str:
     """lmms-eval 0.7.2: the most telling place of a letter, and of equal ones the last.
 
-    From strong to weak: an answer that starts or ends with the letter; the first of each letter behind a phrase such as
-    "the answer is", where capitals inside of words count too; "(A)"; "A."; "A:"; "A)"; "A "; and any capital at all. So
-    "The answer is B. Dogs bark" is D.
+    From strong to weak: an answer that starts or ends with the letter; the first of each letter behind a
+    phrase such as "the answer is", where capitals inside of words count too; "(A)"; "A."; "A:"; "A)"; "A ";
+    and any capital at all. So "The answer is B. Dogs bark" is D.
     """
     for mark in (None, *",.!?;:'\""):
         text = text.strip(mark)
@@ -58,10 +69,11 @@ EIGHT += ["The best option is", "The correct option is", "Best answer:", "Best o
 
 
 def vlmevalkit(text: str, letters: str, options: Sequence[str] = ()) -> str:
-    """VLMEvalKit without a judge: some prefixes are removed, then the first capital that is a letter, in a word or not.
+    """VLMEvalKit without a judge: some prefixes are removed, then the first capital that is a letter, in a
+    word or not.
 
-    So "Definitely C" is D. Up to four letters the prefixes are those of Video-MME, of which two are misspelt so that
-    "Best answer: C" is B; with more they are those of its version 2.
+    So "Definitely C" is D. Up to four letters the prefixes are those of Video-MME, of which two are misspelt
+    so that "Best answer: C" is B; with more they are those of its version 2.
     """
     text = text.strip()
     for prefix in FOUR if len(letters) <= 4 else EIGHT:
@@ -99,7 +111,10 @@ def prompt_lmms_eval(question: str, letters: str, said: str | None) -> str:
 
 def prompt_vlmevalkit(question: str, letters: str, said: str | None) -> str:
     listed = "" if said is None else f"This video's subtitles are listed below:\n{said}\n"
-    return f"\nThese are the frames of a video. {listed}{respond(letters, 'video')}\nQuestion: {question}\nAnswer: "
+    return (
+        f"\nThese are the frames of a video. {listed}{respond(letters, 'video')}\nQuestion:"
+        f" {question}\nAnswer: "
+    )
 
 
 def middles(total: int, n: int) -> list[int]:

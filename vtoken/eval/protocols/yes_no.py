@@ -32,7 +32,8 @@ def strict(text: str) -> str:
 
 
 def lmms_eval(text: str) -> str:
-    """lmms-eval 0.7.2: full stops removed, "y" and "n" alone, else what the first four characters contain, yes first.
+    """lmms-eval 0.7.2: full stops removed, "y" and "n" alone, else what the first four characters contain,
+    yes first.
 
     So "Yesterday" is yes, and "Nothing", "Know" and "Not sure" are no.
     """
@@ -45,8 +46,8 @@ def lmms_eval(text: str) -> str:
 def vlmevalkit(text: str) -> str:
     """VLMEvalKit without a judge: the one of the words yes and no that occurs; neither or both is no answer.
 
-    Punctuation becomes a space, or vanishes where the text has it beside a space, or has a comma between digits
-    anywhere. So "(yes)no" has both words, and "yes(no) (" is the one word "yesno".
+    Punctuation becomes a space, or vanishes where the text has it beside a space, or has a comma between
+    digits anywhere. So "(yes)no" has both words, and "yes(no) (" is the one word "yesno".
     """
     text = text.lower()
     bare = text
@@ -62,7 +63,8 @@ PROTOCOLS = {
     "strict": YesNo(str.strip, strict, 16),
     "lmms-eval": YesNo(
         lambda question: (
-            question.strip().replace(ASKED_PLAINLY, "") + "\nAnswer the question using a single word or phrase."
+            question.strip().replace(ASKED_PLAINLY, "")
+            + "\nAnswer the question using a single word or phrase."
         ),
         lmms_eval,
         16,

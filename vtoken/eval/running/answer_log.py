@@ -21,9 +21,11 @@ Record = dict[str, Any]
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other evaluations out of a folder, which is made if needed, within a `with` block; blocks may be nested.
+    """Keep other evaluations out of a folder, which is made if needed, within a `with` block; blocks may be
+    nested.
 
-    The operating system holds the lock for this process: when it dies, however it dies, the folder is free again.
+    The operating system holds the lock for this process: when it dies, however it dies, the folder is free
+    again.
 
     Raises:
         BlockingIOError: if another process or thread evaluates into this folder.
@@ -60,7 +62,9 @@ def check_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
     try:
         had = fit("settings", parse(path.read_bytes()), dict)
     except ValueError:
-        raise ValueError(f"{str(path)!r} cannot be read: remove the folder, or give another --output.") from None
+        raise ValueError(
+            f"{str(path)!r} cannot be read: remove the folder, or give another --output."
+        ) from None
     for key in sorted(had.keys() | settings.keys()):
         if had.get(key) != settings.get(key):
             there, here = found(had.get(key)), found(settings.get(key))
@@ -90,9 +94,13 @@ def read(folder: Path, stem: str, names: Iterable[str]) -> dict[str, Record]:
                     f"Line {number} of {str(path)!r} is no record: remove it to ask its question again."
                 ) from None
             if name not in known:
-                raise ValueError(f"{str(path)!r} has an answer to {found(name)}, which the data set does not ask.")
+                raise ValueError(
+                    f"{str(path)!r} has an answer to {found(name)}, which the data set does not ask."
+                )
             if not _whole(record):
-                raise ValueError(f"Line {number} of {str(path)!r} is no record: remove it to ask {name!r} again.")
+                raise ValueError(
+                    f"Line {number} of {str(path)!r} is no record: remove it to ask {name!r} again."
+                )
             before = records.get(name)
             if before is None or ("error" in before and "error" not in record):
                 records[name] = record

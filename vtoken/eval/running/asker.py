@@ -23,7 +23,8 @@ class Reply:
         tokens: visual tokens, averaged over the LLM's layers, as `vtoken.report` measured them.
         tokens_in: visual tokens that the unpatched model reads.
         flops, flops_dense: LLM prefill FLOPs of this call and of the unpatched model.
-        ttft: seconds from the call of `generate` to the first token of the batch; tower, projector and prefill.
+        ttft: seconds from the call of `generate` to the first token of the batch; tower, projector and
+            prefill.
         seconds: of the whole `generate`, divided by the prompts of the batch.
     """
 
@@ -53,7 +54,8 @@ class FirstToken:
 class Asker:
     """A model and its processor.
 
-    Clips go through the processor's own video path if the family has one, else as several images of one prompt.
+    Clips go through the processor's own video path if the family has one, else as several images of one
+    prompt.
 
     Args:
         model: a transformers model that `vtoken.patch` takes; it is unpatched again after each use.
@@ -65,7 +67,9 @@ class Asker:
         self.reads_video = getattr(processor, "video_processor", None) is not None
 
     def applied(self, strategy: str | None, budget: float | int = 1.0) -> AbstractContextManager[Any]:
-        """Patch for the length of a `with` block; None keeps every token, which is the unpatched model bit for bit."""
+        """Patch for the length of a `with` block; None keeps every token, which is the unpatched model bit
+        for bit.
+        """
         import vtoken
 
         return vtoken.applied(self.model, strategy or "uniform", budget=budget if strategy else 1.0)
@@ -157,17 +161,23 @@ class Asker:
         }
 
     def chat(self, text: str, kind: str, n: int) -> str:
-        """The chat prompt of a question behind n images or videos, in LLaVA's plain wording if there is no template."""
+        """The chat prompt of a question behind n images or videos, in LLaVA's plain wording if there is no
+        template.
+        """
         if getattr(self.processor, "chat_template", None):
             content = [{"type": kind}] * n + [{"type": "text", "text": text}]
             return self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True
             )
-        return f"USER: {n * (getattr(self.processor, f'{kind}_token', f'<{kind}>') + chr(10))}{text} ASSISTANT:"
+        return (
+            f"USER: {n * (getattr(self.processor, f'{kind}_token', f'<{kind}>') + chr(10))}{text} ASSISTANT:"
+        )
 
 
 def load(model_id: str | None) -> Asker:
-    """A model from the Hub or a folder, or one of the tiny ones by name; the tiny LLaVA if None. Raises as `demo.load`."""
+    """A model from the Hub or a folder, or one of the tiny ones by name; the tiny LLaVA if None. Raises as
+    `demo.load`.
+    """
     from ...asking import load as load_any
 
     return Asker(*load_any(model_id))

@@ -1,4 +1,5 @@
-"""Runs a benchmark: strategies x budgets, resumable, over as many processes as `accelerate launch` started."""
+"""Runs a benchmark: strategies x budgets, resumable, over as many processes as `accelerate launch` started.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ SHARES = ("tokens", "tokens_in", "flops", "flops_dense", "seconds")
 
 @dataclass(frozen=True)
 class Run:
-    """One strategy at one budget; `strategy` None reads all visual tokens. `frames` of a video, None: the task's number."""
+    """One strategy at one budget; `strategy` None reads all visual tokens. `frames` of a video, None: the
+    task's number.
+    """
 
     strategy: str | None
     budget: float | int
@@ -116,7 +119,9 @@ class Processes:
 
     @classmethod
     def found(cls) -> Processes:
-        """As `accelerate launch` or `torchrun` started them, on GPUs or, with gloo, on a CPU; one without accelerate."""
+        """As `accelerate launch` or `torchrun` started them, on GPUs or, with gloo, on a CPU; one without
+        accelerate.
+        """
         from datetime import timedelta
 
         import torch
@@ -139,8 +144,8 @@ class Evaluation:
         task: what is asked.
         asker: who answers.
         folder: for settings and answers; a run that is there is continued.
-        batch_size: prompts per `generate`. Batches are the same whatever was interrupted, however many processes there
-            are: an unfinished one is asked again as a whole.
+        batch_size: prompts per `generate`. Batches are the same whatever was interrupted, however many
+            processes there are: an unfinished one is asked again as a whole.
         settings: what answers depend on beside the task's own settings.
         processes: see `Processes`.
         step: told how many questions were just done.
@@ -166,7 +171,8 @@ class Evaluation:
         self.processes.wait()
 
     def alone(self) -> AbstractContextManager[None]:
-        """Keep other evaluations out of the folder; the first process does it for all. See `records.locked`."""
+        """Keep other evaluations out of the folder; the first process does it for all. See `records.locked`.
+        """
         return locked(self.folder) if self.processes.index == 0 else nullcontext()
 
     def run(self, run: Run) -> Outcome | str:
@@ -185,7 +191,8 @@ class Evaluation:
     def _run(self, run: Run) -> Outcome | str:
         done = read(self.folder, run.stem, self.names)
         self.processes.wait()  # nobody writes before everybody has read
-        prompt = self._readable(run) if self._open(done) else None  # asked by all processes, so that all hear the same
+        # asked by all processes, so that all hear the same
+        prompt = self._readable(run) if self._open(done) else None
         if prompt and (refusal := self.asker.refusal(run.strategy, run.budget, prompt)):
             return refusal
         writer = Writer(self.folder, run.stem, self.processes.index)
@@ -243,12 +250,14 @@ class Evaluation:
         """Score a complete set of records. Raises ValueError naming an item that has none."""
         if missing := [name for name in self.names if name not in records]:
             raise ValueError(
-                f"{run.name} has no answer to {missing[0]!r} and {len(missing) - 1} more: run it again to continue."
+                f"{run.name} has no answer to {missing[0]!r} and {len(missing) - 1} more: run it again to"
+                " continue."
             )
         answered = [r for r in records.values() if "answer" in r]
         if not answered:
             raise ValueError(
-                f"None of the {len(records)} items could be opened; the first: {records[self.names[0]]['error']}"
+                f"None of the {len(records)} items could be opened; the first:"
+                f" {records[self.names[0]]['error']}"
             )
         labels = {item.name: self._label(item, records[item.name]) for item in self.task.items}
         right: dict[str, bool] = {}

@@ -1,4 +1,6 @@
-"""Shows finished runs: a table of accuracy against measured tokens, details per group, JSON, Markdown and a plot."""
+"""Shows finished runs: a table of accuracy against measured tokens, details per group, JSON, Markdown and a
+plot.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +45,18 @@ def summary(outcomes: Sequence[Outcome]) -> list[list[str]]:
     return rows
 
 
-def markdown(title: str, outcomes: Sequence[Outcome], settings: dict[str, Any], left_out: Sequence[str]) -> str:
+def markdown(
+    title: str, outcomes: Sequence[Outcome], settings: dict[str, Any], left_out: Sequence[str]
+) -> str:
     """All tables, settings and unreadable items as a Markdown page."""
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in settings.items()), ""]
     lines += [
-        "Visual tokens per question are measured, averaged over the LLM's layers; FLOPs are the LLM's prefill, against"
+        "Visual tokens per question are measured, averaged over the LLM's layers; FLOPs are the LLM's"
+        " prefill, against"
     ]
     lines += [
-        "all visual tokens; the time to the first token (TTFT) is the median. Answers that the protocol takes for"
+        "all visual tokens; the time to the first token (TTFT) is the median. Answers that the protocol"
+        " takes for"
     ]
     lines += [
         "none are unparsed; both they and questions whose image or video is unreadable count as wrong.",
@@ -89,7 +95,12 @@ def save(
 ) -> list[Path]:
     """Write results.json, results.md and, of several runs, results.png; returns their paths."""
     paths = [folder / "results.json", folder / "results.md"]
-    values = {"title": title, "settings": settings, "runs": [o.to_dict() for o in outcomes], "left_out": list(left_out)}
+    values = {
+        "title": title,
+        "settings": settings,
+        "runs": [o.to_dict() for o in outcomes],
+        "left_out": list(left_out),
+    }
     paths[0].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     text = markdown(title, outcomes, settings, left_out)
     if len(outcomes) > 1:

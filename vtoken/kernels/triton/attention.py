@@ -1,4 +1,6 @@
-"""Attention rows and received attention, streamed over the keys in two passes: log-sum-exp, then probabilities."""
+"""Attention rows and received attention, streamed over the keys in two passes: log-sum-exp, then
+probabilities.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +45,16 @@ def _rows_lse(
     MASKED: tl.constexpr, STORE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of one stretch of keys for a block of the rows that share a key head; STORE keeps the logits."""
+    """Log-sum-exp of one stretch of keys for a block of the rows that share a key head; STORE keeps the
+    logits.
+    """
     part, pair = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     row = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside, cols = row < group * rows, tl.arange(0, BLOCK_D)
-    queries = _load_rows(q + batch * q_batch + kv_head * group * q_head, row, inside, rows, q_head, q_row, cols, d)
+    queries = _load_rows(
+        q + batch * q_batch + kv_head * group * q_head, row, inside, rows, q_head, q_row, cols, d
+    )
     keys = k + batch * k_batch + kv_head * k_head
     place = (pair.to(tl.int64) * group * rows + row).to(tl.int64)
     high = tl.full((BLOCK_R,), float("-inf"), tl.float32)
@@ -113,7 +119,9 @@ def _rows_reduce(
         for first in range(0, group * rows, BLOCK_R):
             row = first + tl.arange(0, BLOCK_R)
             inside = row < group * rows
-            logits = _logits(_load_rows(queries, row, inside, rows, q_head, q_row, cols, d), block, scale, WIDE)
+            logits = _logits(
+                _load_rows(queries, row, inside, rows, q_head, q_row, cols, d), block, scale, WIDE
+            )
             lse = _join(parts, (batch * kv_heads + kv_head) * group * rows + row, inside, splits, BLOCK_S)
             seen = inside[:, None] & (key < n)[None, :]
             if MASKED:
@@ -125,7 +133,9 @@ def _rows_reduce(
     tl.store(out + batch * n + key, got * factor, mask=key < n)
 
 
-def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None, reduce: str | None = None) -> Tensor:
+def attention_rows(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None, reduce: str | None = None
+) -> Tensor:
     (batch, heads, rows, d), (_, kv_heads, n, _) = q.shape, k.shape
     if d > MAX_HEAD_DIM or not min(batch, heads, rows, n, d):
         return reference.attention_rows(q, k, scale, mask, reduce)
@@ -135,7 +145,8 @@ def attention_rows(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = Non
     if mask is not None:
         seen = (mask if mask.ndim == 3 else mask[:, None]).expand(batch, rows, n).view(torch.uint8)
         strides = list(seen.stride())
-    # Enough stretches of keys to fill the device, none so short that the partial sums take memory to speak of.
+    # Enough stretches of keys to fill the device, none so short that the partial sums take memory to speak
+    # of.
     blocks = batch * kv_heads * triton.cdiv(group * rows, 64)
     wanted = triton.cdiv(2 * multiprocessors(q.device), blocks)
     split = max(512, triton.cdiv(triton.cdiv(n, min(wanted, 32)), 64) * 64)
@@ -188,7 +199,9 @@ def _window_lse(
             other=0.0,
         )
         own = (key[None, :] >= start[:, None]) & (key[None, :] < stop[:, None])
-        high, total = _add_exp(high, total, tl.where(own, _logits(queries, block, scale, WIDE), float("-inf")))
+        high, total = _add_exp(
+            high, total, tl.where(own, _logits(queries, block, scale, WIDE), float("-inf"))
+        )
     tl.store(lse + tl.program_id(1).to(tl.int64) * n + row, high + tl.log(total), mask=row < n)
 
 

@@ -1,6 +1,7 @@
 """What the launchers share.
 
-Counts of tokens, rows and heads are not specialised in any kernel: a new prompt length must not cost a compilation.
+Counts of tokens, rows and heads are not specialised in any kernel: a new prompt length must not cost a
+compilation.
 """
 
 from __future__ import annotations

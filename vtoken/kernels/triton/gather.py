@@ -18,8 +18,9 @@ COUNTED = 16384  # rows up to which ordering them by counting (n^2 compares) bea
 
 @triton.jit(do_not_specialize=["n", "m", "stride"])
 def _order_by_column(into, order, bounds, n, m, stride, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Counting sort of rows by the column they go into. Item i < n is row i, item n + j the start of column j; the
-    place of each is the number of rows before it. Rows that go nowhere come last."""
+    """Counting sort of rows by the column they go into. Item i < n is row i, item n + j the start of column
+    j; the place of each is the number of rows before it. Rows that go nowhere come last.
+    """
     batch = tl.program_id(1).to(tl.int64)
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_row = item < n
@@ -67,7 +68,9 @@ def _gather_merge(
         tl.store(target, total.to(out.dtype.element_ty), mask=inside)
 
 
-def gather_merge(x: Tensor, index: Tensor, into: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+def gather_merge(
+    x: Tensor, index: Tensor, into: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
     (batch, n, d), m = x.shape, index.shape[1]
     out = x.new_empty(batch, m, d)
     check_index(index, 0, n)
@@ -87,7 +90,9 @@ def gather_merge(x: Tensor, index: Tensor, into: Tensor | None = None, weight: T
         elif into is not None:
             column, order = into.masked_fill(into < 0, m).sort(dim=1, stable=True)
             order = order.contiguous()
-            bounds = torch.searchsorted(column.contiguous(), torch.arange(m + 1, device=x.device).repeat(batch, 1))
+            bounds = torch.searchsorted(
+                column.contiguous(), torch.arange(m + 1, device=x.device).repeat(batch, 1)
+            )
         block = min(4096, triton.next_power_of_2(d))
         _gather_merge[(batch * m, triton.cdiv(d, block))](
             x, index, order, bounds, weight, out, n, m, d, x.stride(0), x.stride(1), index.stride(0),
@@ -103,14 +108,19 @@ def _move_rows(
     UNIT: tl.constexpr, ALIGN: tl.constexpr, STEP: tl.constexpr, IN_PLACE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One job per tensor: table rows hold source, target, their strides over batch, head and row, and the row width,
-    counted in UNIT elements and multiples of STEP; everything is aligned to ALIGN bytes."""
+    """One job per tensor: table rows hold source, target, their strides over batch, head and row, and the row
+    width, counted in UNIT elements and multiples of STEP; everything is aligned to ALIGN bytes.
+    """
     group = tl.program_id(0)
     columns = 0
     if not IN_PLACE:
         steps = tl.cdiv(m, BLOCK_M)
         columns, group = group % steps, group // steps
-    head, batch, job = (group % heads).to(tl.int64), (group // heads % batches).to(tl.int64), group // heads // batches
+    head, batch, job = (
+        (group % heads).to(tl.int64),
+        (group // heads % batches).to(tl.int64),
+        group // heads // batches,
+    )
     entry = table + job.to(tl.int64) * 9
     width = tl.multiple_of(tl.load(entry + 8), STEP)
     if tl.program_id(1) * BLOCK_W < width:
@@ -118,7 +128,10 @@ def _move_rows(
         target = tl.load(entry + 1).to(tl.pointer_type(UNIT))
         source = tl.multiple_of(source + batch * tl.load(entry + 2) + head * tl.load(entry + 3), ALIGN)
         target = tl.multiple_of(target + batch * tl.load(entry + 5) + head * tl.load(entry + 6), ALIGN)
-        source_row, target_row = tl.multiple_of(tl.load(entry + 4), STEP), tl.multiple_of(tl.load(entry + 7), STEP)
+        source_row, target_row = (
+            tl.multiple_of(tl.load(entry + 4), STEP),
+            tl.multiple_of(tl.load(entry + 7), STEP),
+        )
         cols = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
         for first in range(columns * BLOCK_M, m if IN_PLACE else (columns + 1) * BLOCK_M, BLOCK_M):
             column = first + tl.arange(0, BLOCK_M)
@@ -188,7 +201,9 @@ def kv_compact_(tensors: Sequence[Tensor], index: Tensor) -> None:
     for t in tensors:
         check_index(index, 0, t.shape[2])
         if t.stride(3) != 1 and t.shape[3] > 1:
-            raise ValueError(f"kv_compact in place needs contiguous head channels; found strides {t.stride()}.")
+            raise ValueError(
+                f"kv_compact in place needs contiguous head channels; found strides {t.stride()}."
+            )
     pairs = [(t, t) for t in tensors if t.numel() and index.numel()]
     if pairs:
         _move(pairs, index, in_place=True)

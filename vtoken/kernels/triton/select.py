@@ -1,7 +1,8 @@
 """Selecting tokens: nearest tokens, farthest-point selection and greedy MAP, each in one launch.
 
-The greedy loops run inside the kernel. The programs of one sample own its rows, agree on every pick through a barrier
-in global memory, and so all have to be on the device together: a cooperative launch guarantees it or fails.
+The greedy loops run inside the kernel. The programs of one sample own its rows, agree on every pick through a
+barrier in global memory, and so all have to be on the device together: a cooperative launch guarantees it or
+fails.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def _most_similar(
     x, inverse, best, partner, first_a, first_b, step, count_a, count_b, n, d, x_batch, x_row,
     WIDE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """For each token first_a + i * step its highest cosine with another token first_b + j * step, and that j."""
+    """For each token first_a + i * step its highest cosine with another token first_b + j * step, and that j.
+    """
     batch = tl.program_id(1).to(tl.int64)
     x, inverse = x + batch * x_batch, inverse + batch * n
     a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -61,7 +63,9 @@ def _most_similar(
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp_min_(1e-12).reciprocal_().contiguous()
+    return (
+        torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).clamp_min_(1e-12).reciprocal_().contiguous()
+    )
 
 
 def _search(x: Tensor, inverse: Tensor, first_a: int, first_b: int, step: int) -> tuple[Tensor, Tensor]:
@@ -106,7 +110,10 @@ def _dot_with(x, rows, inside, pick, d, x_row, BLOCK_N: tl.constexpr, BLOCK_D: t
         cols = first + tl.arange(0, BLOCK_D)
         chosen = tl.load(x + pick.to(tl.int64) * x_row + cols, mask=cols < d, other=0.0).to(tl.float32)
         at = x + rows.to(tl.int64)[:, None] * x_row + cols[None, :]
-        total += tl.load(at, mask=inside[:, None] & (cols < d)[None, :], other=0.0).to(tl.float32) * chosen[None, :]
+        total += (
+            tl.load(at, mask=inside[:, None] & (cols < d)[None, :], other=0.0).to(tl.float32)
+            * chosen[None, :]
+        )
     return tl.sum(total, 1)
 
 
@@ -165,7 +172,12 @@ def _greedy(
 ):  # fmt: skip
     """left: variance of each token that the chosen ones do not explain, -inf for chosen tokens."""
     program, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    x, inverse, quality, left = x + batch * x_batch, inverse + batch * n, quality + batch * n, left + batch * n
+    x, inverse, quality, left = (
+        x + batch * x_batch,
+        inverse + batch * n,
+        quality + batch * n,
+        left + batch * n,
+    )
     factor = factor + batch * k * n
     slots, places = slots + batch * 2 * PROGRAMS, places + batch * 2 * PROGRAMS
     gains = gains + batch * 2 * PROGRAMS
@@ -215,7 +227,9 @@ def _greedy(
             _meet(arrived + batch, (t - first_step + 1) * PROGRAMS, PROGRAMS)
 
 
-def _run(kernel: triton.JITFunction, tensors: tuple[Tensor, ...], slots: int, x: Tensor, k: int, **flags: int) -> None:
+def _run(
+    kernel: triton.JITFunction, tensors: tuple[Tensor, ...], slots: int, x: Tensor, k: int, **flags: int
+) -> None:
     """Launch a greedy kernel: cooperatively, or step by step."""
     batch, n, d = x.shape
     programs = max(1, min(triton.cdiv(n, 8), multiprocessors(x.device) // batch))
@@ -233,7 +247,19 @@ def _run(kernel: triton.JITFunction, tensors: tuple[Tensor, ...], slots: int, x:
     with on_device(x):
         for first, last in [(0, k)] if together or programs == 1 else [(t, t + 1) for t in range(k)]:
             kernel[(programs, batch)](
-                *tensors, *scratch, arrived, first, last, n, k, d, share, x.stride(0), x.stride(1), **flags, **extra
+                *tensors,
+                *scratch,
+                arrived,
+                first,
+                last,
+                n,
+                k,
+                d,
+                share,
+                x.stride(0),
+                x.stride(1),
+                **flags,
+                **extra,
             )
 
 
