@@ -18,7 +18,13 @@ SYNTHETIC = "synthetic://0"
 TINY = "qwen2_5_vl"
 TINY_STEPS = 4  # of two frames each, which the tiny model remembers: it has learnt from clips of 4 to 8 frames
 STRATEGIES = ("stc_pruner", "stc", "stc_cacher", "none")
-EXAMPLES = ("which digit is shown now?", "which shape is shown now?", "was there a star?", "was there a 7?")
+EXAMPLES = (
+    "which digit is shown now?",
+    "which shape is shown now?",
+    "how many digits were shown?",
+    "was there a star?",
+    "was there a 7?",
+)
 SESSIONS = 4  # browsers at a time
 PAGE_BYTES = 256 * 2**20  # of the memories of all of them
 
