@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SYNTHETIC = "synthetic://0"
 TINY = "qwen2_5_vl"
-TINY_STEPS = 4  # of two frames each, which the tiny model remembers: it has learnt from clips of 4 to 8 frames
+TINY_STEPS = 4  # of two frames each, which the tiny model remembers: it has learnt from windows of 2 to 10 frames
 STRATEGIES = ("stc_pruner", "stc", "stc_cacher", "none")
 EXAMPLES = (
     "which digit is shown now?",
