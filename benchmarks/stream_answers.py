@@ -4,9 +4,9 @@ strategy?
     python benchmarks/stream_answers.py --out docs/stream_answers.json
 
 At every checkpoint a session is asked about the frames that its memory holds: an answer counts as right if it
-is the one that these frames show, whatever was shown before them. A memory without bound holds all. "taught"
-leaves out counts of fewer digits than any clip of the model's training has (two); "open" leaves out answers
-that can be guessed ("none", "yes", "no") as well.
+is the one that these frames show, whatever was shown before them. A memory without bound holds all. "open"
+leaves out answers that are easily guessed ("none", "yes", "no", "zero", "one"); "examples" are the questions
+that the demo proposes, asked as well each time.
 """
 
 from __future__ import annotations
@@ -22,20 +22,25 @@ import numpy as np
 
 import vtoken
 from vtoken.bench.report import machine
-from vtoken.cli.stream import TINY, TINY_STEPS, make_session
+from vtoken.cli.stream import EXAMPLES, TINY, TINY_STEPS, make_session
 from vtoken.tiny import load
 from vtoken.tiny.clips import KINDS, Stream
+from vtoken.tiny.scenes import Question
 
-TRIVIAL = ("none", "yes", "no")
-UNTAUGHT = ("zero", "one")  # digits in a clip
+TRIVIAL = ("none", "yes", "no", "zero", "one")
+EXAMPLE = "example"  # the kind of questions that the demo proposes
 
 
 def chosen(stream: Stream, now: float, since: float, per_kind: int, rng: np.random.Generator) -> list[Any]:
-    """Up to `per_kind` questions of each kind that the frames from `since` to `now` answer."""
+    """Up to `per_kind` questions of each kind that the frames from `since` to `now` answer, and the demo's
+    examples.
+    """
     by_kind = defaultdict(list)
     for question in stream.questions_at(now, since=since):
         by_kind[question.kind].append(question)
-    return [q for kind in KINDS for q in rng.permutation(np.array(by_kind[kind], object))[:per_kind]]
+    drawn = [q for kind in KINDS for q in rng.permutation(np.array(by_kind[kind], object))[:per_kind]]
+    told = ((text, stream.answer_to(text, now, since)) for text in EXAMPLES)
+    return drawn + [Question(text, answer, EXAMPLE) for text, answer in told if answer is not None]
 
 
 def measure(
@@ -63,20 +68,21 @@ def rate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates of all rows and of those that were taught, at each checkpoint and for each kind."""
-    taught = [r for r in rows if r["answer"] not in UNTAUGHT]
-    guessed = [r for r in taught if r["answer"] not in TRIVIAL]
+    """Rates of all drawn questions, of those that are hard to guess and of the demo's, at each checkpoint and
+    for each kind.
+    """
+    drawn = [r for r in rows if r["kind"] != EXAMPLE]
+    sets = {"all": drawn, "open": [r for r in drawn if r["answer"] not in TRIVIAL]}
+    sets["examples"] = [r for r in rows if r["kind"] == EXAMPLE]
+    frames, counts = sorted({r["frames"] for r in rows}), ("zero", "one", "two", "three", "four")
 
     def at(rows: list[dict[str, Any]], key: str, values: Any) -> dict[str, Any]:
         return {str(value): rate([r for r in rows if r[key] == value]) for value in values}
 
-    frames = sorted({r["frames"] for r in rows})
-    out = {"all": rate(rows), "taught": rate(taught), "open": rate(guessed)}
-    out |= {
-        f"{name} by frames": at(chosen, "frames", frames)
-        for name, chosen in (("taught", taught), ("open", guessed))
-    }
-    return out | {"taught by kind": at(taught, "kind", KINDS), "all by kind": at(rows, "kind", KINDS)}
+    out: dict[str, Any] = {name: rate(some) for name, some in sets.items()}
+    out |= {f"{name} by frames": at(some, "frames", frames) for name, some in sets.items()}
+    out["all by kind"] = at(drawn, "kind", KINDS)
+    return out | {"digits by answer": at([r for r in drawn if r["kind"] == "digits"], "answer", counts)}
 
 
 def main() -> None:
@@ -109,7 +115,7 @@ def main() -> None:
                 for seed in range(arguments.seed, arguments.seed + arguments.streams):
                     rows += measure(session, seed, arguments.frames, arguments.per_kind)
             results[name] = summary(rows)
-            for key in ("taught by frames", "open by frames", "taught by kind"):
+            for key in ("all by frames", "examples by frames", "all by kind", "digits by answer"):
                 shown = {k: v["rate"] for k, v in results[name][key].items()}
                 print(f"{name}: {key}: {shown}, {time.perf_counter() - began:.0f} s", flush=True)
     facts = {k: v for k, v in vars(arguments).items() if k != "out"}

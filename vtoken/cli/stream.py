@@ -17,10 +17,16 @@ if TYPE_CHECKING:
     from ..streaming.session import StreamSession
 
 TINY = "qwen2_5_vl"
-# of two frames each, which the tiny model remembers: it has learnt from clips of 4 to 8 frames
+# of two frames each, which the tiny model remembers: it has learnt from windows of 2 to 10 frames
 TINY_STEPS = 4
 STRATEGIES = ("stc_pruner", "stc", "stc_cacher", "none")
-EXAMPLES = ("which digit is shown now?", "which shape is shown now?", "was there a star?", "was there a 7?")
+EXAMPLES = (
+    "which digit is shown now?",
+    "which shape is shown now?",
+    "how many digits were shown?",
+    "was there a star?",
+    "was there a 7?",
+)
 SESSIONS = 4  # browsers at a time
 PAGE_BYTES = 256 * 2**20  # of the memories of all of them
 

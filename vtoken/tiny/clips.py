@@ -264,6 +264,7 @@ class Stream:
         self.seed, self.split, self.fps, self.hold = seed, split, float(fps), hold
         self._rng = np.random.Generator(np.random.PCG64([seed, SPLITS.index(split), 6, hold]))
         self._camera = Camera(self._rng, split)
+        self.background = self._camera.name
         self._moments: list[Moment] = []
 
     def __iter__(self) -> Iterator[StreamFrame]:

@@ -3,13 +3,16 @@ video.
 
 Stage ``tower`` teaches the tower and its merger (`training.tiny.qwen_tower`); stage ``language`` freezes the
 tower and teaches the merger and the language model, half of it on the scenes of `vtoken.tiny.scenes`, half on
-`vtoken.tiny.clips` (`training.tiny.qwen_language`, with the read-outs of `training.tiny.reading`).
+`vtoken.tiny.clips` (`training.tiny.qwen_language`, with the read-outs of `training.tiny.reading`); stage
+``streams`` teaches the language model what a few seconds of a long stream show, at low rates
+(`training.tiny.qwen_streams`).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from vtoken.tiny import clips, scenes
@@ -19,13 +22,17 @@ from ..card import accuracy, plan, run, table
 from ..evaluate import most_frequent
 from ..models import build_tokenizer, chat_template
 from ..qwen_language import train_language, warm_start
+from ..qwen_streams import make_window, train_streams
 from ..qwen_tower import IMAGE_SIDE, start, train_tower
 
 __all__ = ["build", "card", "measure", "train"]
 
 TOWER = {"steps": 700, "batch": 32, "scenes": 10, "rate": 2e-3, "muon_rate": 0.02}
 LANGUAGE = {"steps": 2500, "batch": 24, "rate": 2e-3, "muon_rate": 0.02, "reading": 0.1}
-LATER = 50_000_000  # stage two goes on with scenes that stage one has not seen
+STREAMS = {"steps": 450, "batch": 24, "rate": 4e-4, "muon_rate": 0.004}
+# stage two goes on with scenes that stage one has not seen; stage three with the second half of those
+LATER = 50_000_000
+FRESH = 9_000_000  # the first of the streams that windows are held out of
 MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 
 
@@ -133,27 +140,46 @@ def build(
 def train(
     model: Any, processor: Any, log: list[dict], seed: int = 0, seconds: float | None = None, **limits: Any
 ) -> None:
-    """Both stages, in place; appends to ``log``. Limits as in `training.tiny.loop.optimise`."""
-    train_tower(model, processor, TOWER, log, seed * 2 * LATER, seconds=seconds and seconds * 0.5, **limits)
+    """All stages, in place; appends to ``log``. Limits as in `training.tiny.loop.optimise`."""
+    train_tower(model, processor, TOWER, log, seed * 2 * LATER, seconds=seconds and seconds * 0.45, **limits)
     torch.manual_seed(seed + 1)
     warm_start(model)
     first = seed * 2 * LATER + LATER
-    train_language(model, processor, LANGUAGE, log, first, seconds=seconds and seconds * 0.5, **limits)
+    train_language(model, processor, LANGUAGE, log, first, seconds=seconds and seconds * 0.45, **limits)
+    torch.manual_seed(seed + 2)
+    train_streams(
+        model, processor, STREAMS, log, first + LATER // 2, seconds=seconds and seconds * 0.1, **limits
+    )
 
 
 def measure(model: Any, processor: Any, n: int = 500) -> dict[str, Any]:
-    """Blind accuracy, and accuracy on longer clips than those held out."""
+    """Blind accuracy, and accuracy on longer clips than those held out and on windows of streams."""
     seen = [question for i in range(500) for question in scenes.questions(scenes.make_scene(i))]
     seen += [question for i in range(500) for question in clips.questions(clips.make_clip(i))]
-    lengths = {}
+    lengths, windows = {}, held_out_windows(n // 2)
     for frames in (10, 16):
         some = clips.held_out(50, seed=1, frames=frames)
         lengths[str(frames)] = score(some, answers(model, processor, some))["all"]
     return {
-        "recipe": {"tower": TOWER, "language": LANGUAGE},
+        "recipe": {"tower": TOWER, "language": LANGUAGE, "streams": STREAMS},
         "most_frequent_answer": most_frequent(held_out("qwen2_5_vl", n), seen),
         "frames": lengths,
+        "windows": score(windows, answers(model, processor, windows)),
     }
+
+
+def held_out_windows(n: int) -> list[tuple[Any, scenes.Question]]:
+    """``n`` questions about windows of 8 frames of test streams, as many of each kind of `vtoken.tiny.clips`
+    as can be.
+    """
+    drawn, rng, kinds, i = [], np.random.default_rng(0), clips.KINDS, 0
+    while len(drawn) < n:
+        window, kind = make_window(FRESH + i, "test"), kinds[len(drawn) % len(kinds)]
+        fitting = [q for q in clips.questions(window) if q.kind == kind]
+        if fitting:
+            drawn.append((window, fitting[int(rng.integers(len(fitting)))]))
+        i += 1
+    return drawn
 
 
 def card(report: dict[str, Any], log: list[dict]) -> str:
@@ -170,8 +196,10 @@ def card(report: dict[str, Any], log: list[dict]) -> str:
         accuracy=accuracy(report),
         halves=table(halves, {"model": [*halves.values()]}),
         frames=table(report["frames"], {"model": [*report["frames"].values()]}),
+        windows=table(report["windows"], {"model": [*report["windows"].values()]}),
         tower=plan(TOWER, log, "tower"),
         language=plan(LANGUAGE, log, "language"),
+        streams=plan(STREAMS, log, "streams"),
     )
 
 
@@ -208,11 +236,16 @@ All questions about clips, on 50 other held-out clips of each greater length (in
 
 {frames}
 
+Questions about windows of 8 frames, cut anywhere out of long streams of the test split, as many of each kind:
+
+{windows}
+
 ## Data
 
 Images: scenes of 2 to 4 shapes (of 8, in 7 colours, none twice), composed by `vtoken/tiny/scenes.py`. Clips: a
 photograph that stands still or drifts slowly, under a little noise, on which 2 to 4 moments show a digit, a coloured
-shape or both for one second or more (`vtoken/tiny/clips.py`). The photographs come with scikit-image (CC0 or public
+shape or both for one second or more (`vtoken/tiny/clips.py`). Windows: a few consecutive frames of an endless stream of
+such moments, of which they show none, one or a part of it, or two. The photographs come with scikit-image (CC0 or public
 domain, listed in `vtoken/tiny/assets.py`), the digits from fonts that come with matplotlib (`vtoken/tiny/digits.py`).
 The test split uses other photographs, other shape masks and other font families than the training split.
 
@@ -236,6 +269,9 @@ or after the red star (`order`), which digit, shape or colour was shown with ano
    on screen at their time, which and how many digits have come so far and which shape came before; a
    head of the third layer is to look from the word that names a thing at the tokens that show it
    (`training/tiny/reading.py`).
+3. Language model with tower and merger frozen, {streams}, without read-outs: a quarter
+   scenes, a quarter clips as before, half windows of 2 to 10 frames, which often show no digit or one
+   (`training/tiny/qwen_streams.py`).
 
 ![loss and accuracy](curve.png)
 
