@@ -115,7 +115,7 @@ def train_streams(
     **limits: Any,
 ) -> None:
     """Stage three, in place, with tower and merger frozen; arguments as in
-    `vtoken.tiny.qwen_tower.train_tower`.
+    `training.tiny.qwen_tower.train_tower`.
     """
     vocabulary, tower = processor.tokenizer.get_vocab(), model.model.visual
     before = [vocabulary[token] for token in ("user", ":", "<|vision_start|>")]
