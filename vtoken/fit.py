@@ -44,9 +44,8 @@ class Design:
         return any(n.together for n in self.needs.values())
 
 
-def design_of(adapter: Adapter, strategy: Strategy) -> Design:
-    """The design of a strategy, with its options of now, for a model."""
-    layers = len(getattr(adapter.decoder, "layers", ()))
+def design_of(adapter: Adapter, strategy: Strategy, layers: int) -> Design:
+    """The design of a strategy, with its options of now, for a model with so many LLM layers."""
     needs = {m: needs_of(adapter, strategy, m) for m in adapter.modalities}
     if strategy.is_identity:
         idle = {m: Needs(modalities=n.modalities) for m, n in needs.items()}

@@ -50,7 +50,7 @@ class Patch:
         self.warned = False
         self.sessions: int | None = None  # how many use a patch that sessions made
         self.unread = None if strategy.is_identity else Unread(strategy.info.name)
-        self.design = design_of(adapter, strategy)
+        self.design = design_of(adapter, strategy, len(getattr(adapter.decoder, "layers", ())))
         self.recorder = Recorder(
             adapter.model, adapter.decoder.config, self.design.schedule, describe(strategy)
         )
@@ -102,7 +102,7 @@ class Patch:
 
     def check(self) -> None:
         """Raise RuntimeError if an option was assigned since that asks for other hooks than there are."""
-        if design_of(self.adapter, self.strategy) != self.design:
+        if design_of(self.adapter, self.strategy, self.design.schedule.layers) != self.design:
             raise RuntimeError(
                 f"{self.strategy.info.name} was given options after it was patched that need other hooks on"
                 " the model: call vtoken.unpatch(model) and vtoken.patch(model, strategy) again."

@@ -30,7 +30,7 @@ __all__ = ["build", "card", "measure", "train"]
 TOWER = {"steps": 700, "batch": 32, "scenes": 10, "rate": 2e-3, "muon_rate": 0.02}
 LANGUAGE = {"steps": 2500, "batch": 24, "rate": 2e-3, "muon_rate": 0.02, "reading": 0.1}
 STREAMS = {"steps": 450, "batch": 24, "rate": 4e-4, "muon_rate": 0.004}
-# stage two goes on with scenes that stage one has not seen; stage three with the second half of those
+# stage two goes on with scenes that stage one has not seen, stage three with half of those
 LATER = 50_000_000
 FRESH = 9_000_000  # the first of the streams that windows are held out of
 MARKS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
