@@ -88,6 +88,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "config",
             "fit",
             "hooks",
+            "kernels",
             "mechanism",
             "recorder",
             "strategies",
