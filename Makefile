@@ -80,6 +80,7 @@ bench: $(VENV)/.stamp-dev
 
 docs: $(VENV)/.stamp-dev
 	$(py) docs/generate_strategy_pages.py
+	$(py) docs/generate_stub.py
 	$(py) docs/generate_readme.py
 	$(py) docs/generate_performance.py
 

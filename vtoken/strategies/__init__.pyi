@@ -1,0 +1,26 @@
+"""Reduction strategies, one file each. Importing the package registers every one of them."""
+
+# written by docs/generate_stub.py
+from .base import Strategy as Strategy, StrategyInfo as StrategyInfo
+from .composition import Composite as Composite, combine as combine
+from .registry import create as create, list_names as list_names, register as register, strategy_info as strategy_info
+from .cdpruner import CDPruner as CDPruner
+from .divprune import DivPrune as DivPrune
+from .fastv import FastV as FastV
+from .globalcom2 import GlobalCom2 as GlobalCom2
+from .hired import HiRED as HiRED
+from .llavolta import LLaVolta as LLaVolta
+from .mustdrop import MustDrop as MustDrop
+from .pool import Pool as Pool
+from .pyramiddrop import PyramidDrop as PyramidDrop
+from .random import Random as Random
+from .sparsevlm import SparseVLM as SparseVLM
+from .stc import Stc as Stc
+from .stc_cacher import StcCacher as StcCacher
+from .stc_pruner import StcPruner as StcPruner
+from .token_corr import TokenCorr as TokenCorr
+from .ts_llava import TsLlava as TsLlava
+from .uniform import Uniform as Uniform
+from .vidcom2 import VidCom2 as VidCom2
+from .visionzip import VisionZip as VisionZip
+from .vtc_cls import VTCCLS as VTCCLS
