@@ -226,7 +226,7 @@ class LayerHooks:
         return run.memo[key]
 
     def _evicts(self, run: Run, i: int) -> bool:
-        """Whether generated tokens must not see dropped tokens here; without a cache nothing hides them."""
+        """Whether a mask must hide dropped tokens from generated ones here, as there is no cache to cut."""
         return i in self.schedule.aligned and run.choice is not None and run.choice.survivors is not None
 
     def _evicted(self, run: Run, i: int, mask: Any) -> Tensor:
