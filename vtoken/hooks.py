@@ -42,6 +42,7 @@ class Hooks:
     """Hooks that move to the present modules after parts of the model were replaced.
 
     Adapters and quantised layers replace modules, for instance.
+
     Args:
         find: lists the wanted hooks, on the present modules.
     """

@@ -15,7 +15,6 @@ from .forward_context import Run
 def align_cache(run: Run, schedule: DropSchedule) -> None:
     """Cut the cache of the aligned layers to the last drop, before the ledger notes the forward.
 
-
     Earlier forwards were aligned when they were read, so only the current tokens move. The logical length
     stays.
     """
