@@ -264,9 +264,9 @@ class LayerHooks:
         else:
             valid = now[1]
         layer = run.cache.layers[i] if run.cache is not None else None
-        saved = getattr(layer, "behind_stage", None)
+        saved = getattr(layer, "after_stage", None)
         if layer is not None:
-            layer.behind_stage = None  # the sizes of this layer itself
+            layer.after_stage = None  # the sizes of this layer itself
         try:
             return create_causal_mask(
                 config=self.decoder.config,
@@ -277,7 +277,7 @@ class LayerHooks:
             )
         finally:
             if layer is not None:
-                layer.behind_stage = saved
+                layer.after_stage = saved
 
     # -- after the decoder -----------------------------------------------------------------------------------
     @torch.compiler.disable

@@ -37,7 +37,7 @@ def logical_layer_class(cls: type) -> Any:
         _layer_type = None  # transformers registers subclasses that name a layer type for the whole process
         dropped = 0  # logical tokens that have no slot here
         # (slots of stage 0 in excess of this stage's, tokens dropped in stage 0)
-        behind_stage: tuple[int, int] | None = None
+        after_stage: tuple[int, int] | None = None
         ledger: Ledger | None = None
         number = 0  # of the LLM layer; the first one takes part in every batch operation
 
@@ -76,11 +76,11 @@ def logical_layer_class(cls: type) -> Any:
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
             kv_length, kv_offset = self.physically(super().get_mask_sizes, query_length)
-            if self.behind_stage is None:
+            if self.after_stage is None:
                 return kv_length, kv_offset + self.dropped
             # The model makes one mask per attention type, from the first layer of that type, at any stage:
             # every layer answers for stage 0, and the layer hooks cut the columns for later stages.
-            more_slots, dropped = self.behind_stage
+            more_slots, dropped = self.after_stage
             window = self.max_cache_len if self.is_compileable else getattr(self, "sliding_window", None)
             if self.is_sliding and self.physical_length() + more_slots + query_length > window:
                 raise NotImplementedError(
@@ -101,7 +101,7 @@ def logical_layer_class(cls: type) -> Any:
 
         def reset(self) -> None:
             held, self.ledger = self.ledger, None
-            self.dropped, self.behind_stage = 0, None
+            self.dropped, self.after_stage = 0, None
             super().reset()
             if held is not None and isinstance(self, DynamicLayer):  # older releases keep as many zeros
                 self.keys = self.values = None
@@ -197,7 +197,7 @@ def settle(layer: Any, ledger: Ledger) -> None:
     """Set a layer's counts from the tables."""
     table = ledger.table(layer.number)
     layer.dropped = ledger.dropped[table]
-    layer.behind_stage = (ledger.dropped[table] - ledger.dropped[0], ledger.dropped[0]) if table else None
+    layer.after_stage = (ledger.dropped[table] - ledger.dropped[0], ledger.dropped[0]) if table else None
 
 
 def physical_length(layer: Any) -> int:

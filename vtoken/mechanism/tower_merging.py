@@ -50,8 +50,8 @@ class EncoderMerging:
 
     def _find(self) -> list[Hook]:
         now = self.tower.layers
-        hooks = [Hook(now[i], functools.partial(self._behind_layer, i), first=True) for i in self.layers]
-        return [*hooks, Hook(self.tower.module, self._behind_tower)]
+        hooks = [Hook(now[i], functools.partial(self._after_layer, i), first=True) for i in self.layers]
+        return [*hooks, Hook(self.tower.module, self._after_tower)]
 
     def refresh(self) -> None:
         """Look the layers up again."""
@@ -60,7 +60,7 @@ class EncoderMerging:
     def remove(self) -> None:
         self.hooks.remove()
 
-    def _behind_layer(self, i: int, module: Any, args: Any, out: Any) -> Any:
+    def _after_layer(self, i: int, module: Any, args: Any, out: Any) -> Any:
         capture = self.active()
         if capture is None:
             return None
@@ -79,7 +79,7 @@ class EncoderMerging:
         hidden = torch.cat([hidden[:, : self.prefix], short], 1)
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
-    def _behind_tower(self, module: Any, args: Any, out: Any) -> Any:
+    def _after_tower(self, module: Any, args: Any, out: Any) -> Any:
         capture = self.active()
         if capture is None or capture.merged is None:
             return None

@@ -58,7 +58,7 @@ class FrameReuse:
         module = self.tower.module
         hooks = [
             Hook(module, self._before_tower, before=True, kwargs=True),
-            Hook(module, self._behind_tower, kwargs=True),
+            Hook(module, self._after_tower, kwargs=True),
         ]
         return hooks + [hook for i in sorted(self.layers) for hook in self.blocks[i].watch(self._record)]
 
@@ -95,7 +95,7 @@ class FrameReuse:
             )
         run.plan((str(module.dtype), str(module.device)), self.reuse.interval)
 
-    def _behind_tower(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any = None) -> None:
+    def _after_tower(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any = None) -> None:
         run = self._running()
         if run is None or out is None or not run.layers:
             return

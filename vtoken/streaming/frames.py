@@ -22,7 +22,7 @@ STREAM_FACTS = ("sample", "before", "rows", "tail", "modality", "timed", "shape"
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()  # one per tokenizer
 
 
-class Stand:
+class PartStub:
     """Replaces a part of a processor: records its output, or returns a given one without reading pixels."""
 
     def __init__(self, part: Any, given: Any = None) -> None:
@@ -151,9 +151,9 @@ class Frames:
 
     def _process(self, frames: Sequence[np.ndarray]) -> Mapping[str, Any]:
         """The processor's inputs of one step; the first one also counts placeholders."""
-        stand = Stand(getattr(self.processor, self.part))
+        stub = PartStub(getattr(self.processor, self.part))
         try:
-            inputs = self._run(self.token, stand, frames, [0.0] * len(frames), 1.0)
+            inputs = self._run(self.token, stub, frames, [0.0] * len(frames), 1.0)
         except Exception as error:
             high, wide = frames[0].shape[:2]
             why = (str(error) or type(error).__name__).splitlines()[0]
@@ -162,21 +162,23 @@ class Frames:
             ) from error
         if self.sample is None:
             self.modality = "video" if "pixel_values_videos" in inputs else "image"
-            self.sample = {k: _hollow(v) for k, v in stand.given.items() if k != "video_metadata"}
+            self.sample = {k: _hollow(v) for k, v in stub.given.items() if k != "video_metadata"}
             one, two = (self.placeholders(self.replay(self.marks(n), n, [], 1.0)) for n in (1, 2))
             self.rows, self.tail = int(two.sum() - one.sum()), int(2 * one.sum() - two.sum())
             runs = int((two.int().diff() == 1).sum()) + int(two[0])
             self.timed = hasattr(self.adapter.base, "get_rope_index") and runs == 1
         return inputs
 
-    def _run(self, text: str, stand: Stand, frames: Sequence[Any], times: Sequence[float], fps: float) -> Any:
-        """Run the processor on one prompt, with `stand` in place of the part that reads pixels."""
+    def _run(
+        self, text: str, stub: PartStub, frames: Sequence[Any], times: Sequence[float], fps: float
+    ) -> Any:
+        """Run the processor on one prompt, with `stub` in place of the part that reads pixels."""
         media: dict[str, Any] = {"images": list(frames)}
         if self.media == "video":
             facts = _facts(times, len(frames), fps)
             media = {"videos": [np.stack(list(frames))], "video_metadata": [facts], "do_sample_frames": False}
         processor = copy.copy(self.processor)
-        setattr(processor, self.part, stand)
+        setattr(processor, self.part, stub)
         with self.lock:
             return processor(text=[text], return_tensors="pt", **media, **self.options)
 
@@ -192,7 +194,7 @@ class Frames:
             given["video_metadata"] = [VideoMetadata(**_facts(times, steps * self.unit, fps))]
         blank = np.zeros((2, 2, 3), np.uint8)
         frames = [blank] * (steps * self.unit)
-        return self._run(text, Stand(getattr(self.processor, self.part), given), frames, times, fps)
+        return self._run(text, PartStub(getattr(self.processor, self.part), given), frames, times, fps)
 
     def placeholders(self, inputs: Any) -> Tensor:
         """(n,) bool, the placeholders among the tokens."""
