@@ -95,10 +95,12 @@ class Report:
 
     @property
     def tokens_in(self) -> int:
+        """Visual tokens of the unpatched model, over all images and videos."""
         return sum(v.tokens_in for v in self.visuals)
 
     @property
     def tokens_out(self) -> int:
+        """Visual tokens that entered the LLM, over all images and videos."""
         return sum(v.tokens_out for v in self.visuals)
 
     @property

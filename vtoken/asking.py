@@ -80,6 +80,7 @@ def prompt(processor: Any, question: str) -> str:
 
 
 def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> Any:
+    """Model inputs of one question about one image, on the model's device and in its dtype."""
     inputs = processor(images=image, text=prompt(processor, question), return_tensors="pt").to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return inputs

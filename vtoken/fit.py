@@ -70,6 +70,7 @@ def reuse_of(adapter: Adapter, strategy: Strategy) -> dict[str, Reuse]:
 
 
 def needs_of(adapter: Adapter, strategy: Strategy, modality: str) -> Needs:
+    """The needs of a strategy for one modality of this model."""
     tower = adapter.towers.get(modality)
     return strategy.needs(None if tower is None else tower.info)
 
@@ -154,6 +155,7 @@ def check_inside(adapter: Adapter, strategy: Strategy) -> None:
 
 
 def goes_inside(adapter: Adapter, strategy: Strategy) -> bool:
+    """Whether a strategy can drop tokens inside the LLM of this model."""
     try:
         check_inside(adapter, strategy)
     except ValueError:

@@ -33,6 +33,7 @@ class Hook:
     first: bool = False
 
     def register(self) -> Any:
+        """Put the hook on its module; returns the handle of torch."""
         module = self.module
         method = module.register_forward_pre_hook if self.before else module.register_forward_hook
         return method(self.function, with_kwargs=self.kwargs, prepend=self.first)
@@ -138,6 +139,7 @@ class Wrapped:
         self.places: list[tuple[Any, str, Method]] = []
 
     def wrap(self, owner: Any, name: str, instead: Callable[..., Any], original: Any = None) -> None:
+        """Replace the method `name` of `owner` by `instead(original, ...)`."""
         original = getattr(owner, name) if original is None else original
         method = Method(instead, original, owner.__dict__.get(name))
         owner.__dict__[name] = method

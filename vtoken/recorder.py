@@ -42,6 +42,7 @@ class Stopwatch:
         return event
 
     def add(self, name: str, start: Any, end: Any) -> None:
+        """Add a span from `start` to `end` to the stage `name`."""
         self._sums.setdefault(name, 0.0)
         if isinstance(start, float):
             self._sums[name] += end - start
@@ -90,6 +91,8 @@ class Record:
 
 
 class _Local(PerThread):
+    """State of the recorder in one thread."""
+
     record: Record | None = None
     watch: Stopwatch | None = None
     tower: dict[str, TowerUse] | None = None

@@ -64,6 +64,7 @@ class Adapter:
 
     # -- to override -----------------------------------------------------------------------------------------
     def make_towers(self) -> dict[str, Tower]:
+        """The tower of every modality whose tower can be read; empty if none can."""
         raise NotImplementedError(f"{type(self).__name__} must say where the vision tower is.")
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:

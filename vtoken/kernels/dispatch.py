@@ -20,10 +20,12 @@ _override: ContextVar[str | None] = ContextVar("vtoken_kernel_backend", default=
 
 @cache
 def triton_available() -> bool:
+    """Whether the triton package is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

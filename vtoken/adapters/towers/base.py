@@ -69,9 +69,11 @@ class Tower:
         return list(holder.encoder.layers)
 
     def global_layers(self) -> tuple[int, ...]:
+        """The layers in which all patches of a segment attend to each other."""
         return tuple(range(len(self.layers)))
 
     def attention(self, layer: int) -> nn.Module:
+        """The attention module of a layer."""
         return self.layers[layer].self_attn  # type: ignore[return-value]
 
     def projections(self, layer: int) -> tuple[nn.Module, ...]:
@@ -80,9 +82,11 @@ class Tower:
         return attention.q_proj, attention.k_proj  # type: ignore[return-value]
 
     def num_heads(self) -> int:
+        """Attention heads per layer."""
         return int(self.attention(0).num_heads)  # type: ignore[arg-type]
 
     def scale(self, layer: int) -> float:
+        """Factor on the attention logits of a layer."""
         return float(self.attention(layer).head_dim) ** -0.5  # type: ignore[arg-type]
 
     def received(self, capture: Capture, query: Tensor, key: Tensor, layer: int) -> Tensor:
