@@ -1,6 +1,4 @@
-"""`python -m vtoken`: the command `vtoken`, for launchers that start modules, such as `accelerate launch -m
-vtoken`.
-"""
+"""`python -m vtoken`: the command `vtoken`, for launchers that start modules, such as `accelerate`."""
 
 from .cli.main import main
 

@@ -1,4 +1,4 @@
-"""JSON that others wrote: its value, or a ValueError of one sentence, whatever the bytes are."""
+"""Parse untrusted JSON: its value, or a ValueError of one sentence, whatever the bytes are."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ DIGITS = 400  # of a number
 
 
 def parse(text: str | bytes) -> Any:
-    """The value of a JSON text in UTF-8.
+    """Parse a JSON text in UTF-8.
 
     Raises:
-        ValueError: for what RFC 8259 does not allow (NaN among it), a key that is there twice in one object,
-            a number that is too large for a float, or more than 100 levels; the reason, without a full stop.
+        ValueError: for anything that RFC 8259 does not allow (NaN included), a key that appears twice in one
+            object, a number too large for a float, or more than 100 levels; the reason, without a full stop.
     """
     try:
         if isinstance(text, bytes):
@@ -32,7 +32,7 @@ def parse(text: str | bytes) -> Any:
 
 
 def read(path: Path, most: int = LARGEST) -> Any:
-    """The value of a JSON file of at most `most` bytes.
+    """Parse a JSON file of at most `most` bytes.
 
     Raises:
         OSError: if it cannot be read.
@@ -51,7 +51,7 @@ def read(path: Path, most: int = LARGEST) -> Any:
 
 
 def check_depth(value: Any) -> None:
-    """Raise ValueError if lists and mappings lie more than 100 levels deep."""
+    """Raise ValueError if lists and mappings are nested more than 100 levels deep."""
     level = [value]
     for _ in range(DEEPEST + 1):
         inner = [

@@ -1,4 +1,4 @@
-"""State that belongs to one thread and never travels with a copied or pickled model."""
+"""Thread-local state that is empty in copies and pickles of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the last call did: visual tokens, FLOPs, KV bytes and times."""
+"""Report of the last call: visual tokens, FLOPs, KV bytes and times."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from .tokens import Segment
 
 @dataclass(frozen=True)
 class LayersRead:
-    """What neighbouring LLM layers read of one image or video.
+    """The tokens of one image or video that a range of LLM layers reads.
 
     Attributes:
         first, last: the layers, both included, counted from 0.
-        keep: (n,) ascending indices of the tokens that they read, among those that the unpatched model would
-            read.
+        keep: (n,) ascending indices of the tokens read, counted among those of the unpatched model.
     """
 
     first: int
@@ -33,7 +32,7 @@ class LayersRead:
 
 @dataclass(frozen=True)
 class VisualReport:
-    """One image or video of the last call.
+    """Report on one image or video of the last call.
 
     Attributes:
         row: row of the batch.
@@ -43,10 +42,9 @@ class VisualReport:
         segments: the crops, frames or the one image.
         cells: (tokens_in,) cell of each token, -1 for separators.
         keep: (tokens_out,) ascending indices of the tokens that entered the LLM.
-        into: (tokens_in,) slot among the kept that absorbed each token (-1: none), or None if nothing was
-            merged.
-        layers: what the LLM's layers read, in their order; more than one entry if tokens are dropped inside
-            the LLM.
+        into: (tokens_in,) index in `keep` of the token that absorbed each token, -1 for none; None if nothing
+            was merged.
+        layers: the tokens read by the LLM's layers, in order; more than one entry if the LLM drops tokens.
     """
 
     row: int
@@ -68,7 +66,7 @@ class VisualReport:
 
 @dataclass
 class Report:
-    """What one call of a patched model did.
+    """Report on one call of a patched model: visual tokens, FLOPs, KV bytes and times.
 
     Attributes:
         strategy: name and hyper-parameters.
@@ -78,9 +76,9 @@ class Report:
         visual_per_layer: per LLM layer, visual tokens that it reads, summed over the batch.
         flops_dense, flops: LLM prefill FLOPs of the unpatched model and of this call.
         kv_bytes_dense, kv_bytes: KV-cache bytes of the prompt.
-        seconds: measured time per stage: "tower", "select", "prefill" (GPU times are read when the report is
-            made).
-        tower: per modality what a tower that reuses between frames computed in its latest call; else empty.
+        seconds: measured seconds by name: "tower", "select", "prefill"; GPU times are read when the report is
+            made.
+        tower: per modality, the work of a tower that reuses between frames, of its latest call; else empty.
     """
 
     strategy: str
@@ -97,24 +95,26 @@ class Report:
 
     @property
     def tokens_in(self) -> int:
+        """Visual tokens of the unpatched model, over all images and videos."""
         return sum(v.tokens_in for v in self.visuals)
 
     @property
     def tokens_out(self) -> int:
+        """Visual tokens that entered the LLM, over all images and videos."""
         return sum(v.tokens_out for v in self.visuals)
 
     @property
     def prompts(self) -> int:
-        """Rows of the batch; copies for beams are not counted where the images were encoded before them."""
+        """Rows of the batch; copies for beams do not count if they were made after the encoding."""
         return max(1, len(self.prompt_tokens))
 
     @property
     def average_visual_tokens(self) -> float:
-        """Visual tokens per prompt, averaged over the LLM's layers, as multi-layer methods are counted."""
+        """Visual tokens per prompt, averaged over the LLM's layers, as papers count multi-layer methods."""
         return sum(self.visual_per_layer) / max(1, len(self.visual_per_layer)) / self.prompts
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
+        """Numbers and strings, for JSON."""
         return {
             "strategy": self.strategy,
             "visuals": [
@@ -190,7 +190,7 @@ def _si(x: float) -> str:
 
 @dataclass(frozen=True)
 class LanguageModelShape:
-    """The numbers of a decoder config that cost depends on."""
+    """The numbers of a decoder config that determine its cost."""
 
     layers: int
     hidden: int
@@ -201,7 +201,7 @@ class LanguageModelShape:
 
     @classmethod
     def of(cls, config: Any) -> LanguageModelShape:
-        """Read a transformers text config; of a mixture of experts, what one token activates."""
+        """Read a transformers text config; for a mixture of experts, the experts that one token activates."""
         heads = config.num_attention_heads
         intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
         experts = getattr(config, "num_experts_per_tok", None)
@@ -217,9 +217,7 @@ class LanguageModelShape:
         )
 
     def layer_flops(self, tokens: float, past: float = 0) -> float:
-        """FLOPs of one gated-MLP layer reading `tokens` behind `past` causally: 2 per multiply-add, half the
-        square map.
-        """
+        """FLOPs of a gated-MLP layer on `tokens` after `past`: 2 per multiply-add, half the square map."""
         projections = 2 * self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         mlp = 6 * self.hidden * self.intermediate
         return tokens * (projections + mlp) + 4 * tokens * (past + tokens / 2) * self.heads * self.head_dim

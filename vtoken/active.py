@@ -1,4 +1,4 @@
-"""Which patch of a model a call uses, and when the hooks of a patch that was taken off may go.
+"""Choice of the patch that a call uses, and removal of the hooks of patches that were taken off.
 
 Several patches can have hooks on one model at the same time: the one of `vtoken.patch`, one for every open
 `vtoken.applied` block of every thread, and those that were taken off while another thread still generates
@@ -24,7 +24,7 @@ from .streams import unwrapped
 
 
 class Patch(Protocol):
-    """What is managed here; see `vtoken.patching.Patch`."""
+    """The part of `vtoken.patching.Patch` that this module uses."""
 
     adapter: Any
 
@@ -36,7 +36,7 @@ class Patch(Protocol):
 
 
 PATCH = "_vtoken_patch"  # the attribute of a model that holds its `Patches`
-LOCK = threading.RLock()  # for everything below; held for microseconds
+LOCK = threading.RLock()  # for everything in this module; held for microseconds
 FORWARD = nn.Module._call_impl.__code__
 
 
@@ -45,13 +45,13 @@ class Scope:
     """An open `applied` or `disabled` block, or a running call.
 
     Attributes:
-        patches: those of the model.
-        patch: what calls inside use; None in a `disabled` block, and in an `applied` block after `unpatch`.
+        patches: all patches of the model.
+        patch: the patch for calls inside; None in a `disabled` block, or in an `applied` one after `unpatch`.
         kind: "applied", "disabled" or "call".
         disabled: whether calls inside read all visual tokens.
-        outer: the `applied` blocks in which it was opened.
-        thread: in which it was opened.
-        open: False once it has been left, in whatever thread.
+        outer: the `applied` blocks that were open around it.
+        thread: the thread that opened it.
+        open: False once it has been left, in any thread.
     """
 
     patches: Patches
@@ -63,7 +63,7 @@ class Scope:
     open: bool = True
 
 
-# of this thread or asynchronous task, innermost last; a scope that is left early is taken out of the middle
+# of this thread or asynchronous task, innermost last; leaving a scope early takes it out of the middle
 _scopes: ContextVar[tuple[Scope, ...]] = ContextVar("vtoken_scopes", default=())
 
 
@@ -77,12 +77,12 @@ class Patches:
         own: the patch of `vtoken.patch`.
         scopes: the open blocks of all threads, in the order in which they were opened.
         leaving: patches that were taken off and may still be used by a running call.
-        running: by patch the number of its calls of `generate` and `get_*_features`.
-        forwards: by thread the patch of the forward that it is, or was, inside; an interrupted one tells no
-            hook of its end.
-        older: threads that may be inside a `generate` that began before there was a patch, with its frame
-            once it is known.
-        simple: the only patch, if nothing else is going on.
+        running: by patch, the number of its running calls of `generate` and `get_*_features`.
+        forwards: by thread, the patch of its running forward; an interrupted forward stays here, since its
+            end calls no hook.
+        older: threads that may be inside a `generate` that began before there was a patch, with the frame of
+            that call once it is known.
+        simple: the only patch, if there is no block and no other patch.
     """
 
     def __init__(self, base: Any) -> None:
@@ -93,12 +93,12 @@ class Patches:
         self.leaving: list[Patch] = []
         self.running: dict[Patch, int] = {}
         self.forwards: dict[int, Patch] = {}
-        self.held = 0  # by threads that are about to add something
+        self.held = 0  # number of threads that are about to add something
         self.older: dict[int, int | None] = {}
         self.simple: Patch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a deep copy or a pickle, which has the patch in use as its own and no open block."""
+        """State for a deep copy or a pickle: its own patch is the one in use, and no block is open."""
         with LOCK:
             try:
                 own = self.current()
@@ -122,7 +122,7 @@ class Patches:
 
     @property
     def adapter(self) -> Any:
-        """Of the patch in use."""
+        """The adapter of the patch in use."""
         current = self.current()
         return None if current is None else current.adapter
 
@@ -132,22 +132,23 @@ class Patches:
         return [s for s in self.scopes if s.kind == "applied"]
 
     def has(self, patch: Patch) -> bool:
-        """Whether a patch is on the model, if only at rest outside of an `applied` block."""
+        """Whether a patch is on the model, even if an `applied` block suspends it."""
         holders: list[Any] = [self, *self.blocks]
         return any(_held(holder) is patch for holder in holders)
 
-    # -- which one ----------------------------------------------------------------------------------------------
+    # -- choice of the patch ---------------------------------------------------------------------------------
     def _here(self) -> list[Scope]:
         """The open scopes of this thread or task, innermost first."""
         return [s for s in reversed(_scopes.get()) if s.patches is self and s.open]
 
     def current(self, calls: bool = True) -> Patch | None:
-        """The patch that a call uses if it begins here and now; with `calls=False` if it did not begin in a
-        running call.
+        """The patch of a call that begins here and now; `calls=False` ignores running calls around it.
 
-        The innermost block or running call of this thread decides; without one the open block of other
-        threads, and without any of these the patch of `vtoken.patch`. Raises RuntimeError if several other
-        threads have a block open.
+        The innermost block or running call of this thread decides; without one, the open block of another
+        thread; without any of these, the patch of `vtoken.patch`.
+
+        Raises:
+            RuntimeError: if several other threads have a block open.
         """
         for scope in self._here():
             if scope.kind == "applied" or (calls and scope.kind == "call"):
@@ -165,12 +166,10 @@ class Patches:
         """Whether a call that begins here and now reads all visual tokens: the innermost block decides."""
         return next((scope.disabled for scope in self._here()), False)
 
-    # -- blocks -------------------------------------------------------------------------------------------------
+    # -- blocks ----------------------------------------------------------------------------------------------
     @contextmanager
     def scope(self, kind: str, patch: Patch | None, disabled: bool = False) -> Iterator[Scope]:
-        """An open block or a running call of this thread or task; it may be left in any order and in any
-        thread.
-        """
+        """Open a block or a running call in this thread or task; any order and any thread may leave it."""
         scope = Scope(self, patch, kind, disabled)
         with LOCK:
             scope.outer = tuple(s for s in self._here() if s.kind == "applied")
@@ -189,7 +188,7 @@ class Patches:
                     self._retire(scope.patch)
 
     def _began(self, patch: Patch | None) -> None:
-        """A patch is used from now on, but not by a `generate` that is running without one."""
+        """Start the use of a patch, except in a `generate` that is running without one."""
         if patch is not None:
             own = threading.get_ident()
             self.older = dict.fromkeys(_threads())
@@ -200,7 +199,7 @@ class Patches:
         self._settle()
 
     def put(self, patch: Patch) -> None:
-        """Use a patch until `take_off`, inside an `applied` block until its end. LOCK is held."""
+        """Use a patch until `take_off`, or until the end of an `applied` block. LOCK is held."""
         block = next((s for s in self._here() if s.kind == "applied"), None)
         if block is None:
             self.own = patch
@@ -209,9 +208,10 @@ class Patches:
         self._began(patch)
 
     def take_off(self, patch: Patch | None = None) -> None:
-        """Take off one patch, or the one in use here; the calls that use it finish with it.
+        """Take off one patch, or the one in use here; running calls finish with it.
 
-        Raises RuntimeError if another thread is inside an `applied` block, and this one is not.
+        Raises:
+            RuntimeError: if another thread is inside an `applied` block, and this one is not.
         """
         with LOCK:
             mine = next((s for s in self._here() if s.kind == "applied"), None)
@@ -240,7 +240,7 @@ class Patches:
         self._settle()
 
     def _settle(self) -> None:
-        """Remove the hooks of patches that no call uses any more; LOCK is held."""
+        """Remove the hooks of patches that no call uses any more. LOCK is held."""
         if self.leaving:
             alive = _threads()
             inside = {thread: p for thread, p in self.forwards.items() if thread in alive}
@@ -266,18 +266,18 @@ def _held(holder: Patches | Scope) -> Patch | None:
 
 
 class Gate:
-    """What the hooks of one patch ask: whether a call is theirs.
+    """Tells the hooks of one patch whether a call belongs to it.
 
     Args:
-        patches: those of the model.
-        patch: whose hooks they are.
+        patches: all patches of the model.
+        patch: the patch of the hooks.
     """
 
     def __init__(self, patches: Patches, patch: Patch) -> None:
         self.patches, self.patch = patches, patch
 
     def serves(self) -> bool:
-        """Whether what is called here and now uses this patch."""
+        """Whether a call made here and now uses this patch."""
         if torch.compiler.is_compiling() and self.patches.simple is self.patch:
             return True
         return self._serves()
@@ -313,7 +313,7 @@ class Gate:
             return served
 
     def forward_ended(self) -> None:
-        """The forward is at its end."""
+        """Note the end of the forward."""
         if not torch.compiler.is_compiling():
             with LOCK:
                 self.patches.forwards.pop(threading.get_ident(), None)
@@ -322,9 +322,7 @@ class Gate:
 
     @contextmanager
     def call(self) -> Iterator[bool]:
-        """A call that uses this patch to its end; yields False and does nothing if the call is another
-        patch's.
-        """
+        """Use this patch to the end of a call; yields False and does nothing for a call of another patch."""
         patches, patch = self.patches, self.patch
         with LOCK:
             served = self._serves()
@@ -353,15 +351,15 @@ class Gate:
         return self.patches.disabled()
 
 
-# -- frames of running calls ------------------------------------------------------------------------------------
+# -- frames of running calls ---------------------------------------------------------------------------------
 def _threads() -> list[int]:
-    """The threads that are alive."""
+    """The ids of the threads that are alive."""
     return [t.ident for t in threading.enumerate() if t.ident is not None]
 
 
 # Of this thread only: the stack of a running thread changes while it is read.
 def _frame_of(code: CodeType | None, owner: Any) -> FrameType | None:
-    """The outermost frame of a method with this code of this object."""
+    """The outermost frame of a method with this code on this object."""
     frame, found = sys._getframe(), None
     while frame is not None:
         if frame.f_code is code and frame.f_locals.get("self") is owner:
@@ -382,9 +380,9 @@ def _in_forward(base: Any) -> bool:
     return _frame_of(FORWARD, base) is not None
 
 
-# -- models -----------------------------------------------------------------------------------------------------
+# -- models --------------------------------------------------------------------------------------------------
 def patches_of(model: Any) -> Patches | None:
-    """What is on a model, its base model or a wrapper of it; None for a model without patches and blocks."""
+    """The patches of a model, its base model or a wrapper of it; None without patches and blocks."""
     model = unwrapped(model)
     for owner in (model, getattr(model, "base_model", None)):
         found = getattr(owner, "__dict__", {}).get(PATCH)
@@ -395,8 +393,7 @@ def patches_of(model: Any) -> Patches | None:
 
 @contextmanager
 def patches_for(model: Any) -> Iterator[Patches]:
-    """As `patches_of`, made where there are none; they leave no trace if nothing is on the model at the end.
-    """
+    """`patches_of`, made if there are none; they leave no trace if nothing is on the model at the end."""
     with LOCK:
         patches = patches_of(model) or Patches(model.base_model)
         patches.held += 1

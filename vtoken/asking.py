@@ -1,4 +1,4 @@
-"""Load a model and ask it one question about one image, as a user's script does."""
+"""Load a model and ask it one question about one image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TINY_QUESTION = "how many objects are there?"
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the machine or the GPU had no memory left, as Python or torch say it."""
+    """Whether an error of Python or torch says that the machine or the GPU had no memory left."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -24,7 +24,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def quiet() -> None:
-    """Keep transformers' own progress bars and notices out of the picture."""
+    """Silence transformers' progress bars and notices."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
@@ -34,12 +34,12 @@ def quiet() -> None:
 
 
 def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
-    """Model in eval mode and its processor.
+    """Load a model in eval mode, and its processor.
 
     Args:
         model_id: the name of a tiny model that ships with vtoken, a folder or a Hub id; None: the tiny model
             `shipped`.
-        shipped: see there.
+        shipped: name of a tiny model.
 
     Raises:
         ValueError: if nothing of that name can be loaded.
@@ -55,7 +55,7 @@ def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
     try:
         model = AutoModelForImageTextToText.from_pretrained(model_id, dtype="auto")
         processor = AutoProcessor.from_pretrained(model_id)
-    except Exception as error:  # whatever the files make transformers raise
+    except Exception as error:  # any error that the files cause in transformers
         if out_of_memory(error):
             raise
         here = Path(model_id).is_dir()
@@ -70,8 +70,7 @@ def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
 
 
 def prompt(processor: Any, question: str) -> str:
-    """The chat prompt of one question about one image, with the plain LLaVA wording if there is no template.
-    """
+    """The chat prompt of a question about one image; LLaVA's wording if there is no template."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
     if getattr(processor, "chat_template", None):
         return processor.apply_chat_template(
@@ -81,13 +80,14 @@ def prompt(processor: Any, question: str) -> str:
 
 
 def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> Any:
+    """Model inputs of one question about one image, on the model's device and in its dtype."""
     inputs = processor(images=image, text=prompt(processor, question), return_tensors="pt").to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return inputs
 
 
 def ask(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, float]:
-    """The greedy answer and the seconds it took."""
+    """Generate greedily: the answer and the seconds it took."""
     start = time.perf_counter()
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     taken = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""VTokenConfig: which strategy with which budget, as a small JSON file beside a model."""
+"""VTokenConfig: a strategy, its budget and its options, saved as a small JSON file in a model's folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGEST = 2**20  # bytes of the file
 
 @dataclass
 class VTokenConfig(ModelHubMixin, library_name="vtoken"):
-    """What `vtoken.patch` needs to know, ready to be saved, loaded and pushed to the Hub.
+    """The arguments of `vtoken.patch`, to be saved, loaded and pushed to the Hub.
 
     Args:
         strategy: a registered name, see `vtoken.list_strategies()`, or several that are applied together.
@@ -32,8 +32,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
             on disk.
         positions: "original" or "renumber"; None is the strategy's own default.
         options: the strategy's hyper-parameters by name, JSON values only; of several strategies, one such
-            mapping per strategy's name. Types and ranges of their values are checked by `vtoken.patch`, which
-            knows the strategy.
+            mapping per strategy's name. `vtoken.patch` checks the types and ranges of their values.
         version: format of the file.
 
     Raises:
@@ -75,7 +74,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
             check_depth(self.options)
         except ValueError as error:
             raise ValueError(f"options must be a mapping of plain values, and {error}.") from None
-        # tuples become lists here and not on the way through the disk, so that equality survives a round trip
+        # tuples become lists here and not when the file is read, so that equality survives a round trip
         try:
             self.options = json.loads(json.dumps(self.options, allow_nan=False))
         except (TypeError, ValueError, RecursionError) as error:
@@ -84,7 +83,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
             ) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, and "budget_unit": "share" or "tokens", in which the budget is.
+        """The fields as JSON values, and "budget_unit": "share" or "tokens", the unit of the budget.
 
         Raises:
             ValueError: for a field that was assigned a wrong value.
@@ -94,7 +93,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VTokenConfig:
-        """Build a config from `to_dict`'s output; unknown keys are named in a warning and ignored.
+        """Build a config from `to_dict`'s output; a warning names unknown keys, which are ignored.
 
         Raises:
             ValueError: if `values` is no mapping, names no strategy, or holds a value of a wrong type.
@@ -123,8 +122,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, push_to_hub: bool = False, **kwargs: Any
     ) -> str | None:
-        """Write `vtoken_config.json` into a folder, which is made if needed; other files in it are left
-        alone.
+        """Write `vtoken_config.json` into a folder, made if needed; its other files stay as they are.
 
         Args:
             save_directory: the folder, for instance the one that holds the model.

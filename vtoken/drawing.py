@@ -1,5 +1,4 @@
-"""Pictures of what a strategy kept: dropped cells dimmed, kept cells outlined, on what the vision tower saw.
-"""
+"""Pictures of the kept visual tokens: dropped cells dimmed, kept cells outlined."""
 
 from __future__ import annotations
 
@@ -16,8 +15,9 @@ KEPT, PAPER, INK = (255, 221, 0), (255, 255, 255), (30, 30, 30)
 
 
 def tower_images(pixel_values: Tensor, image_processor: Any) -> list[Image.Image]:
-    """The pictures that the vision tower saw, one per tower forward: cropped, resized and padded as the
-    processor did.
+    """The pictures that the vision tower read, one per tower forward, as the processor made them.
+
+    They are cropped, resized and padded.
 
     Args:
         pixel_values: (..., 3, H, W) floating point, normalised by the processor.
@@ -89,14 +89,14 @@ def draw_cells(
 def visualize(
     image: Image.Image | Sequence[Image.Image], tokens: Any, *, cell: int = 32, dim: float = 0.75
 ) -> Image.Image:
-    """The picture of one image's kept visual tokens, all crops or frames of it.
+    """Draw one image's kept visual tokens, on all its crops or frames.
 
-    Tokens that are dropped inside the LLM lose their colour and fade the more, the earlier they go; a legend
-    says which layers read what. Outlined are the tokens that the last layer reads.
+    Tokens that are dropped inside the LLM lose their colour; the earlier the drop, the paler they are. A
+    legend names the layers that read each shade. Tokens that the last layer reads are outlined.
 
     Args:
-        image: what the tower saw, one PIL image per segment (see `tower_images`), or the original image, of
-            which every segment shows its `box`.
+        image: the pictures that the tower read, one PIL image per segment (see `tower_images`), or the
+            original image, of which every segment shows its `box`.
         tokens: a `vtoken.report(model)` of one image, one entry of its `visuals`, or anything that has
             `segments` (each with `grid`, `kind`, `place` and, if not the whole image, `box`), `cells` (cell
             of each token, -1 for separators), `keep` (indices of the kept tokens) and, where the LLM drops
@@ -104,7 +104,7 @@ def visualize(
         cell, dim: as in `draw_cells`.
 
     Returns:
-        An RGB image: a thumbnail stands left of the canvas of its crops, frames stand side by side, a legend
+        An RGB image: a thumbnail to the left of the canvas of its crops, or frames side by side; a legend
         below.
 
     Raises:
@@ -123,7 +123,7 @@ def visualize(
     keeps = [r.keep for r in layers] or [tokens.keep]
     cells = _array(tokens.cells)
     read = [_as_mask(c[c >= 0], sum(sizes)) for c in (cells[_array(keep)] for keep in keeps)]
-    levels = np.sum(read, 0)  # how many of the ranges of layers read a cell
+    levels = np.sum(read, 0)  # number of ranges of layers that read a cell
     fade, cuts = 1 - levels / len(read), np.cumsum(sizes)[:-1]
     panels = [
         draw_cells(picture, segment.grid, part, cell=cell, dim=dim, fade=share)
@@ -140,9 +140,7 @@ def visualize(
 
 
 def _with_legend(picture: Image.Image, layers: Sequence[Any], levels: np.ndarray, dim: float) -> Image.Image:
-    """The picture over one line per shade: which layers read the cells that have it, and how many cells these
-    are.
-    """
+    """A picture over one line per shade: the layers that read these cells, and the number of cells."""
     ranges = len(layers)
     entries = [(ranges, "read by every LLM layer")]
     entries += [(n, f"dropped before LLM layer {layers[n].first}") for n in range(ranges - 1, 0, -1)]
@@ -171,9 +169,7 @@ def _with_legend(picture: Image.Image, layers: Sequence[Any], levels: np.ndarray
 
 
 def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str] = (), gap: int = 12) -> Image.Image:
-    """Pictures in a row on white, top-aligned, each over its caption if there is one (cut to the picture's
-    width).
-    """
+    """Pictures in a row on white, top-aligned, each over its caption, which is cut to the picture's width."""
     lines = [_wrap(c, p.width) for c, p in zip(captions, pictures)]
     text = max((len(line) for line in lines), default=0) * 22 + (gap if lines else 0)
     width = sum(p.width for p in pictures) + gap * (len(pictures) + 1)
@@ -188,7 +184,7 @@ def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str] = (), 
 
 
 def _region(image: Image.Image, segment: Any) -> Image.Image:
-    """The part of an image that a segment covers, black where it reaches beyond."""
+    """The part of an image that a segment covers, black outside of the image."""
     x0, y0, x1, y1 = getattr(segment, "box", (0.0, 0.0, 1.0, 1.0))
     if (x0, y0, x1, y1) == (0.0, 0.0, 1.0, 1.0):
         return image
@@ -239,7 +235,7 @@ def _font() -> Any:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    """`text` on as many lines as `width` px need, broken between words."""
+    """`text` broken between words into lines of at most `width` px."""
     font, lines = _font(), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

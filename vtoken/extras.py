@@ -1,4 +1,4 @@
-"""Packages of an extra, which may be missing."""
+"""Check for the packages of an extra."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import importlib
 
 
 def require(*packages: str, extra: str) -> None:
-    """Raise ImportError now, with the extra's name, rather than after the work if a package cannot be
-    imported.
-    """
+    """Raise ImportError with the extra's name, before any work, if a package cannot be imported."""
     for name in packages:
         try:
             importlib.import_module(name)

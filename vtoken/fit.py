@@ -1,4 +1,4 @@
-"""Which strategy fits which model, and the sentence that says why not and what would."""
+"""Whether a strategy fits a model, and the error sentence if it does not."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from .tokens import Needs
 
 @dataclass(frozen=True)
 class Design:
-    """Where a strategy acts on a model and what it reads there: everything that the hooks of a patch depend
-    on.
+    """The places where a strategy acts on a model, and its reads there: all that a patch's hooks depend on.
 
     Attributes:
         schedule: drops inside the LLM.
-        needs: by modality, what is read for the strategy.
+        needs: by modality, the values read for the strategy.
         merging: by modality, the tower layers after which tokens are merged.
-        reuse: by modality, what the tower reuses between frames.
+        reuse: by modality, the tower's reuse between frames.
         positions: "original" or "renumber".
     """
 
@@ -45,7 +44,7 @@ class Design:
 
 
 def design_of(adapter: Adapter, strategy: Strategy, layers: int) -> Design:
-    """The design of a strategy, with its options of now, for a model with so many LLM layers."""
+    """The design of a strategy, with its present options, for a model with so many LLM layers."""
     needs = {m: needs_of(adapter, strategy, m) for m in adapter.modalities}
     if strategy.is_identity:
         idle = {m: Needs(modalities=n.modalities) for m, n in needs.items()}
@@ -63,24 +62,25 @@ def merging_layers(adapter: Adapter, strategy: Strategy) -> dict[str, tuple[int,
 
 
 def reuse_of(adapter: Adapter, strategy: Strategy) -> dict[str, Reuse]:
-    """By modality, what its tower reuses between frames, where the tower can and the strategy wants it."""
+    """By modality, the tower's reuse between frames, if the tower can reuse and the strategy wants it."""
     towers = {m: tower for m, tower in adapter.towers.items() if tower.can_reuse}
     declared = {m: strategy.reuse(tower.info) for m, tower in towers.items()}
     return {m: reuse for m, reuse in declared.items() if reuse is not None and reuse.interval > 1}
 
 
 def needs_of(adapter: Adapter, strategy: Strategy, modality: str) -> Needs:
+    """The needs of a strategy for one modality of this model."""
     tower = adapter.towers.get(modality)
     return strategy.needs(None if tower is None else tower.info)
 
 
 def modalities_of(name: str) -> tuple[str, ...]:
-    """The kinds of input a strategy is defined for."""
+    """The modalities that a strategy is defined for: "image", "video" or both."""
     return strategy_info(name).cls().needs(None).modalities
 
 
 def check_fit(adapter: Adapter, strategy: Strategy) -> None:
-    """Raise ValueError with one sentence if this strategy cannot serve this model."""
+    """Raise ValueError, in one sentence, if this strategy cannot serve this model."""
     name, kind = strategy.info.name, adapter.config.model_type
     served = [m for m in adapter.modalities if m in needs_of(adapter, strategy, m).modalities]
     if not served:
@@ -126,7 +126,7 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
 
 
 def lacking_of(adapter: Adapter, strategy: Strategy, modality: str) -> list[str]:
-    """What the strategy wants of this model that it does not have."""
+    """The needs of a strategy that this model cannot meet, in words."""
     lacking = adapter.lacking(needs_of(adapter, strategy, modality), modality)
     tower = adapter.towers.get(modality)
     reuses = strategy.acts_between_frames and (tower is None or not tower.can_reuse)
@@ -134,7 +134,7 @@ def lacking_of(adapter: Adapter, strategy: Strategy, modality: str) -> list[str]
 
 
 def check_inside(adapter: Adapter, strategy: Strategy) -> None:
-    """Raise ValueError with one sentence if this strategy cannot drop inside the LLM of this model."""
+    """Raise ValueError, in one sentence, if this strategy cannot drop inside the LLM of this model."""
     name, kind, decoder = strategy.info.name, adapter.config.model_type, adapter.decoder
     if not hasattr(decoder, "layers"):
         raise ValueError(
@@ -154,6 +154,7 @@ def check_inside(adapter: Adapter, strategy: Strategy) -> None:
 
 
 def goes_inside(adapter: Adapter, strategy: Strategy) -> bool:
+    """Whether a strategy can drop tokens inside the LLM of this model."""
     try:
         check_inside(adapter, strategy)
     except ValueError:
@@ -162,7 +163,7 @@ def goes_inside(adapter: Adapter, strategy: Strategy) -> bool:
 
 
 def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
-    """Strategies that fit a model, by what its adapter provides."""
+    """Names of strategies that fit a model, by the abilities of its adapter."""
     out = []
     for name in list_names(pattern):
         strategy = strategy_info(name).cls()

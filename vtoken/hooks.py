@@ -1,6 +1,4 @@
-"""Hooks and replaced methods of a model, which follow a model that is rebuilt and are removed without a
-trace.
-"""
+"""Hooks on modules and replaced methods: they follow a rebuilt model, and their removal leaves no trace."""
 
 from __future__ import annotations
 
@@ -18,14 +16,14 @@ _LOCK = threading.RLock()
 
 @dataclass
 class Hook:
-    """A function on a module.
+    """A forward hook of a module.
 
     Attributes:
-        module: as it is found now.
+        module: the module at present.
         function: the hook.
         before: whether it runs before the module's forward, else after it.
-        kwargs: whether it is given the keyword arguments of the forward.
-        first: whether it runs before the hooks that are there.
+        kwargs: whether the function receives the forward's keyword arguments.
+        first: whether it runs before the hooks that the module has already.
     """
 
     module: nn.Module
@@ -35,17 +33,19 @@ class Hook:
     first: bool = False
 
     def register(self) -> Any:
+        """Put the hook on its module; returns the handle of torch."""
         module = self.module
         method = module.register_forward_pre_hook if self.before else module.register_forward_hook
         return method(self.function, with_kwargs=self.kwargs, prepend=self.first)
 
 
 class Hooks:
-    """Hooks that move to the modules of now when parts of the model were replaced (adapters, quantised
-    layers).
+    """Hooks that move to the present modules after parts of the model were replaced.
+
+    Adapters and quantised layers replace modules, for instance.
 
     Args:
-        find: lists the hooks that there should be, on the modules of now.
+        find: lists the wanted hooks, on the present modules.
     """
 
     def __init__(self, find: Callable[[], list[Hook]]) -> None:
@@ -55,7 +55,7 @@ class Hooks:
         self.refresh()
 
     def refresh(self) -> bool:
-        """Look the modules up again; returns whether hooks were moved."""
+        """Look the modules up again; True if hooks were moved."""
         hooks = self.find()
         if self._there(hooks):
             return False
@@ -78,7 +78,7 @@ class Hooks:
 
 
 def rebuilt(what: str) -> RuntimeError:
-    """The error for a model whose parts were replaced by such that cannot be read: `what` was found."""
+    """The error for a model with replaced parts that cannot be read; `what` says what was found."""
     return RuntimeError(
         f"{what}: the model was rebuilt after it was patched; call vtoken.unpatch(model) and"
         " vtoken.patch(model, ...) again."
@@ -88,7 +88,7 @@ def rebuilt(what: str) -> RuntimeError:
 class Method:
     """An instance attribute in place of a method: `instead(original, ...)`.
 
-    With `__wrapped__`, so that `generate()` finds the method's signature; a deep copy of the model gets one
+    It has `__wrapped__`, so that `generate()` finds the method's signature; a deep copy of the model gets one
     bound to itself.
     """
 
@@ -106,7 +106,7 @@ class Method:
         original: Any = self.original
         if not isinstance(original, MethodType):
             return self.instead, original, None, self.before
-        # by its name only, an owner that is being unpickled might answer with this object
+        # by its name only: an owner that is being unpickled might answer with this object
         return self.instead, original.__name__, original.__self__, self.before
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -116,7 +116,7 @@ class Method:
         self.__init__(instead, original, before)  # type: ignore[misc]
 
     def remove(self, owner: Any, name: str) -> None:
-        """Put back what was there, also where others have wrapped this one since."""
+        """Restore the previous attribute, also if others have wrapped this one since."""
         top = owner.__dict__.get(name)
         if top is self:
             if self.before is None:
@@ -124,7 +124,7 @@ class Method:
             else:
                 owner.__dict__[name] = self.before
             return
-        self.instead = None  # for whoever holds on to it
+        self.instead = None  # for anyone who still holds it
         while isinstance(top, Method):
             if top.original is self:
                 top.original = top.__dict__["__wrapped__"] = self.original
@@ -133,12 +133,13 @@ class Method:
 
 
 class Wrapped:
-    """The methods that were replaced on instances, and their removal, in any order."""
+    """The methods replaced on instances; they can be restored in any order."""
 
     def __init__(self) -> None:
         self.places: list[tuple[Any, str, Method]] = []
 
     def wrap(self, owner: Any, name: str, instead: Callable[..., Any], original: Any = None) -> None:
+        """Replace the method `name` of `owner` by `instead(original, ...)`."""
         original = getattr(owner, name) if original is None else original
         method = Method(instead, original, owner.__dict__.get(name))
         owner.__dict__[name] = method

@@ -1,4 +1,4 @@
-"""Pictures as models read them: upright, 8-bit RGB. The one loader of all ways in."""
+"""Load images as upright 8-bit RGB pictures, for every entry point."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .limits import Limits, given
 
-# What is tried on a file: formats that are decoded in this process and name no other file (EPS, for one, runs
-# a program).
+# Formats that are decoded in this process and name no other file; EPS, for instance, runs a program.
 FORMATS = "JPEG,MPO,PNG,WEBP,GIF,BMP,DIB,TIFF,PPM,AVIF,HEIF,JPEG2000,ICO,TGA,PCX,SGI,QOI,DDS,PSD"
 PHOTO = Limits(pixels=2**27)  # large enough for the largest common phone sensor but one
 _FRAME = "A frame is an (h, w, 3) uint8 RGB array with h, w >= 1, or a PIL image"
 
 
 def open_image(source: Any, limits: Limits | None = PHOTO, name: str | None = None) -> Image.Image:
-    """An RGB picture, turned as its EXIF orientation says, as transformers' `load_image` does.
+    """An RGB picture, turned by its EXIF orientation as transformers' `load_image` does.
 
     Args:
         source: path, or binary file object with `seek`.
-        limits: bounds on its pixels, None for none. Pillow's own bound against decompression bombs stays as
-            it is set.
-        name: what messages call it; default: the path.
+        limits: bounds on its pixels, None for none. Pillow's own bound against decompression bombs stays.
+        name: its name in messages; default: the path.
 
     Raises:
-        ValueError: one sentence: there is no such file, it is no picture, damaged, too large, or its colours
-            are unknown.
+        ValueError: one sentence: there is no such file, it is not a picture, damaged or too large, or its
+            colours are unknown.
     """
     if name is None:
         name = "the picture" if hasattr(source, "read") else repr(str(source))
@@ -50,8 +48,7 @@ def open_image(source: Any, limits: Limits | None = PHOTO, name: str | None = No
 
 
 def rgb(image: Image.Image, limits: Limits | None = PHOTO, name: str = "The picture") -> Image.Image:
-    """A picture in mode RGB, upright. Alpha is dropped, as transformers does; of 16 bits, the upper 8 are
-    kept.
+    """A picture in mode RGB, upright, without alpha as in transformers; 16-bit values keep the upper 8 bits.
 
     Raises:
         ValueError: one sentence: it is damaged or too large, or its values have no known range.
@@ -69,7 +66,7 @@ def pixels(image: Any, limits: Limits | None = PHOTO) -> np.ndarray:
     """(h, w, 3) uint8 RGB in C order of a PIL image, array or tensor.
 
     Raises:
-        TypeError: for what is no picture: another shape or dtype.
+        TypeError: for another shape or dtype.
         ValueError: for an array without pixels, and for a PIL image as `rgb`.
     """
     if isinstance(image, Image.Image):
@@ -95,18 +92,18 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF data that cannot be read turn nothing
+    except Exception:  # unreadable EXIF data turn nothing
         return image
 
 
 def _eight_bits(image: Image.Image, format: str | None) -> Image.Image:
-    """The picture in a mode of which Pillow knows the range of values."""
+    """The picture in a mode whose range of values Pillow knows."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode not in ("I", "F"):
         return image
     values = np.asarray(image)
-    if image.mode == "I" and format == "PNG":  # how earlier releases of Pillow open 16 bits of grey
+    if image.mode == "I" and format == "PNG":  # earlier releases of Pillow open 16 bits of grey in this mode
         return Image.fromarray((values >> 8).astype(np.uint8))
     if image.mode == "I" and values.min() >= 0 and values.max() <= 255:
         return Image.fromarray(values.astype(np.uint8))

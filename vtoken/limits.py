@@ -1,4 +1,4 @@
-"""Bounds on what one file, picture or stream may make the reader allocate and do."""
+"""Bounds on the memory and time that one file, picture or stream may take in the reader."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limits:
-    """What a source may cost at most. A source says itself how large it is, and a few hundred bytes can say
-    anything.
+    """Upper bounds on the cost of a source.
 
-    ``limits=None`` lifts all of them where a function takes limits, None as a value lifts one.
+    A source declares its own size, and a few hundred bytes can declare any size.
+
+    ``limits=None`` lifts all of them in functions that take limits; None as a value lifts one.
 
     Attributes:
-        pixels: of one picture; the default is twice an 8K frame.
-        frames: that a video may have, and that one call may ask for.
+        pixels: pixels of one picture; the default is twice an 8K frame.
+        frames: frames of a video, and frames requested by one call.
         nbytes: bytes of all pictures that one call returns, or of those from one iteration that are held at a
             time.
-        seconds: that one call, or one step of an iteration, may take.
+        seconds: duration of one call, or of one step of an iteration.
 
     Raises:
         ValueError: a value that is neither a number above 0 nor None.
@@ -42,7 +43,7 @@ class Limits:
                 )
 
     def excess_pixels(self, width: int, height: int) -> str | None:
-        """What is wrong with a picture of this size, None where nothing is."""
+        """The error for a picture of this size, None if it is within the limit."""
         if self.pixels is None or width * height <= self.pixels:
             return None
         return (
@@ -51,13 +52,13 @@ class Limits:
         )
 
     def excess_frames(self, count: float) -> str | None:
-        """What is wrong with this many frames, None where nothing is."""
+        """The error for this many frames, None if they are within the limit."""
         if self.frames is None or count <= self.frames:
             return None
         return f"more than {self.frames:,} frames; if you trust it, lift that with limits=Limits(frames=None)"
 
     def excess_bytes(self, nbytes: int, count: int) -> str | None:
-        """What is wrong with `count` frames that take so many bytes together, None where nothing is."""
+        """The error for `count` frames of so many bytes together, None if they are within the limit."""
         if self.nbytes is None or nbytes <= self.nbytes:
             return None
         return (
@@ -67,10 +68,10 @@ class Limits:
 
 
 class Held:
-    """The arrays from one iteration that somebody still holds, as `list(reader)` holds all of them.
+    """The arrays from one iteration that are still referenced, as `list(reader)` references all of them.
 
     Attributes:
-        count, nbytes: how many there are, and their bytes together.
+        count, nbytes: their number, and their bytes together.
     """
 
     def __init__(self) -> None:
@@ -89,7 +90,7 @@ STANDARD, UNLIMITED = Limits(), Limits(None, None, None, None)
 
 
 def given(limits: Limits | None) -> Limits:
-    """The limits of an argument ``limits=``, of which None means none.
+    """The limits of an argument ``limits=``; None means no limits.
 
     Raises:
         TypeError: for anything else.
@@ -102,10 +103,10 @@ def given(limits: Limits | None) -> Limits:
 
 
 class Watch:
-    """The time that one call has left.
+    """Remaining time of one call.
 
     Args:
-        seconds: that it may take, None for ever.
+        seconds: allowed duration, None for no bound.
     """
 
     def __init__(self, seconds: float | None):
@@ -113,7 +114,7 @@ class Watch:
         self.start()
 
     def start(self) -> None:
-        """A new call begins."""
+        """Begin a new call."""
         self._end = math.inf if self.seconds is None else time.monotonic() + self.seconds
 
     @property

@@ -1,4 +1,4 @@
-"""Joins a model, its adapter and a strategy; takes them apart again."""
+"""Put a strategy on a model (`patch`, `applied`), take it off, and report on its calls."""
 
 from __future__ import annotations
 
@@ -39,16 +39,14 @@ M = TypeVar("M")
 
 
 class Patch:
-    """Everything that one `patch` put on a model. Made by `patch` and `applied`; `patches` tells which calls
-    use it.
-    """
+    """Everything that one `patch` or `applied` put on a model; `patches` tells which calls use it."""
 
     def __init__(self, adapter: Adapter, strategy: Strategy, patches: Patches) -> None:
         check_fit(adapter, strategy)
         self.adapter, self.strategy = adapter, strategy
         self.context, self.gate = ForwardContext(), Gate(patches, self)
         self.warned = False
-        self.sessions: int | None = None  # how many use a patch that sessions made
+        self.sessions: int | None = None  # number of sessions that use a patch made by sessions
         self.unread = None if strategy.is_identity else Unread(strategy.info.name)
         self.design = design_of(adapter, strategy, len(getattr(adapter.decoder, "layers", ())))
         self.recorder = Recorder(
@@ -101,7 +99,7 @@ class Patch:
             part.remove()
 
     def check(self) -> None:
-        """Raise RuntimeError if an option was assigned since that asks for other hooks than there are."""
+        """Raise RuntimeError if an option has been assigned since that needs other hooks."""
         if design_of(self.adapter, self.strategy, self.design.schedule.layers) != self.design:
             raise RuntimeError(
                 f"{self.strategy.info.name} was given options after it was patched that need other hooks on"
@@ -119,15 +117,14 @@ class Patch:
             return out
 
     def encode(self, output: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What a session keeps of the frames in an output of `get_*_features`.
+        """The tokens that a session keeps of the frames in an output of `get_*_features`.
 
         Args:
-            output: of this patched model.
+            output: an output of this patched model.
             rows: (n, d) its visual tokens.
 
         Returns:
-            (m,) int64, ascending: the tokens that stay; and (m, d): their features, with those that they
-            absorb.
+            (m,) int64, ascending: the kept tokens; and (m, d): their features, absorbed tokens added.
         """
         encoded: EncodedVisuals | None = getattr(output, ENCODED, None)
         if encoded is None or self.context.disabled:
@@ -144,9 +141,7 @@ class Patch:
         )
 
     def _select(self, tokens: VisualTokens) -> Selection:
-        """The strategy's answer; what it notes of the stream meanwhile is forgotten, so that the next answer
-        is the same.
-        """
+        """The strategy's answer on a copy of the stream's memory, so that the next answer is the same."""
         return self._ask(replace(tokens, memory=copy.deepcopy(tokens.memory)))
 
     def _ask(self, tokens: VisualTokens) -> Selection:
@@ -164,9 +159,7 @@ class Patch:
         return self.strategy.select(tokens).check(len(tokens))
 
     def _warn_of_one_token(self, tokens: VisualTokens) -> None:
-        """Warn once where a budget of 1, which is one token, may have been meant as 1.0, which is all of
-        them.
-        """
+        """Warn once if a budget of 1, one token, may have been meant as 1.0, all tokens."""
         parts = getattr(self.strategy, "ordered", [self.strategy])
         dropping = [p.budget for p in parts if p.acts_on_projector or p.acts_inside]
         most = _largest(tokens.segments)
@@ -179,7 +172,7 @@ class Patch:
             )
 
     def _chosen(self, chosen: list[Chosen], beams: int) -> None:
-        self.recorder.describe = describe(self.strategy)  # with the options of now
+        self.recorder.describe = describe(self.strategy)  # with its present options
         self.recorder.chosen(chosen, beams)
         budget = self.strategy.budget
         if isinstance(budget, int) and not self.warned:
@@ -212,13 +205,13 @@ def describe(strategy: Strategy) -> str:
 
 
 def _budget(budget: float | int) -> str:
-    """Of a share, four digits: more tell a reader nothing. 1.0 and 1 stay apart."""
+    """A share in four digits, which are enough for a reader; 1.0 and 1 stay different."""
     short = float(f"{budget:.4g}") if isinstance(budget, float) else budget
     return f"budget={short if short != 1 or budget == 1 else budget}"
 
 
 def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
-    """A Strategy from what a user names, which may be a VTokenConfig."""
+    """A Strategy from a name, a list of names, a strategy object or a VTokenConfig."""
     if isinstance(strategy, VTokenConfig):
         given = strategy.options | {"budget": strategy.budget}
         if strategy.positions is not None:
@@ -282,7 +275,7 @@ def check_unpatched(patches: Patches, adapter: Adapter) -> None:
 
 
 def unpatch(model: M) -> M:
-    """Take the patch off again; a model that is not patched stays as it is. Returns the model.
+    """Take the patch off; a model that is not patched stays as it is. Returns the model.
 
     Calls of other threads that use the patch finish with it; its hooks go when the last of them has ended.
     Inside a `vtoken.applied` block the patch of this block is taken off.
@@ -305,13 +298,13 @@ def patch_of(model: Any) -> Patch | None:
 
 @contextmanager
 def applied(model: M, strategy: Any, budget: float | int | None = None, **options: Any) -> Iterator[M]:
-    """Patch within a `with` block. Arguments as for `patch`.
+    """Patch a model within a `with` block. Arguments as for `patch`.
 
-    The patch that was there before rests inside the block and goes on after it: the same object, with its
-    report, its streams and its sessions. Blocks of several threads (or asynchronous tasks) do not see each
-    other: each calls the model with its own strategy. A thread that has no block of its own takes part in the
-    only open one, if there is one. Of `applied` and `disabled` blocks inside each other the innermost counts;
-    they may be left in any order.
+    A patch that was there before is suspended inside the block and serves again after it: the same object,
+    with its report, its streams and its sessions. Blocks of several threads (or asynchronous tasks) do not
+    see each other: each calls the model with its own strategy. A thread without a block of its own uses the
+    only open one, if there is one. Of nested `applied` and `disabled` blocks the innermost counts; they may
+    be left in any order.
     """
     adapter = adapter_for(model)
     made = make_strategy(strategy, budget, options)
@@ -321,8 +314,7 @@ def applied(model: M, strategy: Any, budget: float | int | None = None, **option
 
 @contextmanager
 def disabled(model: M) -> Iterator[M]:
-    """Read all visual tokens within a `with` block, in this thread; a cache that was pruned before stays
-    usable.
+    """Read all visual tokens within a `with` block, in this thread; pruned caches stay usable.
 
     An `applied` block inside it prunes nevertheless: the innermost block counts.
     """
@@ -335,7 +327,7 @@ def disabled(model: M) -> Iterator[M]:
 
 
 def report(model: Any) -> Report:
-    """What the last call of a patched model did: tokens, FLOPs, KV bytes, times.
+    """Report on the last call of a patched model: tokens, FLOPs, KV bytes, times.
 
     Raises:
         ValueError: if the model is not patched, or has not been called with visual tokens since.

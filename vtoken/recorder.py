@@ -1,4 +1,4 @@
-"""Records what a patched model reads, without making the device wait."""
+"""Records of a patched model's calls, collected without making the device wait."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .streams import TowerUse
 class Stopwatch:
     """Times named stages; on CUDA with events, so that nothing waits until the times are read.
 
-    A stage that is timed without end (a stream whose frames are encoded before any prompt) takes no more
-    memory.
+    A stage that is timed without end (frames of a stream that are encoded before any prompt) takes no more
+    memory with time.
     """
 
     PENDING = 64  # spans per stage whose events are kept
@@ -42,6 +42,7 @@ class Stopwatch:
         return event
 
     def add(self, name: str, start: Any, end: Any) -> None:
+        """Add a span from `start` to `end` to the stage `name`."""
         self._sums.setdefault(name, 0.0)
         if isinstance(start, float):
             self._sums[name] += end - start
@@ -56,7 +57,7 @@ class Stopwatch:
         self._sums[name] += span[0].elapsed_time(span[1]) / 1000
 
     def seconds(self) -> dict[str, float]:
-        """Sum per stage; waits for the device where it must."""
+        """Seconds per stage, summed; waits for the device if it must."""
         for name, spans in self._spans.items():
             while spans:
                 self._settle(name, spans.pop(0))
@@ -65,23 +66,22 @@ class Stopwatch:
 
 @dataclass
 class Forward:
-    """Token counts of one forward of the language model; tensors stay on the device until a report is made.
-    """
+    """Token counts of one forward of the language model; tensors stay on the device until the report."""
 
     past_dense: int
     past: list[int]  # per stage
     dense: Tensor  # (rows,)
     tokens: list[Tensor]  # per stage (rows,)
     visual: list[Tensor]
-    # of a prompt that loses tokens inside the LLM: (rows, q), which image of its row a token belongs to, and
-    # per stage behind the entrance which tokens are still read
+    # of a prompt that loses tokens inside the LLM: (rows, q), the image of its row that a token belongs to,
+    # and per stage after the entrance the tokens that are still read
     item: Tensor | None = None
     reads: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
 class Record:
-    """One call under way or finished."""
+    """One running or finished call."""
 
     visuals: list[VisualReport]
     beams: int
@@ -91,6 +91,8 @@ class Record:
 
 
 class _Local(PerThread):
+    """State of the recorder in one thread."""
+
     record: Record | None = None
     watch: Stopwatch | None = None
     tower: dict[str, TowerUse] | None = None
@@ -99,10 +101,10 @@ class _Local(PerThread):
 
 
 class Recorder:
-    """Collects what one patch does, per thread.
+    """Collects token counts and times of one patch's calls, per thread.
 
     Args:
-        device: where the model computes, for the choice of clock.
+        device: the device of the model, for the choice of clock.
         text_config: shape of the language model.
         schedule: the drops inside the LLM.
         describe: the strategy in words.
@@ -125,11 +127,11 @@ class Recorder:
             watch.add(name, start, watch.mark(device))
 
     def used(self, modality: str, use: TowerUse) -> None:
-        """What a tower computed in the latest call for a modality."""
+        """Note what a tower computed in the latest call for a modality."""
         self.local.tower = (self.local.tower or {}) | {modality: use}
 
     def chosen(self, chosen: list[Chosen], beams: int) -> None:
-        """A new prompt begins. Facts are kept of it and no features: a record outlives the call."""
+        """Begin the record of a prompt. It holds counts and no features, because it outlives the call."""
         record = Record(
             [_facts(c) for c in chosen], beams, self.local.watch or Stopwatch(), tower=self.local.tower or {}
         )
@@ -179,7 +181,7 @@ class Recorder:
                 forward.reads.append(times[:: record.beams] > 0)
 
     def report(self) -> Report | None:
-        """The last call of this thread, or of any thread if this one made none."""
+        """The report on the last call of this thread, or of any thread if this one made none."""
         record = self.local.record or self.last
         if record is None:
             return None
@@ -215,7 +217,7 @@ class Recorder:
         )
 
     def _with_layers(self, record: Record) -> list[VisualReport]:
-        """The images and videos with what each LLM layer reads of them."""
+        """The images and videos, each with the tokens that every LLM layer reads of it."""
         before: dict[int, int] = {}
         out = []
         for visual in record.visuals:
@@ -233,7 +235,7 @@ class Recorder:
         return out
 
     def _ranges(self, kept: list[Tensor]) -> tuple[LayersRead, ...]:
-        """Neighbouring layers that read the same tokens are one range."""
+        """Ranges of adjacent layers that read the same tokens."""
         out: list[LayersRead] = []
         for layer in range(self.schedule.layers):
             keep = kept[min(self.schedule.reads(layer), len(kept) - 1)]

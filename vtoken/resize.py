@@ -1,4 +1,4 @@
-"""The baseline next to pruning: simply ask for a smaller image."""
+"""Baseline for pruning: a processor that makes images smaller."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PROBES = ((32, 32), (224, 224), (336, 1008), (1400, 700), (2000, 2000))
 def resized(processor: Any, budget: float | int) -> Any:
     """A copy of a processor that makes images smaller before the family's own rules turn them into tokens.
 
-    The honest rival of every strategy: no patch, the vision tower and the language model both see fewer
-    pixels. Each image keeps its shape and the largest size whose number of tokens, by the processor's own
-    count, lies within the budget; one that is small enough already stays as it is. Families choose sizes in
-    steps (patches, tiles, crops), so that the number of tokens may lie below the budget, and some sizes
-    cannot be asked for at all.
+    This is the baseline of every strategy: without a patch, the vision tower and the language model both read
+    fewer pixels. Each image keeps its shape and gets the largest size whose number of tokens, by the
+    processor's own count, is within the budget; a small enough image stays as it is. Families choose sizes in
+    steps (patches, tiles, crops), so the number of tokens may be below the budget, and some families cannot
+    reach some numbers at all.
 
         small = vtoken.resized(processor, 0.25)
         inputs = small.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
@@ -36,9 +36,9 @@ def resized(processor: Any, budget: float | int) -> Any:
             image.
 
     Returns:
-        The copy. Given an image that cannot be made small enough it raises ValueError; given a video,
-        NotImplementedError. It can be copied, pickled and printed. `save_pretrained` writes the processor
-        that it was made of, with a warning: what is loaded again has to be resized again.
+        The copy. It raises ValueError for an image that cannot be made small enough, and NotImplementedError
+        for a video. It can be copied, pickled and printed. `save_pretrained` writes the original processor,
+        with a warning: after loading it has to be resized again.
 
     Raises:
         TypeError: if `processor` has no image processor.
@@ -70,7 +70,7 @@ def count_tokens(processor: Any, height: int, width: int) -> int:
 
 
 class _Part(PushToHubMixin):
-    """A part of a resized processor: it has the attributes of the original part, and is saved as that."""
+    """A part of a resized processor: it has the attributes of the original, and is saved as the original."""
 
     _inner: Any
 
@@ -84,10 +84,10 @@ class _Part(PushToHubMixin):
 
 
 class _Shrinking(_Part):
-    """Makes images smaller before an image processor of its own reads them.
+    """Makes images smaller before the original image processor reads them.
 
     Args:
-        processor: counts the tokens; it and its parts are copied but for the tokenizer.
+        processor: counts the tokens; it and its parts are copied, except the tokenizer.
         budget: see `resized`.
     """
 
@@ -203,7 +203,7 @@ def _size(image: Any) -> tuple[int, int]:
 
 
 def _resize(image: Any, height: int, width: int) -> Any:
-    """Bicubic with antialiasing; the same kind of image, arrays as float where they were, else rounded."""
+    """Bicubic with antialiasing; the result has the type of the input, and is rounded unless it is float."""
     if hasattr(image, "resize") and not hasattr(image, "ndim"):
         from PIL.Image import Resampling
 

@@ -1,4 +1,4 @@
-"""Streams of frames: what is remembered from one frame to the next, and what a strategy may reuse of it."""
+"""Streams of frames: the state kept from one frame to the next, and reuse of earlier frames in the tower."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 @dataclass
 class FrameTokens:
-    """Frames of streams in front of the attention of one tower layer, each beside its stream's reference
-    frame.
+    """Frames of streams and their reference frames, before the attention of one tower layer.
 
     Attributes:
         layer: the tower layer.
         keys: (frames, n, C) attention keys, bias included and before rotary embedding, heads side by side.
-        reference: (frames, n, C) the same of the reference frames.
+        reference: (frames, n, C) the keys of each frame's reference frame.
         prefix: tokens at the start that are no patch (CLS).
     """
 
@@ -33,18 +32,17 @@ class FrameTokens:
 
 @dataclass(frozen=True)
 class Reuse:
-    """What a strategy reuses inside a vision tower of an earlier frame of the same stream.
+    """Reuse of an earlier frame of the same stream inside a vision tower.
 
-    A reference frame is computed in full. Of the frames behind it, layer by layer, all keys and the chosen
-    tokens are computed; the other tokens take the reference's values into the attention, and instead of
-    attending and of passing the MLP they add to their own hidden state what the reference's token added in
-    this layer.
+    A reference frame is computed in full. Of the frames after it, layer by layer, all keys and the chosen
+    tokens are computed. The other tokens use the reference's values in the attention; instead of attending
+    and passing the MLP, they add to their own hidden state what the reference's token added in this layer.
 
     Attributes:
-        layers: the tower layers in which this is done; the others are computed in full.
-        interval: every how many frames there is a new reference; 1 is the plain tower.
+        layers: the tower layers that reuse; the others are computed in full.
+        interval: frames from one reference to the next; 1 is the plain tower.
         choose: `choose(FrameTokens) -> (frames, m) int64`, the tokens to compute, each once.
-        shared: whether the choice of the first of these layers serves all.
+        shared: whether all of these layers use the choice of the first one.
     """
 
     layers: tuple[int, ...]
@@ -55,7 +53,7 @@ class Reuse:
 
 @dataclass
 class TowerUse:
-    """What the tower computed for the frames of one call, in order.
+    """Work of the tower for the frames of one call, in order.
 
     Attributes:
         tokens: per frame, tokens of the tower's sequence (CLS included).
@@ -76,7 +74,7 @@ class TowerUse:
         return sum(a == b for a, b in zip(self.tokens, self.recomputed, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """Numbers and lists of numbers, for JSON."""
         counts = {"tokens": self.tokens, "recomputed": self.recomputed}
         return counts | {"flops_dense": self.flops_dense, "flops": self.flops}
 
@@ -86,10 +84,10 @@ class References:
     """The last reference frame of a stream.
 
     Attributes:
-        signature: what a frame must share with it to be compared: grid, dtype, device.
-        age: frames since, 1 for the frame behind it.
-        layers: per tower layer keys (n, C), values (n, C), and what the layer added to the hidden states (n,
-            C).
+        signature: grid, dtype and device; a frame is compared only with a reference of the same signature.
+        age: frames since, 1 for the first frame after it.
+        layers: per tower layer, keys (n, C), values (n, C), and the layer's addition to the hidden states
+            (n, C).
     """
 
     signature: Hashable
@@ -98,19 +96,18 @@ class References:
 
 
 class StreamState:
-    """What one stream of frames remembers between calls of a patched model; see `vtoken.stream`.
+    """State of one stream of frames between calls of a patched model; see `vtoken.stream`.
 
-    Its size is constant however many frames come: a reference frame of the tower (`3 * layers * tokens *
-    channels` elements) and what the strategy keeps of its history. It can be pickled, and be on one model at
-    a time.
+    Its size does not grow with the number of frames: a reference frame of the tower (`3 * layers * tokens *
+    channels` elements), and the strategy's history. It can be pickled, and be on one model at a time.
 
     Attributes:
         memory: the strategy's own, see `VisualTokens.memory`.
         references: the tower's reference frame, None before the first.
         frames: frames that the tower has read since the last reset.
-        tokens, recomputed: their tokens in the tower, and how many of these were computed.
+        tokens, recomputed: their tokens in the tower, and the number of these that were computed.
         flops_dense, flops: FLOPs of the tower's layers, unpatched and as they ran.
-        last: the latest call's part of it.
+        last: the latest call's part of these counts.
     """
 
     def __init__(self) -> None:
@@ -118,7 +115,7 @@ class StreamState:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: the next frame is the first of a new stream."""
+        """Delete all state: the next frame is the first of a new stream."""
         self.key: str | None = None
         self.memory: dict[str, Any] = {}
         self.references: References | None = None
@@ -127,14 +124,14 @@ class StreamState:
         self.last: TowerUse | None = None
 
     def bind(self, key: str) -> StreamState:
-        """Forget what another patch than the one called `key` left here; returns itself."""
+        """Delete the state of another patch than the one called `key`; returns itself."""
         if self.key != key:
             self.reset()
             self.key = key
         return self
 
     def add(self, use: TowerUse) -> None:
-        """Count what the tower did for the latest frames."""
+        """Add the tower's work for the latest frames to the counts."""
         self.last = use
         self.frames += len(use.tokens)
         self.tokens += sum(use.tokens)
@@ -143,9 +140,7 @@ class StreamState:
         self.flops += use.flops
 
     def fork(self) -> StreamState:
-        """Another state that goes on from here: tensors are shared, which nobody writes into, and containers
-        are not.
-        """
+        """A copy that continues from here: it shares tensors, which are never written, but not containers."""
         other = StreamState()
         memory = {k: list(v) if isinstance(v, list) else v for k, v in self.memory.items()}
         references = None if self.references is None else replace(self.references)
@@ -153,7 +148,7 @@ class StreamState:
         return other
 
     def adopt(self, other: StreamState) -> None:
-        """Go on where `other` stands."""
+        """Continue from the state of `other`."""
         self.__dict__.update(other.__getstate__())
 
     @property
@@ -180,10 +175,9 @@ _streams: ContextVar[tuple[tuple[Any, StreamState], ...]] = ContextVar("vtoken_s
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside wrappers of it: `torch.compile`, `DistributedDataParallel`, a `PeftModel`; else
-    `model` itself.
+    """The model inside its wrappers (`torch.compile`, `DistributedDataParallel`, `PeftModel`), or itself.
 
-    A wrapper and what it wraps are one model to vtoken.
+    A wrapper and the wrapped model are one model to vtoken.
     """
     while True:
         attributes = getattr(model, "__dict__", {})
@@ -202,18 +196,18 @@ def unwrapped(model: Any) -> Any:
 
 @contextmanager
 def stream(model: Any, state: StreamState | None = None) -> Iterator[StreamState]:
-    """Within the block, the visual input of `model` continues a stream of frames: every image, and every
-    frame of a video.
+    """Let visual input of `model` continue one stream within the block: images and frames of videos.
 
-    Without it, every video of a call is a stream of its own that ends with the call, and images are no
-    streams. Only the current context is concerned: other threads and asynchronous tasks may feed other
+    Outside of it, every video of a call is a stream of its own that ends with the call, and images are not
+    streams. Only the current context is affected: other threads and asynchronous tasks may feed other
     streams to the same model.
 
     Args:
-        model: as passed to `vtoken.patch`; without a patch the block has no effect.
-        state: of the stream so far, None for a new stream.
+        model: the model passed to `vtoken.patch`; without a patch the block has no effect.
+        state: the stream so far, None for a new stream.
 
-    Yields the state.
+    Yields:
+        The state.
 
     Raises:
         TypeError: if `state` is no StreamState.
@@ -235,11 +229,11 @@ def stream(model: Any, state: StreamState | None = None) -> Iterator[StreamState
 
 
 def current_stream(model: Any) -> StreamState | None:
-    """The innermost stream of a model in this context."""
+    """The innermost open stream of a model in this context."""
     return next((state for owner, state in reversed(_streams.get()) if owner is model), None)
 
 
 def keep(tensor: Tensor) -> Tensor:
-    """A copy that outlives the call: without graph, and usable in and outside of inference mode."""
+    """A copy that outlives the call: without graph, usable inside and outside of inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         return tensor.detach().clone()

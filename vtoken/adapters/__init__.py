@@ -1,2 +1,1 @@
-"""Model families: where the parts of each are, and which of its visual tokens is which cell of the picture.
-"""
+"""Model families: the parts of each model, and the picture cell of each visual token."""

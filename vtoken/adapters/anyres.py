@@ -1,6 +1,6 @@
 """Geometry of images that are cut into crops, and of pooled video frames.
 
-Which patch became which token is not derived here: patch coordinates are pushed through the model's own
+The cell of a token is not derived here: patch coordinates pass through the model's own
 `pack_image_features`, so that unpadding and shrinking of the canvas are the model's by construction.
 """
 
@@ -20,9 +20,7 @@ Box = tuple[float, float, float, float]
 
 
 def canvas_box(size: tuple[int, int], canvas: tuple[int, int]) -> Box:
-    """Region of the original image under a canvas onto which it was fitted and centred; sizes are (height,
-    width) px.
-    """
+    """Region of the original image on a canvas to which it was fitted, centred; sizes (height, width), px."""
     (height, width), (tall, wide) = size, canvas
     across, down = wide / width, tall / height
     if across < down:
@@ -34,22 +32,22 @@ def canvas_box(size: tuple[int, int], canvas: tuple[int, int]) -> Box:
 
 
 def square_box(size: tuple[int, int]) -> Box:
-    """Region of the original image under the square to which it was padded, centred."""
+    """Region of the original image on the square to which it was padded, centred."""
     return canvas_box(size, (max(size), max(size)))
 
 
 def part(box: Box, place: tuple[int, int], grid: tuple[int, int]) -> Box:
-    """The box of one field of a (rows, columns) grid laid over a box."""
+    """The box of one field of a (rows, columns) grid over a box."""
     (x0, y0, x1, y1), (row, column), (rows, columns) = box, place, grid
     width, height = (x1 - x0) / columns, (y1 - y0) / rows
     return x0 + column * width, y0 + row * height, x0 + (column + 1) * width, y0 + (row + 1) * height
 
 
 def tile_rows(side: int, first: int) -> Tensor:
-    """(rows, 2) float64: (y, x) of every row that a tile of side x side patches hands to the projector.
+    """(rows, 2) float64: (y, x) of every row of a tile of side x side patches at the projector.
 
-    `first` is 0 where these are the patches, -1 where a CLS row precedes them (it gets -1, -1), 1 where the
-    model takes the first patch for a CLS row and drops it.
+    `first` is 0 if these are the patches, -1 if a CLS row precedes them (it gets -1, -1), 1 if the model
+    takes the first patch for a CLS row and drops it.
     """
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     rows = torch.stack([y, x], -1).view(-1, 2).double()
@@ -81,7 +79,7 @@ def anyres_layout(
     rows, columns = (0, 0) if canvas is None else (canvas[0] // pixels, canvas[1] // pixels)
     places = [(r, c) for r in range(rows) for c in range(columns)]
     tile = tile_rows(side, first)
-    # (0, y, x) on the thumbnail, (1, y, x) on the canvas, (-1, -1, -1) for what is no patch
+    # (0, y, x) on the thumbnail, (1, y, x) on the canvas, (-1, -1, -1) for rows that are no patch
     shown = torch.nn.functional.pad(tile, (1, 0)).masked_fill(tile[:, :1] < 0, -1.0)
     tiles = [shown] + [shown + torch.tensor([1.0, r * side, c * side]) for r, c in places]
     packed = base.pack_image_features(
@@ -108,7 +106,7 @@ def anyres_layout(
 
 
 def _step(canvas: Tensor) -> float:
-    """Cells from one token of a canvas, rows of (kind, y, x), to the next; the larger of both directions."""
+    """Cells between neighbouring tokens of a canvas, rows of (kind, y, x); the larger of both directions."""
     lines = [canvas[:, i].mul(1e6).round().unique() for i in (1, 2)]
     return max([float(v[-1] - v[0]) / 1e6 / (len(v) - 1) for v in lines if len(v) > 1], default=1.0)
 
@@ -116,9 +114,7 @@ def _step(canvas: Tensor) -> float:
 def frames_layout(
     frames: int, grid: tuple[int, int], leading: int = 0, trailing: int = 0, box: Box = (0.0, 0.0, 1.0, 1.0)
 ) -> Layout:
-    """Layout of a video: `leading` rows that are no patch before every frame, `trailing` ones behind the
-    video.
-    """
+    """Layout of a video: per frame `leading` rows that are no patch, then cells; `trailing` rows last."""
     per_frame = grid[0] * grid[1]
     cells = torch.arange(frames * per_frame).view(frames, per_frame)
     cells = torch.nn.functional.pad(cells, (leading, 0), value=-1).flatten()
@@ -128,7 +124,7 @@ def frames_layout(
 
 
 def best_canvas(size: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """The (height, width) among the configured ones that processor and model choose for an image."""
+    """The configured (height, width) that processor and model choose for an image."""
     from transformers.image_processing_utils import select_best_resolution
 
     height, width = select_best_resolution(size, pinpoints)
@@ -136,8 +132,6 @@ def best_canvas(size: tuple[int, int], pinpoints: Sequence[Sequence[int]]) -> tu
 
 
 def frame_count(arguments: dict[str, Any]) -> int:
-    """Frames per video of one `get_video_features` call; older releases call the pixels `pixel_values` there
-    too.
-    """
+    """Frames per video of a `get_video_features` call; older releases name its pixels `pixel_values` too."""
     pixels = arguments.get("pixel_values_videos")
     return int((arguments["pixel_values"] if pixels is None else pixels).shape[1])

@@ -1,6 +1,4 @@
-"""What an adapter is: where the parts of a model family are, and which token of the LLM is which cell of the
-picture.
-"""
+"""Base of adapters: the parts of a model family, and the picture cell of each token of the LLM."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from .towers.base import Tower
 
 
 class Layout:
-    """The geometry of one image or video: its segments, and the cell behind every token ((n,) int64, -1 for
-    none).
-    """
+    """The geometry of one image or video: segments, and the cell of every token ((n,) int64, -1 for none)."""
 
     def __init__(self, segments: Sequence[Segment], cells: Tensor) -> None:
         self.segments, self.cells = tuple(segments), cells
@@ -29,26 +25,25 @@ class Layout:
 
 
 class Adapter:
-    """One model family. Subclass it in a file of this folder, name its `model_types`, write `layouts` and
-    `make_towers`.
+    """One model family. A subclass in this folder sets `model_types` and writes `layouts` and `make_towers`.
 
     Override:
         model_types: values of `config.model_type` that the class serves.
         make_towers: the vision tower per modality.
         layouts: segments and cells of every image or video of one `get_*_features` call.
-        prompt_arguments: arguments of `forward` and `generate` that `layouts` wants beside those of
+        prompt_arguments: arguments of `forward` and `generate` that `layouts` needs in addition to those of
             `get_*_features`.
-        join: for families whose prompt, not whose features, tells which tiles are one image.
-        frames: where the tower's frames are no rows of the pixels.
-        square_frames: modalities whose pixels are squares of one size, so that a picture made of some can be
-            encoded.
-        frame_arguments: what encodes such a picture, where pixels are not all that it takes.
+        join: for families whose prompt, and not whose features, groups tiles into images.
+        frames: for families whose frames in the tower are not rows of the pixels.
+        square_frames: modalities whose pixels are squares of one size, so that a picture composed of frames
+            can be encoded.
+        frame_arguments: arguments that encode such a picture, if it takes more than pixels.
 
     Attributes:
-        model: what the user patches.
+        model: the model that the user patches.
         base: its `base_model`, which owns `get_image_features`.
         decoder: the language model.
-        towers: per modality ("image", "video") the tower that encodes it.
+        towers: per modality ("image", "video"), the tower that encodes it.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -67,8 +62,9 @@ class Adapter:
         self.config: Any = model.config
         self.towers: dict[str, Tower] = self.make_towers()
 
-    # -- to override --------------------------------------------------------------------------------------------
+    # -- to override -----------------------------------------------------------------------------------------
     def make_towers(self) -> dict[str, Tower]:
+        """The tower of every modality whose tower can be read; empty if none can."""
         raise NotImplementedError(f"{type(self).__name__} must say where the vision tower is.")
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
@@ -76,25 +72,25 @@ class Adapter:
 
         Args:
             modality: "image" or "video".
-            features: per item (n, d), as the LLM would read them.
+            features: per item (n, d), the rows for the LLM.
             arguments: the call's arguments by name, defaults included.
         """
         raise NotImplementedError(f"{type(self).__name__} must lay out its visual tokens.")
 
     def join(self, items: list[VisualTokens], input_ids: Tensor | None, places: Tensor) -> list[VisualTokens]:
-        """The images or videos of one prompt row from the items that its placeholders take, the same tokens
-        in the same order.
+        """Group the items of one prompt row into images or videos: the same tokens in the same order.
+
+        Default: every item is an image or a video.
 
         Args:
-            items: as `split_features` and `layouts` made them.
+            items: results of `split_features` and `layouts`.
             input_ids: (q,) of the row in this forward, None if the prompt came as embeddings.
             places: (n,) int64, the placeholders among them.
         """
         return items
 
     def frames(self, modality: str, arguments: dict[str, Any]) -> list[int]:
-        """Per image or video of one `get_*_features` call, how many frames of the tower it is; none for
-        images in crops.
+        """Per image or video of a `get_*_features` call, its frames in the tower; none for images in crops.
 
         Default: pixels (videos, frames, 3, H, W) or (images, 3, H, W).
         """
@@ -108,41 +104,38 @@ class Adapter:
         return ()
 
     def frame_arguments(self, modality: str, pixels: Tensor, like: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of `get_*_features` for frames (k, 3, H, W), where it was called with `like` before."""
+        """Arguments of `get_*_features` for frames (k, 3, H, W), after a call with the arguments `like`."""
         name = self.pixel_argument(like)
         options = ("vision_feature_layer", "vision_feature_select_strategy")
         given = {n: like[n] for n in options if like.get(n) is not None}
         return given | {name: pixels[None] if modality == "video" else pixels}
 
-    # -- provided -----------------------------------------------------------------------------------------------
+    # -- provided --------------------------------------------------------------------------------------------
     def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
         """The output of `get_*_features` as one (n, d) tensor per image or video."""
         return [f.flatten(0, -2) for f in output.pooler_output]
 
     def pixel_argument(self, arguments: dict[str, Any]) -> str:
-        """The name under which a call was given its pixels."""
+        """The name of a call's argument with the pixels."""
         return next(name for name in self.pixel_arguments if arguments.get(name) is not None)
 
     def frame_pixels(self, modality: str, arguments: dict[str, Any]) -> list[Tensor]:
-        """Per item of one call its frames (frames, 3, H, W), of images in crops the view of the whole."""
+        """Per item of a call, its frames (frames, 3, H, W); of an image in crops, the view of the whole."""
         pixels = arguments[self.pixel_argument(arguments)]
         return [p if modality == "video" else p[:1] if p.ndim == 4 else p[None] for p in pixels]
 
     def find_placeholders(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Visual tokens by their ids, for families without `get_placeholder_mask`: modality -> (B, q) bool.
-        """
+        """(B, q) bool per modality: visual tokens by id, for families without `get_placeholder_mask`."""
         return {m: input_ids == getattr(self.config, f"{m}_token_id") for m in self.modalities}
 
     def provides(self, modality: str) -> frozenset[str]:
-        """Which of "cls_attention", "cls_logits", "received_attention", "keys", "text_embeddings", "pixels"
-        there is.
-        """
+        """Available needs: cls_attention, cls_logits, received_attention, keys, text_embeddings, pixels."""
         tower = self.towers.get(modality)
         own = {"text_embeddings", "pixels"} if modality in self.square_frames else {"text_embeddings"}
         return frozenset(own) | (tower.provides if tower is not None else frozenset())
 
     def lacking(self, needs: Needs, modality: str) -> list[str]:
-        """The needs that this model cannot serve for a modality."""
+        """The needs that this model cannot meet for a modality."""
         kinds = ("cls_attention", "cls_logits", "received_attention", "keys", "text_embeddings", "pixels")
         asked = [kind for kind in kinds if getattr(needs, kind)]
         return [kind for kind in asked if kind not in self.provides(modality)]

@@ -15,9 +15,7 @@ from .towers.clip import SiglipTower
 
 @register_adapter
 class Gemma3Adapter(Adapter):
-    """`Gemma3ForConditionalGeneration`. Every crop of pan-and-scan is an image of its own: the model is not
-    told more.
-    """
+    """`Gemma3ForConditionalGeneration`. Every crop of pan-and-scan is a separate image to the model."""
 
     model_types = ("gemma3",)
 
@@ -26,7 +24,7 @@ class Gemma3Adapter(Adapter):
         return {"image": SiglipTower(tower, tower.config.num_hidden_layers - 1, self._pool)}
 
     def _pool(self, value: Tensor) -> Tensor:
-        """(..., patches) -> (..., cells), as the projector pools features."""
+        """(..., patches) -> (..., cells), pooled as the projector pools features."""
         pooled = self.base.multi_modal_projector.avg_pool(value.reshape(-1, 1, *square(value.shape[-1])))
         return pooled.reshape(*value.shape[:-1], -1)
 

@@ -1,6 +1,4 @@
-"""Idefics3 and SmolVLM: tiles between text that names them, pixel shuffle, a SigLIP-like tower with padding
-masks.
-"""
+"""Idefics3 and SmolVLM: tiles with text tags between them, pixel shuffle, a tower with padding masks."""
 
 from __future__ import annotations
 
@@ -22,9 +20,8 @@ from .towers.idefics import IdeficsTower
 class IdeficsAdapter(Adapter):
     """`Idefics3ForConditionalGeneration`, `SmolVLMForConditionalGeneration`.
 
-    The processors write `R x C` tiles row by row and the whole image behind them, each tile with a tag in
-    front, text between rows, and the same tag in front of every whole image. The frames of a video are images
-    to the model.
+    The processors write `R x C` tiles row by row and the whole image after them: a tag before each tile, text
+    between rows, and the same tag before every whole image. The frames of a video are images to the model.
     """
 
     model_types = ("idefics3", "smolvlm")
@@ -69,11 +66,11 @@ class IdeficsAdapter(Adapter):
 
     @staticmethod
     def _image(tiles: list[VisualTokens], runs: list[tuple[int, int]]) -> list[VisualTokens]:
-        """The tiles of one image, the whole image last; the thumbnail is what strategies see first."""
+        """The tiles of one image, which end with the whole image; strategies see that thumbnail first."""
         gaps = [b[0] - a[0] - a[1] for a, b in itertools.pairwise(runs)]
         if not gaps:
             return tiles
-        # inside a row the gap is the fake token and the tag, behind a row a line break more
+        # within a row the gap is the fake token and the tag, after a row it also has a line break
         ends = [i for i, gap in enumerate(gaps) if gap > 2 or i == len(gaps) - 1]
         columns = ends[0] + 1
         rows = len(gaps) // columns

@@ -19,8 +19,8 @@ from .towers.intern import InternTower
 class InternVLAdapter(Adapter):
     """`InternVLForConditionalGeneration`.
 
-    An unbroken run of placeholders is one image (or one frame of a video, which the model reads as images)
-    with its tiles as segments. How the tiles lie on the image is not told to the model: no segment has a
+    An unbroken run of placeholders is one image (or one frame of a video, which the model reads as images),
+    with its tiles as segments. The model does not know the places of the tiles on the image: no segment has a
     place.
     """
 

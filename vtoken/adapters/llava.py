@@ -25,9 +25,9 @@ TOWERS: dict[str, type[Tower]] = {
 def find_tower(
     module: Any, config: Any, modality: str = "image", pool: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, Tower]:
-    """The tower of a LLaVA-like model for one modality, empty for a tower whose attention is not read.
+    """The tower of a LLaVA-like model for one modality; empty for a tower whose attention is not read.
 
-    `pool` is given where the model pools patches into fewer cells: (..., patches) -> (..., cells).
+    `pool` is set if the model pools patches into fewer cells: (..., patches) -> (..., cells).
     """
     cls = TOWERS.get(module.config.model_type)
     if cls is None:
@@ -58,9 +58,9 @@ class LlavaAdapter(Adapter):
                 out.append(Layout.plain([Segment("image", grid)], f.device))
                 continue
             strategy = arguments.get("vision_feature_select_strategy")
-            if strategy is None:  # ViP-LLaVA has no such option, it always leaves the CLS token out
+            if strategy is None:  # ViP-LLaVA has no such option, it always omits the CLS token
                 strategy = getattr(self.config, "vision_feature_select_strategy", "default")
-            # "default" drops the first row: the CLS token, or a patch of a tower that has none
+            # "default" drops the first row: the CLS token, or a patch of a tower without CLS token
             first = int(strategy == "default") - int(self.towers["image"].has_cls) if self.towers else 0
             grid = square(len(f) + first)
             segment = Segment("image", grid, tokens=grid[0] * grid[1] - max(0, first))

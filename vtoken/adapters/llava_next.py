@@ -18,9 +18,7 @@ REMEMBERED = 256  # image sizes
 
 @register_adapter
 class LlavaNextAdapter(Adapter):
-    """`LlavaNextForConditionalGeneration`: thumbnail tokens, then the unpadded canvas row by row, each with a
-    newline.
-    """
+    """`LlavaNextForConditionalGeneration`: thumbnail, then the unpadded canvas row by row, with newlines."""
 
     model_types = ("llava_next",)
 
@@ -43,7 +41,7 @@ class LlavaNextAdapter(Adapter):
 
     def frame_arguments(self, modality: str, pixels: Tensor, like: dict[str, Any]) -> dict[str, Any]:
         given = super().frame_arguments(modality, pixels, like)
-        if modality == "image":  # as an image of the size of a tile, whose crops nobody will look at
+        if modality == "image":  # as an image of the size of a tile, whose crops are not used
             tiles = like[self.pixel_argument(like)].shape[1]
             given[self.pixel_argument(like)] = pixels[:, None].expand(-1, tiles, -1, -1, -1)
             given["image_sizes"] = torch.tensor([list(pixels.shape[-2:])] * len(pixels))
@@ -56,7 +54,7 @@ class LlavaNextAdapter(Adapter):
         sizes = [(int(h), int(w)) for h, w in torch.as_tensor(arguments["image_sizes"]).tolist()]
         return [
             self._image_layout(size, split, self._first(arguments), options)
-            # as the model pairs them
+            # paired as the model pairs them
             for size, split in zip(sizes, self.are_split(arguments, len(sizes)), strict=False)
         ]
 
@@ -65,7 +63,7 @@ class LlavaNextAdapter(Adapter):
         raise NotImplementedError(f"{self.config.model_type} models read no videos.")
 
     def pack_options(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of `pack_image_features` that stem from the call."""
+        """Arguments of `pack_image_features` from the call."""
         return {"vision_feature_select_strategy": self._given("vision_feature_select_strategy", arguments)}
 
     def are_split(self, arguments: dict[str, Any], images: int) -> list[bool]:
@@ -77,7 +75,7 @@ class LlavaNextAdapter(Adapter):
         return getattr(self.config, name) if value is None else value
 
     def _first(self, arguments: dict[str, Any]) -> int:
-        """See `tile_rows`: whether the model drops a CLS row, keeps it, or drops a patch in its stead."""
+        """`first` of `tile_rows`: whether the model drops a CLS row, keeps it, or drops a patch instead."""
         drops = self._given("vision_feature_select_strategy", arguments) == "default"
         return int(drops) - int("image" in self.towers and self.towers["image"].has_cls)
 
@@ -89,7 +87,7 @@ class LlavaNextAdapter(Adapter):
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
             canvas = best_canvas(size, self.config.image_grid_pinpoints) if split else None
-            # remembered, and may be used with gradients later
+            # cached, and may be used with gradients later
             with torch.inference_mode(False), torch.no_grad():
                 self._known[key] = anyres_layout(self.base, size, canvas, self.side, first, **options)
         return self._known[key]
@@ -97,9 +95,7 @@ class LlavaNextAdapter(Adapter):
 
 @register_adapter
 class LlavaNextVideoAdapter(LlavaNextAdapter):
-    """`LlavaNextVideoForConditionalGeneration`: images as in LLaVA-NeXT; frames pooled by a stride, no
-    newlines.
-    """
+    """`LlavaNextVideoForConditionalGeneration`: images of LLaVA-NeXT; pooled frames without newlines."""
 
     model_types = ("llava_next_video",)
     modalities = ("image", "video")
@@ -118,6 +114,6 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
     def video_layouts(self, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         stride = self.config.spatial_pool_stride
         side = self.side // stride
-        covered = side * stride / self.side  # an odd last line of patches is left out
+        covered = side * stride / self.side  # an odd last line of patches is omitted
         box = (0.0, 0.0, covered, covered)
         return [frames_layout(frame_count(arguments), (side, side), box=box) for _ in features]

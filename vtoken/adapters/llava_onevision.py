@@ -1,6 +1,4 @@
-"""LLaVA-OneVision: anyres images whose canvas may be shrunk, several images as one tile each, pooled video
-frames.
-"""
+"""LLaVA-OneVision: anyres images with a shrinkable canvas, several images as one tile each, pooled frames."""
 
 from __future__ import annotations
 
@@ -22,10 +20,9 @@ from .towers.base import Tower
 class LlavaOnevisionAdapter(LlavaNextAdapter):
     """`LlavaOnevisionForConditionalGeneration`.
 
-    An image alone in its prompt is a thumbnail and a canvas of crops, which the model shrinks bilinearly
-    where it is larger than `vision_aspect_ratio` allows (see `anyres_layout` for its cells); images that
-    share a prompt are one tile and one newline each. Frames are pooled bilinearly, and one newline ends a
-    video.
+    An image alone in its prompt is a thumbnail and a canvas of crops; the model shrinks the canvas bilinearly
+    if it is larger than `vision_aspect_ratio` allows (see `anyres_layout` for its cells). Images that share a
+    prompt are one tile and one newline each. Frames are pooled bilinearly, and one newline ends a video.
     """
 
     model_types = ("llava_onevision",)
@@ -45,7 +42,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return [int(n) == 1 for n in counts for _ in range(int(n))]
 
     def _pool(self, value: Tensor) -> Tensor:
-        """(..., patches) -> (..., cells), weighed as the model weighs the patches of a cell."""
+        """(..., patches) -> (..., cells), with the model's weights of the patches of a cell."""
         return self.base.apply_pooling(value.reshape(-1, value.shape[-1], 1)).view(*value.shape[:-1], -1)
 
     def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""PaliGemma: one square SigLIP grid per image, in front of the text."""
+"""PaliGemma: one square SigLIP grid per image, before the text."""
 
 from __future__ import annotations
 

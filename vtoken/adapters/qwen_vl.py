@@ -1,6 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and its mixture of experts: grids of any shape, merged patches, multimodal
-rope.
-"""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE: grids of any shape, merged patches, multimodal rope."""
 
 from __future__ import annotations
 
@@ -20,8 +18,8 @@ class QwenVLAdapter(Adapter):
     """`Qwen2VL...`, `Qwen2_5_VL...`, `Qwen3VL...` and `Qwen3VLMoeForConditionalGeneration`.
 
     An image is one segment; a frame of a video is one temporal patch (two sampled frames). Its time is known
-    where the prompt brings `second_per_grid_ts` (Qwen2.5-VL); Qwen3-VL writes times as text between the
-    frames' placeholders.
+    if the prompt has `second_per_grid_ts` (Qwen2.5-VL); Qwen3-VL writes times as text between the frames'
+    placeholders.
     """
 
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")

@@ -1,4 +1,4 @@
-"""Model types to adapters; every module of this folder may register one."""
+"""Registry of adapters by model type; every module of this folder may register one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ _discovered = False
 
 
 def register_adapter(cls: type[Adapter]) -> type[Adapter]:
-    """Class decorator: serve `cls.model_types` with this adapter. Raises ValueError for a type that is taken.
-    """
+    """Class decorator: serve `cls.model_types` with this adapter. Raises ValueError for a type in use."""
     if not cls.model_types:
         raise ValueError(f"{cls.__name__} must name its model_types.")
     for model_type in cls.model_types:
@@ -35,9 +34,11 @@ def list_families() -> list[str]:
 
 
 def adapter_for(model: Any) -> Adapter:
-    """The adapter of a model, or of the model in a wrapper of torch or peft.
+    """The adapter of a model, or of a model wrapped by torch or peft.
 
-    Raises TypeError for what is no transformers model, ValueError without an adapter.
+    Raises:
+        TypeError: for an object that is not a transformers model.
+        ValueError: if no adapter serves its type.
     """
     _discover()
     if isinstance(model, nn.DataParallel):

@@ -1,4 +1,4 @@
-"""Families that encode tiles: which tiles are one image is told by the prompt, not by the features."""
+"""Join tiles into images, for families whose prompt, and not whose features, groups the tiles."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..tokens import Segment, VisualTokens
 def join_tiles(
     tiles: Sequence[VisualTokens], segments: Sequence[Segment], order: Sequence[int]
 ) -> VisualTokens:
-    """One image from its tiles.
+    """Join tiles into one image.
 
     Args:
         tiles: in token order, with one segment each.
-        segments: what the tiles are, in the order in which strategies see them.
-        order: `order[i]` is the tile behind `segments[i]`.
+        segments: the segments of the tiles, in the order of strategies.
+        order: `order[i]` is the tile of `segments[i]`.
     """
     start, first = [0] * len(tiles), 0
     for segment, i in zip(segments, order, strict=True):
@@ -37,8 +37,7 @@ def join_tiles(
 
 
 def join_images(images: Sequence[VisualTokens]) -> VisualTokens:
-    """The images of a prompt as the frames of one video; of one in crops, the view of the whole is the frame.
-    """
+    """The images of a prompt as frames of one video; an image in crops gives the view of the whole."""
     start = [0]
     for image in images:
         start.append(start[-1] + image.num_cells)

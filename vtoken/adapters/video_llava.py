@@ -1,4 +1,4 @@
-"""Video-LLaVA: a tower for images, another for videos, whose frames keep their CLS token."""
+"""Video-LLaVA: one tower for images, another for videos, whose frames keep their CLS token."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from .towers.base import Tower
 
 @register_adapter
 class VideoLlavaAdapter(LlavaAdapter):
-    """`VideoLlavaForConditionalGeneration`: images as in LLaVA-1.5; every frame is a CLS row (cell -1) and
-    its patches.
-    """
+    """`VideoLlavaForConditionalGeneration`: as LLaVA-1.5; a frame is a CLS row (cell -1) and patches."""
 
     model_types = ("video_llava",)
     modalities = ("image", "video")

@@ -1,10 +1,10 @@
-"""Kernels of visual token reduction: Triton on CUDA tensors, plain torch elsewhere, same answers.
+"""Kernels for visual token reduction: Triton on CUDA tensors, plain torch elsewhere, with equal results.
 
-Every function takes strided tensors as they are, runs in float32 inside, is deterministic, and is registered
-as a torch custom op (`torch.ops.vtoken.*`), so `torch.compile` traces it. Where an input requires grad (and
-grad mode is on) the differentiable torch twin runs whatever the backend. Indices are checked on the CPU
-(IndexError); on a GPU an index out of range is the caller's error, as in any gather. Importing this module
-does not import triton.
+Every function takes strided tensors as they are, computes in float32, is deterministic, and is a registered
+torch custom op (`torch.ops.vtoken.*`), so `torch.compile` traces it. If an input requires grad (and grad mode
+is on), the differentiable torch twin runs with every backend. Indices are checked on the CPU (IndexError); on
+a GPU an index out of range is the caller's error, as in any gather. Importing this module does not import
+triton.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def gather_merge(
         into: (B, n) int64 in [-1, m), optional: ...unless some rows name it, `into[b, i] == j`; then it is
             the sum of `weight[b, i] * x[b, i]` over exactly those rows. -1 goes nowhere. A kept row that also
             absorbs others must therefore name its own column.
-        weight: (B, n) float32, optional: 1 where not given.
+        weight: (B, n) float32, optional: 1 if not given.
 
     Returns (B, m, d) in the dtype of `x`, summed in float32; a row alone in its column with weight 1 is
     bit-identical to the copy. Differentiable in `x` and `weight`. Raises ValueError for shapes that do not
@@ -71,8 +71,8 @@ def gather_merge(
 def gather_rows(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     """Gather several tensors (B, n, ...) of any dtypes with one `index` (B, m) int64, in one launch.
 
-    For what travels with the embeddings: positions, masks, DeepStack planes. Without batch axis: (n, ...) and
-    (m,). Returns a list of new tensors (B, m, ...). Raises ValueError for shapes that do not fit.
+    For tensors that travel with the embeddings: positions, masks, DeepStack planes. Without batch axis:
+    (n, ...) and (m,). Returns new tensors (B, m, ...). Raises ValueError for shapes that do not fit.
     """
     tensors = list(tensors)
     if index.ndim == 1:
@@ -95,8 +95,8 @@ def attention_rows(
         q: (B, H, r, d), the query rows wanted. k: (B, Hk, n, d), H a multiple of Hk (query head h reads key
             head h // (H // Hk)). Rotary embedding, if any, already applied to both.
         scale: factor on the logits, d ** -0.5 if None.
-        mask: bool (B, n) or (B, r, n), or with batch 1; True where a key may be seen. Rows that see nothing
-            give zeros.
+        mask: bool (B, n) or (B, r, n), or with batch 1; True if a key may be seen. Rows that see nothing give
+            zeros.
         reduce: None, or "mean" or "sum" over heads and rows (Triton never builds the (B, H, r, n) rows for
             it).
 
@@ -126,7 +126,9 @@ def attention_rows(
 def received_attention(
     q: Tensor, k: Tensor, scale: float | None = None, cu_seqlens: Tensor | None = None, chunk: int = 256
 ) -> Tensor:
-    """Attention each key receives: the mean over heads and over the queries of its own window; no n x n map.
+    """Attention that each key receives: the mean over heads and over the queries of its own window.
+
+    No n x n map is built.
 
     Args:
         q: (B, H, n, d). k: (B, Hk, n, d), H a multiple of Hk, both as the tower's softmax sees them.
@@ -248,8 +250,8 @@ def greedy_map(features: Tensor, quality: Tensor, k: int) -> Tensor:
 
     The kernel is L = diag(quality) S diag(quality) with S the cosine similarity of the features; each step
     adds the token that multiplies det(L) of the selection most, by an incremental Cholesky factor of k rows.
-    A token's gain is never counted under 1e-5 of its own quality squared, so once the features' rank is used
-    up quality decides. Gains within a factor of 1e-5 tie, to the lower index.
+    A token's gain is at least 1e-5 of its own quality squared, so quality decides once the rank of the
+    features is used up. Gains within a factor of 1e-5 tie, to the lower index.
 
     Args:
         features: (B, n, d). quality: (B, n), not negative. k: number of tokens, at most n.

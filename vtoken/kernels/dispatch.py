@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton or plain torch."""
+"""Choice of the backend: Triton or plain torch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ _override: ContextVar[str | None] = ContextVar("vtoken_kernel_backend", default=
 
 @cache
 def triton_available() -> bool:
+    """Whether the triton package is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -36,10 +38,11 @@ def _check(name: str) -> str:
 
 
 def set_backend(name: str) -> None:
-    """Choose the kernels of this process: "triton", "torch", or "auto" (Triton on CUDA tensors, torch
-    elsewhere).
+    """Choose this process's kernels: "triton", "torch" or "auto" (Triton on CUDA tensors, torch elsewhere).
 
-    Raises ValueError for another name, RuntimeError for "triton" where the triton package is not installed.
+    Raises:
+        ValueError: for another name.
+        RuntimeError: for "triton" if the triton package is not installed.
     """
     global _default
     _default = _check(name)
@@ -61,7 +64,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def use_triton(x: Tensor, *, any_dtype: bool = False) -> bool:
-    """Whether an op on `x` goes to Triton; float64 always stays with torch."""
+    """Whether an op on `x` uses Triton; float64 always stays with torch."""
     chosen = get_backend()
     if chosen == "torch" or not (any_dtype or x.dtype in TRITON_DTYPES):
         return False

@@ -26,9 +26,7 @@ def _triton() -> ModuleType:
 def _op(
     fake: Callable[..., Any], mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as `torch.ops.vtoken.<name>`; plain eager calls skip the dispatcher, which costs
-    more than a small gather does.
-    """
+    """Register a function as `torch.ops.vtoken.<name>`; eager calls skip the dispatcher, to save its time."""
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
         op = custom_op(f"vtoken::{fn.__name__}", mutates_args=mutates)(fn)

@@ -1,7 +1,7 @@
-"""Plain torch twins of the Triton kernels: what runs on a CPU, under autograd, and wherever Triton is absent.
+"""Plain torch twins of the Triton kernels, for CPUs, for autograd, and for machines without Triton.
 
-They are called through `vtoken.kernels`, which documents and checks the arguments. Everything here is
-batched, computes in float32 (float64 for float64 input) and has no Python loop over tokens, heads or windows.
+They are called through `vtoken.kernels`, which documents and checks the arguments. All of them are
+batched, compute in float32 (float64 for float64 input) and have no Python loop over tokens, heads or windows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def full_precision(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_index(index: Tensor, low: int, high: int, name: str = "index") -> None:
-    """Raise IndexError if an entry of a CPU index lies outside [low, high); on a GPU it would cost a sync."""
+    """Raise IndexError if an entry of a CPU index is outside of [low, high); a GPU would have to sync."""
     if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
         return
     least, most = (int(v) for v in torch.aminmax(index))
@@ -75,7 +75,7 @@ def gather_merge(
         rows, column = x[b].index_select(0, used).to(compute_dtype(x)), column.index_select(0, used)
         if weight is not None:
             rows *= weight[b].index_select(0, used)[:, None]
-        # -0.0 is the one start of a sum that leaves every value, -0.0 too, as it is.
+        # -0.0 is the only start of a sum that leaves every value, -0.0 too, unchanged.
         total = torch.full(kept[b].shape, -0.0, dtype=rows.dtype, device=x.device).index_add_(0, column, rows)
         named = torch.zeros(m, 1, dtype=torch.bool, device=x.device).index_fill_(0, column, True)
         torch.where(named, total.to(x.dtype), kept[b], out=kept[b])
@@ -83,9 +83,7 @@ def gather_merge(
 
 
 def _merge_with_grad(x: Tensor, kept: Tensor, into: Tensor, weight: Tensor | None) -> Tensor:
-    """The same out of place and with static shapes, for autograd under torch.compile: one spare column for
-    the dropped.
-    """
+    """`gather_merge` out of place, with static shapes and a spare column for dropped rows, for autograd."""
     (batch, n, d), m = x.shape, kept.shape[1]
     column = torch.where(into < 0, m, into)
     rows = x.to(compute_dtype(x))
@@ -179,7 +177,7 @@ def kv_gather(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
 
 
 def check_ascending(index: Tensor) -> None:
-    """Moving columns to the front in place needs index[b, j] >= j; asserted without a sync on a GPU."""
+    """Check index[b, j] >= j, for moving columns to the front in place; asserted without a sync on a GPU."""
     good = (index >= torch.arange(index.shape[1], device=index.device)).all()
     if index.device.type != "cpu":
         torch._assert_async(good, "kv_compact in place needs a strictly ascending index")

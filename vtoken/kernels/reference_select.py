@@ -13,7 +13,7 @@ from torch import Tensor
 from .reference import compute_dtype, full_precision, unit_rows
 
 TIE = 1e-6  # two cosines closer than this are a tie
-DPP_TIE = 1e-5  # the same for residual variances, relative
+DPP_TIE = 1e-5  # likewise for residual variances, relative
 DPP_FLOOR = 1e-5  # share of its own variance under which a token counts as explained by the chosen ones
 RANK_STEPS = 2**20  # cosines are ranked after rounding to 1 / RANK_STEPS
 
@@ -51,7 +51,7 @@ def bipartite_match(keys: Tensor, r: int, protect: int = 0, sort: bool = True) -
 
 
 def match_tensors(best: Tensor, to: Tensor, n: int, r: int, protect: int, sort: bool) -> list[Tensor]:
-    """From each A token's best cosine and partner (rank within B): source, target, keep and owner."""
+    """Source, target, keep and owner, from each A token's best cosine and partner (rank within B)."""
     batch, device = best.shape[0], best.device
     if not r:
         none = torch.empty(batch, 0, dtype=torch.long, device=device)
@@ -68,9 +68,7 @@ def match_tensors(best: Tensor, to: Tensor, n: int, r: int, protect: int, sort: 
 
 
 class _Cosines:
-    """Rows of the cosine matrix of (n, d) unit rows, on the host; kept whole only where it is no larger than
-    they are.
-    """
+    """Rows of the cosine matrix of (n, d) unit rows, on the host; kept whole only if no larger."""
 
     def __init__(self, unit: Tensor):
         self.unit, (n, d) = unit, unit.shape
@@ -91,8 +89,8 @@ class _Cosines:
         return torch.cat(out).cpu().numpy()
 
 
-# The steps of the two greedy loops run on the host in numpy: a step is a handful of operations on n numbers,
-# and each costs torch more to launch, on any device, than to do.
+# The steps of the two greedy loops run on the host in numpy: a step is a few operations on n numbers, and
+# with torch each costs more to launch, on any device, than to do.
 @full_precision
 def farthest_point(features: Tensor, k: int, start: Tensor | None = None) -> Tensor:
     batch = features.shape[0]
@@ -134,7 +132,7 @@ def greedy_map(features: Tensor, quality: Tensor, k: int) -> Tensor:
 
 
 def _greedy(kernel: _Cosines, variance: np.ndarray, k: int) -> list[int]:
-    # what the chosen ones do not explain of each token, at least its floor; -inf once chosen
+    # variance of each token that the chosen ones do not explain, at least its floor; -inf once chosen
     gain = variance.copy()
     number = gain.dtype.type
     floor, most, least = number(DPP_FLOOR) * gain, number(1 - DPP_TIE), number(1e-30)

@@ -1,1 +1,1 @@
-"""How a sequence of visual tokens becomes shorter inside unmodified transformers."""
+"""Shorten the sequence of visual tokens inside unmodified transformers models."""

@@ -1,6 +1,4 @@
-"""Rows of the LLM's attention, recomputed from its projections: only the queries that a method reads, never
-the whole map.
-"""
+"""Attention rows of the LLM, recomputed from its projections for the wanted queries only."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from ..kernels import attention_rows
 
 
 def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
-    """Raise ValueError if the attention of this decoder is not made of `q_proj` and `k_proj`."""
+    """Raise ValueError if the attention of this decoder has no `q_proj` and `k_proj`."""
     attention = getattr(decoder.layers[0], "self_attn", None)  # type: ignore[index]
     if not all(hasattr(attention, part) for part in ("q_proj", "k_proj", "head_dim", "scaling")):
         raise ValueError(
@@ -24,7 +22,7 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
 
 
 def heads(attention: Any, x: Tensor, which: str) -> Tensor:
-    """(B, n, D) -> (B, heads, n, head_dim) behind the projection and its norm."""
+    """(B, n, D) -> (B, heads, n, head_dim), projected and normed."""
     projection = getattr(attention, f"{which}_proj", None)
     if projection is None:
         raise rebuilt(f"The LLM's attention has no {which}_proj, from which its rows are computed")
@@ -56,13 +54,13 @@ def rows_of_attention(
 
     Args:
         attention: the self-attention module.
-        hidden: (1, n, D), what it is given.
+        hidden: (1, n, D), its input.
         rotary: cosines and sines, (1, n, rotary_dim).
         rows: (r,) int64.
         key: (1, kv_heads, n, head_dim) from the cache, None to compute them.
-        past: (1, kv_heads, p, head_dim), keys of earlier forwards; they take part in the softmax and are left
-            out.
-        seen: (r, n) bool, what the rows may see of the n; None if they see what lies before them.
+        past: (1, kv_heads, p, head_dim), keys of earlier forwards; they count in the softmax, and the result
+            leaves them out.
+        seen: (r, n) bool, the tokens that each row may see; None if each sees the tokens before it.
     """
     cos, sin = rotary
     query = rotate(heads(attention, hidden[:, rows], "q"), cos[:, rows], sin[:, rows])

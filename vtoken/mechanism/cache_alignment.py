@@ -1,4 +1,4 @@
-"""Cutting the KV cache of earlier layers to what survived the last drop, once the prompt has been read."""
+"""Cut the KV cache of earlier layers to the tokens that survived the last drop, after the prompt was read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from .forward_context import Run
 
 
 def align_cache(run: Run, schedule: DropSchedule) -> None:
-    """Cut the cache of the aligned layers to what the last drop left; called before the ledger takes in this
-    forward.
+    """Cut the cache of the aligned layers to the last drop, before the ledger notes the forward.
 
     Earlier forwards were aligned when they were read, so only the current tokens move. The logical length
     stays.
@@ -32,9 +31,7 @@ def align_cache(run: Run, schedule: DropSchedule) -> None:
 
 
 def _columns(run: Run, stage: int, final: int, past: int) -> Tensor:
-    """(B, m) int64: for every slot of the last stage the slot of `stage` that holds the same token; filler
-    points at 0.
-    """
+    """(B, m) int64: for every slot of the last stage, its token's slot in `stage`; filler points at 0."""
     (index, valid), (last, valid_last) = run.now[stage], run.now[final]
     assert run.index is not None
     column = torch.zeros_like(run.index)
@@ -45,8 +42,7 @@ def _columns(run: Run, stage: int, final: int, past: int) -> Tensor:
 
 
 def cut_layers(layers: list[Any], index: Tensor, inplace: bool = False) -> None:
-    """Keep the slots `index` (B, m) int64 of layers on one device; `inplace` needs them strictly ascending.
-    """
+    """Keep the slots `index` (B, m) int64 of layers on one device, strictly ascending if `inplace`."""
     keys, values = kv_compact([x.keys for x in layers], [x.values for x in layers], index, inplace)
     for layer, key, value in zip(layers, keys, values, strict=True):
         if layer.is_compileable:  # static buffers keep their address

@@ -1,4 +1,4 @@
-"""At which LLM layers visual tokens are dropped, and what each layer reads and stores."""
+"""Schedule of the drops inside an LLM: the stage that each layer reads, and the stage that it stores."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class DropSchedule:
-    """The drops inside an LLM. Stage 0 is what enters it, stage s what the s-th drop leaves.
+    """The drops inside an LLM. Stage 0 enters it; the s-th drop leaves stage s.
 
     Attributes:
         layers: number of LLM layers.
         drops: layers before which tokens are dropped, ascending.
-        aligned: layers whose KV cache is cut to what the last drop leaves, once the prompt has been read.
+        aligned: layers whose KV cache is cut to the tokens of the last drop, once the prompt has been read.
     """
 
     layers: int

@@ -1,8 +1,8 @@
-"""How a sequence becomes shorter inside unmodified transformers.
+"""Hooks at the entrance of the language model, which shorten a prompt and restore its length in the output.
 
-A forward pre-hook on the language model, where `inputs_embeds`, `position_ids`, the mask and DeepStack
-features meet, gathers the tokens that a plan keeps; a forward hook stretches `last_hidden_state` back to the
-prompt's length. Everything is done with hooks and instance attributes, and state of a forward lives in a
+A forward pre-hook on the language model, which takes `inputs_embeds`, `position_ids`, the mask and
+DeepStack features, gathers the tokens that a plan keeps; a forward hook stretches `last_hidden_state` back
+to the prompt's length. There are only hooks and instance attributes, and the state of a forward lives in a
 `threading.local`.
 """
 
@@ -33,8 +33,8 @@ class EntranceHooks:
     Args:
         adapter: the model's parts.
         turn: reads the forwards that bring visual tokens.
-        unread: asked about embeddings without visual tokens.
-        read: `read(modality, output) -> EncodedVisuals | None`, what features that come ready-made carry.
+        unread: told of embeddings without visual tokens.
+        read: `read(modality, output) -> EncodedVisuals | None`, the record in features that come ready-made.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class EntranceHooks:
         )
 
     def remove(self) -> None:
-        if self.context.run is not None:  # of an interrupted forward
+        if self.context.run is not None:  # left by an interrupted forward
             self.context.run.ledger.announced = False
         for handle in self.handles:
             handle.remove()
@@ -83,7 +83,7 @@ class EntranceHooks:
         self.layers.hooks.remove()
         self.wrapped.remove()
 
-    # -- what the models are given ------------------------------------------------------------------------------
+    # -- calls of the models ---------------------------------------------------------------------------------
     def _labelled(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outer, self.context.labels = self.context.labels, kwargs.get("labels")
         if args and self.context.labels is None:
@@ -117,7 +117,7 @@ class EntranceHooks:
             )
 
     def _check_parts(self) -> None:
-        """Raise RuntimeError if the model no longer consists of the parts that carry the hooks."""
+        """Raise RuntimeError if the model no longer consists of the parts that have the hooks."""
         if torch.compiler.is_compiling() or not self.gate.serves():
             return
         for name, there, now in (
@@ -127,7 +127,7 @@ class EntranceHooks:
             if unwrapped(there) is not unwrapped(now):
                 raise rebuilt(f"The {name} is another than the one that was patched")
 
-    # A hook that another thread is putting on or taking off is called without `kwargs`, in a call that is not
+    # While another thread adds or removes a hook, it may be called without `kwargs`, in a call that is not
     # its own.
     def _before_base(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         if kwargs is None or not self.gate.forward_begins():
@@ -153,7 +153,7 @@ class EntranceHooks:
         if ledger is None or not isinstance(mask, Tensor) or mask.ndim != 2:
             return None
         if given.get("position_ids") is None and hasattr(module, "rope_deltas"):
-            # Qwen derives positions from this mask: aligned later, in front of the language model
+            # Qwen derives positions from this mask: aligned later, before the language model
             return None
         if not cache.is_compileable:
             ledger.follow(physical_length(cache.layers[0]), grow=False)
@@ -167,9 +167,7 @@ class EntranceHooks:
 
     @torch.compiler.disable
     def _set_call(self, call: Call | None) -> None:
-        """Note the call in eager mode: what a traced graph writes to a thread's state is lost where the graph
-        breaks.
-        """
+        """Note the call, in eager mode: a graph break loses a traced graph's writes to thread-local state."""
         self.context.call = call
 
     def _after_base(self, module: nn.Module, args: Any, out: Any) -> None:
@@ -190,13 +188,11 @@ class EntranceHooks:
 
     def _align(self, ledger: Ledger, cache: Any, mask: Tensor) -> Tensor:
         mask = ledger.align(mask)
-        # flash attention + static cache: transformers slices the keys to the mask, so the mask starts at slot
-        # 0
+        # flash attention + static cache: transformers slices the keys to the mask, which begins at slot 0
         return mask[:, ledger.dropped[0] :] if cache.is_compileable and self.layers.flash else mask
 
     def _masks_for_generate(self, original: Callable[..., Any], **kwargs: Any) -> Any:
-        """Static cache: generate() makes the 4-D mask itself, in front of (and outside) the compiled forward.
-        """
+        """Static cache: generate() makes the 4-D mask itself, before and outside of the compiled forward."""
         cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
         ledger = ledger_of(cache)
         if ledger is not None and cache is not None and self.gate.serves():
@@ -208,7 +204,7 @@ class EntranceHooks:
                 kwargs["attention_mask"] = self._align(ledger, cache, mask)
         return original(**kwargs)
 
-    # -- the entrance of the language model ---------------------------------------------------------------------
+    # -- the entrance of the language model ------------------------------------------------------------------
     def _before_decoder(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         self.context.run = None
         if kwargs is not None and args:
@@ -217,7 +213,7 @@ class EntranceHooks:
         cache = None if kwargs is None else cache_in(kwargs)
         ledger = ledger_of(cache)
         if call is None and kwargs is not None and ledger is not None and self.gate.serves():
-            # the language model alone, on what its patched model has read
+            # the language model alone, after its patched model has read
             return self._text_turn(Call(ledger=ledger), cache, ledger, args, dict(kwargs))
         if call is None or embeds is None or kwargs is None:
             return self._without_visual(embeds)
@@ -235,7 +231,7 @@ class EntranceHooks:
         return self.turn.enter(call, cache, ledger, visual, args, dict(kwargs))
 
     def _without_visual(self, embeds: Tensor | None) -> None:
-        """The language model reads embeddings that bring no visual tokens, as far as the model tells."""
+        """Note that the language model reads embeddings without visual tokens, as far as the model tells."""
         unread = self.unread
         if unread is not None and unread.given and embeds is not None and embeds.shape[1] > 1:
             self._check_unread(unread, embeds)
@@ -276,7 +272,7 @@ class EntranceHooks:
             kwargs["position_ids"] = self.context.run.positions = positions - ledger.shift[0][:, None]
         return args, kwargs
 
-    # -- after the language model ------------------------------------------------------------------------------
+    # -- after the language model ----------------------------------------------------------------------------
     def _after_decoder(self, decoder: nn.Module, args: Any, out: Any) -> Any:
         run = self.context.run
         if run is not None:

@@ -1,6 +1,4 @@
-"""State of one forward pass, shared by the hooks: the call's arguments, the pruning plan, and the observer
-that records it.
-"""
+"""State of one forward, shared by the hooks: its arguments, the plan, and the observer that records it."""
 
 from __future__ import annotations
 
@@ -17,14 +15,12 @@ from ..tokens import Selection
 from .ledger import Ledger
 from .prompt import Choice, EncodedVisuals, Prompt
 
-ENCODED = "_vtoken_encoded"  # what a model's own features carry
+ENCODED = "_vtoken_encoded"  # attribute of a model's features
 
 
 @dataclass
 class Call:
-    """One forward of the base model: its arguments, and what the hooks learn of its visual tokens while it
-    runs.
-    """
+    """One forward of the base model: its arguments, and the findings of the hooks while it runs."""
 
     input_ids: Tensor | None = None
     given: dict[str, Any] = field(default_factory=dict)  # the arguments of the base model
@@ -38,10 +34,13 @@ class Call:
 
 @dataclass
 class Plan:
-    """What to do with the tokens of one forward: `keep` (B, q) bool, and who absorbs whom ((B, q), by
+    """The plan for the tokens of one forward.
+
+    `keep` (B, q) bool marks the tokens that stay; `into` and `weight` (B, q), by position, tell which kept
+    token absorbs each dropped one.
     position).
 
-    `source` (B, q) int64 is the row of `features` that is read instead of a token's own, -1 for none.
+    `source` (B, q) int64 is the row of `features` that replaces a token's own features, -1 for none.
     """
 
     keep: Tensor
@@ -51,7 +50,7 @@ class Plan:
     features: Tensor | None = None
 
     def follow(self, rows: int | slice, places: Tensor, selection: Selection) -> None:
-        """Enter for batch `rows` what a strategy answered about the tokens at the positions `places` (n,)."""
+        """Enter for batch `rows` a strategy's answer about the tokens at the positions `places` (n,)."""
         kept = selection.keep.to(places.device)
         dropped = torch.ones(len(places), dtype=torch.bool, device=places.device)
         dropped[kept] = False
@@ -74,12 +73,12 @@ class Plan:
 
 @dataclass
 class PromptLayout:
-    """What is known about the visual tokens of one forward, laid out over its (B, q) positions.
+    """Facts about the visual tokens of one forward, laid out over its (B, q) positions.
 
     Attributes:
-        item: which image or video of its row a token belongs to, -1 for text.
+        item: the image or video of its row that a token belongs to, -1 for text.
         separator: visual tokens that are no patch.
-        marked: what the strategy marked at the projector stage.
+        marked: the tokens that the strategy marked at the projector stage.
         units: per row, its images and video frames.
     """
 
@@ -91,16 +90,16 @@ class PromptLayout:
 
 @dataclass
 class Run:
-    """One forward of the language model while a shortened prompt is, or has been, read."""
+    """One forward of the language model on a shortened prompt, or after one."""
 
     cache: Any
     ledger: Ledger
     query_length: int
     visual: Tensor | None = None  # (B, q) bool; None in decode and text turns
-    index: Tensor | None = None  # (B, n): position in the prompt's forward of every token behind the entrance
-    real: Tensor | None = None  # (B, q) bool: what is no padding
-    first: Tensor | None = None  # (B, q) int64 if rows hold several packed prompts, see packed.py
-    # (1, n) int64, for flash attention: places behind the entrance within packed prompts
+    index: Tensor | None = None  # (B, n): position in the prompt's forward of every token after the entrance
+    real: Tensor | None = None  # (B, q) bool: tokens that are not padding
+    first: Tensor | None = None  # (B, q) int64 if rows hold several packed prompts, see packed_rows.py
+    # (1, n) int64, for flash attention: places after the entrance within packed prompts
     ranks: Tensor | None = None
     past_slots: int = 0
     now: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per stage: (index into stage 0, valid)
@@ -115,9 +114,9 @@ class Run:
     queries: Tensor | None = None
     # answers inside the LLM, by (stage, row)
     drops: dict[tuple[int, int], Selection] = field(default_factory=dict)
-    choice: Choice | None = None  # where every step reads the prompt again
-    positions: Tensor | None = None  # position ids behind the entrance, for positions="renumber"
-    past_seen: Tensor | None = None  # (B, past_slots) bool: what the mask lets through of earlier forwards
+    choice: Choice | None = None  # if every step reads the prompt again
+    positions: Tensor | None = None  # position ids after the entrance, for positions="renumber"
+    past_seen: Tensor | None = None  # (B, past_slots) bool: tokens of earlier forwards that the mask shows
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)  # per row, see PrefillTokens
 
     @property
@@ -126,23 +125,23 @@ class Run:
 
     @property
     def candidates(self) -> Tensor:
-        """(B, q) bool: the visual tokens that may be dropped, all but those from which an answer is read."""
+        """(B, q) bool: the visual tokens that may be dropped: all except the queries."""
         assert self.visual is not None and self.queries is not None
         place = torch.arange(self.query_length, device=self.visual.device)
         return self.visual & (place != self.queries[:, None])
 
 
 class ForwardContext(PerThread):
-    """What the hooks of one patch share while a call runs in this thread.
+    """State of the calls of one patch in this thread, shared by its hooks.
 
     Attributes:
         prompt: of a running `generate()`.
         labels: of a forward of the model.
         call: a forward of the base model.
-        run: a forward of the language model that reads a shortened prompt, or goes on after one.
+        run: a forward of the language model on a shortened prompt, or after one.
         capture: a call of `get_*_features`.
         reading: the device of a language model that reads visual tokens, None while it reads none.
-        unread: whether a running `generate()` has encoded what the language model was not yet given.
+        unread: whether a running `generate()` has encoded features that the language model has not yet read.
         disabled: whether the call reads all visual tokens.
     """
 
@@ -157,13 +156,13 @@ class ForwardContext(PerThread):
 
 
 class Admission(Protocol):
-    """Which calls of a model are a patch's; several patches may have hooks on one model."""
+    """Tells which calls of a model belong to a patch; several patches may have hooks on one model."""
 
     def serves(self) -> bool:
-        """Whether what is called here and now uses the patch."""
+        """Whether a call made here and now uses the patch."""
 
     def call(self) -> AbstractContextManager[bool]:
-        """A call that uses the patch to its end; yields False if the call is not the patch's."""
+        """Use the patch to the end of a call; yields False if the call is not the patch's."""
 
     def check(self) -> None:
         """Raise RuntimeError if the patch no longer fits the options of its strategy."""
@@ -175,17 +174,17 @@ class Admission(Protocol):
         """Whether a forward of the base model uses the patch, whose hooks then stay until `forward_ended`."""
 
     def forward_ended(self) -> None:
-        """The forward is at its end."""
+        """Note the end of the forward."""
 
 
 class ForwardObserver(Protocol):
-    """Records what a patched model reads."""
+    """Records a patched model's calls."""
 
     def before_prefill(self, device: torch.device) -> None:
-        """The language model is about to be called with visual tokens."""
+        """Note that the language model is about to read visual tokens."""
 
     def entered(self, run: Run, real: Tensor) -> None:
-        """Tokens were chosen and gathered; `real` (B, q) bool marks what is no padding."""
+        """Note the gathered tokens; `real` (B, q) bool marks tokens that are not padding."""
 
     def after_prefill(self, run: Run | None, device: torch.device) -> None:
-        """The language model has answered; `run` is None if nothing was dropped."""
+        """Note that the language model has answered; `run` is None if nothing was dropped."""

@@ -1,4 +1,4 @@
-"""Where the prompt of a forward ends.
+"""Find the end of the prompt in a forward.
 
 One rule, for every strategy that reads the text or the language model's attention:
 
@@ -29,7 +29,7 @@ _told: ContextVar[Tensor | None] = ContextVar("vtoken_prompt_length", default=No
 
 
 def generating(context: ForwardContext, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`generate` with a note of its prompt."""
+    """Call `generate` and remember its prompt."""
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     default = getattr(getattr(original, "__self__", None), "generation_config", None)
     prompt = Prompt(ids if isinstance(ids, Tensor) else None, kwargs, default=default)
@@ -42,13 +42,12 @@ def generating(context: ForwardContext, original: Callable[..., Any], *args: Any
 
 @contextmanager
 def prompt_length(tokens: int | Sequence[int] | Tensor) -> Iterator[None]:
-    """Within the block, a forward of a patched model reads a prompt of this length, and what follows it is
-    the answer.
+    """Set the prompt length of forwards within the block; the tokens after it are the answer.
 
     For one forward over prompt and answer without `labels`: log-likelihood scoring, or the policy's
-    log-probabilities in GRPO. Strategies then choose visual tokens by the prompt alone, as `generate()` lets
-    them. A running `generate()` and `labels` tell where the prompt ends themselves and take precedence. Only
-    the current thread or asynchronous task is concerned.
+    log-probabilities in GRPO. Strategies then choose visual tokens by the prompt alone, as in `generate()`.
+    A running `generate()` and `labels` tell the prompt's end themselves and take precedence. Only the current
+    thread or asynchronous task is affected.
 
     Args:
         tokens: columns of `input_ids` before the answer, padding on the left and tokens in the KV cache
@@ -56,9 +55,9 @@ def prompt_length(tokens: int | Sequence[int] | Tensor) -> Iterator[None]:
             1-D integer tensor.
 
     Raises:
-        TypeError: if `tokens` is neither a whole number nor a list or 1-D tensor of such.
+        TypeError: if `tokens` is neither a whole number nor a list or 1-D tensor of whole numbers.
         ValueError: for a length below 1; in the forward, for another number of rows than it has, or a length
-            beyond its end.
+            past its end.
 
     Example:
         with vtoken.prompt_length(prompt_ids.shape[1]):
@@ -90,13 +89,12 @@ def _lengths(tokens: Any) -> Tensor:
 
 
 def prompt_ends(context: ForwardContext, past: int, real: Tensor) -> Tensor:
-    """(B,) int64: the position in this forward at which every row's prompt ends, its length if all of it is
-    prompt.
+    """(B,) int64: the position in this forward at which each row's prompt ends; its length if all is prompt.
 
     Args:
-        context: of the forward.
+        context: state of the forward.
         past: tokens in the KV cache.
-        real: (B, q) bool, what is no padding.
+        real: (B, q) bool, tokens that are not padding.
 
     Raises:
         ValueError: if `prompt_length` does not fit the forward.
@@ -125,11 +123,10 @@ def prompt_ends(context: ForwardContext, past: int, real: Tensor) -> Tensor:
 
 
 def queries_of(ends: Tensor, real: Tensor, visual: Tensor) -> Tensor:
-    """(B,) int64: the position of every row's query, the token from which the answer is read; -1 for an empty
-    row.
+    """(B,) int64: the position of each row's query, from which the answer is read; -1 for an empty row.
 
-    The last token of the prompt; the last visual token where that comes later, as in the later turns of a
-    training sample, because only what follows a picture can see it.
+    The query is the last token of the prompt, or the last visual token if that comes later, as in the later
+    turns of a training sample, because only tokens after a picture can see it.
     """
     place = torch.arange(real.shape[1], device=real.device).expand_as(real)
     last = torch.maximum(ends - 1, torch.where(visual, place, -1).amax(1))

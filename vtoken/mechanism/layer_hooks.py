@@ -1,8 +1,8 @@
-"""Dropping at LLM layer k: hidden states, rotary tables, masks and positions are cut from that layer on.
+"""Hooks on the LLM's layers, which drop tokens before a layer and shorten the inputs of all later layers.
 
-The decoder makes one mask per attention type and one (cos, sin) and hands the same objects to every layer. A
-pre-hook on the first layer of a stage gathers the hidden states; pre-hooks on all layers behind it substitute
-what was gathered, made once per (stage, layer type).
+The decoder makes one mask per attention type and one (cos, sin), and hands the same objects to every
+layer. A pre-hook on the first layer of a stage gathers the hidden states; pre-hooks on all layers after it
+replace masks, rotary tables and positions by gathered ones, made once per (stage, layer type).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .masks import WINDOW_FULL, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged
 from .transformers_names import cache_argument, changed, check_length, recomputes
 
-# Older releases checkpoint `__call__`: hooks run again in backward, when the state of the forward is gone.
+# Older releases checkpoint `__call__`: hooks run again in backward, after the state of the forward is gone.
 HOOKS_INSIDE_CHECKPOINT = "__call__" in vars(transformers.modeling_layers.GradientCheckpointingLayer)
 
 
@@ -37,9 +37,8 @@ class LayerHooks:
 
     Args:
         decoder: the language model.
-        schedule: its drops.
-        select: `select(PrefillTokens) -> Selection` over the visual tokens of one prompt, asked at every
-            drop.
+        schedule: the drops.
+        select: `select(PrefillTokens) -> Selection` over the visual tokens of a prompt, called at every drop.
         context: shared with the other hooks.
         positions: "original" or "renumber".
     """
@@ -86,7 +85,7 @@ class LayerHooks:
                 hooks.append(Hook(layer.self_attn, functools.partial(self._tap, i), before=True, kwargs=True))
         return hooks
 
-    # -- what cannot be served ----------------------------------------------------------------------------------
+    # -- refusals --------------------------------------------------------------------------------------------
     def check_training(self) -> None:
         if self.schedule.count and HOOKS_INSIDE_CHECKPOINT and recomputes(self.decoder):
             raise NotImplementedError(
@@ -95,7 +94,7 @@ class LayerHooks:
             )
 
     def check_windows(self, tokens: int) -> None:
-        """Refuse a prompt that, with the answer, outgrows a sliding window; before its first token."""
+        """Raise before the first token if a prompt, with its answer, is longer than a sliding window."""
         window = getattr(self.decoder.config, "sliding_window", None)
         slides = "sliding_attention" in self.kind if any(self.kind) else True
         if window is not None and slides and tokens > window:
@@ -118,7 +117,7 @@ class LayerHooks:
                 " one: go on with the strategy that filled it, or start the conversation with a new cache."
             )
 
-    # -- hooks --------------------------------------------------------------------------------------------------
+    # -- hooks -----------------------------------------------------------------------------------------------
     def _tap(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         run = self.context.run
         if run is not None and run.visual is not None and kwargs is not None:
@@ -140,8 +139,7 @@ class LayerHooks:
                 kwargs = kwargs | {"attention_mask": self._mask(run, i, mask, args[0])}
             return args, kwargs
         if self.flash:
-            # rope is applied from position_embeddings; flash attention would read the gaps as packed
-            # sequences
+            # rope uses position_embeddings; flash attention would read the gaps as packed sequences
             kwargs = kwargs | {"position_ids": run.ranks}
         if table == 0 or (stage == 0 and not run.past_slots and not self._evicts(run, i)):
             return args, kwargs
@@ -159,7 +157,7 @@ class LayerHooks:
         return args, kwargs
 
     def _rotary(self, run: Run, i: int, stage: int, kwargs: dict[str, Any], hidden: Tensor) -> Any:
-        """(cos, sin) of a stage's tokens; `kwargs` are those of layer i, which hold the tables of stage 0."""
+        """(cos, sin) of a stage's tokens; `kwargs` are those of layer i, with the tables of stage 0."""
         if stage == 0:
             return kwargs["position_embeddings"]
         key = "rotary", stage, self.kind[i]
@@ -174,7 +172,7 @@ class LayerHooks:
         return run.memo[key]
 
     def _renumbered(self, run: Run, stage: int) -> Tensor:
-        """Position ids (B, m) of a stage without gaps."""
+        """Position ids (B, m) of a stage, without gaps."""
         assert run.positions is not None
         shift = (run.ledger.shift[stage] - run.ledger.shift[0])[:, None]
         if run.visual is None:
@@ -183,7 +181,7 @@ class LayerHooks:
         rank = (valid.long().cumsum(1) - 1).gather(1, index) - (valid_now.long().cumsum(1) - 1)
         return (run.positions.expand(valid.shape[0], -1).gather(1, index) - rank - shift).clamp(min=0)
 
-    # -- the drop -----------------------------------------------------------------------------------------------
+    # -- the drop --------------------------------------------------------------------------------------------
     @torch.compiler.disable
     def _enter(
         self, run: Run, stage: int, hidden: Tensor, layer: nn.Module, rotary: Any, mask: Any
@@ -218,7 +216,7 @@ class LayerHooks:
         run.ragged.append(not bool(sub_valid.all()))
         return take_merged(hidden, sub, sub_valid, plan.into, plan.weight)
 
-    # -- masks --------------------------------------------------------------------------------------------------
+    # -- masks -----------------------------------------------------------------------------------------------
     def _mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
         # not id(mask): torch.compile would guard on the object
         key = "mask", self.schedule.reads(i), self.schedule.stores(i), self.kind[i]
@@ -228,9 +226,7 @@ class LayerHooks:
         return run.memo[key]
 
     def _evicts(self, run: Run, i: int) -> bool:
-        """Whether generated tokens must not see here what a cache would have lost; without a cache nothing is
-        lost.
-        """
+        """Whether a mask must hide dropped tokens from generated ones here, as there is no cache to cut."""
         return i in self.schedule.aligned and run.choice is not None and run.choice.survivors is not None
 
     def _evicted(self, run: Run, i: int, mask: Any) -> Tensor:
@@ -261,16 +257,16 @@ class LayerHooks:
             )
         if not (ledger.ragged[table] or (run.visual is not None and run.ragged[stage])):
             return None
-        # filler in this stage, none in the one before
+        # this drop left rows of different lengths, so filler must be masked although the model passed no mask
         if now is None:
             tail = run.cache.get_seq_length() - ledger.end + run.query_length
             valid = torch.ones(hidden.shape[0], tail, dtype=torch.bool, device=hidden.device)
         else:
             valid = now[1]
         layer = run.cache.layers[i] if run.cache is not None else None
-        saved = getattr(layer, "behind_stage", None)
+        saved = getattr(layer, "after_stage", None)
         if layer is not None:
-            layer.behind_stage = None  # the sizes of this very layer
+            layer.after_stage = None  # the sizes of this layer itself
         try:
             return create_causal_mask(
                 config=self.decoder.config,
@@ -281,14 +277,12 @@ class LayerHooks:
             )
         finally:
             if layer is not None:
-                layer.behind_stage = saved
+                layer.after_stage = saved
 
-    # -- behind the decoder -------------------------------------------------------------------------------------
+    # -- after the decoder -----------------------------------------------------------------------------------
     @torch.compiler.disable
     def store(self, run: Run) -> None:
-        """Enter into the ledger what a forward with visual tokens left in the cache, and align the cache if
-        so wished.
-        """
+        """Enter the cached tokens of a visual forward into the ledger; align the cache if wanted."""
         assert run.index is not None and run.visual is not None
         if self.schedule.aligned:
             align_cache(run, self.schedule)
@@ -308,7 +302,7 @@ class LayerHooks:
     def deepstack(
         self, original: Callable[..., Any], hidden: Tensor, places: Tensor, embeds: Tensor
     ) -> Tensor:
-        """Qwen3-VL adds features after its first layers: re-index them once a stage has begun."""
+        """Index the features that Qwen3-VL adds after its first layers anew once a stage has begun."""
         run = self.context.run
         if run is None or run.visual is None or len(run.now) == 1:
             return original(hidden, places, embeds)

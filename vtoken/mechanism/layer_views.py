@@ -1,4 +1,4 @@
-"""What a strategy sees of one prompt before an LLM layer at which it drops."""
+"""Views for strategies of one prompt's tokens before an LLM layer that drops."""
 
 from __future__ import annotations
 
@@ -37,11 +37,9 @@ class LayerViews:
         ahead: tuple[Any, Any, Any],
         candidates: Tensor,
     ) -> PrefillTokens:
-        """What the strategy sees of sample b: `rows` of the current tokens, at `places` of the prompt's
-        forward.
+        """The strategy's view of sample b: `rows` of the current tokens, at `places` of the prompt's forward.
 
-        `ahead` is the layer about to run, its rotary tables and its mask (of stage 0); `candidates` (q,)
-        bool.
+        `ahead` is the next layer, its rotary tables and its mask (of stage 0); `candidates` is (q,) bool.
         """
         assert run.layout is not None and run.ends is not None and run.queries is not None
         k = self.schedule.drops[stage - 1]
@@ -98,9 +96,7 @@ class LayerViews:
         mask: Any,
         stored: bool,
     ) -> Tensor:
-        """Attention rows of layer i for sample b; its keys come from the cache if they are `stored` there
-        already.
-        """
+        """Attention rows of layer i for sample b; with `stored`, keys come from the cache."""
         one = 0 if hidden.shape[0] == 1 else b
         unpadded = len(rows) == hidden.shape[1]
         tables = tuple(t.expand(max(b + 1, t.shape[0]), *t.shape[1:])[b : b + 1, rows] for t in rotary)
@@ -132,7 +128,7 @@ class LayerViews:
                 " inside the LLM: use a DynamicCache or StaticCache that is not offloaded."
             )
         seen = None  # type: ignore[assignment]
-        # images or prompts that see themselves in both directions
+        # images or prompts with attention in both directions
         if isinstance(mask, Tensor) and mask.ndim == 4:
             seen = mask[min(b, len(mask) - 1), 0].index_select(0, rows[queries]).index_select(1, width + rows)
             seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2

@@ -1,4 +1,4 @@
-"""Which token of a prompt sits in which slot of a KV cache that stores fewer tokens than the prompt has."""
+"""Ledger of a KV cache with fewer tokens than the prompt: the token in each slot, per stage."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from .ragged import right_aligned
 
 @dataclass
 class Cut:
-    """The slots of one stage that stay: `index` (B, m) int64, `valid` (B, m) bool, and whether they are the
-    first m.
-    """
+    """The slots of one stage that stay: `index` (B, m) int64, `valid` (B, m) bool; `first`: the first m."""
 
     index: Tensor
     valid: Tensor
@@ -25,9 +23,7 @@ class Cut:
 
 @dataclass
 class Crop:
-    """The latest crop of a cache into its tables: the logical length after it, the cut of every stage, layers
-    done.
-    """
+    """The latest crop into the tables of a cache: logical length after it, a cut per stage, layers done."""
 
     length: int
     cuts: list[Cut]
@@ -35,9 +31,9 @@ class Crop:
 
 
 class Ledger:
-    """Which logical token sits in which cache slot, one table per stage (stage 0 = before the LLM).
+    """The logical token in each slot of a KV cache, one table per stage (stage 0 = before the LLM).
 
-    The tables end with the last visual token's forward. Whatever follows is one slot per token in every
+    The tables end with the last visual token's forward. All later tokens take one slot each in every
     layer, so that decoding never touches this object and needs no device synchronisation.
 
     Attributes:
@@ -51,8 +47,8 @@ class Ledger:
         renumber: whether the stored tokens have positions without gaps.
         gather: whether keys and values may be gathered along the sequence.
         announced: whether a patched language model is reading the cache at this moment.
-        crop: what the first layer's crop did, which the other layers follow.
-        pending: visual tokens still to come in a chunked prefill; see `plan.ChunkedPlan`.
+        crop: result of the first layer's crop, which the other layers apply.
+        pending: visual tokens still to come in a chunked prefill; see `planner.ChunkedPlan`.
     """
 
     def __init__(
@@ -107,8 +103,7 @@ class Ledger:
         self.real = self.real[rows]
 
     def follow(self, physical: int, grow: bool) -> None:
-        """Adapt to the first layer's physical length: with `grow`, text stored since then is taken into the
-        tables.
+        """Adapt to the first layer's physical length; `grow` adds text stored since then to the tables.
 
         Raises:
             RuntimeError: if slots of the tables are gone.
@@ -127,9 +122,9 @@ class Ledger:
             self.real = torch.cat([self.real, torch.ones_like(new, dtype=torch.bool)], 1)
 
     def cuts(self, length: int) -> list[Cut]:
-        """Per stage what stays if the logical tokens from `length` on go, which is less than `end`.
+        """Per stage, the cut that removes the logical tokens from `length` (less than `end`) on.
 
-        Rows may have lost different numbers of the tokens that go, so that the rest is aligned to the right
+        Rows may have lost different numbers of these tokens, so the remaining ones are aligned to the right
         again.
         """
         out = []
@@ -157,10 +152,10 @@ class Ledger:
         self.pending = None
 
     def align(self, mask: Tensor) -> Tensor:
-        """A 2-D mask over logical tokens -> one whose last columns line up with the slots of stage 0.
+        """Align the last columns of a 2-D mask over logical tokens with the slots of stage 0.
 
         Raises:
-            ValueError: if the mask says nothing about tokens that the cache holds.
+            ValueError: if the mask does not cover tokens that the cache holds.
         """
         if mask.shape[1] < self.end:
             raise ValueError(
@@ -173,18 +168,14 @@ class Ledger:
         return torch.cat([mask.new_ones(mask.shape[0], self.dropped[0]), past, mask[:, self.end :]], 1)
 
     def validity(self, stage: int, now: Tensor) -> Tensor:
-        """The same for one stage where there was no mask; `now` (batch, m): validity of what follows the
-        tables.
-        """
+        """A mask of one stage, if there was none; `now` (batch, m): validity of tokens after the tables."""
         slots = self.slots[stage]
         return torch.cat([now.new_ones(now.shape[0], self.dropped[stage]), slots >= 0, now], 1)
 
     def append(
         self, stage: int, end: int, logical: Tensor, columns: Tensor, valid: Tensor, ragged: bool
     ) -> None:
-        """Enter what one forward stored: `logical` (batch, m) indices within that forward, filler where not
-        `valid`.
-        """
+        """Enter the tokens stored by one forward: `logical` (batch, m) indices; filler if not `valid`."""
         self.slots[stage] = torch.cat([self.slots[stage], torch.where(valid, end + logical, -1)], 1)
         self.columns[stage] = torch.cat([self.columns[stage], columns], 1)
         self.ragged[stage] = self.ragged[stage] or ragged

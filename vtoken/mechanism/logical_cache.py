@@ -1,10 +1,10 @@
-"""KV caches that report the logical length of a prompt and store the physical one.
+"""KV caches that report the logical length of a prompt and store fewer tokens.
 
 `generate`, chat turns, `rope_deltas`, beams and assisted decoding all count prompt tokens with
-`get_seq_length()`. A cache layer that stores P of L tokens therefore goes on reporting L; masks, which need
-the physical size, learn it through `get_mask_sizes -> (kv_length, kv_offset)`, the pair that sliding layers
-use for the same purpose. Whatever else has a length or an index (`crop`, `get_max_length`, batch operations)
-counts prompt tokens as well.
+`get_seq_length()`. A cache layer that stores P of L tokens therefore reports L. Masks need the physical
+size and get it through `get_mask_sizes -> (kv_length, kv_offset)`, the pair that sliding layers use for
+the same purpose. All other lengths and indices (`crop`, `get_max_length`, batch operations) count prompt
+tokens as well.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ UNOWNED = (
 
 @functools.cache
 def logical_layer_class(cls: type) -> Any:
-    """`cls`, a cache-layer class, made to count logical tokens.
+    """A subclass of the cache-layer class `cls` that counts logical tokens.
 
-    One base only, so that `layer.__class__ = logical_layer_class(type(layer))` is a legal layout change.
+    There is one base only, so that `layer.__class__ = logical_layer_class(type(layer))` is a legal change.
     """
 
     class Logical(cls):  # type: ignore[misc, valid-type]
         _layer_type = None  # transformers registers subclasses that name a layer type for the whole process
         dropped = 0  # logical tokens that have no slot here
-        # (slots that stage 0 has more, tokens dropped in stage 0)
-        behind_stage: tuple[int, int] | None = None
+        # (slots of stage 0 in excess of this stage's, tokens dropped in stage 0)
+        after_stage: tuple[int, int] | None = None
         ledger: Ledger | None = None
-        number = 0  # of the LLM layer; the first one sees every batch operation
+        number = 0  # of the LLM layer; the first one takes part in every batch operation
 
-        def __reduce__(self) -> Any:  # the class is made anew where it does not exist yet
+        def __reduce__(self) -> Any:  # makes the class again if it does not exist yet
             return _empty_layer, (cls,), self.__dict__
 
         def update(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,18 +70,17 @@ def logical_layer_class(cls: type) -> Any:
             return super().get_seq_length() + self.dropped
 
         def get_max_length(self) -> int:
-            """Logical tokens that fit; a window counts survivors, -1 stands for no limit."""
+            """Logical tokens that fit; a window counts survivors, and -1 means no limit."""
             slots = int(super().get_max_length())
             return slots if slots < 0 or self.is_sliding else slots + self.dropped
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
             kv_length, kv_offset = self.physically(super().get_mask_sizes, query_length)
-            if self.behind_stage is None:
+            if self.after_stage is None:
                 return kv_length, kv_offset + self.dropped
-            # The model makes one mask per attention type, from the first layer of that type, wherever that
-            # sits: every layer answers for stage 0, and the layer hooks cut the columns down for later
-            # stages.
-            more_slots, dropped = self.behind_stage
+            # The model makes one mask per attention type, from the first layer of that type, at any stage:
+            # every layer answers for stage 0, and the layer hooks cut the columns for later stages.
+            more_slots, dropped = self.after_stage
             window = self.max_cache_len if self.is_compileable else getattr(self, "sliding_window", None)
             if self.is_sliding and self.physical_length() + more_slots + query_length > window:
                 raise NotImplementedError(
@@ -91,8 +90,7 @@ def logical_layer_class(cls: type) -> Any:
             return kv_length + (0 if self.is_compileable else more_slots), kv_offset + dropped
 
         def crop(self, tokens_to_remove: int) -> Any:
-            """Remove the last `-tokens_to_remove` logical tokens; the layers of a cache are cropped in order.
-            """
+            """Remove the last `-tokens_to_remove` logical tokens; layers of a cache are cropped in order."""
             crop_slots = self.its_own("crop")
             if self.ledger is None or not self.is_initialized or tokens_to_remove == 0:
                 return self.physically(crop_slots, tokens_to_remove)
@@ -103,7 +101,7 @@ def logical_layer_class(cls: type) -> Any:
 
         def reset(self) -> None:
             held, self.ledger = self.ledger, None
-            self.dropped, self.behind_stage = 0, None
+            self.dropped, self.after_stage = 0, None
             super().reset()
             if held is not None and isinstance(self, DynamicLayer):  # older releases keep as many zeros
                 self.keys = self.values = None
@@ -136,7 +134,7 @@ def logical_layer_class(cls: type) -> Any:
 
 
 def _empty_layer(cls: type) -> Any:
-    """A layer of the logical kind of `cls` without state, for copies and pickles."""
+    """A stateless layer of the logical class of `cls`, for copies and pickles."""
     logical = logical_layer_class(cls)
     return logical.__new__(logical)
 
@@ -144,8 +142,8 @@ def _empty_layer(cls: type) -> Any:
 def _crop(layer: Any, tokens: int, crop_slots: Any) -> None:
     """Remove the last `tokens` logical tokens of a layer; `crop_slots` is the crop of its own class.
 
-    The first layer cuts the tables and the others follow, as each of them stores another part of the tokens
-    that go.
+    The first layer cuts the tables and the other layers use its result, as each of them stores another
+    part of the removed tokens.
     """
     ledger: Ledger = layer.ledger
     if layer.number == 0:
@@ -179,7 +177,7 @@ def _crop(layer: Any, tokens: int, crop_slots: Any) -> None:
 
 
 def _check_window(layer: Any, gone: int, whole: bool = False) -> None:
-    """Raise NotImplementedError if a sliding layer no longer has what it needs once `gone` slots are cropped.
+    """Raise NotImplementedError if a sliding layer lacks tokens that it needs once `gone` slots are cropped.
 
     With `whole`, it needs every slot that it ever stored.
     """
@@ -196,19 +194,19 @@ def _check_window(layer: Any, gone: int, whole: bool = False) -> None:
 
 
 def settle(layer: Any, ledger: Ledger) -> None:
-    """Tell a layer what the tables say about it."""
+    """Set a layer's counts from the tables."""
     table = ledger.table(layer.number)
     layer.dropped = ledger.dropped[table]
-    layer.behind_stage = (ledger.dropped[table] - ledger.dropped[0], ledger.dropped[0]) if table else None
+    layer.after_stage = (ledger.dropped[table] - ledger.dropped[0], ledger.dropped[0]) if table else None
 
 
 def physical_length(layer: Any) -> int:
-    """Tokens that a cache layer really stores."""
+    """Number of tokens that a cache layer stores."""
     return int(layer.physical_length() if hasattr(layer, "physical_length") else layer.get_seq_length())
 
 
 def ledger_of(cache: Cache | None) -> Ledger | None:
-    """The ledger of a cache that holds a shortened prompt, None if it holds none (any more)."""
+    """The ledger of a cache with a shortened prompt; None if it has none, or no longer."""
     layers = getattr(cache, "layers", None)
     if not layers or not layers[0].is_initialized:
         return None
@@ -216,13 +214,12 @@ def ledger_of(cache: Cache | None) -> Ledger | None:
 
 
 def name_of(layer: Any) -> str:
-    """The name of a cache layer's class before it was made to count logical tokens."""
+    """The name of a cache layer's original class."""
     return type(layer).__name__.removeprefix("Logical")
 
 
 def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
-    """Raise NotImplementedError before the first token if this kind of cache cannot hold what a strategy
-    leaves of a prompt.
+    """Raise NotImplementedError before the first token if a cache cannot hold a strategy's shortened prompt.
 
     Args:
         inside: whether layers of the LLM will hold different numbers of tokens.
@@ -251,9 +248,7 @@ def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
 def make_logical(
     cache: Cache, ledger: Ledger, num_layers: int, inside: bool = False, aligned: bool = False
 ) -> None:
-    """Let every layer of `cache` count logical tokens, and tie `ledger` to it; for the others see
-    `check_cache`.
-    """
+    """Let the layers of `cache` count logical tokens, tied to `ledger`; the rest as for `check_cache`."""
     while getattr(cache, "layer_class_to_replicate", None) is not None and len(cache.layers) < num_layers:
         cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
     check_cache(cache, inside, aligned)
@@ -265,6 +260,6 @@ def make_logical(
 
 
 def _plain(cache: Cache, layer: Any) -> bool:
-    """Whether a layer's keys and values are there to be gathered."""
+    """Whether a layer's keys and values can be gathered."""
     known = isinstance(layer, (DynamicLayer, StaticLayer)) and not hasattr(layer, "conv_states")
     return known and not hasattr(layer, "_quantize") and not getattr(cache, "offloading", False)

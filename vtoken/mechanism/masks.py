@@ -1,4 +1,4 @@
-"""Attention masks of stage 0, cut down to what a later stage holds."""
+"""Cut attention masks of stage 0 to the tokens of a later stage."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ WINDOW_FULL = (
 
 
 def sees_itself(mask: Any, past: int, otherwise: Tensor) -> Tensor:
-    """(B, q) bool: current tokens that are no padding, by a 4-D mask, or one per layer type, with `past`
-    earlier columns.
-    """
+    """(B, q) bool: tokens that are not padding by a 4-D mask, or one per layer type, after `past` columns."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if not isinstance(mask, Tensor) or mask.ndim != 4:
@@ -29,10 +27,10 @@ def sees_itself(mask: Any, past: int, otherwise: Tensor) -> Tensor:
 
 
 def cut_mask(mask: Any, run: Run, stage: int, now: tuple[Tensor, Tensor] | None, current: int) -> Any:
-    """Make a mask of stage 0 one of `stage`. Columns of `mask`: table slots, then what follows them.
+    """Cut a mask of stage 0 to `stage`. Its columns are the slots of the tables, then all later tokens.
 
-    With `now = (index, valid)`, the first `current` of what follows are the current tokens, of which `index`
-    survive (columns and rows); without, everything behind the tables survives.
+    With `now = (index, valid)`, the first `current` of the later tokens are the current tokens, of which
+    `index` survive (columns and rows); without it, all tokens after the tables survive.
     """
     if mask is None:
         return None
@@ -63,6 +61,6 @@ def cut_mask(mask: Any, run: Run, stage: int, now: tuple[Tensor, Tensor] | None,
         out = out.gather(2, index[:, None, :, None].expand(batch, out.shape[1], index.shape[1], width))
     out = out.gather(3, columns[:, None, None].expand(batch, *out.shape[1:3], columns.shape[1]))
     out = out.masked_fill(~usable[:, None, None], off)
-    if run.static and out.shape[-1] < width:  # static keys stay as long as the cache
+    if run.static and out.shape[-1] < width:  # static keys have the length of the cache
         out = nn.functional.pad(out, (0, width - out.shape[-1]), value=off)
     return out

@@ -1,10 +1,10 @@
-"""Rows that hold several prompts, packed without padding: which token belongs to which prompt, and what keeps
-them apart.
+"""Rows that hold several prompts, packed without padding: find the prompts and keep them apart.
 
 Without a mask and a cache, transformers reads positions that start again within a row as packed prompts. The
-kept tokens of a shortened row have gaps in their positions, so that its rule no longer serves: the prompts
-are told apart here, on the whole row, by positions that do not grow. Positions that merely have gaps, or
-begin at another number than 0, are one prompt.
+Without a mask and a cache, transformers reads positions that start again within a row as packed prompts.
+The kept tokens of a shortened row have gaps in their positions, so its rule no longer holds: this module
+finds the prompts on the whole row, by positions that do not grow. Positions that have gaps, or begin at
+another number than 0, are one prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def packed_rows(decoder: Any, kwargs: dict[str, Any], mask: Any, cache: Any) -> 
 
     Args:
         decoder: the language model, about to be called with `kwargs`.
-        mask: what its base model was given.
+        mask: the mask that its base model was given.
         cache: an empty one, or None.
 
     Raises:
@@ -77,12 +77,11 @@ def _without_cache(decoder: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def ranks_of(first: Tensor, index: Tensor, valid: Tensor) -> Tensor:
-    """Places of kept tokens within their prompts, (B, n) int64 counting from 0; filler is a prompt of its own
-    each.
+    """Places of kept tokens within their prompts, (B, n) int64 from 0; each filler is its own prompt.
 
     Args:
-        first: (B, q), as `packed_rows` gives it.
-        index, valid: (B, n), as `right_aligned` gives them.
+        first: (B, q), the result of `packed_rows`.
+        index, valid: (B, n), the result of `right_aligned`.
     """
     column = torch.arange(index.shape[1], device=index.device)
     prompt = torch.where(valid, first.gather(1, index), -1 - column)
@@ -91,12 +90,11 @@ def ranks_of(first: Tensor, index: Tensor, valid: Tensor) -> Tensor:
 
 
 def packed_mask(config: Any, embeds: Tensor, ranks: Tensor) -> Any:
-    """The attention mask that keeps packed prompts apart, as transformers makes it; per layer type where
-    there are several.
+    """The mask that keeps packed prompts apart, made by transformers; per layer type if there are several.
 
     Args:
-        config: the language model's.
-        embeds: (B, n, d), what it is about to read.
+        config: the language model's config.
+        embeds: (B, n, d), its next input.
         ranks: (B, n) int64, see `ranks_of`.
 
     Raises:
@@ -118,10 +116,9 @@ def packed_mask(config: Any, embeds: Tensor, ranks: Tensor) -> Any:
 
 
 def packed_lengths(kwargs: dict[str, Any], ranks: Tensor | None) -> dict[str, Any]:
-    """`kwargs` with the lengths of the shortened prompts where those of the whole ones were given.
+    """`kwargs` with the lengths of the shortened prompts, if they had those of the whole prompts.
 
-    Without lengths where there are no packed prompts: those of a prompt that is whole would reach beyond its
-    end.
+    Without packed prompts the lengths are removed: those of a whole prompt would exceed the shortened one.
 
     Args:
         ranks: (1, n) int64, see `ranks_of`; None if every row is one prompt.
@@ -137,11 +134,10 @@ def packed_lengths(kwargs: dict[str, Any], ranks: Tensor | None) -> dict[str, An
 
 
 def within(first: Tensor, final: Tensor, column: Tensor) -> Tensor:
-    """Columns that stay in their own prompt: where the nearest kept token lies in an earlier one, take the
-    next instead.
+    """Columns within each token's own prompt: the next one if the nearest kept token is another prompt's.
 
     Args:
-        first: (B, q), as `packed_rows` gives it.
+        first: (B, q), the result of `packed_rows`.
         final: (B, n) int64, the position of every column.
         column: (B, q) int64, the column of each position, -1 where its token was dropped.
     """

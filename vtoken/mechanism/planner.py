@@ -1,4 +1,4 @@
-"""From strategies' answers per image to one plan per forward of the language model."""
+"""Planner: lays a strategy's answers per image out as one plan per forward of the language model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .prompt import Answered, Choice, EncodedVisuals, Prompt
 
 @dataclass
 class Chosen:
-    """What became of one image or video: which prompt row it belongs to, what it was, what is kept."""
+    """Outcome for one image or video: its prompt row, its tokens, and the selection."""
 
     row: int
     tokens: VisualTokens
@@ -27,9 +27,7 @@ class Chosen:
 
 @dataclass
 class ChunkedPlan:
-    """A plan over whole prompts, consumed chunk by chunk: per modality (B, tokens) bool, what was consumed
-    and all, (B,).
-    """
+    """A plan over whole prompts, read in chunks: per modality (B, tokens) bool; read and all tokens, (B,)."""
 
     keep: dict[str, Tensor]
     seen: dict[str, Tensor]
@@ -37,7 +35,7 @@ class ChunkedPlan:
 
     @property
     def read(self) -> bool:
-        """Whether every visual token has been consumed."""
+        """Whether all visual tokens have been read."""
         return all(torch.equal(self.seen[m], self.total[m]) for m in self.total)
 
 
@@ -45,12 +43,12 @@ class Planner:
     """Asks the strategy about every image of a batch and lays the answers out over the prompt.
 
     Args:
-        adapter: for placeholder ids.
+        adapter: the model's parts, for placeholder ids.
         select: `select(VisualTokens) -> Selection`.
-        context: to find the prompt of a running `generate()`.
-        chosen: called once per prompt batch with what was chosen and the number of beams per prompt row.
+        context: state with the prompt of a running `generate()`.
+        chosen: called once per prompt batch with the choices and the number of beams per prompt row.
         wants_text: whether the strategy reads the prompt's text embeddings.
-        inside: whether something will be dropped inside the LLM, which wants to know which token is what.
+        inside: whether tokens will be dropped inside the LLM, which needs each token's item and kind.
         together: whether the strategy sees the images of a prompt as one video.
     """
 
@@ -78,7 +76,7 @@ class Planner:
         pending: ChunkedPlan | None = run.ledger.pending
         if pending is not None and not any(call.encoded.values()):
             plan = self._consume(call, pending)
-            if pending.read:  # what comes later on this cache is another prompt
+            if pending.read:  # later tokens on this cache belong to another prompt
                 run.ledger.pending = None
             return plan
         run.ledger.pending = None
@@ -146,7 +144,7 @@ class Planner:
     def _join(
         self, modality: str, items: list[VisualTokens], ids: Tensor | None, places: Tensor
     ) -> list[VisualTokens]:
-        """The images or videos of one row as the strategy sees them."""
+        """The images or videos of one row, joined for the strategy."""
         items = self.adapter.join(items, ids, places)
         return [join_images(items)] if self.together and modality == "image" and len(items) > 1 else items
 
@@ -188,13 +186,13 @@ class Planner:
 
     @staticmethod
     def _complete(call: Call, encoded: dict[str, EncodedVisuals]) -> bool:
-        """Whether this forward brings every visual token of the prompt, not a chunk of them."""
+        """Whether this forward brings every visual token of the prompt, not only a chunk of them."""
         placed = {m: int(mask.sum()) for m, mask in call.visual.items()}
         return all(n >= encoded[m].total > 0 if m in encoded else False for m, n in placed.items())
 
     @staticmethod
     def _beams(visual: dict[str, Tensor], encoded: dict[str, EncodedVisuals]) -> int:
-        """Rows of the forward per row of the prompt, as beam search repeats them."""
+        """Rows of the forward per row of the prompt, which beam search repeats."""
         beams = 1
         for modality, mask in visual.items():
             placed, total = int(mask.sum()), encoded[modality].total if modality in encoded else 0
@@ -210,7 +208,7 @@ class Planner:
     def _places(visual: dict[str, Tensor], beams: int) -> dict[str, list[Tensor]]:
         return {m: [row.nonzero()[:, 0] for row in mask[::beams]] for m, mask in visual.items()}
 
-    # -- chunked prefill ----------------------------------------------------------------------------------------
+    # -- chunked prefill -------------------------------------------------------------------------------------
     def _first_chunk(self, call: Call, run: Run, prompt: Prompt, embeds: Tensor) -> Plan:
         ids, encoded = prompt.input_ids, prompt.encoded
         if ids is None or self.wants_text or run.cache is None:
@@ -260,7 +258,7 @@ class Planner:
 
 
 def complete(picks: list[Selection], items: list[VisualTokens]) -> list[Selection]:
-    """Answers of which all have features of their own, if one has."""
+    """The answers, all with features of their own if one of them has."""
     if all(p.features is None for p in picks):
         return picks
     each = zip(picks, items, strict=True)
@@ -270,9 +268,7 @@ def complete(picks: list[Selection], items: list[VisualTokens]) -> list[Selectio
 def keep_query(
     picks: list[Selection], items: list[VisualTokens], places: Tensor, query: int
 ) -> list[Selection]:
-    """Answers that keep the token at column `query`, from which the answer is read, if it is the last of the
-    visual tokens.
-    """
+    """Answers that also keep the token at column `query`, the query, if it is the last visual token."""
     if not len(places) or int(places[-1]) != query:
         return picks
     return [*picks[:-1], picks[-1].with_last(items[-1].features)]
@@ -281,9 +277,7 @@ def keep_query(
 def _assign(
     places_of: list[Tensor], items: list[VisualTokens]
 ) -> list[tuple[int, Tensor, list[VisualTokens]]]:
-    """Images belong to prompt rows in placeholder order: (row, places in the row, its images) for rows that
-    have any.
-    """
+    """Assign images to prompt rows in placeholder order: (row, places in the row, its images), if any."""
     out, i = [], 0
     for b, places in enumerate(places_of):
         mine: list[VisualTokens] = []

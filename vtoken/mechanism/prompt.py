@@ -1,4 +1,4 @@
-"""A prompt that is being read: the visual tokens that were encoded for it, and what was chosen of them."""
+"""Records of a prompt that is being read: its encoded visual tokens, and the choice among them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..tokens import Needs, Selection, VisualTokens
 
 @dataclass
 class EncodedVisuals:
-    """All images, or all videos, of one batch in placeholder order.
+    """All images, or all videos, of one batch, in placeholder order.
 
     `picks` are the strategy's answers, given when the frames of a stream were pushed; None outside of a
-    stream. `needs` is what was read from the tower, `merging` the tower layers behind which tokens were
+    stream. `needs` are the values read from the tower, `merging` the tower layers after which tokens were
     merged.
     """
 
@@ -33,9 +33,7 @@ class EncodedVisuals:
 
 @dataclass
 class Answered:
-    """What the strategy answered about the images or videos of one prompt row, at the columns `places` (n,)
-    int64.
-    """
+    """A strategy's answer about the items of one prompt row, at the columns `places` (n,) int64."""
 
     row: int
     places: Tensor
@@ -45,15 +43,14 @@ class Answered:
 
 @dataclass
 class Choice:
-    """What was chosen for one batch of prompts that is read again in every step, as
-    `generate(use_cache=False)` does.
+    """The choice for a batch of prompts that is read again in every step (`generate(use_cache=False)`).
 
     Attributes:
         visual: modality -> (B, prompt) bool, the visual tokens.
-        encoded: modality -> what the strategy was asked about.
+        encoded: modality -> the images or videos that the strategy was asked about.
         answered: its answers before the language model.
         drops: its answers inside, by (stage, row).
-        survivors: (B, prompt) bool, what the last drop left; None while the prompt is read for the first
+        survivors: (B, prompt) bool, the tokens of the last drop; None while the prompt is read for the first
             time.
     """
 
@@ -64,7 +61,7 @@ class Choice:
     survivors: Tensor | None = None
 
     def serves(self, visual: dict[str, Tensor], encoded: dict[str, EncodedVisuals]) -> bool:
-        """Whether a forward reads the same pictures at the same places, whatever text follows them."""
+        """Whether a forward reads the same pictures at the same places, with any text after them."""
         if visual.keys() != self.visual.keys():
             return False
         for modality, before in self.visual.items():
@@ -84,7 +81,7 @@ def _same(one: EncodedVisuals, other: EncodedVisuals) -> bool:
 
 
 def tensors_of(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among bound arguments, those passed on as further ones included."""
+    """The tensors among bound arguments, including further keyword arguments."""
     return {n: v for n, v in (arguments | arguments.get("kwargs", {})).items() if isinstance(v, Tensor)}
 
 
@@ -93,13 +90,13 @@ class Prompt:
     """A running `generate()` with its keyword arguments.
 
     Attributes:
-        input_ids: what it was given to read, None if that was embeddings.
+        input_ids: the ids to read, None if the prompt came as embeddings.
         given: its keyword arguments.
         encoded: modality -> the pictures that it encoded before it read the prompt.
         default: the model's generation config.
-        choice: what was chosen, if every step reads the prompt again.
-        pushed: by modality the frames that a stream went on by, as (stream, tensors, features): not by the
-            same again.
+        choice: the choice, if every step reads the prompt again.
+        pushed: by modality, the frames already pushed to a stream, as (stream, tensors, features), which are
+            not pushed again.
     """
 
     input_ids: Tensor | None
@@ -110,7 +107,7 @@ class Prompt:
     pushed: dict[str, tuple[Any, dict[str, Tensor], Any]] = field(default_factory=dict)
 
     def features_of(self, modality: str, stream: Any, given: dict[str, Any]) -> Any:
-        """What these frames gave when this `generate` pushed them to the stream; None for others.
+        """The features of these frames if this `generate` pushed them to the stream, else None.
 
         Releases that encode in every step of `use_cache=False` would push them again.
         """
@@ -122,8 +119,8 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt, those of earlier turns in the cache included; 0 if unknown."""
-        # of the whole conversation, where input_ids may be the last turn's only
+        """Tokens of the prompt, including earlier turns in the cache; 0 if unknown."""
+        # of the whole conversation, since input_ids may be only the last turn
         mask = self.given.get("attention_mask")
         return int(mask.shape[1]) if isinstance(mask, Tensor) and mask.ndim == 2 else self._given_tokens
 
@@ -134,7 +131,7 @@ class Prompt:
         return 0 if given is None else int(given.shape[1])
 
     def last_columns(self) -> list[int]:
-        """Per row the last column of `input_ids` that is no padding."""
+        """Per row, the last column of `input_ids` that is not padding."""
         assert self.input_ids is not None
         real, mask = torch.ones_like(self.input_ids, dtype=torch.bool), self.given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2:

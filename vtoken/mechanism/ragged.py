@@ -1,6 +1,4 @@
-"""Rows of different lengths: choosing, gathering and masking per sample, with kept tokens aligned to the
-right.
-"""
+"""Rows of different lengths: gather and mask kept tokens per sample, aligned to the right."""
 
 from __future__ import annotations
 
@@ -11,11 +9,9 @@ from ..kernels import gather_merge, gather_rows
 
 
 def right_aligned(keep: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
-    """(B, n) bool -> index (B, m) int64 of the kept tokens in order, aligned to the right, and valid (B, m)
-    bool.
+    """(B, n) bool -> index (B, m) int64 of kept tokens, aligned to the right, and valid (B, m) bool.
 
-    m is at least `least`: where every row loses all its tokens, a language model still needs one to read, as
-    filler.
+    m is at least `least`: if every row loses all its tokens, the language model still reads one filler.
     """
     count = keep.sum(1)
     longest = max(least, int(count.max()))
@@ -31,8 +27,8 @@ def take_merged(
 
     Args:
         x: (B, n, d).
-        index, valid: (B, m), as `right_aligned` gives them.
-        into: (B, n) int64, the row of `x` that absorbs each row, -1 for none; None where nothing is merged.
+        index, valid: (B, m), the result of `right_aligned`.
+        into: (B, n) int64, the row of `x` that absorbs each row, -1 for none; None if nothing is merged.
         weight: (B, n) float32, the share with which each row is added.
     """
     if into is None or weight is None:
@@ -44,16 +40,13 @@ def take_merged(
 
 
 def overwrite(x: Tensor, source: Tensor, features: Tensor) -> Tensor:
-    """(B, m, d) with row `source[b, i]` of `features` (w, d) in place i where `source` (B, m) is not
-    negative.
-    """
+    """(B, m, d) with row `source[b, i]` of `features` (w, d) in place i if `source` (B, m) is >= 0."""
     rows = features.to(x)[source.clamp(min=0)]
     return torch.where((source >= 0)[..., None], rows, x)
 
 
 def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
-    """Gather with one index row per sample; x: (B, n, ...) for dim 1, (..., B, n) for dim -1; index (B, m).
-    """
+    """Gather by index (B, m), a row per sample; x: (B, n, ...) for dim 1, (..., B, n) for dim -1."""
     index = index.to(x.device)
     if dim == -1:
         return x.gather(-1, index.expand(x.shape[:-1] + index.shape[-1:]))

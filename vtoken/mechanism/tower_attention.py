@@ -1,4 +1,4 @@
-"""Attention of a few queries per frame, each over the keys of its own window."""
+"""Attention of a few queries per frame over the keys of their own windows."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ def attend(
     heads: int,
     scale: float,
 ) -> tuple[Tensor, int]:
-    """Softmax attention, (frames, m, C) in the dtype of `value`, and the number of query-key pairs computed
-    for it.
+    """Softmax attention, (frames, m, C) in the dtype of `value`, and the number of computed query-key pairs.
 
     Args:
         query: (frames, m, C), heads side by side; rotary embedding, if any, applied as to `key`.
         key, value: (frames, n, C).
-        chosen: (frames, m) int64, ascending: the token behind every query.
+        chosen: (frames, m) int64, ascending: the token of every query.
         windows: lengths that add up to n; a token sees its own window. With several, queries are padded to
-            the fullest window, which costs at most what all n queries would.
+            the fullest window, which costs at most as much as all n queries.
         scale: factor on the logits.
     """
     frames, m, width = query.shape

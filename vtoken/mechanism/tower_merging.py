@@ -1,14 +1,12 @@
-"""Merging inside a vision tower: behind chosen layers its sequence becomes shorter, at its end it gets its
-count back.
+"""Merge tokens inside a vision tower: after chosen layers its sequence becomes shorter.
 
-The layers in between, and whatever taps read there, work on the short sequence. The tower's output is spread
-over the original patches again, every patch taking the state of the token that it was merged into, because
-everything behind the tower (packing of crops, the check of feature counts) counts patches. What was merged
-travels to the strategy's projector stage as `VisualTokens.merged`, which drops the copies in front of the
-LLM.
+The layers in between, and the taps there, work on the short sequence. The tower's output is spread over
+the original patches again, and every patch takes the state of the token into which it was merged, because
+the steps after the tower (packing of crops, the check of feature counts) count patches. The merged tokens
+reach the strategy's projector stage as `VisualTokens.merged`, and the copies are dropped before the LLM.
 
-This cannot be computed from captured states: the layers behind a merge attend over fewer tokens and give
-other values.
+Captured states do not replace this: the layers after a merge attend over fewer tokens and give other
+values.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ class EncoderMerging:
 
     Args:
         tower: with equal grids of one size per forward (`tower.can_merge`).
-        layers: tower layers behind which `merge` is asked.
+        layers: tower layers after which `merge` is called.
         merge: the strategy's `merge_in_encoder`.
         active: the capture of the running `get_*_features` call, if any.
     """
@@ -52,8 +50,8 @@ class EncoderMerging:
 
     def _find(self) -> list[Hook]:
         now = self.tower.layers
-        hooks = [Hook(now[i], functools.partial(self._behind_layer, i), first=True) for i in self.layers]
-        return [*hooks, Hook(self.tower.module, self._behind_tower)]
+        hooks = [Hook(now[i], functools.partial(self._after_layer, i), first=True) for i in self.layers]
+        return [*hooks, Hook(self.tower.module, self._after_tower)]
 
     def refresh(self) -> None:
         """Look the layers up again."""
@@ -62,7 +60,7 @@ class EncoderMerging:
     def remove(self) -> None:
         self.hooks.remove()
 
-    def _behind_layer(self, i: int, module: Any, args: Any, out: Any) -> Any:
+    def _after_layer(self, i: int, module: Any, args: Any, out: Any) -> Any:
         capture = self.active()
         if capture is None:
             return None
@@ -81,7 +79,7 @@ class EncoderMerging:
         hidden = torch.cat([hidden[:, : self.prefix], short], 1)
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
-    def _behind_tower(self, module: Any, args: Any, out: Any) -> Any:
+    def _after_tower(self, module: Any, args: Any, out: Any) -> Any:
         capture = self.active()
         if capture is None or capture.merged is None:
             return None
@@ -98,7 +96,7 @@ class EncoderMerging:
         return out
 
     def _spread(self, hidden: Tensor, state: Merged) -> Tensor:
-        """(segments, prefix + m, C) of whatever length -> (segments, prefix + patches, C)."""
+        """(segments, prefix + m, C) of any length -> (segments, prefix + patches, C)."""
         owner = state.by_count.get(hidden.shape[1] - self.prefix)
         if owner is None:
             return hidden

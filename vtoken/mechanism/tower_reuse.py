@@ -1,9 +1,8 @@
-"""Frames of a stream that compute a part of their tokens and reuse the rest of an earlier frame, inside a
-vision tower.
+"""Compute some tokens of a stream's frames inside a vision tower, and reuse those of an earlier frame.
 
-All frames of a call pass a layer together: first those that are references, through the layer as it is, then
-the others in one batch, each beside its reference. So a video in one call gives what its frames give one by
-one.
+All frames of a call pass a layer together: first the references, through the original layer, then the
+others in one batch, each with its reference. So a video in one call gives the same result as its frames
+one by one.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ class FrameReuse:
 
     Args:
         tower: with `tower.can_reuse`.
-        reuse: what the strategy declares.
-        read: layers whose projections taps read; they are computed in full.
+        reuse: the strategy's declaration.
+        read: layers whose projections are read by taps; they are computed in full.
         active: the capture of the running `get_*_features` call, if any.
     """
 
@@ -59,7 +58,7 @@ class FrameReuse:
         module = self.tower.module
         hooks = [
             Hook(module, self._before_tower, before=True, kwargs=True),
-            Hook(module, self._behind_tower, kwargs=True),
+            Hook(module, self._after_tower, kwargs=True),
         ]
         return hooks + [hook for i in sorted(self.layers) for hook in self.blocks[i].watch(self._record)]
 
@@ -83,7 +82,7 @@ class FrameReuse:
         capture = self.active()
         return None if capture is None else capture.frames
 
-    # -- the tower ----------------------------------------------------------------------------------------------
+    # -- the tower -------------------------------------------------------------------------------------------
     def _before_tower(self, module: Any, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         run = self._running()
         if run is None or kwargs is None:
@@ -96,7 +95,7 @@ class FrameReuse:
             )
         run.plan((str(module.dtype), str(module.device)), self.reuse.interval)
 
-    def _behind_tower(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any = None) -> None:
+    def _after_tower(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any = None) -> None:
         run = self._running()
         if run is None or out is None or not run.layers:
             return
@@ -105,7 +104,7 @@ class FrameReuse:
         shares = [count[self.prefix :] / run.layers for count in run.counts]
         run.use.shares = self.tower.on_grid(shares, run.grids, args, kwargs)
 
-    # -- one layer ----------------------------------------------------------------------------------------------
+    # -- one layer -------------------------------------------------------------------------------------------
     def _layer(
         self, i: int, original: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -152,7 +151,7 @@ class FrameReuse:
         args: Any,
         kwargs: Any,
     ) -> Tensor:
-        """Reference frames through the layer as it is; what it computed is noted for the others."""
+        """Compute reference frames with the original layer, and note its results for the others."""
         parts: dict[str, Tensor] = {}
         run.parts = parts
         try:
@@ -171,7 +170,7 @@ class FrameReuse:
         return made
 
     def _in_part(self, i: int, run: FramePass, rows: Rows, group: list[int]) -> Tensor:
-        """Frames of one shape beside their references -> (frames, n, C)."""
+        """Compute frames of one shape with their references -> (frames, n, C)."""
         block, x = self.blocks[i], rows.of(group)
         key_then, value_then, added = (
             stack(list(e)) for e in zip(*(run.entry(j, i) for j in group), strict=True)

@@ -1,4 +1,4 @@
-"""Where each frame of a call lies in the input of a tower layer."""
+"""Location of each frame of a call in the input of a tower layer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from ..adapters.towers.capture import FramePass
 
 
 class Rows:
-    """The frames of a layer's input: a batch of equal ones, or one packed sequence with its bounds and rotary
-    tables.
+    """The frames of a layer's input: a batch of equal frames, or a packed sequence with bounds and tables.
 
     Args:
         x: (frames, n, C) or (tokens, C).
         run: its grids tell the frames of a packed sequence; bounds are read from the device once per call.
-        kwargs: of the layer.
+        kwargs: keyword arguments of the layer.
     """
 
     def __init__(self, x: Tensor, run: FramePass, kwargs: dict[str, Any]) -> None:
@@ -36,7 +35,7 @@ class Rows:
             self.windows = run.windows[id(bounds)][1]
 
     def _cut(self, bounds: list[int]) -> list[list[int]]:
-        """Per frame the lengths of its windows."""
+        """Per frame, the lengths of its windows."""
         return [
             [b - a for a, b in itertools.pairwise(bounds) if span.start <= a and b <= span.stop and b > a]
             for span in self.spans
@@ -49,13 +48,13 @@ class Rows:
         return stack([self.x[self.spans[i]] for i in frames])
 
     def take(self, frames: list[int]) -> Tensor:
-        """Frames as the layer takes them."""
+        """Frames in the layout of the layer's input."""
         if len(frames) == len(self.sizes):
             return self.x
         return torch.cat([self.x[self.spans[i]] for i in frames]) if self.packed else self.x[frames]
 
     def arguments(self, frames: list[int]) -> dict[str, Any]:
-        """The layer's keyword arguments that concern these frames alone."""
+        """The layer's keyword arguments for these frames alone."""
         if not self.packed or len(frames) == len(self.sizes):
             return {}
         lengths = [0] + [n for i in frames for n in self.windows[i]]
@@ -71,16 +70,15 @@ class Rows:
         return None if rotary is None else (rotary[0][self.spans[i]], rotary[1][self.spans[i]])
 
     def split(self, x: Tensor, frames: list[int]) -> list[Tensor]:
-        """Something laid out as `take(frames)`, frame by frame."""
+        """Split a tensor laid out as `take(frames)` frame by frame."""
         return list(x.split([self.sizes[i] for i in frames])) if self.packed else list(x)
 
     def put(self, out: Tensor, frames: list[int], x: Tensor) -> None:
-        """Write (frames, n, C), or something laid out as `take(frames)`, into a tensor laid out as the input.
-        """
+        """Write (frames, n, C), or a tensor laid out as `take(frames)`, into one laid out as the input."""
         for i, mine in zip(frames, self.split(x, frames) if x.ndim == self.x.ndim else x, strict=True):
             out[self.spans[i] if self.packed else i] = mine
 
 
 def stack(tensors: list[Tensor]) -> Tensor:
-    """As torch.stack along a new first dimension; a view of a single one."""
+    """torch.stack along a new first dimension; a view of a single tensor."""
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]

@@ -1,9 +1,9 @@
-"""What vtoken relies on inside transformers: names of arguments, and checks that a call did what was planned.
+"""Names of transformers' arguments, and checks that a call did as planned.
 
-Argument names and call chains in transformers change between minor releases, and a hook that uses an old name
-is ignored in silence. Names are therefore read from signatures, a KV cache is known by its type,
+Argument names and call chains in transformers change between minor releases, and a hook with an old name
+is ignored without an error. Names are therefore read from signatures, a KV cache is known by its type,
 `check_names` refuses a model whose parts no longer take what the hooks replace, and `check_prompt` compares
-what the language model read and stored with the plan.
+compares the tokens that the language model read and stored with the plan.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OLDEST, NEWEST = "5.17", "5.24"
 
 
 def changed(what: str) -> RuntimeError:
-    """The error for a model that does not do what vtoken relies on: `what` was found, and what to do."""
+    """The error for a model that breaks an assumption of vtoken: `what` was found, and what would help."""
     installed = Version(transformers.__version__)
     if Version(OLDEST) <= installed < Version(f"{NEWEST}.999"):
         advice = (
@@ -45,11 +45,11 @@ def _tested(installed: Version) -> str:
     return f"vtoken is tested with transformers {OLDEST} to {NEWEST} and found {installed}"
 
 
-# -- names and types --------------------------------------------------------------------------------------------
+# -- names and types -----------------------------------------------------------------------------------------
 def cache_in(call: Mapping[str, Any] | tuple[Any, ...]) -> Any:
     """The KV cache among the arguments or the outputs of a call, None if there is none.
 
-    Known by its type, or as an object that counts like one: a wrapper around a cache need not be a `Cache`.
+    A cache is known by its type, or as an object that counts like one: a wrapper need not be a `Cache`.
     """
     values = call if isinstance(call, tuple) else call.values()
     return next(
@@ -58,10 +58,12 @@ def cache_in(call: Mapping[str, Any] | tuple[Any, ...]) -> Any:
 
 
 def cache_argument(function: Callable[..., Any]) -> str:
-    """The name under which `function` takes a KV cache, by its annotation; for a wrapper without names, that
-    of all others.
+    """The name of the parameter of `function` that takes a KV cache, by its annotation.
 
-    Raises RuntimeError if no parameter is annotated as a cache.
+    A wrapper without names takes the name that all others use.
+
+    Raises:
+        RuntimeError: if no parameter is annotated as a cache.
     """
     parameters = inspect.signature(function).parameters.values()
     if _nameless(parameters):
@@ -73,7 +75,7 @@ def cache_argument(function: Callable[..., Any]) -> str:
 
 
 def hidden_states_of(output: Any) -> Tensor:
-    """(B, n, d) from the output of the language model. Raises RuntimeError if it has none."""
+    """(B, n, d) from the output of the language model. Raises RuntimeError without it."""
     hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
     if not isinstance(hidden, Tensor):
         raise changed(f"{type(output).__name__} of the language model has no last_hidden_state")
@@ -81,9 +83,7 @@ def hidden_states_of(output: Any) -> Tensor:
 
 
 def recomputes(decoder: Any) -> bool:
-    """Whether layers are computed again in backward (gradient checkpointing); they are given no KV cache
-    then.
-    """
+    """Whether backward computes layers again (gradient checkpointing); they are given no KV cache then."""
     return bool(decoder.training and getattr(decoder, "gradient_checkpointing", False))
 
 
@@ -94,7 +94,7 @@ def check_features(output: Any) -> None:
 
 
 def _nameless(parameters: Iterable[inspect.Parameter]) -> bool:
-    """Whether a signature is that of a wrapper, `(*args, **kwargs)`, which tells nothing about names."""
+    """Whether a signature is a wrapper's, `(*args, **kwargs)`, which has no names."""
     return all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
@@ -102,10 +102,9 @@ def _name(function: Any) -> str:
     return str(getattr(function, "__qualname__", function))
 
 
-# -- when a model is patched ------------------------------------------------------------------------------------
+# -- when a model is patched ---------------------------------------------------------------------------------
 def check_names(adapter: Adapter, inside: bool) -> None:
-    """Raise RuntimeError if a part of the model no longer takes what the hooks read and replace; takes under
-    1 ms.
+    """Raise RuntimeError if a part of the model lacks arguments that the hooks replace; takes under 1 ms.
 
     Args:
         adapter: the model's parts.
@@ -141,14 +140,14 @@ def _check_takes(function: Callable[..., Any], *names: str) -> None:
         raise changed(f"{_name(function)} takes no {' and no '.join(lacking)}")
 
 
-# -- after every prompt -----------------------------------------------------------------------------------------
+# -- after every prompt --------------------------------------------------------------------------------------
 def check_prompt(run: Run, schedule: DropSchedule, tokens: int) -> None:
-    """Raise RuntimeError unless the language model read and stored as many tokens as were planned.
+    """Raise RuntimeError unless the language model read and stored the planned number of tokens.
 
-    Reads lengths only: of dynamic caches without a device synchronisation.
+    Reads lengths only, of dynamic caches without a device synchronisation.
 
     Args:
-        run: the forward, before its ledger takes it in.
+        run: the forward, before its ledger notes it.
         schedule: the drops inside the LLM.
         tokens: length of the language model's output.
     """
@@ -157,13 +156,13 @@ def check_prompt(run: Run, schedule: DropSchedule, tokens: int) -> None:
     planned = [index.shape[1] for index, _ in run.now]
     check_length("The language model answered for", tokens, planned[-1])
     for i, layer in enumerate([] if run.cache is None else run.cache.layers[: schedule.layers]):
-        if isinstance(layer, DynamicLayer | StaticLayer):  # others count in ways of their own
+        if isinstance(layer, DynamicLayer | StaticLayer):  # other classes count in ways of their own
             stored = physical_length(layer) if layer.is_initialized else 0
             before = run.ledger.slots[schedule.stores(i)].shape[1]
             check_length(f"The KV cache of layer {i} holds", stored, before + planned[schedule.reads(i)])
 
 
 def check_length(what: str, found: int, planned: int) -> None:
-    """Raise RuntimeError unless as many tokens were found as were planned."""
+    """Raise RuntimeError unless the number of tokens found is the planned one."""
     if found != planned:
         raise changed(f"{what} {found} tokens where {planned} were planned")

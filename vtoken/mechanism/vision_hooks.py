@@ -1,8 +1,7 @@
-"""The vision side: what `get_image_features` and `get_video_features` gave, with the scores their tower made
-on the way.
+"""Hooks on `get_image_features` and `get_video_features`, which attach the tower's scores to the result.
 
 Newer transformers encodes inside `generate()`, before the prompt is read; older releases inside `forward`.
-Either way the result travels on the very object that the model's own method returns.
+In both cases the result travels on the object that the model's own method returns.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ class VisionHooks:
 
     Args:
         adapter: the model's parts and geometry.
-        needs: per modality what is read from the tower.
+        needs: per modality, the values read from the tower.
         context: shared with the other hooks.
         gate: tells which calls are this patch's.
         timer: `timer(name)` is a context manager that times a stage.
-        merging: per modality the tower layers behind which tokens are merged, where the tower allows it.
-        merge: asked there.
-        reuse: per modality what its tower reuses between frames.
-        used: told what a tower with reuse computed: `used(modality, TowerUse)`.
-        select: `select(VisualTokens) -> Selection`, asked once about every frame of a stream, so that the
-            stream goes on; None for a strategy that cannot choose before the prompt is known.
-        handed_out: told what was encoded for the user, outside of `forward`, `generate` and streams.
+        merging: per modality, the tower layers after which tokens are merged, if the tower allows it.
+        merge: called after these layers.
+        reuse: per modality, the tower's reuse between frames.
+        used: called with the work of a tower that reuses: `used(modality, TowerUse)`.
+        select: `select(VisualTokens) -> Selection`, called once for every frame of a stream, for its memory;
+            None for a strategy that cannot choose before the prompt is known.
+        handed_out: called with the tokens encoded for the user, outside of `forward`, `generate` and streams.
     """
 
     def __init__(
@@ -99,10 +98,10 @@ class VisionHooks:
         self.wrapped.remove()
 
     def _follow(self) -> None:
-        """Look the towers and their parts up again: adapters or quantisation may have replaced them since the
-        last call.
+        """Look the towers and their parts up again: adapters or quantisation may have replaced them.
 
-        Raises RuntimeError for a tower that cannot be read as the one that was patched.
+        Raises:
+            RuntimeError: for a tower that cannot be read as the one that was patched.
         """
         try:
             now = self.adapter.make_towers()
@@ -114,14 +113,14 @@ class VisionHooks:
             raise rebuilt(f"The vision tower can no longer be read ({error})") from error
 
     def _reads(self, modality: str) -> bool:
-        """Whether something inside the tower is read or changed."""
+        """Whether a value inside the tower is read or changed."""
         return bool(self.needs[modality].tower_layers or self.merging.get(modality) or modality in self.reuse)
 
     def _capture(self) -> Capture | None:
         return self.context.capture
 
     def _active(self, modality: str) -> Capture | None:
-        """The capture under way; images and videos may share a tower, each with a view of its own."""
+        """The running capture; images and videos may share a tower, each with its own view."""
         capture = self.context.capture
         return capture if capture is not None and capture.modality == modality else None
 
@@ -198,10 +197,10 @@ class VisionHooks:
         return output
 
     def read(self, modality: str, output: Any) -> EncodedVisuals | None:
-        """What an output of `get_*_features` carries, None if it was made without a patch.
+        """The record in an output of `get_*_features`, None if it was made without a patch.
 
-        Raises ValueError for one that was made under a strategy that reads or merges otherwise in the vision
-        tower.
+        Raises:
+            ValueError: for an output of a strategy that reads or merges otherwise in the vision tower.
         """
         encoded: EncodedVisuals | None = getattr(output, ENCODED, None)
         if encoded is None or modality not in self.needs or self.gate.disabled():
@@ -219,9 +218,7 @@ class VisionHooks:
         return encoded
 
     def _push(self, encoded: EncodedVisuals, stream: StreamState) -> None:
-        """Let a stream go on by these frames. Whoever asks about them later starts from the history before
-        them.
-        """
+        """Add these frames to a stream. Later questions about them use the memory before them."""
         memory, picks = copy.deepcopy(stream.memory), []
         for item in encoded.items:
             item.memory = copy.deepcopy(memory)
@@ -232,7 +229,7 @@ class VisionHooks:
         encoded.picks = picks if self.select is not None else None
 
     def _frames(self, modality: str, given: dict[str, Any], stream: StreamState | None) -> FramePass | None:
-        """The frames of a call that reuses: every video is a stream, or all go on with the given one."""
+        """The frames of a call that reuses: every video is a stream, or all continue the given stream."""
         if modality not in self.reuse or (stream is None and modality != "video"):
             return None
         frames = self.adapter.frames(modality, given)
@@ -264,7 +261,7 @@ class VisionHooks:
         return torch.stack(frames)
 
     def _told(self) -> dict[str, Any]:
-        """The prompt's arguments that the adapter wants beside those of `get_*_features`."""
+        """The prompt's arguments that the adapter wants in addition to those of `get_*_features`."""
         sources = [x.given for x in (self.context.call, self.context.prompt) if x is not None]
         told = (
             (n, next((g[n] for g in sources if g.get(n) is not None), None))

@@ -1,6 +1,4 @@
-"""A forward of the language model that brings visual tokens: what enters it, and the length of what it
-answers.
-"""
+"""A forward of the language model with visual tokens: shorten its input, restore the length of its output."""
 
 from __future__ import annotations
 
@@ -25,15 +23,15 @@ Planning = Callable[[Call, Run, Tensor, Tensor], Plan | None]
 
 @dataclass
 class Turn:
-    """One such forward while its tokens are chosen.
+    """State of a forward with visual tokens while they are chosen.
 
     Attributes:
         ledger: of the cache, or a new one.
         fresh: whether the ledger is new.
         past: tokens in the cache, as the prompt counts them.
-        mask: the attention mask that the language model was given.
+        mask: the language model's attention mask.
         mask_2d: (B, past + q) that mask, if it has two dimensions.
-        real: (B, q) bool, what is no padding.
+        real: (B, q) bool, tokens that are not padding.
     """
 
     ledger: Ledger
@@ -45,16 +43,16 @@ class Turn:
 
 
 class VisualTurn:
-    """Chooses and gathers visual tokens where they enter the language model, and stretches its output afterwards.
+    """Chooses and gathers visual tokens at the entrance of the language model, and stretches its output.
 
     Args:
         adapter: the model's parts.
-        planner: `planner(call, run, embeds, real) -> Plan | None`, asked once per forward.
+        planner: `planner(call, run, embeds, real) -> Plan | None`, called once per forward.
         layers: the hooks inside the language model.
         positions: "original" or "renumber".
         context: shared with the other hooks.
-        gate: tells which calls are the patch's.
-        observer: told what entered and left the language model.
+        gate: tells which calls belong to the patch.
+        observer: notified before and after the language model.
     """
 
     def __init__(
@@ -71,13 +69,13 @@ class VisualTurn:
         self.schedule, self.renumber = layers.schedule, positions == "renumber"
         self.context, self.gate, self.observer = context, gate, observer
 
-    # What reads visual tokens depends on data (who survives) and keeps state: torch.compile leaves it to
+    # Forwards with visual tokens depend on data (the survivors) and keep state: torch.compile leaves them to
     # eager mode, and traces decode steps and text turns as one graph.
     @torch.compiler.disable
     def enter(
         self, call: Call, cache: Any, ledger: Ledger | None, visual: Tensor, args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        """The arguments of the language model for what is kept; None if the call goes on untouched."""
+        """The arguments of the language model for the kept tokens; None if the call stays as it is."""
         embeds = kwargs["inputs_embeds"]
         self._begin(embeds.device)
         turn = self._open_ledger(cache, ledger, embeds, kwargs.get("attention_mask"))
@@ -100,7 +98,7 @@ class VisualTurn:
         self.observer.before_prefill(device)
         self.layers.check_training()
 
-    # -- open the ledger ----------------------------------------------------------------------------------------
+    # -- open the ledger -------------------------------------------------------------------------------------
     def _open_ledger(self, cache: Any, ledger: Ledger | None, embeds: Tensor, mask: Any) -> Turn:
         real = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         if ledger is None:
@@ -112,7 +110,7 @@ class VisualTurn:
         ledger.follow(physical_length(cache.layers[0]), grow=True)
         return Turn(ledger, False, ledger.end, mask, None, real)
 
-    # -- find real tokens ---------------------------------------------------------------------------------------
+    # -- find real tokens ------------------------------------------------------------------------------------
     @staticmethod
     def _find_real(turn: Turn, call: Call) -> None:
         mask, ledger = turn.mask, turn.ledger
@@ -122,7 +120,7 @@ class VisualTurn:
         elif mask is not None:
             turn.real = sees_itself(mask, turn.past if turn.fresh else ledger.slots[0].shape[1], turn.real)
 
-    # -- plan ---------------------------------------------------------------------------------------------------
+    # -- plan ------------------------------------------------------------------------------------------------
     def _plan(
         self, turn: Turn, call: Call, cache: Any, visual: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Run, Plan | None]:
@@ -137,9 +135,7 @@ class VisualTurn:
         return run, self.planner(call, run, kwargs["inputs_embeds"], real)
 
     def _check_inside(self, run: Run, tokens: int) -> None:
-        """Raise NotImplementedError for prompts of which a strategy that drops inside the LLM does not see
-        the end.
-        """
+        """Raise NotImplementedError if a strategy that drops inside the LLM cannot see the prompt's end."""
         if run.first is not None:
             raise NotImplementedError(
                 "A strategy that drops inside the LLM reads one prompt per row, found rows whose positions"
@@ -155,9 +151,9 @@ class VisualTurn:
             )
         self.layers.check_windows(tokens + prompt.new_tokens)
 
-    # -- gather -------------------------------------------------------------------------------------------------
+    # -- gather ----------------------------------------------------------------------------------------------
     def _own_cache(self, turn: Turn, run: Run) -> None:
-        """Let the cache count prompt tokens, and note what it holds."""
+        """Let the cache count prompt tokens, and note its content."""
         ledger = turn.ledger
         if turn.fresh and run.cache is not None:
             self._adopt(run.cache, ledger)
@@ -198,7 +194,7 @@ class VisualTurn:
     def _positions(
         self, positions: Tensor | None, run: Run, keep: Tensor, real: Tensor, index: Tensor
     ) -> Tensor:
-        """Position ids as the language model would have chosen them, of the kept tokens."""
+        """Position ids that the language model would have chosen, of the kept tokens."""
         ledger = run.ledger
         batch, length = keep.shape
         if positions is None:
@@ -228,8 +224,7 @@ class VisualTurn:
                 [mask_2d[:, : ledger.end].bool(), valid & turn.real.gather(1, run.index)], 1
             ).long()
         if run.ragged[0] or ledger.ragged[0] or run.cache is None:
-            # without a cache, gaps in position_ids would be read as packed sequences unless a 2-D mask is
-            # there
+            # without a cache and a 2-D mask, gaps in position_ids would be read as packed sequences
             return ledger.validity(0, valid).long()
         return None
 
@@ -243,11 +238,10 @@ class VisualTurn:
         row = (places.flatten().long().cumsum(0) - 1).view(places.shape).gather(1, run.index)[now]
         kwargs["deepstack_visual_embeds"] = [e[row.to(e.device)] for e in kwargs["deepstack_visual_embeds"]]
 
-    # -- after the language model -------------------------------------------------------------------------------
+    # -- after the language model ----------------------------------------------------------------------------
     @torch.compiler.disable
     def leave(self, out: Any) -> Any:
-        """The output at the length of what the model was given; None if it has that length, or there is none.
-        """
+        """The output at the model's input length; None if it has that length, or there is no output."""
         context = self.context
         run, context.run = context.run, None
         device, context.reading = context.reading, None
@@ -272,7 +266,7 @@ class VisualTurn:
         return out
 
     def _settle_cache(self, run: Run, out: Any) -> None:
-        # by the language model, which was given none
+        # transformers made it inside the language model, which was given none
         if run.cache is None and (made := cache_in(out)) is not None:
             self._adopt(made, run.ledger)
             run.cache = made

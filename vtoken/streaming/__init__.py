@@ -1,4 +1,4 @@
-"""Questions about a stream of frames that is still running; see docs/streaming.md."""
+"""Sessions that answer questions about a running stream of frames; see docs/streaming.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers: whole, or piece by piece."""
+"""Answers of a session, complete or streamed in pieces."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .prompts import PromptInputs
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer.
+    """One answer of the model.
 
     Attributes:
-        text: what the model said, special tokens left out.
-        seconds: from the question to the last token.
-        first_token_seconds: from the question to the first.
+        text: the answer, without special tokens.
+        seconds: duration from the question to the last token.
+        first_token_seconds: duration from the question to the first token.
         tokens: length of the prompt that the LLM read.
         visual_tokens: visual tokens among them.
         new_tokens: tokens of the answer.
-        frames_used: times of the frames that the answer has seen, seconds of the stream.
-        time: the time that was asked about; the latest frame's if none was given.
+        frames_used: times of the frames that the answer has seen, in seconds of the stream.
+        time: the time in question; that of the latest frame if none was given.
     """
 
     text: str
@@ -40,7 +40,7 @@ class Answer:
 
 @dataclass
 class Asked:
-    """A question with everything the answer may see, taken from a session in one moment."""
+    """A question with everything that its answer may see, taken from a session at one moment."""
 
     began: float
     prompt: PromptInputs
@@ -56,12 +56,12 @@ def generate_answer(
     streamer: Any = None,
     stopped: threading.Event | None = None,
 ) -> Answer:
-    """Let the model answer.
+    """Generate the answer.
 
     Args:
         options: further arguments of `generate`.
-        streamer: takes the tokens as they come.
-        stopped: ends the answer when it is set.
+        streamer: receives the tokens as they come.
+        stopped: ends the answer once it is set.
     """
     from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -92,10 +92,10 @@ def generate_answer(
 
 
 class AnswerStream(Iterator[str]):
-    """An answer on its way: pieces of text as they are generated. `close` ends it early.
+    """A running answer: yields pieces of text as they are generated. `close` ends it early.
 
     Attributes:
-        answer: the whole, once the pieces are exhausted or the stream is closed; None before.
+        answer: the complete answer, once the pieces are exhausted or the stream is closed; None before.
     """
 
     def __init__(self, tokenizer: Any, generate: Callable[..., Answer]) -> None:
@@ -130,6 +130,6 @@ class AnswerStream(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """Stop generating; pieces that have not been read are thrown away."""
+        """Stop generating; unread pieces are lost."""
         self._stopped.set()
         self._thread.join()

@@ -1,4 +1,4 @@
-"""Calls under way in several threads, and a wait until there are none."""
+"""A lock that counts calls in several threads, and lets an owner wait until there are none."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from contextlib import contextmanager
 
 
 class Calls:
-    """Many calls at a time, or one owner alone: a lock for readers and writers in which a waiting owner goes
-    first.
+    """Many calls at a time, or one owner alone: a lock for readers and writers; a waiting owner goes first.
 
-    A call may begin in one thread (`enter`) and end in another (`leave`); `within` marks the thread that
-    works for it.
+    A call may begin in one thread (`enter`) and end in another (`leave`); `within` marks a thread that works
+    for it.
     """
 
     def __init__(self) -> None:
@@ -21,7 +20,7 @@ class Calls:
         self._working: list[int] = []
 
     def enter(self) -> None:
-        """Begin a call, after the owner's turn if there is one."""
+        """Begin a call, after the turn of the owner if there is one."""
         me = threading.get_ident()
         with self._change:
             self._change.wait_for(lambda: not self._waiting or me in self._working)
@@ -34,7 +33,7 @@ class Calls:
 
     @contextmanager
     def within(self) -> Iterator[None]:
-        """This thread works for a call that has begun."""
+        """Mark this thread as working for a call that has begun."""
         me = threading.get_ident()
         with self._change:
             self._working.append(me)
@@ -46,7 +45,7 @@ class Calls:
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """A call from its beginning to its end."""
+        """Make a call from its beginning to its end."""
         self.enter()
         try:
             with self.within():
@@ -56,11 +55,11 @@ class Calls:
 
     @contextmanager
     def alone(self, action: str) -> Iterator[None]:
-        """Wait for all calls to end, and let none begin within the block.
+        """Wait for the end of all calls, and let none begin within the block.
 
         Raises:
-            RuntimeError: if the calling thread works for one of the calls, which would wait for itself;
-                `action` says what it cannot do.
+            RuntimeError: if the calling thread works for one of the calls, which would wait for itself; the
+                message names `action`.
         """
         with self._change:
             if threading.get_ident() in self._working:

@@ -1,4 +1,4 @@
-"""Which memory and which strategy a session has."""
+"""Make the memory and the patch of a session from its arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rekv import ReKVMemory
 
 RECENT_BYTES, REKV_BYTES = 256 * 2**20, 4 * 2**30
 N_LOCAL = 15000  # tokens of ReKV's window, as published
-SPARE = 256  # positions left for the question and the answer
+SPARE = 256  # positions reserved for the question and the answer
 OPTIONS = {
     "recent": ("sinks", "recent", "history_tokens", "max_steps"),
     "rekv": ("n_local", "topk", "chunk", "metric", "disk"),
@@ -32,11 +32,12 @@ def make_memory(
     max_tokens: int | None,
     options: dict[str, Any],
 ) -> RecentMemory | ReKVMemory:
-    """A memory by its name; None for bounds chooses them. Raises ValueError for what there is not, or cannot
-    serve the model.
+    """Make a memory by its name; bounds of None get defaults.
+
+    Raises ValueError for an unknown name or a memory that cannot serve the model.
 
     Args:
-        renumber: whether prompts count the tokens that were kept, not those that might have been.
+        renumber: whether prompts count only the kept tokens, not all tokens of the unpruned model.
     """
     if name not in OPTIONS:
         raise ValueError(f"Unknown memory {name!r}: use {' or '.join(OPTIONS)}.")
@@ -62,25 +63,25 @@ def make_memory(
 
 
 class SharedPatch:
-    """The patch of a model while sessions use it: the one that is there, or one that the first of them makes.
+    """The patch of a model while sessions use it: an existing one, or one made by the first session.
 
     Args:
-        adapter: of the model.
-        strategy, budget, options: as for `vtoken.patch`; None takes the model as it is.
+        adapter: the model's adapter.
+        strategy, budget, options: as for `vtoken.patch`; None leaves the model as it is.
 
     Attributes:
         patch: None if the model has none.
 
     Raises:
-        TypeError, ValueError: as `vtoken.patch`; for another strategy than the model's, or one that cannot
-            serve a stream.
+        TypeError, ValueError: as for `vtoken.patch`; for another strategy than the model's, or one that
+            cannot serve a stream.
     """
 
     def __init__(
         self, adapter: Adapter, strategy: Any, budget: float | int | None, options: dict[str, Any]
     ) -> None:
         self.adapter = adapter
-        with LOCK:  # two sessions of two threads may be opened at the same time
+        with LOCK:  # two threads may open sessions at the same time
             self._find(strategy, budget, options)
 
     def _find(self, strategy: Any, budget: float | int | None, options: dict[str, Any]) -> None:
@@ -116,7 +117,7 @@ class SharedPatch:
         return self.patch is not None and self.patch.strategy.positions == "renumber"
 
     def release(self) -> None:
-        """Take off the patch that sessions put on the model, if this is the last of them."""
+        """Take off a patch that sessions put on the model, if this is the last session."""
         if self.patch is None or self.patch.sessions is None:
             return
         with LOCK:
@@ -126,14 +127,14 @@ class SharedPatch:
                 patches.take_off(self.patch)
 
     def is_there(self) -> bool:
-        """Whether the model still has the patch, if only at rest outside of a `vtoken.applied` block."""
+        """Whether the model still has the patch, even if a `vtoken.applied` block suspends it."""
         patches = patches_of(self.adapter.model)
         if patches is None:
             return self.patch is None
         return patches.current() is None if self.patch is None else patches.has(self.patch)
 
     def used(self) -> AbstractContextManager[Any]:
-        """A block whose calls use this patch, whatever `vtoken.applied` blocks are open."""
+        """A block whose calls use this patch, regardless of open `vtoken.applied` blocks."""
         patches = patches_of(self.adapter.model)
         if self.patch is None or patches is None:
             return nullcontext()

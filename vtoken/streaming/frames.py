@@ -1,6 +1,4 @@
-"""Frames through a model's own processor and its own `get_*_features`; prompts without pixels through the
-same.
-"""
+"""Encode frames with a model's processor and `get_*_features`, and build prompts without pixels."""
 
 from __future__ import annotations
 
@@ -19,15 +17,13 @@ from torch import Tensor
 from ..adapters.base import Adapter
 from .memory import Step, change_between
 
-# all that a stream changes in `Frames`
+# all state in `Frames` that a stream changes
 STREAM_FACTS = ("sample", "before", "rows", "tail", "modality", "timed", "shape")
 _LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()  # one per tokenizer
 
 
-class Stand:
-    """Stands in for a processor's part: notes what the part gave, or gives what it was told without reading
-    pixels.
-    """
+class PartStub:
+    """Replaces a part of a processor: records its output, or returns a given one without reading pixels."""
 
     def __init__(self, part: Any, given: Any = None) -> None:
         self.part, self.given = part, given
@@ -39,7 +35,7 @@ class Stand:
         return copy.copy(self.given)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what copy and pickle look for
+        if name.startswith("__"):  # attributes that copy and pickle look for
             raise AttributeError(name)
         return getattr(self.part, name)
 
@@ -75,7 +71,7 @@ class Frames:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the stream."""
+        """Delete the stream's state."""
         self.sample: dict[str, Any] | None = None
         self.before: Tensor | None = None
         self.rows = self.tail = 0
@@ -85,7 +81,7 @@ class Frames:
 
     @contextmanager
     def unless_it_fails(self) -> Iterator[None]:
-        """Within the block the stream goes on; an error takes it back to where it was."""
+        """Restore the previous state of the stream if the block raises."""
         before = {name: getattr(self, name) for name in STREAM_FACTS}
         try:
             yield
@@ -93,20 +89,20 @@ class Frames:
             self.__dict__.update(before)
             raise
 
-    # -- frames -------------------------------------------------------------------------------------------------
+    # -- frames ----------------------------------------------------------------------------------------------
     def check(self, frame: np.ndarray) -> None:
-        """Raises ValueError if the processor cannot read the stream's first frame, (h, w, 3) uint8."""
+        """Raise ValueError if the processor cannot read the stream's first frame, (h, w, 3) uint8."""
         self._process([frame] * self.unit)
 
     @torch.no_grad()
     def encode(
         self, frames: Sequence[np.ndarray], seconds: Sequence[float], patch: Any, remember: bool = True
     ) -> Step:
-        """One step of `unit` frames (h, w, 3) uint8; fewer are filled up with the last one.
+        """Encode one step of `unit` frames (h, w, 3) uint8; fewer are filled up with the last one.
 
         Args:
-            patch: what `vtoken.patch` put on the model, None if nothing.
-            remember: whether the next step's change is measured from this one.
+            patch: the model's patch, None if it has none.
+            remember: whether the next step's change is measured against this one.
         """
         frames = [*frames, *[frames[-1]] * (self.unit - len(frames))]
         inputs = self._process(frames)
@@ -154,12 +150,10 @@ class Frames:
         )
 
     def _process(self, frames: Sequence[np.ndarray]) -> Mapping[str, Any]:
-        """The processor's inputs of one step; the first also tells how many placeholders a step and a video's
-        end have.
-        """
-        stand = Stand(getattr(self.processor, self.part))
+        """The processor's inputs of one step; the first one also counts placeholders."""
+        stub = PartStub(getattr(self.processor, self.part))
         try:
-            inputs = self._run(self.token, stand, frames, [0.0] * len(frames), 1.0)
+            inputs = self._run(self.token, stub, frames, [0.0] * len(frames), 1.0)
         except Exception as error:
             high, wide = frames[0].shape[:2]
             why = (str(error) or type(error).__name__).splitlines()[0]
@@ -168,21 +162,23 @@ class Frames:
             ) from error
         if self.sample is None:
             self.modality = "video" if "pixel_values_videos" in inputs else "image"
-            self.sample = {k: _hollow(v) for k, v in stand.given.items() if k != "video_metadata"}
+            self.sample = {k: _hollow(v) for k, v in stub.given.items() if k != "video_metadata"}
             one, two = (self.placeholders(self.replay(self.marks(n), n, [], 1.0)) for n in (1, 2))
             self.rows, self.tail = int(two.sum() - one.sum()), int(2 * one.sum() - two.sum())
             runs = int((two.int().diff() == 1).sum()) + int(two[0])
             self.timed = hasattr(self.adapter.base, "get_rope_index") and runs == 1
         return inputs
 
-    def _run(self, text: str, stand: Stand, frames: Sequence[Any], times: Sequence[float], fps: float) -> Any:
-        """The processor on one prompt, with `stand` in place of the part that reads pixels."""
+    def _run(
+        self, text: str, stub: PartStub, frames: Sequence[Any], times: Sequence[float], fps: float
+    ) -> Any:
+        """Run the processor on one prompt, with `stub` in place of the part that reads pixels."""
         media: dict[str, Any] = {"images": list(frames)}
         if self.media == "video":
             facts = _facts(times, len(frames), fps)
             media = {"videos": [np.stack(list(frames))], "video_metadata": [facts], "do_sample_frames": False}
         processor = copy.copy(self.processor)
-        setattr(processor, self.part, stand)
+        setattr(processor, self.part, stub)
         with self.lock:
             return processor(text=[text], return_tensors="pt", **media, **self.options)
 
@@ -198,18 +194,18 @@ class Frames:
             given["video_metadata"] = [VideoMetadata(**_facts(times, steps * self.unit, fps))]
         blank = np.zeros((2, 2, 3), np.uint8)
         frames = [blank] * (steps * self.unit)
-        return self._run(text, Stand(getattr(self.processor, self.part), given), frames, times, fps)
+        return self._run(text, PartStub(getattr(self.processor, self.part), given), frames, times, fps)
 
     def placeholders(self, inputs: Any) -> Tensor:
-        """(n,) bool."""
+        """(n,) bool, the placeholders among the tokens."""
         return self.adapter.find_placeholders(inputs["input_ids"])[self.modality][0]
 
     def marks(self, steps: int) -> str:
-        """The placeholders of so many steps before the processor expands them."""
+        """The placeholders of so many steps, before the processor expands them."""
         return self.token * (steps if self.media == "image" else 1)
 
     def features_of(self, steps: Sequence[Step]) -> Any:
-        """What `get_*_features` would have returned for these steps."""
+        """The output of `get_*_features` for these steps."""
         device = self.adapter.model.device
         tail = steps[-1].tail
         rows = torch.cat([s.features for s in steps] + ([] if tail is None else [tail])).to(device)
@@ -230,14 +226,14 @@ def _facts(times: Sequence[float], count: int, fps: float) -> dict[str, Any]:
 
 
 def _hollow(value: Any) -> Any:
-    """Pixels without their memory: the same shape, all zero."""
+    """Pixels of the same shape, all zero, that take no memory."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return torch.zeros((), dtype=value.dtype).expand(value.shape)
     return value
 
 
 def _repeated(name: str, value: Any, count: int) -> Any:
-    """What an image processor gives for one image, for several of the same size."""
+    """An image processor's output for one image, repeated for several images of the same size."""
     if name == "batch_num_images":
         return torch.tensor([count])
     if isinstance(value, Tensor) and value.is_floating_point():
@@ -248,7 +244,7 @@ def _repeated(name: str, value: Any, count: int) -> Any:
 
 
 def _longer(value: Any, steps: int) -> Any:
-    """What a video processor gives for one step, for a video of several."""
+    """A video processor's output for one step, extended to a video of several steps."""
     if not isinstance(value, Tensor):
         return value
     if value.shape == (1, 3) and not value.is_floating_point():

@@ -1,4 +1,4 @@
-"""The layers of a plain rotary decoder one by one, with keys before their rotation."""
+"""Run the layers of a plain rotary decoder one by one, with keys before rotary embedding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIED_TO_LENGTH = ("dynamic", "longrope")  # rotary tables that change with the s
 
 
 class Layers:
-    """A pre-norm decoder (Llama, Mistral, Qwen2, Qwen3) run with attention of one's own.
+    """A pre-norm decoder (Llama, Mistral, Qwen2, Qwen3) run with custom attention.
 
     Args:
         adapter: the model's parts.
@@ -45,7 +45,7 @@ class Layers:
 
     @staticmethod
     def _slides(config: Any) -> bool:
-        """Mistral names no layer types; Qwen2 names a window that it does not use."""
+        """Whether windows slide: Mistral names no layer types; Qwen2 names a window that it does not use."""
         return (
             not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None
         )
@@ -58,7 +58,7 @@ class Layers:
         return self.decoder.embed_tokens.weight.device
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(n,) int64 -> (1, n, d)."""
+        """Embed token ids: (n,) int64 -> (1, n, d)."""
         return self.decoder.embed_tokens(ids.to(self.device))[None]
 
     def tables(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,11 +67,11 @@ class Layers:
 
     @torch.no_grad()
     def run(self, hidden: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """(1, n, d) through all layers.
+        """Run (1, n, d) through all layers.
 
         Args:
-            attend: `attend(layer, q, k, v)` with q (1, H, n, D), k and v (1, Hkv, n, D), k and q before their
-                rotation, gives the attention's output (1, H, n, D).
+            attend: `attend(layer, q, k, v)` with q (1, H, n, D), k and v (1, Hkv, n, D), q and k before their
+                rotation, returns the attention's output (1, H, n, D).
         """
         for i, layer in enumerate(self.decoder.layers):
             attention, x = layer.self_attn, layer.input_layernorm(hidden)
@@ -83,8 +83,7 @@ class Layers:
     def sdpa(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False
     ) -> Tensor:
-        """Attention of rotated (1, H, n, D) over (1, Hkv, m, D), with the layer's scale; `mask` (n, m) bool.
-        """
+        """Attention of rotated (1, H, n, D) over (1, Hkv, m, D) at the layer's scale; `mask` (n, m) bool."""
         scale = self.decoder.layers[layer].self_attn.scaling
         gqa = q.shape[1] != k.shape[1]
         return torch.nn.functional.scaled_dot_product_attention(
@@ -93,7 +92,7 @@ class Layers:
 
     @torch.no_grad()
     def _error(self) -> float:
-        """How far a few tokens leave `run` from where the decoder's own forward leaves them, relative."""
+        """Relative difference between `run` and the decoder's own forward on a few tokens."""
         hidden = self.embed(torch.arange(5) % self.decoder.embed_tokens.num_embeddings)
         tables = self.tables(hidden, torch.arange(5))
         mine = self.run(

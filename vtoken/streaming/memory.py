@@ -1,6 +1,4 @@
-"""What a stream remembers of its frames: the first ones, the latest ones, and between them those at which
-much changed.
-"""
+"""Memory of a stream: its first and latest steps, and those in between with large changes."""
 
 from __future__ import annotations
 
@@ -14,24 +12,24 @@ from ..checks import checked
 from ..strategies.base import top_k
 from ..strategies.budgets import check_budget, share
 
-CHANGED_PART = 10  # the change of a picture is read from a tenth of its tokens
+CHANGED_PART = 10  # the change of a picture is measured on a tenth of its tokens
 
 
 @dataclass(frozen=True)
 class Step:
-    """One frame, or the frames that the vision tower joins into one, as the LLM would read it.
+    """One frame, or the frames that the vision tower joins into one, as the LLM would read them.
 
     Attributes:
         seconds: times of its frames, ascending.
-        features: (k, d) visual tokens that were kept, the model's dtype.
-        kept: (k,) int64 on the CPU, ascending: which of the step's `rows` tokens they are.
+        features: (k, d) kept visual tokens, in the model's dtype.
+        kept: (k,) int64 on the CPU, ascending: their indices among the step's `rows` tokens.
         rows: visual tokens that the unpruned model would read.
         cells: (k,) int64 on the CPU, grid cell of every kept token, -1 for tokens that are no patch.
-        grid: (rows, columns) of the cells, None where a step is several crops.
-        tail: (s, d) rows that the model puts behind the last step of a video, where it does.
+        grid: (rows, columns) of the cells, None if a step is several crops.
+        tail: (s, d) rows that the model puts after the last step of a video, if it does.
         deepstack: (levels, k, d), for models that feed features of earlier tower layers into early LLM
             layers.
-        change: how much changed since the step before it in memory, >= 0.
+        change: change since the previous step in memory, >= 0.
     """
 
     seconds: tuple[float, ...]
@@ -59,9 +57,7 @@ class Step:
 
 
 def change_between(before: Tensor | None, now: Tensor) -> float:
-    """How much changed between two pictures of (n, d) features each: 1 - cosine, mean of the tenth that
-    changed most.
-    """
+    """Change between two pictures of (n, d) features: 1 - cosine, mean of the most changed tenth."""
     if before is None or before.shape != now.shape:
         return 1.0
     moved = 1 - cosine_similarity(before.float(), now.float(), dim=-1)
@@ -69,32 +65,29 @@ def change_between(before: Tensor | None, now: Tensor) -> float:
 
 
 def thinnest(changes: Sequence[float], first: int, last: int) -> int:
-    """The step of [first, last) that a memory misses least: the one with the least change; the earliest of
-    equals.
-    """
+    """The step of [first, last) with the least change, the earliest of equals: the one to delete."""
     return min(range(first, last), key=changes.__getitem__)
 
 
 class RecentMemory:
-    """First steps, a window of the latest, and a history between them, within a number of bytes and of
-    tokens.
+    """Memory of the first steps, a window of the latest, and a history in between, of bounded size.
 
-    Where a new step does not fit, the history step with the least change since its predecessor in memory is
-    forgotten, and its change is added to its successor's: what stays is about evenly spaced in change, not in
-    time, and long still stretches shrink first. Only when no history is left the window shrinks. Steps that
-    leave the window may be pruned to `history_tokens`, those that resemble the mean of their step least (the
-    spatial anchor of STC, arXiv 2512.00891).
+    If a new step does not fit, the history step with the least change since its predecessor in memory is
+    deleted, and its change is added to its successor's: the remaining steps are about evenly spaced in
+    change, not in time, and long still stretches shrink first. The window shrinks only when no history is
+    left. Steps that leave the window may be pruned to `history_tokens`, the tokens least similar to the mean
+    of their step (the spatial anchor of STC, arXiv 2512.00891).
 
     Args:
-        max_bytes: bytes of features and indices that are kept at most.
-        max_tokens: visual tokens that are kept at most, which bounds the prompt.
-        sinks: first steps that are never forgotten.
-        recent: latest steps that are forgotten last and not pruned further.
-        history_tokens: share or number of a history step's kept tokens that stay; None keeps them all.
-        max_rows: bound of the tokens that the kept steps would have unpruned, for prompts whose positions
-            count those; None for no bound.
-        max_steps: steps that are kept at most, None for no bound. With `sinks=0` and `recent` as large, the
-            memory is a window of the latest steps.
+        max_bytes: upper bound of the bytes of features and indices.
+        max_tokens: upper bound of the visual tokens, which bounds the prompt.
+        sinks: number of first steps that are never deleted.
+        recent: number of latest steps that are deleted last and not pruned further.
+        history_tokens: share or number of a history step's kept tokens that remain; None keeps them all.
+        max_rows: upper bound of the tokens that the kept steps would have unpruned, for prompts whose
+            positions count those; None for no bound.
+        max_steps: upper bound of the kept steps, None for no bound. With `sinks=0` and `recent` of the same
+            number, the memory is a window of the latest steps.
 
     Raises:
         ValueError: for a bound that is not positive.
@@ -144,7 +137,7 @@ class RecentMemory:
         self._count(step, 1)
 
     def prepare(self, step: Step) -> Step:
-        """What `add` takes. Raises ValueError if the step alone is larger than the memory."""
+        """The step as `add` takes it. Raises ValueError if the step alone is larger than the memory."""
         if (
             step.nbytes > self.max_bytes
             or len(step.kept) > self.max_tokens
@@ -158,7 +151,7 @@ class RecentMemory:
         return step
 
     def add(self, step: Step) -> None:
-        """Remember one step."""
+        """Add one step."""
         self.steps.append(step)
         self._count(step, 1)
         left = len(self.steps) - 1 - self.recent
@@ -187,7 +180,5 @@ class RecentMemory:
         return step.only(top_k(-unit @ unit.mean(0), k))
 
     def view(self, t: float | None = None) -> list[Step]:
-        """The steps in memory whose frames all lie at or before time `t` (seconds; None for all), in time
-        order.
-        """
+        """The steps in memory with all frames up to time `t` (seconds; None for all), in time order."""
         return [s for s in self.steps if t is None or s.seconds[-1] <= t]

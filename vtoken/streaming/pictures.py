@@ -1,4 +1,4 @@
-"""Frames as arrays, times as numbers."""
+"""Checks and conversions of a session's frames and times."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from ..images import PHOTO, pixels
 
 MAX_PIXELS = PHOTO.pixels or 0
-MAX_RATIO = 200  # of the sides, that of Qwen's processors
+MAX_RATIO = 200  # largest ratio of the sides, as in Qwen's processors
 
 
 def picture_of(frame: Any) -> tuple[np.ndarray, Any]:
-    """A copy of a frame as (h, w, 3) uint8 RGB in C order, upright, and its time if it knows it.
+    """A copy of a frame as (h, w, 3) uint8 RGB in C order, upright, and its time or None.
 
     Raises:
-        TypeError: for what is no picture.
-        ValueError: for one with more than `MAX_PIXELS`, or narrower than a 200th of its length; for a PIL
-            image that is damaged or of unknown colours.
+        TypeError: for an object that is not a picture.
+        ValueError: for a picture with more than `MAX_PIXELS`, or narrower than a 200th of its length; for a
+            PIL image that is damaged or of unknown colours.
     """
     array = pixels(getattr(frame, "image", frame))
     high, wide = array.shape[:2]
@@ -34,7 +34,7 @@ def picture_of(frame: Any) -> tuple[np.ndarray, Any]:
 
 
 def time_of(t: Any) -> float:
-    """A time in seconds. Raises TypeError for what is no number, ValueError for nan and infinity."""
+    """A time in seconds. Raises TypeError without a number, ValueError for nan and infinity."""
     if isinstance(t, bool | np.bool_) or not isinstance(
         t, numbers.Real | np.number | torch.Tensor | np.ndarray
     ):
@@ -49,7 +49,7 @@ def time_of(t: Any) -> float:
 
 
 def resized_to(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The picture at (height, width), bilinear where it has another size."""
+    """The picture at (height, width), resized bilinearly if it has another size."""
     if image.shape[:2] == size:
         return image
     from PIL import Image

@@ -1,4 +1,4 @@
-"""Questions about steps of a stream as the model's own prompts."""
+"""Prompts about the steps of a stream, made by the model's own processor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from .frames import Frames
 from .memory import Step
 
-GAP = 16  # steps that a gap between remembered frames counts for at most in multimodal rope
+GAP = 16  # largest number of steps that a gap between remembered frames counts in multimodal rope
 
 
 @dataclass
@@ -23,10 +23,10 @@ class PromptInputs:
     """A prompt about some steps, ready for `generate`.
 
     Attributes:
-        arguments: of `generate`, on the model's device: `input_ids` (1, n), masks, `position_ids`, and the
-            features.
-        visual: (n,) bool, which tokens are visual.
-        seconds: times of the frames that it is about.
+        arguments: arguments of `generate` on the model's device: `input_ids` (1, n), masks, `position_ids`,
+            and the features.
+        visual: (n,) bool, the visual tokens.
+        seconds: times of the prompt's frames.
     """
 
     arguments: dict[str, Any]
@@ -43,7 +43,7 @@ class Prompts:
 
     Args:
         frames: the processor.
-        prompt: "{frames}" and "{question}" in a text of one's own; None asks the processor's chat template.
+        prompt: custom text with "{frames}" and "{question}"; None uses the processor's chat template.
         system: system message for the chat template.
         fps: frames per second, None to take the median distance between frames.
 
@@ -60,7 +60,7 @@ class Prompts:
             )
 
     def text(self, question: str, steps: int) -> str:
-        """The prompt as text, placeholders not yet expanded."""
+        """The prompt as text, before the placeholders are expanded."""
         if self.prompt is not None:
             return self.prompt.replace("{frames}", self.frames.marks(steps)).replace("{question}", question)
         count = steps if self.frames.media == "image" else 1
@@ -71,10 +71,9 @@ class Prompts:
         return self.frames.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def inputs(self, question: str, steps: Sequence[Step], renumber: bool = False) -> PromptInputs:
-        """The prompt about remembered steps: the processor's own, less the placeholders of tokens that were
-        not kept.
+        """The processor's prompt about remembered steps, without the placeholders of dropped tokens.
 
-        Positions are those of the whole prompt; `renumber` closes their gaps where they count tokens. In
+        Positions are those of the whole prompt; `renumber` closes their gaps if they count tokens. In
         multimodal rope without time stamps in the text, a gap between steps counts as the frames that would
         fill it, `GAP` at most.
         """
@@ -110,10 +109,10 @@ class Prompts:
         return PromptInputs(arguments, visual[keep], tuple(t for s in steps for t in s.seconds))
 
     def around(self, question: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids of a prompt in front of the frames and behind them, and placeholders of a video's end; (n,)
-        int64 each.
+        """Ids of a prompt before the frames and after them, and those of a video's end; (n,) int64 each.
 
-        Raises ValueError where the processor writes text between frames.
+        Raises:
+            ValueError: if the processor writes text between frames.
         """
         self.check(question)
         full = self.frames.replay(self.text(question, 2), 2, [], 1.0)
@@ -128,15 +127,13 @@ class Prompts:
         return ids[:first], ids[last + 1 :], ids[last + 1 - self.frames.tail : last + 1]
 
     def ids_of(self, question: str) -> Tensor:
-        """(n,) int64, the question alone."""
+        """(n,) int64, ids of the question alone."""
         with self.frames.lock:
             tokenizer = getattr(self.frames.processor, "tokenizer", self.frames.processor)
             return tokenizer(question, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
 
     def check(self, question: Any) -> None:
-        """Raises TypeError for what is no text; ValueError for an empty question, or one with a placeholder
-        of frames.
-        """
+        """Raise TypeError if the question is no text; ValueError if it is empty or holds a placeholder."""
         if not isinstance(question, str):
             raise TypeError(f"A question is a text, found {type(question).__name__}.")
         if not question.strip():
@@ -148,7 +145,7 @@ class Prompts:
             )
 
     def _times(self, steps: Sequence[Step], fps: float) -> list[int]:
-        """The place of every step among the steps of the video that the prompt is about."""
+        """The place of every step among the steps of the prompt's video."""
         if not self.frames.timed:
             return list(range(len(steps)))
         places = [0]

@@ -1,4 +1,4 @@
-"""A stream's key-value cache in frame blocks, of which a question gets back those that concern it.
+"""ReKV: a stream's KV cache in frame blocks, from which a question retrieves the relevant ones.
 
 ReKV, "Streaming Video Question-Answering with In-context Video KV-Cache Retrieval", arXiv 2503.00540.
 """
@@ -26,14 +26,14 @@ from .prompts import PromptInputs, Prompts
 
 @dataclass(eq=False)
 class Block:
-    """What the LLM made of one step of a stream.
+    """KV cache entries and facts of one step of a stream.
 
     Attributes:
         step: the step, without its features.
         kv: (layers, 2, kv_heads, n, head_dim), keys before their rotation and values, on the CPU or mapped
             from a file.
         mean: (layers, kv_heads, head_dim) float32, mean key.
-        change: see `Step.change`; forgotten predecessors add theirs.
+        change: see `Step.change`; deleted predecessors add theirs.
     """
 
     step: Step
@@ -52,12 +52,12 @@ class Block:
 
 @dataclass(eq=False)
 class Context:
-    """What the LLM has read so far and still attends to.
+    """The tokens that the LLM has read so far and still attends to.
 
     Attributes:
         window, sinks: per layer keys and values (1, kv_heads, n, head_dim), keys before their rotation.
         prefix: (n,) int64, the prompt's beginning, None before the first frame.
-        seen: tokens read.
+        seen: number of tokens read.
     """
 
     window: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -72,35 +72,33 @@ class Context:
 
 @dataclass(eq=False)
 class Prepared:
-    """A block that the memory may take, and what the LLM attends to after it."""
+    """A block that the memory may take, and the LLM's context after it."""
 
     block: Block
     context: Context
 
 
 class ReKVMemory:
-    """Sliding-window prefill of every step, all blocks in CPU memory or in files, and retrieval per question
-    and layer.
+    """Sliding-window prefill of all steps, blocks in CPU memory or files, retrieval per question and layer.
 
-    A step attends to the `n_local` tokens up to it and to the prompt's beginning (attention sinks), which
-    never is farther away than `n_local - 1`. At a question each LLM layer takes the `topk` blocks whose mean
-    key has the largest product with the question's mean query, in the order of time; sinks and blocks get
-    positions 0, 1, 2, ... and the prompt's end continues them, through the model's own `generate`. Differs
-    from the published code: a sink is not counted twice while it is in the window, the end of a video
-    (`Step.tail`) stays in the prompt, a short last group is filled up, `n_local` does not limit the answer,
-    and blocks are bounded: where a new one does not fit, that with the least change is forgotten as in
-    `RecentMemory`.
+    A step attends to the `n_local` tokens up to it and to the prompt's beginning (attention sinks), at a
+    distance of at most `n_local - 1`. At a question each LLM layer takes the `topk` blocks whose mean key has
+    the largest product with the question's mean query, in the order of time; sinks and blocks get positions
+    0, 1, 2, ... and the prompt's end continues them, through the model's own `generate`. Differences from the
+    published code: a sink is not counted twice while it is in the window, the end of a video (`Step.tail`)
+    stays in the prompt, a short last group is filled up, `n_local` does not limit the answer, and the blocks
+    are bounded: if a new one does not fit, the one with the least change is deleted as in `RecentMemory`.
 
     Args:
         layers: the LLM.
-        prompts: writes them.
-        max_bytes: bytes of blocks, window and sinks.
+        prompts: the maker of prompts.
+        max_bytes: upper bound of the bytes of blocks, window and sinks.
         n_local: tokens of the window.
-        topk: blocks a layer takes.
-        chunk: blocks that are scored and taken together; divides `topk`.
+        topk: number of blocks that a layer takes.
+        chunk: number of blocks that are scored and taken together; divides `topk`.
         metric: "dot" as published, or "cosine".
-        disk: directory for the blocks' keys and values, None for CPU memory. `max_bytes` counts them either
-            way.
+        disk: directory for the blocks' keys and values, None for CPU memory. `max_bytes` counts them in both
+            cases.
 
     Raises:
         ValueError: for values out of range.
@@ -148,15 +146,14 @@ class ReKVMemory:
         """Visual tokens in the blocks."""
         return sum(len(b.step.kept) for b in self.blocks)
 
-    # -- frames -------------------------------------------------------------------------------------------------
+    # -- frames ----------------------------------------------------------------------------------------------
     @torch.no_grad()
     def prepare(self, step: Step) -> Prepared:
-        """Let the LLM read the next step, and write what it made of it to the disk. The memory stays as it
-        is.
+        """Prefill the next step and write its block, if there is a disk; the memory does not change.
 
         Raises:
-            ValueError: if the step is longer than the window, or than the step before.
-            OSError: if it cannot be written; no file is left.
+            ValueError: if the step is longer than the window, or than the previous step.
+            OSError: if the block cannot be written; no file is left.
         """
         tokens = len(step.kept)
         if tokens > self.n_local:
@@ -184,9 +181,7 @@ class ReKVMemory:
         return Prepared(Block(bare, kv, mean, step.change), context)
 
     def add(self, prepared: Prepared) -> None:
-        """Remember a block that was prepared. Raises ValueError if it alone does not fit, and remembers
-        nothing then.
-        """
+        """Add a prepared block; raises ValueError, without any change, if it alone does not fit."""
         blocks = [*self.blocks, prepared.block]
         held, forgotten = self._block_bytes + prepared.block.nbytes, self.forgotten
         while prepared.context.nbytes + held > self.max_bytes:
@@ -204,8 +199,7 @@ class ReKVMemory:
         self._block_bytes, self.forgotten = held, forgotten
 
     def _read(self, hidden: Tensor, context: Context) -> tuple[list[tuple[Tensor, Tensor]], Context]:
-        """Prefill one piece after a context; returns its keys and values per layer, and the context after it.
-        """
+        """Prefill tokens after a context: their keys and values per layer, and the context after them."""
         made: list[tuple[Tensor, Tensor]] = []
         window, sinks, seen = context.window, context.sinks, context.seen
         piece, past = hidden.shape[1], window[0][0].shape[2] if window else 0
@@ -231,8 +225,7 @@ class ReKVMemory:
             near_k = rotate(k, *tables)
             if far is None:
                 return self.layers.sdpa(i, near_q, near_k, v, local)
-            # a sink sees another rotation of the query: both side by side, each against zeros in the other's
-            # keys
+            # sinks need another rotation of the query: both side by side, each with zeros in the other's keys
             at_zero, ceiling, mask = far
             sink_k, sink_v = sinks[i]
             sink_k = rotate(sink_k, *at_zero)
@@ -253,15 +246,15 @@ class ReKVMemory:
         ]
         return made, replace(context, window=moved, seen=seen + piece)
 
-    # -- questions ----------------------------------------------------------------------------------------------
+    # -- questions -------------------------------------------------------------------------------------------
     def view(self, t: float | None = None) -> list[Block]:
-        """The blocks whose frames all lie at or before time `t` (seconds; None for all), in time order."""
+        """The blocks with all frames at or before time `t` (seconds; None for all), in time order."""
         return [b for b in self.blocks if t is None or b.seconds[-1] <= t]
 
     def select(self, query: Tensor, means: Tensor) -> Tensor:
         """Ascending indices of the blocks that one layer takes: always `topk`, all if there are no more.
 
-        Where the last group is a short one and is taken, the first blocks of the next best fill up.
+        If the last group is short and is taken, the first blocks of the next best group fill it up.
 
         Args:
             query: (H, D) float32, the question's mean query before rotation.
@@ -284,7 +277,7 @@ class ReKVMemory:
 
     @torch.no_grad()
     def inputs(self, question: str, blocks: Sequence[Block]) -> PromptInputs:
-        """A prompt whose beginning is in its cache: the sinks, and what every layer took of `blocks`."""
+        """A prompt whose beginning is cached: the sinks, and the blocks that each layer took of `blocks`."""
         from transformers import DynamicCache
 
         prefix, suffix, tail = self.prompts.around(question)
@@ -334,7 +327,7 @@ class ReKVMemory:
 
 
 def _to_file(kv: Tensor, folder: str | os.PathLike[str]) -> Tensor:
-    """Keys and values mapped from a file without a name, which goes when nobody maps it."""
+    """Map keys and values from a file without a name, which is deleted after its last use."""
     kv = kv.contiguous()
     try:
         handle, path = tempfile.mkstemp(suffix=".kv", dir=folder)
@@ -343,7 +336,7 @@ def _to_file(kv: Tensor, folder: str | os.PathLike[str]) -> Tensor:
                 file.write(kv.view(-1).view(torch.uint8).numpy().data)
             return torch.from_file(path, shared=False, size=kv.numel(), dtype=kv.dtype).view(kv.shape)
         finally:
-            Path(path).unlink()  # POSIX keeps what is mapped
+            Path(path).unlink()  # POSIX keeps mapped files
     except (OSError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OSError(

@@ -1,4 +1,4 @@
-"""Questions to a model about a stream of frames that is still running."""
+"""StreamSession: answers a model's questions about a running stream of frames."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from .rekv import ReKVMemory
 class StreamSession:
     """One stream of frames, and questions about it at any moment.
 
-    Every frame goes once through the model's own processor, vision tower and projector; what the strategy
-    keeps of its visual tokens goes into a memory of bounded size. A question becomes the model's ordinary
-    prompt, whose placeholders are filled from the memory. While nothing has been pruned or forgotten, the
-    answer is what `model.generate` gives for the same frames. The stream may go on forever: memory, prompt
-    length and work per frame stay constant.
+    Every frame passes once through the model's own processor, vision tower and projector; the visual tokens
+    that the strategy keeps go into a memory of bounded size. A question becomes the model's ordinary prompt,
+    and its placeholders are filled from the memory. While nothing has been pruned or deleted, the answer is
+    that of `model.generate` on the same frames. The stream may run forever: memory, prompt length and work
+    per frame stay constant.
 
-    `push` may be called by one thread while others ask; `reset` waits for questions to be taken, `close` for
-    answers to end. An answer has seen frames up to its time only.
+    `push` may be called by one thread while others ask; `reset` waits until running questions have been
+    taken, `close` until their answers end. An answer sees only frames up to its time.
 
     Args:
         model: a transformers model that reads videos, or several images; patched or not.
         processor: its processor.
         strategy: patches the model while the session is open, see `vtoken.patch`; sessions with equal
-            strategies share it. None takes the model as it is, with the patch it has or none.
-        budget, options: of the strategy.
-        memory: "recent" keeps visual tokens, see `vtoken.streaming.RecentMemory`; "rekv" keeps what the LLM
-            made of them and retrieves per question, see `vtoken.streaming.ReKVMemory`, for models without
+            strategies share the patch. None leaves the model as it is, patched or not.
+        budget, options: those of the strategy.
+        memory: "recent" keeps visual tokens, see `vtoken.streaming.RecentMemory`; "rekv" keeps the LLM's keys
+            and values and retrieves per question, see `vtoken.streaming.ReKVMemory`, for models without
             multimodal rope.
-        max_bytes: bytes that the memory may hold; None for 256 MiB ("recent") or 4 GiB ("rekv").
-        max_tokens: visual tokens of a prompt ("recent"); None for what the LLM's positions leave room for.
+        max_bytes: upper bound of the memory in bytes; None for 256 MiB ("recent") or 4 GiB ("rekv").
+        max_tokens: visual tokens of a prompt ("recent"); None for as many as the LLM's positions allow.
         memory_options: `sinks`, `recent` (in steps), `history_tokens` of "recent"; `n_local`, `topk`,
             `chunk`, `metric`, `disk` of "rekv".
         prompt: text of a prompt with {frames} and {question}, for processors without a chat template.
-        system: system message for those with one.
-        fps: frames per second of the stream; None to take the median distance between frames. Decides time
-            positions of Qwen2.5-VL, and the time of frames that are pushed without one.
+        system: system message for processors with a chat template.
+        fps: frames per second of the stream; None to take the median distance between frames. It determines
+            time positions of Qwen2.5-VL, and the time of frames that are pushed without one.
         processor_options: further arguments of the processor, such as `size`; a processor that shrinks long
             videos as a whole (Qwen3-VL) sees one step at a time here.
         max_new_tokens: tokens of an answer, unless the question says otherwise.
@@ -126,9 +126,9 @@ class StreamSession:
             self._shared.release()
             raise
 
-    # -- the stream ---------------------------------------------------------------------------------------------
+    # -- the stream ------------------------------------------------------------------------------------------
     def push(self, frame: Any, t: float | None = None) -> Step | None:
-        """Take the stream's next frame.
+        """Add the stream's next frame.
 
         Args:
             frame: (h, w, 3) uint8 RGB array or tensor, a PIL image, or a frame of a `VideoReader`, which
@@ -136,13 +136,13 @@ class StreamSession:
             t: its time in seconds, later than the frame before; None for the next of `fps` per second.
 
         Returns:
-            What was remembered of it: the kept tokens and their cells; None while the tower waits for a
-            second frame.
+            The step that was added: the kept tokens and their cells; None while the tower waits for a second
+                frame.
 
         Raises:
-            TypeError: for what is no picture, or a time that is no number.
-            ValueError: for a frame that is empty or too large, a time that is not later than the frame
-                before, or a frame larger than the memory.
+            TypeError: for a frame that is not a picture, or a time that is not a number.
+            ValueError: for a frame that is empty or too large, a time that is not later than the previous
+                frame, or a frame larger than the memory.
             RuntimeError: if the session is closed.
 
         A call that raises leaves the session as it was.
@@ -161,7 +161,7 @@ class StreamSession:
             return self._push(image, t)
 
     def _push(self, image: np.ndarray, t: float) -> Step | None:
-        """Encode a frame and remember it, or leave the session as it was."""
+        """Encode a frame and add it, or leave the session as it was."""
         step = ready = None
         state, size = self.state.fork(), self._size or image.shape[:2]
         waiting = [*self._waiting, (resized_to(image, size), t)]
@@ -182,7 +182,7 @@ class StreamSession:
     def _encode(
         self, frames: list[tuple[np.ndarray, float]], state: StreamState, remember: bool = True
     ) -> Step:
-        """One step, with `state` going on; `remember` as in `Frames.encode`."""
+        """Encode one step and advance `state`; `remember` as in `Frames.encode`."""
         images, seconds = zip(*frames, strict=True)
         with self._shared.used(), stream(self.model, state):
             return self.frames.encode(images, seconds, self._patch, remember)
@@ -196,9 +196,7 @@ class StreamSession:
             )
 
     def reset(self) -> None:
-        """Forget the stream; the next frame is the first of another. Answers that are being given are of the
-        old one.
-        """
+        """Delete the stream's state; the next frame begins another. Running answers are about the old one."""
         with self._taking.alone("be reset"), self._encoding, self._remembering:
             self._forget()
 
@@ -211,9 +209,11 @@ class StreamSession:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Numbers of the stream so far: `frames`, `steps` in memory, `forgotten` steps, `tokens` and `bytes`
-        in memory with their bounds, `state_bytes` that the strategy remembers besides, of constant size,
-        `first` time in memory, `last` time, `questions`.
+        """Numbers of the stream so far.
+
+        `frames`, `steps` in memory, `forgotten` steps, `tokens` and `bytes` in memory with their bounds,
+        `state_bytes` of the strategy's own state (constant), `first` time in memory, `last` time,
+        `questions`.
         """
         with self._remembering:
             steps = self.memory.view()
@@ -232,17 +232,17 @@ class StreamSession:
                 "questions": self._asked,
             }
 
-    # -- questions ----------------------------------------------------------------------------------------------
+    # -- questions -------------------------------------------------------------------------------------------
     def ask(self, text: str, t: float | None = None, **generate: Any) -> Answer:
         """Answer a question about the stream.
 
         Args:
             text: the question.
-            t: the answer sees frames up to this time only; None for all so far.
+            t: the answer sees only frames up to this time; None for all so far.
             generate: further arguments of `model.generate`, such as `max_new_tokens`.
 
         Raises:
-            TypeError: if the question is no text, or `t` no number.
+            TypeError: if the question is not a text, or `t` not a number.
             ValueError: for an empty question; if the memory holds no frame up to `t`.
             RuntimeError: if the session is closed.
         """
@@ -250,9 +250,7 @@ class StreamSession:
             return self._answer(self._take(text, t), generate)
 
     def stream_answer(self, text: str, t: float | None = None, **generate: Any) -> AnswerStream:
-        """As `ask`, an iterator of pieces of the answer's text; the question is taken at once, whenever they
-        are read.
-        """
+        """`ask` as an iterator of pieces of the answer's text; the question is taken at once."""
         self._answering.enter()
         try:
             asked = self._take(text, t)
@@ -270,7 +268,7 @@ class StreamSession:
             raise
 
     def _take(self, text: str, t: float | None) -> Asked:
-        """All that an answer needs, from one moment of the stream."""
+        """Collect everything that an answer needs, at one moment of the stream."""
         began = time.perf_counter()
         self.prompts.check(text)
         t = None if t is None else time_of(t)
@@ -292,8 +290,8 @@ class StreamSession:
     def _view(self, t: float | None, alone: bool = False) -> tuple[list[Any], float | None]:
         """Steps of the memory up to a time, and the time of the latest frame.
 
-        A frame without its second one is encoded for this answer only: `alone`, without a frame that is
-        pushed meanwhile.
+        A frame whose second one is still missing is encoded for this answer only; `alone` admits no frame
+        that is pushed meanwhile.
         """
         with self._encoding if alone else nullcontext():
             with self._remembering:
@@ -314,13 +312,11 @@ class StreamSession:
         with self._shared.used(), disabled(self.model):  # the frames were pruned when they came
             return generate_answer(self.model, self.tokenizer, asked, options, **more)
 
-    # -- the end ------------------------------------------------------------------------------------------------
+    # -- the end ---------------------------------------------------------------------------------------------
     def close(self) -> None:
-        """Forget the stream and take off the patch that the session put on the model, if no other session
-        uses it.
+        """Delete the stream's state, and take off the session's patch unless another session uses it.
 
-        Answers that are being given in other threads are waited for. Raises RuntimeError from within one of
-        them.
+        It waits for running answers in other threads. Raises RuntimeError from within one of them.
         """
         with self._answering.alone("be closed"), self._taking.alone("be closed"), self._encoding:
             if self.closed:

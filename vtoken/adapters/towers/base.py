@@ -1,4 +1,4 @@
-"""Reading a vision tower's attention from its projections, whatever kernel the tower itself uses."""
+"""Base of towers: attention of a vision tower, read from its projections whatever its kernel."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ if TYPE_CHECKING:
 
 
 class Tower:
-    """A vision tower as strategies see it.
+    """A vision tower, as strategies see it.
 
-    Subclasses say where the attention modules are and how to turn their projections into heads. The default
-    serves towers with `q_proj` and `k_proj` over a batch of segments (CLIP, SigLIP).
+    Subclasses find the attention modules and turn their projections into heads. The default serves towers
+    with `q_proj` and `k_proj` over a batch of segments (CLIP, SigLIP).
 
     Args:
         module: the tower.
         feature_layer: the layer whose output feeds the projector.
-        pool: (..., patches) -> (..., cells) for the views in which the model pools patches, None where a
-            patch is a cell.
+        pool: (..., patches) -> (..., cells) if the model pools patches, None if a patch is a cell.
     """
 
     has_cls = False
@@ -44,17 +43,17 @@ class Tower:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The transformer layers as they are now, first to last."""
+        """The present transformer layers, first to last."""
         return self.find_layers()
 
     def follow(self, found: Tower, read: bool) -> None:
-        """Go on with the module of `found`, the same tower looked up anew.
+        """Continue with the module of `found`, the same tower looked up again.
 
         Args:
-            read: whether something inside is read, for which it must have the shape of the one that was
-                patched.
+            read: whether values inside are read, which requires the shape of the patched tower.
 
-        Raises RuntimeError if it has another.
+        Raises:
+            RuntimeError: if it has another shape.
         """
         if read and found.info != self.info:
             raise rebuilt(
@@ -63,16 +62,18 @@ class Tower:
             )
         self.module, self.info = found.module, found.info
 
-    # -- to override --------------------------------------------------------------------------------------------
+    # -- to override -----------------------------------------------------------------------------------------
     def find_layers(self) -> list[nn.Module]:
         """The transformer layers, first to last."""
         holder: Any = getattr(self.module, "vision_model", self.module)
         return list(holder.encoder.layers)
 
     def global_layers(self) -> tuple[int, ...]:
+        """The layers in which all patches of a segment attend to each other."""
         return tuple(range(len(self.layers)))
 
     def attention(self, layer: int) -> nn.Module:
+        """The attention module of a layer."""
         return self.layers[layer].self_attn  # type: ignore[return-value]
 
     def projections(self, layer: int) -> tuple[nn.Module, ...]:
@@ -81,23 +82,23 @@ class Tower:
         return attention.q_proj, attention.k_proj  # type: ignore[return-value]
 
     def num_heads(self) -> int:
+        """Attention heads per layer."""
         return int(self.attention(0).num_heads)  # type: ignore[arg-type]
 
     def scale(self, layer: int) -> float:
+        """Factor on the attention logits of a layer."""
         return float(self.attention(layer).head_dim) ** -0.5  # type: ignore[arg-type]
 
     def received(self, capture: Capture, query: Tensor, key: Tensor, layer: int) -> Tensor:
-        """(segments, tokens) attention each token receives, from (segments, heads, tokens, head_dim)."""
+        """(segments, tokens) attention received by each token, from (segments, heads, tokens, head_dim)."""
         return received_attention(query, key, self.scale(layer))
 
     def to_cells(self, value: Tensor) -> Tensor:
-        """Values per patch (..., patches) -> per cell (..., cells); the mean where several patches make one
-        cell.
-        """
+        """Values per patch (..., patches) -> per cell (..., cells), the mean over the patches of a cell."""
         return value if self.pool is None else self.pool(value)
 
     def block(self, layer: int) -> Block:
-        """The parts of a layer, for towers whose layers can be computed in part."""
+        """The parts of a layer, for towers whose layers can compute some tokens only."""
         raise NotImplementedError(f"{type(self).__name__} cannot compute a part of the tokens of a layer.")
 
     def frame_grids(self, args: Any, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
@@ -109,13 +110,13 @@ class Tower:
     def on_grid(
         self, values: list[Tensor], grids: list[tuple[int, int]], args: Any, kwargs: dict[str, Any]
     ) -> list[Tensor]:
-        """Per frame values of its patches in the tower's order (patches,) -> (rows, columns)."""
+        """Per frame, values of its patches in the tower's order (patches,) -> (rows, columns)."""
         return [value.view(grid) for value, grid in zip(values, grids, strict=True)]
 
-    # -- provided -----------------------------------------------------------------------------------------------
+    # -- provided --------------------------------------------------------------------------------------------
     @property
     def can_reuse(self) -> bool:
-        """Whether a part of a frame's tokens can be computed and the rest taken from an earlier frame."""
+        """Whether some tokens of a frame can be computed and the others taken from an earlier frame."""
         return type(self).block is not Tower.block
 
     @property
@@ -129,9 +130,7 @@ class Tower:
         return frozenset(kinds | {"cls_attention", "cls_logits"} if self.has_cls else kinds)
 
     def taps(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Hook]:
-        """Hooks on the projections of the layers in `needs`, as they are now. They act while `active()` is a
-        Capture.
-        """
+        """Hooks on the projections of the layers in `needs`; they act while `active()` is a Capture."""
         hooks: list[Hook] = []
         for layer in sorted(needs.tower_layers):
             query, key = self.projections(layer)
@@ -157,8 +156,7 @@ class Tower:
             self.record(capture, layer, self.heads(query, layer), self.heads(out, layer))
 
     def heads(self, x: Tensor, layer: int) -> Tensor:
-        """(segments, tokens, heads * head_dim), or already (segments, heads, tokens, head_dim) -> the latter.
-        """
+        """(segments, tokens, heads * head_dim), or already split -> (segments, heads, tokens, head_dim)."""
         if not isinstance(x, Tensor):
             raise rebuilt(
                 f"A projection in layer {layer} of the vision tower answers with a {type(x).__name__}"
@@ -168,7 +166,7 @@ class Tower:
         return x.view(*x.shape[:2], -1, int(self.attention(layer).head_dim)).transpose(1, 2)  # type: ignore[arg-type]
 
     def record(self, capture: Capture, layer: int, query: Tensor, key: Tensor) -> None:
-        """Keep what was asked of one layer; query and key: (segments, heads, tokens, head_dim)."""
+        """Add the wanted values of one layer; query and key: (segments, heads, tokens, head_dim)."""
         first = int(self.has_cls)
 
         def cells(value: Tensor) -> Tensor:

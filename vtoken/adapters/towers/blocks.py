@@ -1,4 +1,4 @@
-"""The parts of a transformer layer of a vision tower, for computing some of its tokens only."""
+"""Parts of a vision tower's transformer layer, which can compute some of its tokens only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Block(ABC):
     """A pre-norm layer: `x += attention(norm1(x)); x += mlp(norm2(x))`.
 
     Args:
-        layer: whose parts are looked up whenever they are used.
+        layer: the layer, whose parts are looked up at every use.
 
     Attributes:
         norm1, attention, norm2, mlp: its modules.
@@ -26,7 +26,7 @@ class Block(ABC):
         scale: factor on the logits.
     """
 
-    names: ClassVar[dict[str, str]]  # of the modules in the layer
+    names: ClassVar[dict[str, str]]  # names of the modules in the layer
     heads: int
     width: int
     scale: float
@@ -52,15 +52,15 @@ class Block(ABC):
 
     @abstractmethod
     def key(self, x: Tensor) -> Tensor:
-        """(..., C) behind norm1 -> keys (..., C), heads side by side, before rotary embedding."""
+        """(..., C) after norm1 -> keys (..., C), heads side by side, before rotary embedding."""
 
     @abstractmethod
     def query_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., C) behind norm1 -> queries and values (..., C)."""
+        """(..., C) after norm1 -> queries and values (..., C)."""
 
     @abstractmethod
     def out(self, x: Tensor) -> Tensor:
-        """Attention output (..., C), heads side by side, through the output projection."""
+        """The output projection of attention output (..., C), heads side by side."""
 
     @abstractmethod
     def watch(self, record: Callable[[str, Tensor], None]) -> list[Hook]:
@@ -74,9 +74,7 @@ class Block(ABC):
     @property
     @abstractmethod
     def chosen_flops(self) -> int:
-        """FLOPs that a token costs beyond its key, if it is computed in a frame that reuses; attention left
-        out.
-        """
+        """FLOPs of a computed token beyond its key, in a frame that reuses; without attention."""
 
     def dense_flops(self, windows: Sequence[int]) -> int:
         """FLOPs of the layer on one frame whose attention is cut into windows of these lengths."""
@@ -85,14 +83,12 @@ class Block(ABC):
 
 
 def linear_flops(*modules: nn.Module) -> int:
-    """FLOPs per token of the linear layers among the given modules and their children; adapters count as
-    layers.
-    """
+    """FLOPs per token of the linear layers among the modules and their children; adapters count as layers."""
     every: list[Any] = [m for module in modules for m in module.modules() if not any(m.children())]
     return sum(2 * int(m.in_features) * int(m.out_features) for m in every if hasattr(m, "in_features"))
 
 
-# partial objects and no closures, so that a deep copy of the model records for itself
+# partial objects and not closures, so that a deep copy of the model records for itself
 def _note(record: Callable[[str, Tensor], None], name: str, module: nn.Module, args: Any, out: Any) -> None:
     record(name, out[0] if isinstance(out, tuple) else out)
 
@@ -138,7 +134,7 @@ class SplitBlock(Block):
 
 
 class FusedBlock(Block):
-    """The Qwen-VL towers: one projection for all three, whose rows are taken apart to compute keys alone."""
+    """The Qwen-VL towers: one projection for all three; slices of its rows compute keys alone."""
 
     names = {"norm1": "norm1", "attention": "attn", "norm2": "norm2"}
 

@@ -1,6 +1,4 @@
-"""What is gathered while a vision tower runs: scores, the frames of a stream, and what became of merged
-patches.
-"""
+"""Captures: the scores, frames of streams and merged patches gathered while a vision tower runs."""
 
 from __future__ import annotations
 
@@ -14,31 +12,31 @@ from torch import Tensor
 from ...streams import References, StreamState, TowerUse
 from ...tokens import EncoderMerge, Needs
 
-STORED = -1  # a frame whose reference came with an earlier call
+STORED = -1  # a frame whose reference came in an earlier call
 
-Entry = tuple[Tensor, Tensor, Tensor]  # keys, values, and what the layer added, (n, C) each
+Entry = tuple[Tensor, Tensor, Tensor]  # keys, values, and the layer's addition, (n, C) each
 
 
 @dataclass
 class FramePass:
-    """The frames of one `get_*_features` call on their way through the tower.
+    """The frames of one `get_*_features` call while they pass through the tower.
 
     Attributes:
         videos: frames of every video, in tower order.
-        state: the stream that they continue; without one every video is a stream of its own.
+        state: the stream that they continue; without one, every video is a stream of its own.
         grids: per frame (rows, columns) of patches.
-        signatures: per frame what it must share with a reference.
+        signatures: per frame, the facts that it must share with its reference.
         reference: per frame None if it is computed in full, else the frame to compare with, or STORED.
-        entries: of the layer under way, by reference frame.
-        stored: per layer what outlives the call.
-        chosen: by the first frame of a group the tokens that all layers compute, if one choice is shared.
-        sizes: per frame its tokens.
-        counts: per frame (tokens,) float32, in how many reusing layers a token was computed.
-        layers: reusing layers so far.
-        age: of the last reference, behind the call.
-        use: what it all cost.
+        entries: those of the running layer, by reference frame.
+        stored: per layer, the entries that outlive the call.
+        chosen: by the first frame of a group, the tokens that all layers compute, if one choice is shared.
+        sizes: per frame, its number of tokens.
+        counts: per frame (tokens,) float32, the number of reusing layers that computed a token.
+        layers: number of reusing layers so far.
+        age: age of the last reference after the call.
+        use: work of the tower.
         windows: see `Rows`.
-        parts: what the modules of the layer under way put out, while it is computed in full.
+        parts: outputs of the modules of the running layer, while it is computed in full.
     """
 
     videos: list[int]
@@ -74,12 +72,12 @@ class FramePass:
 
     @property
     def full(self) -> list[int]:
-        """Frames that are references."""
+        """The frames that are references."""
         return [i for i, r in enumerate(self.reference) if r is None]
 
     @property
     def groups(self) -> list[list[int]]:
-        """The other frames, those of one shape together."""
+        """The other frames, grouped by shape."""
         out: dict[Hashable, list[int]] = {}
         for i, r in enumerate(self.reference):
             if r is not None:
@@ -87,7 +85,7 @@ class FramePass:
         return list(out.values())
 
     def entry(self, i: int, layer: int) -> Entry:
-        """What frame i is compared with in a layer."""
+        """The entry that frame i is compared with in a layer."""
         reference = self.reference[i]
         assert reference is not None
         if reference != STORED:
@@ -96,7 +94,7 @@ class FramePass:
         return self.state.references.layers[layer]
 
     def commit(self) -> None:
-        """Let the stream remember, once the whole call has gone well."""
+        """Store the new references in the stream, once the whole call has succeeded."""
         if self.state is None or not self.reference:
             return
         if self.full:
@@ -108,10 +106,10 @@ class FramePass:
 
 @dataclass
 class Merged:
-    """What became of the patches of one tower forward in which tokens are merged.
+    """The merged patches of one tower forward.
 
     Attributes:
-        owner: (segments, patches) int64, the token that each patch ended up in.
+        owner: (segments, patches) int64, the token into which each patch was merged.
         sizes: (segments, tokens) float32, patches per token.
         by_count: `owner` after every merge so far, by the number of tokens.
     """
@@ -122,7 +120,7 @@ class Merged:
 
     @classmethod
     def nothing(cls, patches: Tensor) -> Merged:
-        """Before the first merge of (segments, patches, C)."""
+        """The state before the first merge of (segments, patches, C)."""
         segments, n = patches.shape[:2]
         owner = torch.arange(n, device=patches.device).repeat(segments, 1)
         return cls(owner, torch.ones(segments, n, device=patches.device))
@@ -142,18 +140,18 @@ class Merged:
 
 @dataclass
 class Capture:
-    """What the taps of one `get_*_features` call gathered, chunk by chunk in tower order.
+    """Values that the taps of one `get_*_features` call gathered, chunk by chunk in tower order.
 
     Every value is a list of (segments, ...) tensors; the segments of one tensor share a grid.
 
     Attributes:
-        modality: what is being encoded; a tower may serve several.
-        needs: what is read for it.
-        merged: while a tower runs whose tokens are being merged, what became of them.
-        owners: after it has run, (segments, patches) int64, the token that each patch ended up in, chunk by
-            chunk.
-        frames: the frames of streams that the call encodes, None where nothing is reused between frames.
-        pending: what a tower's hooks note until they can add it.
+        modality: the modality being encoded; a tower may serve several.
+        needs: the values to read for it.
+        merged: the merged patches, while a tower that merges runs.
+        owners: after it has run, chunk by chunk, (segments, patches) int64, the token into which each patch
+            was merged.
+        frames: the frames of streams that the call encodes, None if nothing is reused between frames.
+        pending: values that a tower's hooks hold until they can add them.
     """
 
     modality: str
@@ -169,15 +167,16 @@ class Capture:
 
     @property
     def missing(self) -> list[tuple[str, int]]:
-        """What was to be read and was not."""
+        """The values that were wanted and not read."""
         kinds = ("cls_attention", "cls_logits", "received_attention", "keys")
         wanted = [(kind, layer) for kind in kinds for layer in getattr(self.needs, kind)]
         return [each for each in wanted if each not in self.values]
 
     def per_item(self, counts: Sequence[int]) -> list[dict[tuple[str, int], Tensor]]:
-        """Per image or video its values, (segments, ...) each; `counts` are the numbers of segments of each.
+        """Per image or video, its values, (segments, ...) each; `counts` are its numbers of segments.
 
-        Raises RuntimeError if the tower ran over another number of segments.
+        Raises:
+            RuntimeError: if the tower ran over another number of segments.
         """
         items: list[dict[tuple[str, int], Tensor]] = [{} for _ in counts]
         for (what, layer), chunks in self.values.items():
@@ -187,13 +186,11 @@ class Capture:
         return items
 
     def merged_per_item(self, counts: Sequence[int]) -> list[Tensor | None]:
-        """Per image or video (patches,) int64, the token that each patch ended up in; None if nothing was
-        merged.
-        """
+        """Per image or video (patches,) int64, the token that absorbed each patch; None without merges."""
         if not self.owners:
             return [None] * len(counts)
         items = self._split("merged", self.owners, counts)
-        # tokens of one segment come after those of the one before
+        # tokens of a segment follow those of the previous one
         return [(m + torch.arange(len(m), device=m.device)[:, None] * m.shape[1]).flatten() for m in items]
 
     @staticmethod

@@ -1,5 +1,4 @@
-"""The towers of Idefics3 and SmolVLM: SigLIP over tiles of which a part may be padding, then pixel shuffle.
-"""
+"""The towers of Idefics3 and SmolVLM: SigLIP over tiles with padding, then pixel shuffle."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from .capture import Capture
 
 
 class IdeficsTower(Tower):
-    """Idefics3 vision transformer. Padding patches neither look nor are looked at."""
+    """Idefics3 vision transformer. Padding patches neither attend nor are attended to."""
 
     def find_layers(self) -> list[nn.Module]:
         return list(self.module.encoder.layers)  # type: ignore[union-attr, arg-type]
@@ -41,7 +40,7 @@ class IdeficsTower(Tower):
         capture = active()
         if capture is not None and kwargs is not None:
             mask = kwargs.get("patch_attention_mask")
-            # (tiles, patches) bool: what is no padding, None if nothing is
+            # (tiles, patches) bool: patches that are not padding, None if there is no padding
             capture.pending["real"] = None if mask is None or bool(mask.all()) else mask.flatten(1)
 
     def received(self, capture: Capture, query: Tensor, key: Tensor, layer: int) -> Tensor:

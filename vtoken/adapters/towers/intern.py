@@ -1,6 +1,4 @@
-"""The InternViT tower of InternVL: a class token, and norms (or none) behind the projections of queries and
-keys.
-"""
+"""The InternViT tower of InternVL: a class token, and norms (or none) after the q/k projections."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Towers that read all images of a call as one sequence: rotary embedding, attention in windows, patches in
-any order.
-"""
+"""Towers that read all images of a call as one sequence, with rotary embedding and windows of attention."""
 
 from __future__ import annotations
 
@@ -21,14 +19,13 @@ from .capture import Capture
 
 @dataclass
 class Packing:
-    """How one forward of the tower lays its images and videos out.
+    """The layout of images and videos in one forward of the tower.
 
     Attributes:
         items: per image or video its segments (images, frames) and the cells of each.
-        patches: (cells, patches per cell) int64, the places in the tower's sequence of the patches behind
-            every cell.
-        bounds: (windows + 1,) int, where attention is cut; None if each attention module is told
-            (`cu_seqlens`).
+        patches: (cells, patches per cell) int64, the places of every cell's patches in the tower's sequence.
+        bounds: (windows + 1,) int, bounds of the attention windows; None if each attention module is given
+            them (`cu_seqlens`).
     """
 
     items: list[tuple[int, int]]
@@ -39,18 +36,16 @@ class Packing:
 class PackedTower(Tower):
     """A tower over one packed sequence; subclasses write `packing` and `query_key`."""
 
-    # -- to override --------------------------------------------------------------------------------------------
+    # -- to override -----------------------------------------------------------------------------------------
     def packing(self, args: Any, kwargs: dict[str, Any]) -> Packing:
         """The layout of a forward with these arguments."""
         raise NotImplementedError
 
     def query_key(self, layer: int, outputs: list[Tensor]) -> Iterable[Tensor]:
-        """Queries and keys before rotary embedding, (patches, heads, head_dim) each, from what the
-        projections put out.
-        """
+        """Queries and keys before rotary embedding, (patches, heads, head_dim), from projection outputs."""
         raise NotImplementedError
 
-    # -- provided -----------------------------------------------------------------------------------------------
+    # -- provided --------------------------------------------------------------------------------------------
     def taps(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Hook]:
         layers = sorted({*needs.received_attention, *needs.keys})
         if not layers:
@@ -109,7 +104,7 @@ class PackedTower(Tower):
 
     @staticmethod
     def _add(capture: Capture, what: str, layer: int, value: Tensor, packing: Packing) -> None:
-        """Store values per patch (patches, ...) as means per cell, item by item."""
+        """Add values per patch (patches, ...) as means per cell, item by item."""
         cells = value[packing.patches.to(value.device)].mean(1)
         for item, (count, size) in zip(
             cells.split([a * b for a, b in packing.items]), packing.items, strict=True
@@ -119,7 +114,7 @@ class PackedTower(Tower):
 
 @dataclass
 class _Forward:
-    """One forward of the tower, and what the attention module under way was given and has projected."""
+    """One forward of the tower, with the running attention module's arguments and projections."""
 
     packing: Packing
     bounds: Tensor | None = None
@@ -132,8 +127,7 @@ def _forward(capture: Capture | None) -> _Forward | None:
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """(patches, heads, head_dim) after rotary embedding, first half of head_dim against the second; same
-    dtype.
+    """(patches, heads, head_dim) after rotary embedding of the two halves of head_dim; same dtype.
 
     Args:
         rotary: cos and sin, (patches, head_dim).
@@ -145,8 +139,9 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def merged_patches(height: int, width: int, side: int) -> Tensor:
-    """(cells, side * side) int64: the row-major patches of every cell of a height x width grid; a rest that
-    fills no cell is left out, as convolutions do.
+    """(cells, side * side) int64: row-major patches of every cell of a height x width grid.
+
+    Patches left over at the end, which fill no cell, are omitted, as convolutions do.
     """
     index = torch.arange(height * width).view(height, width)[: height // side * side, : width // side * side]
     return index.view(height // side, side, width // side, side).transpose(1, 2).reshape(-1, side * side)

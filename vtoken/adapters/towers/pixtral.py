@@ -1,4 +1,4 @@
-"""The Pixtral tower: images of any size in one sequence, each seeing itself only."""
+"""The Pixtral tower: images of any size in one sequence; an image does not see the others."""
 
 from __future__ import annotations
 

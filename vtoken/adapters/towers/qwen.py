@@ -14,7 +14,7 @@ from .packed import PackedTower, Packing
 
 
 class QwenTower(PackedTower):
-    """Blocks of merge_size x merge_size patches lie side by side and become one cell.
+    """Qwen vision transformer: blocks of merge_size x merge_size adjacent patches become one cell.
 
     Frames (and images) do not see each other; Qwen2.5-VL moreover computes most layers in windows and keeps
     its tokens in window order.

@@ -1,6 +1,4 @@
-"""Attention rows and received attention, streamed over the keys in two passes: log-sum-exp, then
-probabilities.
-"""
+"""Attention rows and received attention, in two passes over the keys: log-sum-exp, then probabilities."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from .common import last_contiguous, multiprocessors, on_device, wide
 
-MAX_HEAD_DIM = 256  # a whole head lies in shared memory; beyond it the torch twin answers
+MAX_HEAD_DIM = 256  # a whole head lies in shared memory; larger heads use the torch twin
 
 
 @triton.jit
@@ -45,9 +43,7 @@ def _rows_lse(
     MASKED: tl.constexpr, STORE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of one stretch of keys for a block of the rows that share a key head; STORE keeps the
-    logits.
-    """
+    """Log-sum-exp of one range of keys for a block of rows that share a key head; STORE keeps the logits."""
     part, pair = tl.program_id(0), tl.program_id(1)
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     row = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -79,7 +75,7 @@ def _rows_lse(
 
 @triton.jit
 def _join(parts, place, inside, splits, BLOCK_S: tl.constexpr):
-    """Log-sum-exp over the stretches of keys, (rows,); 0 for rows that see nothing."""
+    """Log-sum-exp over the ranges of keys, (rows,); 0 for rows that see nothing."""
     part = tl.arange(0, BLOCK_S)
     lse = tl.load(
         parts + place[:, None] * splits + part[None, :],
@@ -145,8 +141,7 @@ def attention_rows(
     if mask is not None:
         seen = (mask if mask.ndim == 3 else mask[:, None]).expand(batch, rows, n).view(torch.uint8)
         strides = list(seen.stride())
-    # Enough stretches of keys to fill the device, none so short that the partial sums take memory to speak
-    # of.
+    # Enough ranges of keys to fill the device, each long enough that the partial sums take little memory.
     blocks = batch * kv_heads * triton.cdiv(group * rows, 64)
     wanted = triton.cdiv(2 * multiprocessors(q.device), blocks)
     split = max(512, triton.cdiv(triton.cdiv(n, min(wanted, 32)), 64) * 64)
@@ -211,7 +206,7 @@ def _window_received(
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     WIDE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What a block of keys receives from the queries of each one's own window, for one head."""
+    """Attention that a block of keys receives from the queries of each one's own window, for one head."""
     batch, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     key, cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     at = k + batch * k_batch + head // group * k_head + key.to(tl.int64)[None, :] * k_row + cols[:, None]

@@ -1,4 +1,4 @@
-"""What the launchers share.
+"""Helpers shared by the launchers.
 
 Counts of tokens, rows and heads are not specialised in any kernel: a new prompt length must not cost a
 compilation.
@@ -16,7 +16,7 @@ from ..dispatch import interpreting
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device current, because Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 

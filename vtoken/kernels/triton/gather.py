@@ -1,4 +1,4 @@
-"""Moving rows: gather, gather with absorption, and compaction of a KV cache."""
+"""Triton kernels that move rows: gather, gather with absorption, and compaction of a KV cache."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ COUNTED = 16384  # rows up to which ordering them by counting (n^2 compares) bea
 
 @triton.jit(do_not_specialize=["n", "m", "stride"])
 def _order_by_column(into, order, bounds, n, m, stride, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Counting sort of rows by the column they go into. Item i < n is row i, item n + j the start of column
-    j; the place of each is the number of rows before it. Rows that go nowhere come last.
+    """Counting sort of rows by their target column.
+
+    Item i < n is row i, item n + j the start of column j; the place of each is the number of rows before it.
+    Rows without a column come last.
     """
     batch = tl.program_id(1).to(tl.int64)
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -64,7 +66,7 @@ def _gather_merge(
             value = tl.load(source + row * x_row, mask=inside, other=0.0).to(tl.float32)
             if WEIGHTED:
                 value *= tl.load(weight + batch * weight_batch + row).to(tl.float32)
-            total = tl.where(place == start, value, total + value)  # 0.0 + -0.0 would be another bit pattern
+            total = tl.where(place == start, value, total + value)  # 0.0 + -0.0 would have other bits
         tl.store(target, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -108,8 +110,10 @@ def _move_rows(
     UNIT: tl.constexpr, ALIGN: tl.constexpr, STEP: tl.constexpr, IN_PLACE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One job per tensor: table rows hold source, target, their strides over batch, head and row, and the row
-    width, counted in UNIT elements and multiples of STEP; everything is aligned to ALIGN bytes.
+    """Move rows of several tensors, one job per tensor.
+
+    Table rows hold source, target, their strides over batch, head and row, and the row width, counted in UNIT
+    elements and multiples of STEP; everything is aligned to ALIGN bytes.
     """
     group = tl.program_id(0)
     columns = 0
@@ -166,7 +170,8 @@ def _move(pairs: list[tuple[Tensor, Tensor]], index: Tensor, in_place: bool) -> 
     index = last_contiguous(index)
     with on_device(index):
         _move_rows[(groups, triton.cdiv(width, block_w))](
-            table, index, batch, heads, m, index.stride(0), UNIT=_UNITS[unit], ALIGN=common, STEP=common // unit,
+            table, index, batch, heads, m, index.stride(0),
+            UNIT=_UNITS[unit], ALIGN=common, STEP=common // unit,
             IN_PLACE=in_place, BLOCK_M=block_m, BLOCK_W=block_w,
         )  # fmt: skip
 
@@ -177,7 +182,7 @@ def gather_rows(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
         check_index(index, 0, x.shape[1])
         outs.append(x.new_empty(*index.shape, *x.shape[2:]))
         if outs[-1].numel():
-            # One row of any trailing shape is one run of bytes; the few planes it is not true of are small.
+            # One row of any trailing shape is one run of bytes; the few planes without this are small.
             flat = x.reshape(*x.shape[:2], 1, -1) if x.ndim > 2 else x[..., None, None]
             flat = flat if flat.stride(3) == 1 or flat.shape[3] == 1 else flat.contiguous()
             pairs.append((flat.transpose(1, 2), outs[-1].view(*index.shape, 1, -1).transpose(1, 2)))

@@ -1,8 +1,8 @@
-"""Selecting tokens: nearest tokens, farthest-point selection and greedy MAP, each in one launch.
+"""Triton kernels that select tokens: nearest tokens, farthest points and greedy MAP, each in one launch.
 
-The greedy loops run inside the kernel. The programs of one sample own its rows, agree on every pick through a
-barrier in global memory, and so all have to be on the device together: a cooperative launch guarantees it or
-fails.
+The greedy loops run inside the kernel. The programs of one sample own its rows and agree on every pick
+through a barrier in global memory, so all of them must be on the device together: a cooperative launch
+guarantees it or fails.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ def _most_similar(
     x, inverse, best, partner, first_a, first_b, step, count_a, count_b, n, d, x_batch, x_row,
     WIDE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """For each token first_a + i * step its highest cosine with another token first_b + j * step, and that j.
-    """
+    """Highest cosine of each token first_a + i * step with another token first_b + j * step, and that j."""
     batch = tl.program_id(1).to(tl.int64)
     x, inverse = x + batch * x_batch, inverse + batch * n
     a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -75,7 +74,8 @@ def _search(x: Tensor, inverse: Tensor, first_a: int, first_b: int, step: int) -
     partner = torch.empty(batch, count_a, dtype=torch.long, device=x.device)
     with on_device(x):
         _most_similar[(triton.cdiv(count_a, 64), batch)](
-            x, inverse, best, partner, first_a, first_b, step, count_a, count_b, n, d, x.stride(0), x.stride(1),
+            x, inverse, best, partner, first_a, first_b, step, count_a, count_b, n, d,
+            x.stride(0), x.stride(1),
             WIDE=wide(x), BLOCK_A=64, BLOCK_B=64, BLOCK_D=32 if x.dtype == torch.float32 else 64,
         )  # fmt: skip
     return best, partner
@@ -93,7 +93,7 @@ def bipartite_match(keys: Tensor, r: int, protect: int = 0, sort: bool = True) -
 
 @triton.jit
 def _meet(arrived, expected, PROGRAMS: tl.constexpr):
-    """Barrier of the programs of one sample; what they wrote before it can be read after it."""
+    """Barrier of the programs of one sample; writes before it can be read after it."""
     tl.debug_barrier()
     if PROGRAMS > 1:
         tl.atomic_add(arrived, 1, sem="acq_rel")
@@ -119,7 +119,7 @@ def _dot_with(x, rows, inside, pick, d, x_row, BLOCK_N: tl.constexpr, BLOCK_D: t
 
 @triton.jit
 def _agree(slots, places, n, PROGRAMS: tl.constexpr, BLOCK_P: tl.constexpr, slack_rel, slack_abs):
-    """The lowest place whose value is the highest of the programs' but for the slack."""
+    """The lowest place whose value is within the slack of the highest value of the programs."""
     program = tl.arange(0, BLOCK_P)
     value = tl.load(slots + program, mask=program < PROGRAMS, other=float("-inf"), volatile=True)
     place = tl.load(places + program, mask=program < PROGRAMS, other=n, volatile=True)
@@ -129,7 +129,8 @@ def _agree(slots, places, n, PROGRAMS: tl.constexpr, BLOCK_P: tl.constexpr, slac
 
 @triton.jit(do_not_specialize=["first_step", "last_step", "n", "k", "share"])
 def _farthest(
-    x, inverse, start, out, score, slots, places, arrived, first_step, last_step, n, k, d, share, x_batch, x_row,
+    x, inverse, start, out, score, slots, places, arrived, first_step, last_step, n, k, d, share,
+    x_batch, x_row,
     PROGRAMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """score: minus the cosine with the nearest chosen token, -inf for chosen tokens."""
@@ -166,9 +167,10 @@ def _farthest(
 
 @triton.jit(do_not_specialize=["first_step", "last_step", "n", "k", "share"])
 def _greedy(
-    x, inverse, quality, start, out, left, factor, slots, places, gains, arrived, first_step, last_step, n, k, d, share,
-    x_batch, x_row,
-    PROGRAMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
+    x, inverse, quality, start, out, left, factor, slots, places, gains, arrived,
+    first_step, last_step, n, k, d, share, x_batch, x_row,
+    PROGRAMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """left: variance of each token that the chosen ones do not explain, -inf for chosen tokens."""
     program, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -239,8 +241,8 @@ def _run(
     scratch.insert(1, torch.empty(batch, 2, programs, dtype=torch.int32, device=x.device))
     arrived = torch.zeros(batch, dtype=torch.int32, device=x.device)
     flags |= dict(
-        PROGRAMS=programs, BLOCK_N=min(16, triton.next_power_of_2(share)), BLOCK_D=min(256, triton.next_power_of_2(d)),
-        BLOCK_P=triton.next_power_of_2(programs),
+        PROGRAMS=programs, BLOCK_N=min(16, triton.next_power_of_2(share)),
+        BLOCK_D=min(256, triton.next_power_of_2(d)), BLOCK_P=triton.next_power_of_2(programs),
     )  # fmt: skip
     together = programs > 1 and COOPERATIVE
     extra = dict(launch_cooperative_grid=True) if together else {}
