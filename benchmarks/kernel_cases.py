@@ -1,6 +1,4 @@
-"""The cases of `kernels.py`: random inputs at the shapes of real models, vtoken's kernel, and how it is
-usually written.
-"""
+"""Cases of `kernels.py`: random inputs of real models' shapes, vtoken's kernels, and the usual code."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 def softmax_map(q: Tensor, k: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """The whole map, as eager attention computes it."""
+    """The whole attention map, as in eager attention."""
     logits = q @ k.mT * q.shape[-1] ** -0.5
     return (logits if hidden is None else logits.masked_fill(hidden, -torch.inf)).softmax(
         -1, dtype=torch.float32
@@ -43,8 +41,7 @@ def naive_merge(x: Tensor, index: Tensor, into: Tensor, weight: Tensor) -> Tenso
 
 
 def naive_farthest(x: Tensor, k: int) -> Tensor:
-    """DivPrune as published: the distance matrix, and at each step the minimum over all rows chosen so far.
-    """
+    """DivPrune as published: distance matrix, each step a minimum over all rows chosen so far."""
     unit = torch.nn.functional.normalize(x[0].float(), dim=-1)
     distance = 1 - unit @ unit.mT
     chosen = [(distance + torch.diag(torch.full((len(unit),), torch.inf, device=x.device))).amin(1).argmax()]
@@ -70,9 +67,7 @@ def naive_greedy(x: Tensor, quality: Tensor, k: int) -> Tensor:
 
 
 def naive_match(keys: Tensor, r: int) -> list[Tensor]:
-    """ToMe's matching as published, behind one CLS token: sources, their targets, the rest in order, and who
-    owns whom.
-    """
+    """ToMe's matching as published, after one CLS token: sources, targets, the rest in order, owners."""
     unit = keys.float() / keys.float().norm(dim=-1, keepdim=True)
     best, partner = (unit[:, 2::2] @ unit[:, 1::2].mT).max(-1)
     order = best.argsort(dim=-1, descending=True)
@@ -85,9 +80,7 @@ def naive_match(keys: Tensor, r: int) -> list[Tensor]:
 
 
 class Inputs:
-    """Random inputs; a case is a call of vtoken's kernel, the usual way, and the bytes that have to move (0:
-    no claim).
-    """
+    """Random inputs; a case: a call of vtoken's kernel, the usual code, bytes to move (0: no claim)."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device):
         self.shapes, self.device = shapes, device

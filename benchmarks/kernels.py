@@ -1,5 +1,6 @@
-"""Kernels against their torch twins, against what is usually written (the eager N x N way), and against the
-copy bandwidth of the device, all in one run: only ratios between times of the same run are worth quoting.
+"""Kernels compared with their torch twins, the usual code, and the copy bandwidth of the device.
+
+All in one run: only ratios between times of the same run are worth quoting.
 
     python benchmarks/kernels.py                        # shapes of 7B models on a GPU, scaled ones on a CPU
     python benchmarks/kernels.py --shape small --out kernels.json
@@ -37,8 +38,7 @@ def flat(value: Any) -> list[Tensor]:
 
 
 def differ(a: Any, b: Any) -> float:
-    """Largest difference, relative to the largest value; for picked tokens the share of picks not in common.
-    """
+    """Largest difference relative to the largest value; for picked tokens the share of differing picks."""
     worst = 0.0
     for x, y in zip(flat(a), flat(b), strict=True):
         if x.dtype == torch.long:
@@ -62,7 +62,7 @@ def with_backend(name: str, call: Call) -> Call:
 
 
 def clock(call: Call, cuda: bool, now: Callable[[], float]) -> float:
-    """Milliseconds of one call, on a CPU by the clock `now`."""
+    """Milliseconds of one call; on a CPU by the clock `now`."""
     if not cuda:
         start = now()
         call()
@@ -125,7 +125,7 @@ def measure(
 
 
 def goals(results: dict[str, dict[str, Any]], cuda: bool) -> dict[str, dict[str, Any]]:
-    """What the kernels are meant to reach, and whether this run did."""
+    """The goals of the kernels, and whether this run reached them."""
     wanted: dict[str, tuple[float, float]] = {}
     for name, result in results.items():
         if "failed" in result:

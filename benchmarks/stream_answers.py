@@ -1,5 +1,4 @@
-"""How many answers about a long labelled stream are right, by frames so far, kind of question, memory and
-strategy?
+"""Share of right answers about a long labelled stream, by frames so far, question, memory and strategy.
 
     python benchmarks/stream_answers.py --out docs/stream_answers.json
 
@@ -31,7 +30,7 @@ UNTAUGHT = ("zero", "one")  # digits in a clip
 
 
 def chosen(stream: Stream, now: float, since: float, per_kind: int, rng: np.random.Generator) -> list[Any]:
-    """Up to `per_kind` questions of each kind that the frames from `since` to `now` answer."""
+    """Up to `per_kind` questions of each kind with an answer in the frames from `since` to `now`."""
     by_kind = defaultdict(list)
     for question in stream.questions_at(now, since=since):
         by_kind[question.kind].append(question)
@@ -41,7 +40,7 @@ def chosen(stream: Stream, now: float, since: float, per_kind: int, rng: np.rand
 def measure(
     session: vtoken.StreamSession, seed: int, frames: list[int], per_kind: int
 ) -> list[dict[str, Any]]:
-    """One row per question asked in one stream."""
+    """One row per question about one stream."""
     stream, rows, rng = Stream(seed), [], np.random.default_rng(seed)
     session.reset()
     for index in range(max(frames)):
@@ -63,7 +62,7 @@ def rate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates of all rows and of those that were taught, at each checkpoint and for each kind."""
+    """Rates of all rows and of the taught ones, at each checkpoint and for each kind."""
     taught = [r for r in rows if r["answer"] not in UNTAUGHT]
     guessed = [r for r in taught if r["answer"] not in TRIVIAL]
 

@@ -1,4 +1,4 @@
-"""A ragged batch: prompts of different lengths, two images in one of them, none in another, several budgets.
+"""A ragged batch: prompts of different lengths, with two images, one or none, at several budgets.
 
 python examples/batch.py
 """

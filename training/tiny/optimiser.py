@@ -1,6 +1,4 @@
-"""Muon for the matrices and AdamW for the rest: small transformers learn in about half the steps of AdamW
-alone.
-"""
+"""Muon for matrices, AdamW for the rest: small transformers need about half of AdamW's steps."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ def orthogonal(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): momentum, made orthogonal, for the weights of linear layers; float32
-    throughout.
-    """
+    """Muon (Jordan et al. 2024) for weights of linear layers: orthogonalised momentum, float32."""
 
     def __init__(
         self, params: Iterable[torch.nn.Parameter], lr: float = 0.02, momentum: float = 0.95
@@ -46,8 +42,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimisers(named: Iterable[tuple[str, torch.nn.Parameter]], rate: float, muon_rate: float) -> list:
-    """Muon for the linear layers inside the transformer blocks, AdamW (``rate``) for every other parameter.
-    """
+    """Muon for linear layers inside the transformer blocks, AdamW (``rate``) for all other parameters."""
     matrices, others = [], []
     for name, p in named:
         (matrices if p.ndim == 2 and ".layers." in name else others).append(p)

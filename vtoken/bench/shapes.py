@@ -61,7 +61,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Shape:
-    """One model family at all scales; `size` is what `make` wants to know of the picture or the video."""
+    """One model family at all scales; `size` is the picture or video size that `make` takes."""
 
     make: Callable[[Shape, str], tuple[str, Any, int, dict[str, Any]]]
     llm: Mapping[str, tuple[int, ...]]
@@ -158,9 +158,7 @@ def llava_next(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]
 
 
 def qwen2_5_vl(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]:
-    """Qwen2.5-VL: (frame pairs, height, width) in patches, of which 2 x 2 are merged; one frame pair is an
-    image.
-    """
+    """Qwen2.5-VL: (frame pairs, height, width) in patches, merged 2 x 2; one frame pair is an image."""
     import transformers as tf
 
     t, h, w = shape.size[scale]
@@ -234,9 +232,7 @@ def build(name: str, scale: str, device: str = "cpu") -> Workload:
 
 
 def in_words(work: Workload) -> str:
-    """What is measured: the size of the model and of its prompt, and of the published model where it is a
-    smaller copy.
-    """
+    """Description of a workload: size of model and prompt, and of the published model if scaled down."""
     about = work.about
     if "llm" not in about:
         return (
@@ -255,8 +251,7 @@ def parameters(work: Workload) -> int:
 
 
 def shipped(model_id: str | None) -> Workload:
-    """A model from the Hub or a folder, or a tiny one by name (None: llava), with a generated picture and one
-    question.
+    """A model from the Hub or a folder, or a tiny one by name (None: llava), with a picture and a question.
 
     Raises ValueError if it cannot be loaded.
     """

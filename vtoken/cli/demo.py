@@ -1,4 +1,4 @@
-"""What `vtoken demo` does: one prompt, all visual tokens against fewer."""
+"""The command `vtoken demo`: one prompt, answered with all visual tokens and with fewer."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def run(
 
 
 def at_a_real_shape(strategy: str, budget: float | int) -> str:
-    """What the strategy makes of reading a prompt with LLaVA-1.5's shape, measured here and now, in words."""
+    """Time of a prompt of LLaVA-1.5's shape with and without the strategy, measured here, in words."""
     from ..bench.cells import measure
     from ..bench.shapes import build, in_words
     from ..bench.timing import one_thread

@@ -1,4 +1,4 @@
-"""`vtoken eval mme | videomme | tiny`."""
+"""The commands `vtoken eval mme | videomme | tiny`."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def run(
     frames: int | None = None,
     same_tokens_as: int | None = None,
 ) -> None:
-    """Run tasks and print, write and draw what came out."""
+    """Run tasks; print, write and draw their results."""
     from ..eval.running.answer_log import locked
     from ..eval.running.runner import Processes, plan
     from ..strategies.registry import parse_strategy

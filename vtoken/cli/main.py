@@ -1,4 +1,4 @@
-"""`vtoken demo | list | info | eval | bench`, for people at a terminal."""
+"""The `vtoken` command: list, info, demo and bench here, larger commands imported on demand."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def info(name: str) -> None:
 
 
 def show_info(name: str) -> None:
-    """Print what is registered about one strategy."""
+    """Print the registered facts of one strategy."""
     from dataclasses import MISSING
 
     from rich.markup import escape

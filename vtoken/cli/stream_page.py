@@ -1,6 +1,4 @@
-"""A page in the browser: a stream plays, what was kept is drawn on it, and questions are answered at any
-moment.
-"""
+"""The browser page: plays a stream, draws the kept tokens on it, and answers questions at any moment."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def build_page(
     allow_sources: bool = False,
     examples: Sequence[str] = (),
 ) -> Any:
-    """The page as a `gradio.Blocks`, not served yet.
+    """The page as a `gradio.Blocks`, not yet served.
 
     Args:
         desks: what its buttons act on, one for every browser.
@@ -125,9 +123,7 @@ def build_page(
 
 
 class Buttons:
-    """What the page's events do, each for the desk of the browser that it comes from. All that they show is
-    escaped.
-    """
+    """Event handlers of the page, each for the desk of its own browser. All shown text is escaped."""
 
     def __init__(self, desks: Desks, strategies: list[str], source: str, allow_sources: bool) -> None:
         self.desks, self.strategies, self.source, self.allow_sources = (
@@ -202,14 +198,14 @@ class Buttons:
         return shown, self._text(desk.status()), *plots
 
     def _text(self, text: str) -> str:
-        """Plain text as HTML; the source, which may hold a password, is the operator's to know."""
+        """Plain text as HTML; the source, which may hold a password, is shown to the operator only."""
         if not self.allow_sources:
             text = text.replace(self.source, "the source") if len(self.source) > 1 else text
         return escape(" ".join(text.split()))
 
 
 def talk_html(talk: Any) -> str:
-    """Questions and answers as HTML in which all text stands as it was said."""
+    """Questions and answers as HTML, all text escaped."""
     lines = []
     for said in list(talk):
         lines.append(f'<div class="user message">{escape(said.question)}</div>')
@@ -223,7 +219,7 @@ def talk_html(talk: Any) -> str:
 
 
 def picture_html(picture: Any) -> str:
-    """A picture as part of the page: no file is written for it."""
+    """A picture embedded in the page: no file is written for it."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     return (

@@ -133,8 +133,7 @@ def make_clip(seed: int, split: str = "train", frames: int = 8, fps: float = 2.0
 def _ask(
     moments: Sequence[Moment], now: int, rng: np.random.Generator, forms: np.random.Generator | None
 ) -> list[tuple[Question, int]]:
-    """Questions after frame ``now``, each with the frame from which on nothing bears on its answer any more.
-    """
+    """Questions after frame ``now``, each with the frame after which nothing changes its answer any more."""
     asked: list[tuple[Question, int]] = []
 
     def ask(form: str, answer: str, until: int = now + 1, **words: str) -> None:
@@ -228,7 +227,7 @@ def held_out(
 
 
 def vocabulary() -> list[str]:
-    """Every word and mark that questions and answers are made of, sorted."""
+    """Every word and mark of the questions and answers, sorted."""
     text = " ".join(form for forms in FORMS.values() for form in forms).replace("?", " ")
     words = {word for word in text.split() if "{" not in word}
     return sorted(
@@ -299,8 +298,7 @@ class Stream:
     def questions_at(
         self, seconds: float, seen_before: float | None = None, since: float | None = None
     ) -> list[Question]:
-        """What can be asked at a time, with exactly one right answer given the frames up to then and no later
-        one.
+        """Questions at a time, with exactly one right answer given the frames up to then and no later one.
 
         ``seen_before`` as in `questions`: facts that were shown only early. ``since``: given the frames from
         this time on, for those who have forgotten the earlier ones.
@@ -314,9 +312,7 @@ class Stream:
         ]
 
     def answer_to(self, question: str, seconds: float, since: float | None = None) -> str | None:
-        """The right answer to a question in the first wording at a time, as `questions_at` counts it; None if
-        there is none.
-        """
+        """The answer to a question in its first wording at a time, as `questions_at` counts; else None."""
         for known in self.questions_at(seconds, since=since):
             if known.text == question:
                 return known.answer

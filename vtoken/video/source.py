@@ -1,4 +1,4 @@
-"""What a video is read from: a file, a file object, a stream of the network, a device or a pipe."""
+"""Sources of a video: a file, a file object, a network stream, a device or a pipe."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ class Source:
 
     @property
     def live(self) -> bool:
-        """Whether what has been read is gone."""
+        """Whether data that has been read is gone."""
         return self.kind in ("device", "pipe") or (self.kind == "object" and not _seekable(self.target))
 
 
 def resolve(
     source: Any, format: str | None = None, options: dict[str, str] | None = None, growing: bool = False
 ) -> Source:
-    """The `Source` that a user's path, address, file object or camera number names.
+    """The `Source` of a user's path, address, file object or camera number.
 
     Raises:
         VideoError: nothing of the kind exists, or it is a directory, or empty and not `growing`.
@@ -112,7 +112,7 @@ def _address(text: str, scheme: str, rest: dict[str, Any]) -> Source:
 
 
 def _path_of(address: str) -> str:
-    """The path of an address that begins with file:."""
+    """The path of a file: address."""
     if address[5:7] != "//":
         return address[5:]
     parts = urlsplit(address)
@@ -124,7 +124,7 @@ def _path_of(address: str) -> str:
 
 
 def _existing(text: str) -> Path:
-    """The path of that name; if there is none, with the home of a user in place of its ~."""
+    """The path of that name; if there is none, with the user's home for its ~."""
     path = Path(text)
     if text.startswith("~"):
         with suppress(RuntimeError, ValueError, OSError):

@@ -1,4 +1,4 @@
-"""One file per tiny model. A file in this folder is a recipe; it is imported when it is asked for.
+"""Recipes, one file per tiny model, imported on demand.
 
 A recipe has
 

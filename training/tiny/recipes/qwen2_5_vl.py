@@ -1,5 +1,4 @@
-"""Tiny Qwen2.5-VL: window-attention tower without position embeddings, 2 x 2 merger, M-RoPE; images and
-video.
+"""Recipe of tiny Qwen2.5-VL: window-attention tower, 2 x 2 merger, M-RoPE; images and video.
 
 Stage ``tower`` teaches the tower and its merger (`training.tiny.qwen_tower`); stage ``language`` freezes the
 tower and teaches the merger and the language model, half of it on the scenes of `vtoken.tiny.scenes`, half on

@@ -1,4 +1,4 @@
-"""How harnesses sample a video, ask a multiple-choice question and read the letter of an answer."""
+"""Multiple-choice protocols of three harnesses: frame sampling, prompt, and the letter of an answer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ PHRASES += ["옵션", "정답은", "답은", "답:", "答案是", "答案为", "
 
 
 def strict(text: str, letters: str, options: Sequence[str] = ()) -> str:
-    """The letter that was asked for and nothing else, bare or as in "(B)", "B." or "B:", or one whole option.
-    """
+    """The requested letter and nothing else: bare, as in "(B)", "B." or "B:", or one whole option."""
     found = re.fullmatch(rf"\s*\(?([{letters}])[).:]?\s*", text)
     if found:
         return found[1]
@@ -69,8 +68,9 @@ EIGHT += ["The best option is", "The correct option is", "Best answer:", "Best o
 
 
 def vlmevalkit(text: str, letters: str, options: Sequence[str] = ()) -> str:
-    """VLMEvalKit without a judge: some prefixes are removed, then the first capital that is a letter, in a
-    word or not.
+    """VLMEvalKit without a judge: prefixes removed, then the first capital that is a letter.
+
+    The capital counts inside a word too.
 
     So "Definitely C" is D. Up to four letters the prefixes are those of Video-MME, of which two are misspelt
     so that "Best answer: C" is B; with more they are those of its version 2.
@@ -102,7 +102,7 @@ def prompt_strict(question: str, letters: str, said: str | None) -> str:
 
 
 def prompt_lmms_eval(question: str, letters: str, said: str | None) -> str:
-    """Speaks of subtitles also where there are none; ends in two different ways."""
+    """lmms-eval's prompt: mentions subtitles also where there are none; ends in two different ways."""
     ask = f"{respond(letters, SUBTITLED)}\n{question}\n"
     if said is None:
         return f"{ask}\nAnswer with the option's letter from the given choices directly."
@@ -123,7 +123,7 @@ def middles(total: int, n: int) -> list[int]:
 
 
 def ends(total: int, n: int) -> list[int]:
-    """n frames from the first to the last, as `numpy.linspace` rounds them down."""
+    """n frames from the first to the last, rounded down as by `numpy.linspace`."""
     return np.linspace(0, total - 1, n, dtype=int).tolist()
 
 
