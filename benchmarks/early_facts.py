@@ -2,7 +2,7 @@
 
     python benchmarks/early_facts.py --model qwen2_5_vl --n 200 --out benchmarks/results/early_facts.json
 
-Clips of the held-out split; the questions are those that the first half of a clip answers for good. Every
+Clips of the held-out split; the questions are those with a final answer in the first half of a clip. Every
 memory is asked the same questions about the same frames at the clip's end, which all fit the model's
 positions.
 """

@@ -14,11 +14,14 @@ Call = Callable[[], Any]
 Case = tuple[Call, Call, int]
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "small": {
-        "merge": (1, 576, 1024, 115), "cls": (3, 8, 145, 32), "text": (1, 8, 320, 64), "tower": (2, 8, 256, 32),
-        "windows": (1, 8, 1024, 32), "tome": (1, 577, 64, 64), "select": (1, 576, 1024, 115), "kv": (4, 1, 4, 640, 64, 160),
+        "merge": (1, 576, 1024, 115), "cls": (3, 8, 145, 32), "text": (1, 8, 320, 64),
+        "tower": (2, 8, 256, 32),
+        "windows": (1, 8, 1024, 32), "tome": (1, 577, 64, 64), "select": (1, 576, 1024, 115),
+        "kv": (4, 1, 4, 640, 64, 160),
     },
     "7b": {
-        "merge": (8, 2880, 4096, 576), "cls": (5, 16, 577, 64), "text": (1, 32, 2944, 128), "tower": (5, 16, 729, 72),
+        "merge": (8, 2880, 4096, 576), "cls": (5, 16, 577, 64), "text": (1, 32, 2944, 128),
+        "tower": (5, 16, 729, 72),
         "windows": (1, 16, 5184, 80), "tome": (8, 577, 64, 64), "select": (1, 2880, 4096, 576),
         "kv": (32, 1, 32, 2944, 128, 640),
     },
@@ -114,7 +117,9 @@ class Inputs:
                 (n + m) * row,
             ),
             "gather_rows": (
-                lambda: kernels.gather_rows(planes, index), lambda: [gather(p) for p in planes], 2 * m * (row + 9 * batch)
+                lambda: kernels.gather_rows(planes, index),
+                lambda: [gather(p) for p in planes],
+                2 * m * (row + 9 * batch),
             ),
         }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Kernels compared with their torch twins, the usual code, and the copy bandwidth of the device.
 
-All in one run: only ratios between times of the same run are worth quoting.
+All are in one run: only ratios between times of the same run are worth quoting.
 
     python benchmarks/kernels.py                        # shapes of 7B models on a GPU, scaled ones on a CPU
     python benchmarks/kernels.py --shape small --out kernels.json
@@ -68,7 +68,7 @@ def clock(call: Call, cuda: bool, now: Callable[[], float]) -> float:
         call()
         return 1e3 * (now() - start)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # the launches queue up behind it, so that short kernels are not timed by the host
+    # the launches queue up after it, so that short kernels are not timed by the host
     torch.cuda._sleep(1_000_000)
     first.record()
     call()

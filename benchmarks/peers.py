@@ -2,9 +2,9 @@
 
 `peers.sh` makes their environments and calls this once in each.
 
-    python benchmarks/peers.py llm --out peers.json         # sparsevlm, eager attention maps, vtoken: one process, in turns
-    python benchmarks/peers.py tower --out peers.json       # vtoken's VisionZip: tower, scoring and selection
-    python benchmarks/peers.py visionzip --out peers.json   # the published VisionZip, on the release of transformers it needs
+    python benchmarks/peers.py llm --out peers.json         # sparsevlm, eager attention, vtoken: in turns
+    python benchmarks/peers.py tower --out peers.json       # vtoken's VisionZip: tower, scoring, selection
+    python benchmarks/peers.py visionzip --out peers.json   # the published VisionZip, on its own transformers
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def llm(repeats: int) -> dict[str, Any]:
         asked = dict(output_attentions=True, return_dict_in_generate=True)
         return generated("eager", call=lambda: work.model.generate(**work.inputs, **config, **asked))
 
-    # sparsevlm brings a package that is called like a script beside this one
+    # sparsevlm brings a package with the name of a script in this folder
     sys.path[:] = [
         folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent
     ]

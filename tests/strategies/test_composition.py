@@ -11,7 +11,17 @@ from tests.mechanism.fixed import patched
 from tests.models import FAMILIES
 from vtoken import TowerInfo
 from vtoken.patching import describe
-from vtoken.strategies import Composite, FastV, HiRED, MustDrop, PyramidDrop, Random, SparseVLM, Uniform, combine
+from vtoken.strategies import (
+    Composite,
+    FastV,
+    HiRED,
+    MustDrop,
+    PyramidDrop,
+    Random,
+    SparseVLM,
+    Uniform,
+    combine,
+)
 
 from .common import image, video
 

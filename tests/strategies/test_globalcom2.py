@@ -9,7 +9,19 @@ import torch
 
 from vtoken.strategies import create
 
-from .common import LAYERS, answer, anyres, equal, flat, image, kept_per_segment, outputs, separators_kept, top, tower
+from .common import (
+    LAYERS,
+    answer,
+    anyres,
+    equal,
+    flat,
+    image,
+    kept_per_segment,
+    outputs,
+    separators_kept,
+    top,
+    tower,
+)
 
 LAST = LAYERS - 1
 

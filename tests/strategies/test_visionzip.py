@@ -7,7 +7,19 @@ import torch
 
 from vtoken.strategies import create
 
-from .common import HEADS, LAYERS, answer, anyres, equal, image, kept_per_segment, outputs, separators_kept, top, video
+from .common import (
+    HEADS,
+    LAYERS,
+    answer,
+    anyres,
+    equal,
+    image,
+    kept_per_segment,
+    outputs,
+    separators_kept,
+    top,
+    video,
+)
 
 LAYER = LAYERS - 2
 

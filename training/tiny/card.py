@@ -16,9 +16,10 @@ pipeline_tag: image-text-to-text
 
 def snippet(name: str) -> str:
     """Code that loads the model ``name``, as a Markdown code block."""
+    classes = "(AutoModelForImageTextToText, AutoProcessor)"
     return f"""```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
-model, processor = (c.from_pretrained("vtoken/tiny/{name}") for c in (AutoModelForImageTextToText, AutoProcessor))
+model, processor = (c.from_pretrained("vtoken/tiny/{name}") for c in {classes})
 ```"""
 
 

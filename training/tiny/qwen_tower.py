@@ -5,8 +5,8 @@ images of one size, so the same weights are applied here to a batch; a test hold
 
 The merged cells (16 x 16 px, what the language model reads) that an object covers name its shape or digit,
 its colour and the number of objects; half-way up, the patches of an object name it too and draw its outline.
-Where an object is cannot be asked of this tower: its rotary positions are relative, and the language model's
-M-RoPE says where a cell is.
+This tower does not learn where an object is: its rotary positions are relative, and the language model's
+M-RoPE gives the place of a cell.
 """
 
 from __future__ import annotations

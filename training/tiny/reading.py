@@ -1,8 +1,8 @@
 """Read-outs of visual tokens inside the language model of the tiny video models, in training only.
 
-A tower sees one frame, or one pair of frames, at a time; time and company are the language model's to find
-out (and place, where the tower's positions are relative). Answers alone teach that slowly, so after two of
-its layers every visual token also says
+A tower sees one frame, or one pair of frames, at a time; the language model must learn time and
+neighbours itself (and place, if the tower's positions are relative). Answers alone teach that slowly, so
+after two of its layers every visual token also predicts
 
 - ``row``, ``column``: in which half of the image it is;
 - ``digit``, ``shape``, ``colour``: what is on screen at its time (tokens of objects, once all of it has been
@@ -11,9 +11,9 @@ its layers every visual token also says
 - ``so_far``: how many digits have been shown up to it;
 - ``shape_before``, ``colour_before``: the last shape shown before this digit.
 
-And a question that names a thing is asked where it is: one head of a layer is to look from the word ("7", or
-the last of "purple triangle") at the tokens that show it, or at the start of the prompt if none does, and one
-of the last layer so from the question's end, where the answer is read.
+And a question that names an object trains attention: one head of a layer learns to look from the word ("7",
+or the last of "purple triangle") at the tokens that show it, or at the start of the prompt if none does; a
+head of the last layer learns the same from the question's end, where the answer is read.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def look_targets(
         named = {word: i for i, word in enumerate(text) if word in DIGITS + NAMES}
         if not named:
             continue
-        words[slot] = max(named.values()), len(text) + 1  # behind the text come "assistant" and ":"
+        words[slot] = max(named.values()), len(text) + 1  # after the text come "assistant" and ":"
         found = [m for m in clip.moments if m.digit in named or named.keys() <= {m.shape, m.colour}]
         for m in found:
             mark(shows[slot, 0], m, 0 if m.digit in named else len(m.objects) - 1)  # the digit is drawn first

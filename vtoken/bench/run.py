@@ -22,7 +22,7 @@ from .timing import one_thread
 if TYPE_CHECKING:
     from rich.console import Console
 
-# what is measured where nothing is asked for: the truth about a real shape in less than a minute
+# the default measurement: a real shape in less than a minute
 SHAPE, STRATEGIES, SHARES, SECONDS, STEPS = (
     "llava-1.5-7b",
     ("hired", "visionzip", "fastv"),

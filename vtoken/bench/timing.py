@@ -1,7 +1,7 @@
 """Times of the stages of one call, and the bytes it holds.
 
-A call is split without gaps: every moment belongs to the vision tower, to vtoken (scoring, selection,
-gathering: all that its hooks do), to the LLM, or to the rest. On a GPU the bounds are CUDA events on the
+A call is split without gaps: every moment belongs to the vision tower, to vtoken (all its hooks: scoring,
+selection, gathering), to the LLM, or to the rest. On a GPU the bounds are CUDA events on the
 model's stream.
 """
 

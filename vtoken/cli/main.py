@@ -52,7 +52,7 @@ def info(name: str) -> None:
 
     names = parse_strategy(name)
     if isinstance(names, list):
-        combine(names)  # says why if they do not go together
+        combine(names)  # raises if they do not fit together
     for part in [names] if isinstance(names, str) else names:
         show_info(part)
     given = f'"{names}"' if isinstance(names, str) else str(names).replace("'", '"')
@@ -107,8 +107,7 @@ def demo(context: click.Context, **options: Any) -> None:
         return
     from .demo import run
 
-    # not click's default: it would be converted, by code that needs torch, for `vtoken demo stream --help` as
-    # well
+    # not click's default, which `vtoken demo stream --help` would convert too, by code that needs torch
     options["budget"] = 0.2 if options["budget"] is None else options["budget"]
     run(console(), **options)
 
@@ -175,7 +174,7 @@ def demo(context: click.Context, **options: Any) -> None:
     help="Two reports: print how their times relate, measure nothing.",
 )
 def bench(compare: tuple[str, str] | None, **options: Any) -> None:
-    """Time every stage with and without a strategy, in turns, next to what the FLOPs promise."""
+    """Time every stage with and without a strategy, in turns, and compare with what the FLOPs promise."""
     from ..bench import run
 
     if compare:

@@ -50,13 +50,13 @@ def of_the_network(error: BaseException) -> bool:
 def failure(error: BaseException) -> click.ClickException | None:
     """The `click` exception for an error, with one sentence; None if the error is a fault of the program.
 
-    Bad input is a `click.UsageError`, exit code 2. What the environment lacks (a file, a package, memory,
-    disk space, the network) is no fault of the command line: exit code 1, without the usage text.
+    Bad input is a `click.UsageError`, exit code 2. A missing part of the environment (a file, a package,
+    memory, disk space, the network) is no fault of the command line: exit code 1, without the usage text.
     """
     if isinstance(error, click.ClickException):
         return error
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
-        return None  # click ends quietly when nobody reads on
+        return None  # click ends quietly when the output's reader has gone
     if out_of_memory(error):
         first = str(error).strip().splitlines()[:1]
         return click.ClickException(

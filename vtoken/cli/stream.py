@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..streaming.session import StreamSession
 
 TINY = "qwen2_5_vl"
-# of two frames each, which the tiny model remembers: it has learnt from clips of 4 to 8 frames
+# of two frames each, the memory of the tiny model: it was trained on clips of 4 to 8 frames
 TINY_STEPS = 4
 STRATEGIES = ("stc_pruner", "stc", "stc_cacher", "none")
 EXAMPLES = ("which digit is shown now?", "which shape is shown now?", "was there a star?", "was there a 7?")
@@ -149,7 +149,7 @@ def show_page(
             f"The page takes a share such as --budget 0.5, found {budget}: a number of tokens needs"
             " --terminal."
         )
-    sessions = 1 if source == "-" else sessions  # what was read from a pipe is gone
+    sessions = 1 if source == "-" else sessions  # data that was read from a pipe is gone
     names = [strategy, *(s for s in STRATEGIES if s != strategy)]
     with listen(host, port) as listening, private_folder() as folder:
         loaded = None if model_id is None else load(model_id)

@@ -32,7 +32,7 @@ MAX_PENDING = 16  # events of one browser that wait or run
 MAX_OPEN = 64  # requests of one address at a time; a page takes two or three
 COOKIE = "vtoken_token"
 HEADERS = {
-    # all that the page shows comes from the page; gradio's plots compile their own scripts
+    # the page loads nothing from elsewhere; gradio's plots compile their own scripts
     "content-security-policy": (
         "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; font-src 'self'"
         " data:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; media-src 'self' blob:;"
@@ -80,12 +80,12 @@ class Guard:
 
     Args:
         app: the page.
-        hosts: names that requests may address (`Host`), besides addresses such as 192.168.1.5 if there is a
+        hosts: names that requests may address (`Host`), and addresses such as 192.168.1.5 if there is a
             token.
-        token: what a visitor must know; None for loopback.
+        token: required of visitors; None for loopback.
         uploads: the folder that uploaded files go to; None to take none.
         max_upload: bytes of one upload, and of all that lie in the folder.
-        shares: what one visitor may take, None for no bound.
+        shares: limits for one visitor, None for no limit.
     """
 
     def __init__(

@@ -22,7 +22,8 @@ MAX_FPS = 10.0
 MAX_UPLOAD = 200 * 2**20  # bytes of all uploaded files together
 LEGEND = "Outlined: visual tokens that were kept. Red dots: cells that the vision tower computed anew."
 CSS = """
-#frame img { max-height: min(52vh, 500px); max-width: 100%; display: block; margin: auto; image-rendering: pixelated; }
+#frame img { max-height: min(52vh, 500px); max-width: 100%; display: block; margin: auto;
+  image-rendering: pixelated; }
 #frame { min-height: 120px; }
 #status { min-height: 1.5em; overflow-wrap: anywhere; }
 #chat { max-height: 420px; overflow-y: auto; }
@@ -45,10 +46,10 @@ def build_page(
     """The page as a `gradio.Blocks`, not yet served.
 
     Args:
-        desks: what its buttons act on, one for every browser.
+        desks: state of the page, one desk per browser.
         strategies: names to choose from; the first is chosen.
-        source: what plays; what the source field holds at first, if there is one.
-        budget: where the budget slider stands at first.
+        source: the source to play, also the initial text of the source field, if there is one.
+        budget: initial position of the budget slider.
         fps: frames per second at first.
         allow_sources: whether visitors may name files, addresses and cameras of this machine, and upload
             files.

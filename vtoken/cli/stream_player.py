@@ -96,7 +96,7 @@ class Player:
                 self._frames.append(frame)
                 if step is not None:
                     self._note(frame.image, step, time.perf_counter() - began)
-        except Exception as error:  # the thread's user reads it
+        except Exception as error:  # for the user of the thread
             self.error = str(error)
 
     def _note(self, image: np.ndarray, step: Step, latency: float) -> None:
@@ -185,8 +185,8 @@ def draw_step(image: np.ndarray, step: Step, use: TowerUse | None = None, side: 
 
     Args:
         image: (h, w, 3) uint8.
-        step: what was kept of it; a step without a grid (several crops) is shown plain.
-        use: what the tower computed for it, if parts were reused.
+        step: its kept tokens; a step without a grid (several crops) is shown plain.
+        use: the parts that the tower computed for it, if others were reused.
         side: px of the longer side of the result, rounded to whole cells.
     """
     picture = Image.fromarray(image)

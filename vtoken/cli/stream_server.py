@@ -91,14 +91,14 @@ class Service:
 
     Args:
         page: a `gradio.Blocks`.
-        listening: where; anything but loopback gets a token.
-        host: the name that was asked for.
+        listening: the socket; any address but loopback gets a token.
+        host: the requested name.
         hosts: further names under which a browser may reach it.
         uploads: folder for uploaded files, None to take none.
         max_upload: bytes that they may have together.
 
     Attributes:
-        url: what to open, with the token if there is one.
+        url: address of the page, with the token if there is one.
         token: None on loopback.
         guard: the ASGI application.
     """

@@ -33,10 +33,10 @@ class Said:
     """One question with its answer and the facts known about it; plain text, not escaped.
 
     Attributes:
-        truth: what the remembered frames show, of a labelled stream only.
-        unpruned: what the model answers from all visual tokens of the same frames, where the session is a
-            short window.
-        facts: what the answer took.
+        truth: the right answer by the remembered frames, of a labelled stream only.
+        unpruned: the model's answer from all visual tokens of the same frames, if the session is a short
+            window.
+        facts: cost of the answer.
     """
 
     question: str
@@ -129,7 +129,7 @@ class Desk:
         steps = getattr(self.session.memory, "max_steps", None)
         return 0 if steps is None else (steps + 1) * self.session.frames.unit
 
-    # -- questions ----------------------------------------------------------------------------------------------
+    # -- questions
     def answer(self, question: str) -> Iterator[Said]:
         """The growing answer, yielded again and again; at the end with its cost."""
         session, player = self.session, self.player
@@ -191,7 +191,7 @@ class Desk:
                 plain.push(frame)
             return plain.ask(question).text
 
-    # -- what there is to see -----------------------------------------------------------------------------------
+    # -- status and figures
     def status(self) -> str:
         """One line about the stream."""
         session, player = self.session, self.player
@@ -231,10 +231,9 @@ class Desks:
     """One desk per browser, with a bounded number of browsers at a time.
 
     Args:
-        make: makes one.
-        most: browsers that may play at a time.
-        idle: seconds after which a desk is freed that nobody has looked at, whose browser went without a
-            word.
+        make: function that makes one.
+        most: largest number of browsers at a time.
+        idle: seconds without a request after which a desk is freed, for browsers that left without notice.
     """
 
     def __init__(self, make: Callable[[], Desk], most: int = 4, idle: float = 300.0) -> None:

@@ -248,8 +248,8 @@ class StreamFrame:
 class Stream:
     """An endless clip: a function of ``(seed, split, hold)``, drawn frame by frame.
 
-    Moments last ``hold`` to ``3 * hold`` frames, with gaps of ``hold`` to ``4 * hold`` frames between them. Digits and
-    shapes come again, so that `questions_at` asks only what has one answer by then.
+    Moments last ``hold`` to ``3 * hold`` frames, with gaps of ``hold`` to ``4 * hold`` frames between them.
+    Digits and shapes come again, so that `questions_at` asks only questions with one answer at that time.
 
     >>> live = iter(Stream(0))
     >>> frame = next(live)

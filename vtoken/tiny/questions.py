@@ -1,6 +1,6 @@
 """Held-out questions for each tiny model, and its answers by its real processor and plain ``generate``.
 
-An example is anything with ``.media``: a PIL image, or a list of PIL frames whose times are in ``.seconds``.
+An example is an object with ``.media``: a PIL image, or a list of PIL frames whose times are in ``.seconds``.
 """
 
 from __future__ import annotations

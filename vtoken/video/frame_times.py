@@ -91,10 +91,9 @@ def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None
 class Clock:
     """Turns the times of a stream into strictly increasing seconds.
 
-    A time that is missing lies one frame after the last, or `passed` seconds if that is longer. One that lies
-    back a little is a frame out of order and has no place (None). One that lies back further, or forward by
-    more than `leap` seconds and twice the seconds `passed`, comes of a clock that was set anew: the stream
-    goes on as if it were missing.
+    A missing time becomes one frame after the last, or `passed` seconds if that is longer. A slightly earlier
+    time is a frame out of order and gives None. A much earlier one, or one later by more than `leap` seconds
+    and twice the seconds `passed`, comes from a clock that was set anew: it is treated as missing.
 
     With `keep`, every frame has a place: after less than a frame's time, it lies half a frame after the last.
     """

@@ -175,7 +175,7 @@ def seek(container: Any, stream: Any, pts: int) -> bool:
     """Move to the key frame at or before a pts; False where libav cannot."""
     try:
         container.seek(pts, stream=stream)
-    except Exception:  # OverflowError too, for a time that no file has
+    except Exception:  # OverflowError too, for a time outside every file
         return False
     return True
 

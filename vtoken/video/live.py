@@ -179,7 +179,7 @@ class LiveReader:
         """End the thread and drop the frames that wait.
 
         Returns at once, except while libav waits for a network: that takes up to `timeout` seconds. An
-        iterable that blocks cannot be interrupted: after `timeout` seconds its thread is left behind, with a
+        iterable that blocks cannot be interrupted: after `timeout` seconds its thread is abandoned, with a
         RuntimeWarning.
         """
         self._stop.set()

@@ -34,10 +34,10 @@ class Feed:
     """Connections to one source.
 
     Attributes:
-        name: what messages call it.
-        backend: what decodes it.
+        name: its name in messages.
+        backend: its decoder.
         again: whether a connection that breaks off can be made again.
-        replays: whether a new connection begins at the start, so that what is known is to be passed over.
+        replays: whether a new connection begins at the start, so that known pictures must be skipped.
         fps: frame rate, None until it is known.
         damage: what could not be decoded.
     """

@@ -187,7 +187,7 @@ class PyAVReader:
                 yield self._frame(ordinal, frame)
                 self.track.watch.start()
                 if self.track.turn != turn:
-                    break  # frames were picked meanwhile; go on behind the last one given
+                    break  # frames were picked meanwhile; go on after the last one given
             else:
                 break
         if ordinal < 0:
@@ -269,7 +269,7 @@ class PyAVReader:
     def _decode(self, ordinals: list[int]) -> Iterator[tuple[int, tuple[int, Any]]]:
         """(wanted, (ordinal, frame)) for ascending ordinals; a neighbour where the wanted one is damaged."""
         run: Iterator[tuple[int, Any]] = iter(())
-        ahead: tuple[int, Any] | None = None  # what the decoder gave last
+        ahead: tuple[int, Any] | None = None  # the decoder's last frame
         for wanted in ordinals:
             before = None
             if ahead is None or (ahead[0] < wanted and self._key_between(ahead[0], wanted)):

@@ -37,12 +37,14 @@ _LONGEST = 200  # characters of a name in a message
 
 @dataclass(frozen=True)
 class Source:
-    """Attributes:
-    target: what libav opens: a file object, or a name that begins with its protocol.
-    name: what messages call it, without a password.
-    kind: "file", "object", "network", "device" or "pipe".
-    format: name of the demuxer, None to probe.
-    path: path on disk of a file or pipe, None otherwise.
+    """A source that libav can open.
+
+    Attributes:
+        target: argument for libav: a file object, or a name that begins with its protocol.
+        name: its name in messages, without a password.
+        kind: "file", "object", "network", "device" or "pipe".
+        format: name of the demuxer, None to probe.
+        path: path on disk of a file or pipe, None otherwise.
     """
 
     target: Any

@@ -19,10 +19,9 @@ class Track:
 
     Attributes:
         limits: bounds on its pictures.
-        watch: the time that is left to the call under way; its owner starts it.
-        damage: what could not be decoded and was skipped.
-        turn: how often the place in the stream has been moved; an iterator that finds it changed has lost its
-            place.
+        watch: the time left to the current call; its owner starts it.
+        damage: counts of what could not be decoded and was skipped.
+        turn: number of seeks so far; an iterator that finds it changed has lost its place.
     """
 
     def __init__(self, source: Source, timeout: float, limits: Limits):
@@ -58,7 +57,7 @@ class Track:
             return float(stream.duration * stream.time_base)
         if not container.duration or container.duration < 0:
             return None
-        # what Matroska and FLV call a duration is the time of the end
+        # the duration of Matroska and FLV is the time of the end
         late = max(container.start_time or 0, 0) if {"matroska", "flv"} & self.format else 0
         return (container.duration - late) / 1e6
 

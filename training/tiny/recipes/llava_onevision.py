@@ -45,7 +45,7 @@ TOWER: dict[str, Any] = {
 }
 LANGUAGE: dict[str, Any] = {"steps": 2500, "batch": 12, "rate": 2e-3, "muon_rate": 0.02, "reading": 0.1}
 LENGTHS = (4, 4, 6, 6, 6, 8, 8, 8)  # frames of the clips in training
-LONGER = (10, 12)  # measured apart
+LONGER = (10, 12)  # measured separately
 SLOTS = 16  # questions per clip
 # tokens per question: "which digit was shown with the purple triangle ? assistant : 4" and one to spare
 WIDTH = 13
@@ -359,7 +359,7 @@ norm before the first layer: it became part of the weights of patches and positi
    around them.
 2. Projector, newline token and language model with the tower frozen, {language}:
    every third step images, else clips of {lengths} frames; ten (clips: 16) questions in one sequence, each of
-   which sees the image or clip and itself only. Behind the second and third layer of the language model, linear read-outs
+   which sees the image or clip and itself only. After the second and third layer of the language model, linear read-outs
    ask the visual tokens of clips what else is on screen, which and how many digits have come so far and which shape came
    before; a head of the third layer is to look from the word that names a thing at the tokens that show it
    (`training/tiny/reading.py`).

@@ -1,8 +1,8 @@
 """Small generated data sets in the exact layout of the real ones, for trying the commands and for tests.
 
 The pictures are scenes of `vtoken.tiny`. The tiny LLaVA can answer the MME-shaped questions under the strict
-protocol; it has never seen multiple choice, so what it says to the Video-MME-shaped ones shows that the
-machinery runs, no more.
+protocol; it was never trained on multiple choice, so its answers to the Video-MME-shaped ones show only
+that the command runs.
 """
 
 from __future__ import annotations

@@ -49,10 +49,10 @@ class Item:
     """One question of a data set.
 
     Attributes:
-        name: unique; what records and errors call it.
+        name: unique; used in records and errors.
         question, answer: as in the data set, the answer normalised ("yes", "no" or a capital letter).
         group: the category or task type that it is counted under.
-        media: what the task needs to open the image or video.
+        media: information with which the task opens the image or video.
         options: the choices of a multiple-choice question, as the data set words them.
         about: further columns that a score is broken down by.
     """

@@ -137,7 +137,7 @@ class VideoMME(Task):
         from ...video import Limits, open_video
 
         try:
-            # long videos and many frames are what this benchmark is about
+            # this benchmark has long videos and many frames
             with open_video(path, limits=Limits(nbytes=2**34, seconds=None)) as reader:
                 try:
                     total = len(reader)  # type: ignore[arg-type]

@@ -111,7 +111,7 @@ def measure(
     tokens = tokens_in = flops = flops_dense = 0.0
     kinds: dict[str, list[int]] = {}
     start = time.process_time()
-    # the dense row reads its counts off a patch that keeps everything, which is the unpatched model bit for
+    # counts of the dense row come from a patch that keeps everything: the unpatched model, bit for
     # bit
     with vtoken.applied(model, strategy or "uniform", budget=budget if strategy else 1.0):
         for batch in batches:
@@ -145,7 +145,7 @@ class Board:
     """Cells of one model, with the settings needed to measure them again.
 
     Attributes:
-        title: whose answers to what.
+        title: model and kind of questions.
         settings: model, number of questions, seed, versions.
         cells: the unpatched model first.
     """

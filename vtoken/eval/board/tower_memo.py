@@ -13,10 +13,10 @@ from torch import Tensor, nn
 class TowerMemo:
     """Remembers the outputs of vision tower layers for a batch, and returns them for equal inputs.
 
-    Only the computation of a layer is spared, and only where nothing listens inside it: a layer with hooks on
-    its parts (a strategy reads its attention) runs, and so does one whose input is not, bit for bit, the
-    remembered one (a strategy has merged tokens in front of it). What a model says is the same with and
-    without.
+    Only the computation of a layer is saved, and only if no hook reads values inside it: a layer with hooks
+    on its parts (a strategy reads its attention) runs, and so does one whose input is not, bit for bit, the
+    remembered one (a strategy has merged tokens before it). The model's answers are the same with and
+    without the cache.
     """
 
     def __init__(self, model: Any) -> None:

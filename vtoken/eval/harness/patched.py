@@ -73,7 +73,11 @@ def patch_arguments(ours: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(given.get("strategy"), str):
         raise ValueError(
             "Name a strategy for this model, such as vtoken_strategy=hired,vtoken_budget=0.2; found "
-            f"{', '.join(f'{PREFIX}{k}={v}' for k, v in given.items()) or 'no argument that begins with vtoken_'}."
+            + (
+                ", ".join(f"{PREFIX}{k}={v}" for k, v in given.items())
+                or "no argument that begins with vtoken_"
+            )
+            + "."
         )
     given["strategy"] = parse_strategy(given["strategy"])
     for name, value in given.items():
@@ -91,8 +95,8 @@ def patch_counted(model: Any, ours: Mapping[str, Any]) -> Calls:
     """Patch a model that a harness has loaded, and count the calls of its `generate` from now on.
 
     A ValueError out of `generate` (a kind of input that the strategy refuses, say) ends the run with its
-    sentence: harnesses catch it, log it and score an empty answer, which would be a wrong result and not a
-    missing one.
+    sentence: harnesses catch it, log it and score an empty answer, which would be a wrong result instead of
+    a missing one.
 
     Raises:
         TypeError, ValueError: as `vtoken.patch` does.

@@ -3,8 +3,8 @@
 Example: `python -m vtoken.eval.harness.vlmevalkit --strategy hired --budget 0.2 --model NAME ...`.
 
 Registers patched twins of VLMEvalKit's models in its `supported_VLM` and hands over to its own `run.py` with
-all other arguments. VLMEvalKit is installed from a checkout (`pip install -e .`), beside whose package
-`run.py` lies.
+all other arguments. VLMEvalKit is installed from a checkout (`pip install -e .`); `run.py` lies in
+the parent folder of its package.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def strict(text: str, letters: str, options: Sequence[str] = ()) -> str:
 def lmms_eval(text: str, letters: str, options: Sequence[str] = ()) -> str:
     """lmms-eval 0.7.2: the most telling place of a letter, and of equal ones the last.
 
-    From strong to weak: an answer that starts or ends with the letter; the first of each letter behind a
+    From strong to weak: an answer that starts or ends with the letter; the first of each letter after a
     phrase such as "the answer is", where capitals inside of words count too; "(A)"; "A."; "A:"; "A)"; "A ";
     and any capital at all. So "The answer is B. Dogs bark" is D.
     """
@@ -54,8 +54,8 @@ def lmms_eval(text: str, letters: str, options: Sequence[str] = ()) -> str:
     lower = padded.lower()
     for phrase in PHRASES:
         if phrase in lower:
-            behind = lower.index(phrase) + len(phrase)
-            found += [(7, padded.find(c, behind), c) for c in letters if c in padded[behind:]]
+            after = lower.index(phrase) + len(phrase)
+            found += [(7, padded.find(c, after), c) for c in letters if c in padded[after:]]
     found = found or [(0, padded.rfind(letter), letter) for letter in letters if letter in padded]
     return max(found)[2] if found else ""
 

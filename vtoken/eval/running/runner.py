@@ -43,7 +43,7 @@ class Outcome:
     """Results of a finished run.
 
     Attributes:
-        run: what was run.
+        run: strategy, budget and frames.
         cell: measured tokens, FLOPs and right answers, per group in `cell.kinds`.
         ttft: median seconds to the first token.
         breakdown: the benchmark's own scores.
@@ -136,12 +136,12 @@ class Evaluation:
     """One task and one model, with a folder for the answers.
 
     Args:
-        task: what is asked.
-        asker: who answers.
-        folder: for settings and answers; a run that is there is continued.
+        task: the benchmark.
+        asker: the model.
+        folder: for settings and answers; a run in it is continued.
         batch_size: prompts per `generate`. Batches are the same whatever was interrupted, however many
             processes there are: an unfinished one is asked again as a whole.
-        settings: what answers depend on beside the task's own settings.
+        settings: further settings on which answers depend, besides the task's own.
         processes: see `Processes`.
         step: told how many questions were just done.
     """
@@ -184,8 +184,8 @@ class Evaluation:
 
     def _run(self, run: Run) -> Outcome | str:
         done = read(self.folder, run.stem, self.names)
-        self.processes.wait()  # nobody writes before everybody has read
-        # asked by all processes, so that all hear the same
+        self.processes.wait()  # no process writes before all have read
+        # asked by all processes, so that all get the same answer
         prompt = self._readable(run) if self._open(done) else None
         if prompt and (refusal := self.asker.refusal(run.strategy, run.budget, prompt)):
             return refusal
