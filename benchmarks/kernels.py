@@ -30,7 +30,7 @@ from vtoken import kernels
 from vtoken.bench.report import machine, save
 from vtoken.bench.timing import spread
 
-BASE = "torch"  # the twin, whose answers the others are compared with
+BASE = "torch"  # the twin, the reference for the others' answers
 
 
 def flat(value: Any) -> list[Tensor]:

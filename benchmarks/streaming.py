@@ -127,9 +127,7 @@ def measure_session(
     now: Clock,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """One entry per number of frames in `asked`, ascending; FLOPs are those of a frame, the LLM's share of
-    rekv included.
-    """
+    """One entry per number of frames in `asked`, ascending; FLOPs per frame include rekv's LLM."""
     device, side, rows = model.device, model.config.vision_config.image_size, []
     limits: dict[str, Any] = {"max_tokens": tokens}
     if options.get("memory") == "rekv":

@@ -1,7 +1,6 @@
-"""Compile every Triton kernel for a CUDA compute capability (80, 90, ...) without a GPU, and check the
-binary.
+"""Compile every Triton kernel for a CUDA compute capability (80, 90, ...), and check the binary.
 
-Checked are shared memory that fits, wide loads for moved rows, and a barrier that acquires.
+No GPU is needed. Checked are shared memory that fits, wide loads for moved rows, and a barrier that acquires.
 """
 
 from __future__ import annotations

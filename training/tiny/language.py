@@ -131,9 +131,9 @@ def train_language(
 
     Args:
         model: a LLaVA-like model.
-        visual_of: what a batch shows -> visual tokens ``(n, tokens, hidden)``, with the gradient of the
+        visual_of: pictures of a batch -> visual tokens ``(n, tokens, hidden)``, with the gradient of the
             projector.
-        make: what the batch of a step shows, its packed questions and, with ``reading``, the targets of the
+        make: pictures of the batch of a step, its packed questions and, with ``reading``, the targets of the
             read-outs.
         checks: held-out batches.
         plan: ``steps``, ``rate``, ``muon_rate``.

@@ -46,14 +46,14 @@ def optimise(
 
     Args:
         stage: its name in ``log`` and in ``keep``.
-        parameters: what is trained, by name.
+        parameters: the trained ones, by name.
         make: the batch of a step, a function of the step alone.
-        loss_of: ``(batch, share of the way) -> (loss, facts about the batch)``.
+        loss_of: ``(batch, share of training done) -> (loss, facts about the batch)``.
         plan: ``steps``, ``rate`` (AdamW), ``muon_rate``; the rest is the recipe's own.
         log: gets an entry every 20th step.
         facts: held-out measures, for every 100th step and the last one.
         steps: number of steps instead of the plan's.
-        seconds: the way is the number of steps, or this long where that comes first.
+        seconds: training ends after the number of steps, or after this time if that comes first.
         workers: processes that make batches ahead.
         keep: folder for ``<stage>.safetensors``, written every 50 steps; a stage that is found there goes on
             from its last state, and a finished one is not run again.

@@ -33,9 +33,6 @@ def build_tokenizer(special: Iterable[str] = (), words: Iterable[str] = ()) -> A
 
     It adds no tokens. ``special`` tokens and ``words`` come after those of the image questions, whose ids are
     the same in every model.
-
-    ``special`` tokens and ``words`` come after those of the image questions, whose ids are the same in every
-    model.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -144,9 +141,6 @@ def start_tower(tower: Any) -> None:
 
     The usual ones (0.02) suit a hundred times as many steps: the positions start far weaker than the patches,
     and a patch takes long to find its neighbours.
-
-    The usual ones (0.02) suit a hundred times the steps: positions start as a whisper beside the patches, and
-    it takes long until a patch finds its neighbours.
     """
     import torch
 

@@ -27,7 +27,7 @@ RATES = (1.0, 2.0, 2.0)  # frames per second
 
 
 def warm_start(model: Any) -> None:
-    """Copy from the tiny LLaVA's Llama what agrees in name and shape, and embeddings of shared words."""
+    """Copy the tiny LLaVA's Llama where names and shapes agree, and embeddings of shared words."""
     from vtoken.tiny import load
 
     old = load("llava")[0]

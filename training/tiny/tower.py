@@ -147,8 +147,7 @@ def hidden_states(tower: Any, pixels: torch.Tensor, reset: float = 0.0) -> list[
 
 
 def cls_rows(tower: Any, states: list[torch.Tensor], layer: int) -> torch.Tensor:
-    """Softmaxed CLS attention of a layer (0-based): ``(n, heads, patches)`` float32, the CLS column dropped.
-    """
+    """Softmaxed CLS attention of a layer (0-based): ``(n, heads, patches)`` float32, no CLS column."""
     block = getattr(tower, "vision_model", tower).encoder.layers[layer]
     attention = block.self_attn
     normed = block.layer_norm1(states[layer])
@@ -179,7 +178,7 @@ class TowerHeads(nn.Module):
         width: hidden size of the tower.
         read: the entry of ``hidden_states`` that the language model reads.
         cls: whether the tower has a CLS token.
-        forms, colour_names: what the objects can be.
+        forms, colour_names: possible forms and colours of the objects.
     """
 
     def __init__(
@@ -258,8 +257,8 @@ def train_tower(
         check: pixels and targets of held-out views.
         plan: ``steps``, ``rate``, ``muon_rate``, ``reset`` and ``look`` (the weight of `look_loss` in the
             last third).
-        more_facts: measures of the held-out views, told where the read-out of the forms is right,
-            ``(objects,)``.
+        more_facts: measures of the held-out views, called with ``(objects,)`` bool: whether the read-out of
+            an object's form is right.
         **limits: as in `training.tiny.loop.optimise`.
     """
     inner = getattr(tower, "vision_model", tower)

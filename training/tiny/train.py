@@ -41,7 +41,7 @@ def train(
         minutes: upper limit of the training time; the schedules shrink to fit. ``None``: the full recipe.
         device: ``cpu``, ``cuda`` or ``auto``.
         seed: of the weights and the scenes.
-        resume: go on from what an interrupted run left in ``out/stages``.
+        resume: continue from the state of an interrupted run in ``out/stages``.
         questions: held-out questions of the final measurement.
 
     Returns:

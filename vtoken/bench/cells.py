@@ -146,7 +146,7 @@ def measure(
         repeats: timed turns per cell; a third as many of generation.
         steps: decode steps, 0 for none.
         limit: seconds after which no further turn begins; a cell that had none says so.
-        progress: told in words what comes next.
+        progress: called with the next step in words.
     """
     start = time.monotonic()
 

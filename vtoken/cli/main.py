@@ -44,9 +44,7 @@ def list_command(pattern: str, names: bool) -> None:
 @cli.command()
 @click.argument("name")
 def info(name: str) -> None:
-    """What is known of one strategy: paper, code, hyper-parameters with defaults; of two, joined by +, of
-    each.
-    """
+    """Facts about a strategy: paper, code, hyper-parameters with defaults; two are joined by +."""
     from ..strategies import combine
     from ..strategies.registry import parse_strategy
 

@@ -198,8 +198,8 @@ def questions(
 
     Args:
         forms: a numpy generator draws the wording from ``FORMS``; without it the first wording is used.
-        seen_before: only those that the frames before this time (in seconds) answer for good: what came later
-            neither shows the answer again nor could have changed it.
+        seen_before: only questions with a final answer in the frames before this time (in seconds): later
+            frames neither show the answer again nor could change it.
     """
     rng = np.random.Generator(np.random.PCG64([clip.seed, SPLITS.index(clip.split), 4]))
     asked = _ask(clip.moments, len(clip.media) - 1, rng, forms)

@@ -127,7 +127,7 @@ def evaluate(
         n: number of questions, each about a test example of its own.
         seed: which test examples.
         batch_size: prompts per ``generate`` call.
-        name: whose held-out questions.
+        name: tiny model with the held-out questions.
 
     Returns:
         Accuracy in 0..1 for ``all`` and for each kind of question.

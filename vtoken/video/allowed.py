@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .source import PROTOCOLS, Source
 
-# containers that hold what they show: none of these opens another file
+# self-contained formats: none of these opens another file
 FORMATS = (
     "mov,mp4,matroska,webm,avi,flv,live_flv,kux,asf,asf_o,wtv,rm,ogg,nut,mpegts,"
     "mpegtsraw,mpeg,mpegvideo,mxf,gxf,dv,nsv,nuv,swf,smjpeg,mpjpeg,pva,ty,dhav,ivr,"

@@ -3,10 +3,6 @@
 It returns wrong frames without an error for MPEG-TS, AVI, FLV and fragmented mp4, for MPEG-4 with B-frames,
 for HEVC, and for H.264 with open groups of pictures or gradual refresh; and four channels for a rotated
 video. So it provides pixels only, and only of files that it reads right; the frame numbers come from PyAV.
-
-It gives wrong frames, without a word, of MPEG-TS, AVI, FLV and fragmented mp4, of MPEG-4 with B-frames, of
-HEVC, and of H.264 with open groups of pictures or gradual refresh; and four channels of a rotated video. So
-it is asked for pixels alone, and only of files that it reads right; which frame is where, PyAV says.
 """
 
 from __future__ import annotations

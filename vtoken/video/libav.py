@@ -21,7 +21,7 @@ _GARBAGE = 64  # errors of the demuxer in a row after which a source is taken to
 
 @dataclass
 class Damage:
-    """Counts of what was skipped: packets refused by demuxer or decoder, frames marked as corrupt."""
+    """Counts of skipped data: packets refused by demuxer or decoder, frames marked as corrupt."""
 
     packets: int = 0
     frames: int = 0
@@ -129,7 +129,7 @@ def decoded(packets: Iterable[Any], damage: Damage, limits: Limits) -> Iterator[
             frames = packet.decode()
         except av.error.EOFError:
             return
-        except Exception:  # libav's own errors, and what PyAV raises for values that it does not expect
+        except Exception:  # libav's own errors, and PyAV's for unexpected values
             damage.packets += 1
             continue
         for frame in frames:

@@ -24,7 +24,7 @@ _LONGEST = 30.0  # seconds between two tries
 
 @dataclass
 class LiveStats:
-    """Counts of what a live reader has read, dropped and lost so far.
+    """Counts of frames that a live reader has read, dropped and lost so far.
 
     Attributes:
         read: pictures that arrived.
@@ -214,7 +214,7 @@ class LiveReader:
                 return
             except Stopped:
                 return
-            except Exception as error:  # iterables raise what they like
+            except Exception as error:  # iterables may raise anything
                 stats.error, stats.connected = brief(error), False
                 tries = 1 if stats.read > before else tries + 1
                 if not self._feed.again or isinstance(error, Unreadable) or tries > self._retries:

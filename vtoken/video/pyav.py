@@ -46,7 +46,7 @@ class PyAVReader:
 
     Attributes beyond the protocol:
         source: where it reads from.
-        limits: bounds on what it may cost.
+        limits: bounds on its cost.
         track: its video stream.
     """
 
@@ -62,7 +62,7 @@ class PyAVReader:
 
     @property
     def damage(self) -> Damage:
-        """Counts of what PyAV could not decode so far; it was skipped."""
+        """Counts of packets and frames that PyAV could not decode so far, and skipped."""
         return self.track.damage
 
     @cached_property
@@ -315,7 +315,7 @@ class PyAVReader:
             yield from self._count_from(0 if back else ordinal)
             return
         key = table.key_before(ordinal, back)
-        # what comes before the key frame refers to frames that were not decoded
+        # frames before the key frame refer to frames that were not decoded
         least = (table.ordinal(key) or 0) if back else ordinal
         for frame in decoded(self.track.packets_from(key), self.damage, self.limits):
             place = None if frame.pts is None else table.ordinal(frame.pts)

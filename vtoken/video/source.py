@@ -17,7 +17,7 @@ from .growing_files import over_pipe
 
 _HTTP = ("http", "https", "httpproxy", "tcp", "tls", "crypto")
 _RTSP = ("rtp", "srtp", "udp", "tcp", "tls", "http", "https", "httpproxy")
-PROTOCOLS = {  # of an address: what it may be opened over
+PROTOCOLS = {  # of an address: the protocols that libav may use for it
     "http": _HTTP,
     "https": _HTTP,
     "rtsp": _RTSP,

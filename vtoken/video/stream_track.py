@@ -20,7 +20,7 @@ class Track:
     Attributes:
         limits: bounds on its pictures.
         watch: the time left to the current call; its owner starts it.
-        damage: counts of what could not be decoded and was skipped.
+        damage: counts of packets and frames that could not be decoded.
         turn: number of seeks so far; an iterator that finds it changed has lost its place.
     """
 
@@ -120,10 +120,7 @@ class Track:
         return self.packets()
 
     def rewind(self) -> None:
-        """Go back to the first packet, in a new container: a seek to the start can lose packets.
-
-        Transport streams are the case.
-        """
+        """Go back to the first packet, in a new container: a seek to its start loses packets of MPEG-TS."""
         self.check()
         self.turn += 1
         if not self._unread:

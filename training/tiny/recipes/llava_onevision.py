@@ -146,8 +146,7 @@ def warm_start(model: Any) -> None:
 def train(
     model: Any, processor: Any, log: list[dict], seed: int = 0, seconds: float | None = None, **limits: Any
 ) -> None:
-    """Warm start and both stages, in place; appends to ``log``. Limits as in `training.tiny.loop.optimise`.
-    """
+    """Warm start and both stages, in place; appends to ``log``. Limits as in `optimise`."""
     warm_start(model)
     train_tower(model, processor, log, seed, seconds=seconds and seconds * 0.25, **limits)
     train_language(model, processor, log, seed, seconds=seconds and seconds * 0.75, **limits)

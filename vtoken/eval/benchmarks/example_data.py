@@ -44,7 +44,7 @@ def write_mme(folder: str | Path, rows: Sequence[Row], row_group: int = 4) -> Pa
 
 
 def write_mme_tsv(path: str | Path, rows: Sequence[Row]) -> Path:
-    """Write the same rows as VLMEvalKit's TSV, an image's second row referring to the first; returns it."""
+    """Write the same rows as VLMEvalKit's TSV, each image once; returns the path."""
     try:
         import pandas as pd
     except ImportError:

@@ -102,7 +102,7 @@ def measure(
         batches: the questions.
         strategy: registered name, or several joined by "+"; None asks the unpatched model.
         budget: as for `vtoken.patch`.
-        step: told the number of questions after each batch.
+        step: called with the number of questions after each batch.
     """
     import time
 
@@ -193,8 +193,6 @@ class Board:
         """Accuracy of `random` at this number of tokens, linear between its cells and the unpatched model.
 
         None if the number lies below its smallest cell, or if `random` was not measured.
-
-        None if that lies below its smallest cell, or if `random` was not measured.
         """
         known = sorted((c.tokens, c.accuracy) for c in self.cells if c.strategy in ("random", "dense"))
         if not any(c.strategy == "random" for c in self.cells) or not known[0][0] <= tokens <= known[-1][0]:

@@ -128,10 +128,10 @@ def tiny_board(
         strategies: registered names, or several joined by "+"; all that fit the subject if empty.
         budgets: as for `vtoken.patch`. 1.0 is the unpatched model whatever the strategy and is measured once.
         seed: of the subject's questions, to be written down.
-        step: told what is measured and how many questions were just answered.
-        cell_done: told the board so far and the cell that was just measured.
+        step: called with the name of the current cell and the number of questions just answered.
+        cell_done: called with the board so far and the new cell.
         known: an earlier board; its cells are taken over if its settings are the same.
-        refused: told of each cell that is left out because the strategy cannot serve this model with this
+        refused: called for each cell that is left out because the strategy cannot serve this model with this
             budget.
 
     Raises:

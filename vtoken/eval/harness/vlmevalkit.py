@@ -36,7 +36,7 @@ def register(
             so that its predictions have files of their own and switches in VLMEvalKit that look into names
             still see the model's.
         ours: `strategy`, `budget` and hyper-parameters.
-        made: told the call counts of each model that is built, by the twin's name.
+        made: called with the twin's name and the call counts of each model that is built.
 
     Returns:
         The names of the twins.

@@ -70,10 +70,9 @@ EIGHT += ["The best option is", "The correct option is", "Best answer:", "Best o
 def vlmevalkit(text: str, letters: str, options: Sequence[str] = ()) -> str:
     """VLMEvalKit without a judge: prefixes removed, then the first capital that is a letter.
 
-    The capital counts inside a word too.
-
-    So "Definitely C" is D. Up to four letters the prefixes are those of Video-MME, of which two are misspelt
-    so that "Best answer: C" is B; with more they are those of its version 2.
+    The capital counts inside a word too, so "Definitely C" is D. Up to four letters the prefixes are those of
+    Video-MME, of which two are misspelt so that "Best answer: C" is B; with more they are those of its
+    version 2.
     """
     text = text.strip()
     for prefix in FOUR if len(letters) <= 4 else EIGHT:
@@ -141,7 +140,7 @@ class Choice:
         read: a letter or "", from a model's answer, the letters and the options.
         sample: n frame numbers of `total`.
         said: the subtitles of sampled frames, see `subtitles`.
-        frames: how many, unless asked otherwise.
+        frames: default number of sampled frames.
         max_new_tokens: of an answer.
     """
 

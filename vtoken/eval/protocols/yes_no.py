@@ -45,7 +45,7 @@ def lmms_eval(text: str) -> str:
 def vlmevalkit(text: str) -> str:
     """VLMEvalKit without a judge: the one of the words yes and no that occurs; neither or both is no answer.
 
-    Punctuation becomes a space, or vanishes where the text has it beside a space, or has a comma between
+    Punctuation becomes a space, or vanishes where the text has it next to a space, or has a comma between
     digits anywhere. So "(yes)no" has both words, and "yes(no) (" is the one word "yesno".
     """
     text = text.lower()

@@ -48,7 +48,7 @@ class Outcome:
         ttft: median seconds to the first token.
         breakdown: the benchmark's own scores.
         wrong: the items that were answered wrong.
-        unparsed: those among them whose answers the protocol takes for none.
+        unparsed: those among them in whose text the protocol finds no answer.
         unreadable: per item that could not be opened, why; each counts as answered wrong.
     """
 
@@ -84,7 +84,7 @@ def plan(
         strategies: registered names, or several joined by "+".
         budgets: as for `vtoken.patch`.
         frames: per video.
-        same_tokens_as: instead of `frames`, as many as cost what this many frames cost unpruned.
+        same_tokens_as: instead of `frames`: the number of frames that costs as much as this number unpruned.
 
     Raises:
         ValueError: if `same_tokens_as` is used with `frames` or with budgets that are no shares.
@@ -141,9 +141,9 @@ class Evaluation:
         folder: for settings and answers; a run in it is continued.
         batch_size: prompts per `generate`. Batches are the same whatever was interrupted, however many
             processes there are: an unfinished one is asked again as a whole.
-        settings: further settings on which answers depend, besides the task's own.
+        settings: settings on which answers depend, in addition to the task's own.
         processes: see `Processes`.
-        step: told how many questions were just done.
+        step: called with the number of questions just done.
     """
 
     def __init__(
