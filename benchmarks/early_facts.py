@@ -1,9 +1,8 @@
-"""Are facts that were shown only early in a stream still answered, and how often, next to a model that reads
-all frames?
+"""Accuracy on facts shown only early in a stream, with several memories and with all frames.
 
     python benchmarks/early_facts.py --model qwen2_5_vl --n 200 --out benchmarks/results/early_facts.json
 
-Clips of the held-out split; the questions are those that the first half of a clip answers for good. Every
+Clips of the held-out split; the questions are those with a final answer in the first half of a clip. Every
 memory is asked the same questions about the same frames at the clip's end, which all fit the model's
 positions.
 """
@@ -25,7 +24,7 @@ from vtoken.tiny.questions import answers
 
 
 def questions(n: int, frames: int, seed: int) -> list[tuple[Any, Any]]:
-    """(clip, question) pairs about what the first half of a clip shows for good, one per clip."""
+    """(clip, question) pairs about the first half of a clip, one per clip, final after that half."""
     rng, found, number = np.random.default_rng(seed), [], 0
     while len(found) < n:
         clip = clips.make_clip(seed * 1_000_000 + number, "test", frames)
@@ -54,7 +53,7 @@ def memories(tokens: int, pruner: str, budget: float) -> dict[str, dict[str, Any
 def ask(
     model: Any, processor: Any, pairs: list[tuple[Any, Any]], options: dict[str, Any]
 ) -> tuple[list[str], int]:
-    """The session's answers, and the most visual tokens that one of them has seen."""
+    """The session's answers, and the largest number of visual tokens that one of them has read."""
     said, most = [], 0
     with vtoken.StreamSession(model, processor, max_new_tokens=6, **options) as session:
         for clip, question in pairs:

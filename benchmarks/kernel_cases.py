@@ -1,6 +1,4 @@
-"""The cases of `kernels.py`: random inputs at the shapes of real models, vtoken's kernel, and how it is
-usually written.
-"""
+"""Cases of `kernels.py`: random inputs of real models' shapes, vtoken's kernels, and the usual code."""
 
 from __future__ import annotations
 
@@ -16,11 +14,14 @@ Call = Callable[[], Any]
 Case = tuple[Call, Call, int]
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "small": {
-        "merge": (1, 576, 1024, 115), "cls": (3, 8, 145, 32), "text": (1, 8, 320, 64), "tower": (2, 8, 256, 32),
-        "windows": (1, 8, 1024, 32), "tome": (1, 577, 64, 64), "select": (1, 576, 1024, 115), "kv": (4, 1, 4, 640, 64, 160),
+        "merge": (1, 576, 1024, 115), "cls": (3, 8, 145, 32), "text": (1, 8, 320, 64),
+        "tower": (2, 8, 256, 32),
+        "windows": (1, 8, 1024, 32), "tome": (1, 577, 64, 64), "select": (1, 576, 1024, 115),
+        "kv": (4, 1, 4, 640, 64, 160),
     },
     "7b": {
-        "merge": (8, 2880, 4096, 576), "cls": (5, 16, 577, 64), "text": (1, 32, 2944, 128), "tower": (5, 16, 729, 72),
+        "merge": (8, 2880, 4096, 576), "cls": (5, 16, 577, 64), "text": (1, 32, 2944, 128),
+        "tower": (5, 16, 729, 72),
         "windows": (1, 16, 5184, 80), "tome": (8, 577, 64, 64), "select": (1, 2880, 4096, 576),
         "kv": (32, 1, 32, 2944, 128, 640),
     },
@@ -28,7 +29,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 def softmax_map(q: Tensor, k: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """The whole map, as eager attention computes it."""
+    """The whole attention map, as in eager attention."""
     logits = q @ k.mT * q.shape[-1] ** -0.5
     return (logits if hidden is None else logits.masked_fill(hidden, -torch.inf)).softmax(
         -1, dtype=torch.float32
@@ -43,8 +44,7 @@ def naive_merge(x: Tensor, index: Tensor, into: Tensor, weight: Tensor) -> Tenso
 
 
 def naive_farthest(x: Tensor, k: int) -> Tensor:
-    """DivPrune as published: the distance matrix, and at each step the minimum over all rows chosen so far.
-    """
+    """DivPrune as published: distance matrix, each step a minimum over all rows chosen so far."""
     unit = torch.nn.functional.normalize(x[0].float(), dim=-1)
     distance = 1 - unit @ unit.mT
     chosen = [(distance + torch.diag(torch.full((len(unit),), torch.inf, device=x.device))).amin(1).argmax()]
@@ -70,9 +70,7 @@ def naive_greedy(x: Tensor, quality: Tensor, k: int) -> Tensor:
 
 
 def naive_match(keys: Tensor, r: int) -> list[Tensor]:
-    """ToMe's matching as published, behind one CLS token: sources, their targets, the rest in order, and who
-    owns whom.
-    """
+    """ToMe's matching as published, after one CLS token: sources, targets, the rest in order, owners."""
     unit = keys.float() / keys.float().norm(dim=-1, keepdim=True)
     best, partner = (unit[:, 2::2] @ unit[:, 1::2].mT).max(-1)
     order = best.argsort(dim=-1, descending=True)
@@ -85,9 +83,7 @@ def naive_match(keys: Tensor, r: int) -> list[Tensor]:
 
 
 class Inputs:
-    """Random inputs; a case is a call of vtoken's kernel, the usual way, and the bytes that have to move (0:
-    no claim).
-    """
+    """Random inputs; a case: a call of vtoken's kernel, the usual code, bytes to move (0: no claim)."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device):
         self.shapes, self.device = shapes, device
@@ -121,7 +117,9 @@ class Inputs:
                 (n + m) * row,
             ),
             "gather_rows": (
-                lambda: kernels.gather_rows(planes, index), lambda: [gather(p) for p in planes], 2 * m * (row + 9 * batch)
+                lambda: kernels.gather_rows(planes, index),
+                lambda: [gather(p) for p in planes],
+                2 * m * (row + 9 * batch),
             ),
         }  # fmt: skip
 

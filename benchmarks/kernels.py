@@ -1,5 +1,6 @@
-"""Kernels against their torch twins, against what is usually written (the eager N x N way), and against the
-copy bandwidth of the device, all in one run: only ratios between times of the same run are worth quoting.
+"""Kernels compared with their torch twins, the usual code, and the copy bandwidth of the device.
+
+All are in one run: only ratios between times of the same run are worth quoting.
 
     python benchmarks/kernels.py                        # shapes of 7B models on a GPU, scaled ones on a CPU
     python benchmarks/kernels.py --shape small --out kernels.json
@@ -29,7 +30,7 @@ from vtoken import kernels
 from vtoken.bench.report import machine, save
 from vtoken.bench.timing import spread
 
-BASE = "torch"  # the twin, whose answers the others are compared with
+BASE = "torch"  # the twin, the reference for the others' answers
 
 
 def flat(value: Any) -> list[Tensor]:
@@ -37,8 +38,7 @@ def flat(value: Any) -> list[Tensor]:
 
 
 def differ(a: Any, b: Any) -> float:
-    """Largest difference, relative to the largest value; for picked tokens the share of picks not in common.
-    """
+    """Largest difference relative to the largest value; for picked tokens the share of differing picks."""
     worst = 0.0
     for x, y in zip(flat(a), flat(b), strict=True):
         if x.dtype == torch.long:
@@ -62,13 +62,13 @@ def with_backend(name: str, call: Call) -> Call:
 
 
 def clock(call: Call, cuda: bool, now: Callable[[], float]) -> float:
-    """Milliseconds of one call, on a CPU by the clock `now`."""
+    """Milliseconds of one call; on a CPU by the clock `now`."""
     if not cuda:
         start = now()
         call()
         return 1e3 * (now() - start)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # the launches queue up behind it, so that short kernels are not timed by the host
+    # the launches queue up after it, so that short kernels are not timed by the host
     torch.cuda._sleep(1_000_000)
     first.record()
     call()
@@ -125,7 +125,7 @@ def measure(
 
 
 def goals(results: dict[str, dict[str, Any]], cuda: bool) -> dict[str, dict[str, Any]]:
-    """What the kernels are meant to reach, and whether this run did."""
+    """The goals of the kernels, and whether this run reached them."""
     wanted: dict[str, tuple[float, float]] = {}
     for name, result in results.items():
         if "failed" in result:

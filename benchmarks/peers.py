@@ -1,10 +1,10 @@
-"""Other packages beside vtoken: same shape, same number of kept tokens, same clock (processor time).
+"""Other packages compared with vtoken: same shape, same number of kept tokens, same clock (processor time).
 
 `peers.sh` makes their environments and calls this once in each.
 
-    python benchmarks/peers.py llm --out peers.json         # sparsevlm, eager attention maps, vtoken: one process, in turns
-    python benchmarks/peers.py tower --out peers.json       # vtoken's VisionZip: tower, scoring and selection
-    python benchmarks/peers.py visionzip --out peers.json   # the published VisionZip, on the release of transformers it needs
+    python benchmarks/peers.py llm --out peers.json         # sparsevlm, eager attention, vtoken: in turns
+    python benchmarks/peers.py tower --out peers.json       # vtoken's VisionZip: tower, scoring, selection
+    python benchmarks/peers.py visionzip --out peers.json   # the published VisionZip, on its own transformers
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Times = dict[str, float]
 
 
 def turns(contestants: dict[str, Callable[[], Times]], repeats: int) -> dict[str, Any]:
-    """Medians in ms of every contestant, in turns; one that fails says why."""
+    """Medians in ms of every contestant, in turns; the error of one that fails."""
     out: dict[str, Any] = {}
     taken: dict[str, list[Times]] = {name: [] for name in contestants}
     for i in range(repeats + 1):
@@ -74,12 +74,12 @@ def llm(repeats: int) -> dict[str, Any]:
         return {"prefill": times["total"] - times["decode"], **times}
 
     def maps() -> Times:
-        """What most published code does: the attention maps of every layer, for scores of one."""
+        """Most published code's way: the attention maps of every layer, for the scores of one."""
         config = dict(do_sample=False, min_new_tokens=STEPS + 1, max_new_tokens=STEPS + 1)
         asked = dict(output_attentions=True, return_dict_in_generate=True)
         return generated("eager", call=lambda: work.model.generate(**work.inputs, **config, **asked))
 
-    # sparsevlm brings a package that is called like a script beside this one
+    # sparsevlm brings a package with the name of a script in this folder
     sys.path[:] = [
         folder for folder in sys.path if Path(folder or ".").resolve() != Path(__file__).resolve().parent
     ]
@@ -135,7 +135,10 @@ def tower(repeats: int) -> dict[str, Any]:
 
 
 def visionzip(repeats: int) -> dict[str, Any]:
-    """The same by the published code. It patches the `llava` package, which no index has: the tower is run by itself."""
+    """The same by the published code.
+
+    It patches the `llava` package, which no index has: the tower is run by itself.
+    """
     import transformers
     from transformers import CLIPVisionConfig, CLIPVisionModel
     from transformers.models.clip import modeling_clip

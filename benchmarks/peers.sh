@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# vtoken beside other packages, each in an environment of its own that looks through to .venv for torch:
+# vtoken compared with other packages, each in an environment of its own that looks through to .venv for torch:
 #
 #     benchmarks/peers.sh [results.json [repeats]]
 set -euo pipefail

@@ -1,5 +1,4 @@
-"""How many answers about a long labelled stream are right, by frames so far, kind of question, memory and
-strategy?
+"""Share of right answers about a long labelled stream, by frames so far, question, memory and strategy.
 
     python benchmarks/stream_answers.py --out docs/stream_answers.json
 
@@ -32,9 +31,7 @@ EXAMPLE = "example"  # the kind of questions that the demo proposes
 
 
 def chosen(stream: Stream, now: float, since: float, per_kind: int, rng: np.random.Generator) -> list[Any]:
-    """Up to `per_kind` questions of each kind that the frames from `since` to `now` answer, and the demo's
-    examples.
-    """
+    """Up to `per_kind` questions of each kind that the frames since `since` answer, and the demo's."""
     by_kind = defaultdict(list)
     for question in stream.questions_at(now, since=since):
         by_kind[question.kind].append(question)
@@ -46,7 +43,7 @@ def chosen(stream: Stream, now: float, since: float, per_kind: int, rng: np.rand
 def measure(
     session: vtoken.StreamSession, seed: int, frames: list[int], per_kind: int
 ) -> list[dict[str, Any]]:
-    """One row per question asked in one stream."""
+    """One row per question about one stream."""
     stream, rows, rng = Stream(seed), [], np.random.default_rng(seed)
     session.reset()
     for index in range(max(frames)):
@@ -68,9 +65,7 @@ def rate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rates of all drawn questions, of those that are hard to guess and of the demo's, at each checkpoint and
-    for each kind.
-    """
+    """Rates of drawn questions, of those hard to guess and of the demo's, by checkpoint and kind."""
     drawn = [r for r in rows if r["kind"] != EXAMPLE]
     sets = {"all": drawn, "open": [r for r in drawn if r["answer"] not in TRIVIAL]}
     sets["examples"] = [r for r in rows if r["kind"] == EXAMPLE]

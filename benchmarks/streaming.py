@@ -1,5 +1,6 @@
-"""What a frame and a question cost in a stream that goes on: with and without reuse in the tower and pruning,
-against giving the model all frames and against giving it a few sampled ones.
+"""Cost of a frame and of a question in a long stream, with and without reuse and pruning.
+
+Compared with a model that is given all frames, and with one that is given a few sampled ones.
 
     python benchmarks/streaming.py --shape small --out benchmarks/results/streaming_small.json
     python benchmarks/streaming.py --shape 7b --device cuda --out streaming-7b.json
@@ -78,8 +79,7 @@ def processor_for(model: Any) -> Any:
 
 
 def picture(index: int, side: int) -> np.ndarray:
-    """A frame of an endless synthetic stream: a still background per scene, and something that moves on it.
-    """
+    """A frame of an endless synthetic stream: a still background per scene, and a moving object on it."""
     image = np.random.default_rng(index // SCENE).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
     image = image.repeat(9, 0).repeat(9, 1)[:side, :side].copy()
     at, width = 3 * index % (side - side // 8), side // 8
@@ -88,7 +88,7 @@ def picture(index: int, side: int) -> np.ndarray:
 
 
 def first_token(ask: Callable[[], Any], repeats: int, device: torch.device, now: Clock) -> dict[str, float]:
-    """Seconds by the clock `now` to an answer of one token, as quartiles."""
+    """Seconds to an answer of one token by the clock `now`, as quartiles."""
     times = []
     for _ in range(repeats):
         if device.type == "cuda":
@@ -127,9 +127,7 @@ def measure_session(
     now: Clock,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """One entry per number of frames in `asked`, ascending; FLOPs are those of a frame, the LLM's share of
-    rekv included.
-    """
+    """One entry per number of frames in `asked`, ascending; FLOPs per frame include rekv's LLM."""
     device, side, rows = model.device, model.config.vision_config.image_size, []
     limits: dict[str, Any] = {"max_tokens": tokens}
     if options.get("memory") == "rekv":
@@ -171,8 +169,9 @@ def measure_session(
 def measure_plain(
     model: Any, processor: Any, asked: Sequence[int], most: int, sampled: int, repeats: int, now: Clock
 ) -> Any:
-    """Per number of frames the time to the first token of all frames, and of some sampled evenly; None if it
-    does not fit.
+    """Per number of frames the time to the first token from all frames, and from some sampled evenly.
+
+    None if they do not fit.
     """
     side, out = model.config.vision_config.image_size, {"all frames": [], "sampled frames": []}
     for count in asked:

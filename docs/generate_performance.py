@@ -44,7 +44,8 @@ def models() -> str:
     report = load(RESULTS / "cpu.json")
     for name, shape in report["shapes"].items():
         left = [c for c in shape["cells"] if "refused" in c]
-        tokens = f"{shape['visual_tokens']} visual and {shape['text_tokens']} text tokens, {shape['steps']} decode steps"
+        tokens = f"{shape['visual_tokens']} visual and {shape['text_tokens']} text tokens, "
+        tokens += f"{shape['steps']} decode steps"
         sizes = "; ".join(
             f"{part} {', '.join(f'{k} {v}' for k, v in shape[part].items())}" for part in ("llm", "tower")
         )
@@ -143,8 +144,8 @@ def _stream(report: dict[str, Any]) -> str:
     ]
     told = ", ".join(f"{n:,}" for n in lengths)
     return (
-        f"LLaVA-OneVision, {about['shape']}, after {told} frames of {about['tokens_per_frame']} visual tokens; a memory of "
-        f"{about['max_tokens']} tokens; {_where(m)}.\n\n{markdown(header, body)}"
+        f"LLaVA-OneVision, {about['shape']}, after {told} frames of {about['tokens_per_frame']} visual "
+        f"tokens; a memory of {about['max_tokens']} tokens; {_where(m)}.\n\n{markdown(header, body)}"
     )
 
 

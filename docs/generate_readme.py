@@ -60,7 +60,7 @@ def families() -> str:
 
 
 def readme() -> str:
-    """README.md with fresh tables behind their markers."""
+    """README.md with fresh tables after their markers."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for make in (board, strategies, families):
         marker = f"<!-- {make.__name__} -->"

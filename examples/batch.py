@@ -1,4 +1,4 @@
-"""A ragged batch: prompts of different lengths, two images in one of them, none in another, several budgets.
+"""A ragged batch: prompts of different lengths, with two images, one or none, at several budgets.
 
 python examples/batch.py
 """
@@ -24,7 +24,7 @@ def main() -> None:
     config = vtoken.VTokenConfig("vtc_cls", budget=0.25, options={"layers": 2})
     vtoken.patch(model, config)
     for budget in (0.5, 16):
-        # for a while; the patch above comes back behind it
+        # for a while; the patch above comes back after it
         with vtoken.applied(model, "hired", budget=budget):
             out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
             print(

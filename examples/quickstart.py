@@ -1,7 +1,7 @@
 """One prompt with all visual tokens and with a fifth of them.
 
 python examples/quickstart.py
-python examples/quickstart.py --model llava-hf/llava-1.5-7b-hf --image photo.jpg --question "What is in the picture?"
+python examples/quickstart.py --model llava-hf/llava-1.5-7b-hf --image photo.jpg --question "What is this?"
 """
 
 from __future__ import annotations

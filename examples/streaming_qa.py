@@ -24,7 +24,7 @@ WINDOW = 2 * 18  # visual tokens that it remembers: two steps of two frames each
 
 
 def in_reach(labels: Stream, frame: StreamFrame) -> list[Question]:
-    """Questions about a digit and the shape that came with it, which came up in the last seconds."""
+    """Questions about a digit and the shape shown with it, both from the last seconds."""
     first = frame.index - int(REACH * labels.fps)  # the latest frame may wait for the other one of its step
     seen = [m for m in frame.moments if m.digit and m.shape and first < m.start < frame.index]
     ends = tuple(f"with the {name}?" for m in seen for name in (m.digit, f"{m.colour} {m.shape}"))

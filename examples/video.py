@@ -1,7 +1,7 @@
 """Ask about a video file with all visual tokens and with a share of them.
 
 python examples/video.py
-python examples/video.py --model Qwen/Qwen2.5-VL-7B-Instruct --video clip.mp4 --question "What happens?" --frames 16
+python examples/video.py --model Qwen/Qwen2.5-VL-7B-Instruct --video clip.mp4 --question "What happens?"
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def main(arguments: list[str] | None = None) -> None:
     with open_video(args.video) as video:
         frames = sample_uniform(video, args.frames)
         print(
-            f"{len(frames)} of {len(video)} frames over {video.duration:.1f} s, read by {video.backend} ({video.why})"
+            f"{len(frames)} of {len(video)} frames over {video.duration:.1f} s, "
+            f"read by {video.backend} ({video.why})"
         )
-        # with the times of its frames, a model such as Qwen2.5-VL knows when what happened
+        # the times of the frames, for models such as Qwen2.5-VL that read them
         facts = {"fps": video.fps, "total_num_frames": len(video), "duration": video.duration}
     facts["frames_indices"] = [frame.index for frame in frames]
 

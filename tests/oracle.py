@@ -1,4 +1,4 @@
-"""What a model that reads fewer visual tokens must answer, computed without a line of vtoken.
+"""The oracle: a model's answer from fewer visual tokens, computed without a line of vtoken.
 
 ``capture`` records what the unpatched model hands to its language model. ``generate`` then decodes greedily,
 one prompt at a time, without padding and without a cache: the embeddings are shortened explicitly, with

@@ -1,4 +1,4 @@
-"""The one loader of pictures: what transformers' `load_image` shows, on every way in."""
+"""The picture loader: equal to transformers' `load_image` for every kind of input."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Files that others wrote: a config, answer logs, boards and reports of any bytes are read right or refused
-in one sentence.
-"""
+"""JSON files of any bytes (config, answer logs, boards, reports): read right or refused in one sentence."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Every strategy on every model family: what is generated is what the oracle generates, or `patch` says why
-not.
+"""Every strategy on every model family: the oracle's answer, or a refusal with a reason by `patch`.
 
 One batch holds it all: rows of different lengths, several images in one prompt, a row without images; then a
 second turn on the same cache. A new strategy joins by being registered (with a line in OPTIONS if its

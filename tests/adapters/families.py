@@ -1,6 +1,4 @@
-"""What the tests of the model families share: probes for what a strategy sees, eager attention, prompts of
-both modalities.
-"""
+"""Shared by the tests of the model families: strategy probes, eager attention, prompts of both modalities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A mark painted on a picture is found again where the report says that the kept cells lie."""
+"""Geometry of anyres: a mark painted on a picture is found where the report places the kept cells."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""HiRED on images with crops: budgets, allocation, packing and newlines, against a second writing of the
-method.
-"""
+"""HiRED on images with crops: budgets, packing and newlines, compared with a second implementation."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision, Video-LLaVA and ViP-LLaVA: what they generate, and what they
-refuse.
-"""
+"""LLaVA-NeXT(-Video), LLaVA-OneVision, Video-LLaVA and ViP-LLaVA: generated answers, and refusals."""
 
 from __future__ import annotations
 

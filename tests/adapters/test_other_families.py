@@ -1,6 +1,4 @@
-"""InternVL, SmolVLM and Idefics3, Gemma3, Mistral3, PaliGemma: what strategies see, and what generate() makes
-of it.
-"""
+"""InternVL, SmolVLM and Idefics3, Gemma3, Mistral3, PaliGemma: strategy inputs and generated answers."""
 
 from __future__ import annotations
 

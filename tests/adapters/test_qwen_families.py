@@ -1,5 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and its MoE: what strategies see, and what generate() makes of their choice.
-"""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and its MoE: strategy inputs and generated answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: tiles between words that name them, joined to images again."""
+"""Idefics3 and SmolVLM: tiles between words that name them are joined to images."""
 
 from __future__ import annotations
 

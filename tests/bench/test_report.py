@@ -1,4 +1,4 @@
-"""Reports of the benchmark: saved, joined, compared, judged, drawn; and the command that makes them."""
+"""Reports of the benchmark: save, join, compare, judge, draw; and the command that makes them."""
 
 from __future__ import annotations
 

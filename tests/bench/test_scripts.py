@@ -1,6 +1,4 @@
-"""The scripts in benchmarks/: the kernel benchmark runs, and gpu.sh calls what exists and survives a part
-that fails.
-"""
+"""The scripts in benchmarks/: the kernel benchmark runs, and gpu.sh survives a part that fails."""
 
 from __future__ import annotations
 

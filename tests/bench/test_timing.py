@@ -1,6 +1,4 @@
-"""The clock of the benchmark: what belongs to which phase, bytes that are alive, pairs and what is computed
-from them.
-"""
+"""The clock of the benchmark: phases, live bytes, and speed-ups of pairs."""
 
 from __future__ import annotations
 

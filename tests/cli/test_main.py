@@ -1,4 +1,4 @@
-"""The `vtoken` command as a person meets it: exit codes, one-sentence errors, answers and pictures."""
+"""The `vtoken` command for its users: exit codes, one-sentence errors, answers and pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo without a browser: the player, the desk behind the page, the terminal, the command."""
+"""`vtoken demo stream` without a browser: player, desk, terminal, command."""
 
 from __future__ import annotations
 

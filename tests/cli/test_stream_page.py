@@ -1,4 +1,4 @@
-"""The page on a real socket: who may ask for what, who sees which stream, and what stays behind."""
+"""The page on a real socket: access, sessions of several visitors, and clean-up."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""README.md is true: its tables are fresh, its links lead somewhere, its code runs, its report is what is
-printed.
-"""
+"""README.md: its tables are fresh, its links exist, its code runs, its report is the printed one."""
 
 from __future__ import annotations
 

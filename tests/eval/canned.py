@@ -1,4 +1,4 @@
-"""An asker that says what it is told to, and small data sets written by hand."""
+"""An asker with given answers, and small data sets written by hand."""
 
 from __future__ import annotations
 

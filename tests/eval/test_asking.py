@@ -1,6 +1,4 @@
-"""Prompts through real processors: the same inputs and answers as by hand, and what is measured is what is
-reported.
-"""
+"""Prompts through real processors: inputs and answers as by hand, measurements as reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wilson intervals, and the board: counts that are measured, tables that say what was measured."""
+"""Wilson intervals, and the board: measured counts and their tables."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Video-MME: sampling, prompts, subtitles and letters of each harness, scores computed by hand, unreadable
-files.
-"""
+"""Video-MME: sampling, prompts, subtitles and letters of each harness, scores, unreadable files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vtoken eval mme` and `vtoken eval videomme` as a person meets them, and under `accelerate launch`."""
+"""`vtoken eval mme` and `vtoken eval videomme` for their users, also under `accelerate launch`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""lmms-eval: patched classes on stand-ins of its own, and, with `-m harness`, the real one on a local task.
-"""
+"""lmms-eval: patched classes on stand-ins, and with `-m harness` on the real package and a local task."""
 
 from __future__ import annotations
 

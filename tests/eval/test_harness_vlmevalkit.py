@@ -1,6 +1,4 @@
-"""The VLMEvalKit launcher, on a stand-in package with VLMEvalKit's layout: `run.py` beside
-`vlmeval/config.py`.
-"""
+"""The VLMEvalKit launcher, on a stand-in package with VLMEvalKit's layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, continued, shared by processes; what a folder may hold; what a plan is."""
+"""Runs that are killed, continued, shared by processes; contents of a folder; plans."""
 
 from __future__ import annotations
 

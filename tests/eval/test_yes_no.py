@@ -1,4 +1,4 @@
-"""MME: what each harness asks and reads, scores computed by hand, and what is wrong with a data set."""
+"""MME: prompts and parsing of each harness, scores computed by hand, and faulty data sets."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Compile every Triton kernel for the CUDA compute capability given (80, 90, ...), without a GPU, and check
-what the binary must have: shared memory that fits, wide loads for moved rows, and a barrier that acquires.
+"""Compile every Triton kernel for a CUDA compute capability (80, 90, ...), and check the binary.
+
+No GPU is needed. Checked are shared memory that fits, wide loads for moved rows, and a barrier that acquires.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The kernels as torch ops: tracing, fake tensors, choice of backend, and what importing them costs."""
+"""The kernels as torch ops: tracing, fake tensors, choice of backend, and cost of the import."""
 
 from __future__ import annotations
 

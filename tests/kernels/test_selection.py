@@ -1,4 +1,4 @@
-"""Token selection of the torch backend against the float64 oracle and against what each method promises."""
+"""Token selection of the torch backend: the float64 oracle, and each method's own promises."""
 
 from __future__ import annotations
 

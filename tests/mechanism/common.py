@@ -1,4 +1,4 @@
-"""How the mechanism's tests run a model and compare it with the oracle."""
+"""Helpers of the mechanism's tests: run a model, compare it with the oracle."""
 
 from __future__ import annotations
 

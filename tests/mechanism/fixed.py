@@ -1,4 +1,4 @@
-"""A strategy with known answers, and a spy that tells the oracle what any strategy answered."""
+"""A strategy with known answers, and a spy that records any strategy's answers for the oracle."""
 
 from __future__ import annotations
 

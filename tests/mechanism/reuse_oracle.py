@@ -1,6 +1,4 @@
-"""Reuse between frames written out: every frame alone, every token computed, masks decide what is taken from
-where.
-"""
+"""Oracle of reuse between frames: every frame alone, every token computed, masks choose the source."""
 
 from __future__ import annotations
 

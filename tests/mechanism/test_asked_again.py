@@ -1,6 +1,4 @@
-"""The same features give the same tokens however often; a stream goes on when frames are encoded, not when
-asked about.
-"""
+"""Same features, same tokens, however often asked; a stream advances when frames are encoded."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Options that are assigned to the strategy of a patched model, and features that were encoded under another
-strategy.
-"""
+"""Options assigned to a patched model's strategy, and features encoded under another strategy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shortened in front of the language model, every kind of batch generates what the oracle generates."""
+"""Tokens dropped before the language model: every kind of batch generates what the oracle generates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV caches that hold a shortened prompt: cropped, moved, copied, and read by whoever comes next.
+"""KV caches that hold a shortened prompt: cropped, moved, copied, and read by other models and patches.
 
 What follows on a cropped cache is compared with the oracle, which shortens what is left of the prompt by
 hand.

@@ -1,4 +1,4 @@
-"""What a patched model keeps between calls, and what becomes of it in copies, pickles and other processes."""
+"""State of a patched model between calls, and in copies, pickles and other processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beams, prompt lookup, an assistant, sampling: whatever decodes, the prompt stays the shortened one."""
+"""Beams, prompt lookup, an assistant, sampling: every decoding reads the shortened prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's mistake is answered when the model is patched, by one sentence that says what would work."""
+"""A user's mistake is refused by `patch` with one sentence that says what would work."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The other door, `forward(pixel_values=...)`: shapes, losses, gradients, attentions, and loops written by
-hand.
-"""
+"""Plain `forward(pixel_values=...)`: shapes, losses, gradients, attentions, hand-written loops."""
 
 from __future__ import annotations
 

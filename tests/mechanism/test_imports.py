@@ -1,4 +1,4 @@
-"""What importing costs, and which room may import which."""
+"""Cost of importing vtoken, and the imports that each room may have."""
 
 from __future__ import annotations
 

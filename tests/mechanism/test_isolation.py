@@ -1,4 +1,4 @@
-"""A patch leaves nothing behind, and no patched model sees another."""
+"""`unpatch` removes every trace, and no patched model affects another."""
 
 from __future__ import annotations
 

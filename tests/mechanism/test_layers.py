@@ -1,4 +1,4 @@
-"""Dropping and merging inside the language model, alone and after pruning in front of it."""
+"""Dropping and merging inside the language model, alone and after pruning before it."""
 
 from __future__ import annotations
 

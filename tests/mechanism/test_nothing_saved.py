@@ -1,4 +1,4 @@
-"""Whoever saves no visual token although a strategy was to drop some is told so."""
+"""A warning if no visual token is saved although the strategy was to drop some."""
 
 from __future__ import annotations
 

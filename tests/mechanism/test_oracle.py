@@ -1,6 +1,4 @@
-"""The oracle is right by itself: with nothing dropped it is the unpatched model; its two ways of shortening
-agree.
-"""
+"""The oracle itself: nothing dropped equals the unpatched model, and its two ways of shortening agree."""
 
 from __future__ import annotations
 

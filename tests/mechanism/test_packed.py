@@ -1,4 +1,4 @@
-"""Rows of several packed prompts: position ids that start again within a row, no mask and no cache.
+"""Rows of several packed prompts: position ids restart within a row, no mask and no cache.
 
 The oracle runs every prompt alone, on the unpatched model, shortened by hand.
 """

@@ -1,4 +1,4 @@
-"""What a strategy is shown inside the LLM, what it costs, and what is refused there."""
+"""Strategies inside the LLM: their inputs, their cost, and what is refused."""
 
 from __future__ import annotations
 

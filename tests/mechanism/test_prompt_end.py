@@ -1,6 +1,4 @@
-"""Where the prompt ends: drafts, generated tokens or an answer after it do not choose what is kept of its
-pictures.
-"""
+"""The prompt's end: drafts, generated tokens or an answer after it do not change the choice."""
 
 from __future__ import annotations
 

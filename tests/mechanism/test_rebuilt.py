@@ -1,6 +1,4 @@
-"""A model that is rebuilt after it was patched (adapters, quantised layers, new towers) answers as one
-rebuilt before.
-"""
+"""A model rebuilt after `patch` (adapters, quantised layers, new towers) answers as one rebuilt before."""
 
 from __future__ import annotations
 

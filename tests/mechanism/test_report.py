@@ -1,5 +1,4 @@
-"""The report of a call: what each LLM layer reads of each image, and one meaning of every number in a batch.
-"""
+"""The report of a call: tokens read per LLM layer and image, with one meaning in every batch."""
 
 from __future__ import annotations
 

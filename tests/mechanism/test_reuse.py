@@ -1,6 +1,4 @@
-"""Frames that reuse an earlier one inside the tower: against the slow oracle, and what a stream may and may
-not know.
-"""
+"""Reuse of earlier frames inside the tower: compared with a slow oracle; state of a stream."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Several patches of one model: threads, asynchronous tasks, blocks in any order, and calls that run
-meanwhile.
-"""
+"""Several patches of one model: threads, asynchronous tasks, blocks in any order, running calls."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What a later transformers may do, done to today's model: each is answered by a sentence, none by a wrong
-answer.
-"""
+"""Changes of a later transformers, simulated: each is answered by a sentence, none by a wrong answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands around a model in practice: accelerate's dispatch hooks, and pipelines."""
+"""Common wrappers of a model: accelerate's dispatch hooks, and pipelines."""
 
 from __future__ import annotations
 

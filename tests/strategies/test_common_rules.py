@@ -1,4 +1,4 @@
-"""What holds for every strategy between the tower and the LLM: legal answers, determinism, no token invented."""
+"""Rules for all strategies between tower and LLM: legal answers, determinism, no token invented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two strategies under one budget: who gets what, what fits together, and the answer on a model."""
+"""Two strategies under one budget: its division, fitting pairs, and the answer of a model."""
 
 from __future__ import annotations
 

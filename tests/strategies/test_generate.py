@@ -1,4 +1,4 @@
-"""Through a whole model: what a strategy counts is what the language model reads."""
+"""Whole models: the language model reads as many tokens as the strategy counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HiRED: the properties that its description asks for, against arithmetic written out here."""
+"""HiRED: the properties in its description, compared with arithmetic written out here."""
 
 from __future__ import annotations
 

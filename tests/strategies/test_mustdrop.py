@@ -1,4 +1,4 @@
-"""MustDrop: merging in the tower, the key set, the dual-attention filter, the aligned cache; each alone and together."""
+"""MustDrop: merging in the tower, key set, dual-attention filter, aligned cache; alone and together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values of options: of the right type in the end, or one sentence; at construction, at `patch` and at a later assignment."""
+"""Values of options: right type or one sentence, at construction, at `patch` and at assignment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VTC-CLS: the properties that its description asks for."""
+"""VTC-CLS: the properties in its description."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny random models with processors of their own real classes, and synthetic frames."""
+"""Tiny random models with processors of their real classes, and synthetic frames."""
 
 from __future__ import annotations
 

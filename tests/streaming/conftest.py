@@ -1,4 +1,4 @@
-"""Sessions hand visual features to `generate`, which older releases of transformers do not take."""
+"""Skips sessions on releases of transformers whose `generate` takes no visual features."""
 
 from __future__ import annotations
 

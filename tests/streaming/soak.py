@@ -1,4 +1,4 @@
-"""A stream that does not end: memory and work per frame must not grow.
+"""An endless stream: memory and work per frame must not grow.
 
 python -m tests.streaming.soak --frames 1000000
 """

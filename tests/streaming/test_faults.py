@@ -1,6 +1,4 @@
-"""Bad input, a full disk, and `reset` or `close` while others ask: one sentence, and the session is what it
-was.
-"""
+"""Bad input, a full disk, `reset` or `close` during questions: one sentence, an unchanged session."""
 
 from __future__ import annotations
 

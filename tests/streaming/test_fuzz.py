@@ -1,4 +1,4 @@
-"""Session calls in any order, with good and bad input, against what a session promises."""
+"""Random session calls with good and bad input, checked against a session's promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a bounded memory of frames forgets, and in which order."""
+"""The bounded memory of frames: which steps it forgets, in which order."""
 
 from __future__ import annotations
 

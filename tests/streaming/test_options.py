@@ -1,6 +1,4 @@
-"""Options of sessions, memories and readers: of the right type, or one sentence before anything is patched or
-opened.
-"""
+"""Options of sessions, memories and readers: right type, or one sentence before anything is opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ReKV against attention spelled out pair by pair, and against the model's own generate()."""
+"""ReKV compared with attention written out pair by pair, and with the model's own generate()."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""However long a stream runs, it takes no more memory and no more work per frame."""
+"""A long stream takes no more memory and no more work per frame than a short one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every tiny model, and what is particular to LLaVA-NeXT and LLaVA-OneVision."""
+"""Properties of every tiny model, and those of LLaVA-NeXT and LLaVA-OneVision."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Media made to harm: they name other files, or declare more than they hold. And a file that tells who opened
-it.
-"""
+"""Harmful media that name other files or declare more than they hold, and a canary file."""
 
 from __future__ import annotations
 

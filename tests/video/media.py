@@ -1,4 +1,4 @@
-"""Videos whose pixels say which frame they are: what readers are measured against."""
+"""Videos whose pixels hold the frame number: the reference for readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of live sources share: a server on the loopback, and reading a source to its end."""
+"""Helpers of the live-source tests: a server on the loopback, and reading a source to its end."""
 
 from __future__ import annotations
 

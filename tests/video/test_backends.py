@@ -1,4 +1,4 @@
-"""Which package reads, and that all of them show the same."""
+"""Choice of the back-end, and equal frames from all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`examples/video.py` with a model of one's own (untrained here) and a file."""
+"""`examples/video.py` with a given model (untrained here) and a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Broken, odd and wrong sources: a clear sentence or recovery, never a hang, never a frame out of order."""
+"""Broken, odd and wrong sources: a clear sentence or recovery; no hang, no frame out of order."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Whole files of every kind: each frame is the one that was encoded, at the time it was given, however it is
-asked for.
-"""
+"""Whole files of every kind: each frame is the encoded one, at its time, for every way of reading."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Bytes that chance has changed: an answer or a VideoError of one sentence, in time, whatever the container.
-"""
+"""Randomly changed bytes: an answer or a VideoError of one sentence, in time, for every container."""
 
 from __future__ import annotations
 

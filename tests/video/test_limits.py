@@ -1,6 +1,4 @@
-"""A file says how large it is, and nothing is allocated because it says so: one sentence, and `limits` to go
-on.
-"""
+"""Declared sizes: nothing is allocated because a file says so; one sentence, and `limits` to lift it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Live sources of the network: sockets, HTTP, HLS and RTSP on the loopback, and cameras that follow a script.
-"""
+"""Live network sources: sockets, HTTP, HLS and RTSP on the loopback, and scripted cameras."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing is opened but what the user named: a canary file tells."""
+"""Only the named source is opened: checked with a canary file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times: variable rates, offsets, clocks that jump; which frames are sampled; pictures that are turned."""
+"""Times: variable rates, offsets, jumping clocks; frame sampling; rotated pictures."""
 
 from __future__ import annotations
 

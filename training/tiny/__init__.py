@@ -1,1 +1,1 @@
-"""How the tiny models that ship with vtoken were trained; not part of the installed package."""
+"""Training of the tiny models that ship with vtoken; not part of the installed package."""

@@ -1,5 +1,4 @@
-"""What the model cards of the recipes have in common: tables, the plan in words, the curve of a training run.
-"""
+"""Shared parts of the recipes' model cards: tables, training plan in words, curve of a training run."""
 
 from __future__ import annotations
 
@@ -16,10 +15,11 @@ pipeline_tag: image-text-to-text
 
 
 def snippet(name: str) -> str:
-    """How to load the model ``name``, as a Markdown code block."""
+    """Code that loads the model ``name``, as a Markdown code block."""
+    classes = "(AutoModelForImageTextToText, AutoProcessor)"
     return f"""```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
-model, processor = (c.from_pretrained("vtoken/tiny/{name}") for c in (AutoModelForImageTextToText, AutoProcessor))
+model, processor = (c.from_pretrained("vtoken/tiny/{name}") for c in {classes})
 ```"""
 
 
@@ -38,7 +38,7 @@ def accuracy(report: dict[str, Any]) -> str:
 
 
 def plan(chosen: dict[str, Any], log: list[dict], stage: str) -> str:
-    """``900 steps of 32 scenes, Muon 0.02 and AdamW 0.002``: what a stage did, by its plan and the log."""
+    """``900 steps of 32 scenes, Muon 0.02 and AdamW 0.002``: a stage in words, from its plan and the log."""
     last = max(e["step"] for e in log if e["stage"] == stage) + 1
     return (
         f"{last} steps of {chosen['batch']} scenes, Muon {chosen['muon_rate']:g} and AdamW {chosen['rate']:g}"
@@ -46,7 +46,7 @@ def plan(chosen: dict[str, Any], log: list[dict], stage: str) -> str:
 
 
 def run(report: dict[str, Any]) -> str:
-    """The command of a run, its time and where it ran."""
+    """The command of a run, its time and its device."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     command = f"python -m training.tiny.train {report['model']} --seed {report['seed']}"
     return (
@@ -55,7 +55,7 @@ def run(report: dict[str, Any]) -> str:
 
 
 def draw(file: Path, log: list[dict]) -> None:
-    """Loss of every stage over the steps, and the held-out measures that are shares."""
+    """Plot the loss of every stage over the steps, and the held-out measures that are shares."""
     try:
         import matplotlib
     except ImportError:

@@ -1,6 +1,4 @@
-"""Figures of the model cards: what a reader of the question alone would score, and accuracy with few visual
-tokens.
-"""
+"""Figures of the model cards: accuracy from the question alone, and with few visual tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from vtoken.tiny.scenes import Question
 
 
 def most_frequent(pairs: Pairs, seen: Iterable[Question]) -> dict[str, float]:
-    """What a reader of the question alone would score: each kind's most frequent answer among the questions
-    ``seen``.
-    """
+    """Accuracy from the question alone: each kind's most frequent answer among the ``seen`` questions."""
     counts: dict[str, Counter[str]] = {}
     for question in seen:
         counts.setdefault(question.kind, Counter())[question.answer] += 1
@@ -28,7 +24,7 @@ def most_frequent(pairs: Pairs, seen: Iterable[Question]) -> dict[str, float]:
 def pruned_accuracy(
     model: Any, processor: Any, share: float, by: str, n: int = 500, seed: int = 0
 ) -> dict[str, float]:
-    """Accuracy of a LLaVA when only a share of the visual tokens is fed, at their original positions.
+    """Accuracy of a LLaVA that reads only a share of the visual tokens, at their original positions.
 
     An independent few lines to see whether a freshly trained model is fit for studies of token reduction.
 

@@ -1,4 +1,4 @@
-"""The last stage of a recipe: the projector and the language model learn to answer from the visual tokens.
+"""Last stage of a recipe: the projector and the language model learn to answer from the visual tokens.
 
 Several questions (ten by default) share one sequence: ``[user : image][question answer][question
 answer]...``. A mask lets each question see the image and itself only, and positions start again after the
@@ -24,8 +24,7 @@ WIDTH = 10  # tokens per question: the longest is "what shape is the red one ? a
 
 
 def choose(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Ten of the questions about a scene, in drawn wordings: one count, two exists, and seven of the others.
-    """
+    """Ten questions about a scene in drawn wordings: one count, two exists, and seven of the other kinds."""
     pool = questions(scene, rng)
     order = [pool[i] for i in rng.permutation(len(pool))]
     exists = [q for q in order if q.kind == "exists"]
@@ -36,8 +35,7 @@ def choose(scene: Scene, rng: np.random.Generator) -> list[Question]:
 def pack(
     asked: list[list[Question]], vocabulary: dict[str, int], slots: int = SLOTS, width: int = WIDTH
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and next-token labels of the question slots, both ``(scenes, slots * width)`` int64, -100
-    unlabelled.
+    """Token ids and labels of the question slots: two ``(scenes, slots * width)`` int64, -100 unlabelled.
 
     Only the answer and the ``</s>`` after it are labelled. Slots beyond the questions of a scene stay empty.
     """
@@ -61,9 +59,7 @@ def choose_kinds(
     slots: int = SLOTS,
     kind: Callable[[Question], str] = attrgetter("kind"),
 ) -> list[Question]:
-    """``slots`` of a pool of questions, drawn: as many of each kind as ``wanted`` says, where there are, then
-    any.
-    """
+    """``slots`` questions of a pool, drawn: as many of each kind as ``wanted`` says if possible, then any."""
     order = [pool[i] for i in rng.permutation(len(pool))]
     first = [q for name, n in wanted.items() for q in [q for q in order if kind(q) == name][:n]]
     return (first + [q for q in order if q not in first])[:slots]
@@ -91,7 +87,7 @@ def answer_loss(
     width: int = WIDTH,
     position: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the answers and the share of answer tokens that are right.
+    """Cross-entropy of the answers, and the share of right answer tokens.
 
     Args:
         model: has ``model.language_model`` and ``lm_head``.
@@ -131,13 +127,13 @@ def train_language(
     reading: ReadingHeads | None = None,
     **limits: Any,
 ) -> None:
-    """Trains everything but the tower, in place; appends to ``log``.
+    """Train everything but the tower, in place; appends to ``log``.
 
     Args:
         model: a LLaVA-like model.
-        visual_of: what a batch shows -> visual tokens ``(n, tokens, hidden)``, with the gradient of the
+        visual_of: pictures of a batch -> visual tokens ``(n, tokens, hidden)``, with the gradient of the
             projector.
-        make: what the batch of a step shows, its packed questions and, with ``reading``, the targets of the
+        make: pictures of the batch of a step, its packed questions and, with ``reading``, the targets of the
             read-outs.
         checks: held-out batches.
         plan: ``steps``, ``rate``, ``muon_rate``.

@@ -1,4 +1,4 @@
-"""The training loop that all stages of all recipes share: schedule, optimisers, log and checkpoints."""
+"""Training loop of all stages of all recipes: schedule, optimisers, log and checkpoints."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def optimise(
     workers: int = 0,
     keep: Path | None = None,
 ) -> None:
-    """Muon and AdamW: 50 warm-up steps, then constant, then linearly down over the last third.
+    """Train with Muon and AdamW: 50 warm-up steps, then constant, then linearly down over the last third.
 
     Args:
         stage: its name in ``log`` and in ``keep``.
-        parameters: what is trained, by name.
+        parameters: the trained ones, by name.
         make: the batch of a step, a function of the step alone.
-        loss_of: ``(batch, share of the way) -> (loss, facts about the batch)``.
+        loss_of: ``(batch, share of training done) -> (loss, facts about the batch)``.
         plan: ``steps``, ``rate`` (AdamW), ``muon_rate``; the rest is the recipe's own.
         log: gets an entry every 20th step.
         facts: held-out measures, for every 100th step and the last one.
         steps: number of steps instead of the plan's.
-        seconds: the way is the number of steps, or this long where that comes first.
+        seconds: training ends after the number of steps, or after this time if that comes first.
         workers: processes that make batches ahead.
         keep: folder for ``<stage>.safetensors``, written every 50 steps; a stage that is found there goes on
             from its last state, and a finished one is not run again.
@@ -104,7 +104,7 @@ def optimise(
 def _save(
     keep: Path, stage: str, parameters: dict, used: list, log: list[dict], following: int, spent: float
 ) -> None:
-    """Writes ``<stage>.safetensors`` so that an interruption leaves the old one or the new one.
+    """Write ``<stage>.safetensors`` so that an interruption leaves the old file or the new one.
 
     Numbers that are no tensor lie in the file's metadata as JSON: reading the file runs no code.
     """
@@ -121,7 +121,7 @@ def _save(
 def _resume(
     keep: Path | None, stage: str, parameters: dict[str, torch.nn.Parameter], used: list, log: list[dict]
 ) -> tuple[int, float]:
-    """The step to go on with and the seconds spent before it; restores weights, optimisers and log."""
+    """The next step and the seconds spent so far; restores weights, optimisers and log."""
     path = keep and keep / f"{stage}.safetensors"
     if not path or not path.exists():
         return 0, 0.0

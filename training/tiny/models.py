@@ -1,4 +1,4 @@
-"""What the tiny models are built from: tokenizer, chat template and the starting weights of a tower."""
+"""Building blocks of the tiny models: tokenizer, chat template, configurations, starting weights."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ def chat_template(video: bool = False) -> str:
 
 
 def build_tokenizer(special: Iterable[str] = (), words: Iterable[str] = ()) -> Any:
-    """A word-level fast tokenizer: lower case, split at whitespace and punctuation, left padding, no added
-    tokens.
+    """A word-level fast tokenizer: lower case, split at spaces and punctuation, left padding.
 
-    ``special`` tokens and ``words`` come after those of the image questions, whose ids are the same in every
-    model.
+    It adds no tokens. ``special`` tokens and ``words`` come after those of the image questions, whose ids are
+    the same in every model.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -76,8 +75,7 @@ def language_config(kind: Callable[..., Any], tokenizer: Any, width: int, layers
 def clip_llava(
     kind: Callable[..., Any], tokenizer: Any, width: int, layers: tuple[int, int], heads: int, side: int
 ) -> Any:
-    """A ``LlavaConfig`` or its like: a Llama that reads the last layer but one of a CLIP tower, patches of 8
-    px, no CLS.
+    """A ``LlavaConfig`` or its like: a Llama on a CLIP tower's last layer but one, 8 px patches, no CLS.
 
     ``layers`` of tower and language model, ``side`` of the tower's images in px; ``width`` and ``heads`` of
     both.
@@ -107,7 +105,7 @@ def clip_llava(
 
 
 def clip_pixels(side: int) -> dict[str, Any]:
-    """What the image processor of such a tower does: ``side`` px, values in -1..1."""
+    """Options of the image processor of such a tower: ``side`` px, values in -1..1."""
     return {
         "size": {"shortest_edge": side},
         "crop_size": {"height": side, "width": side},
@@ -117,7 +115,7 @@ def clip_pixels(side: int) -> dict[str, Any]:
 
 
 def clip_reading() -> dict[str, Any]:
-    """How the processor of such a model counts visual tokens and writes a prompt."""
+    """Options of such a model's processor: the count of visual tokens and the form of a prompt."""
     return {
         "patch_size": 8,
         "vision_feature_select_strategy": "default",
@@ -132,18 +130,17 @@ def special_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def generation_config(tokenizer: Any) -> Any:
-    """Greedy, up to eight tokens."""
+    """Greedy decoding of up to eight tokens."""
     from transformers import GenerationConfig
 
     return GenerationConfig(**special_ids(tokenizer), max_new_tokens=8, do_sample=False)
 
 
 def start_tower(tower: Any) -> None:
-    """Starting weights for a small CLIP tower, in place: positions as 2-D sines, patches and attention of
-    unit scale.
+    """Starting weights for a small CLIP tower, in place: 2-D sine positions, weights of unit scale.
 
-    The usual ones (0.02) suit a hundred times the steps: positions start as a whisper beside the patches, and
-    it takes long until a patch finds its neighbours.
+    The usual ones (0.02) suit a hundred times as many steps: the positions start far weaker than the patches,
+    and a patch takes long to find its neighbours.
     """
     import torch
 

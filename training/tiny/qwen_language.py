@@ -1,5 +1,4 @@
-"""The second stage of the tiny Qwen2.5-VL: the merger and the language model learn to answer about images and
-clips.
+"""Second stage of the tiny Qwen2.5-VL: merger and language model learn to answer about images and clips.
 
 As in `training.tiny.language`, ten questions share a sequence; each of them has the M-RoPE positions that the
 model's own ``get_rope_index`` gives to a prompt with a single question.
@@ -28,9 +27,7 @@ RATES = (1.0, 2.0, 2.0)  # frames per second
 
 
 def warm_start(model: Any) -> None:
-    """Takes over from the tiny LLaVA's Llama what has the same name and shape, and the embeddings of shared
-    words.
-    """
+    """Copy the tiny LLaVA's Llama where names and shapes agree, and embeddings of shared words."""
     from vtoken.tiny import load
 
     old = load("llava")[0]
@@ -46,9 +43,7 @@ def warm_start(model: Any) -> None:
 
 
 def choose_about_clip(clip: clips.Clip, rng: np.random.Generator, slots: int = SLOTS) -> list[Question]:
-    """``slots`` of the questions about a clip in drawn wordings; those that are hardest to learn are always
-    there.
-    """
+    """``slots`` questions about a clip in drawn wordings; always with those that are hardest to learn."""
     wanted = {"presence of a digit": 2, "moment": 2, "digits": 1, "order": 2, "presence": 1, "now": 1}
 
     def kind(question: Question) -> str:
@@ -58,15 +53,16 @@ def choose_about_clip(clip: clips.Clip, rng: np.random.Generator, slots: int = S
 
 
 def choose_about_scene(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Ten of the questions about a scene in drawn wordings, four of them where something is."""
+    """Ten questions about a scene in drawn wordings, four of them of kind ``where``."""
     return choose_kinds(questions(scene, rng), rng, {"count": 1, "exists": 2, "where": 4})
 
 
 def language_batch(
     processor: Any, plan: dict[str, Any], first: int, step: int, split: str = "train"
 ) -> list[tuple]:
-    """Patches, grid, seconds per grid step, packed questions and targets of a step: scenes, clips of a drawn
-    length.
+    """One step: patches, grid, seconds per grid step, packed questions, targets.
+
+    Scenes, or clips of a drawn length.
     """
     vocabulary, half = processor.tokenizer.get_vocab(), plan["batch"] // 2
     start = first + step * half
@@ -103,8 +99,7 @@ def language_batch(
 
 
 def visual_tokens(model: Any, patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-    """What the language model reads of examples ``(n, patches, 384)`` of one grid, up to ``<|vision_end|>``.
-    """
+    """Visual tokens of examples ``(n, patches, 384)`` of one grid, up to ``<|vision_end|>``."""
     n = len(patches)
     merged = encode(model.model.visual, patches.to(model.device).view(n * grid[0], -1, patches.shape[-1]))[0]
     end = model.get_input_embeddings().weight[model.config.vision_end_token_id]
@@ -114,9 +109,7 @@ def visual_tokens(model: Any, patches: torch.Tensor, grid: tuple[int, int, int])
 def positions(
     model: Any, kind: str, grid: tuple[int, int, int], seconds: float, slots: int, width: int, prefix: int = 3
 ) -> torch.Tensor:
-    """M-RoPE positions ``(3, 1, length)`` of a packed sequence: the model's own of one question, for every
-    slot.
-    """
+    """M-RoPE positions ``(3, 1, length)`` of a packed sequence: the model's own, for every slot alike."""
     config = model.config
     token, number = (config.image_token_id, 1) if kind == "image" else (config.video_token_id, 2)
     start = prefix + grid[0] * grid[1] * grid[2] // 4 + 1
@@ -139,8 +132,7 @@ def train_language(
     checks: int = 6,
     **limits: Any,
 ) -> None:
-    """Stage two, in place, with the tower's blocks frozen; arguments as in
-    `training.tiny.qwen_tower.train_tower`.
+    """Stage two, in place, with frozen tower blocks; arguments as in `qwen_tower.train_tower`.
 
     ``plan["reading"]`` is the weight of the read-outs of `training.tiny.reading`.
     """

@@ -1,12 +1,12 @@
-"""The first stage of the tiny Qwen2.5-VL: a vision tower and merger whose merged cells say what is on them.
+"""First stage of the tiny Qwen2.5-VL: tower and merger, whose merged cells learn to name their objects.
 
 The tower's own ``forward`` takes one flat sequence and goes through its windows one by one. Training has many
 images of one size, so the same weights are applied here to a batch; a test holds the two together.
 
 The merged cells (16 x 16 px, what the language model reads) that an object covers name its shape or digit,
 its colour and the number of objects; half-way up, the patches of an object name it too and draw its outline.
-Where an object is cannot be asked of this tower: its rotary positions are relative, and the language model's
-M-RoPE says where a cell is.
+This tower does not learn where an object is: its rotary positions are relative, and the language model's
+M-RoPE gives the place of a cell.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def encode(tower: Any, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the tower makes of square images of one size.
+    """Apply the tower to square images of one size.
 
     Args:
         tower: a ``Qwen2_5_VisionTransformerPretrainedModel``.
@@ -88,8 +88,7 @@ def encode(tower: Any, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def start(tower: Any) -> None:
-    """Starting weights for a small tower, in place: attention of unit scale, with biases that make it look
-    around.
+    """Starting weights for a small tower, in place: unit-scale attention, biased to look around.
 
     A constant part of query and key, turned by the rotary positions, prefers one offset: a patch finds its
     neighbours before it knows what to look for.
@@ -127,7 +126,7 @@ def crowd(seed: int, split: str = "train", bent: bool = False) -> tuple[list[Any
 
 
 def owners(scene: Scene, side: int) -> np.ndarray:
-    """Which object each of ``side * side`` cells belongs to by its box: ``(cells,)`` int64, -1 for none."""
+    """Index of the object that each of ``side * side`` cells belongs to: ``(cells,)`` int64, -1 for none."""
     if not scene.objects:
         return np.full(side * side, -1)
     edges = np.arange(side + 1) * SIZE / side
@@ -143,9 +142,7 @@ def owners(scene: Scene, side: int) -> np.ndarray:
 
 
 def _cell_order(x: torch.Tensor, side: int) -> torch.Tensor:
-    """``(n, side * side, ...)`` patches row by row into the processor's order: cell by cell, four patches
-    each.
-    """
+    """``(n, side * side, ...)`` patches from raster order to the processor's: cell by cell, four each."""
     index = torch.arange(side * side).view(side // 2, 2, side // 2, 2).permute(0, 2, 1, 3).flatten()
     return x[:, index]
 
@@ -190,7 +187,7 @@ class DenseHeads(nn.Module):
     def read(
         self, logits: torch.Tensor, goal: dict[str, torch.Tensor], level: str
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Loss of a read-out, objects and background weighted alike, and which object cells are right."""
+        """Loss of a read-out, objects and background weighted alike, and its right object cells."""
         loss, right = logits.new_zeros(()), []
         for name, part in zip(self.sizes, logits.split(list(self.sizes.values()), -1)):
             if f"{level}_{name}" not in goal:
@@ -206,7 +203,7 @@ class DenseHeads(nn.Module):
     def forward(
         self, merged: torch.Tensor, half: torch.Tensor, goal: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The loss of a batch and, per read-out, which of its object cells are right."""
+        """The loss of a batch and, per read-out, its right object cells."""
         late, right = self.read(self.late(self.norms[0](merged)), goal, "cell")
         half = self.norms[1](half)
         early, _ = self.read(self.early(half), goal, "patch")
@@ -216,7 +213,7 @@ class DenseHeads(nn.Module):
 
 
 def image_patches(processor: Any, some: list[Scene]) -> torch.Tensor:
-    """Scenes as the image processor cuts them: ``(n, 400, 384)``."""
+    """Scenes cut as by the image processor: ``(n, 400, 384)``."""
     pixels = processor.image_processor(images=[scene.image for scene in some], return_tensors="pt")[
         "pixel_values"
     ]
@@ -224,7 +221,7 @@ def image_patches(processor: Any, some: list[Scene]) -> torch.Tensor:
 
 
 def video_patches(frames: np.ndarray) -> torch.Tensor:
-    """Frames ``(n, 96, 96, 3)`` uint8 as the video processor cuts them: ``(n / 2, 144, 384)`` float32."""
+    """Frames ``(n, 96, 96, 3)`` uint8 cut as by the video processor: ``(n / 2, 144, 384)`` float32."""
     x = torch.from_numpy(frames).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
     side = frames.shape[1] // 16
     x = x.view(-1, 2, 3, side, 2, 8, side, 2, 8).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
@@ -234,7 +231,7 @@ def video_patches(frames: np.ndarray) -> torch.Tensor:
 def tower_batch(
     processor: Any, plan: dict[str, Any], first: int, step: int, split: str = "train"
 ) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Patches and targets of a step: crowded pairs of frames, and scenes at the size of images."""
+    """Patches and targets of a step: crowded pairs of frames, and scenes in image size."""
     size, count = plan["batch"], plan["scenes"]
     start = first + step * size
     pairs = [crowd(start + i, split) for i in range(size - count)]

@@ -1,8 +1,8 @@
-"""What the visual tokens of the tiny video models are asked inside the language model, in training only.
+"""Read-outs of visual tokens inside the language model of the tiny video models, in training only.
 
-A tower sees one frame, or one pair of frames, at a time; time and company are the language model's to find
-out (and place, where the tower's positions are relative). Answers alone teach that slowly, so after two of
-its layers every visual token also says
+A tower sees one frame, or one pair of frames, at a time; the language model must learn time and
+neighbours itself (and place, if the tower's positions are relative). Answers alone teach that slowly, so
+after two of its layers every visual token also predicts
 
 - ``row``, ``column``: in which half of the image it is;
 - ``digit``, ``shape``, ``colour``: what is on screen at its time (tokens of objects, once all of it has been
@@ -11,9 +11,9 @@ its layers every visual token also says
 - ``so_far``: how many digits have been shown up to it;
 - ``shape_before``, ``colour_before``: the last shape shown before this digit.
 
-And a question that names a thing is asked where it is: one head of a layer is to look from the word ("7", or
-the last of "purple triangle") at the tokens that show it, or at the start of the prompt if none does, and one
-of the last layer so from the question's end, where the answer is read.
+And a question that names an object trains attention: one head of a layer learns to look from the word ("7",
+or the last of "purple triangle") at the tokens that show it, or at the start of the prompt if none does; a
+head of the last layer learns the same from the question's end, where the answer is read.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def clip_targets(clip: Clip, stride: int, side: int = 6) -> dict[str, np.ndarray
 def look_targets(
     clip: Clip, asked: Sequence[Question], stride: int, slots: int, side: int = 6
 ) -> tuple[np.ndarray, np.ndarray]:
-    """From which words of each question a head is to look, and at which visual tokens.
+    """Attention targets: from which words of each question a head looks, at which visual tokens.
 
     ``(slots, 2)`` int64, the numbers of the word that names a thing and of the question's end, -1 where it
     names none, and ``(slots, 2, visual tokens)`` bool: the tokens that show the thing, and those that the
@@ -117,7 +117,7 @@ def look_targets(
         named = {word: i for i, word in enumerate(text) if word in DIGITS + NAMES}
         if not named:
             continue
-        words[slot] = max(named.values()), len(text) + 1  # behind the text come "assistant" and ":"
+        words[slot] = max(named.values()), len(text) + 1  # after the text come "assistant" and ":"
         found = [m for m in clip.moments if m.digit in named or named.keys() <= {m.shape, m.colour}]
         for m in found:
             mark(shows[slot, 0], m, 0 if m.digit in named else len(m.objects) - 1)  # the digit is drawn first
@@ -131,9 +131,7 @@ def look_targets(
 def stack(
     goals: list[dict[str, np.ndarray]], looks: list[tuple[np.ndarray, np.ndarray]] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Targets of several examples of one grid: ``(n, visual tokens)`` int64 each; ``word`` and ``shows`` of
-    `look_targets`.
-    """
+    """Join targets of one grid: ``(n, visual tokens)`` int64; ``word``, ``shows`` as in `look_targets`."""
     out = {name: torch.from_numpy(np.stack([goal[name].flatten() for goal in goals])) for name in SIZES}
     if looks:
         out |= {
@@ -143,7 +141,7 @@ def stack(
 
 
 class ReadingHeads(nn.Module):
-    """The linear read-outs behind the layers ``LAYERS``; used in training only and never shipped."""
+    """The linear read-outs after the layers ``LAYERS``; used in training only and never shipped."""
 
     def __init__(self, model: Any, prefix: int) -> None:
         super().__init__()
@@ -160,7 +158,7 @@ class ReadingHeads(nn.Module):
         self.config._attn_implementation = "eager"  # which returns its attention
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Take the hooks off the model."""
         for hook in self.hooks:
             hook.remove()
         self.config._attn_implementation = self.implementation
@@ -171,9 +169,7 @@ class ReadingHeads(nn.Module):
     def look(
         self, seen: list[torch.Tensor], goal: dict[str, torch.Tensor], width: int = 13
     ) -> tuple[torch.Tensor, float]:
-        """Divergence of the words' attention from the tokens that they are to look at; the share that is on
-        them.
-        """
+        """Divergence of the words' attention from their target tokens, and its share on the targets."""
         slots, _, count = goal["shows"].shape[1:]
         rows = torch.stack([row[:, -slots * width :, : self.prefix + count] for row in seen], 2)
         rows = rows.unflatten(1, (slots, width)).transpose(2, 3)  # (n, slots, 2, width, prefix + count)
@@ -189,7 +185,7 @@ class ReadingHeads(nn.Module):
         self.states.append(out[0] if isinstance(out, tuple) else out)
 
     def forward(self, goal: dict[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, dict[str, float]]:
-        """The loss of what the language model has read since the last call, and the share of right read-outs.
+        """The loss of the language model's last forward passes, and the share of right read-outs.
 
         ``goal`` is from `stack`; without one nothing is asked.
         """

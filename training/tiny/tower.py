@@ -1,4 +1,4 @@
-"""First stage of a recipe: a tower that knows what is where, and (CLIP) whose CLS attends to it.
+"""First stage of a recipe: the tower learns form, colour and place of objects, its CLS to attend to them.
 
 *Dense* objective: the patches that an object covers name its form (shape), colour and quadrant and the number
 of objects, and half-way up they draw the outline around them (without that, shapes are learnt several times
@@ -37,8 +37,7 @@ PATCH = 8
 
 @dataclass(frozen=True)
 class View:
-    """What a tower sees at once: masks ``(objects, side, side)`` float32 in 0..1, the objects' forms and
-    colours.
+    """One view: masks ``(objects, side, side)`` float32 in 0..1, and the objects' forms and colours.
 
     Objects of which nothing is seen do not count.
     """
@@ -54,14 +53,12 @@ class View:
         return cls(masks[seen], tuple(forms[i] for i in seen), tuple(colours[i] for i in seen))
 
     def coverage(self, patch: int = PATCH) -> np.ndarray:
-        """Share of each patch that each object covers: ``(objects, side // patch, side // patch)`` float32 in
-        0..1.
-        """
+        """Share of each patch under each object: ``(objects, side // patch, side // patch)`` float32."""
         n, side, _ = self.masks.shape
         return self.masks.reshape(n, side // patch, patch, side // patch, patch).mean((2, 4))
 
     def owners(self) -> np.ndarray:
-        """Which object owns each patch: ``(patches,)`` int64, -1 for none."""
+        """Index of the object at each patch: ``(patches,)`` int64, -1 for none."""
         share = self.coverage().reshape(len(self.masks), (self.masks.shape[1] // PATCH) ** 2)
         if not len(share):
             return np.full(share.shape[1], -1)
@@ -69,7 +66,7 @@ class View:
         return np.where(share.max(0) >= COVERED, share.argmax(0), -1)
 
     def places(self) -> list[str]:
-        """The quadrant of the view that holds each object's middle."""
+        """The quadrant of the view with each object's middle."""
         out = []
         for mask in self.masks:
             rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
@@ -84,7 +81,7 @@ def view(scene: Scene) -> View:
 
 
 def to_pixels(images: Sequence[Any]) -> torch.Tensor:
-    """What the processor makes of images of the tower's size: ``(n, 3, side, side)`` float32 in -1..1."""
+    """Images of the tower's size as its processor makes them: ``(n, 3, side, side)`` float32 in -1..1."""
     stacked = np.stack([np.asarray(image) for image in images])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
@@ -92,8 +89,7 @@ def to_pixels(images: Sequence[Any]) -> torch.Tensor:
 def targets(
     views: Sequence[View], forms: Sequence[str] = SHAPES, colour_names: Sequence[str] = COLOUR_NAMES
 ) -> dict[str, torch.Tensor]:
-    """Dense targets ``(n, patches)`` int64 (0 is "nothing" for form and colour) and CLS targets as float 0/1.
-    """
+    """Dense targets ``(n, patches)`` int64 (0: "nothing" for form and colour); CLS targets, float 0 or 1."""
     names = ("owner", "form", "colour", "place", "count", "present", "mask")
     out: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for one in views:
@@ -125,7 +121,7 @@ def targets(
 
 
 def present_size(forms: Sequence[str], colour_names: Sequence[str]) -> int:
-    """How many things a CLS state says of a view."""
+    """Number of values that a CLS state predicts of a view."""
     return len(forms) * len(colour_names) + len(forms) + len(colour_names) + MOST + 1
 
 
@@ -151,8 +147,7 @@ def hidden_states(tower: Any, pixels: torch.Tensor, reset: float = 0.0) -> list[
 
 
 def cls_rows(tower: Any, states: list[torch.Tensor], layer: int) -> torch.Tensor:
-    """Softmaxed CLS attention of a layer (0-based): ``(n, heads, patches)`` float32, the CLS column dropped.
-    """
+    """Softmaxed CLS attention of a layer (0-based): ``(n, heads, patches)`` float32, no CLS column."""
     block = getattr(tower, "vision_model", tower).encoder.layers[layer]
     attention = block.self_attn
     normed = block.layer_norm1(states[layer])
@@ -164,8 +159,7 @@ def cls_rows(tower: Any, states: list[torch.Tensor], layer: int) -> torch.Tensor
 
 
 def look_loss(tower: Any, states: list[torch.Tensor], goal: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Divergence of the CLS rows (mean over heads) of layers -4 to -2 from an even look at the object
-    patches.
+    """Divergence of CLS rows (mean over heads, layers -4 to -2) from an even look at the objects.
 
     Views without an object do not count.
     """
@@ -184,7 +178,7 @@ class TowerHeads(nn.Module):
         width: hidden size of the tower.
         read: the entry of ``hidden_states`` that the language model reads.
         cls: whether the tower has a CLS token.
-        forms, colour_names: what the objects can be.
+        forms, colour_names: possible forms and colours of the objects.
     """
 
     def __init__(
@@ -214,7 +208,7 @@ class TowerHeads(nn.Module):
     def dense_loss(
         self, logits: torch.Tensor, goal: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of a dense read-out, objects and background weighted alike, and where its answers are right.
+        """Loss of a dense read-out, objects and background weighted alike, and its right answers.
 
         The latter is ``(4, object patches)`` bool: form, colour, place, count.
         """
@@ -254,7 +248,7 @@ def train_tower(
     more_facts: Callable[[torch.Tensor], dict[str, float]] = lambda right: {},
     **limits: Any,
 ) -> None:
-    """Trains a tower in place with its read-outs; appends to ``log``.
+    """Train a tower in place with its read-outs; appends to ``log``.
 
     Args:
         tower: a ``CLIPVisionModel`` or ``SiglipVisionModel``.
@@ -263,8 +257,8 @@ def train_tower(
         check: pixels and targets of held-out views.
         plan: ``steps``, ``rate``, ``muon_rate``, ``reset`` and ``look`` (the weight of `look_loss` in the
             last third).
-        more_facts: measures of the held-out views, told where the read-out of the forms is right,
-            ``(objects,)``.
+        more_facts: measures of the held-out views, called with ``(objects,)`` bool: whether the read-out of
+            an object's form is right.
         **limits: as in `training.tiny.loop.optimise`.
     """
     inner = getattr(tower, "vision_model", tower)

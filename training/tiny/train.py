@@ -1,4 +1,4 @@
-"""Trains a tiny vision-language model as its recipe says: ``python -m training.tiny.train llava``.
+"""Trains a tiny vision-language model by its recipe: ``python -m training.tiny.train llava``.
 
 No visual token is ever dropped in training. On glibc systems the environment variables
 ``MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=16000000000`` save about a fifth of the time on a
@@ -33,7 +33,7 @@ def train(
     resume: bool = False,
     questions: int = 500,
 ) -> dict[str, Any]:
-    """Trains, measures and saves a tiny model with its processor, log, curve and model card.
+    """Train, measure and save a tiny model with its processor, log, curve and model card.
 
     Args:
         name: one of `recipes.names()`.
@@ -41,7 +41,7 @@ def train(
         minutes: upper limit of the training time; the schedules shrink to fit. ``None``: the full recipe.
         device: ``cpu``, ``cuda`` or ``auto``.
         seed: of the weights and the scenes.
-        resume: go on from what an interrupted run left in ``out/stages``.
+        resume: continue from the state of an interrupted run in ``out/stages``.
         questions: held-out questions of the final measurement.
 
     Returns:
@@ -68,7 +68,7 @@ def train(
 def finish(
     recipe: ModuleType, model: Any, processor: Any, log: list[dict], seed: int, out: Path, questions: int
 ) -> dict[str, Any]:
-    """Saves model and processor, measures them, writes log, curve and card; returns the report."""
+    """Save model and processor, measure them, write log, curve and card; returns the report."""
     model.eval()
     model.save_pretrained(out)
     processor.save_pretrained(out)
@@ -98,7 +98,7 @@ def finish(
 
 
 def cores() -> str:
-    """``1 CPU core``, ``2 CPU cores``: as many as torch computes with."""
+    """``1 CPU core``, ``2 CPU cores``: the number of threads of torch."""
     n = torch.get_num_threads()
     return f"{n} CPU core{'s' * (n > 1)}"
 

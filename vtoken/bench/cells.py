@@ -1,4 +1,4 @@
-"""Strategies at budgets beside the unpatched model, in turns, and what is computed from their times."""
+"""Interleaved timing of each (strategy, budget) with the unpatched model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHARED_DENSE = 3  # cells that are compared with the run of the unpatched model 
 
 
 class Cell:
-    """One strategy at one budget, measured beside the unpatched model."""
+    """One strategy at one budget, timed in turns with the unpatched model."""
 
     def __init__(self, work: Workload, strategy: str, budget: float | int) -> None:
         self.work, self.strategy, self.budget = work, strategy, budget
@@ -33,8 +33,7 @@ class Cell:
         return vtoken.applied(self.work.model, names if len(names) > 1 else names[0], budget=self.budget)
 
     def look(self, dense: tuple[int, int]) -> None:
-        """One untimed call: counts, bytes, the FLOPs' promise, or the sentence with which the strategy
-        refuses.
+        """One untimed call: counts, bytes, promised FLOPs, or the sentence of a refusing strategy.
 
         `dense` are the bytes at the peak and in the cache of the unpatched model.
         """
@@ -56,7 +55,7 @@ class Cell:
         }
 
     def share(self, other: Cell) -> None:
-        """Take what another cell measures for one's own, if the strategy serves this model."""
+        """Take over the times of another cell, if the strategy serves this model."""
         try:
             with self.applied():
                 self.facts, self.even = other.facts, other.even
@@ -70,9 +69,7 @@ class Cell:
             self.refused = str(refusal)
 
     def turn(self, dense: Times, floors: dict[int, float]) -> None:
-        """One timed prefill beside that of the unpatched model, and the LLM alone on as many tokens as were
-        kept.
-        """
+        """One timed prefill after that of the unpatched model, and one of the LLM alone on as many tokens."""
         with self.applied():
             short = prefill(self.work)
         self.dense.append(dense)
@@ -88,7 +85,7 @@ class Cell:
             self.decoding.append((dense, decode(self.work, steps)))
 
     def result(self) -> dict[str, Any]:
-        """Plain numbers: medians in ms, speed-ups with their spread over the pairs, and what was promised."""
+        """Plain numbers: medians in ms, speed-ups with their spread over the pairs, promised ones."""
         out: dict[str, Any] = {"strategy": self.strategy, "budget": self.budget}
         if self.refused is not None:
             return out | {"refused": self.refused}
@@ -136,7 +133,7 @@ def measure(
     limit: float | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Every strategy at every budget beside the unpatched model, in turns.
+    """Time every strategy at every budget in turns with the unpatched model.
 
     A turn is the unpatched model, then up to three cells: A B C D A E F G. What cannot differ is measured
     once: budget 1.0 is the unpatched model whatever the strategy; decode steps depend only on how much the
@@ -149,7 +146,7 @@ def measure(
         repeats: timed turns per cell; a third as many of generation.
         steps: decode steps, 0 for none.
         limit: seconds after which no further turn begins; a cell that had none says so.
-        progress: told in words what comes next.
+        progress: called with the next step in words.
     """
     start = time.monotonic()
 

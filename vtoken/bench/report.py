@@ -1,4 +1,4 @@
-"""What was measured: JSON, tables, comparison of two runs, a picture."""
+"""Reports of a benchmark: JSON, tables, comparison of two runs, a plot."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _processor() -> str:
 
 
 def load(path: str | Path) -> Report:
-    """Read a report that `vtoken bench --output` wrote. Raises ValueError if it is none."""
+    """Read a report of `vtoken bench --output`. Raises ValueError if it is none."""
     if not Path(path).is_file():
         raise ValueError(
             f"{str(path)!r} is no report of `vtoken bench --output`: no such file."
@@ -96,7 +96,7 @@ def _check_cell(cell: Cell) -> None:
 
 
 def save(report: Report, path: str | Path) -> None:
-    """Write it whole or not at all: a run that is cut off leaves the shapes before."""
+    """Write the report whole or not at all: an interrupted run leaves the earlier shapes."""
     target = Path(path)
     half = target.with_name(target.name + ".part")
     half.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -169,7 +169,7 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def goals(cells: Sequence[Cell], kind: str) -> list[str]:
-    """What part of the measured cells reached each goal, in words; `kind` is the type of the device."""
+    """Share of the measured cells that reached each goal, in words; `kind` is the type of the device."""
     done, most = [c for c in cells if "refused" not in c], GOAL_OVERHEAD.get(kind, GOAL_OVERHEAD["cpu"])
     kept = sum(c["kept"]["llm"] >= GOAL_KEPT for c in done)
     spent = sum(c["overhead"]["median"] <= most for c in done)
@@ -180,8 +180,7 @@ def goals(cells: Sequence[Cell], kind: str) -> list[str]:
 
 
 def compare(a: Report, b: Report) -> list[list[str]]:
-    """Rows (shape, strategy, budget, prefill of a and of b in ms, b / a, speed-up of a and of b) of the cells
-    in both.
+    """Rows (shape, strategy, budget, prefill of a and b in ms, b / a, speed-ups of a and b) of common cells.
 
     Raises ValueError if there are none.
     """
@@ -211,8 +210,7 @@ COMPARED = ("shape", "strategy", "budget", "prefill ms: a", "b", "b / a", "speed
 
 
 def draw(report: Report, path: str | Path) -> None:
-    """One panel per shape: the speed-up of the LLM's prefill, measured against promised, one colour per
-    strategy.
+    """One panel per shape: measured against promised speed-up of the LLM's prefill, by strategy.
 
     Raises ImportError where matplotlib is missing, ValueError for an ending that names no picture format.
     """

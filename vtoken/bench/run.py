@@ -1,4 +1,4 @@
-"""`vtoken bench`: build, measure, print, save."""
+"""The work of `vtoken bench`: build, measure, print, save."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .timing import one_thread
 if TYPE_CHECKING:
     from rich.console import Console
 
-# what is measured where nothing is asked for: the truth about a real shape in less than a minute
+# the default measurement: a real shape in less than a minute
 SHAPE, STRATEGIES, SHARES, SECONDS, STEPS = (
     "llava-1.5-7b",
     ("hired", "visionzip", "fastv"),
@@ -51,7 +51,7 @@ def run(
     output: str | None,
     plot: str | None,
 ) -> None:
-    """Measure the given shapes one after the other; a report that exists at `output` gains them.
+    """Measure the given shapes one after the other; an existing report at `output` gains them.
 
     Without shapes and model it is LLaVA-1.5's shape, smaller than published on a CPU, with a few strategies
     and a time limit.
@@ -189,9 +189,7 @@ def _check_folder(path: str) -> None:
 
 
 def compare(out: Console, a: str, b: str) -> None:
-    """Print how b's times relate to a's. Raises ValueError for what is no report, or for two with nothing in
-    common.
-    """
+    """Print the ratio of b's times to a's. Raises ValueError for no report, or for nothing in common."""
     from rich.table import Table
 
     first, second = reports.load(a), reports.load(b)

@@ -45,10 +45,10 @@ class Workload:
     """A model and one prompt for it.
 
     Attributes:
-        name: what it is called in reports.
+        name: its name in reports.
         model: a transformers model in evaluation mode.
         inputs: keyword arguments of its forward.
-        about: what a reader of the report needs to know of the shape; plain numbers and strings.
+        about: description of the shape for the report; plain numbers and strings.
         clock: "wall", or "cpu" for the processor time of this process, which other processes disturb less.
     """
 
@@ -61,7 +61,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Shape:
-    """One model family at all scales; `size` is what `make` wants to know of the picture or the video."""
+    """One model family at all scales; `size` is the picture or video size that `make` takes."""
 
     make: Callable[[Shape, str], tuple[str, Any, int, dict[str, Any]]]
     llm: Mapping[str, tuple[int, ...]]
@@ -95,9 +95,13 @@ class Shape:
         inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
         names = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads")
         about = {
-            "scale": scale, "dtype": str(dtype).removeprefix("torch."), "visual_tokens": tokens, "text_tokens": text,
-            "llm": dict(zip(names, self.llm[scale])), "tower": dict(zip(names, self.tower[scale])),
-        }  # fmt: skip
+            "scale": scale,
+            "dtype": str(dtype).removeprefix("torch."),
+            "visual_tokens": tokens,
+            "text_tokens": text,
+            "llm": dict(zip(names, self.llm[scale])),
+            "tower": dict(zip(names, self.tower[scale])),
+        }
         return Workload(name, model, inputs, about)
 
 
@@ -105,15 +109,16 @@ def _llm(shape: Shape, scale: str) -> dict[str, Any]:
     hidden, intermediate, layers, heads, kv_heads = shape.llm[scale]
     return dict(
         vocab_size=VOCAB[scale], hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=32768, bos_token_id=1, eos_token_id=2,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=32768,
+        bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
 
 
 def _vit(shape: Shape, scale: str, side: int) -> dict[str, Any]:
     hidden, intermediate, layers, heads = shape.tower[scale]
     return dict(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        image_size=side * PATCH, patch_size=PATCH,
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, image_size=side * PATCH, patch_size=PATCH,
     )  # fmt: skip
 
 
@@ -158,9 +163,7 @@ def llava_next(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]
 
 
 def qwen2_5_vl(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]:
-    """Qwen2.5-VL: (frame pairs, height, width) in patches, of which 2 x 2 are merged; one frame pair is an
-    image.
-    """
+    """Qwen2.5-VL: (frame pairs, height, width) in patches, merged 2 x 2; one frame pair is an image."""
     import transformers as tf
 
     t, h, w = shape.size[scale]
@@ -169,9 +172,9 @@ def qwen2_5_vl(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]
     eighth = text["hidden_size"] // text["num_attention_heads"] // 16
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2 * eighth, 3 * eighth, 3 * eighth]}
     tower = dict(
-        depth=depth, hidden_size=hidden, intermediate_size=intermediate, num_heads=heads, out_hidden_size=text["hidden_size"],
-        patch_size=PATCH, spatial_merge_size=2, temporal_patch_size=2, window_size=8 * PATCH,
-        fullatt_block_indexes=list(range(depth // 4 - 1, depth, depth // 4)),
+        depth=depth, hidden_size=hidden, intermediate_size=intermediate, num_heads=heads,
+        out_hidden_size=text["hidden_size"], patch_size=PATCH, spatial_merge_size=2, temporal_patch_size=2,
+        window_size=8 * PATCH, fullatt_block_indexes=list(range(depth // 4 - 1, depth, depth // 4)),
     )  # fmt: skip
     # ids that no prompt holds, but for the one that is used
     tokens = {"image_token_id": 6, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
@@ -234,9 +237,7 @@ def build(name: str, scale: str, device: str = "cpu") -> Workload:
 
 
 def in_words(work: Workload) -> str:
-    """What is measured: the size of the model and of its prompt, and of the published model where it is a
-    smaller copy.
-    """
+    """Description of a workload: size of model and prompt, and of the published model if scaled down."""
     about = work.about
     if "llm" not in about:
         return (
@@ -255,8 +256,7 @@ def parameters(work: Workload) -> int:
 
 
 def shipped(model_id: str | None) -> Workload:
-    """A model from the Hub or a folder, or a tiny one by name (None: llava), with a generated picture and one
-    question.
+    """A model from the Hub or a folder, or a tiny one by name (None: llava), with a picture and a question.
 
     Raises ValueError if it cannot be loaded.
     """

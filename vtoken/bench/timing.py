@@ -1,7 +1,7 @@
 """Times of the stages of one call, and the bytes it holds.
 
-A call is split without gaps: every moment belongs to the vision tower, to vtoken (scoring, selection,
-gathering: all that its hooks do), to the LLM, or to the rest. On a GPU the bounds are CUDA events on the
+A call is split without gaps: every moment belongs to the vision tower, to vtoken (all its hooks: scoring,
+selection, gathering), to the LLM, or to the rest. On a GPU the bounds are CUDA events on the
 model's stream.
 """
 
@@ -34,7 +34,7 @@ def now(work: Workload) -> Any:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread in a `with` block, whose processor time other processes hardly change."""
+    """Compute on one thread in a `with` block; other processes hardly change its processor time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -44,7 +44,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Phases:
-    """Which phase is under way; `seconds()` adds up the stretches of each."""
+    """The current phase of a call; `seconds()` adds up the time of each."""
 
     def __init__(self, work: Workload) -> None:
         self.work = work
@@ -83,7 +83,7 @@ def _ours(hook: Any) -> bool:
 
 @contextmanager
 def phases(work: Workload) -> Iterator[Phases]:
-    """Watch the calls of a model inside the block, patched or not; the model is left as it was."""
+    """Time the phases of a model's calls inside the block, patched or not; the model is left as it was."""
     watch, undo = Phases(work), []
     base, decoder = work.model.base_model, work.model.get_decoder()
     for module in work.model.modules():
@@ -127,7 +127,7 @@ def prefill(work: Workload) -> Times:
 
 
 def floor(work: Workload, tokens: int) -> float:
-    """Seconds that the LLM alone takes for a prompt of so many tokens: what no reduction can undercut."""
+    """Seconds of the LLM alone for a prompt of so many tokens: a lower bound for every reduction."""
     decoder = work.model.get_decoder()
     embeds = torch.randn(1, tokens, decoder.config.hidden_size, device=work.model.device).to(work.model.dtype)
     with torch.inference_mode():
@@ -137,9 +137,7 @@ def floor(work: Workload, tokens: int) -> float:
 
 
 def decode(work: Workload, steps: int, call: Callable[[], Any] | None = None) -> Times:
-    """Seconds of `generate`, or of `call`: "total", and "decode" for what comes behind the prompt and its
-    first token.
-    """
+    """Seconds of `generate`, or of `call`: "total", and "decode" for the steps after the first token."""
     ends: list[Any] = []
     hook = work.model.get_decoder().register_forward_hook
     handle = hook(lambda *_: ends.append(now(work)) if not ends else None)
@@ -157,7 +155,7 @@ def decode(work: Workload, steps: int, call: Callable[[], Any] | None = None) ->
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside the block and still alive; `peak` is the most there were.
+    """Counts the bytes of live tensors made inside the block; `peak` is the maximum.
 
     For devices without statistics of their allocator. What an operator takes for itself is not seen.
     """
@@ -190,9 +188,7 @@ def _storage_of(tensor: torch.Tensor) -> int:
 
 
 def peak_bytes(work: Workload) -> tuple[int, int]:
-    """The most bytes that reading the prompt held at once beyond the model and its inputs, and those of its
-    KV cache.
-    """
+    """Peak bytes of reading the prompt beyond the model and its inputs, and the bytes of its KV cache."""
     device = work.model.device
     arguments = work.inputs | {"use_cache": True, "logits_to_keep": 1}
     if device.type != "cuda":
@@ -208,7 +204,7 @@ def peak_bytes(work: Workload) -> tuple[int, int]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values that a dynamic cache holds."""
+    """Bytes of the keys and values in a dynamic cache."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

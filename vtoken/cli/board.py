@@ -1,4 +1,4 @@
-"""`vtoken eval tiny`."""
+"""The command `vtoken eval tiny`: accuracy boards of the tiny models."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def tiny(
 
 
 def page_of(output: str) -> Path:
-    """The page that --output names: itself, or board.md in a folder."""
+    """The page that --output names: the file itself, or board.md in a folder."""
     path = Path(output)
     return path if path.suffix and not path.is_dir() else path / "board.md"
 

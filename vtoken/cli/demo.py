@@ -1,4 +1,4 @@
-"""What `vtoken demo` does: one prompt, all visual tokens against fewer."""
+"""The command `vtoken demo`: one prompt, answered with all visual tokens and with fewer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..images import open_image
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHAPE, SCALE = "llava-1.5-7b", "quick"  # of vtoken.bench: what a tiny model cannot show is measured on it
-PATIENCE = 20.0  # seconds that this may take
+SHAPE, SCALE = "llava-1.5-7b", "quick"  # of vtoken.bench: it shows a saving that a tiny model cannot show
+PATIENCE = 20.0  # seconds for that measurement
 
 
 def run(
@@ -58,7 +58,7 @@ def run(
         model, processor = load(model_id)
         cases = [(text, known, prepare(model, processor, picture, text)) for text, known in questions]
         bar.update(task, description="reading all visual tokens", total=2 * len(cases), completed=0)
-        ask(model, processor, cases[0][2], 1)  # the first call pays for caches and kernels, whoever makes it
+        ask(model, processor, cases[0][2], 1)  # warm-up: the first call also pays for caches and kernels
         dense, short = [], []
         for _, _, inputs in cases:
             dense.append(ask(model, processor, inputs, max_new_tokens))
@@ -87,7 +87,7 @@ def run(
 
 
 def at_a_real_shape(strategy: str, budget: float | int) -> str:
-    """What the strategy makes of reading a prompt with LLaVA-1.5's shape, measured here and now, in words."""
+    """Time of a prompt of LLaVA-1.5's shape with and without the strategy, measured here, in words."""
     from ..bench.cells import measure
     from ..bench.shapes import build, in_words
     from ..bench.timing import one_thread

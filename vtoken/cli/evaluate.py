@@ -1,4 +1,4 @@
-"""`vtoken eval mme | videomme | tiny`."""
+"""The commands `vtoken eval mme | videomme | tiny`."""
 
 from __future__ import annotations
 
@@ -36,13 +36,15 @@ def common(default_output: str) -> Callable[[Callable[..., None]], Callable[...,
         click.option("--strategy", "strategies", callback=separated, default="hired", show_default=True,
                      help="Names separated by commas; two that work together are joined by +."),
         click.option("--budget", type=Budget(), help="One budget, such as 0.2, without baselines."),
-        click.option("--budgets", callback=separated, help="Several, such as 1.0,0.5,0.2, with baselines and a plot."),
+        click.option("--budgets", callback=separated,
+                     help="Several, such as 1.0,0.5,0.2, with baselines and a plot."),
         click.option("--baselines", callback=separated, default=None,
-                     help=f"Baselines beside the strategy; default with --budgets: {BASELINES}. none: without."),
+                     help=f"Baselines to run as well; default with --budgets: {BASELINES}. none: without."),
         click.option("--protocol", type=click.Choice(PROTOCOLS), default="strict", show_default=True,
                      help="Whose prompts and reading of answers; see docs/evaluation.md."),
         click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True),
-        click.option("--max-new-tokens", type=click.IntRange(min=1), help="Of an answer; default: the protocol's."),
+        click.option("--max-new-tokens", type=click.IntRange(min=1),
+                     help="Of an answer; default: the protocol's."),
         click.option("--output", type=click.Path(file_okay=False), default=default_output, show_default=True,
                      help="Folder of the answers; a run that is there is continued."),
         click.option("--example", is_flag=True, help="Use a few generated questions instead of a data set."),
@@ -79,8 +81,11 @@ def mme(data: str | None, protocol: str, **options: Any) -> None:
 @evaluate.command(cls=Command)
 @click.option("--data", help="Folder with Video-MME's parquet file, data/*.mp4 and subtitle/*.srt.")
 @click.option("--frames", type=click.IntRange(min=1), help="Per video; default: the protocol's number.")
-@click.option("--same-tokens-as", type=click.IntRange(min=1),
-              help="As many frames as cost what this many cost unpruned: 32 at a budget of 0.25 reads 128 frames.")  # fmt: skip
+@click.option(
+    "--same-tokens-as",
+    type=click.IntRange(min=1),
+    help="As many frames as cost what this many cost unpruned: 32 at a budget of 0.25 reads 128 frames.",
+)
 @click.option("--subtitles", type=click.Choice(["no", "yes", "both"]), default="no", show_default=True)
 @click.option(
     "--letters", help="Of the options, ABCDEFGH for instance; default: as many as the data set uses."
@@ -131,7 +136,7 @@ def run(
     frames: int | None = None,
     same_tokens_as: int | None = None,
 ) -> None:
-    """Run tasks and print, write and draw what came out."""
+    """Run tasks; print, write and draw their results."""
     from ..eval.running.answer_log import locked
     from ..eval.running.runner import Processes, plan
     from ..strategies.registry import parse_strategy
@@ -141,13 +146,13 @@ def run(
     shares = [Budget().convert(b, None, None) for b in budgets] or [0.2 if budget is None else budget]
     if not baselines and budgets:
         baselines = BASELINES.split(",")
-    beside = [] if baselines == ["none"] else baselines
-    for name in strategies + beside:
+    added = [] if baselines == ["none"] else baselines
+    for name in strategies + added:
         parse_strategy(name)
-    runs = plan(strategies + beside, shares, frames, same_tokens_as)
+    runs = plan(strategies + added, shares, frames, same_tokens_as)
     if len(runs) > 1:
         require("matplotlib", extra="eval")
-    optional = set(beside) - set(strategies)
+    optional = set(added) - set(strategies)
     quiet()
     from ..eval.running.asker import load
 

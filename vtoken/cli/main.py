@@ -1,4 +1,4 @@
-"""`vtoken demo | list | info | eval | bench`, for people at a terminal."""
+"""The `vtoken` command: list, info, demo and bench here, larger commands imported on demand."""
 
 from __future__ import annotations
 
@@ -44,15 +44,13 @@ def list_command(pattern: str, names: bool) -> None:
 @cli.command()
 @click.argument("name")
 def info(name: str) -> None:
-    """What is known of one strategy: paper, code, hyper-parameters with defaults; of two, joined by +, of
-    each.
-    """
+    """Facts about a strategy: paper, code, hyper-parameters with defaults; two are joined by +."""
     from ..strategies import combine
     from ..strategies.registry import parse_strategy
 
     names = parse_strategy(name)
     if isinstance(names, list):
-        combine(names)  # says why if they do not go together
+        combine(names)  # raises if they do not fit together
     for part in [names] if isinstance(names, str) else names:
         show_info(part)
     given = f'"{names}"' if isinstance(names, str) else str(names).replace("'", '"')
@@ -60,7 +58,7 @@ def info(name: str) -> None:
 
 
 def show_info(name: str) -> None:
-    """Print what is registered about one strategy."""
+    """Print the registered facts of one strategy."""
     from dataclasses import MISSING
 
     from rich.markup import escape
@@ -107,8 +105,7 @@ def demo(context: click.Context, **options: Any) -> None:
         return
     from .demo import run
 
-    # not click's default: it would be converted, by code that needs torch, for `vtoken demo stream --help` as
-    # well
+    # not click's default, which `vtoken demo stream --help` would convert too, by code that needs torch
     options["budget"] = 0.2 if options["budget"] is None else options["budget"]
     run(console(), **options)
 
@@ -175,7 +172,7 @@ def demo(context: click.Context, **options: Any) -> None:
     help="Two reports: print how their times relate, measure nothing.",
 )
 def bench(compare: tuple[str, str] | None, **options: Any) -> None:
-    """Time every stage with and without a strategy, in turns, next to what the FLOPs promise."""
+    """Time every stage with and without a strategy, in turns, and compare with what the FLOPs promise."""
     from ..bench import run
 
     if compare:

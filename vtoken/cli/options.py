@@ -1,6 +1,4 @@
-"""What all commands share: budgets and lists as arguments, errors in one sentence, commands imported on
-demand.
-"""
+"""Shared parts of all commands: budget and list arguments, one-sentence errors, imports on demand."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ MODEL = (
 
 
 class Budget(click.ParamType):
-    """A share with a decimal point, a number of tokens without one."""
+    """A command-line budget: a share if it has a decimal point, else a number of tokens."""
 
     name = "budget"
 
@@ -45,21 +43,20 @@ class Budget(click.ParamType):
 
 
 def of_the_network(error: BaseException) -> bool:
-    """Whether a request failed; the Hub's client raises httpx's errors where it has no sentence of its own.
-    """
+    """Whether a request failed; the Hub's client passes on httpx's errors where it has no own sentence."""
     return any(kind.__module__.partition(".")[0].startswith("httpx") for kind in type(error).__mro__)
 
 
 def failure(error: BaseException) -> click.ClickException | None:
-    """What a command says of an error in one sentence, None if it is a fault of the program.
+    """The `click` exception for an error, with one sentence; None if the error is a fault of the program.
 
-    Bad input is a `click.UsageError`, exit code 2. What the environment lacks (a file, a package, memory,
-    disk space, the network) is no fault of the command line: exit code 1, without the usage text.
+    Bad input is a `click.UsageError`, exit code 2. A missing part of the environment (a file, a package,
+    memory, disk space, the network) is no fault of the command line: exit code 1, without the usage text.
     """
     if isinstance(error, click.ClickException):
         return error
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
-        return None  # click ends quietly when nobody reads on
+        return None  # click ends quietly when the output's reader has gone
     if out_of_memory(error):
         first = str(error).strip().splitlines()[:1]
         return click.ClickException(
@@ -87,13 +84,13 @@ def _line(error: object) -> str:
 
 
 def fail(what: object) -> click.ClickException:
-    """The sentence to raise for an error, see `failure`; a plain sentence is about bad input."""
+    """The exception to raise for an error, see `failure`; a plain sentence is about bad input."""
     told = failure(what) if isinstance(what, BaseException) else None
     return told or click.UsageError(_line(what))
 
 
 class Sentences(click.Command):
-    """Mixin: errors that a user can mend end the command with one sentence in place of a traceback."""
+    """Mixin: errors that a user can mend end the command with one sentence instead of a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -112,7 +109,7 @@ class Command(Sentences):
 
 
 class Group(Sentences, click.Group):
-    """A group whose errors are sentences and some of whose commands are imported when they are asked for.
+    """A group whose errors are sentences, and whose lazy commands are imported on demand.
 
     Args:
         lazy: per name of a command "module:attribute".
@@ -138,7 +135,7 @@ Group.group_class = Group
 
 
 def separated(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str]:
-    """Callback of an option: the parts of a value between commas."""
+    """Callback of an option: the parts of a value, split at commas."""
     return [part.strip() for part in (value or "").split(",") if part.strip()]
 
 

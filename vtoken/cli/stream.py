@@ -1,4 +1,4 @@
-"""`vtoken demo stream`: questions to a stream, in a browser or at a terminal."""
+"""The command `vtoken demo stream`: questions to a stream, in a browser or at a terminal."""
 
 from __future__ import annotations
 
@@ -155,16 +155,14 @@ def show_page(
             f"The page takes a share such as --budget 0.5, found {budget}: a number of tokens needs"
             " --terminal."
         )
-    sessions = 1 if source == "-" else sessions  # what was read from a pipe is gone
+    sessions = 1 if source == "-" else sessions  # data that was read from a pipe is gone
     names = [strategy, *(s for s in STRATEGIES if s != strategy)]
     with listen(host, port) as listening, private_folder() as folder:
         loaded = None if model_id is None else load(model_id)
         bounds = bounds | {"max_bytes": PAGE_BYTES // sessions}
 
         def make(strategy: str, budget: float) -> StreamSession:
-            """A tiny model is loaded for every browser, so that each may choose its strategy; a large one is
-            shared.
-            """
+            """One session: of its own tiny model for every browser, or of one shared large model."""
             model, processor = loaded or load(None, TINY)
             return make_session(model, processor, strategy, budget, **bounds)
 
@@ -183,7 +181,7 @@ def show_page(
 
 
 def announce(service: Any, allow_sources: bool, show: bool) -> None:
-    """Say where the page is and who can reach it; open it."""
+    """Print the address of the page and its audience, and open it in a browser."""
     out = console()
     out.print(f"The page is at {service.url} (Ctrl+C ends it).", highlight=False, soft_wrap=True)
     if service.token is not None:
@@ -209,7 +207,7 @@ def make_session(
     max_steps: int | None = None,
     max_bytes: int | None = None,
 ) -> StreamSession:
-    """A session with a strategy, or with none; `max_steps` makes its memory a window of the latest steps."""
+    """A session with a strategy or none; `max_steps` limits its memory to the latest steps."""
     from ..streaming.session import StreamSession
 
     bounds: dict[str, Any] = {"max_tokens": max_tokens, "max_bytes": max_bytes}

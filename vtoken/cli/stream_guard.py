@@ -1,6 +1,4 @@
-"""Which requests reach the page: for its own routes, from its own pages, of bounded size, with the token if
-there is one.
-"""
+"""Filter of requests to the page: known routes, same origin, bounded size, and the token if there is one."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ MAX_PENDING = 16  # events of one browser that wait or run
 MAX_OPEN = 64  # requests of one address at a time; a page takes two or three
 COOKIE = "vtoken_token"
 HEADERS = {
-    # all that the page shows comes from the page; gradio's plots compile their own scripts
+    # the page loads nothing from elsewhere; gradio's plots compile their own scripts
     "content-security-policy": (
         "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; font-src 'self'"
         " data:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; media-src 'self' blob:;"
@@ -49,8 +47,7 @@ HEADERS = {
 
 
 class Shares:
-    """What one visitor may take of the queue and of the connections, so that something is left for the
-    others.
+    """Limits on one visitor's share of the queue and of the connections.
 
     Args:
         pending: tells how many events of a session wait or run.
@@ -64,7 +61,7 @@ class Shares:
         self._sessions: dict[str, set[str]] = {}
 
     def takes_too_much(self, address: str, body: bytes) -> bool:
-        """Whether the event of a request is one too many for its session or address; it is counted if not."""
+        """Whether this event exceeds the limit of its session or address; counts it if not."""
         try:
             session = json.loads(body)["session_hash"]
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -79,17 +76,16 @@ class Shares:
 
 
 class Guard:
-    """An ASGI application that passes on what a browser with the page open asks for, and refuses the rest in
-    one sentence.
+    """An ASGI application that passes on the page's own requests and refuses all others in one sentence.
 
     Args:
         app: the page.
-        hosts: names that requests may address (`Host`), besides addresses such as 192.168.1.5 if there is a
+        hosts: names that requests may address (`Host`), and addresses such as 192.168.1.5 if there is a
             token.
-        token: what a visitor must know; None for loopback.
+        token: required of visitors; None for loopback.
         uploads: the folder that uploaded files go to; None to take none.
         max_upload: bytes of one upload, and of all that lie in the folder.
-        shares: what one visitor may take, None for no bound.
+        shares: limits for one visitor, None for no limit.
     """
 
     def __init__(
@@ -139,7 +135,7 @@ class Guard:
     async def _within(
         self, shares: Shares, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
     ) -> None:
-        """Pass a request on unless its visitor has too many open or waiting."""
+        """Pass a request on unless its visitor has too many open or waiting requests."""
         address = (scope.get("client") or ("",))[0]
         shares.open[address] += 1
         try:
@@ -160,7 +156,7 @@ class Guard:
                 del shares.open[address]
 
     def refusal(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
-        """Status and sentence for a request that is not passed on.
+        """Status and sentence for a request that is refused, None for one that is passed on.
 
         Args:
             headers: with names in lower case.
@@ -199,7 +195,7 @@ class Guard:
         return None
 
     def _room(self) -> int:
-        """Bytes that may be uploaded yet."""
+        """Bytes that may still be uploaded."""
         assert self.uploads is not None
         held = sum(f.stat().st_size for f in self.uploads.rglob("*") if f.is_file())
         return self.max_upload - held
@@ -230,7 +226,7 @@ class Guard:
 
 
 async def _drain(receive: Callable[..., Any]) -> None:
-    """Take a small body off the connection: who is still writing when it closes does not read the answer."""
+    """Read a small body to its end: a client that still writes at the close does not read the answer."""
     taken, more = 0, True
     while more and taken <= MAX_DRAINED:
         message = await receive()
@@ -249,7 +245,7 @@ async def _body(receive: Callable[..., Any]) -> bytes:
 
 
 def _again(body: bytes, receive: Callable[..., Any]) -> Callable[..., Any]:
-    """A `receive` that gives a body that was read already, and then goes on."""
+    """A `receive` that first gives a body that was read already, then continues with the connection."""
     given = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Any:

@@ -1,6 +1,4 @@
-"""A page in the browser: a stream plays, what was kept is drawn on it, and questions are answered at any
-moment.
-"""
+"""The browser page: plays a stream, draws the kept tokens on it, and answers questions at any moment."""
 
 from __future__ import annotations
 
@@ -24,7 +22,8 @@ MAX_FPS = 10.0
 MAX_UPLOAD = 200 * 2**20  # bytes of all uploaded files together
 LEGEND = "Outlined: visual tokens that were kept. Red dots: cells that the vision tower computed anew."
 CSS = """
-#frame img { max-height: min(52vh, 500px); max-width: 100%; display: block; margin: auto; image-rendering: pixelated; }
+#frame img { max-height: min(52vh, 500px); max-width: 100%; display: block; margin: auto;
+  image-rendering: pixelated; }
 #frame { min-height: 120px; }
 #status { min-height: 1.5em; overflow-wrap: anywhere; }
 #chat { max-height: 420px; overflow-y: auto; }
@@ -44,13 +43,13 @@ def build_page(
     allow_sources: bool = False,
     examples: Sequence[str] = (),
 ) -> Any:
-    """The page as a `gradio.Blocks`, not served yet.
+    """The page as a `gradio.Blocks`, not yet served.
 
     Args:
-        desks: what its buttons act on, one for every browser.
+        desks: state of the page, one desk per browser.
         strategies: names to choose from; the first is chosen.
-        source: what plays; what the source field holds at first, if there is one.
-        budget: where the budget slider stands at first.
+        source: the source to play, also the initial text of the source field, if there is one.
+        budget: initial position of the budget slider.
         fps: frames per second at first.
         allow_sources: whether visitors may name files, addresses and cameras of this machine, and upload
             files.
@@ -125,9 +124,7 @@ def build_page(
 
 
 class Buttons:
-    """What the page's events do, each for the desk of the browser that it comes from. All that they show is
-    escaped.
-    """
+    """Event handlers of the page, each for the desk of its own browser. All shown text is escaped."""
 
     def __init__(self, desks: Desks, strategies: list[str], source: str, allow_sources: bool) -> None:
         self.desks, self.strategies, self.source, self.allow_sources = (
@@ -202,14 +199,14 @@ class Buttons:
         return shown, self._text(desk.status()), *plots
 
     def _text(self, text: str) -> str:
-        """Plain text as HTML; the source, which may hold a password, is the operator's to know."""
+        """Plain text as HTML; the source, which may hold a password, is shown to the operator only."""
         if not self.allow_sources:
             text = text.replace(self.source, "the source") if len(self.source) > 1 else text
         return escape(" ".join(text.split()))
 
 
 def talk_html(talk: Any) -> str:
-    """Questions and answers as HTML in which all text stands as it was said."""
+    """Questions and answers as HTML, all text escaped."""
     lines = []
     for said in list(talk):
         lines.append(f'<div class="user message">{escape(said.question)}</div>')
@@ -223,7 +220,7 @@ def talk_html(talk: Any) -> str:
 
 
 def picture_html(picture: Any) -> str:
-    """A picture as part of the page: no file is written for it."""
+    """A picture embedded in the page: no file is written for it."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     return (

@@ -1,4 +1,4 @@
-"""A stream that plays into a session, and what there is to see of it."""
+"""Plays a stream into a session, with its latest readings and pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIDE = 480  # px of the longer side of a drawn frame
 
 @dataclass(frozen=True)
 class Reading:
-    """What one step of the stream (a frame, or the frames that the tower joins) cost.
+    """Cost of one step of the stream (one frame, or the frames that the tower joins).
 
     Attributes:
         seconds: time of its last frame in the stream.
@@ -96,7 +96,7 @@ class Player:
                 self._frames.append(frame)
                 if step is not None:
                     self._note(frame.image, step, time.perf_counter() - began)
-        except Exception as error:  # the thread's user reads it
+        except Exception as error:  # for the user of the thread
             self.error = str(error)
 
     def _note(self, image: np.ndarray, step: Step, latency: float) -> None:
@@ -127,9 +127,7 @@ class Player:
         self._running.set()
 
     def wait_until(self, seconds: float, timeout: float = 60.0) -> bool:
-        """Wait until a frame at or behind this time has been taken, at most `timeout` seconds; whether it
-        has.
-        """
+        """Wait up to `timeout` seconds for a frame at or after this time; whether one was taken."""
         end = time.monotonic() + timeout
         while not self.readings or self.readings[-1].seconds < seconds:
             if self.ended or time.monotonic() > end:
@@ -138,18 +136,16 @@ class Player:
         return True
 
     def picture(self) -> Image.Image | None:
-        """The latest frame with what was kept and what was computed drawn on it, None before the first."""
+        """The latest frame with its kept and computed cells drawn on it; None before the first frame."""
         return None if self._latest is None else draw_step(*self._latest)
 
     def frames_at(self, seconds: Sequence[float]) -> list[Any] | None:
-        """The frames at these times of the stream, None if one of them is not kept."""
+        """The frames at these times of the stream; None if one of them is no longer kept."""
         kept = {float(frame.seconds): frame for frame in list(self._frames)}
         return [kept[t] for t in seconds] if all(t in kept for t in seconds) else None
 
     def labels(self, since: float, now: float) -> tuple[Stream, float, float] | None:
-        """The labelled stream that shows what lies between two times, and its own times for them; None if
-        none does.
-        """
+        """The labelled stream of an interval, with its own times for both ends; None if there is none."""
         if not str(self.source).startswith("synthetic://"):
             return None
         from ..video.synthetic import from_address
@@ -173,9 +169,7 @@ class Player:
 
 
 def passes_by(source: Any) -> bool:
-    """Whether a source goes on while nobody looks, so that frames must be dropped: cameras, pipes and the
-    network.
-    """
+    """Whether a source cannot wait, so that frames must be dropped: cameras, pipes and the network."""
     from ..video.source import resolve
 
     if isinstance(source, Iterable) and not isinstance(source, str | bytes | Path):
@@ -187,13 +181,12 @@ def passes_by(source: Any) -> bool:
 
 
 def draw_step(image: np.ndarray, step: Step, use: TowerUse | None = None, side: int = SIDE) -> Image.Image:
-    """A frame whose kept cells are outlined and whose other cells are dimmed; red dots where the tower
-    computed anew.
+    """Draw one step: kept cells outlined, other cells dimmed, red dots at cells computed anew by the tower.
 
     Args:
         image: (h, w, 3) uint8.
-        step: what was kept of it; a step without a grid (several crops) is shown plain.
-        use: what the tower computed for it, if parts were reused.
+        step: its kept tokens; a step without a grid (several crops) is shown plain.
+        use: the parts that the tower computed for it, if others were reused.
         side: px of the longer side of the result, rounded to whole cells.
     """
     picture = Image.fromarray(image)

@@ -1,4 +1,4 @@
-"""The page on an address: its socket, its server, its folder, and a token where others can reach it."""
+"""Serves the page: its socket, server and folder, and an access token on any host but loopback."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def listen(host: str, port: int | None = None) -> socket.socket:
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """A folder for all files of a page that is made within the block; it goes with it. gradio calls nobody
-    meanwhile.
-    """
+    """A folder for all files of a page built in the block, then removed; gradio sends no telemetry."""
     names = ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "GRADIO_SHARE")
     before = {name: os.environ.pop(name, None) for name in names}
     with tempfile.TemporaryDirectory(prefix="vtoken-page-", ignore_cleanup_errors=True) as folder:
@@ -79,8 +77,9 @@ def private_folder() -> Iterator[Path]:
 
 
 def pending(queue: Any, session: str) -> int:
-    """How many events of a session wait in a page's queue or run. gradio's own count per session never
-    forgets those of a browser that went before its answer came.
+    """Number of a session's events that wait in a page's queue or run.
+
+    gradio's own count per session never forgets the events of a browser that left before its answer came.
     """
     waiting = (event for part in queue.event_queue_per_concurrency_id.values() for event in part.queue)
     running = (event for job in queue.active_jobs if job for event in job)
@@ -88,18 +87,18 @@ def pending(queue: Any, session: str) -> int:
 
 
 class Service:
-    """The page behind its guard on a listening socket.
+    """The page and its guard on a listening socket.
 
     Args:
         page: a `gradio.Blocks`.
-        listening: where; anything but loopback gets a token.
-        host: the name that was asked for.
+        listening: the socket; any address but loopback gets a token.
+        host: the requested name.
         hosts: further names under which a browser may reach it.
         uploads: folder for uploaded files, None to take none.
         max_upload: bytes that they may have together.
 
     Attributes:
-        url: what to open, with the token if there is one.
+        url: address of the page, with the token if there is one.
         token: None on loopback.
         guard: the ASGI application.
     """
@@ -175,7 +174,7 @@ class Service:
             self._thread.join(0.01)
 
     def stop(self) -> None:
-        """End what `start` began."""
+        """End the server that `start` began."""
         self._server.should_exit = True
         if self._thread is not None:
             self._thread.join()

@@ -1,4 +1,4 @@
-"""The same at a terminal: questions typed while a stream plays, or given beforehand."""
+"""Questions to a stream at a terminal: typed while it plays, or given beforehand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HELP = "Type a question and press Enter; an empty line shows how the stream is d
 
 
 def converse(out: Console, player: Player) -> None:
-    """Answer what is typed, until `q` or the end of the input.
+    """Answer typed questions until `q` or the end of the input.
 
     Raises:
         ValueError: if the source breaks off before its first frame.
@@ -50,8 +50,7 @@ def converse(out: Console, player: Player) -> None:
 def recite(
     out: Console, session: StreamSession, frames: Iterable[Frame], questions: Sequence[tuple[float, str]]
 ) -> list[Answer]:
-    """Ask prepared questions `(seconds, text)`, each when the stream has reached its time and before a later
-    frame comes.
+    """Ask prepared questions `(seconds, text)`, each at its time and before a later frame comes.
 
     Raises:
         ValueError: if the stream ends before the last question.

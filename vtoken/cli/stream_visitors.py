@@ -1,6 +1,4 @@
-"""What the buttons of a page act on: one stream per browser, its questions and answers, and a bounded number
-of them.
-"""
+"""The state of the page for each browser: one stream with its questions and answers."""
 
 from __future__ import annotations
 
@@ -32,13 +30,13 @@ NOTHING = "There is no frame to ask about yet: press Play first."
 
 @dataclass(frozen=True)
 class Said:
-    """A question and what is known of its answer; texts as they are, nothing escaped.
+    """One question with its answer and the facts known about it; plain text, not escaped.
 
     Attributes:
-        truth: what the remembered frames show, of a labelled stream only.
-        unpruned: what the model answers from all visual tokens of the same frames, where the session is a
-            short window.
-        facts: what the answer took.
+        truth: the right answer by the remembered frames, of a labelled stream only.
+        unpruned: the model's answer from all visual tokens of the same frames, if the session is a short
+            window.
+        facts: cost of the answer.
     """
 
     question: str
@@ -49,7 +47,7 @@ class Said:
 
 
 class Desk:
-    """One stream at a time, the player that feeds its session, and the talk about it.
+    """One browser's stream: its player, its session, and the questions asked about it.
 
     Args:
         make_session: `make_session(strategy, budget) -> StreamSession`.
@@ -72,8 +70,7 @@ class Desk:
 
     @contextmanager
     def turn(self, what: str) -> Iterator[None]:
-        """Within the block, "play" or "answer" goes on, once at a time. Raises ValueError if it does already.
-        """
+        """Within the block "play" or "answer" runs. Raises ValueError if that name runs already."""
         lock = self._turns[what]
         if not lock.acquire(blocking=False):
             raise ValueError(BUSY)
@@ -83,7 +80,7 @@ class Desk:
             lock.release()
 
     def play(self, source: str, strategy: str, budget: float, fps: float | None = None) -> None:
-        """Begin a stream, or go on with the one that was paused if nothing has changed.
+        """Begin a stream, or resume the paused one if nothing has changed.
 
         Raises:
             ValueError: for a source that cannot be opened or a strategy that does not fit.
@@ -111,7 +108,7 @@ class Desk:
             player.pause()
 
     def close(self) -> None:
-        """End the stream, forget it and what was said, and delete what was uploaded for it."""
+        """End the stream, and delete its questions and its uploaded files."""
         with self._lock:
             self._end()
             self.talk.clear()
@@ -127,14 +124,14 @@ class Desk:
         self.player = self.session = None
 
     def _frames_kept(self) -> int:
-        """Frames that a comparison with the unpruned model needs: those of a short window, else none."""
+        """Frames needed for a comparison with the unpruned model: those of a short window, else 0."""
         assert self.session is not None
         steps = getattr(self.session.memory, "max_steps", None)
         return 0 if steps is None else (steps + 1) * self.session.frames.unit
 
-    # -- questions ----------------------------------------------------------------------------------------------
+    # -- questions
     def answer(self, question: str) -> Iterator[Said]:
-        """The answer so far, again and again while it grows; at the end with what it took."""
+        """The growing answer, yielded again and again; at the end with its cost."""
         session, player = self.session, self.player
         question = question.strip()[:MAX_QUESTION]
         if session is None or player is None or not player.readings:
@@ -163,16 +160,14 @@ class Desk:
             yield self._replace(said, replace(said, answer=str(error).splitlines()[0]))
 
     def _replace(self, old: Said, new: Said) -> Said:
-        """`new` in the place of `old`, unless that has been forgotten."""
+        """Put `new` in the place of `old`, unless `old` has been forgotten."""
         for i, said in enumerate(self.talk):
             if said is old:
                 self.talk[i] = new
         return new
 
     def _truth(self, player: Player, question: str, seconds: tuple[float, ...]) -> str | None:
-        """The one right answer, where the stream is labelled and no labelled moment can lie between two
-        frames.
-        """
+        """The right answer of a labelled stream; None where a labelled moment may lie between two frames."""
         labels = player.labels(seconds[0], seconds[-1])
         if labels is None:
             return None
@@ -184,7 +179,7 @@ class Desk:
     def _unpruned(
         self, session: StreamSession, player: Player, question: str, seconds: tuple[float, ...]
     ) -> str | None:
-        """What the model says when it reads all visual tokens of the frames at these times."""
+        """The model's answer from all visual tokens of the frames at these times."""
         frames = player.frames_at(seconds)
         if frames is None or session._patch is None:
             return None
@@ -196,7 +191,7 @@ class Desk:
                 plain.push(frame)
             return plain.ask(question).text
 
-    # -- what there is to see -----------------------------------------------------------------------------------
+    # -- status and figures
     def status(self) -> str:
         """One line about the stream."""
         session, player = self.session, self.player
@@ -216,7 +211,7 @@ class Desk:
         return " · ".join(words) + (f" · {player.error}" if player.error else "")
 
     def bound(self, stats: dict[str, Any]) -> int | None:
-        """Visual tokens that the memory may hold."""
+        """Largest number of visual tokens in the memory."""
         steps, player = stats.get("max_steps"), self.player
         if steps is None or player is None or not player.readings:
             return stats["max_tokens"]
@@ -233,13 +228,12 @@ class Desk:
 
 
 class Desks:
-    """A desk for every browser, at most so many at a time.
+    """One desk per browser, with a bounded number of browsers at a time.
 
     Args:
-        make: makes one.
-        most: browsers that may play at a time.
-        idle: seconds after which a desk is freed that nobody has looked at, whose browser went without a
-            word.
+        make: function that makes one.
+        most: largest number of browsers at a time.
+        idle: seconds without a request after which a desk is freed, for browsers that left without notice.
     """
 
     def __init__(self, make: Callable[[], Desk], most: int = 4, idle: float = 300.0) -> None:
@@ -259,9 +253,7 @@ class Desks:
         return desk
 
     def open(self, browser: str | None) -> Desk:
-        """A browser's desk; a new one if there is room. Raises ValueError if not, or for a request of no
-        browser.
-        """
+        """A browser's desk, a new one if there is room. Raises ValueError if full or without a browser."""
         if not browser:
             raise ValueError("Open the page first: a request needs its session.")
         with self._lock:
@@ -281,7 +273,7 @@ class Desks:
             desk.close()
 
     def close(self) -> None:
-        """Forget all, and take nobody in."""
+        """Close all desks and accept no new ones."""
         self._ended.set()
         for browser in list(self._desks):
             self.leave(browser)

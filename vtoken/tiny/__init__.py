@@ -1,4 +1,4 @@
-"""Small trained vision-language models that ship with the package, their data and their training recipes.
+"""Small trained vision-language models that ship with the package, and their data.
 
 ::
 

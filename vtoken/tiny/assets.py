@@ -1,4 +1,4 @@
-"""Builds ``assets.npz``: photographs and glyph masks that the scenes are composed of.
+"""Builds ``assets.npz``: the photographs and glyph masks of the scenes.
 
 Run ``python -m vtoken.tiny.assets`` to build it again (needs scikit-image and Pillow). The file ships with
 the package, so that composing a scene is integer arithmetic on stored bytes and gives the same scene on every
@@ -37,9 +37,7 @@ FILE = Path(__file__).with_name("assets.npz")
 
 
 def outline(shape: str) -> np.ndarray:
-    """Corners of a shape in the unit disc, ``(k, 2)`` float64, y downwards. ``ring`` is the outline of a
-    circle.
-    """
+    """Corners of a shape in the unit disc, ``(k, 2)`` float64, y downwards. ``ring``: outline of a circle."""
     turn = 2 * np.pi
     if shape in ("circle", "ring"):
         t = np.arange(40) / 40 * turn
@@ -67,9 +65,7 @@ def outline(shape: str) -> np.ndarray:
 
 
 def glyph(shape: str, rng: np.random.Generator) -> np.ndarray:
-    """One deformed mask of ``shape``: ``(24, 24)`` uint8, 255 inside. Outer diameter 15 to 19 px before
-    deformation.
-    """
+    """One deformed mask of ``shape``: ``(24, 24)`` uint8, 255 inside, undeformed diameter 15 to 19 px."""
     points = outline(shape)
     radius = rng.uniform(7.5, 9.5)
     aspect = rng.uniform(0.9, 1.1)

@@ -1,6 +1,4 @@
-"""What the clips show: a photograph seen by a slow camera, and moments with a digit, a coloured shape or
-both.
-"""
+"""Contents of the clips: a slowly moving photograph, and moments with a digit, a coloured shape or both."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ WHITE = "white"  # the colour of digits; no question asks for it
 
 @dataclass(frozen=True)
 class Moment:
-    """What is on screen from frame ``start`` up to, not including, frame ``stop``."""
+    """The objects on screen from frame ``start`` up to, not including, frame ``stop``."""
 
     start: int
     stop: int
@@ -71,8 +69,9 @@ class Camera:
 
 
 def bend(mask: np.ndarray, rng: np.random.Generator, most: float = 2.0) -> np.ndarray:
-    """A mask ``(24, 24)`` uint8 with a 3 x 3 mesh of points moved by up to ``most`` px, strokes thinner or
-    thicker.
+    """A mask ``(24, 24)`` uint8 deformed by a 3 x 3 mesh of points, each moved by up to ``most`` px.
+
+    Strokes become thinner or thicker.
     """
     grid = np.linspace(0, CANVAS, 4).round().astype(int)
     moved = np.stack(np.meshgrid(grid, grid), -1) + rng.uniform(-most, most, (4, 4, 2))
@@ -93,8 +92,7 @@ def bend(mask: np.ndarray, rng: np.random.Generator, most: float = 2.0) -> np.nd
 def draw_object(
     rng: np.random.Generator, split: str, name: str, colour: str, quadrant: int, bent: bool = False
 ) -> SceneObject:
-    """A digit or shape drawn from the masks of a split and placed in a quadrant, 3 px or more from its
-    borders.
+    """A digit or shape from the masks of a split, placed in a quadrant 3 px or more from its borders.
 
     ``bent`` also deforms the mask: a tower that sees no two alike reads the test split's fonts better.
     """

@@ -133,8 +133,7 @@ def make_clip(seed: int, split: str = "train", frames: int = 8, fps: float = 2.0
 def _ask(
     moments: Sequence[Moment], now: int, rng: np.random.Generator, forms: np.random.Generator | None
 ) -> list[tuple[Question, int]]:
-    """Questions after frame ``now``, each with the frame from which on nothing bears on its answer any more.
-    """
+    """Questions after frame ``now``, each with the frame after which nothing changes its answer any more."""
     asked: list[tuple[Question, int]] = []
 
     def ask(form: str, answer: str, until: int = now + 1, **words: str) -> None:
@@ -199,8 +198,8 @@ def questions(
 
     Args:
         forms: a numpy generator draws the wording from ``FORMS``; without it the first wording is used.
-        seen_before: only those that the frames before this time (in seconds) answer for good: what came later
-            neither shows the answer again nor could have changed it.
+        seen_before: only questions with a final answer in the frames before this time (in seconds): later
+            frames neither show the answer again nor could change it.
     """
     rng = np.random.Generator(np.random.PCG64([clip.seed, SPLITS.index(clip.split), 4]))
     asked = _ask(clip.moments, len(clip.media) - 1, rng, forms)
@@ -228,7 +227,7 @@ def held_out(
 
 
 def vocabulary() -> list[str]:
-    """Every word and mark that questions and answers are made of, sorted."""
+    """Every word and mark of the questions and answers, sorted."""
     text = " ".join(form for forms in FORMS.values() for form in forms).replace("?", " ")
     words = {word for word in text.split() if "{" not in word}
     return sorted(
@@ -249,8 +248,8 @@ class StreamFrame:
 class Stream:
     """An endless clip: a function of ``(seed, split, hold)``, drawn frame by frame.
 
-    Moments last ``hold`` to ``3 * hold`` frames, with gaps of ``hold`` to ``4 * hold`` frames between them. Digits and
-    shapes come again, so that `questions_at` asks only what has one answer by then.
+    Moments last ``hold`` to ``3 * hold`` frames, with gaps of ``hold`` to ``4 * hold`` frames between them.
+    Digits and shapes come again, so that `questions_at` asks only questions with one answer at that time.
 
     >>> live = iter(Stream(0))
     >>> frame = next(live)
@@ -300,8 +299,7 @@ class Stream:
     def questions_at(
         self, seconds: float, seen_before: float | None = None, since: float | None = None
     ) -> list[Question]:
-        """What can be asked at a time, with exactly one right answer given the frames up to then and no later
-        one.
+        """Questions at a time, with exactly one right answer given the frames up to then and no later one.
 
         ``seen_before`` as in `questions`: facts that were shown only early. ``since``: given the frames from
         this time on, for those who have forgotten the earlier ones.
@@ -315,9 +313,7 @@ class Stream:
         ]
 
     def answer_to(self, question: str, seconds: float, since: float | None = None) -> str | None:
-        """The right answer to a question in the first wording at a time, as `questions_at` counts it; None if
-        there is none.
-        """
+        """The answer to a question in its first wording at a time, as `questions_at` counts; else None."""
         for known in self.questions_at(seconds, since=since):
             if known.text == question:
                 return known.answer

@@ -1,4 +1,4 @@
-"""Builds ``digits.npz``: glyph masks of the ten digits that the clips show.
+"""Builds ``digits.npz``: the glyph masks of the ten digits in the clips.
 
 Run ``python -m vtoken.tiny.digits`` to build it again (needs matplotlib, for its fonts, and Pillow). Like the
 masks of `vtoken.tiny.assets` it ships with the package, so that a clip is the same on every machine.
@@ -35,9 +35,7 @@ _SCALE = 8
 
 
 def glyph(digit: str, font: Path, rng: np.random.Generator) -> np.ndarray:
-    """One deformed mask of a digit: ``(24, 24)`` uint8, 255 inside; 18 to 21 px high, strokes of 2 px or
-    more.
-    """
+    """One deformed mask of a digit: ``(24, 24)`` uint8, 255 inside; 18 to 21 px high, strokes from 2 px."""
     side = CANVAS * _SCALE
     face = ImageFont.truetype(str(font), side)
     stroke = int(rng.integers(1, 4) if font.stem.endswith(("Bold", "Bol", "cmb10")) else rng.integers(4, 9))

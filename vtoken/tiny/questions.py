@@ -1,7 +1,6 @@
-"""Held-out questions for each tiny model, and its answers as its user gets them: real processor, plain
-``generate``.
+"""Held-out questions for each tiny model, and its answers by its real processor and plain ``generate``.
 
-An example is anything with ``.media``: a PIL image, or a list of PIL frames whose times are in ``.seconds``.
+An example is an object with ``.media``: a PIL image, or a list of PIL frames whose times are in ``.seconds``.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ LENGTHS = (4, 6, 8)  # frames of held-out clips: up to two, three and four momen
 def _in_turn(
     images: Callable[[int, int], list[tuple[Any, Question]]], n: int, seed: int
 ) -> list[tuple[Any, Question]]:
-    """An image, a clip, an image, ..."""
+    """Interleave: an image, a clip, an image, ..."""
     pictures, videos = images(n - n // 2, seed), clips.held_out(n // 2, seed, LENGTHS)
     return [pair for both in zip(pictures, videos) for pair in both] + pictures[n // 2 :]
 
@@ -58,8 +57,7 @@ def prompt(processor: Any, text: str, media: str = "image") -> str:
 
 
 def prepare(processor: Any, pairs: Pairs) -> Any:
-    """The model's inputs for questions about images, or about videos of one number of frames; padded on the
-    left.
+    """Inputs for questions about images, or about videos of one number of frames; padded on the left.
 
     All frames are given to the model: none is left out by the video processor.
     """
@@ -88,8 +86,7 @@ def answers(
     batch_size: int = 50,
     change: Callable[[Any], None] = lambda inputs: None,
 ) -> list[str]:
-    """Greedy answers to questions about examples, batched with left padding: images with images, clips with
-    as long.
+    """Greedy answers in batches padded on the left: images with images, clips with equally long clips.
 
     ``change`` is given the inputs of each batch and may change them.
     """
@@ -130,7 +127,7 @@ def evaluate(
         n: number of questions, each about a test example of its own.
         seed: which test examples.
         batch_size: prompts per ``generate`` call.
-        name: whose held-out questions.
+        name: tiny model with the held-out questions.
 
     Returns:
         Accuracy in 0..1 for ``all`` and for each kind of question.

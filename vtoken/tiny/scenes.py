@@ -40,9 +40,7 @@ _EDGE, _MIDDLE, _APART = 11, 7, 23  # px: centre to border, to the image's middl
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its names, its bounding box ``(left, top, right, bottom)`` in px and its ``(24, 24)`` uint8
-    mask.
-    """
+    """One object: names, bounding box ``(left, top, right, bottom)`` in px, ``(24, 24)`` uint8 mask."""
 
     shape: str
     colour: str
@@ -63,9 +61,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """An RGB image (96 x 96 px if plain), its 2 to 4 objects (no shape, no colour twice) and where it comes
-    from.
-    """
+    """An RGB image (96 x 96 px if plain), its 2 to 4 objects (no shape, no colour twice) and its origin."""
 
     image: Image.Image = field(repr=False, compare=False)
     objects: tuple[SceneObject, ...]
@@ -75,11 +71,11 @@ class Scene:
 
     @property
     def media(self) -> Image.Image:
-        """What a prompt shows: the image."""
+        """The image for a prompt."""
         return self.image
 
     def masks(self) -> np.ndarray:
-        """Which pixels each object covers: ``(objects, height, width)`` float32 in 0..1."""
+        """Pixels covered by each object: ``(objects, height, width)`` float32 in 0..1."""
         width, height = self.image.size
         canvas = np.zeros((len(self.objects), height, width), np.float32)
         for layer, item in zip(canvas, self.objects):
@@ -104,7 +100,7 @@ def _assets() -> dict[str, np.ndarray]:
 
 
 def generator(seed: int, split: str, *more: int) -> np.random.Generator:
-    """The random numbers of the scene ``seed`` (an int >= 0) of a split (``train`` or ``test``).
+    """The random generator of the scene ``seed`` (an int >= 0) of a split (``train`` or ``test``).
 
     Raises:
         ValueError: unknown split or negative seed.
@@ -247,7 +243,7 @@ def held_out(
 
 
 def vocabulary() -> list[str]:
-    """Every word and mark that questions and answers are made of, sorted."""
+    """Every word and mark of the questions and answers, sorted."""
     text = " ".join(form for forms in FORMS.values() for form in forms).replace("?", " ").replace(".", " ")
     words = {word for word in text.split() if "{" not in word}
     places = {"top", "bottom", "left", "right"}

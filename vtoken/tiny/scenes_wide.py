@@ -20,8 +20,7 @@ from .scenes import COLOURS, Question, Scene, background, generator, held_out, p
 
 @dataclass(frozen=True)
 class Layout:
-    """Side of a crop in px, canvases as (width, height), and the sizes (height, width) that whole crops make
-    up.
+    """Crop side in px, canvases (width, height), and the sizes (height, width) that whole crops make up.
 
     Scene ``i`` has the canvas ``i % len(canvases)``.
     """
@@ -55,7 +54,7 @@ def make_wide(seed: int, split: str = "train", layout: Layout = SMALL) -> Scene:
 
 
 def _allowed(length: int, tile: int) -> np.ndarray:
-    """Coordinates along a side of the canvas that a centre may have."""
+    """Allowed coordinates of a centre along a side of the canvas."""
     at = np.arange(length)
     within = (at + (-length % tile) // 2) % tile
     inside = np.minimum(at, length - at) >= _EDGE
@@ -77,8 +76,7 @@ def _centres(
 
 
 def cut(scene: Scene, tile: int = SMALL.tile) -> np.ndarray:
-    """The objects' masks as the model sees them: ``(1 + crops, objects, tile, tile)`` float32, the base image
-    first.
+    """The objects' masks as the model sees them: ``(1 + crops, objects, tile, tile)`` float32, base first.
 
     Crops go row by row, as those of the image processor.
     """

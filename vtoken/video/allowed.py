@@ -1,10 +1,10 @@
-"""What libav may open of a source: protocols and containers by name, and nothing else."""
+"""Allow-lists for libav: the protocols and containers that each kind of source may open."""
 
 from __future__ import annotations
 
 from .source import PROTOCOLS, Source
 
-# containers that hold what they show: none of these opens another file
+# self-contained formats: none of these opens another file
 FORMATS = (
     "mov,mp4,matroska,webm,avi,flv,live_flv,kux,asf,asf_o,wtv,rm,ogg,nut,mpegts,"
     "mpegtsraw,mpeg,mpegvideo,mxf,gxf,dv,nsv,nuv,swf,smjpeg,mpjpeg,pva,ty,dhav,ivr,"
@@ -27,9 +27,10 @@ _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
 
 
 def restrictions(source: Source) -> dict[str, str]:
-    """Options of libav that keep a source to what its user named. A `format` that was asked for is one more
-    container; a playlist that was asked for by its `format` may name files, if it is a file itself. The
-    user's own options come first.
+    """Options of libav that restrict a source to the file or address that its user named.
+
+    A `format` that was asked for is one more allowed container; a playlist asked for by its `format` may name
+    files, if it is a file itself. The user's own options come first.
     """
     options = {"enable_drefs": "0"}  # tracks of a mov that lie in other files
     if source.format is None:
@@ -44,9 +45,9 @@ def restrictions(source: Source) -> dict[str, str]:
 
 
 def by_itself(path: str | None) -> bool:
-    """Whether a file surely is an mp4 or mkv to every FFmpeg, so that one which cannot be told what to open
-    may have it: it begins as one, and no text that a playlist could be recognised by comes before the first
-    zero byte.
+    """Whether a file surely is an mp4 or mkv to every FFmpeg, so that decord and torchcodec may open it.
+
+    It begins as one, and no text that marks a playlist comes before the first zero byte.
     """
     try:
         with open(path or "", "rb") as file:

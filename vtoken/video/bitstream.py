@@ -1,4 +1,4 @@
-"""What the first bytes of a packet tell and libav does not."""
+"""Facts read from the first bytes of a packet that libav does not tell."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ def hidden(packet: Any) -> bool:
 
 
 def is_closed(packet: Any) -> bool:
-    """Whether a key packet of an mp4 or mkv surely starts a group of pictures that needs nothing before it:
-    key frames of VP8, VP9 and AV1, and instantaneous refreshes of H.264 (ITU-T H.264, 7.4.1). Its other key
-    packets start open groups, or pictures that are refreshed bit by bit.
+    """Whether a key packet of an mp4 or mkv surely starts a group of pictures that needs nothing before it.
+
+    So do key frames of VP8, VP9 and AV1, and instantaneous refreshes of H.264 (ITU-T H.264, 7.4.1). Its other
+    key packets start open groups, or pictures that are refreshed bit by bit.
     """
     codec, extra = codec_of(packet), packet.stream.codec_context.extradata or b""
     # without the record, NAL units have start codes
@@ -28,9 +29,10 @@ def is_closed(packet: Any) -> bool:
 
 
 def keeps_size(packet: Any) -> bool:
-    """Whether a packet of an mp4 or mkv surely leaves the size of the pictures as the file's header says: in
-    H.264, where it brings no parameters that the header does not have, and in VP8. In VP9 and AV1 any frame
-    may have another size.
+    """Whether a packet of an mp4 or mkv surely leaves the picture size as the file's header states it.
+
+    In H.264: if it brings no parameters that the header does not have. In VP8: always. In VP9 and AV1 any
+    frame may have another size.
     """
     if packet.has_sidedata("new_extradata"):
         return False
@@ -48,7 +50,7 @@ def keeps_size(packet: Any) -> bool:
 
 
 def _units(data: Any, width: int) -> Iterator[Any]:
-    """The NAL units of a packet, each after its length in so many bytes."""
+    """The NAL units of a packet, each preceded by its length in so many bytes."""
     at = 0
     while at + width < len(data):
         end = at + width + int.from_bytes(data[at : at + width], "big")
@@ -58,7 +60,7 @@ def _units(data: Any, width: int) -> Iterator[Any]:
 
 
 def _stated(record: bytes) -> Iterator[bytes]:
-    """The NAL units of an avcC record: two lists, each after its length (ISO/IEC 14496-15, 5.3.3.1)."""
+    """The NAL units of an avcC record: two lists of (length, unit), see ISO/IEC 14496-15, 5.3.3.1."""
     at = _LENGTH + 1
     for mask in (31, 255):
         count, at = (record[at] & mask if at < len(record) else 0), at + 1
@@ -70,5 +72,5 @@ def _stated(record: bytes) -> Iterator[bytes]:
 
 
 def codec_of(packet: Any) -> str:
-    """Name of a packet's codec, whichever decoder serves it."""
+    """Name of a packet's codec, independent of the decoder."""
     return packet.stream.codec_context.codec.canonical_name

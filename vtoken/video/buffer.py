@@ -1,4 +1,4 @@
-"""A queue of frames between two threads that never holds more than it may."""
+"""A queue of frames between two threads, bounded in frames and bytes."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ class Buffer:
             self._change.notify_all()
 
     def take(self, timeout: float | None = None, newest: bool = False) -> Frame | None:
-        """The oldest frame, or the newest one after dropping those before it; None after `timeout` seconds or
-        at the end.
-        """
+        """The oldest frame, or the newest one (older ones are dropped); None at a time-out or at the end."""
         with self._change:
             self._change.wait_for(lambda: self._waiting or self._shut, timeout)
             while newest and len(self._waiting) > 1:
@@ -51,7 +49,7 @@ class Buffer:
             return frame
 
     def shut(self, forget: bool = False) -> None:
-        """Nothing more will come; `forget` what waits too."""
+        """Accept no more frames; with `forget` drop those that wait, too."""
         with self._change:
             self._shut = True
             if forget:
@@ -61,7 +59,7 @@ class Buffer:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing waits and nothing will come."""
+        """Whether no frame waits and none will come."""
         with self._change:
             return self._shut and not self._waiting
 

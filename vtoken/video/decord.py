@@ -1,8 +1,8 @@
-"""Random access through decord, which is fast where it is right.
+"""Random access through decord, restricted to the files that it reads right.
 
-It gives wrong frames, without a word, of MPEG-TS, AVI, FLV and fragmented mp4, of MPEG-4 with B-frames, of
-HEVC, and of H.264 with open groups of pictures or gradual refresh; and four channels of a rotated video. So
-it is asked for pixels alone, and only of files that it reads right; which frame is where, PyAV says.
+It returns wrong frames without an error for MPEG-TS, AVI, FLV and fragmented mp4, for MPEG-4 with B-frames,
+for HEVC, and for H.264 with open groups of pictures or gradual refresh; and four channels for a rotated
+video. So it provides pixels only, and only of files that it reads right; the frame numbers come from PyAV.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WORK = 2**36  # pixels that may have to be decoded for one frame: decord cannot
 
 
 def unfit(reader: PyAVReader) -> str | None:
-    """Why decord cannot be trusted with a source, None where it can."""
+    """Reason not to read a source with decord, None if decord reads it right."""
     track = reader.track
     if reader.source.kind != "file":
         return "decord reads files only"
@@ -48,8 +48,9 @@ def unfit(reader: PyAVReader) -> str | None:
 
 
 def one_size(reader: PyAVReader) -> bool:
-    """Whether a package that takes no bound on pixels finds none above it: PyAV has decoded the first picture
-    within it, and the others have its size.
+    """Whether no picture exceeds the bound on pixels, for a package that takes none.
+
+    PyAV has decoded the first picture within it, and the others have its size.
     """
     return reader.limits.pixels is None or (reader.track.turned is not None and reader.table.steady)
 

@@ -1,4 +1,4 @@
-"""What went wrong with a video, in one sentence."""
+"""`VideoError`: every error of a video source, in one sentence."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class VideoError(ValueError):
-    """A source cannot be opened or read, or a frame was asked for that it does not have."""
+    """A source that cannot be opened or read, or a frame that it does not have."""
 
 
 class Unreadable(VideoError):
-    """A source that no second try will open: a protocol, format or codec that nothing here knows."""
+    """A source that no second try will open: its protocol, format or codec is unknown."""
 
 
 def checked(function: F) -> F:

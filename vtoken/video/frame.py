@@ -1,4 +1,4 @@
-"""One picture of a video, and what every reader of videos offers."""
+"""`Frame`, one picture of a video, and `VideoReader`, the protocol of all readers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class Frame:
 
 @runtime_checkable
 class VideoReader(Protocol):
-    """What every back-end offers. `len(reader)` exists too where frames can be counted; a stream raises
-    TypeError.
+    """Protocol of every back-end.
+
+    `len(reader)` exists where frames can be counted; a stream raises TypeError.
 
     Attributes:
         fps: mean frame rate per second.

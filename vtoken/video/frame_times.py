@@ -1,4 +1,4 @@
-"""Which frame is on screen when: the presentation times of a file."""
+"""Presentation times of the frames of a file or stream."""
 
 from __future__ import annotations
 
@@ -39,15 +39,13 @@ class FrameTable:
 
     @property
     def longest_group(self) -> int:
-        """Frames from one key frame to the next at most."""
+        """Largest number of frames from one key frame to the next."""
         if self.pts is None or self.keys is None:
             return len(self)
         return int(np.diff(np.append(np.searchsorted(self.pts, self.keys), len(self))).max())
 
     def on_screen(self, seconds: Iterable[float]) -> np.ndarray:
-        """(m,) int64: the last frame that begins at or before each time (within a microsecond), the first one
-        before that.
-        """
+        """(m,) int64: per time the last frame that begins at or before it (within a microsecond), else 0."""
         places = np.searchsorted(self.seconds, np.asarray(list(seconds), np.float64) + 1e-6, side="right") - 1
         return np.maximum(places, 0)
 
@@ -58,16 +56,14 @@ class FrameTable:
         return place if place < len(self.pts) and self.pts[place] == pts else None
 
     def key_before(self, ordinal: int, back: int = 0) -> int:
-        """pts of the last key frame at or before a frame, or of the one `back` key frames earlier."""
+        """pts of the last key frame at or before a frame, or `back` key frames earlier."""
         assert self.pts is not None and self.keys is not None
         place = int(np.searchsorted(self.keys, self.pts[ordinal], side="right")) - 1 - back
         return int(self.keys[max(place, 0)])
 
 
 def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None) -> FrameTable | None:
-    """The table of a file from its packets alone, None where they do not tell: times that are missing or come
-    twice, or a clock that steps back.
-    """
+    """The table of a file from its packets alone; None for missing, repeated or decreasing times."""
     pts, keys, last, closed, steady = [], [], None, True, True
     for packet in packets:
         steady = steady and (not packet.size or keeps_size(packet))
@@ -93,12 +89,11 @@ def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None
 
 
 class Clock:
-    """Turns the times of a stream into seconds that only ever increase.
+    """Turns the times of a stream into strictly increasing seconds.
 
-    A time that is missing lies one frame after the last, or `passed` seconds if that is longer. One that lies
-    back a little is a frame out of order and has no place (None). One that lies back further, or forward by
-    more than `leap` seconds and twice the seconds `passed`, comes of a clock that was set anew: the stream
-    goes on as if it were missing.
+    A missing time becomes one frame after the last, or `passed` seconds if that is longer. A slightly earlier
+    time is a frame out of order and gives None. A much earlier one, or one later by more than `leap` seconds
+    and twice the seconds `passed`, comes from a clock that was set anew: it is treated as missing.
 
     With `keep`, every frame has a place: after less than a frame's time, it lies half a frame after the last.
     """
@@ -110,8 +105,7 @@ class Clock:
         self._offset: float | None = None
 
     def __call__(self, time: float | None, passed: float = 0.0) -> float | None:
-        """Seconds of a frame with the stream's own `time`, `passed` real seconds after the frame before it.
-        """
+        """Seconds of a frame with the stream's own `time`, `passed` real seconds after the last frame."""
         if self.last is None:
             self._offset, self.last = -(time or 0.0), 0.0
             return 0.0
@@ -133,5 +127,5 @@ class Clock:
         return self.last
 
     def restart(self) -> None:
-        """The next frame comes from a connection with times of its own."""
+        """Prepare for the first frame of a new connection, which has times of its own."""
         self._offset = None

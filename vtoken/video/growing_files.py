@@ -1,4 +1,4 @@
-"""Files that are not there yet: pipes and files that grow, read with a time-out and a way to stop."""
+"""Pipes and growing files, read with a time-out and a way to stop."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Waiting:
         self.close()
 
     def _now(self, n: int) -> bytes | None:
-        """What can be read at once: b"" at an end, None after a while without anything."""
+        """Data available at once: b"" at an end, None after a while without any."""
         if self._grows:
             if os.fstat(self._fd).st_size < os.lseek(self._fd, 0, os.SEEK_CUR):
                 os.lseek(self._fd, 0, os.SEEK_SET)

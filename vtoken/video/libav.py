@@ -1,4 +1,4 @@
-"""Opening, demuxing and decoding with PyAV, past whatever damage a source has."""
+"""Opens, demuxes and decodes with PyAV; damaged packets and frames are counted and skipped."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ _GARBAGE = 64  # errors of the demuxer in a row after which a source is taken to
 
 @dataclass
 class Damage:
-    """What was left out: packets that the demuxer or decoder refused, frames that the decoder marked as
-    corrupt.
-    """
+    """Counts of skipped data: packets refused by demuxer or decoder, frames marked as corrupt."""
 
     packets: int = 0
     frames: int = 0
@@ -35,7 +33,7 @@ class Damage:
 def open_container(
     source: Source, limits: Limits, *, timeout: float, live: bool = False, stop: threading.Event | None = None
 ) -> tuple[Any, Any]:
-    """The opened container and its video stream. Nothing that the source names is opened, see `allowed`.
+    """The opened container and its video stream; files that the source names stay closed, see `allowed`.
 
     Args:
         limits: bounds on the size of its pictures.
@@ -124,16 +122,14 @@ def _refusal(av: Any, error: Exception, source: Source, timeout: float) -> Video
 
 
 def decoded(packets: Iterable[Any], damage: Damage, limits: Limits) -> Iterator[Any]:
-    """Frames of PyAV in the order the decoder gives them; what cannot be decoded, or is too large, is counted
-    in `damage` and left out.
-    """
+    """Frames of PyAV in the decoder's order; undecodable or too large ones are counted and skipped."""
     av = load("av", "PyAV")
     for packet in packets:
         try:
             frames = packet.decode()
         except av.error.EOFError:
             return
-        except Exception:  # libav's own errors, and what PyAV raises for values that it does not expect
+        except Exception:  # libav's own errors, and PyAV's for unexpected values
             damage.packets += 1
             continue
         for frame in frames:
@@ -144,7 +140,7 @@ def decoded(packets: Iterable[Any], damage: Damage, limits: Limits) -> Iterator[
 
 
 def packets(container: Any, stream: Any, damage: Damage, *, live: bool = False) -> Iterator[Any]:
-    """Packets of one stream from where its container stands, the empty one that flushes the decoder last.
+    """Packets of one stream from the container's current place; the empty one that flushes comes last.
 
     Raises:
         VideoError: a live source broke off or went silent. Of a file, what came before is all there is.
@@ -179,15 +175,13 @@ def seek(container: Any, stream: Any, pts: int) -> bool:
     """Move to the key frame at or before a pts; False where libav cannot."""
     try:
         container.seek(pts, stream=stream)
-    except Exception:  # OverflowError too, for a time that no file has
+    except Exception:  # OverflowError too, for a time outside every file
         return False
     return True
 
 
 def orientation(frame: Any) -> tuple[bool, int, int]:
-    """How a frame's display matrix turns it, to the nearest quarter turn: (transpose, step of rows, step of
-    columns).
-    """
+    """Orientation of a frame in quarter turns: (transpose, step of rows, step of columns)."""
     try:
         side = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # other data on the frame are of a type that PyAV does not know, such as EXIF

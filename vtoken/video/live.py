@@ -24,7 +24,7 @@ _LONGEST = 30.0  # seconds between two tries
 
 @dataclass
 class LiveStats:
-    """What has happened so far.
+    """Counts of frames that a live reader has read, dropped and lost so far.
 
     Attributes:
         read: pictures that arrived.
@@ -50,7 +50,7 @@ class LiveStats:
 
 
 class LiveReader:
-    """Reads a source in a thread of its own and keeps the newest frames, however slowly they are taken.
+    """Reads a source in its own thread and keeps the newest frames, however slowly they are taken.
 
     Frames come in order: `seconds` and `index` strictly increase, over disconnections and clocks that jump.
     `index` counts the pictures that arrived in order, so that gaps show what was dropped or not wanted.
@@ -135,7 +135,7 @@ class LiveReader:
 
     @property
     def backend(self) -> str:
-        """What decodes: "pyav", or "frames" where they come decoded."""
+        """The decoder: "pyav", or "frames" for decoded pictures."""
         return self._feed.backend
 
     @property
@@ -145,14 +145,14 @@ class LiveReader:
 
     @property
     def stats(self) -> LiveStats:
-        """A copy of the figures as they are now."""
+        """A copy of the current counts."""
         damage, clock = self._feed.damage, self._clock
         damaged = self._stats.damaged + damage.packets + damage.frames
         jumps = clock.jumps if clock else 0
         return replace(self._stats, dropped=self._buffer.dropped, jumps=jumps, damaged=damaged)
 
     def read(self, timeout: float | None = None, newest: bool = False) -> Frame | None:
-        """The oldest frame that waits, or the newest one (those before it then count as dropped).
+        """The oldest frame that waits, or the newest one (older ones then count as dropped).
 
         Waits for one, at most `timeout` seconds. None where none came in time or the source has ended (see
         `ended`).
@@ -172,14 +172,14 @@ class LiveReader:
     def get_frames(
         self, indices: Sequence[int] | None = None, *, seconds: Sequence[float] | None = None
     ) -> list[Frame]:
-        """Always raises VideoError: what has passed is gone."""
+        """Always raises VideoError: past frames are gone."""
         raise VideoError(f"{self._feed.name!r} is read live: its frames can be iterated over, not picked")
 
     def close(self) -> None:
-        """End the thread and forget the frames that wait.
+        """End the thread and drop the frames that wait.
 
         Returns at once, except while libav waits for a network: that takes up to `timeout` seconds. An
-        iterable that blocks cannot be interrupted: after `timeout` seconds its thread is left behind, with a
+        iterable that blocks cannot be interrupted: after `timeout` seconds its thread is abandoned, with a
         RuntimeWarning.
         """
         self._stop.set()
@@ -205,7 +205,7 @@ class LiveReader:
             self._buffer.shut()
 
     def _connect(self) -> None:
-        """One connection after another, until the source ends or is given up."""
+        """Make one connection after another, until the source ends or is given up."""
         stats, tries = self._stats, 0
         while not self._stop.is_set():
             before = stats.read
@@ -214,7 +214,7 @@ class LiveReader:
                 return
             except Stopped:
                 return
-            except Exception as error:  # iterables raise what they like
+            except Exception as error:  # iterables may raise anything
                 stats.error, stats.connected = brief(error), False
                 tries = 1 if stats.read > before else tries + 1
                 if not self._feed.again or isinstance(error, Unreadable) or tries > self._retries:
@@ -233,7 +233,7 @@ class LiveReader:
         return VideoError(f"{self._feed.name!r} broke off: {type(error).__name__}: {brief(error)}")
 
     def _play(self, pictures: Iterator[Picture]) -> None:
-        """Queue what one connection brings."""
+        """Queue the pictures of one connection."""
         known, fresh = self._time, True
         for picture in pictures:
             if self._stop.is_set():
@@ -255,7 +255,7 @@ class LiveReader:
                 self._offer(picture, seconds)
 
     def _seconds(self, time_: float | None, fresh: bool) -> float | None:
-        """Place of a picture on the one clock of all connections."""
+        """Time of a picture on one clock for all connections."""
         now = time.monotonic()
         if self._clock is None:
             leap = math.inf if self._recorded else _LEAP

@@ -1,4 +1,4 @@
-"""Where a live reader gets its pictures: one connection after another."""
+"""Sources of pictures for a live reader, one connection after another."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BARREN = 32  # packets in a row that may bring no picture: more than a decoder 
 
 
 class Picture(NamedTuple):
-    """A picture that has arrived: the stream's own time in seconds, and a function that turns it into RGB."""
+    """A picture that has arrived: the stream's own time in seconds, and a function that makes RGB of it."""
 
     time: float | None
     image: Callable[[], np.ndarray]
@@ -34,10 +34,10 @@ class Feed:
     """Connections to one source.
 
     Attributes:
-        name: what messages call it.
-        backend: what decodes it.
+        name: its name in messages.
+        backend: its decoder.
         again: whether a connection that breaks off can be made again.
-        replays: whether a new connection begins at the start, so that what is known is to be passed over.
+        replays: whether a new connection begins at the start, so that known pictures must be skipped.
         fps: frame rate, None until it is known.
         damage: what could not be decoded.
     """
@@ -52,16 +52,17 @@ class Feed:
         self.damage = Damage()
 
     def connect(self) -> Iterator[Picture]:
-        """Pictures of a new connection; ends where the source ends, raises VideoError where it breaks off."""
+        """Pictures of a new connection; ends with the source, raises VideoError if it breaks off."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give back what outlives a connection."""
+        """Release resources that outlive a connection."""
 
 
 class Frames(Feed):
-    """Pictures that Python code yields: `Frame`s, (image, seconds) pairs or bare arrays, by an iterable or by
-    a function that makes a new one for each connection.
+    """Pictures from Python code: an iterable, or a function that makes one for each connection.
+
+    Pictures are `Frame`s, (image, seconds) pairs or bare arrays.
     """
 
     def __init__(self, source: Any, limits: Limits):
@@ -77,8 +78,7 @@ class Frames(Feed):
 
 
 class Libav(Feed):
-    """Whatever libav reads: network, devices, pipes, growing files, and files from their start to their end.
-    """
+    """Sources of libav: network, devices, pipes, growing files, and files from start to end."""
 
     backend = "pyav"
 
@@ -117,7 +117,7 @@ class Libav(Feed):
             self._file.close()
 
     def _watched(self, arriving: Iterable[Any]) -> Iterator[Any]:
-        """Frames; VideoError where packets keep coming and no frame comes of them."""
+        """Frames; VideoError if packets keep coming without any frame."""
         since, barren = time.monotonic(), 0
 
         def fresh() -> Iterator[Any]:
@@ -158,8 +158,7 @@ def feed_of(
     options: dict[str, str] | None,
     limits: Limits,
 ) -> tuple[Feed, bool]:
-    """The feed of what a user named, and whether it is a recording, to be played at the speed at which it was
-    made.
+    """The feed of a user's source, and whether it is a recording, which plays at its own speed.
 
     Raises:
         VideoError: as `resolve`, or a source that cannot be played.

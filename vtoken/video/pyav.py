@@ -1,4 +1,4 @@
-"""The reader over PyAV: every file, exactly by presentation time, and every stream, in passing."""
+"""The PyAV reader: files with exact presentation times, streams in passing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FURTHER = (1, 2, 4, 8)
 
 
 class Picker(Protocol):
-    """Another package's random access, for files whose frames it numbers as the table does."""
+    """Random access by another package, for files whose frames it numbers as the table does."""
 
     name: str
 
@@ -34,9 +34,7 @@ class Picker(Protocol):
 
 
 def check_count(name: str, count: int, reader: PyAVReader) -> None:
-    """Raises VideoError where another package counts other frames than PyAV: then its numbers mean other
-    frames.
-    """
+    """Raise VideoError if another package counts other frames than PyAV, so that its numbers differ."""
     if count != len(reader.table):
         raise VideoError(
             f"{name} counts {count} frames in {reader.source.name!r} and PyAV {len(reader.table)}"
@@ -48,7 +46,7 @@ class PyAVReader:
 
     Attributes beyond the protocol:
         source: where it reads from.
-        limits: bounds on what it may cost.
+        limits: bounds on its cost.
         track: its video stream.
     """
 
@@ -64,7 +62,7 @@ class PyAVReader:
 
     @property
     def damage(self) -> Damage:
-        """What PyAV could not decode so far; it was left out."""
+        """Counts of packets and frames that PyAV could not decode so far, and skipped."""
         return self.track.damage
 
     @cached_property
@@ -77,8 +75,9 @@ class PyAVReader:
 
     @cached_property
     def table(self) -> FrameTable:
-        """When each frame is on screen; the file is read through once, and decoded if its packets do not
-        tell.
+        """Presentation times of all frames.
+
+        The file is read through once, and decoded if its packets do not tell the times.
 
         Raises:
             VideoError: a stream without end, or no frame in it.
@@ -114,8 +113,10 @@ class PyAVReader:
     def get_frames(
         self, indices: Sequence[int] | None = None, *, seconds: Sequence[float] | None = None
     ) -> list[Frame]:
-        """See `VideoReader`. For a time at which the frame on screen is damaged, the nearest one before it
-        (or else after it) that can be decoded; its `index` and `seconds` tell.
+        """See `VideoReader`.
+
+        For a time at which the frame on screen is damaged: the nearest one before it (else after it) that can
+        be decoded; its `index` and `seconds` tell.
         """
         self.track.check()
         if (indices is None) == (seconds is None):
@@ -129,7 +130,7 @@ class PyAVReader:
         return [found[i] for i in wanted]
 
     def close(self) -> None:
-        """Give the source back. Closing twice is harmless; reading afterwards raises VideoError."""
+        """Release the source. Closing twice is harmless; reading afterwards raises VideoError."""
         self.track.close()
         if self._picker is not None:
             self._picker.close()
@@ -142,17 +143,17 @@ class PyAVReader:
         self.close()
 
     def use(self, picker: Picker, why: str) -> PyAVReader:
-        """Leave random access to another package; iteration, and whatever it fails at, stay with PyAV."""
+        """Leave random access to another package; iteration and failed frames stay with PyAV."""
         self._picker, self.backend, self.why = picker, picker.name, why
         return self
 
     @property
     def _in_passing(self) -> bool:
-        """Whether iteration goes along with the source, instead of reading it through for its times first."""
+        """Whether iteration reads the source directly, without reading it through for its times first."""
         return self.source.live or self.source.kind == "network"
 
     def _bounded(self, frames: Iterator[Frame]) -> Iterator[Frame]:
-        """The same frames, as long as those that the caller holds are not too large together."""
+        """The same frames, while those held by the caller are not too large together."""
         held = Held()
         for frame in frames:
             self._afford(held.count + 1, held.nbytes + frame.image.nbytes)
@@ -186,7 +187,7 @@ class PyAVReader:
                 yield self._frame(ordinal, frame)
                 self.track.watch.start()
                 if self.track.turn != turn:
-                    break  # frames were picked meanwhile; go on behind the last one given
+                    break  # frames were picked meanwhile; go on after the last one given
             else:
                 break
         if ordinal < 0:
@@ -197,9 +198,7 @@ class PyAVReader:
         return Frame(to_rgb(frame) if still is None else still, float(self.table.seconds[ordinal]), ordinal)
 
     def _nothing(self, where: str = "") -> VideoError:
-        """The error of a source of which no frame comes. A picture that is too large is not decoded, not even
-        for its size.
-        """
+        """The error of a source without frames; a too large picture is not decoded even for its size."""
         most, size = self.limits.pixels, self.track.size
         perhaps = (
             ""
@@ -211,7 +210,7 @@ class PyAVReader:
         return VideoError(f"{self.source.name!r} holds no frame that can be decoded{where}{perhaps}")
 
     def _counted(self, frames: Iterable[Any]) -> Iterator[Any]:
-        """The same frames or packets, as long as there are not too many."""
+        """The same frames or packets, up to the limit on their number."""
         for count, frame in enumerate(frames, 1):
             excess = self.limits.excess_frames(count)
             if excess:
@@ -270,7 +269,7 @@ class PyAVReader:
     def _decode(self, ordinals: list[int]) -> Iterator[tuple[int, tuple[int, Any]]]:
         """(wanted, (ordinal, frame)) for ascending ordinals; a neighbour where the wanted one is damaged."""
         run: Iterator[tuple[int, Any]] = iter(())
-        ahead: tuple[int, Any] | None = None  # what the decoder gave last
+        ahead: tuple[int, Any] | None = None  # the decoder's last frame
         for wanted in ordinals:
             before = None
             if ahead is None or (ahead[0] < wanted and self._key_between(ahead[0], wanted)):
@@ -288,8 +287,9 @@ class PyAVReader:
             yield wanted, nearest
 
     def _again(self, wanted: int) -> tuple[int, Any] | None:
-        """The last frame up to `wanted` that can be decoded, coming from key frames further back: a picture
-        that is refreshed bit by bit takes more than one of them.
+        """The last frame up to `wanted` that can be decoded, starting from earlier key frames.
+
+        A picture that is refreshed bit by bit takes more than one of them.
         """
         best: tuple[int, Any] | None = None
         for back in _FURTHER:
@@ -307,8 +307,7 @@ class PyAVReader:
         return table.pts is not None and table.key_before(wanted) > table.pts[at]
 
     def _frames_from(self, ordinal: int, back: int = 0) -> Iterator[tuple[int, Any]]:
-        """(ordinal, frame) ascending, from `ordinal` on, or from the key frame `back` key frames before it.
-        """
+        """(ordinal, frame) ascending, from `ordinal` on, or from `back` key frames before its own."""
         table = self.table
         if ordinal >= len(table):
             return
@@ -316,7 +315,7 @@ class PyAVReader:
             yield from self._count_from(0 if back else ordinal)
             return
         key = table.key_before(ordinal, back)
-        # what comes before the key frame refers to frames that were not decoded
+        # frames before the key frame refer to frames that were not decoded
         least = (table.ordinal(key) or 0) if back else ordinal
         for frame in decoded(self.track.packets_from(key), self.damage, self.limits):
             place = None if frame.pts is None else table.ordinal(frame.pts)

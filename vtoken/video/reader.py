@@ -22,8 +22,10 @@ def open_video(
     timeout: float = 10.0,
     limits: Limits | None = STANDARD,
 ) -> VideoReader:
-    """Open a video for reading. Only what is named is opened: a playlist, which names other files, is refused
-    unless its `format` is asked for, except under http, where it may name addresses. See docs/security.md.
+    """Open a video for reading.
+
+    Nothing but the named source is opened: a playlist, which names other files, is refused unless its
+    `format` is asked for, except under http, where it may name addresses. See docs/security.md.
 
     Args:
         source: path, address (http, rtsp, rtmp, srt, tcp, udp), binary file object, camera number, or

@@ -1,4 +1,4 @@
-"""Which frames of a video a model is shown."""
+"""Frame sampling: evenly over a video, by time, or by rate from a stream."""
 
 from __future__ import annotations
 
@@ -64,8 +64,7 @@ def sample_uniform(reader: VideoReader, n: int, placement: str = "ends") -> list
 
 @checked
 def sample_fps(reader: VideoReader, fps: float, start: float = 0.0, end: float | None = None) -> list[Frame]:
-    """The frames on screen at `start`, `start` + 1/fps, ... below `end` (the video's end where None), one for
-    each time.
+    """The frames on screen at `start`, `start` + 1/fps, ... below `end` (None: the video's end).
 
     Exact by presentation time, so on variable frame rates too. A frame that stays on screen longer than 1/fps
     comes again.
@@ -93,8 +92,7 @@ def sample_fps(reader: VideoReader, fps: float, start: float = 0.0, end: float |
 
 @checked
 def at_fps(frames: Iterable[Frame], fps: float) -> Iterator[Frame]:
-    """Thin frames out as they come, without a look ahead: of the frames in each 1/fps seconds, counted from
-    0, the first.
+    """Thin out a stream of frames without looking ahead: of each 1/fps seconds from 0, the first frame.
 
     Raises:
         VideoError: fps not above 0.

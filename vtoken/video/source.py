@@ -1,4 +1,4 @@
-"""What a video is read from: a file, a file object, a stream of the network, a device or a pipe."""
+"""Sources of a video: a file, a file object, a network stream, a device or a pipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .growing_files import over_pipe
 
 _HTTP = ("http", "https", "httpproxy", "tcp", "tls", "crypto")
 _RTSP = ("rtp", "srtp", "udp", "tcp", "tls", "http", "https", "httpproxy")
-PROTOCOLS = {  # of an address: what it may be opened over
+PROTOCOLS = {  # of an address: the protocols that libav may use for it
     "http": _HTTP,
     "https": _HTTP,
     "rtsp": _RTSP,
@@ -37,12 +37,14 @@ _LONGEST = 200  # characters of a name in a message
 
 @dataclass(frozen=True)
 class Source:
-    """Attributes:
-    target: what libav opens: a file object, or a name that begins with its protocol.
-    name: what messages call it, without a password.
-    kind: "file", "object", "network", "device" or "pipe".
-    format: name of the demuxer, None to probe.
-    path: path on disk of a file or pipe, None otherwise.
+    """A source that libav can open.
+
+    Attributes:
+        target: argument for libav: a file object, or a name that begins with its protocol.
+        name: its name in messages, without a password.
+        kind: "file", "object", "network", "device" or "pipe".
+        format: name of the demuxer, None to probe.
+        path: path on disk of a file or pipe, None otherwise.
     """
 
     target: Any
@@ -54,14 +56,14 @@ class Source:
 
     @property
     def live(self) -> bool:
-        """Whether what has been read is gone."""
+        """Whether data that has been read is gone."""
         return self.kind in ("device", "pipe") or (self.kind == "object" and not _seekable(self.target))
 
 
 def resolve(
     source: Any, format: str | None = None, options: dict[str, str] | None = None, growing: bool = False
 ) -> Source:
-    """The `Source` that a user's path, address, file object or camera number names.
+    """The `Source` of a user's path, address, file object or camera number.
 
     Raises:
         VideoError: nothing of the kind exists, or it is a directory, or empty and not `growing`.
@@ -112,7 +114,7 @@ def _address(text: str, scheme: str, rest: dict[str, Any]) -> Source:
 
 
 def _path_of(address: str) -> str:
-    """The path of an address that begins with file:."""
+    """The path of a file: address."""
     if address[5:7] != "//":
         return address[5:]
     parts = urlsplit(address)
@@ -124,7 +126,7 @@ def _path_of(address: str) -> str:
 
 
 def _existing(text: str) -> Path:
-    """The path of that name; if there is none, with the home of a user in place of its ~."""
+    """The path of that name; if there is none, with the user's home for its ~."""
     path = Path(text)
     if text.startswith("~"):
         with suppress(RuntimeError, ValueError, OSError):

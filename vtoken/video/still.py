@@ -1,6 +1,4 @@
-"""Files of still pictures: the one loader of pictures reads them, for right colours and the orientation of
-their EXIF data.
-"""
+"""Still pictures, read by the library's one picture loader for right colours and EXIF orientation."""
 
 from __future__ import annotations
 
@@ -14,8 +12,9 @@ from .source import Source
 
 
 def still_of(source: Source, container: Any, limits: Limits) -> np.ndarray | None:
-    """(h, w, 3) uint8 RGB of the first picture of a file of still pictures. None for other sources, for a
-    file that is damaged, and for a format that only libav reads.
+    """(h, w, 3) uint8 RGB of the first picture of a file of still pictures.
+
+    None for other sources, for a damaged file, and for a format that only libav reads.
 
     Args:
         container: of PyAV, opened on it.

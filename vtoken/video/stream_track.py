@@ -1,4 +1,4 @@
-"""The video stream of an opened source, and moving about in it."""
+"""The video stream of an opened source, and seeking in it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from .still import still_of
 
 
 class Track:
-    """One video stream. libav's objects are replaced when it is rewound, so nobody else holds on to them.
+    """One video stream. Rewinding replaces libav's objects, so no other object may hold them.
 
     Attributes:
         limits: bounds on its pictures.
-        watch: the time that is left to the call under way; its owner starts it.
-        damage: what could not be decoded and was skipped.
-        turn: how often the place in the stream has been moved; an iterator that finds it changed has lost its
-            place.
+        watch: the time left to the current call; its owner starts it.
+        damage: counts of packets and frames that could not be decoded.
+        turn: number of seeks so far; an iterator that finds it changed has lost its place.
     """
 
     def __init__(self, source: Source, timeout: float, limits: Limits):
@@ -58,7 +57,7 @@ class Track:
             return float(stream.duration * stream.time_base)
         if not container.duration or container.duration < 0:
             return None
-        # what Matroska and FLV call a duration is the time of the end
+        # the duration of Matroska and FLV is the time of the end
         late = max(container.start_time or 0, 0) if {"matroska", "flv"} & self.format else 0
         return (container.duration - late) / 1e6
 
@@ -70,9 +69,7 @@ class Track:
 
     @cached_property
     def turned(self) -> bool | None:
-        """Whether the first frame carries a display matrix that turns or mirrors it; None where none can be
-        decoded.
-        """
+        """Whether the first frame has a display matrix that turns or mirrors it; None if none decodes."""
         self.rewind()
         first = next(decoded(self.packets(), self.damage, self.limits), None)
         return None if first is None else orientation(first) != (False, 1, 1)
@@ -91,8 +88,7 @@ class Track:
         return None if start is None else round(start / 1e6 / self._stream.time_base)
 
     def packets(self, live: bool = False) -> Iterator[Any]:
-        """Packets from where the stream stands, see `libav.packets`. VideoError once the call takes too long.
-        """
+        """Packets from the current place, see `libav.packets`. VideoError once the call takes too long."""
         self.check()
         self._unread = False
         return self._watched(packets(self._container, self._stream, self.damage, live=live))
@@ -104,15 +100,12 @@ class Track:
         return self._stream.width, self._stream.height
 
     def still(self) -> Any:
-        """(h, w, 3) uint8 of the first picture of a file of stills, None for anything else, see `still_of`.
-        """
+        """(h, w, 3) uint8 of the first picture of a file of stills, else None, see `still_of`."""
         self.check()
         return still_of(self.source, self._container, self.limits)
 
     def packets_from(self, key: int) -> Iterator[Any]:
-        """Packets from the key frame with pts `key`, or from an earlier one where libav cannot be moved
-        there.
-        """
+        """Packets from the key frame with pts `key`, or from an earlier one if libav cannot seek there."""
         second = round(1 / self.time_base)
         for target in (key, key - second, key - 10 * second):
             if not self._seek(target):
@@ -127,9 +120,7 @@ class Track:
         return self.packets()
 
     def rewind(self) -> None:
-        """Back to the first packet. A new container, because a seek to the start of a transport stream loses
-        packets.
-        """
+        """Go back to the first packet, in a new container: a seek to its start loses packets of MPEG-TS."""
         self.check()
         self.turn += 1
         if not self._unread:
@@ -138,12 +129,12 @@ class Track:
             self._unread = True
 
     def check(self) -> None:
-        """Raises VideoError once the track is closed."""
+        """Raise VideoError once the track is closed."""
         if self._container is None:
             raise VideoError(f"the reader of {self.source.name!r} is closed")
 
     def close(self) -> None:
-        """Give the source back; harmless when closed."""
+        """Release the source; harmless when closed."""
         if self._container is not None:
             self.turn += 1
             self._container.close()

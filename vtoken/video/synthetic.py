@@ -1,6 +1,4 @@
-"""A video without end that is drawn as it is read: digits and shapes on photographs, of which it is known
-what they show.
-"""
+"""An endless labelled video, drawn while it is read: digits and shapes on photographs."""
 
 from __future__ import annotations
 
@@ -23,8 +21,7 @@ _CHAPTER = 4096
 
 
 class SyntheticReader:
-    """A `VideoReader` over the labelled streams of `vtoken.tiny.clips`: 96 x 96 px, the same for the same
-    arguments.
+    """A `VideoReader` over the labelled streams of `vtoken.tiny.clips`: 96 x 96 px, reproducible.
 
     Args:
         seed: which stream, 0 or more.
@@ -48,8 +45,7 @@ class SyntheticReader:
         self._chapter = lru_cache(maxsize=2)(self._open)
 
     def labels(self, index: int) -> tuple[Stream, int]:
-        """The stream that draws a frame, and the frame's number in it: what `Stream.moments` and
-        `questions_at` go by.
+        """The stream that draws a frame, and the frame's number in it, as `questions_at` counts.
 
         Frames 0 to 4095 are those of ``stream(seed)``, the next 4096 those of another stream, and so on.
         """
@@ -100,7 +96,7 @@ class SyntheticReader:
 
 
 def from_address(address: str) -> SyntheticReader:
-    """The reader that "synthetic://SEED?fps=2&frames=100" names.
+    """The reader of an address such as "synthetic://SEED?fps=2&frames=100".
 
     Raises:
         VideoError: anything else stands there.

@@ -1,6 +1,4 @@
-"""Random access through torchcodec, in upright files, where it is installed and finds an FFmpeg that it can
-load.
-"""
+"""Random access through torchcodec in upright files, if it is installed and finds an FFmpeg."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from .pyav import PyAVReader, check_count
 
 
 class TorchcodecPicker:
-    """torchcodec on one file, with an exact index of its own that must count the frames that PyAV counts."""
+    """torchcodec on one file; its own exact index must count the frames that PyAV counts."""
 
     name = "torchcodec"
 

@@ -1,4 +1,4 @@
-"""One file per tiny model. A file in this folder is a recipe; it is imported when it is asked for.
+"""Recipes, one file per tiny model, imported on demand.
 
 A recipe has
 
@@ -6,7 +6,7 @@ A recipe has
 - ``train(model, processor, log, seed, **limits)``: all stages, in place, through
   `training.tiny.loop.optimise`; ``limits`` are its keywords ``seconds``, ``workers``, ``keep`` and (for
   tests) ``steps`` and ``checks`` of each stage;
-- ``measure(model, processor, questions) -> dict``: what else its report says, besides the accuracy;
+- ``measure(model, processor, questions) -> dict``: further figures of its report in addition to the accuracy;
 - ``card(report, log) -> str``: its model card in Markdown.
 """
 

@@ -1,4 +1,4 @@
-"""Tiny LLaVA-1.5: CLIP tower with CLS, two-layer projector, Llama; trained from nothing.
+"""Recipe of tiny LLaVA-1.5: CLIP tower with CLS, two-layer projector, Llama; trained from nothing.
 
 Stage ``tower`` teaches the tower (`training.tiny.tower`); stage ``language`` freezes it and teaches the
 projector and the language model (`training.tiny.language`).
@@ -136,7 +136,7 @@ def train_language(
 
 
 def measure(model: Any, processor: Any, n: int = 500) -> dict[str, Any]:
-    """Blind accuracy, where the CLS attention looks, and accuracy with a share of the visual tokens."""
+    """Blind accuracy, CLS attention on objects, and accuracy with a share of the visual tokens."""
     seen = [question for i in range(500) for question in questions(make_scene(i))]
     pixels, goal = tower_batch(0, 500, "test", 0)
     return {

@@ -1,5 +1,4 @@
-"""Tiny LLaVA-NeXT: the tiny LLaVA grown to wide and tall images with small objects, as LLaVA-NeXT grew from
-LLaVA-1.5.
+"""Recipe of tiny LLaVA-NeXT: tiny LLaVA extended to wide and tall images with small objects.
 
 It starts from the shipped tiny LLaVA. Stage ``tower`` teaches its tower crops of 64 px (64 patches) and base
 images; stage ``language`` freezes it and teaches the projector, the newline token and the language model the
@@ -44,8 +43,7 @@ CHECK = 7_000_000  # scenes of the test split for the measures along the way
 
 
 def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: int = 4) -> tuple[Any, Any]:
-    """An untrained LLaVA-NeXT with 64 visual tokens per crop of 64 px, a base image and six crops, and its
-    processor.
+    """An untrained LLaVA-NeXT (64 visual tokens per 64 px crop, a base image, six crops) and its processor.
 
     Args:
         width: hidden size of the tower and of the language model; a multiple of ``2 * heads``.
@@ -79,7 +77,7 @@ def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: i
 
 @torch.no_grad()
 def warm_start(model: Any) -> None:
-    """The weights of the shipped tiny LLaVA, in place; of its 12 x 12 tower positions the first 8 x 8."""
+    """The shipped tiny LLaVA's weights, in place; of its 12 x 12 tower positions the first 8 x 8."""
     theirs = load("llava")[0].state_dict()
     for name, value in model.state_dict().items():
         if name.endswith("position_embedding.weight"):
@@ -92,16 +90,14 @@ def warm_start(model: Any) -> None:
 def train(
     model: Any, processor: Any, log: list[dict], seed: int = 0, seconds: float | None = None, **limits: Any
 ) -> None:
-    """Warm start and both stages, in place; appends to ``log``. Limits as in `training.tiny.loop.optimise`.
-    """
+    """Warm start and both stages, in place; appends to ``log``. Limits as in `optimise`."""
     warm_start(model)
     train_tower(model, processor, log, seed, seconds=seconds and seconds * 0.3, **limits)
     train_language(model, processor, log, seed, seconds=seconds and seconds * 0.7, **limits)
 
 
 def views(processor: Any, first: int, size: int, split: str) -> tuple[torch.Tensor, list[View], torch.Tensor]:
-    """What the tower sees of some scenes: all base images, all crops with an object, and every fourth crop
-    without.
+    """Views of some scenes: all base images, all crops with an object, every fourth empty crop.
 
     Returns pixels ``(n, 3, 64, 64)``, what they show, and which of them are base images, ``(n,)`` bool.
     """
@@ -167,9 +163,7 @@ def language_batch(
 
 
 def visual_tokens(model: Any, shown: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """What the language model reads of images of one size: ``(n, tokens, hidden)``; no gradient for the
-    tower.
-    """
+    """Visual tokens of images of one size: ``(n, tokens, hidden)``; no gradient for the tower."""
     (pixels, sizes), inner, config = shown, model.model, model.config
     with torch.no_grad():
         states = hidden_states(inner.vision_tower, pixels.to(model.device).flatten(0, 1))
@@ -199,9 +193,7 @@ def train_language(
 
 
 def hide(model: Any, part: str, inputs: Any) -> None:
-    """Masks the visual tokens of the ``crops`` or of the ``base`` image, so that the rest is all that is
-    read.
-    """
+    """Mask the visual tokens of the ``crops`` or of the ``base`` image, so that only the rest is read."""
     visual = inputs["input_ids"] == model.config.image_token_id
     crops = visual & (visual.cumsum(1) > (TILE // 8) ** 2)
     inputs["attention_mask"][crops if part == "crops" else visual & ~crops] = 0

@@ -1,4 +1,4 @@
-"""Tiny LLaVA-OneVision: SigLIP tower, Qwen2; images cut into crops ("anyres_max_9") and video pooled 2 x 2.
+"""Recipe of tiny LLaVA-OneVision: SigLIP tower, Qwen2; "anyres_max_9" crops, video pooled 2 x 2.
 
 It starts from the shipped tiny LLaVA, as far as the shapes agree. Stage ``tower`` teaches the tower images,
 crops and frames; stage ``language`` freezes it and teaches the projector, the newline token and the language
@@ -45,7 +45,7 @@ TOWER: dict[str, Any] = {
 }
 LANGUAGE: dict[str, Any] = {"steps": 2500, "batch": 12, "rate": 2e-3, "muon_rate": 0.02, "reading": 0.1}
 LENGTHS = (4, 4, 6, 6, 6, 8, 8, 8)  # frames of the clips in training
-LONGER = (10, 12)  # measured apart
+LONGER = (10, 12)  # measured separately
 SLOTS = 16  # questions per clip
 # tokens per question: "which digit was shown with the purple triangle ? assistant : 4" and one to spare
 WIDTH = 13
@@ -56,8 +56,7 @@ FORMS, COLOUR_NAMES = (*SHAPES, *DIGITS), (*COLOURS, WHITE)
 
 
 def build(width: int = 128, tower_layers: int = 5, llm_layers: int = 4, heads: int = 4) -> tuple[Any, Any]:
-    """An untrained LLaVA-OneVision with 144 visual tokens per crop of 96 px and 36 per frame, and its
-    processor.
+    """An untrained LLaVA-OneVision (144 visual tokens per 96 px crop, 36 per frame) and its processor.
 
     Args:
         width: hidden size of the tower and of the language model; a multiple of ``2 * heads``.
@@ -121,7 +120,7 @@ def build(width: int = 128, tower_layers: int = 5, llm_layers: int = 4, heads: i
 
 @torch.no_grad()
 def warm_start(model: Any) -> None:
-    """The weights of the shipped tiny LLaVA, in place, wherever names and shapes agree.
+    """The shipped tiny LLaVA's weights, in place, where names and shapes agree.
 
     Its CLIP tower normalises patches before the first layer, a SigLIP tower does not: the norm becomes part
     of the patches' and positions' weights, with the spread that it meets on average. Rows of the word
@@ -147,8 +146,7 @@ def warm_start(model: Any) -> None:
 def train(
     model: Any, processor: Any, log: list[dict], seed: int = 0, seconds: float | None = None, **limits: Any
 ) -> None:
-    """Warm start and both stages, in place; appends to ``log``. Limits as in `training.tiny.loop.optimise`.
-    """
+    """Warm start and both stages, in place; appends to ``log``. Limits as in `optimise`."""
     warm_start(model)
     train_tower(model, processor, log, seed, seconds=seconds and seconds * 0.25, **limits)
     train_language(model, processor, log, seed, seconds=seconds and seconds * 0.75, **limits)
@@ -157,8 +155,7 @@ def train(
 def tower_batch(
     processor: Any, first: int, size: int, split: str, step: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Pixels and targets of a step: three quarters crowded frames, an eighth crops and an eighth base images.
-    """
+    """Pixels and targets of a step: 3/4 crowded frames, 1/8 crops and 1/8 base images."""
     start = first + step * size
     pixels, seen = [], []
     for i in range(start, start + size // 8):
@@ -199,8 +196,9 @@ def train_tower(
 def language_batch(
     processor: Any, first: int, size: int, split: str, step: int
 ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], Any, dict[str, torch.Tensor] | None]:
-    """Pixels (and sizes, of images), packed questions, and read-outs: every third step images, else as long
-    clips.
+    """One step: pixels (and image sizes), packed questions, read-outs.
+
+    Every third step has images, the others equally long clips.
     """
     rng = np.random.Generator(np.random.PCG64([first, step]))
     start, vocabulary = first + step * 4 * size, processor.tokenizer.get_vocab()
@@ -223,8 +221,7 @@ def language_batch(
 
 
 def visual_tokens(model: Any, shown: tuple[torch.Tensor, torch.Tensor | None]) -> torch.Tensor:
-    """What the language model reads of images of one size, or (without sizes) of as long clips: ``(n, tokens,
-    hidden)``.
+    """Visual tokens of one image size, or (no sizes) of equally long clips: ``(n, tokens, hidden)``.
 
     No gradient for the tower.
     """
@@ -262,7 +259,7 @@ def train_language(
 
 
 def longer(model: Any, processor: Any, n: int = 100) -> dict[str, float]:
-    """Accuracy on ``n`` questions about clips of each of the ``LONGER`` lengths."""
+    """Accuracy on ``n`` questions about clips of each length in ``LONGER``."""
     asked = {frames: clips.held_out(n, 0, frames) for frames in LONGER}
     return {
         str(frames): score(pairs, answers(model, processor, pairs))["all"] for frames, pairs in asked.items()
@@ -361,7 +358,7 @@ norm before the first layer: it became part of the weights of patches and positi
    around them.
 2. Projector, newline token and language model with the tower frozen, {language}:
    every third step images, else clips of {lengths} frames; ten (clips: 16) questions in one sequence, each of
-   which sees the image or clip and itself only. Behind the second and third layer of the language model, linear read-outs
+   which sees the image or clip and itself only. After the second and third layer of the language model, linear read-outs
    ask the visual tokens of clips what else is on screen, which and how many digits have come so far and which shape came
    before; a head of the third layer is to look from the word that names a thing at the tokens that show it
    (`training/tiny/reading.py`).

@@ -1,5 +1,4 @@
-"""Tiny Qwen2.5-VL: window-attention tower without position embeddings, 2 x 2 merger, M-RoPE; images and
-video.
+"""Recipe of tiny Qwen2.5-VL: window-attention tower, 2 x 2 merger, M-RoPE; images and video.
 
 Stage ``tower`` teaches the tower and its merger (`training.tiny.qwen_tower`); stage ``language`` freezes the
 tower and teaches the merger and the language model, half of it on the scenes of `vtoken.tiny.scenes`, half on
@@ -264,7 +263,7 @@ or after the red star (`order`), which digit, shape or colour was shown with ano
    name it and draw its outline. Where an object is the tower cannot know: its rotary positions are relative.
 2. Merger and language model with the tower frozen, {language} (half scenes, half clips of 4 to 16 frames, at 1 or 2
    frames per second): ten questions per example in one sequence, each of which sees the image or clip and itself only,
-   at the M-RoPE positions of a prompt with one question. The language model starts from the tiny LLaVA's Llama. Behind
+   at the M-RoPE positions of a prompt with one question. The language model starts from the tiny LLaVA's Llama. After
    its second and third layer, linear read-outs ask the visual tokens in which half of the image they are, what else is
    on screen at their time, which and how many digits have come so far and which shape came before; a
    head of the third layer is to look from the word that names a thing at the tokens that show it

@@ -1,3 +1,1 @@
-"""One file per benchmark, with its questions, its parsing of answers and its score; and the data sets they
-read.
-"""
+"""One file per benchmark (questions, parsing of answers, score), and the readers of their data sets."""

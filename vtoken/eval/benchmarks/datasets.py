@@ -1,5 +1,4 @@
-"""Reads evaluation data sets: parquet in the layout of the Hub, from a folder or downloaded, and VLMEvalKit's
-TSV.
+"""Reads evaluation data sets: parquet in the Hub's layout, local or downloaded, and VLMEvalKit's TSV.
 
 Only rows are read: no script of a data set is run and nothing is unpickled.
 """
@@ -23,7 +22,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def parquet_folder(source: str | Path, how: str) -> Path:
-    """The folder of a data set, downloaded from the Hub if `source` is a name there and no folder here.
+    """The folder of a data set, downloaded from the Hub if `source` is an id there and no local folder.
 
     Args:
         source: a folder, or an id on the Hub such as "lmms-lab/MME".
@@ -47,16 +46,14 @@ def parquet_folder(source: str | Path, how: str) -> Path:
 
 
 def parquet_files(folder: Path, split: str = "test") -> list[Path]:
-    """The parquet files of a split, `test-00000-of-00002.parquet` for instance; all of them if none names a
-    split.
-    """
+    """The parquet files of a split, such as `test-00000-of-00002.parquet`; all if none names a split."""
     found = sorted(folder.rglob("*.parquet"))
     named = [f for f in found if f.name.startswith(split) or f.parent.name == split]
     return named or [f for f in found if not re.match(r"(train|validation|val|dev)\b", f.name)]
 
 
 def read_parquet(folder: Path, columns: Sequence[str], how: str, image: str | None = None) -> list[Row]:
-    """Rows with the text columns of a data set, and a function under "open" that opens the row's image.
+    """Rows: the text columns of a data set, and under "open" a function that opens the row's image.
 
     Args:
         folder: searched for parquet files of the `test` split.

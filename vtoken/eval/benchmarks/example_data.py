@@ -1,8 +1,8 @@
-"""Small generated data sets in the exact layout of the real ones, to try the commands and to test them.
+"""Small generated data sets in the exact layout of the real ones, for trying the commands and for tests.
 
 The pictures are scenes of `vtoken.tiny`. The tiny LLaVA can answer the MME-shaped questions under the strict
-protocol; it has never seen multiple choice, so what it says to the Video-MME-shaped ones shows that the
-machinery runs, no more.
+protocol; it was never trained on multiple choice, so its answers to the Video-MME-shaped ones show only
+that the command runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def write_mme(folder: str | Path, rows: Sequence[Row], row_group: int = 4) -> Path:
-    """Write MME's parquet: `data/test-00000-of-00001.parquet` with a Hub image column. Returns the folder.
+    """Write MME's parquet, `data/test-00000-of-00001.parquet` with a Hub image column; returns the folder.
 
     Args:
         folder: made if needed.
@@ -44,9 +44,7 @@ def write_mme(folder: str | Path, rows: Sequence[Row], row_group: int = 4) -> Pa
 
 
 def write_mme_tsv(path: str | Path, rows: Sequence[Row]) -> Path:
-    """Write the same rows as VLMEvalKit's TSV; the second question of an image refers to the first. Returns
-    the path.
-    """
+    """Write the same rows as VLMEvalKit's TSV, each image once; returns the path."""
     try:
         import pandas as pd
     except ImportError:
@@ -71,8 +69,7 @@ def write_videomme(
     fps: int = 8,
     said: Row | None = None,
 ) -> Path:
-    """Write Video-MME's layout: `videomme/test-00000-of-00001.parquet`, `data/<videoID>.mp4`,
-    `subtitle/<videoID>.srt`.
+    """Write Video-MME's layout: parquet, `data/<videoID>.mp4` and `subtitle/<videoID>.srt`.
 
     Args:
         folder: made if needed.
@@ -112,8 +109,7 @@ def write_mp4(path: Path, frames: Sequence[Image.Image], fps: int) -> None:
 
 
 def mme(folder: str | Path, images: int = 8) -> Path:
-    """An MME-shaped set about generated scenes in the categories existence and color, half yes and half no.
-    """
+    """An MME-shaped set about generated scenes: categories existence and color, half yes and half no."""
     rows = []
     for i in range(images):
         scene = make_scene(i, "test")
@@ -127,9 +123,7 @@ def mme(folder: str | Path, images: int = 8) -> Path:
 
 
 def videomme(folder: str | Path, videos: int = 3) -> Path:
-    """A Video-MME-shaped set: clips of two scenes, the colour of an object in the first and in the second
-    one.
-    """
+    """A Video-MME-shaped set: clips of two scenes, and the colour of an object in each of them."""
     rows, clips, said = [], {}, {}
     colours = list(COLOURS)
     for v in range(videos):

@@ -83,7 +83,7 @@ def _paired(items: list[Item]) -> list[Item]:
 
 
 class MME(Task):
-    """MME under one protocol, as the runner takes it."""
+    """MME under one protocol, a `Task` for the runner."""
 
     title = "MME"
 
@@ -108,9 +108,7 @@ class MME(Task):
         return self.protocol.read(text)
 
     def breakdown(self, right: dict[str, bool]) -> Breakdown:
-        """acc (questions) and acc+ (images with both questions right) per category; their sum is its score,
-        at most 200.
-        """
+        """acc (questions) and acc+ (images with both right) per category; score: their sum, at most 200."""
         images: dict[str, dict[str, list[bool]]] = {}
         for item in self.items:
             images.setdefault(item.group, {}).setdefault(item.about["image"], []).append(right[item.name])

@@ -1,6 +1,4 @@
-"""What an evaluation asks: items with a name, prompts with pictures, and the sentence for what cannot be
-read.
-"""
+"""The interface of a benchmark: `Task`, its items, prompts and scores, and the error for unreadable media."""
 
 from __future__ import annotations
 
@@ -51,10 +49,10 @@ class Item:
     """One question of a data set.
 
     Attributes:
-        name: unique; what records and errors call it.
+        name: unique; used in records and errors.
         question, answer: as in the data set, the answer normalised ("yes", "no" or a capital letter).
         group: the category or task type that it is counted under.
-        media: what the task needs to open the image or video.
+        media: information with which the task opens the image or video.
         options: the choices of a multiple-choice question, as the data set words them.
         about: further columns that a score is broken down by.
     """
@@ -69,7 +67,7 @@ class Item:
 
 
 class Task(ABC):
-    """What the runner knows of a benchmark."""
+    """Interface of a benchmark to the runner."""
 
     title: str
     items: Sequence[Item]
@@ -77,7 +75,7 @@ class Task(ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What answers depend on; a run continues only under the same."""
+        """Settings on which answers depend; a run continues only under the same ones."""
 
     @abstractmethod
     def prompt(self, item: Item, frames: int | None = None) -> Prompt:
@@ -85,9 +83,7 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, item: Item, text: str) -> str:
-        """What the protocol takes for the answer in a model's text, in the words of `Item.answer`; "" if
-        there is none.
-        """
+        """The answer in a model's text, in the words of `Item.answer`; "" if the protocol finds none."""
 
     @abstractmethod
     def breakdown(self, right: dict[str, bool]) -> Breakdown:
@@ -110,7 +106,7 @@ class Breakdown:
 
 
 def checked(items: Sequence[Item]) -> Sequence[Item]:
-    """The items, if every name is there once.
+    """The items, with names checked to be unique.
 
     Raises:
         ValueError: for an empty data set or a name that occurs twice.
@@ -134,7 +130,7 @@ def fingerprint(items: Sequence[Item]) -> str:
 
 
 def decoded(name: str, open_it: Callable[[], Image.Image]) -> Image.Image:
-    """An RGB image from whatever opens it.
+    """An RGB image, from a function that opens it.
 
     Raises:
         Unreadable: with the item's name if Pillow cannot decode it; decoders fail in many ways, none of which

@@ -82,7 +82,7 @@ def video_path(item: Item) -> Path | None:
 
 
 class VideoMME(Task):
-    """Video-MME under one protocol, as the runner takes it.
+    """Video-MME under one protocol, a `Task` for the runner.
 
     Args:
         items: from `load`.
@@ -121,8 +121,7 @@ class VideoMME(Task):
         }
 
     def clip(self, item: Item, frames: int) -> Clip:
-        """Sampled frames of an item's video; of the last video they are remembered, as its questions follow
-        each other.
+        """Sampled frames of an item's video; those of the last video are cached for its next question.
 
         Raises:
             Unreadable: naming the item and the file.
@@ -138,7 +137,7 @@ class VideoMME(Task):
         from ...video import Limits, open_video
 
         try:
-            # long videos and many frames are what this benchmark is about
+            # this benchmark has long videos and many frames
             with open_video(path, limits=Limits(nbytes=2**34, seconds=None)) as reader:
                 try:
                     total = len(reader)  # type: ignore[arg-type]
@@ -164,7 +163,7 @@ class VideoMME(Task):
         return clip
 
     def said(self, item: Item, clip: Clip) -> str | None:
-        """The subtitles that the protocol shows; None without."""
+        """The subtitles that the protocol shows; None without subtitles."""
         if not self.subtitles:
             return None
         path = _beside(item, "subtitle", (".srt",))

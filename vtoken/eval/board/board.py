@@ -1,6 +1,4 @@
-"""The accuracy board: strategies x budgets on held-out questions, with measured token counts and Wilson
-intervals.
-"""
+"""The accuracy board: strategies x budgets on held-out questions, measured tokens, Wilson intervals."""
 
 from __future__ import annotations
 
@@ -73,7 +71,7 @@ Key = tuple[str, float | int, str]
 
 
 def key(strategy: str, budget: float | int) -> Key:
-    """What tells the cells of one board apart: all tokens (1.0) are another budget than one token (1)."""
+    """Identity of a cell in one board: all tokens (1.0) are another budget than one token (1)."""
     return strategy, budget, unit(budget)
 
 
@@ -104,7 +102,7 @@ def measure(
         batches: the questions.
         strategy: registered name, or several joined by "+"; None asks the unpatched model.
         budget: as for `vtoken.patch`.
-        step: told the number of questions after each batch.
+        step: called with the number of questions after each batch.
     """
     import time
 
@@ -113,7 +111,7 @@ def measure(
     tokens = tokens_in = flops = flops_dense = 0.0
     kinds: dict[str, list[int]] = {}
     start = time.process_time()
-    # the dense row reads its counts off a patch that keeps everything, which is the unpatched model bit for
+    # counts of the dense row come from a patch that keeps everything: the unpatched model, bit for
     # bit
     with vtoken.applied(model, strategy or "uniform", budget=budget if strategy else 1.0):
         for batch in batches:
@@ -144,10 +142,10 @@ def measure(
 
 @dataclass
 class Board:
-    """Cells of one model with what is needed to measure them again.
+    """Cells of one model, with the settings needed to measure them again.
 
     Attributes:
-        title: whose answers to what.
+        title: model and kind of questions.
         settings: model, number of questions, seed, versions.
         cells: the unpatched model first.
     """
@@ -161,7 +159,7 @@ class Board:
 
     @classmethod
     def load(cls, path: str | Path) -> Board:
-        """Read what `save` wrote. Raises ValueError if it is something else."""
+        """Read a file of `save`. Raises ValueError if it is something else."""
         values = read(Path(path))
         try:
             made = {n: fit(n, fit("the file", values, dict).get(n), h) for n, h in SHAPE.items()}
@@ -170,7 +168,7 @@ class Board:
             raise ValueError(f"{str(path)!r} is no board of `vtoken eval`: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Write what `load` reads; folders are made if needed."""
+        """Write a file for `load`; folders are made if needed."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")  # a kill leaves the old cells or the new ones
@@ -192,10 +190,9 @@ class Board:
         return list({key("", c.budget): c.budget for c in self.cells if c.strategy != "dense"}.values())
 
     def chance(self, tokens: float) -> float | None:
-        """Accuracy of `random` at so many visual tokens, linear between its own cells and the unpatched
-        model.
+        """Accuracy of `random` at this number of tokens, linear between its cells and the unpatched model.
 
-        None if that lies below its smallest cell, or if `random` was not measured.
+        None if the number lies below its smallest cell, or if `random` was not measured.
         """
         known = sorted((c.tokens, c.accuracy) for c in self.cells if c.strategy in ("random", "dense"))
         if not any(c.strategy == "random" for c in self.cells) or not known[0][0] <= tokens <= known[-1][0]:
@@ -205,9 +202,7 @@ class Board:
         return a1 if t1 == t0 else a0 + (a1 - a0) * (tokens - t0) / (t1 - t0)
 
     def below_random(self) -> list[tuple[Cell, float]]:
-        """Cells of published methods whose whole interval lies below what `random` has at equal tokens, with
-        that.
-        """
+        """Cells of published methods wholly below `random` at equal tokens, each with `random`'s value."""
         found = []
         for cell in self.cells:
             chance = None if cell.baseline else self.chance(cell.tokens)
@@ -217,7 +212,7 @@ class Board:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers may depend on."""
+    """Versions of the packages on which the numbers may depend."""
     import torch
     import transformers
 

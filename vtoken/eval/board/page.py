@@ -1,4 +1,4 @@
-"""The page of the boards: tables and plots between two marks, prose around them that stays."""
+"""The page of the boards: generated tables and plots between two marks; the text around them is kept."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ KINDS_AT = 0.2
 
 
 def tables(boards: Sequence[Board], command: str, pictures: Sequence[str]) -> str:
-    """Markdown of all boards: per board accuracy by strategy and budget, the kinds of question at one budget,
-    a plot.
-    """
+    """Markdown of all boards: accuracy by strategy and budget, kinds of question at one budget, a plot."""
     lines = [f"Made by `{command}`.", ""]
     for board, picture in zip(boards, pictures, strict=True):
         settings = ", ".join(f"{key} {value}" for key, value in board.settings.items())
@@ -82,7 +80,7 @@ def row(entries: Sequence[str]) -> str:
 
 
 def write(page: Path, boards: Sequence[Board], command: str, pictures: Sequence[str]) -> None:
-    """Replace what lies between the marks of `page`; a page without marks gets them at its end.
+    """Replace the text between the marks of `page`; a page without marks gets them at its end.
 
     Raises:
         ValueError: if only one of the marks is there.

@@ -1,4 +1,4 @@
-"""Accuracy against kept visual tokens as a picture."""
+"""Plot of accuracy against kept visual tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The board of the tiny models that ship with the package: minutes on a CPU, no download."""
+"""Boards of the tiny models that ship with the package: minutes on a CPU, no download."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGEST = 0.5  # a method that cannot reach this budget on a model does not fit 
 
 @dataclass
 class Subject:
-    """A tiny model and what it is asked about one medium; what all cells share is computed once.
+    """A tiny model with questions about one medium; work shared by all cells is done once.
 
     Attributes:
         name: of the tiny model.
@@ -37,13 +37,11 @@ class Subject:
 
     @property
     def stem(self) -> str:
-        """For file names."""
+        """Stem of the subject's file names."""
         return self.name if self.only else f"{self.name}_{self.medium}"
 
     def fitting(self) -> list[str]:
-        """Strategies that fit the model at half its tokens and are defined for the medium; on images none
-        about frames.
-        """
+        """Strategies that fit the model at budget 0.5 and the medium; for images none about frames."""
         import vtoken
 
         names = [name for name in vtoken.list_strategies() if not refusal(self.model, name, LARGEST)]
@@ -108,9 +106,7 @@ def _batch(processor: Any, pairs: Sequence[Any], memo: TowerMemo, number: int) -
 
 
 def plan(strategies: Sequence[str], budgets: Sequence[float | int]) -> list[tuple[str | None, float | int]]:
-    """The cells to measure: all visual tokens once (the same for every strategy), then every strategy at
-    every budget.
-    """
+    """The cells to measure: all visual tokens once, then every strategy at every budget."""
     smaller = [b for b in budgets if isinstance(b, int) or b < 1]
     return [(None, 1.0), *dict.fromkeys((name, budget) for name in strategies for budget in smaller)]
 
@@ -132,10 +128,10 @@ def tiny_board(
         strategies: registered names, or several joined by "+"; all that fit the subject if empty.
         budgets: as for `vtoken.patch`. 1.0 is the unpatched model whatever the strategy and is measured once.
         seed: of the subject's questions, to be written down.
-        step: told what is measured and how many questions were just answered.
-        cell_done: told the board so far and the cell that was just measured.
+        step: called with the name of the current cell and the number of questions just answered.
+        cell_done: called with the board so far and the new cell.
         known: an earlier board; its cells are taken over if its settings are the same.
-        refused: told of each cell that is left out because the strategy cannot serve this model with this
+        refused: called for each cell that is left out because the strategy cannot serve this model with this
             budget.
 
     Raises:
@@ -179,9 +175,7 @@ def tiny_board(
 
 
 def refusal(model: Any, strategy: str | None, budget: float | int) -> str:
-    """The sentence with which `vtoken.patch` refuses this strategy and budget on this model; empty if it does
-    not.
-    """
+    """The sentence with which `vtoken.patch` refuses strategy and budget on this model; empty if it fits."""
     import vtoken
 
     try:
@@ -192,9 +186,7 @@ def refusal(model: Any, strategy: str | None, budget: float | int) -> str:
 
 
 def weights(model: Any) -> str:
-    """The first digits of a SHA-256 over the model's parameters, which tells boards of different weights
-    apart.
-    """
+    """The first digits of a SHA-256 over the model's parameters, to tell boards of other weights apart."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Layers of a vision tower that are computed once per batch and reused by all cells of a board."""
+"""Cache of vision tower layers: computed once per batch, reused by all cells of a board."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 
 class TowerMemo:
-    """Remembers what the layers of a vision tower answered to a batch, and answers the same when they are
-    given the same.
+    """Remembers the outputs of vision tower layers for a batch, and returns them for equal inputs.
 
-    Only the computation of a layer is spared, and only where nothing listens inside it: a layer with hooks on
-    its parts (a strategy reads its attention) runs, and so does one whose input is not, bit for bit, the
-    remembered one (a strategy has merged tokens in front of it). What a model says is the same with and
-    without.
+    Only the computation of a layer is saved, and only if no hook reads values inside it: a layer with hooks
+    on its parts (a strategy reads its attention) runs, and so does one whose input is not, bit for bit, the
+    remembered one (a strategy has merged tokens before it). The model's answers are the same with and
+    without the cache.
     """
 
     def __init__(self, model: Any) -> None:
@@ -59,9 +58,7 @@ class TowerMemo:
 
 
 def _overheard(layer: nn.Module) -> bool:
-    """Whether hooks listen to parts of this layer, other than those with which transformers collects
-    `attentions`.
-    """
+    """Whether parts of this layer have hooks other than those of transformers that collect `attentions`."""
     hooks = (
         h
         for m in layer.modules()
@@ -72,7 +69,7 @@ def _overheard(layer: nn.Module) -> bool:
 
 
 def _versions(given: Tensor, answer: Any) -> list[int]:
-    """Changes whenever one of these tensors has been written to in place."""
+    """Version counters of tensors: they change whenever a tensor is written in place."""
     return [
         t._version for t in (given, *(answer if isinstance(answer, tuple) else (answer,))) if t is not None
     ]

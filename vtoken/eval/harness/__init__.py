@@ -1,1 +1,1 @@
-"""vtoken inside evaluation harnesses of others: lmms-eval by an entry point, VLMEvalKit by a launcher."""
+"""vtoken in other evaluation harnesses: lmms-eval through an entry point, VLMEvalKit through a launcher."""

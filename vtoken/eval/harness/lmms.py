@@ -1,5 +1,6 @@
-"""lmms-eval models with a patch: `lmms-eval --model vtoken_llava_hf --model_args
-pretrained=...,vtoken_strategy=hired`.
+"""lmms-eval models with a patch, named `vtoken_...`, such as `lmms-eval --model vtoken_llava_hf`.
+
+Example: `lmms-eval --model vtoken_llava_hf --model_args pretrained=...,vtoken_strategy=hired`.
 
 `manifests` is the entry point of the group `lmms_eval.models`; the classes are made from lmms-eval's own when
 one is asked for, so that this module imports nothing of lmms-eval and none of its models before that.
@@ -41,9 +42,7 @@ def manifests() -> list[Any]:
 
 
 def patched_class(base: type) -> type:
-    """A subclass of an lmms-eval model that takes `vtoken_...` arguments, patches its model and counts the
-    calls.
-    """
+    """A subclass of an lmms-eval model that takes `vtoken_...` arguments, patches, and counts calls."""
 
     class Patched(base):  # type: ignore[misc, valid-type]
         def __init__(self, **arguments: Any) -> None:
@@ -64,7 +63,7 @@ def patched_class(base: type) -> type:
 
 
 def __getattr__(name: str) -> type:
-    """`simple_llava_hf`, `chat_qwen3_vl`, ...: the class that a manifest names."""
+    """The class that a manifest names: `simple_llava_hf`, `chat_qwen3_vl`, ..."""
     kind, _, base = name.partition("_")
     if kind not in KINDS or base not in BASES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,4 @@
-"""What both harnesses need: our arguments out of theirs, a patch on the model they made, and a count of its
-calls.
-"""
+"""Shared by both harnesses: separates vtoken's arguments, patches the loaded model, counts its calls."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ PREFIX = "vtoken_"
 
 @dataclass
 class Calls:
-    """What the calls of a patched model's `generate` read.
+    """Totals over the calls of a patched model's `generate`.
 
     Attributes:
         calls: calls with images or videos.
@@ -57,13 +55,13 @@ class Calls:
 
 
 def split(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A harness's keyword arguments as (ours, theirs): ours begin with `vtoken_`, which is taken off."""
+    """A harness's keyword arguments as (ours, theirs): ours begin with `vtoken_`, which is removed."""
     ours = {k.removeprefix(PREFIX): v for k, v in arguments.items() if k.startswith(PREFIX)}
     return ours, {k: v for k, v in arguments.items() if not k.startswith(PREFIX)}
 
 
 def patch_arguments(ours: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `vtoken.patch` from a harness's: `strategy`, `budget` and hyper-parameters by name.
+    """Arguments of `vtoken.patch` from a harness's: `strategy`, `budget` and hyper-parameters by name.
 
     Values that look like JSON lists or objects are read as such (`vtoken_fastv={"layer":3}`); strategies that
     work together are joined by "+".
@@ -75,7 +73,11 @@ def patch_arguments(ours: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(given.get("strategy"), str):
         raise ValueError(
             "Name a strategy for this model, such as vtoken_strategy=hired,vtoken_budget=0.2; found "
-            f"{', '.join(f'{PREFIX}{k}={v}' for k, v in given.items()) or 'no argument that begins with vtoken_'}."
+            + (
+                ", ".join(f"{PREFIX}{k}={v}" for k, v in given.items())
+                or "no argument that begins with vtoken_"
+            )
+            + "."
         )
     given["strategy"] = parse_strategy(given["strategy"])
     for name, value in given.items():
@@ -90,11 +92,11 @@ def patch_arguments(ours: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def patch_counted(model: Any, ours: Mapping[str, Any]) -> Calls:
-    """Patch a model that a harness has loaded, and count what its `generate` reads from now on.
+    """Patch a model that a harness has loaded, and count the calls of its `generate` from now on.
 
     A ValueError out of `generate` (a kind of input that the strategy refuses, say) ends the run with its
-    sentence: harnesses catch it, log it and score an empty answer, which would be a wrong result and not a
-    missing one.
+    sentence: harnesses catch it, log it and score an empty answer, which would be a wrong result instead of
+    a missing one.
 
     Raises:
         TypeError, ValueError: as `vtoken.patch` does.

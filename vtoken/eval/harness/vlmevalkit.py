@@ -1,9 +1,10 @@
-"""VLMEvalKit with patched models: `python -m vtoken.eval.harness.vlmevalkit --strategy hired --budget 0.2
---model NAME ...`.
+"""VLMEvalKit with patched models, started by `python -m vtoken.eval.harness.vlmevalkit`.
+
+Example: `python -m vtoken.eval.harness.vlmevalkit --strategy hired --budget 0.2 --model NAME ...`.
 
 Registers patched twins of VLMEvalKit's models in its `supported_VLM` and hands over to its own `run.py` with
-all other arguments. VLMEvalKit is installed from a checkout (`pip install -e .`), beside whose package
-`run.py` lies.
+all other arguments. VLMEvalKit is installed from a checkout (`pip install -e .`); `run.py` lies in
+the parent folder of its package.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def register(
             so that its predictions have files of their own and switches in VLMEvalKit that look into names
             still see the model's.
         ours: `strategy`, `budget` and hyper-parameters.
-        made: told the call counts of each model that is built, by the twin's name.
+        made: called with the twin's name and the call counts of each model that is built.
 
     Returns:
         The names of the twins.
@@ -80,7 +81,7 @@ class _Patched:
 
 
 def load_run(kit: str | None = None) -> ModuleType:
-    """VLMEvalKit's `run.py`, from `kit` (a checkout) or from beside the installed package `vlmeval`.
+    """VLMEvalKit's `run.py`, from `kit` (a checkout) or from the parent folder of the package `vlmeval`.
 
     Raises:
         ImportError: if there is none.
@@ -115,7 +116,7 @@ def _value(text: str) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse our options, register the twins, run VLMEvalKit with the rest, print what the models read."""
+    """Parse vtoken's options, register the twins, run VLMEvalKit with the rest, print the measured tokens."""
     parser = argparse.ArgumentParser(
         prog="python -m vtoken.eval.harness.vlmevalkit",
         description="VLMEvalKit with patched models; options that are not listed go to its run.py.",

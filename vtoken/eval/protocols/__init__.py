@@ -1,1 +1,1 @@
-"""How evaluation harnesses ask yes-or-no and multiple-choice questions, and how they read the answers."""
+"""Protocols of evaluation harnesses: prompts for questions, and parsing of answers."""

@@ -1,4 +1,4 @@
-"""How harnesses sample a video, ask a multiple-choice question and read the letter of an answer."""
+"""Multiple-choice protocols of three harnesses: frame sampling, prompt, and the letter of an answer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ PHRASES += ["옵션", "정답은", "답은", "답:", "答案是", "答案为", "
 
 
 def strict(text: str, letters: str, options: Sequence[str] = ()) -> str:
-    """The letter that was asked for and nothing else, bare or as in "(B)", "B." or "B:", or one whole option.
-    """
+    """The requested letter and nothing else: bare, as in "(B)", "B." or "B:", or one whole option."""
     found = re.fullmatch(rf"\s*\(?([{letters}])[).:]?\s*", text)
     if found:
         return found[1]
@@ -38,7 +37,7 @@ def strict(text: str, letters: str, options: Sequence[str] = ()) -> str:
 def lmms_eval(text: str, letters: str, options: Sequence[str] = ()) -> str:
     """lmms-eval 0.7.2: the most telling place of a letter, and of equal ones the last.
 
-    From strong to weak: an answer that starts or ends with the letter; the first of each letter behind a
+    From strong to weak: an answer that starts or ends with the letter; the first of each letter after a
     phrase such as "the answer is", where capitals inside of words count too; "(A)"; "A."; "A:"; "A)"; "A ";
     and any capital at all. So "The answer is B. Dogs bark" is D.
     """
@@ -55,8 +54,8 @@ def lmms_eval(text: str, letters: str, options: Sequence[str] = ()) -> str:
     lower = padded.lower()
     for phrase in PHRASES:
         if phrase in lower:
-            behind = lower.index(phrase) + len(phrase)
-            found += [(7, padded.find(c, behind), c) for c in letters if c in padded[behind:]]
+            after = lower.index(phrase) + len(phrase)
+            found += [(7, padded.find(c, after), c) for c in letters if c in padded[after:]]
     found = found or [(0, padded.rfind(letter), letter) for letter in letters if letter in padded]
     return max(found)[2] if found else ""
 
@@ -69,11 +68,11 @@ EIGHT += ["The best option is", "The correct option is", "Best answer:", "Best o
 
 
 def vlmevalkit(text: str, letters: str, options: Sequence[str] = ()) -> str:
-    """VLMEvalKit without a judge: some prefixes are removed, then the first capital that is a letter, in a
-    word or not.
+    """VLMEvalKit without a judge: prefixes removed, then the first capital that is a letter.
 
-    So "Definitely C" is D. Up to four letters the prefixes are those of Video-MME, of which two are misspelt
-    so that "Best answer: C" is B; with more they are those of its version 2.
+    The capital counts inside a word too, so "Definitely C" is D. Up to four letters the prefixes are those of
+    Video-MME, of which two are misspelt so that "Best answer: C" is B; with more they are those of its
+    version 2.
     """
     text = text.strip()
     for prefix in FOUR if len(letters) <= 4 else EIGHT:
@@ -102,7 +101,7 @@ def prompt_strict(question: str, letters: str, said: str | None) -> str:
 
 
 def prompt_lmms_eval(question: str, letters: str, said: str | None) -> str:
-    """Speaks of subtitles also where there are none; ends in two different ways."""
+    """lmms-eval's prompt: mentions subtitles also where there are none; ends in two different ways."""
     ask = f"{respond(letters, SUBTITLED)}\n{question}\n"
     if said is None:
         return f"{ask}\nAnswer with the option's letter from the given choices directly."
@@ -123,7 +122,7 @@ def middles(total: int, n: int) -> list[int]:
 
 
 def ends(total: int, n: int) -> list[int]:
-    """n frames from the first to the last, as `numpy.linspace` rounds them down."""
+    """n frames from the first to the last, rounded down as by `numpy.linspace`."""
     return np.linspace(0, total - 1, n, dtype=int).tolist()
 
 
@@ -141,7 +140,7 @@ class Choice:
         read: a letter or "", from a model's answer, the letters and the options.
         sample: n frame numbers of `total`.
         said: the subtitles of sampled frames, see `subtitles`.
-        frames: how many, unless asked otherwise.
+        frames: default number of sampled frames.
         max_new_tokens: of an answer.
     """
 

@@ -1,4 +1,4 @@
-"""Which subtitles go with sampled frames."""
+"""Subtitles for sampled frames, chosen as each harness does."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ def at_frames(path: Path | None, indices: Sequence[int], fps: float, total: int)
 
 
 def vlmevalkit(path: Path | None, indices: Sequence[int], fps: float, total: int) -> str:
-    """Per sampled frame the first subtitle strictly around it: one that lasts over several frames is
-    repeated.
-    """
+    """Per sampled frame the first subtitle strictly around it; one that spans several frames is repeated."""
     if path is None:
         return ""
     import pysubs2

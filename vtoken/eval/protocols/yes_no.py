@@ -1,4 +1,4 @@
-"""How harnesses ask a yes-or-no question and read what a model says."""
+"""Yes-or-no protocols of three harnesses: the prompt, and the parsing of an answer."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ class YesNo:
 
 
 def strict(text: str) -> str:
-    """The answer that was asked for and nothing else: yes or no in any case, perhaps with a full stop."""
+    """The requested answer and nothing else: yes or no in any case, perhaps with a full stop."""
     found = re.fullmatch(r"\s*(yes|no)\.?\s*", text, re.IGNORECASE)
     return found[1].lower() if found else ""
 
 
 def lmms_eval(text: str) -> str:
-    """lmms-eval 0.7.2: full stops removed, "y" and "n" alone, else what the first four characters contain,
-    yes first.
+    """lmms-eval 0.7.2: full stops removed, "y" and "n" alone, else yes, then no in the first four characters.
 
     So "Yesterday" is yes, and "Nothing", "Know" and "Not sure" are no.
     """
@@ -46,7 +45,7 @@ def lmms_eval(text: str) -> str:
 def vlmevalkit(text: str) -> str:
     """VLMEvalKit without a judge: the one of the words yes and no that occurs; neither or both is no answer.
 
-    Punctuation becomes a space, or vanishes where the text has it beside a space, or has a comma between
+    Punctuation becomes a space, or vanishes where the text has it next to a space, or has a comma between
     digits anywhere. So "(yes)no" has both words, and "yes(no) (" is the one word "yesno".
     """
     text = text.lower()

@@ -1,1 +1,1 @@
-"""Runs a benchmark on a model: asks, writes every answer to disk, resumes, and sums up."""
+"""Runs a benchmark on a model: asks, logs every answer, resumes, and sums up."""

@@ -1,4 +1,4 @@
-"""Answers on disk: one JSON line per question, safe against a kill at any moment."""
+"""Answer log of a run: one JSON line per question, safe against a kill at any moment."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ Record = dict[str, Any]
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other evaluations out of a folder, which is made if needed, within a `with` block; blocks may be
-    nested.
+    """Lock a folder against other evaluations for a `with` block; makes it if needed; blocks may be nested.
 
     The operating system holds the lock for this process: when it dies, however it dies, the folder is free
     again.
@@ -46,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
-    """Store the settings of a run in its folder, or compare them with what is stored there.
+    """Store the settings of a run in its folder, or compare them with the stored ones.
 
     Raises:
         ValueError: if the folder holds a run under other settings, naming the first that differs.
@@ -75,7 +74,7 @@ def check_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
 
 
 def read(folder: Path, stem: str, names: Iterable[str]) -> dict[str, Record]:
-    """The records of one run by item, from the files of all processes; a half-written last line is left out.
+    """The records of one run by item, from the files of all processes; a half-written last line is dropped.
 
     An item counts once: of several answers to it the first is read, of an answer and an error the answer.
 
@@ -108,7 +107,7 @@ def read(folder: Path, stem: str, names: Iterable[str]) -> dict[str, Record]:
 
 
 def _whole(record: Record) -> bool:
-    """Whether a record has a sentence, or an answer with what it cost."""
+    """Whether a record is complete: an error's sentence, or an answer with its cost."""
     if "error" in record:
         return isinstance(record["error"], str)
     costs = [record.get(f.name) for f in fields(Reply) if f.name != "text"]
@@ -116,7 +115,7 @@ def _whole(record: Record) -> bool:
 
 
 class Writer:
-    """Appends records to one process's file of a run; each `append` is on the disk when it returns."""
+    """Appends records to one process's file of a run; each record is on disk when `append` returns."""
 
     def __init__(self, folder: Path, stem: str, process: int) -> None:
         path = folder / f"{stem}.{process}.jsonl"

@@ -1,4 +1,4 @@
-"""Puts prompts with pictures to a model, through its own processor, and measures tokens and time."""
+"""Asks a model through its own processor, and measures tokens and time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..benchmarks.task import Prompt
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said to one prompt, and its share of what the batch cost.
+    """Answer of a model to one prompt, and its share of the batch's cost.
 
     Attributes:
         text: the greedy answer.
@@ -38,7 +38,7 @@ class Reply:
 
 
 class FirstToken:
-    """A stopping criterion that never stops and remembers when the first token was there."""
+    """A stopping criterion that never stops, and records the time of the first token."""
 
     def __init__(self) -> None:
         self.seconds: float | None = None
@@ -67,15 +67,13 @@ class Asker:
         self.reads_video = getattr(processor, "video_processor", None) is not None
 
     def applied(self, strategy: str | None, budget: float | int = 1.0) -> AbstractContextManager[Any]:
-        """Patch for the length of a `with` block; None keeps every token, which is the unpatched model bit
-        for bit.
-        """
+        """Patch for a `with` block; None keeps every token, which is the unpatched model bit for bit."""
         import vtoken
 
         return vtoken.applied(self.model, strategy or "uniform", budget=budget if strategy else 1.0)
 
     def refusal(self, strategy: str | None, budget: float | int, prompt: Prompt) -> str:
-        """The sentence with which this strategy refuses this model, budget or prompt; empty if it does not.
+        """The sentence with which a strategy refuses this model, budget or prompt; empty if it does not.
 
         It asks the prompt for one token, which is also the warm-up before times are taken.
         """
@@ -88,7 +86,7 @@ class Asker:
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Reply]:
-        """Greedy answers to a batch of prompts, under the patch that is applied."""
+        """Greedy answers to a batch of prompts, under the applied patch."""
         import vtoken
 
         inputs = self.inputs(prompts)
@@ -119,7 +117,7 @@ class Asker:
         return [Reply(text.strip(), *shared) for text in texts]
 
     def inputs(self, prompts: Sequence[Prompt]) -> Any:
-        """What `generate` takes for a batch of prompts, padded on the left, on the model's device."""
+        """Inputs of `generate` for a batch of prompts, padded on the left, on the model's device."""
         images, videos, metadata, texts = [], [], [], []
         for prompt in prompts:
             shown: list[Any] = [prompt.image] if prompt.image is not None else []
@@ -161,9 +159,7 @@ class Asker:
         }
 
     def chat(self, text: str, kind: str, n: int) -> str:
-        """The chat prompt of a question behind n images or videos, in LLaVA's plain wording if there is no
-        template.
-        """
+        """The chat prompt of n images or videos, then a question; LLaVA's wording without a template."""
         if getattr(self.processor, "chat_template", None):
             content = [{"type": kind}] * n + [{"type": "text", "text": text}]
             return self.processor.apply_chat_template(
@@ -175,8 +171,9 @@ class Asker:
 
 
 def load(model_id: str | None) -> Asker:
-    """A model from the Hub or a folder, or one of the tiny ones by name; the tiny LLaVA if None. Raises as
-    `demo.load`.
+    """An `Asker` of a model from the Hub or a folder, or of a tiny one (None: llava).
+
+    Raises as `vtoken.asking.load`.
     """
     from ...asking import load as load_any
 

@@ -1,5 +1,4 @@
-"""Runs a benchmark: strategies x budgets, resumable, over as many processes as `accelerate launch` started.
-"""
+"""Runs a benchmark: strategies x budgets, resumable, in parallel under `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -22,9 +21,7 @@ SHARES = ("tokens", "tokens_in", "flops", "flops_dense", "seconds")
 
 @dataclass(frozen=True)
 class Run:
-    """One strategy at one budget; `strategy` None reads all visual tokens. `frames` of a video, None: the
-    task's number.
-    """
+    """One strategy at one budget; `strategy` None: all visual tokens, `frames` None: the task's number."""
 
     strategy: str | None
     budget: float | int
@@ -37,21 +34,21 @@ class Run:
 
     @property
     def stem(self) -> str:
-        """The name of the run's files."""
+        """Stem of the run's file names."""
         return re.sub(r"[^\w.+-]+", "-", self.name)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run.
+    """Results of a finished run.
 
     Attributes:
-        run: what was run.
+        run: strategy, budget and frames.
         cell: measured tokens, FLOPs and right answers, per group in `cell.kinds`.
         ttft: median seconds to the first token.
         breakdown: the benchmark's own scores.
         wrong: the items that were answered wrong.
-        unparsed: those among them whose answers the protocol takes for none.
+        unparsed: those among them in whose text the protocol finds no answer.
         unreadable: per item that could not be opened, why; each counts as answered wrong.
     """
 
@@ -87,7 +84,7 @@ def plan(
         strategies: registered names, or several joined by "+".
         budgets: as for `vtoken.patch`.
         frames: per video.
-        same_tokens_as: instead of `frames`, as many as cost what this many frames cost unpruned.
+        same_tokens_as: instead of `frames`: the number of frames that costs as much as this number unpruned.
 
     Raises:
         ValueError: if `same_tokens_as` is used with `frames` or with budgets that are no shares.
@@ -111,7 +108,7 @@ def _whole(budget: float | int) -> bool:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that work on a run."""
+    """Rank of this process, and the number of processes that work on a run."""
 
     index: int = 0
     count: int = 1
@@ -119,9 +116,7 @@ class Processes:
 
     @classmethod
     def found(cls) -> Processes:
-        """As `accelerate launch` or `torchrun` started them, on GPUs or, with gloo, on a CPU; one without
-        accelerate.
-        """
+        """As started by `accelerate launch` or `torchrun`, on GPUs or with gloo on a CPU; else one."""
         from datetime import timedelta
 
         import torch
@@ -141,14 +136,14 @@ class Evaluation:
     """One task and one model, with a folder for the answers.
 
     Args:
-        task: what is asked.
-        asker: who answers.
-        folder: for settings and answers; a run that is there is continued.
+        task: the benchmark.
+        asker: the model.
+        folder: for settings and answers; a run in it is continued.
         batch_size: prompts per `generate`. Batches are the same whatever was interrupted, however many
             processes there are: an unfinished one is asked again as a whole.
-        settings: what answers depend on beside the task's own settings.
+        settings: settings on which answers depend, in addition to the task's own.
         processes: see `Processes`.
-        step: told how many questions were just done.
+        step: called with the number of questions just done.
     """
 
     def __init__(
@@ -171,12 +166,11 @@ class Evaluation:
         self.processes.wait()
 
     def alone(self) -> AbstractContextManager[None]:
-        """Keep other evaluations out of the folder; the first process does it for all. See `records.locked`.
-        """
+        """Lock the folder against other evaluations, by the first process. See `answer_log.locked`."""
         return locked(self.folder) if self.processes.index == 0 else nullcontext()
 
     def run(self, run: Run) -> Outcome | str:
-        """Ask what has no answer yet, wait for the other processes, and score.
+        """Ask the unanswered questions, wait for the other processes, and score.
 
         Returns:
             The outcome, or the sentence with which the strategy refuses this model, budget or kind of prompt.
@@ -190,8 +184,8 @@ class Evaluation:
 
     def _run(self, run: Run) -> Outcome | str:
         done = read(self.folder, run.stem, self.names)
-        self.processes.wait()  # nobody writes before everybody has read
-        # asked by all processes, so that all hear the same
+        self.processes.wait()  # no process writes before all have read
+        # asked by all processes, so that all get the same answer
         prompt = self._readable(run) if self._open(done) else None
         if prompt and (refusal := self.asker.refusal(run.strategy, run.budget, prompt)):
             return refusal
@@ -207,12 +201,12 @@ class Evaluation:
         return self.outcome(run, read(self.folder, run.stem, self.names))
 
     def progress(self, run: Run) -> tuple[int, int]:
-        """Answers that a run has, and questions that this process is going to ask."""
+        """Number of answers that a run has, and of questions left for this process."""
         done = read(self.folder, run.stem, self.names)
         return sum("answer" in r for r in done.values()), sum(map(len, self._mine(done)))
 
     def _open(self, done: dict[str, Record]) -> list[Sequence[Item]]:
-        """Batches with a question that has no answer yet."""
+        """Batches with at least one unanswered question."""
         return [b for b in self.batches if any("answer" not in done.get(i.name, {}) for i in b)]
 
     def _mine(self, done: dict[str, Record]) -> list[Sequence[Item]]:
@@ -227,7 +221,7 @@ class Evaluation:
         return None
 
     def _ask(self, batch: Sequence[Item], run: Run, done: dict[str, Record]) -> list[Record]:
-        """The records of a batch that are new, in its order."""
+        """The new records of a batch, in its order."""
         prompts: dict[str, Prompt] = {}
         fresh: dict[str, Record] = {}
         for item in batch:
@@ -247,7 +241,7 @@ class Evaluation:
         return [fresh[item.name] for item in batch if is_new(item.name)]
 
     def outcome(self, run: Run, records: dict[str, Record]) -> Outcome:
-        """Score a complete set of records. Raises ValueError naming an item that has none."""
+        """Score a complete set of records. Raises ValueError naming an item without a record."""
         if missing := [name for name in self.names if name not in records]:
             raise ValueError(
                 f"{run.name} has no answer to {missing[0]!r} and {len(missing) - 1} more: run it again to"

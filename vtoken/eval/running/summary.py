@@ -1,6 +1,4 @@
-"""Shows finished runs: a table of accuracy against measured tokens, details per group, JSON, Markdown and a
-plot.
-"""
+"""Summaries of finished runs: accuracy against measured tokens, details, JSON, Markdown and a plot."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[list[str]]:
-    """One row per run under a head: measured tokens, LLM FLOPs, accuracy, the benchmark's figures, TTFT.
+    """One row per run after a head: measured tokens, LLM FLOPs, accuracy, the benchmark's figures, TTFT.
 
     Baselines are marked by a star.
     """
@@ -93,7 +91,7 @@ def show(out: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
 def save(
     folder: Path, title: str, outcomes: Sequence[Outcome], settings: dict[str, Any], left_out: Sequence[str]
 ) -> list[Path]:
-    """Write results.json, results.md and, of several runs, results.png; returns their paths."""
+    """Write results.json, results.md and, for several runs, results.png; returns their paths."""
     paths = [folder / "results.json", folder / "results.md"]
     values = {
         "title": title,
