@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -341,12 +342,39 @@ class Selection:
         return cls(torch.arange(n, device=device))
 
     @classmethod
+    def merge(cls, keep: Tensor, owner: Tensor, weight: Tensor | None = None) -> Selection:
+        """Token i joins the kept token `owner[i]`.
+
+        Args:
+            keep: (k,) int64, ascending.
+            owner: (n,) int64, the index of a kept token, -1 for none. A kept token that absorbs must own itself for its
+                own share; one whose owner is -1, and that no other names, stays as it is.
+            weight: (n,) float32, the share with which token i is added; None for the mean of those that join.
+
+        Raises:
+            ValueError: if an owner is not kept.
+        """
+        slot = torch.full_like(owner, -1)
+        slot[keep] = torch.arange(len(keep), device=keep.device)
+        joins = owner >= 0
+        into = torch.where(joins, slot[owner.clamp(min=0)], -1)
+        if bool((joins & (into < 0)).any()):
+            lost = owner[joins & (into < 0)].unique().tolist()[:5]
+            raise ValueError(f"Selection.merge needs owners that are kept, found {lost}: use -1 for a token that goes.")
+        if weight is None:
+            size = torch.zeros(max(1, len(keep)), device=into.device).index_add_(0, into.clamp(min=0), joins.float())
+            weight = torch.where(joins, 1 / size[into.clamp(min=0)], 0.0)
+        return cls(keep, into, weight)
+
+    @classmethod
     def groups(cls, keep: Tensor, group: Tensor) -> Selection:
-        """Kept tokens become the mean of their group: `group` (n,) int64, index into `keep` or -1 (dropped)."""
-        size = torch.zeros(len(keep), device=group.device).index_add_(
-            0, group.clamp(min=0), (group >= 0).to(torch.float32)
+        """Deprecated: `Selection.merge(keep, owner)`, whose owners are tokens where `group` has indices into `keep`."""
+        warnings.warn(
+            "Selection.groups goes in the next release: write Selection.merge(keep, owner), with owner[i] a kept token.",
+            DeprecationWarning,
+            stacklevel=2,
         )
-        return cls(keep, group, torch.where(group >= 0, 1 / size[group.clamp(min=0)], 0.0))
+        return cls.merge(keep, torch.where(group >= 0, keep[group.clamp(min=0)], -1))
 
     def check(self, n: int) -> Selection:
         """Raise ValueError unless this is a legal answer for n tokens; returns itself."""

@@ -94,9 +94,6 @@ class LLaVolta(Strategy):
             centre = torch.arange(len(rows), device=rows.device) // stride * stride + (min(stride, len(rows)) - 1) // 2
             owner[rows] = rows[centre]
             keep[rows[centre]] = True
-        kept = keep.nonzero()[:, 0]
-        slot = torch.full_like(item, -1)
-        slot[kept] = torch.arange(len(kept), device=kept.device)
-        group = torch.where(owner >= 0, slot[owner.clamp(min=0)], -1)
-        alone = torch.where(separator & keep, slot, -1)
-        return Selection.groups(kept, torch.where(owner >= 0, group, alone))
+        alone = (separator & keep).nonzero()[:, 0]
+        owner[alone] = alone
+        return Selection.merge(keep.nonzero()[:, 0], owner)

@@ -121,17 +121,13 @@ class MustDrop(Strategy):
             group = self._merge_on_grid(tokens, group)
         patches = tokens.patch_rows
         group = group[tokens.cells[patches]]
-        owner = patches[self._representatives(tokens, patches, group)]
-        keep = torch.cat([owner.unique(), tokens.separator_rows]).sort().values
-        slot = torch.full((len(tokens),), -1, device=keep.device)
-        slot[keep] = torch.arange(len(keep), device=keep.device)
-        into = slot.clone()
-        into[patches] = slot[owner]
-        marked = self._keys(tokens, keep)
-        if inside or len(keep) == len(tokens):
-            return Selection(keep, marked=marked)
-        merged = Selection.groups(keep, into)
-        return Selection(keep, merged.into, merged.weight, marked)
+        owner = torch.arange(len(tokens), device=group.device)
+        owner[patches] = patches[self._representatives(tokens, patches, group)]
+        keep = owner.unique()
+        merges = not inside and len(keep) < len(tokens)
+        selection = Selection.merge(keep, owner) if merges else Selection(keep)
+        selection.marked = self._keys(tokens, keep)
+        return selection
 
     def _merge_on_grid(self, tokens: VisualTokens, group: Tensor) -> Tensor:
         """The same windows on the cells that the LLM would read, for towers in which nothing can be merged."""

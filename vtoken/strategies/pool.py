@@ -58,11 +58,10 @@ class Pool(Strategy):
         sorted_group = group[patches][order]
         first = torch.ones_like(sorted_group, dtype=torch.bool)
         first[1:] = sorted_group[1:] != sorted_group[:-1]
-        rows_kept, owners = patches[order[first]], sorted_group[first]
-        keep, ascending = rows_kept.sort()
-        slot = torch.full((groups,), -1, device=device)
-        slot[owners[ascending]] = torch.arange(len(keep), device=device)
-        return Selection.groups(keep, torch.where(group >= 0, slot[group.clamp(min=0)], -1))
+        centre_of = torch.full((groups,), -1, device=device)
+        centre_of[sorted_group[first]] = patches[order[first]]
+        owner = torch.where(group >= 0, centre_of[group.clamp(min=0)], -1)
+        return Selection.merge(patches[order[first]].sort().values, owner)
 
 
 def _window(fed: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:

@@ -173,12 +173,10 @@ class SparseVLM(Strategy):
         states = tokens.hidden_states[tokens.visual_rows[best]]
         centres, cluster = density_peaks(states, min(len(best), recycled(len(dropped))))
         keep = torch.cat([kept, best[centres]]).sort().values
-        slot = torch.full((n,), -1, device=kept.device)
-        slot[keep] = torch.arange(len(keep), device=kept.device)
-        group = torch.full((n,), -1, device=kept.device)
-        group[kept] = slot[kept]
-        group[best] = slot[best[centres]][cluster]
-        return Selection.groups(keep, group)
+        owner = torch.full((n,), -1, device=kept.device)
+        owner[kept] = kept
+        owner[best] = best[centres][cluster]
+        return Selection.merge(keep, owner)
 
     # -- numbers ------------------------------------------------------------------------------------------------
     def _counts(self, tokens: PrefillTokens, cuts: tuple[int, ...]) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy
 from .budgets import check_budget, in_total, per_segment
-from .common.grouping import absorb, local_cells, nearest, rows_per_segment, unit
+from .common.grouping import local_cells, nearest, rows_per_segment, unit
 from .common.scores import Score, attention_needs, attention_scores
 from .registry import register
 
@@ -128,7 +128,7 @@ class TokenCorr(Strategy):
         total = torch.zeros(n, device=device).index_add_(0, owner[grouped], weight[grouped])
         share = torch.zeros(n, device=device)
         share[grouped] = weight[grouped] / total[owner[grouped]]
-        return absorb(keep, owner, share)
+        return Selection.merge(keep, owner, share)
 
     @property
     def _compresses_thumbnail(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..tokens import Needs, Selection, TowerInfo, VisualTokens
 from .base import Strategy, top_k
-from .common.grouping import Layout, absorb, in_order, local_cells, nearest, rows_per_segment
+from .common.grouping import Layout, in_order, local_cells, nearest, rows_per_segment
 from .common.scores import attention_needs, attention_scores
 from .registry import register
 
@@ -90,7 +90,7 @@ class VisionZip(Strategy):
             weight[own] = 1.0 if self.merge == "sum" else 1 / parts[joined > 0]
             weight[rows[i][others]] = 1 / parts[target_of]
         newlines = tokens.separator_rows if self.keep_newline else tokens.separator_rows[:0]
-        selection = absorb(torch.cat([*kept, newlines]).sort().values, owner, weight)
+        selection = Selection.merge(torch.cat([*kept, newlines]).sort().values, owner, weight)
         if self.layout == "spatial":
             return selection
         # a block for the thumbnail, one for the canvas of all crops, one for each frame of a video

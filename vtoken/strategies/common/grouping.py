@@ -51,19 +51,6 @@ def nearest(x: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
     return torch.cat(found) if found else torch.empty(0, dtype=torch.long, device=x.device)
 
 
-def absorb(keep: Tensor, owner: Tensor, weight: Tensor) -> Selection:
-    """The Selection in which token i joins the kept token `owner[i]` (a token index, -1 for none) with `weight[i]`.
-
-    Args:
-        keep: (k,) int64, ascending.
-        owner: (n,) int64. Kept tokens that absorb must own themselves.
-        weight: (n,) float32.
-    """
-    slot = torch.full_like(owner, -1)
-    slot[keep] = torch.arange(len(keep), device=keep.device)
-    return Selection(keep, torch.where(owner >= 0, slot[owner.clamp(min=0)], -1), weight)
-
-
 def in_order(selection: Selection, order: Tensor, n: int) -> Selection:
     """The same features in another order: kept token `order[j]` moves to the place of the j-th kept token.
 
