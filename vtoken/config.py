@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ._json import check_depth, read
 from .checks import fit, fit_field, found
-from .strategies.budgets import check_budget
+from .strategies.budgets import Budget, Unit, check_budget
 
 CONFIG_FILE = "vtoken_config.json"
 FORMAT_VERSION = 1
@@ -76,7 +76,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
             ValueError: for a field that was assigned a wrong value.
         """
         self.__post_init__()
-        return asdict(self) | {UNIT: "share" if isinstance(self.budget, float) else "tokens"}
+        return asdict(self) | {UNIT: Budget(self.budget).unit}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VTokenConfig:
@@ -181,11 +181,8 @@ def _with_unit(values: dict[str, Any]) -> dict[str, Any]:
     """The values without their unit, the budget in the kind of number that it asks for."""
     if UNIT not in values:
         return values
-    unit = fit(UNIT, values[UNIT], Literal["share", "tokens"])
+    unit = fit(UNIT, values[UNIT], Unit)
     values = {k: v for k, v in values.items() if k != UNIT}
     if "budget" in values:
-        budget = fit("budget", values["budget"], float | int)
-        if unit == "tokens" and not float(budget).is_integer():
-            raise ValueError(f"A budget in tokens must be a whole number, found {budget}.")
-        values["budget"] = check_budget(float(budget) if unit == "share" else int(budget))
+        values["budget"] = Budget.of(values["budget"], unit).value
     return values

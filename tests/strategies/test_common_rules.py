@@ -7,7 +7,7 @@ import torch
 
 import vtoken
 from vtoken.strategies import create, list_names, strategy_info
-from vtoken.strategies.budgets import divide, per_segment
+from vtoken.strategies.budgets import Budget, divide
 from vtoken.tokens import Segment
 
 from .common import answer, anyres, build, edge_cases, image, kept_per_segment, tower, video
@@ -82,17 +82,17 @@ def test_divide_is_exact_and_even():
 
 def test_whole_numbers_count_per_image_and_per_frame():
     crops = list(anyres(2, 2, 4).segments)
-    assert sum(per_segment(crops, 32)) == 32 and max(per_segment(crops, 32)) - min(per_segment(crops, 32)) <= 1
-    assert per_segment([Segment("frame", (2, 2))] * 3, 3) == [3, 3, 3]
-    assert per_segment([Segment("image", (2, 2))], 99) == [4]
+    assert sum(Budget(32).tokens(crops)) == 32 and max(Budget(32).tokens(crops)) - min(Budget(32).tokens(crops)) <= 1
+    assert Budget(3).tokens([Segment("frame", (2, 2))] * 3) == [3, 3, 3]
+    assert Budget(99).tokens([Segment("image", (2, 2))]) == [4]
 
 
 def test_shares_are_of_what_is_fed():
     crops = list(anyres(2, 1, 4, top=3).segments)
     assert [s.fed for s in crops] == [16, 4, 4]
-    assert per_segment(crops, 0.5) == [8, 2, 2]
-    assert per_segment(crops, 0.01) == [1, 1, 1]
-    assert per_segment(list(anyres(3, 1, 2, top=2).segments), 0.5) == [2, 0, 2, 0]
+    assert Budget(0.5).tokens(crops) == [8, 2, 2]
+    assert Budget(0.01).tokens(crops) == [1, 1, 1]
+    assert Budget(0.5).tokens(list(anyres(3, 1, 2, top=2).segments)) == [2, 0, 2, 0]
 
 
 def test_strategies_refuse_what_a_tower_does_not_have():

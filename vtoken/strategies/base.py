@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import fit_field, has_field
 from ..streams import Reuse
 from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
-from .budgets import check_budget, per_segment
+from .budgets import Budget, check_budget
 
 Positions = Literal["original", "renumber"]
 REFERENCE_DEPTH = 32  # of the LLMs for which layer numbers are published; deep enough for every method
@@ -118,7 +118,11 @@ class Strategy(metaclass=_CheckedOptions):
     @property
     def is_identity(self) -> bool:
         """Whether the model would read exactly what it reads unpatched."""
-        return isinstance(self.budget, float) and self.budget == 1.0
+        return self.budget is not None and self.allowance().is_all
+
+    def allowance(self, budget: float | int | None = None) -> Budget:
+        """The budget, or the one given in its place, as tokens. Raises ValueError if it is none."""
+        return Budget(self.budget if budget is None else budget)
 
     def needs(self, tower: TowerInfo | None) -> Needs:
         """What `select` will read besides features, segments and cells."""
@@ -126,10 +130,8 @@ class Strategy(metaclass=_CheckedOptions):
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens per segment that enter the LLM, a pure function of the grids: all, if the method only acts inside it."""
-        budget = self.budget if budget is None else check_budget(budget)
-        if not self.acts_on_projector:
-            return [s.fed for s in segments]
-        return per_segment(segments, budget)
+        allowance = self.allowance(budget)
+        return allowance.tokens(segments) if self.acts_on_projector else [s.fed for s in segments]
 
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose among the visual tokens of one image or one video."""

@@ -5,10 +5,88 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from ..checks import BITS, found, number
+from ..checks import BITS, fit, found, number
 from ..tokens import Segment
+
+Unit = Literal["share", "tokens"]
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """What the number that a user gives allows, in tokens.
+
+    Args:
+        value: a float in (0, 1] is a share of the visual tokens, an int a number of them per image or frame.
+
+    Raises:
+        ValueError: for anything else.
+    """
+
+    value: float | int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", check_budget(self.value))
+
+    @classmethod
+    def of(cls, value: Any, unit: Any) -> Budget:
+        """A number as programs write it that know one kind of number, in the unit that stands with it.
+
+        Raises:
+            ValueError: for an unknown unit, or a number that is none in this unit.
+        """
+        unit, value = fit("budget_unit", unit, Unit), fit("budget", value, float | int)
+        if unit == "tokens" and not float(value).is_integer():
+            raise ValueError(f"A budget in tokens must be a whole number, found {value}.")
+        return cls(float(value) if unit == "share" else int(value))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Budget) and (self.unit, self.value) == (other.unit, other.value)
+
+    def __hash__(self) -> int:
+        return hash((self.unit, self.value))
+
+    @property
+    def unit(self) -> Unit:
+        return "share" if isinstance(self.value, float) else "tokens"
+
+    @property
+    def is_share(self) -> bool:
+        return self.unit == "share"
+
+    @property
+    def is_all(self) -> bool:
+        """Whether the model reads what it reads unpatched: 1.0, which is not 1."""
+        return self.is_share and self.value == 1.0
+
+    def allowed(self, n: int, units: int = 1) -> float:
+        """Of `n` tokens in so many images or frames those that may stay, not rounded and not limited to n."""
+        return self.value * (n if self.is_share else max(1, units))
+
+    def share_of(self, n: int) -> float:
+        """As a share of n tokens, 1.0 at most."""
+        return self.value if self.is_share else min(1.0, self.value / n)
+
+    def part(self, n: int, least: int = 1) -> int:
+        """Tokens of n: the truncated share or the whole number, at least `least`, never more than n."""
+        return min(n, max(least, int(self.allowed(n))))
+
+    def tokens(self, segments: Sequence[Segment]) -> list[int]:
+        """Tokens per segment of one image or video.
+
+        A share keeps its part of what each segment feeds, at least one token of every segment that has any. A whole number
+        counts per frame; of an image in crops it is divided as evenly as they allow.
+        """
+        fed = [s.fed for s in segments]
+        if self.is_share or all(s.kind == "frame" for s in segments):
+            return [self.part(n) for n in fed]
+        return divide(int(self.value), fed)
+
+    def total(self, segments: Sequence[Segment], n: int) -> int:
+        """Tokens of one image or video of n tokens, at least 1, its segments taken together."""
+        return min(n, max(1, int(self.allowed(n, frames_of(segments)))))
 
 
 def check_budget(budget: Any) -> float | int:
@@ -32,12 +110,6 @@ def check_budget(budget: Any) -> float | int:
     return float(value)
 
 
-def share(budget: float | int, n: int, least: int = 1) -> int:
-    """Tokens that `budget` allows of n: the truncated share, at least `least`, never more than n."""
-    wanted = int(n * budget) if isinstance(budget, float) else budget
-    return min(n, max(least, wanted))
-
-
 def divide(total: int, sizes: Sequence[int]) -> list[int]:
     """`total` tokens over segments of the given sizes as evenly as their sizes allow; earlier ones get the rest."""
     counts, left = [0] * len(sizes), total
@@ -48,18 +120,6 @@ def divide(total: int, sizes: Sequence[int]) -> list[int]:
     return counts
 
 
-def per_segment(segments: Sequence[Segment], budget: float | int) -> list[int]:
-    """Tokens per segment of one image or video: its share of what it would feed, or an even part of a whole number.
-
-    A share keeps at least one token of every segment that has any; a whole number counts per image or frame.
-    """
-    fed = [s.fed for s in segments]
-    if isinstance(budget, float) or all(s.kind == "frame" for s in segments):
-        return [share(budget, n) for n in fed]
-    return divide(budget, fed)
-
-
-def in_total(segments: Sequence[Segment], budget: float | int, n: int) -> int:
-    """Tokens of one image or video of n tokens that `budget` allows, at least 1, without looking at its segments."""
-    frames = sum(s.kind == "frame" for s in segments)
-    return share(budget if isinstance(budget, float) else budget * max(1, frames), n)
+def frames_of(segments: Sequence[Segment]) -> int:
+    """How many of the segments are frames of a video."""
+    return sum(s.kind == "frame" for s in segments)

@@ -11,7 +11,7 @@ from ..checks import found
 from ..streams import Reuse
 from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
 from .base import Positions, Strategy, StrategyInfo, check_methods
-from .budgets import check_budget
+from .budgets import Budget, check_budget, frames_of
 from .registry import create, parse_strategy, split_names
 
 REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L
@@ -82,12 +82,12 @@ class Composite(Strategy):
         self.first, self.then = (at_projector or only)[0], (inside or only)[0]
         if self.budget is not None:
             self.budget = check_budget(self.budget)
-            shared = self.budget**self.split if both and isinstance(self.budget, float) else self.budget
+            shared = self.budget**self.split if both and Budget(self.budget).is_share else self.budget
             if self.first not in only:
                 self.first = replace(self.first, budget=shared)
             if self.then not in only:
                 self.then = replace(self.then, budget=self.budget)
-        if hasattr(self.then, "entering") and isinstance(self.first.budget, float):
+        if hasattr(self.then, "entering") and self.first.budget is not None and self.first.allowance().is_share:
             self.then = copy.copy(self.then)  # the caller's own object stays as it is
             self.then.entering = self.first.budget
         self.ordered = [*(p for p in only if p not in (self.first, self.then)), self.first, self.then]
@@ -121,19 +121,17 @@ class Composite(Strategy):
         """Tokens per segment that enter the LLM."""
         if budget is not None:
             return Composite(budget, self.parts, split=self.split).counts(segments)
-        n = sum(s.fed for s in segments)
-        return self._for(n, sum(s.kind == "frame" for s in segments)).counts(segments)
+        return self._for(sum(s.fed for s in segments), frames_of(segments)).counts(segments)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        frames = sum(s.kind == "frame" for s in tokens.segments)
-        first = self._for(len(tokens), frames)
+        first = self._for(len(tokens), frames_of(tokens.segments))
         return Selection.everything(len(tokens), tokens.cells.device) if first.is_identity else first.select(tokens)
 
     def _for(self, n: int, frames: int) -> Strategy:
         """The projector strategy with its share of a whole-number budget for an image or video of n tokens."""
-        if self.budget is None or isinstance(self.budget, float) or n == 0:
+        if self.budget is None or self.allowance().is_share or n == 0:
             return self.first
-        share = min(1.0, self.budget * max(1, frames) / n) ** self.split
+        share = min(1.0, self.allowance().allowed(n, frames) / n) ** self.split
         return replace(self.first, budget=float(share))
 
     def encoder_layers(self, tower: TowerInfo) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from ..kernels import farthest_point
 from ..tokens import Segment, Selection, VisualTokens
 from .base import Strategy
-from .budgets import check_budget, divide
+from .budgets import Budget, divide, frames_of
 from .registry import register
 
 
@@ -39,21 +39,18 @@ class DivPrune(Strategy):
 
     protect_newline: bool = False
 
-    def _total(self, segments: Sequence[Segment], budget: float | int, n: int) -> int:
-        frames = sum(s.kind == "frame" for s in segments)
-        wanted = round(budget * n) if isinstance(budget, float) else budget * max(1, frames)
-        return min(n, max(1, wanted))
+    def _total(self, segments: Sequence[Segment], budget: Budget, n: int) -> int:
+        return min(n, max(1, round(budget.allowed(n, frames_of(segments)))))
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Patches kept per segment if all are equally diverse; the sum is exact where the model adds no separator rows."""
-        budget = self.budget if budget is None else check_budget(budget)
         fed = [s.fed for s in segments]
-        return divide(self._total(segments, budget, sum(fed)), fed)
+        return divide(self._total(segments, self.allowance(budget), sum(fed)), fed)
 
     def select(self, tokens: VisualTokens) -> Selection:
         device = tokens.cells.device
         candidates = tokens.patch_rows if self.protect_newline else torch.arange(len(tokens), device=device)
-        count = self._total(tokens.segments, self.budget, len(candidates))
+        count = self._total(tokens.segments, self.allowance(), len(candidates))
         chosen = candidates[farthest_point(tokens.features[candidates][None].float(), count)[0]]
         if self.protect_newline:
             chosen = torch.cat([chosen, tokens.separator_rows])

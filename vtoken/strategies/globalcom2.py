@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy, top_k
-from .budgets import check_budget, per_segment
 from .common.grouping import Layout, in_order, local_cells, rows_per_segment, unit
 from .registry import register
 
@@ -74,7 +73,7 @@ class GlobalCom2(Strategy):
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens per segment if all crops are equally rich."""
-        return per_segment(segments, self.budget if budget is None else check_budget(budget))
+        return self.allowance(budget).tokens(segments)
 
     def select(self, tokens: VisualTokens) -> Selection:
         rows = rows_per_segment(tokens)
@@ -103,7 +102,7 @@ class GlobalCom2(Strategy):
     def _guided(self, tokens: VisualTokens, rows: list[Tensor], local: list[Tensor], thumbnail: int) -> list[Tensor]:
         """Kept tokens per segment, under the guidance of the thumbnail."""
         segments, fed = tokens.segments, sum(map(len, rows))
-        ratio = self.budget if isinstance(self.budget, float) else min(1.0, self.budget / fed)
+        ratio = self.allowance().share_of(fed)
         guide = local[thumbnail].mean().repeat(segments[thumbnail].size)  # where the model dropped a patch
         guide[local_cells(tokens, rows)[thumbnail]] = local[thumbnail]
         guide = guide.view(segments[thumbnail].grid)

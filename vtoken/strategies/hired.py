@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy, top_k
-from .budgets import check_budget
 from .common.scores import Score, attention_needs, attention_scores
 from .registry import register
 
@@ -94,12 +93,8 @@ class HiRED(Strategy):
         return [s.fed if self._skips_unfed(segments) else s.size for s in segments]
 
     def _total(self, segments: Sequence[Segment], budget: float | int | None = None) -> int:
-        budget = self.budget if budget is None else check_budget(budget)
         cells = sum(s.fed if any(s.shrink > 1 for s in segments) else s.size for s in segments)
-        if isinstance(budget, float):
-            return max(1, int(cells * budget))
-        frames = sum(s.kind == "frame" for s in segments)
-        return min(cells, budget * max(1, frames))
+        return self.allowance(budget).total(segments, cells)
 
     def _evenly(self, segments: Sequence[Segment], total: int) -> list[int]:
         """Frames of a video, or a single image: no thumbnail to consult."""

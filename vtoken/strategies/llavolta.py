@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..tokens import PrefillTokens, Selection, VisualTokens
 from .base import Strategy
+from .budgets import frames_of
 from .common.schedule import check_inside, wanted
 from .registry import register
 
@@ -69,8 +70,7 @@ class LLaVolta(Strategy):
             check_inside(self.prefill_layers(num_layers), num_layers, self.info.name)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        frames = sum(s.kind == "frame" for s in tokens.segments)
-        allowed = len(tokens) * self.budget if isinstance(self.budget, float) else self.budget * max(1, frames)
+        allowed = self.allowance().allowed(len(tokens), frames_of(tokens.segments))
         item = torch.zeros_like(tokens.cells)
         return self._pool(item, tokens.cells < 0, self._stride(len(tokens), allowed))
 

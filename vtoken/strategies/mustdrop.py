@@ -182,7 +182,7 @@ class MustDrop(Strategy):
         cuts = self.prefill_layers(num_layers)
         if cuts or (self.filtering and self._thresholds is None):
             check_inside(cuts, num_layers, self.info.name)
-        if cuts and self._thresholds is None and isinstance(self.budget, float):
+        if cuts and self._thresholds is None and self.allowance().is_share:
             refuse_if_unreachable(self.entering, self.budget, lengths(cuts, num_layers), self.info.name)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:

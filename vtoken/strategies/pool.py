@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..tokens import Segment, Selection, VisualTokens
 from .base import Strategy
-from .budgets import check_budget, per_segment
 from .registry import register
 
 
@@ -32,15 +31,14 @@ class Pool(Strategy):
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens kept per segment; a crop that is partly padding may keep fewer."""
-        budget = self.budget if budget is None else check_budget(budget)
-        most = per_segment(segments, budget)
+        most = self.allowance(budget).tokens(segments)
         return [math.prod(pooled_grid(s.grid, n)) if n else 0 for s, n in zip(segments, most, strict=True)]
 
     def select(self, tokens: VisualTokens) -> Selection:
         device = tokens.cells.device
         fed = tokens.fed_cells
         group_of_cell, centre, groups, start = [], [], 0, 0
-        for segment, most in zip(tokens.segments, per_segment(tokens.segments, self.budget), strict=True):
+        for segment, most in zip(tokens.segments, self.allowance().tokens(tokens.segments), strict=True):
             down, across = _window(fed[start : start + segment.size].view(segment.grid), segment)
             rows, columns = pooled_grid((len(down), len(across)), most) if most else (0, 0)
             (y, dy), (x, dx) = _blocks(down, rows, segment.grid[0]), _blocks(across, columns, segment.grid[1])

@@ -52,7 +52,7 @@ class PyramidDrop(Strategy):
     def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
         if self.layers is not None:
             return tuple(self.layers)
-        share = self.budget / self.entering if isinstance(self.budget, float) and self.ratio is None else 1.0
+        share = self.budget / self.entering if self.allowance().is_share and self.ratio is None else 1.0
         for first in range(max(1, num_layers // 4), 0, -1):
             inside = quarters(first, num_layers)
             if share == 1 or ratio_for(share, lengths(inside, num_layers)) >= LEAST_RATIO:
@@ -62,7 +62,7 @@ class PyramidDrop(Strategy):
     def check_depth(self, num_layers: int) -> None:
         cuts = self.prefill_layers(num_layers)
         check_inside(cuts, num_layers, self.info.name)
-        if isinstance(self.budget, float) and self.ratio is None:
+        if self.allowance().is_share and self.ratio is None:
             refuse_if_unreachable(self.entering, self.budget, lengths(cuts, num_layers), self.info.name)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:

@@ -106,7 +106,7 @@ class SparseVLM(Strategy):
     def check_depth(self, num_layers: int) -> None:
         cuts = self._cuts(num_layers)
         check_inside(cuts, num_layers, self.info.name)
-        if isinstance(self.budget, float) and self.target is None and self.version != "1.0":
+        if self.allowance().is_share and self.target is None and self.version != "1.0":
             refuse_if_unreachable(self.entering, self.budget, lengths(cuts, num_layers), self.info.name)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:

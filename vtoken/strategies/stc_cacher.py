@@ -9,7 +9,6 @@ import torch
 from ..streams import FrameTokens, Reuse
 from ..tokens import TowerInfo
 from .base import Strategy
-from .budgets import share
 from .registry import register
 
 PAPER = "Accelerating Streaming Video Large Language Models via Hierarchical Token Compression, arXiv 2512.00891"
@@ -68,4 +67,4 @@ class StcCacher(Strategy):
         like = torch.cosine_similarity(tokens.keys.to(wide), tokens.reference.to(wide), dim=-1, eps=1e-8)
         if self.always_cls:
             like[:, : tokens.prefix] = -torch.inf
-        return like.topk(share(self.budget, like.shape[1]), largest=False).indices
+        return like.topk(self.allowance().part(like.shape[1]), largest=False).indices

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy
-from .budgets import check_budget, in_total, per_segment
 from .common.grouping import local_cells, nearest, rows_per_segment, unit
 from .common.scores import Score, attention_needs, attention_scores
 from .registry import register
@@ -92,8 +91,9 @@ class TokenCorr(Strategy):
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """The most that may be kept per segment: all without a budget."""
-        budget = self.budget if budget is None else check_budget(budget)
-        return [s.fed for s in segments] if budget is None else per_segment(segments, budget)
+        if self.budget is None and budget is None:
+            return [s.fed for s in segments]
+        return self.allowance(budget).tokens(segments)
 
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.tower is not None
@@ -169,6 +169,6 @@ class TokenCorr(Strategy):
         """(n,) bool: the tokens that stay."""
         if self.budget is None:
             return entry < torch.inf
-        limit = in_total(tokens.segments, self.budget, sum(s.fed for s in tokens.segments))
+        limit = self.allowance().total(tokens.segments, sum(s.fed for s in tokens.segments))
         first = entry.sort(stable=True).indices[:limit]
         return (entry < torch.inf) & torch.zeros_like(entry, dtype=torch.bool).index_fill_(0, first, True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..tokens import Needs, NotProvided, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy
-from .budgets import check_budget, in_total
+from .budgets import Budget
 from .common.grouping import rows_per_segment
 from .registry import register
 
@@ -61,14 +61,14 @@ class TsLlava(Strategy):
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Places per segment that are taken; those of a thumbnail are the last of the video."""
-        kept = torch.cat(self._places(segments, self.budget if budget is None else check_budget(budget)))
+        kept = torch.cat(self._places(segments, self.allowance(budget)))
         fed = torch.tensor([s.fed if _is_frame(s) else 0 for s in segments])
         return torch.bincount(torch.searchsorted(fed.cumsum(0), kept, right=True), minlength=len(segments)).tolist()
 
     def select(self, tokens: VisualTokens) -> Selection:
         views = [rows for rows, s in zip(rows_per_segment(tokens), tokens.segments, strict=True) if _is_frame(s)]
         rows = torch.cat(views)
-        sampled, rest = (rows[places.to(rows.device)] for places in self._places(tokens.segments, self.budget))
+        sampled, rest = (rows[places.to(rows.device)] for places in self._places(tokens.segments, self.allowance()))
         keep = torch.cat([sampled, rest]).sort().values
         if not len(rest):
             return Selection(keep)
@@ -77,10 +77,10 @@ class TsLlava(Strategy):
         parts = [tokens.features[sampled], tokens.encode(collage(tokens.pixels, self.frames))[0].to(tokens.features)]
         return Selection(keep, features=torch.cat(parts[::-1] if self.thumbnail_first else parts))
 
-    def _places(self, segments: Sequence[Segment], budget: float | int) -> tuple[Tensor, Tensor]:
+    def _places(self, segments: Sequence[Segment], budget: Budget) -> tuple[Tensor, Tensor]:
         """Among the tokens of all frames, ascending: those that are sampled, and the places that the thumbnail takes."""
         sizes = [s.fed for s in segments if _is_frame(s)]
-        n, total = sum(sizes), min(sum(sizes), in_total(segments, budget, sum(s.fed for s in segments)))
+        n, total = sum(sizes), min(sum(sizes), budget.total(segments, sum(s.fed for s in segments)))
         view = sizes[0] if self.thumbnail and len(set(sizes)) == 1 else total
         sampled = sample_indices(n, total - view if total > view else total)
         free = torch.ones(n, dtype=torch.bool)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy
-from .budgets import check_budget
 from .common.grouping import gaussian_similarity, unit
 from .registry import register
 
@@ -62,8 +61,8 @@ class VidCom2(Strategy):
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens per frame if all frames are equally unusual."""
-        budget = self.budget if budget is None else check_budget(budget)
-        return [max(1, round(_share(budget, s.size) * s.size)) for s in segments]
+        allowance = self.allowance(budget)
+        return [max(1, round(allowance.share_of(s.size) * s.size)) for s in segments]
 
     def select(self, tokens: VisualTokens) -> Selection:
         sizes = {s.fed for s in tokens.segments}
@@ -71,7 +70,7 @@ class VidCom2(Strategy):
             raise ValueError(f"vidcom2 needs frames of equal size, found {sorted(sizes)} tokens: use divprune.")
         x = tokens.features[tokens.patch_rows].float().view(len(tokens.segments), sizes.pop(), -1)
         video, frame = self._similarities(x)
-        score, ratio = video + frame, _share(self.budget, x.shape[1])
+        score, ratio = video + frame, self.allowance().share_of(x.shape[1])
         counts = self._frame_counts(video, ratio)
         rank = score.argsort(dim=1, stable=True).argsort(dim=1)
         kept = rank < counts.to(rank.device)[:, None]
@@ -97,11 +96,6 @@ class VidCom2(Strategy):
         ratios = (ratio * (1 + shares - shares.mean())).clamp(max=1)
         # to ten digits, or a half that is exact on paper would round either way
         return (ratios * video.shape[1] * 1e10).round().div(1e10).round().clamp(min=1).long()
-
-
-def _share(budget: float | int, frame: int) -> float:
-    """The budget as a share of a frame's tokens."""
-    return budget if isinstance(budget, float) else min(1.0, budget / frame)
 
 
 def _trim(kept: Tensor, score: Tensor, target: int) -> Tensor:

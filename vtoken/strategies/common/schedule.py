@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...tokens import PrefillTokens
 from ..base import REFERENCE_DEPTH
+from ..budgets import Budget
 
 
 def behind_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -26,7 +27,7 @@ def lengths(cuts: Sequence[int], num_layers: int) -> list[int]:
 
 def wanted(budget: float | int, tokens: PrefillTokens) -> float:
     """Visual tokens of this prompt that `budget` allows."""
-    return budget * (tokens.total_visual if isinstance(budget, float) else max(1, tokens.units))
+    return Budget(budget).allowed(tokens.total_visual, tokens.units)
 
 
 def bisect(function: Callable[[float], float], target: float, low: float = 0.0, high: float = 1.0) -> float:
