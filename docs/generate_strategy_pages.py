@@ -151,7 +151,7 @@ def default(f: Field) -> object:
 def parse(cls: type[Strategy]) -> tuple[str, dict[str, str]]:
     """A docstring's text without its sections, and its arguments; those not described there are the base class's."""
     about, arguments = "", {}
-    for owner in (Strategy, cls):
+    for owner in (c for c in reversed(cls.__mro__) if issubclass(c, Strategy)):
         doc = inspect.cleandoc(owner.__doc__ or "")
         about = re.split(r"^\w+:$", doc, maxsplit=1, flags=re.MULTILINE)[0].strip()
         section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", doc, flags=re.MULTILINE)

@@ -206,6 +206,18 @@ class VisualTokens:
             value = self.provided[what, layer] = value()
         return value
 
+    def by_cell(self, values: Tensor) -> Tensor:
+        """(segments, cells of the largest segment): what is given of each of the n tokens, -inf where a cell has no token.
+
+        Args:
+            values: (n,), any float dtype; those of separators go.
+        """
+        sizes = torch.tensor([s.size for s in self.segments], device=self.cells.device)
+        out = values.new_full((len(self.segments), int(sizes.max())), -torch.inf)
+        rows, segment = self.patch_rows, self.segment_of[self.cells >= 0]
+        out[segment, self.cells[rows] - (sizes.cumsum(0) - sizes)[segment]] = values[rows]
+        return out
+
     def keep_cells(self, cells: Tensor, separators: bool = False) -> Selection:
         """The Selection of the tokens made of the given cells ((c,) int64 or (num_cells,) bool).
 

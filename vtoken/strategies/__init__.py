@@ -5,11 +5,23 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .base import Strategy, StrategyInfo
+from .base import Strategy, StrategyInfo, top_k
 from .composition import Composite, combine
 from .registry import create, list_names, register, strategy_info
+from .scored import ScoredStrategy
 
-__all__ = ["Composite", "Strategy", "StrategyInfo", "combine", "create", "list_names", "register", "strategy_info"]
+__all__ = [
+    "Composite",
+    "ScoredStrategy",
+    "Strategy",
+    "StrategyInfo",
+    "combine",
+    "create",
+    "list_names",
+    "register",
+    "strategy_info",
+    "top_k",
+]
 
 for _module in pkgutil.iter_modules(__path__):
     if _module.name not in ("base", "registry", "scores"):

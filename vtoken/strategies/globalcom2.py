@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
-from .base import Strategy, top_k
 from .common.grouping import Layout, in_order, local_cells, rows_per_segment, unit
 from .registry import register
+from .scored import ScoredStrategy
 
 
 @register(
@@ -30,7 +30,7 @@ from .registry import register
     "with its own maps. Images without crops, which the code leaves as they are, keep the top of their own score.",
 )
 @dataclass
-class GlobalCom2(Strategy):
+class GlobalCom2(ScoredStrategy):
     """Global Compression Commander (arXiv 2501.05179), for anyres images.
 
     The importance `a` of a cell is the scaled product of the CLS query with its key in the last tower layer, before the
@@ -38,7 +38,6 @@ class GlobalCom2(Strategy):
     keeps the share `r_c = min(R (1 + s_c - mean(s)), 1)` of its unpadded tokens, with `s = softmax(S / tau)` over the crops
     and `S_c` the sum of the thumbnail's importance over the crop's region. Inside a crop tokens are ranked by
     `alpha * g / |g| + (1 - alpha) * a / |a|`, where `g` is the thumbnail's importance resized to the unpadded canvas.
-    Image-newline rows stay, outside the budget.
 
     Args:
         tau: temperature of the softmax over crops.
@@ -54,6 +53,8 @@ class GlobalCom2(Strategy):
     alpha: float = 0.5
     importance: Literal["auto", "cls", "cosine"] = "auto"
     layout: Layout = "spatial"
+    _: KW_ONLY
+    keep_newline: bool = True
 
     static_counts = False
 
@@ -75,20 +76,23 @@ class GlobalCom2(Strategy):
         """Tokens per segment if all crops are equally rich."""
         return self.allowance(budget).tokens(segments)
 
-    def select(self, tokens: VisualTokens) -> Selection:
+    def scores(self, tokens: VisualTokens) -> tuple[Tensor, list[int]]:
         rows = rows_per_segment(tokens)
-        local = self._importance(tokens, rows)
-        thumbnail = next((i for i, s in enumerate(tokens.segments) if s.kind == "thumbnail"), None)
-        if thumbnail is None or len(rows) == 1:
-            counts = self.counts(tokens.segments)
-            kept = [mine[top_k(a, k)] for mine, a, k in zip(rows, local, counts, strict=True)]
-        else:
-            kept = self._guided(tokens, rows, local, thumbnail)
-        keep = torch.cat([*kept, tokens.separator_rows]).sort().values
+        local, counts = self._importance(tokens, rows), self.counts(tokens.segments)
+        thumbnail = _thumbnail(tokens)
+        if thumbnail is not None and len(rows) > 1:
+            local, counts = self._guided(tokens, rows, local, thumbnail)
+        values = torch.zeros(len(tokens), dtype=local[0].dtype, device=tokens.cells.device)
+        values[torch.cat(rows)] = torch.cat(local)
+        return tokens.by_cell(values), counts
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        selection, thumbnail = super().select(tokens), _thumbnail(tokens)
         if self.layout == "spatial" or thumbnail is None:
-            return Selection(keep)
-        order = self._reference_order(tokens, rows, local[thumbnail], thumbnail)[keep].argsort(stable=True)
-        return in_order(Selection(keep), order, len(tokens))
+            return selection
+        rows = rows_per_segment(tokens)
+        order = self._reference_order(tokens, rows, self._importance(tokens, rows)[thumbnail], thumbnail)
+        return in_order(selection, order[selection.keep].argsort(stable=True), len(tokens))
 
     def _importance(self, tokens: VisualTokens, rows: list[Tensor]) -> list[Tensor]:
         """Per segment (fed,) float64."""
@@ -99,8 +103,10 @@ class GlobalCom2(Strategy):
         views = [tokens.features[mine].float() for mine in rows]
         return [-(unit(x) * unit(x.mean(0))).sum(-1).double() for x in views]
 
-    def _guided(self, tokens: VisualTokens, rows: list[Tensor], local: list[Tensor], thumbnail: int) -> list[Tensor]:
-        """Kept tokens per segment, under the guidance of the thumbnail."""
+    def _guided(
+        self, tokens: VisualTokens, rows: list[Tensor], local: list[Tensor], thumbnail: int
+    ) -> tuple[list[Tensor], list[int]]:
+        """Scores (fed,) of every segment and how many of its tokens stay, under the guidance of the thumbnail."""
         segments, fed = tokens.segments, sum(map(len, rows))
         ratio = self.allowance().share_of(fed)
         guide = local[thumbnail].mean().repeat(segments[thumbnail].size)  # where the model dropped a patch
@@ -113,12 +119,12 @@ class GlobalCom2(Strategy):
         first, last = canvas.amin(0), canvas.amax(0)
         height, width = (last - first + 1).tolist()
         resized = F.interpolate(guide[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
-        kept = [rows[thumbnail][top_k(local[thumbnail], max(1, _floor(len(rows[thumbnail]) * ratio)))]]
+        scores, counts = list(local), [max(1, _floor(len(mine) * ratio)) for mine in rows]
         for i, share in zip(crops, ratios, strict=True):
             y, x = (places[i] - first).unbind(1)
-            score = self.alpha * F.normalize(resized[y, x], dim=0) + (1 - self.alpha) * F.normalize(local[i], dim=0)
-            kept.append(rows[i][top_k(score, _floor(len(rows[i]) * share))])
-        return kept
+            scores[i] = self.alpha * F.normalize(resized[y, x], dim=0) + (1 - self.alpha) * F.normalize(local[i], dim=0)
+            counts[i] = _floor(len(rows[i]) * share)
+        return scores, counts
 
     def _crop_ratios(self, guide: Tensor, places: list[tuple[int, int]], ratio: float) -> list[float]:
         """Share of each crop's tokens that stays."""
@@ -151,6 +157,10 @@ class GlobalCom2(Strategy):
         lines = torch.cat([lines, torch.full((len(newlines) - len(lines),), height - 1, device=key.device)])
         key[newlines] = (lines + 1) * width - 1
         return key
+
+
+def _thumbnail(tokens: VisualTokens) -> int | None:
+    return next((i for i, s in enumerate(tokens.segments) if s.kind == "thumbnail"), None)
 
 
 def canvas_places(tokens: VisualTokens, rows: list[Tensor]) -> list[Tensor]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
-from .base import Strategy, top_k
+from ..tokens import Needs, Segment, TowerInfo, VisualTokens
+from .base import top_k
 from .common.scores import Score, attention_needs, attention_scores
 from .registry import register
+from .scored import ScoredStrategy
 
 
 @register(
@@ -26,7 +27,7 @@ from .registry import register
     "chunks (allocation='code') and mis-stitches non-square canvases, which is not reproduced.",
 )
 @dataclass
-class HiRED(Strategy):
+class HiRED(ScoredStrategy):
     """High-Resolution Early Dropping (arXiv 2408.10945).
 
     `T = int(budget * cells)` tokens of an image are divided: `int(T * alpha)` for the thumbnail, the rest over the crops in
@@ -39,14 +40,14 @@ class HiRED(Strategy):
         alpha: share of the budget for the thumbnail.
         allocation: "paper" weighs a crop by the summed attention in its region, "code" by the number of top-ranked
             thumbnail tokens in a consecutive chunk, as the public code does.
-        keep_newline: keep the image-newline rows on top of the budget; the public code drops them.
+        keep_newline: keep image-newline rows on top of the budget; the public code drops them.
         mask_padding: never choose cells that lie in the padding of the canvas; the method itself may lose them.
         score: "cls", or "received" (attention received by each token) for towers without a CLS token; an extension.
     """
 
     alpha: float = 0.5
     allocation: Literal["paper", "code"] = "paper"
-    keep_newline: bool = False
+    _: KW_ONLY
     mask_padding: bool = False
     score: Score = "cls"
 
@@ -67,23 +68,22 @@ class HiRED(Strategy):
             return self._evenly(segments, total)
         return self._divide(self._sizes(segments), total, torch.ones(len(segments) - 1, dtype=torch.float64))
 
-    def select(self, tokens: VisualTokens) -> Selection:
+    def scores(self, tokens: VisualTokens) -> tuple[Tensor, list[int]]:
         assert tokens.tower is not None
         segments = tokens.segments
         late = attention_scores(tokens, self.score, tokens.tower.layers_up_to_feature(1)[0])
-        if self._skips_unfed(segments):
-            late = late.masked_fill(~tokens.fed_cells.view(late.shape), -torch.inf)
         total = self._total(segments)
         if segments[0].kind == "thumbnail":
             early = attention_scores(tokens, self.score, tokens.tower.first_global_layer)[0]
             counts = self._divide(self._sizes(segments), total, self._region_weights(early, segments))
         else:
             counts = self._evenly(segments, total)
-        offsets = torch.tensor([0] + [s.size for s in segments]).cumsum(0).tolist()
-        cells = torch.cat([top_k(late[i], c) + offsets[i] for i, c in enumerate(counts)])
-        if not counts[0] and not bool(tokens.fed_cells[cells].any()):
-            cells = late[0].argmax()[None]  # all that was chosen is padding: an image keeps at least one token
-        return tokens.keep_cells(cells, separators=self.keep_newline)
+        if self._skips_unfed(segments) or all(s.fed == s.size for s in segments):
+            return late, counts
+        fed = tokens.fed_cells.view(late.shape)
+        counts = torch.stack([fed[i, top_k(row, counts[i])].sum() for i, row in enumerate(late)]).tolist()
+        # an image keeps at least one token, also if all that was chosen is padding
+        return late, counts if any(counts) else [1] + counts[1:]
 
     def _skips_unfed(self, segments: Sequence[Segment]) -> bool:
         """Whether cells without a token are never chosen. Where a canvas is shrunk most cells have none."""

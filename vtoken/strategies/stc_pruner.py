@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..tokens import Selection, VisualTokens
-from .base import Strategy, top_k
+from ..tokens import VisualTokens
 from .common.grouping import gaussian_similarity, rows_per_segment, unit
 from .registry import register
+from .scored import ScoredStrategy
 from .stc_cacher import CODE, LICENCE, PAPER
 
 
@@ -24,10 +24,10 @@ from .stc_cacher import CODE, LICENCE, PAPER
     code_licence=LICENCE,
     differs="Follows the public code where paper and code disagree (score='dual_anchor' is the paper's formula, with a blend "
     "that it does not state); the history belongs to one stream and is its running mean, the code's never ends; scores are "
-    "float32; the newline row behind a video stays; an image is a stream of its segments.",
+    "float32; the newline row after a video stays; an image is a stream of its segments.",
 )
 @dataclass
-class StcPruner(Strategy):
+class StcPruner(ScoredStrategy):
     """The pruner of Streaming Token Compression (arXiv 2512.00891), causal and blind to the question.
 
     "gaussian": of a frame, the half of the channels with the lowest variance over its tokens, in ascending order; `y` are
@@ -49,6 +49,8 @@ class StcPruner(Strategy):
     window: int | None = None
     channels: Literal["frame", "fixed"] = "frame"
     alpha: float = 0.5
+    _: KW_ONLY
+    keep_newline: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,14 +59,13 @@ class StcPruner(Strategy):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], found {self.alpha!r}.")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        kept = [tokens.separator_rows]
-        scores = self._gaussian if self.score == "gaussian" else self._dual_anchor
-        for rows, count in zip(rows_per_segment(tokens), self.counts(tokens.segments), strict=True):
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        score = self._gaussian if self.score == "gaussian" else self._dual_anchor
+        out = torch.zeros(len(tokens), device=tokens.features.device)
+        for rows in rows_per_segment(tokens):
             if len(rows):
-                x = tokens.features[rows].float()
-                kept.append(rows[top_k(scores(x, tokens.memory), count)])
-        return Selection(torch.cat(kept).sort().values)
+                out[rows] = score(tokens.features[rows].float(), tokens.memory)
+        return tokens.by_cell(out)
 
     def _gaussian(self, x: Tensor, memory: dict[str, Any]) -> Tensor:
         """(n,) scores of the tokens of one frame (n, d); the highest stay."""
