@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from .accounting import Report
@@ -24,8 +24,8 @@ from .mechanism.planner import Chosen, Planner
 from .mechanism.unread_features import Unread
 from .mechanism.vision_hooks import VisionWatch
 from .recorder import Recorder
-from .strategies import Composite, Strategy
-from .strategies.composition import assemble
+from .strategies import Strategy
+from .strategies.assembly import assemble
 from .streams import unwrapped
 from .tokens import Needs, Segment, Selection, VisualTokens
 
@@ -47,7 +47,7 @@ class Patch:
         stages = [Stage(layer, strategy.select_in_prefill) for layer in drops]
         stage_of = [sum(s.layer <= i for s in stages) for i in range(layers)]
         stored = [len(stages) if i in aligned else stage for i, stage in enumerate(stage_of)]
-        self.recorder = Recorder(adapter.model, adapter.decoder.config, stage_of, describe(strategy), stored)
+        self.recorder = Recorder(adapter.model, adapter.decoder.config, stage_of, strategy.describe(), stored)
         needs = {m: needs_of(adapter, strategy, m) for m in adapter.modalities}
         wants_text = any(n.text_embeddings for n in needs.values()) and not strategy.is_identity
         if strategy.is_identity:
@@ -131,18 +131,6 @@ class Patch:
 def _largest(segments: tuple[Segment, ...]) -> int:
     frames = [s.fed for s in segments if s.kind == "frame"]
     return max(frames) if frames else sum(s.fed for s in segments)
-
-
-def describe(strategy: Strategy) -> str:
-    """`name(option=value, ...)` with the options that differ from their defaults, and the budget."""
-    if isinstance(strategy, Composite):
-        shared = "" if strategy.budget is None else f", sharing budget={strategy.budget}"
-        return " then ".join(map(describe, strategy.ordered)) + shared
-    options = [f"budget={strategy.budget}"]
-    for f in fields(strategy):
-        if f.init and f.name != "budget" and getattr(strategy, f.name) != f.default:
-            options.append(f"{f.name}={getattr(strategy, f.name)!r}")
-    return f"{strategy.info.name}({', '.join(options)})"
 
 
 def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:

@@ -286,6 +286,7 @@ class PrefillTokens:
         marked: (n,) bool, tokens that the projector stage marked (`Selection.marked`).
         rotary: cosines and sines (n, head_dim) of the tokens' positions in the layer before; None in front of layer 0.
         memory: shared by all layers' choices for this prompt within one forward, empty at the first.
+        entering: share of the visual tokens that a projector strategy of the same combination lets into the LLM.
     """
 
     layer: int
@@ -304,6 +305,7 @@ class PrefillTokens:
     marked: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    entering: float = 1.0
 
     @property
     def visual_rows(self) -> Tensor:
@@ -394,7 +396,9 @@ class Selection:
         if keep.ndim != 1 or keep.dtype != torch.int64:
             raise ValueError(f"Selection.keep must be 1-D int64, found {tuple(keep.shape)} {keep.dtype}.")
         if len(keep) and (int(keep[0]) < 0 or int(keep[-1]) >= n or bool((keep.diff() <= 0).any())):
-            raise ValueError(f"Selection.keep must be ascending, unique and within [0, {n}), found {keep.tolist()[:20]}.")
+            raise ValueError(
+                f"Selection.keep must be ascending, unique and within [0, {n}), found {keep.tolist()[:20]}."
+            )
         if (self.into is None) != (self.weight is None):
             raise ValueError("Selection.into and Selection.weight go together: give both or none.")
         if self.features is not None and (self.into is not None or self.features.shape[:-1] != keep.shape):
@@ -432,7 +436,9 @@ class Selection:
             return m
         rows = (self.into >= 0).nonzero()[:, 0]
         m[self.into[rows], rows] = self.weight[rows]
-        alone = (torch.zeros(len(self.keep), dtype=torch.bool, device=m.device).index_fill_(0, self.into[rows], True)) == 0
+        alone = (
+            torch.zeros(len(self.keep), dtype=torch.bool, device=m.device).index_fill_(0, self.into[rows], True)
+        ) == 0
         m[alone.nonzero()[:, 0], self.keep[alone]] = 1.0
         return m
 

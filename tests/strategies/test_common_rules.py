@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +18,7 @@ from .common import answer, anyres, build, edge_cases, image, kept_per_segment, 
 PROJECTOR = [n for n in list_names() if strategy_info(n).stages == ("projector",)]
 IMAGE = [n for n in PROJECTOR if "image" in create(n).needs(None).modalities]
 VIDEO = [n for n in PROJECTOR if "video" in create(n).needs(None).modalities]
+BUNDLED = [n for n in list_names() if strategy_info(n).cls.__module__.startswith("vtoken.")]
 BUDGETS = [0.01, 0.3, 3, 10_000]
 EXACT_PER_SEGMENT = ["cdpruner", "random", "stc_pruner", "uniform", "visionzip", "vtc_cls"]
 
@@ -98,3 +102,10 @@ def test_shares_are_of_what_is_fed():
 def test_strategies_refuse_what_a_tower_does_not_have():
     with pytest.raises(vtoken.tokens.NotProvided, match="cls_attention"):
         build([Segment("image", (2, 2))], info=tower(False)).cls_attention(17)
+
+
+def test_a_method_is_one_short_file():
+    files = {Path(inspect.getfile(strategy_info(name).cls)) for name in BUNDLED}
+    lengths = {path.name: len(path.read_text().splitlines()) for path in files}
+    assert len(lengths) == len(BUNDLED) >= 20
+    assert not {name: n for name, n in lengths.items() if n > 250}

@@ -10,7 +10,18 @@ from tests.mechanism.common import assert_same, clean, expected, run, subject
 from tests.mechanism.fixed import patched
 from tests.models import FAMILIES
 from vtoken import TowerInfo
-from vtoken.strategies import Composite, FastV, HiRED, MustDrop, PyramidDrop, Random, SparseVLM, Uniform, combine
+from vtoken.strategies import (
+    Composite,
+    FastV,
+    HiRED,
+    MustDrop,
+    PyramidDrop,
+    Random,
+    SparseVLM,
+    StcCacher,
+    Uniform,
+    combine,
+)
 
 from .common import image, video
 
@@ -40,6 +51,51 @@ def test_whole_numbers_split_geometrically():
     assert len(combine(["uniform", "fastv"], 4).select(frames).keep) == 4 * 8
     assert len(combine(["random", "fastv"], 400).select(image(8, 8)).keep) == 64
     assert both.then.budget == 4
+
+
+def test_a_derived_budget_has_four_digits_in_the_text():
+    assert combine(["random", "fastv"], 0.2).describe() == (
+        "random(budget=0.4472) then fastv(budget=0.2), sharing budget=0.2"
+    )
+    assert combine(["random", "fastv"], 1.0).describe().count("budget=1.0") == 3
+    assert "random(budget=1.0) then" in combine(["random", "fastv"], 0.25, split=0).describe()
+    assert combine(["random", "fastv"], 4, split=0.25).describe() == (
+        "random(budget=4) then fastv(budget=4), sharing budget=4, split=0.25"
+    )
+    own = combine(["stc_cacher", "fastv"], 0.2, stc_cacher=dict(budget=0.123456))
+    assert own.describe() == "stc_cacher(budget=0.123456) then fastv(budget=0.2), sharing budget=0.2"
+    assert combine([FastV(0.3), Random(0.123456)]).describe() == "random(budget=0.123456) then fastv(budget=0.3)"
+
+
+def test_what_enters_the_llm_moves_the_cuts_of_an_average():
+    both, alone = combine([Random(0.3), PyramidDrop(0.2)]), PyramidDrop(0.2)
+    assert both.prefill_layers(32) == alone.prefill_layers(32, 0.3) != alone.prefill_layers(32)
+    both.check_depth(4)
+    with pytest.raises(ValueError, match="choose more"):
+        SparseVLM(0.05).check_depth(32)
+    combine([Random(0.3), SparseVLM(0.05)]).check_depth(32)
+
+
+def test_reuse_in_the_tower_lets_everything_into_the_llm():
+    """Its budget is no share of what the LLM reads."""
+    both = combine(["stc_cacher", "pyramiddrop"], 0.2, stc_cacher=dict(budget=0.25))
+    assert both.prefill_layers(32) == PyramidDrop(0.2).prefill_layers(32)
+    with pytest.raises(ValueError, match="choose more"):
+        combine([StcCacher(0.05), SparseVLM(0.05)]).check_depth(32)
+
+
+def test_a_part_written_without_entering_is_asked_without_it():
+    class Old(FastV):
+        def prefill_layers(self, num_layers):
+            return (num_layers - 1,)
+
+        def check_depth(self, num_layers):
+            raise ValueError(f"asked about {num_layers}")
+
+    both = Composite(0.25, [Random(), Old()])
+    assert both.prefill_layers(8) == (7,)
+    with pytest.raises(ValueError, match="asked about 8"):
+        both.check_depth(8)
 
 
 def test_without_a_budget_every_part_keeps_its_own():

@@ -30,6 +30,7 @@ from vtoken.strategies import (
     PyramidDrop,
     Random,
     Stc,
+    StcCacher,
     create,
     list_names,
     registry,
@@ -181,9 +182,8 @@ def test_an_assignment_is_the_same_as_making_it_so():
     assert both.first.budget == made.first.budget == pytest.approx(0.9) and both.then.budget == 0.81
     pyramid = PyramidDrop(0.4)
     pyramid.layers = [2, 4]
-    pyramid.entering = 0.5
     pyramid.budget = 0.3
-    assert pyramid.layers == (2, 4) and pyramid.entering == 0.5
+    assert pyramid.layers == (2, 4) and pyramid == PyramidDrop(0.3, layers=(2, 4))
 
 
 def test_copies_are_checked_as_well():
@@ -194,9 +194,12 @@ def test_copies_are_checked_as_well():
 
 
 def test_a_combination_leaves_its_parts_as_they_are():
-    inside = PyramidDrop(0.3)
-    Composite(None, [Random(0.5), inside])
-    assert inside.entering == 1.0
+    parts = [Random(0.5), PyramidDrop(0.3), StcCacher(0.4, interval=3)]
+    before = [copy.deepcopy(p.__dict__) for p in parts]
+    for budget in (None, 0.2, 7):
+        both = Composite(budget, parts)
+        both.prefill_layers(32), both.check_depth(32), both.counts([vtoken.Segment("image", (4, 4))])
+    assert [p.__dict__ for p in parts] == before
 
 
 # -- a user's own -----------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from .assembly import combine
 from .base import Strategy, StrategyInfo, top_k
-from .composition import Composite, combine
+from .composition import Composite
 from .registry import create, list_names, register, strategy_info
 from .scored import ScoredStrategy
 

@@ -137,8 +137,14 @@ class Strategy(metaclass=_CheckedOptions):
         """Choose among the visual tokens of one image or one video."""
         raise NotImplementedError(f"{type(self).__name__} does not act between the vision tower and the LLM.")
 
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Ascending LLM layers in front of which `select_in_prefill` is asked; empty for projector strategies."""
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
+        """Ascending LLM layers before which `select_in_prefill` is asked; empty for projector strategies.
+
+        Args:
+            num_layers: of the LLM.
+            entering: share of the visual tokens that a projector strategy of the same combination lets into the LLM;
+                `tokens.entering` in `select_in_prefill`.
+        """
         return ()
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
@@ -161,8 +167,12 @@ class Strategy(metaclass=_CheckedOptions):
         """What the vision tower reuses between the frames of a stream; None for methods that compute all of each."""
         return None
 
-    def check_depth(self, num_layers: int) -> None:
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         """Raise ValueError if the method cannot serve an LLM of this many layers with this budget."""
+
+    def describe(self) -> str:
+        """`name(option=value, ...)` with the options that differ from their defaults, and the budget."""
+        return describe_options(self, self.budget)
 
     @property
     def acts_inside(self) -> bool:
@@ -179,6 +189,15 @@ class Strategy(metaclass=_CheckedOptions):
         return type(self).reuse is not Strategy.reuse
 
 
+def describe_options(strategy: Strategy, budget: float | int | None) -> str:
+    """See `Strategy.describe`; `budget` is written in place of its own."""
+    options = [f"budget={budget}"]
+    for f in fields(strategy):
+        if f.init and f.name != "budget" and getattr(strategy, f.name) != f.default:
+            options.append(f"{f.name}={getattr(strategy, f.name)!r}")
+    return f"{strategy.info.name}({', '.join(options)})"
+
+
 METHODS = {"select_in_prefill": "prefill_layers", "merge_in_encoder": "encoder_layers"}  # what is asked, and where
 
 
@@ -192,7 +211,9 @@ def check_methods(cls: type[Strategy]) -> None:
     for method, layers in METHODS.items():
         if (method in written) != (layers in written):
             there, lacking = (method, layers) if method in written else (layers, method)
-            raise TypeError(f"{cls.__name__} writes {there} without {lacking}, so that it would never be asked: write both.")
+            raise TypeError(
+                f"{cls.__name__} writes {there} without {lacking}, so that it would never be asked: write both."
+            )
 
 
 def _writes(cls: type[Strategy], name: str) -> bool:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from ..checks import found
 from ..streams import Reuse
 from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
-from .base import Positions, Strategy, StrategyInfo, check_methods
-from .budgets import Budget, check_budget, frames_of
-from .registry import create, parse_strategy, split_names
+from .base import Positions, Strategy, StrategyInfo, describe_options
+from .budgets import frames_of
 
 REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L
 
@@ -43,6 +42,35 @@ class Composite(Strategy):
     positions: Positions = field(default="original", init=False)
 
     def __post_init__(self) -> None:
+        self._check_parts()
+        at_projector, inside, between = self._places()
+        only = [p for p in between if not p.acts_on_projector and not p.acts_inside]
+        both = bool(at_projector and inside) and at_projector[0] is not inside[0]
+        if not both and not (only and len(self.parts) == 2):
+            raise ValueError(
+                f"{' and '.join(p.info.name for p in self.parts)} do not complement each other: combine a projector strategy "
+                "such as visionzip with one that drops inside the LLM such as fastv."
+            )
+        self.positions = self.parts[0].positions
+        self.first, self.then = (at_projector or only)[0], (inside or only)[0]
+        if self.budget is not None:
+            shared = self.budget**self.split if both and self.allowance().is_share else self.budget
+            if self.first not in only:
+                self.first = replace(self.first, budget=shared)
+            if self.then not in only:
+                self.then = replace(self.then, budget=self.budget)
+        self.entering = self.first.budget if both and isinstance(self.first.budget, float) else 1.0
+        self.ordered = [*(p for p in only if p not in (self.first, self.then)), self.first, self.then]
+        self.between = next((p for p in self.ordered if p.acts_between_frames), None)
+        self.info = StrategyInfo(  # type: ignore[misc]
+            name="+".join(p.info.name for p in self.parts),
+            summary=f"{', then '.join(p.info.name for p in self.ordered)}.",
+            stages=tuple(dict.fromkeys(s for p in self.ordered for s in p.info.stages)),
+            cls=type(self),
+        )
+
+    def _check_parts(self) -> None:
+        """Raise TypeError or ValueError for parts that make no combination, wherever they act."""
         if odd := [p for p in self.parts if not isinstance(p, Strategy)]:
             raise TypeError(f"A combination is made of vtoken.strategies objects, found {found(odd[0])}.")
         names = [p.info.name for p in self.parts]
@@ -52,6 +80,12 @@ class Composite(Strategy):
             raise ValueError(f"Each strategy can be there once, found {', '.join(names)}: leave the repetition out.")
         if not 0 <= self.split <= 1:
             raise ValueError(f"split must lie in [0, 1], found {self.split!r}.")
+        if len({p.positions for p in self.parts}) > 1:
+            each = ", ".join(f"{p.info.name}: {p.positions}" for p in self.parts)
+            raise ValueError(f"All strategies of a combination need the same positions, found {each}.")
+
+    def _places(self) -> tuple[list[Strategy], list[Strategy], list[Strategy]]:
+        """The parts that act before the LLM, inside it, and between frames. Raises ValueError for two at one place."""
         at_projector = [p for p in self.parts if p.acts_on_projector]
         inside = [p for p in self.parts if p.acts_inside]
         between = [p for p in self.parts if p.acts_between_frames]
@@ -68,36 +102,17 @@ class Composite(Strategy):
                 twice = "mustdrop" in names_found and len(inside) == 1
                 off = ", or give mustdrop merging=False and key_rate=0" if twice else ""
                 raise ValueError(f"{names_found} both act {where}, where only one can: choose one of them{off}.")
-        only = [p for p in between if not p.acts_on_projector and not p.acts_inside]
-        both = bool(at_projector and inside) and at_projector[0] is not inside[0]
-        if not both and not (only and len(self.parts) == 2):
-            raise ValueError(
-                f"{' and '.join(names)} do not complement each other: combine a projector strategy such as visionzip with one "
-                "that drops inside the LLM such as fastv."
-            )
-        if len({p.positions for p in self.parts}) > 1:
-            found_positions = ", ".join(f"{p.info.name}: {p.positions}" for p in self.parts)
-            raise ValueError(f"All strategies of a combination need the same positions, found {found_positions}.")
-        self.positions = self.parts[0].positions
-        self.first, self.then = (at_projector or only)[0], (inside or only)[0]
-        if self.budget is not None:
-            self.budget = check_budget(self.budget)
-            shared = self.budget**self.split if both and Budget(self.budget).is_share else self.budget
-            if self.first not in only:
-                self.first = replace(self.first, budget=shared)
-            if self.then not in only:
-                self.then = replace(self.then, budget=self.budget)
-        if hasattr(self.then, "entering") and self.first.budget is not None and self.first.allowance().is_share:
-            self.then = copy.copy(self.then)  # the caller's own object stays as it is
-            self.then.entering = self.first.budget
-        self.ordered = [*(p for p in only if p not in (self.first, self.then)), self.first, self.then]
-        self.between = next((p for p in self.ordered if p.acts_between_frames), None)
-        self.info = StrategyInfo(  # type: ignore[misc]
-            name="+".join(names),
-            summary=f"{', then '.join(p.info.name for p in self.ordered)}.",
-            stages=tuple(dict.fromkeys(s for p in self.ordered for s in p.info.stages)),
-            cls=type(self),
-        )
+        return at_projector, inside, between
+
+    def describe(self) -> str:
+        """The parts in the order in which they act; a budget that follows from the shared one has 4 significant digits."""
+        parts = " then ".join(p.describe() if p is not self.first else self._first() for p in self.ordered)
+        split = "" if self.split == type(self).split else f", split={self.split}"
+        return parts if self.budget is None else f"{parts}, sharing budget={self.budget}{split}"
+
+    def _first(self) -> str:
+        budget, derived = self.first.budget, self.budget is not None and self.first.acts_on_projector
+        return describe_options(self.first, float(f"{budget:.4g}") if derived and isinstance(budget, float) else budget)
 
     @property
     def is_identity(self) -> bool:
@@ -140,92 +155,20 @@ class Composite(Strategy):
     def merge_in_encoder(self, tokens: EncoderTokens) -> EncoderMerge | None:
         return self.first.merge_in_encoder(tokens)
 
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
-        return () if self.then.is_identity else self.then.prefill_layers(num_layers)
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
+        return () if self.then.is_identity else _ask(self.then.prefill_layers, num_layers, entering * self.entering)
 
     def aligned_layers(self, num_layers: int) -> tuple[int, ...]:
         return self.then.aligned_layers(num_layers)
 
-    def check_depth(self, num_layers: int) -> None:
-        self.then.check_depth(num_layers)
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
+        _ask(self.then.check_depth, num_layers, entering * self.entering)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
-        return self.then.select_in_prefill(tokens)
+        return self.then.select_in_prefill(replace(tokens, entering=tokens.entering * self.entering))
 
 
-def options_of(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Take the hyper-parameters of one strategy out of `options`. Raises ValueError if they are no mapping of names."""
-    given = options.pop(name, {})
-    if not isinstance(given, dict) or not all(isinstance(k, str) for k in given):
-        raise ValueError(f"Options of {name} are a mapping such as {name}={{'layer': 3}}, found {found(given)}.")
-    return given
-
-
-def combine(parts: Sequence[Any], budget: float | int | None = None, **options: Any) -> Composite:
-    """Strategies by name or configured, as one.
-
-    Args:
-        parts: names or `Strategy` objects.
-        budget: shared by all; see `Composite`. Objects that were configured with their own keep it where this is None.
-        options: `split`, `positions` for all that are named, and per name a mapping of its hyper-parameters, such as
-            `fastv={"layer": 3}`.
-
-    Raises:
-        TypeError, ValueError: for what is no strategy, unknown options, or parts that do not fit together.
-    """
-    split, positions = options.pop("split", 0.5), options.pop("positions", None)
-    made: list[Strategy] = []
-    for part in split_names(parts):
-        if isinstance(part, type) and issubclass(part, Strategy):
-            part = part.info.name
-        if isinstance(part, Strategy):
-            if budget is not None:
-                raise ValueError(
-                    f"{part.info.name} is configured already: give each strategy its budget, or name them and let them share."
-                )
-            made.append(part)
-        elif isinstance(part, str):
-            given = options_of(part, options)
-            made.append(create(part, **({} if positions is None else {"positions": positions}) | given))
-        else:
-            raise TypeError(f"A combination is made of names and vtoken.strategies objects, found {found(part)}.")
-    if options:
-        raise ValueError(
-            f"A combination takes split, positions and one mapping per strategy, found {', '.join(options)}: "
-            f"write for example {made[-1].info.name}={{...}}."
-        )
-    return Composite(budget, made, split=split)
-
-
-def assemble(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
-    """A Strategy from a name, a class, an instance or a list of them. Raises TypeError for one that has no method to ask."""
-    made = _assemble(strategy, budget, options)
-    check_methods(type(made))
-    return made
-
-
-def _assemble(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
-    if isinstance(strategy, list | tuple) and len(strategy) == 1:
-        strategy = strategy[0]
-        options = options_of(strategy, options) | options if isinstance(strategy, str) else options
-    if isinstance(strategy, str):
-        strategy = parse_strategy(strategy)
-    if isinstance(strategy, list | tuple):
-        return combine(strategy, budget if budget is not None else options.pop("budget", None), **options)
-    if isinstance(strategy, Strategy):
-        if budget is not None or options:
-            given_names = ", ".join(([] if budget is None else ["budget"]) + list(options))
-            raise ValueError(
-                f"{type(strategy).__name__} is configured already: set {given_names} when you make it, not in patch()."
-            )
-        return strategy
-    if isinstance(strategy, type) and issubclass(strategy, Strategy):
-        strategy = strategy.info.name
-    if not isinstance(strategy, str):
-        raise TypeError(
-            f"A strategy is a name such as 'hired', a vtoken.strategies object, a list of them or a VTokenConfig, "
-            f"found {found(strategy)}."
-        )
-    if budget is not None:
-        options = options | {"budget": budget}
-    return create(strategy, **options)
+def _ask(method: Callable[..., Any], num_layers: int, entering: float) -> Any:
+    """Ask a part that may have been written without `entering`, which few methods need."""
+    takes_it = "entering" in inspect.signature(method).parameters
+    return method(num_layers, entering) if takes_it else method(num_layers)

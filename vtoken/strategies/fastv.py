@@ -48,10 +48,10 @@ class FastV(Strategy):
         if self.layer < 0:
             raise ValueError(f"layer must be a whole number of at least 0, found {self.layer!r}.")
 
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
         return (self.layer,)
 
-    def check_depth(self, num_layers: int) -> None:
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         check_inside((self.layer,), num_layers, self.info.name)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:

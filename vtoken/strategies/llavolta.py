@@ -60,12 +60,12 @@ class LLaVolta(Strategy):
     def acts_on_projector(self) -> bool:
         return self.layer == -1
 
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
         if self.layer == -1:
             return ()
         return (num_layers // 2 if self.layer is None else self.layer,)
 
-    def check_depth(self, num_layers: int) -> None:
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         if self.layer != -1:
             check_inside(self.prefill_layers(num_layers), num_layers, self.info.name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,7 +67,6 @@ class MustDrop(Strategy):
     global_threshold: Threshold | None = None
     individual_threshold: Threshold | None = None
     align_cache: bool = True
-    entering: float = field(default=1.0, init=False, repr=False)  # share of the visual tokens that reach the LLM
 
     static_counts = False
 
@@ -171,19 +170,19 @@ class MustDrop(Strategy):
         return marked
 
     # -- stage 2: the LLM ---------------------------------------------------------------------------------------
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
         if not self.filtering or (self._thresholds is not None and min(self._thresholds) <= 0):
             return ()
         if self.layers is None:
             return behind_layers((2, 6, 10, 14), num_layers)
         return tuple(i + 1 for i in self.layers)
 
-    def check_depth(self, num_layers: int) -> None:
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         cuts = self.prefill_layers(num_layers)
         if cuts or (self.filtering and self._thresholds is None):
             check_inside(cuts, num_layers, self.info.name)
         if cuts and self._thresholds is None and self.allowance().is_share:
-            refuse_if_unreachable(self.entering, self.budget, lengths(cuts, num_layers), self.info.name)
+            refuse_if_unreachable(entering, self.budget, lengths(cuts, num_layers), self.info.name)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
         n, device = len(tokens.visual_rows), tokens.visual.device
@@ -211,7 +210,9 @@ class MustDrop(Strategy):
             n, average = len(tokens.visual_rows), wanted(self.budget, tokens)
             spans = lengths(cuts, tokens.num_layers)
             full = [n] * len(cuts)
-            tokens.memory["counts"] = full if average >= n else counts_for(n, average, spans, self.info.name, max(1, keys))
+            tokens.memory["counts"] = (
+                full if average >= n else counts_for(n, average, spans, self.info.name, max(1, keys))
+            )
         return max(keys, tokens.memory["counts"][cuts.index(tokens.layer)])
 
     # -- stage 3: the KV cache ----------------------------------------------------------------------------------

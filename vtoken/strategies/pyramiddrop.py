@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..tokens import PrefillTokens, Selection
 from .base import Strategy, top_k
@@ -41,7 +41,6 @@ class PyramidDrop(Strategy):
     budget: float | int = 0.46875
     layers: tuple[int, ...] | None = None
     ratio: float | None = None
-    entering: float = field(default=1.0, init=False, repr=False)  # share of the visual tokens that reach the LLM
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,24 +48,24 @@ class PyramidDrop(Strategy):
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"ratio must lie in (0, 1], found {self.ratio!r}.")
 
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
         if self.layers is not None:
             return tuple(self.layers)
-        share = self.budget / self.entering if self.allowance().is_share and self.ratio is None else 1.0
+        share = self.budget / entering if self.allowance().is_share and self.ratio is None else 1.0
         for first in range(max(1, num_layers // 4), 0, -1):
             inside = quarters(first, num_layers)
             if share == 1 or ratio_for(share, lengths(inside, num_layers)) >= LEAST_RATIO:
                 return inside
         return inside if share * num_layers > 1 else quarters(0, num_layers)
 
-    def check_depth(self, num_layers: int) -> None:
-        cuts = self.prefill_layers(num_layers)
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
+        cuts = self.prefill_layers(num_layers, entering)
         check_inside(cuts, num_layers, self.info.name)
         if self.allowance().is_share and self.ratio is None:
-            refuse_if_unreachable(self.entering, self.budget, lengths(cuts, num_layers), self.info.name)
+            refuse_if_unreachable(entering, self.budget, lengths(cuts, num_layers), self.info.name)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
-        cuts, visual = self.prefill_layers(tokens.num_layers), tokens.visual_rows
+        cuts, visual = self.prefill_layers(tokens.num_layers, tokens.entering), tokens.visual_rows
         if "counts" not in tokens.memory:
             tokens.memory["counts"] = self._counts(tokens, cuts)
         count = min(len(visual), tokens.memory["counts"][cuts.index(tokens.layer)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -78,7 +78,6 @@ class SparseVLM(Strategy):
     scale: float = 13.5
     bias: float = 0.0
     guard: float = 0.05
-    entering: float = field(default=1.0, init=False, repr=False)  # share of the visual tokens that reach the LLM
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,14 +99,14 @@ class SparseVLM(Strategy):
             return behind_layers(published, num_layers)
         return tuple(i + 1 for i in self.layers)
 
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
         return (0, *self._cuts(num_layers))  # 0: the raters are chosen on the embeddings
 
-    def check_depth(self, num_layers: int) -> None:
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         cuts = self._cuts(num_layers)
         check_inside(cuts, num_layers, self.info.name)
         if self.allowance().is_share and self.target is None and self.version != "1.0":
-            refuse_if_unreachable(self.entering, self.budget, lengths(cuts, num_layers), self.info.name)
+            refuse_if_unreachable(entering, self.budget, lengths(cuts, num_layers), self.info.name)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
         visual, cuts = tokens.visual_rows, self._cuts(tokens.num_layers)
