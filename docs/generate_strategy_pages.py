@@ -69,6 +69,7 @@ def page(info: StrategyInfo) -> str:
         "Stage": "; ".join(f"{s} ({STAGES[s]})" for s in info.stages),
         "Input": " and ".join(modalities(info)),
         "Reads": reads(strategy),
+        "A budget counts": info.budget_counts or "not told",
         "Counts": "known from the grids before anything is encoded"
         if strategy.static_counts
         else "decided by the content",

@@ -75,6 +75,7 @@ class Report:
         kv_bytes_dense, kv_bytes: KV-cache bytes of the prompt.
         seconds: measured time per stage: "tower", "select", "prefill" (GPU times are read when the report is made).
         tower: per modality what a tower that reuses between frames computed in its latest call; else empty.
+        budget_counts: what the strategy's budget counts, in words; empty where it is not told.
     """
 
     strategy: str
@@ -88,6 +89,7 @@ class Report:
     kv_bytes: int
     seconds: dict[str, float]
     tower: dict[str, TowerUse] = field(default_factory=dict)
+    budget_counts: str = ""
 
     @property
     def tokens_in(self) -> int:
@@ -139,6 +141,8 @@ class Report:
             return f"{now / dense:.1%}" if dense else "-"
 
         lines = [f"vtoken report: {self.strategy}"]
+        if self.budget_counts:
+            lines.append(f"  the budget counts {self.budget_counts}")
         for v in self.visuals:
             parts = f"{len(v.segments)} {v.segments[-1].kind}s, " if len(v.segments) > 1 else ""
             head = f"  {v.modality} in row {v.row}: {parts}{v.tokens_in}"

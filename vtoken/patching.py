@@ -47,7 +47,8 @@ class Patch:
         stages = [Stage(layer, strategy.select_in_prefill) for layer in drops]
         stage_of = [sum(s.layer <= i for s in stages) for i in range(layers)]
         stored = [len(stages) if i in aligned else stage for i, stage in enumerate(stage_of)]
-        self.recorder = Recorder(adapter.model, adapter.decoder.config, stage_of, strategy.describe(), stored)
+        told = strategy.budget_counts()
+        self.recorder = Recorder(adapter.model, adapter.decoder.config, stage_of, strategy.describe(), stored, told)
         needs = {m: needs_of(adapter, strategy, m) for m in adapter.modalities}
         wants_text = any(n.text_embeddings for n in needs.values()) and not strategy.is_identity
         if strategy.is_identity:

@@ -105,12 +105,20 @@ class Recorder:
         itemsize: bytes of one KV-cache element.
         describe: the strategy in words.
         stored_of: per LLM layer, the drop whose survivors its KV cache keeps behind the prompt; as `stage_of` if None.
+        budget_counts: what the strategy's budget counts, in words.
     """
 
     def __init__(
-        self, model: Any, text_config: Any, stage_of: list[int], describe: str, stored_of: list[int] | None = None
+        self,
+        model: Any,
+        text_config: Any,
+        stage_of: list[int],
+        describe: str,
+        stored_of: list[int] | None = None,
+        budget_counts: str = "",
     ) -> None:
         self.model, self.text_config, self.stage_of, self.describe = model, text_config, stage_of, describe
+        self.budget_counts = budget_counts
         self.stored_of = stage_of if stored_of is None else stored_of
         self.local = _Local()
         self.last: Record | None = None
@@ -211,6 +219,7 @@ class Recorder:
             kv_bytes=sum(shape.kv_bytes(per_layer[i], itemsize) for i in layers),
             seconds=record.watch.seconds(),
             tower=record.tower,
+            budget_counts=self.budget_counts,
         )
 
     def _with_layers(self, record: Record) -> list[VisualReport]:

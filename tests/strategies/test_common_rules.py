@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import vtoken
-from vtoken.strategies import create, list_names, strategy_info
+from vtoken.strategies import combine, create, list_names, strategy_info
+from vtoken.strategies.base import BUDGET_MEANS
 from vtoken.strategies.budgets import Budget, divide
 from vtoken.tokens import Segment
 
@@ -109,3 +110,37 @@ def test_a_method_is_one_short_file():
     lengths = {path.name: len(path.read_text().splitlines()) for path in files}
     assert len(lengths) == len(BUNDLED) >= 20
     assert not {name: n for name, n in lengths.items() if n > 250}
+
+
+MEANINGS = {
+    "average": ["mustdrop", "pyramiddrop", "sparsevlm"],
+    "cut": ["fastv", "llavolta"],
+    "tower": ["stc_cacher"],
+}
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_every_method_tells_what_its_budget_counts(name):
+    means = next((m for m, names in MEANINGS.items() if name in names), "entrance")
+    info = strategy_info(name)
+    assert info.budget_means == means and info.budget_counts == create(name).budget_counts() == BUDGET_MEANS[means]
+
+
+def test_a_combination_tells_it_of_every_part():
+    assert combine(["fastv", "random"], 0.25).budget_counts() == (
+        "random: visual tokens that enter the LLM; fastv: visual tokens that the LLM reads after the cut"
+    )
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        (dict(stages=("decoder",)), "stages of 'wrong' must be .*one of encoder, projector, prefill, cache, found"),
+        (dict(stages=()), "stages of 'wrong' must name one at least"),
+        (dict(stages=("prefill",), budget_means="all"), "budget_means of 'wrong' must be None or one of entrance, .*'all'"),
+    ],
+)
+def test_metadata_that_no_one_knows(metadata, words):
+    with pytest.raises(ValueError, match=words):
+        vtoken.register("wrong", summary="For tests.", **metadata)(strategy_info("random").cls)
+    assert "wrong" not in list_names()

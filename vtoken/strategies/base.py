@@ -16,6 +16,14 @@ from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment,
 from .budgets import Budget, check_budget
 
 Positions = Literal["original", "renumber"]
+Stage = Literal["encoder", "projector", "prefill", "cache"]
+BudgetMeans = Literal["entrance", "average", "cut", "tower"]
+BUDGET_MEANS: dict[str, str] = {
+    "entrance": "visual tokens that enter the LLM",
+    "average": "visual tokens that an LLM layer reads, the average over all layers",
+    "cut": "visual tokens that the LLM reads after the cut",
+    "tower": "tokens of a frame that the vision tower computes",
+}
 REFERENCE_DEPTH = 32  # of the LLMs for which layer numbers are published; deep enough for every method
 
 
@@ -33,19 +41,26 @@ class StrategyInfo:
         differs: what differs from the reference, in words.
         baseline: whether it exists to be compared with.
         experimental: whether parts of the method are not published.
+        budget_means: what a budget counts, see `BUDGET_MEANS`; None where it is not told.
         cls: the dataclass.
     """
 
     name: str
     summary: str
-    stages: tuple[str, ...]
+    stages: tuple[Stage, ...]
     paper: str = ""
     code: str = ""
     code_licence: str = ""
     differs: str = ""
     baseline: bool = False
     experimental: bool = False
+    budget_means: BudgetMeans | None = None
     cls: type[Strategy] = field(default=None, repr=False)  # type: ignore[assignment]
+
+    @property
+    def budget_counts(self) -> str:
+        """What a budget counts, in words; empty where it is not told."""
+        return "" if self.budget_means is None else BUDGET_MEANS[self.budget_means]
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -173,6 +188,10 @@ class Strategy(metaclass=_CheckedOptions):
     def describe(self) -> str:
         """`name(option=value, ...)` with the options that differ from their defaults, and the budget."""
         return describe_options(self, self.budget)
+
+    def budget_counts(self) -> str:
+        """What the budget counts, in words; empty where the registration does not tell."""
+        return self.info.budget_counts
 
     @property
     def acts_inside(self) -> bool:

@@ -110,6 +110,10 @@ class Composite(Strategy):
         split = "" if self.split == type(self).split else f", split={self.split}"
         return parts if self.budget is None else f"{parts}, sharing budget={self.budget}{split}"
 
+    def budget_counts(self) -> str:
+        told = [(p.info.name, p.budget_counts()) for p in self.ordered]
+        return "; ".join(f"{name}: {words}" for name, words in told if words)
+
     def _first(self) -> str:
         budget, derived = self.first.budget, self.budget is not None and self.first.acts_on_projector
         return describe_options(self.first, float(f"{budget:.4g}") if derived and isinstance(budget, float) else budget)

@@ -17,6 +17,7 @@ from .registry import register
     "fastv",
     summary="After K layers of the LLM keep the visual tokens to which the last token of the prompt attends most.",
     stages=("prefill",),
+    budget_means="cut",
     paper="An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764",
     code="github.com/pkunlp-icler/FastV",
     code_licence="none stated",

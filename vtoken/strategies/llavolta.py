@@ -19,6 +19,7 @@ from .registry import register
     "llavolta",
     summary="Average every run of s visual tokens into one, in front of a layer in the middle of the LLM.",
     stages=("prefill",),
+    budget_means="cut",
     paper="LLaVolta: Efficient Multi-modal Models via Stage-wise Visual Context Compression, arXiv 2406.20092",
     code="github.com/Beckschen/LLaVolta",
     code_licence="Apache-2.0",

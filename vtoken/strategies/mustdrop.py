@@ -31,6 +31,7 @@ from .registry import register
     summary="Merge similar windows in the tower, filter inside the LLM by total and by largest attention from the text, then "
     "cut the KV cache of earlier layers to the survivors.",
     stages=("encoder", "projector", "prefill", "cache"),
+    budget_means="average",
     paper="Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model, arXiv 2411.10803",
     code="github.com/liuting20/MustDrop",
     code_licence="Apache-2.0",

@@ -16,6 +16,7 @@ LEAST_RATIO = 0.25  # under it a budget moves the cuts towards the input, down t
     "pyramiddrop",
     summary="Drop a fixed share of the visual tokens at a quarter, half and three quarters of the LLM's depth.",
     stages=("prefill",),
+    budget_means="average",
     paper="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction, "
     "arXiv 2410.17247",
     code="github.com/Cooperx521/PyramidDrop",

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
-from ..checks import found
-from .base import Strategy, StrategyInfo, check_methods
+from ..checks import fit, found
+from .base import BudgetMeans, Stage, Strategy, StrategyInfo, check_methods
 
 S = TypeVar("S", bound=type[Strategy])
 
-STAGES = ("encoder", "projector", "prefill", "cache")
+# what a budget counts where a method acts at one place that leaves no choice
+MEANS: dict[tuple[str, ...], BudgetMeans] = {("projector",): "entrance", ("encoder",): "tower"}
 _registry: dict[str, StrategyInfo] = {}
 
 
@@ -35,11 +36,11 @@ def register(name: str, **metadata: Any) -> Callable[[S], S]:
         if known is not None and (known.cls.__module__, known.cls.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"The strategy name {name!r} is taken by {known.cls.__module__}.{known.cls.__qualname__}.")
         info = StrategyInfo(name=name, cls=cls, **metadata)
-        unknown = set(info.stages) - set(STAGES)
-        if unknown or not info.stages:
-            raise ValueError(f"stages of {name!r} must be among {', '.join(STAGES)}, found {info.stages!r}.")
-        cls.info = info
-        _registry[name] = info
+        stages = fit(f"stages of {name!r}", info.stages, tuple[Stage, ...])
+        if not stages:
+            raise ValueError(f"stages of {name!r} must name one at least, found {info.stages!r}.")
+        means = fit(f"budget_means of {name!r}", info.budget_means, BudgetMeans | None) or MEANS.get(stages)
+        cls.info = _registry[name] = replace(info, stages=stages, budget_means=means)
         return cls
 
     return add

@@ -42,6 +42,7 @@ def recycled(dropped: int) -> int:
     "sparsevlm",
     summary="Prune at a few LLM layers by the attention of the words that are about the picture; merge some of the pruned.",
     stages=("prefill",),
+    budget_means="average",
     paper="SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417",
     code="github.com/Gumpest/SparseVLMs",
     code_licence="Apache-2.0",

@@ -15,6 +15,7 @@ from .stc_pruner import StcPruner
     "stc",
     summary="Streaming Token Compression: reuse of frames in the vision tower, and pruning against the stream's history.",
     stages=("encoder", "projector"),
+    budget_means="entrance",
     paper=PAPER,
     code=CODE,
     code_licence=LICENCE,
