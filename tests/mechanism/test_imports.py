@@ -51,7 +51,7 @@ def test_importing_patches_nothing_and_is_quick():
 
 
 # Every room from the ground up, and what it may import of the package besides itself. A room is a folder or a file.
-GROUND = ("_json", "_threads", "checks", "extras", "hooks", "kernels", "limits", "streams", "tokens")
+GROUND = ("_json", "_threads", "checks", "extras", "hooks", "kernels", "limits", "plugins", "streams", "tokens")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(GROUND, ()),
     "images": ("limits",),
@@ -60,8 +60,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tiny": (),
     "asking": ("tiny",),
     "video": ("checks", "images", "limits", "tiny"),
-    "strategies": ("checks", "kernels", "streams", "tokens"),
-    "adapters": ("_threads", "hooks", "kernels", "streams", "tokens"),
+    "strategies": ("checks", "kernels", "plugins", "streams", "tokens"),
+    "adapters": ("_threads", "hooks", "kernels", "plugins", "streams", "tokens"),
     "mechanism": ("_threads", "adapters", "hooks", "kernels", "streams", "tokens"),
     "recorder": ("_threads", "accounting", "mechanism", "streams"),
     "config": ("_json", "checks", "strategies"),

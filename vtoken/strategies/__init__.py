@@ -8,7 +8,7 @@ import pkgutil
 from .assembly import combine
 from .base import Strategy, StrategyInfo, top_k
 from .composition import Composite
-from .registry import create, list_names, register, strategy_info
+from .registry import create, list_names, register, registered, strategy_info
 from .scored import ScoredStrategy
 
 __all__ = [
@@ -28,7 +28,6 @@ for _module in pkgutil.iter_modules(__path__):
     if _module.name not in ("base", "registry", "scores"):
         importlib.import_module(f"{__name__}.{_module.name}")
 
-for _name in list_names():
-    _cls = strategy_info(_name).cls
+for _cls in registered():
     globals()[_cls.__name__] = _cls
     __all__.append(_cls.__name__)

@@ -6,9 +6,11 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
+from importlib.metadata import EntryPoint
 from typing import Any, TypeVar
 
 from ..checks import fit, found
+from ..plugins import Plugins, same_package
 from .base import BudgetMeans, Stage, Strategy, StrategyInfo, check_methods
 
 S = TypeVar("S", bound=type[Strategy])
@@ -46,10 +48,29 @@ def register(name: str, **metadata: Any) -> Callable[[S], S]:
     return add
 
 
+def _adopt(entry: EntryPoint, loaded: Any) -> None:
+    """Raise ValueError unless another package registered a strategy; one that cannot be made to be looked at goes."""
+    mine = [n for n, i in _registry.items() if i.cls is loaded or same_package(i.cls, entry)]
+    if not mine:
+        raise ValueError(f"it registers no strategy, found {found(loaded)}: decorate a class with @vtoken.register(...)")
+    for name in mine:
+        try:
+            made = _registry[name].cls()
+            made.needs(None), made.acts_inside
+        except Exception as error:
+            del _registry[name]
+            raise ValueError(f"{name}() of its defaults fails with {type(error).__name__}: {error}") from error
+
+
+plugins = Plugins("vtoken.strategies", _adopt)
+
+
 def strategy_info(name: str) -> StrategyInfo:
     """Metadata of one strategy. Raises ValueError with near names if there is none of that name."""
     if not isinstance(name, str):
         raise TypeError(f"A strategy is named by a string, found {type(name).__name__}.")
+    if name not in _registry:
+        plugins.load()
     if name not in _registry:
         near = difflib.get_close_matches(name.lower().replace("-", "_"), _registry, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}" if near else f"there are {', '.join(sorted(_registry))}"
@@ -93,6 +114,12 @@ def create(name: str, **options: Any) -> Strategy:
     return cls(**options)
 
 
+def registered() -> list[type[Strategy]]:
+    """The classes that are known so far, by name; other packages are not asked."""
+    return [_registry[name].cls for name in sorted(_registry)]
+
+
 def list_names(pattern: str = "*") -> list[str]:
-    """Names that match a shell pattern, in alphabetical order."""
+    """Names that match a shell pattern, in alphabetical order, those of other packages included."""
+    plugins.load()
     return sorted(fnmatch.filter(_registry, pattern))
