@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import statistics
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,20 @@ def test_a_method_is_one_short_file():
     lengths = {path.name: len(path.read_text().splitlines()) for path in files}
     assert len(lengths) == len(BUNDLED) >= 20
     assert not {name: n for name, n in lengths.items() if n > 250}
+    assert statistics.median(lengths.values()) <= 85, sorted(lengths.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_classes_are_named_as_their_papers_write_the_method(name):
+    """Which leaves no choice but upper and lower case."""
+    assert strategy_info(name).cls.__name__.lower() == name.replace("_", "")
+
+
+def test_names_of_the_last_release_say_how_they_are_written_now():
+    with pytest.warns(DeprecationWarning, match="TsLlava is called TSLLaVA"):
+        assert vtoken.strategies.TsLlava is strategy_info("ts_llava").cls
+    with pytest.raises(AttributeError, match="NotThere"):
+        vtoken.strategies.NotThere  # noqa: B018
 
 
 MEANINGS = {

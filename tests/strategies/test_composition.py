@@ -18,7 +18,7 @@ from vtoken.strategies import (
     PyramidDrop,
     Random,
     SparseVLM,
-    StcCacher,
+    STCCacher,
     Uniform,
     combine,
 )
@@ -81,7 +81,7 @@ def test_reuse_in_the_tower_lets_everything_into_the_llm():
     both = combine(["stc_cacher", "pyramiddrop"], 0.2, stc_cacher=dict(budget=0.25))
     assert both.prefill_layers(32) == PyramidDrop(0.2).prefill_layers(32)
     with pytest.raises(ValueError, match="choose more"):
-        combine([StcCacher(0.05), SparseVLM(0.05)]).check_depth(32)
+        combine([STCCacher(0.05), SparseVLM(0.05)]).check_depth(32)
 
 
 def test_a_part_written_without_entering_is_asked_without_it():

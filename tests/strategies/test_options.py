@@ -24,13 +24,13 @@ from tests.mechanism.test_isolation import traces
 from tests.models import FAMILIES
 from vtoken.checks import fit, number
 from vtoken.strategies import (
+    STC,
     VTCCLS,
     Composite,
     FastV,
     PyramidDrop,
     Random,
-    Stc,
-    StcCacher,
+    STCCacher,
     create,
     list_names,
     registry,
@@ -135,7 +135,7 @@ def test_equal_values_of_other_types_become_pythons():
 @pytest.mark.parametrize("one", [1, np.int64(1), np.uint8(1), torch.tensor(1), Count.ONE])
 def test_a_count_of_one_never_becomes_a_share(one):
     for made in (create("random", budget=one), create("token_corr", budget=one), create("stc", recompute=one)):
-        value = made.recompute if isinstance(made, Stc) else made.budget
+        value = made.recompute if isinstance(made, STC) else made.budget
         assert type(value) is int and value == 1 and not made.is_identity
 
 
@@ -158,7 +158,7 @@ def test_a_share_of_one_never_becomes_a_count(whole):
         (VTCCLS(0.3), "layers", 0),
         (PyramidDrop(), "layers", (8, 4)),
         (PyramidDrop(), "ratio", -1.0),
-        (Stc(), "recompute", 0),
+        (STC(), "recompute", 0),
         (Composite(0.3, [Random(), FastV()]), "split", 2),
         (Composite(0.3, [Random(), FastV()]), "budget", "0.2"),
         (Composite(0.3, [Random(), FastV()]), "parts", [Random()]),
@@ -174,9 +174,9 @@ def test_an_assignment_is_checked_and_changes_nothing_where_it_is_wrong(strategy
 
 
 def test_an_assignment_is_the_same_as_making_it_so():
-    stc = Stc()
+    stc = STC()
     stc.recompute = np.float64(0.5)
-    assert stc == Stc(recompute=0.5) and stc._cacher == Stc(recompute=0.5)._cacher and type(stc.recompute) is float
+    assert stc == STC(recompute=0.5) and stc._cacher == STC(recompute=0.5)._cacher and type(stc.recompute) is float
     both, made = Composite(0.3, [Random(), FastV()]), Composite(0.81, [Random(), FastV()])
     both.budget = 0.81
     assert both.first.budget == made.first.budget == pytest.approx(0.9) and both.then.budget == 0.81
@@ -194,7 +194,7 @@ def test_copies_are_checked_as_well():
 
 
 def test_a_combination_leaves_its_parts_as_they_are():
-    parts = [Random(0.5), PyramidDrop(0.3), StcCacher(0.4, interval=3)]
+    parts = [Random(0.5), PyramidDrop(0.3), STCCacher(0.4, interval=3)]
     before = [copy.deepcopy(p.__dict__) for p in parts]
     for budget in (None, 0.2, 7):
         both = Composite(budget, parts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import warnings
+from typing import Any
 
 from .assembly import combine
 from .base import Strategy, StrategyInfo, top_k
@@ -31,3 +33,12 @@ for _module in pkgutil.iter_modules(__path__):
 for _cls in registered():
     globals()[_cls.__name__] = _cls
     __all__.append(_cls.__name__)
+
+_RENAMED = {"Stc": "STC", "StcCacher": "STCCacher", "StcPruner": "STCPruner", "TsLlava": "TSLLaVA"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} is called {_RENAMED[name]}: the old name goes in the next release.", DeprecationWarning, 2)
+    return globals()[_RENAMED[name]]

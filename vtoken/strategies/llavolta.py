@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..tokens import PrefillTokens, Selection, VisualTokens
 from .base import Strategy
 from .budgets import frames_of
+from .common.grouping import mean_of_runs
 from .common.schedule import check_inside, wanted
 from .registry import register
 
@@ -72,29 +72,14 @@ class LLaVolta(Strategy):
 
     def select(self, tokens: VisualTokens) -> Selection:
         allowed = self.allowance().allowed(len(tokens), frames_of(tokens.segments))
-        item = torch.zeros_like(tokens.cells)
-        return self._pool(item, tokens.cells < 0, self._stride(len(tokens), allowed))
+        separator, stride = tokens.cells < 0, self._stride(len(tokens), allowed)
+        return mean_of_runs(torch.zeros_like(tokens.cells), separator, stride, self.keep_newline)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
         rows = tokens.visual_rows
         assert tokens.item is not None and tokens.separator is not None
         stride = self._stride(tokens.total_visual, wanted(self.budget, tokens))
-        return self._pool(tokens.item[rows], tokens.separator[rows], stride)
+        return mean_of_runs(tokens.item[rows], tokens.separator[rows], stride, self.keep_newline)
 
     def _stride(self, n: int, allowed: float) -> int:
         return self.stride or max(1, math.ceil(n / allowed - 1e-6))
-
-    def _pool(self, item: Tensor, separator: Tensor, stride: int) -> Selection:
-        """`item` (n,) int64, the image of each token; `separator` (n,) bool."""
-        keep = separator & self.keep_newline
-        owner = torch.full_like(item, -1)
-        for i in item.unique().tolist():
-            rows = ((item == i) & ~separator).nonzero()[:, 0]
-            runs = max(1, len(rows) // stride)
-            rows = rows[: runs * stride]
-            centre = torch.arange(len(rows), device=rows.device) // stride * stride + (min(stride, len(rows)) - 1) // 2
-            owner[rows] = rows[centre]
-            keep[rows[centre]] = True
-        alone = (separator & keep).nonzero()[:, 0]
-        owner[alone] = alone
-        return Selection.merge(keep.nonzero()[:, 0], owner)

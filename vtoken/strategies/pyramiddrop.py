@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..tokens import PrefillTokens, Selection
 from .base import Strategy, top_k
-from .common.schedule import check_inside, check_layers, counts_for, lengths, ratio_for, refuse_if_unreachable, wanted
+from .common import schedule
 from .registry import register
 
 LEAST_RATIO = 0.25  # under it a budget moves the cuts towards the input, down to layer 1 as long as that reaches it
@@ -45,7 +45,7 @@ class PyramidDrop(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers(self.layers)
+        schedule.check_layers(self.layers)
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"ratio must lie in (0, 1], found {self.ratio!r}.")
 
@@ -54,16 +54,16 @@ class PyramidDrop(Strategy):
             return tuple(self.layers)
         share = self.budget / entering if self.allowance().is_share and self.ratio is None else 1.0
         for first in range(max(1, num_layers // 4), 0, -1):
-            inside = quarters(first, num_layers)
-            if share == 1 or ratio_for(share, lengths(inside, num_layers)) >= LEAST_RATIO:
+            inside = schedule.quarters(first, num_layers)
+            if share == 1 or schedule.ratio_for(share, schedule.lengths(inside, num_layers)) >= LEAST_RATIO:
                 return inside
-        return inside if share * num_layers > 1 else quarters(0, num_layers)
+        return inside if share * num_layers > 1 else schedule.quarters(0, num_layers)
 
     def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         cuts = self.prefill_layers(num_layers, entering)
-        check_inside(cuts, num_layers, self.info.name)
+        schedule.check_inside(cuts, num_layers, self.info.name)
         if self.allowance().is_share and self.ratio is None:
-            refuse_if_unreachable(entering, self.budget, lengths(cuts, num_layers), self.info.name)
+            schedule.refuse_if_unreachable(entering, self.budget, schedule.lengths(cuts, num_layers), self.info.name)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
         cuts, visual = self.prefill_layers(tokens.num_layers, tokens.entering), tokens.visual_rows
@@ -79,15 +79,7 @@ class PyramidDrop(Strategy):
         n = len(tokens.visual_rows)
         if self.ratio is not None:
             return [max(1, int(n * self.ratio**i + 1e-6)) for i in range(1, len(cuts) + 1)]
-        average = wanted(self.budget, tokens)
+        average = schedule.wanted(self.budget, tokens)
         if average >= n:
             return [n] * len(cuts)
-        return counts_for(n, average, lengths(cuts, tokens.num_layers), self.info.name)
-
-
-def quarters(first: int, num_layers: int) -> tuple[int, ...]:
-    """Three cuts, the first in front of layer `first`, as far apart as the quarters of the depth would then be."""
-    cuts = [first * i * num_layers // (4 * max(1, num_layers // 4)) for i in (1, 2, 3)]
-    for i in (1, 2):
-        cuts[i] = max(cuts[i], cuts[i - 1] + 1)
-    return tuple(i for i in cuts if i < num_layers)
+        return schedule.counts_for(n, average, schedule.lengths(cuts, tokens.num_layers), self.info.name)

@@ -7,8 +7,8 @@ from dataclasses import KW_ONLY, dataclass
 from ..streams import Reuse
 from ..tokens import TowerInfo
 from .registry import register
-from .stc_cacher import CODE, LICENCE, PAPER, StcCacher
-from .stc_pruner import StcPruner
+from .stc_cacher import CODE, LICENCE, PAPER, STCCacher
+from .stc_pruner import STCPruner
 
 
 @register(
@@ -22,7 +22,7 @@ from .stc_pruner import StcPruner
     differs="As stc_cacher and stc_pruner, of which it is made.",
 )
 @dataclass
-class Stc(StcPruner):
+class STC(STCPruner):
     """Streaming Token Compression (arXiv 2512.00891): `stc_cacher` in the tower, `stc_pruner` in front of the LLM.
 
     Args:
@@ -47,7 +47,7 @@ class Stc(StcPruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            self._cacher = StcCacher(self.recompute, self.interval, self.share_selection, self.always_cls)
+            self._cacher = STCCacher(self.recompute, self.interval, self.share_selection, self.always_cls)
         except ValueError as wrong:
             raise ValueError(f"recompute or interval of stc: {wrong}") from None
 

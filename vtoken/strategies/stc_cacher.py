@@ -28,7 +28,7 @@ LICENCE = "none"
     "together; the sum of what attention and MLP added is cached, not both; towers with windows attend within them.",
 )
 @dataclass
-class StcCacher(Strategy):
+class STCCacher(Strategy):
     """The cacher of Streaming Token Compression (arXiv 2512.00891), for the frames of videos and streams.
 
     Every `interval`-th frame of a stream is computed in full and becomes the reference. In every layer of the frames

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..tokens import VisualTokens
 from .common.grouping import gaussian_similarity, rows_per_segment, unit
+from .common.history import history, remember
 from .registry import register
 from .scored import ScoredStrategy
 from .stc_cacher import CODE, LICENCE, PAPER
@@ -27,7 +28,7 @@ from .stc_cacher import CODE, LICENCE, PAPER
     "float32; the newline row after a video stays; an image is a stream of its segments.",
 )
 @dataclass
-class StcPruner(ScoredStrategy):
+class STCPruner(ScoredStrategy):
     """The pruner of Streaming Token Compression (arXiv 2512.00891), causal and blind to the question.
 
     "gaussian": of a frame, the half of the channels with the lowest variance over its tokens, in ascending order; `y` are
@@ -62,9 +63,8 @@ class StcPruner(ScoredStrategy):
     def scores(self, tokens: VisualTokens) -> Tensor:
         score = self._gaussian if self.score == "gaussian" else self._dual_anchor
         out = torch.zeros(len(tokens), device=tokens.features.device)
-        for rows in rows_per_segment(tokens):
-            if len(rows):
-                out[rows] = score(tokens.features[rows].float(), tokens.memory)
+        for rows in filter(len, rows_per_segment(tokens)):
+            out[rows] = score(tokens.features[rows].float(), tokens.memory)
         return tokens.by_cell(out)
 
     def _gaussian(self, x: Tensor, memory: dict[str, Any]) -> Tensor:
@@ -75,29 +75,15 @@ class StcPruner(ScoredStrategy):
             if self.channels == "fixed":
                 memory["channels"] = channels
         u = x[:, channels.to(x.device)]
-        self._remember(u.mean(0), memory)
+        remember(memory, u.mean(0), self.window)
         y = unit(u)
-        return -gaussian_similarity(y, y.mean(0)) - gaussian_similarity(y, unit(self._history(memory, x.device)))
+        return -gaussian_similarity(y, y.mean(0)) - gaussian_similarity(y, unit(history(memory, x.device)))
 
     def _dual_anchor(self, x: Tensor, memory: dict[str, Any]) -> Tensor:
         spatial = x.mean(0)
         scores = 1 - unit(x) @ unit(spatial)
         if memory:
-            history = unit(self._history(memory, x.device))
-            scores = self.alpha * (1 - unit(x) @ history) + (1 - self.alpha) * scores
-        self._remember(spatial, memory)
+            before = unit(history(memory, x.device))
+            scores = self.alpha * (1 - unit(x) @ before) + (1 - self.alpha) * scores
+        remember(memory, spatial, self.window)
         return scores
-
-    def _remember(self, mean: Tensor, memory: dict[str, Any]) -> None:
-        if self.window is not None:
-            memory["means"] = [*memory.get("means", []), mean.double()][-self.window :]
-            return
-        before = memory.get("total")
-        memory["total"] = mean.double() if before is None else before.to(mean.device) + mean
-        memory["count"] = memory.get("count", 0) + 1
-
-    def _history(self, memory: dict[str, Any], device: torch.device) -> Tensor:
-        """(channels,) float32, the mean over the frames that are remembered."""
-        if self.window is not None:
-            return torch.stack([m.to(device) for m in memory["means"]]).mean(0).float()
-        return (memory["total"].to(device) / memory["count"]).float()

@@ -32,7 +32,7 @@ FEWER = (6, 4, 2, 1)  # frames of a collage where the video has fewer than asked
     "without the ablations with several; positions='renumber' numbers the tokens as published.",
 )
 @dataclass
-class TsLlava(Strategy):
+class TSLLaVA(Strategy):
     """Thumbnail and sampling (arXiv 2411.11066): training-free video for image models; the images of a prompt are its frames.
 
     The tokens of all frames, one frame behind the other, are sampled at `round(linspace(0, n - 1, S))`, across frames and

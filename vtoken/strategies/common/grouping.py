@@ -68,3 +68,24 @@ def in_order(selection: Selection, order: Tensor, n: int) -> Selection:
     moved = torch.empty_like(order)
     moved[order] = places
     return Selection(keep, torch.where(into >= 0, moved[into.clamp(min=0)], -1), weight)
+
+
+def mean_of_runs(item: Tensor, separator: Tensor, stride: int, keep_separators: bool) -> Selection:
+    """Runs of `stride` neighbouring tokens become their means, each at the place of its middle token.
+
+    Args:
+        item: (n,) int64, the image or video of each token; no run spans two of them, and what is left over of one goes,
+            unless it is all there is.
+        separator: (n,) bool, tokens that are in no run.
+    """
+    keep, owner = separator & keep_separators, torch.full_like(item, -1)
+    for i in item.unique().tolist():
+        rows = ((item == i) & ~separator).nonzero()[:, 0]
+        runs = max(1, len(rows) // stride)
+        rows = rows[: runs * stride]
+        centre = torch.arange(len(rows), device=rows.device) // stride * stride + (min(stride, len(rows)) - 1) // 2
+        owner[rows] = rows[centre]
+        keep[rows[centre]] = True
+    alone = (separator & keep).nonzero()[:, 0]
+    owner[alone] = alone
+    return Selection.merge(keep.nonzero()[:, 0], owner)

@@ -19,6 +19,14 @@ def behind_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(i for i in scaled if i < num_layers))
 
 
+def quarters(first: int, num_layers: int) -> tuple[int, ...]:
+    """Three cuts, the first before layer `first`, as far apart as the quarters of the depth would then be."""
+    cuts = [first * i * num_layers // (4 * max(1, num_layers // 4)) for i in (1, 2, 3)]
+    for i in (1, 2):
+        cuts[i] = max(cuts[i], cuts[i - 1] + 1)
+    return tuple(i for i in cuts if i < num_layers)
+
+
 def lengths(cuts: Sequence[int], num_layers: int) -> list[int]:
     """Number of layers in front of the first drop, between drops, and behind the last."""
     edges = [0, *cuts, num_layers]
