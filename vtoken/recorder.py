@@ -99,10 +99,9 @@ class Recorder:
     """Collects what one patch does, per thread.
 
     Args:
-        device: where the model computes, for the choice of clock.
+        model: what was patched.
         text_config: shape of the language model.
         stage_of: per LLM layer, how many drops lie in front of it.
-        itemsize: bytes of one KV-cache element.
         describe: the strategy in words.
         stored_of: per LLM layer, the drop whose survivors its KV cache keeps behind the prompt; as `stage_of` if None.
         budget_counts: what the strategy's budget counts, in words.
