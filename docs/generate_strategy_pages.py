@@ -1,4 +1,5 @@
-"""Write docs/strategies/: one page per strategy and an index, from the registry's metadata and the docstrings.
+"""Write docs/strategies/: one page per strategy and an index, from the registry's metadata and the
+docstrings.
 
 python docs/generate_strategy_pages.py
 """
@@ -15,7 +16,9 @@ from vtoken.strategies import Strategy, StrategyInfo, create, list_names, strate
 from vtoken.tokens import Needs, TowerInfo
 
 FOLDER = Path(__file__).parent / "strategies"
-NOTE = "<!-- Written by docs/generate_strategy_pages.py; edit the strategy's docstring and metadata instead. -->"
+NOTE = (
+    "<!-- Written by docs/generate_strategy_pages.py; edit the strategy's docstring and metadata instead. -->"
+)
 STAGES = {
     "encoder": "inside the vision tower",
     "projector": "between the vision tower and the LLM",
@@ -51,7 +54,10 @@ def index(infos: list[StrategyInfo]) -> str:
             "",
             "# Strategies",
             "",
-            "`vtoken.patch(model, name, budget=...)` puts one on, `vtoken.list_strategies(model=model)` lists those that fit a",
+            (
+                "`vtoken.patch(model, name, budget=...)` puts one on, `vtoken.list_strategies(model=model)`"
+                " lists those that fit a"
+            ),
             "model. The rival that needs none is a smaller image: `vtoken.resized(processor, budget)`.",
             "",
             "| name | stage | input | what it does |",
@@ -69,13 +75,16 @@ def page(info: StrategyInfo) -> str:
         "Stage": "; ".join(f"{s} ({STAGES[s]})" for s in info.stages),
         "Input": " and ".join(modalities(info)),
         "Reads": reads(strategy),
-        "Counts": "known from the grids before anything is encoded"
-        if strategy.static_counts
-        else "decided by the content",
+        "A budget counts": info.budget_counts or "not told",
+        "Counts": (
+            "known from the grids before anything is encoded"
+            if strategy.static_counts
+            else "decided by the content"
+        ),
         "Paper": info.paper or ("none: a baseline" if info.baseline else "none"),
-        "Reference code": f"{info.code}{f' ({info.code_licence})' if info.code_licence else ''}"
-        if info.code
-        else "none",
+        "Reference code": (
+            f"{info.code}{f' ({info.code_licence})' if info.code_licence else ''}" if info.code else "none"
+        ),
     }
     lines = [NOTE, "", f"# {info.name}", "", info.summary, ""]
     if info.experimental:
@@ -98,7 +107,9 @@ def modalities(info: StrategyInfo) -> tuple[str, ...]:
 def example(info: StrategyInfo, strategy: Strategy) -> str:
     """A call with the default budget."""
     budget = "" if strategy.budget is None else f", budget={strategy.budget}"
-    return f'vtoken.patch(model, "{info.name}"{budget})\nmodel.generate(**inputs)\nprint(vtoken.report(model))'
+    return (
+        f'vtoken.patch(model, "{info.name}"{budget})\nmodel.generate(**inputs)\nprint(vtoken.report(model))'
+    )
 
 
 def reads(strategy: Strategy) -> str:
@@ -107,13 +118,16 @@ def reads(strategy: Strategy) -> str:
     parts = []
     if strategy.acts_on_projector:
         parts.append(
-            "projected features" + ("" if not with_cls.text_embeddings else ", embeddings of the prompt's text")
+            "projected features"
+            + ("" if not with_cls.text_embeddings else ", embeddings of the prompt's text")
         )
     tower = describe(with_cls)
     if tower:
         parts.append(f"{tower} (as in CLIP-L: 24 layers, features of layer 22)")
         if without.cls_attention or without.cls_logits:
-            asked = ' unless `score="received"` asks for attention received' if hasattr(strategy, "score") else ""
+            asked = (
+                ' unless `score="received"` asks for attention received' if hasattr(strategy, "score") else ""
+            )
             parts.append(f"a tower without CLS token is refused{asked}")
         elif without != with_cls:
             parts.append(f"on towers without CLS token {describe(without) or 'features alone'}")
@@ -149,9 +163,11 @@ def default(f: Field) -> object:
 
 
 def parse(cls: type[Strategy]) -> tuple[str, dict[str, str]]:
-    """A docstring's text without its sections, and its arguments; those not described there are the base class's."""
+    """A docstring's text without its sections, and its arguments; those not described there are the base
+    class's.
+    """
     about, arguments = "", {}
-    for owner in (Strategy, cls):
+    for owner in (c for c in reversed(cls.__mro__) if issubclass(c, Strategy)):
         doc = inspect.cleandoc(owner.__doc__ or "")
         about = re.split(r"^\w+:$", doc, maxsplit=1, flags=re.MULTILINE)[0].strip()
         section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", doc, flags=re.MULTILINE)

@@ -24,7 +24,8 @@ def stub() -> str:
         cls = strategies.strategy_info(name).cls
         if cls.__module__.startswith("vtoken.strategies."):
             lines.append(
-                f"from {cls.__module__.removeprefix('vtoken.strategies')} import {cls.__name__} as {cls.__name__}"
+                f"from {cls.__module__.removeprefix('vtoken.strategies')} import {cls.__name__} as"
+                f" {cls.__name__}"
             )
     head = f'"""{inspect.getdoc(strategies)}"""\n\n# written by docs/generate_stub.py\n'
     return head + "\n".join(lines) + "\n"

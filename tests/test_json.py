@@ -143,7 +143,7 @@ def test_options_too_deep_in_memory():
     assert "100 levels" in refused(lambda: VTokenConfig("hired", options=loop))
 
 
-# -- a share of 1.0 and one token -------------------------------------------------------------------------------------
+# -- a share of 1.0 and one token ----------------------------------------------------------------------------
 def through_one_kind_of_number(text):
     """As JavaScript and others write it again: 1.0 is 1."""
     return json.dumps(
@@ -183,7 +183,7 @@ def test_an_assigned_value_is_not_saved(tmp_path):
     assert not (tmp_path / CONFIG_FILE).exists()
 
 
-# -- the files of evaluations and of the benchmark --------------------------------------------------------------------
+# -- the files of evaluations and of the benchmark -----------------------------------------------------------
 @pytest.mark.parametrize("case", BROKEN)
 def test_boards_and_reports_that_are_none(case, tmp_path):
     path = tmp_path / "a.json"
@@ -258,7 +258,7 @@ def test_an_argument_of_a_harness(text):
     refused(lambda: patch_arguments({"strategy": "hired", "alpha": text}))
 
 
-# -- any bytes, any values --------------------------------------------------------------------------------------------
+# -- any bytes, any values -----------------------------------------------------------------------------------
 @FUZZ
 @given(st.binary(max_size=40) | json_values.map(lambda v: json.dumps(v).encode()))
 def test_any_bytes_are_a_value_or_one_sentence(tmp_path_factory, data):

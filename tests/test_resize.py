@@ -165,7 +165,7 @@ def test_a_model_reads_what_the_smaller_image_makes():
     assert out.shape[1] == inputs["input_ids"].shape[1] + 2
 
 
-# -- copied, pickled, printed, saved ----------------------------------------------------------------------------------
+# -- copied, pickled, printed, saved -------------------------------------------------------------------------
 MAKERS = {
     "qwen": (qwen, 0.25, (140, 280)),
     "qwen, a number": (qwen, 30, (280, 140)),

@@ -79,6 +79,7 @@ class Report:
         seconds: measured seconds by name: "tower", "select", "prefill"; GPU times are read when the report is
             made.
         tower: per modality, the work of a tower that reuses between frames, of its latest call; else empty.
+        budget_counts: what the strategy's budget counts, in words; empty if unknown.
     """
 
     strategy: str
@@ -92,6 +93,7 @@ class Report:
     kv_bytes: int
     seconds: dict[str, float]
     tower: dict[str, TowerUse] = field(default_factory=dict)
+    budget_counts: str = ""
 
     @property
     def tokens_in(self) -> int:
@@ -145,6 +147,8 @@ class Report:
             return f"{now / dense:.1%}" if dense else "-"
 
         lines = [f"vtoken report: {self.strategy}"]
+        if self.budget_counts:
+            lines.append(f"  the budget counts {self.budget_counts}")
         for v in self.visuals:
             parts = f"{len(v.segments)} {v.segments[-1].kind}s, " if len(v.segments) > 1 else ""
             head = f"  {v.modality} in row {v.row}: {parts}{v.tokens_in}"

@@ -1,4 +1,6 @@
-"""Checks of values that users give, by type hints: the value in its hint's type, or one sentence that refuses it."""
+"""Checks of values that users give, by type hints: the value in its hint's type, or one sentence that refuses
+it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 F = TypeVar("F", bound=Callable[..., Any])
 
 MAY_BE_INFINITE = "may be infinite"
-Threshold = Annotated[float, MAY_BE_INFINITE]  # a number that others are compared with, so that inf has a meaning
+# a number that others are compared with, so that inf has a meaning
+Threshold = Annotated[float, MAY_BE_INFINITE]
 BITS = 63  # of a whole number, what torch takes
 
 _UNIONS = (Union, types.UnionType)
@@ -30,9 +33,10 @@ class _Unfit(Exception):
 def fit(name: str, value: Any, hint: Any) -> Any:
     """`value` in the type that `hint` names.
 
-    A whole number is fine for a float, a list for a tuple, a number of NumPy or a tensor of one value and no dimension for
-    what it holds; a bool is no number, a number or a word no bool, and nan is never right. Hints other than bool, int, float,
-    str, None, Literal, tuple, list, Sequence, dict, Mapping and unions of them let everything pass.
+    A whole number is fine for a float, a list for a tuple, a number of NumPy or a tensor of one value and no
+    dimension for what it holds; a bool is no number, a number or a word no bool, and nan is never right.
+    Hints other than bool, int, float, str, None, Literal, tuple, list, Sequence, dict, Mapping and unions of
+    them let everything pass.
 
     Args:
         name: what the sentence calls the value.
@@ -60,13 +64,19 @@ def has_field(cls: Any, name: str) -> bool:
 
 
 def checked(function: F, error: type[ValueError] = ValueError) -> F:
-    """Decorator: fit every argument to its annotation before the call, or raise `error`; a parameter's default passes."""
+    """Decorator: fit every argument to its annotation before the call, or raise `error`; a parameter's
+    default passes.
+    """
     signature = inspect.signature(function)
 
     @functools.cache
     def hints() -> dict[str, Any]:
         space = getattr(sys.modules.get(function.__module__), "__dict__", {})
-        return {n: _resolve(p.annotation, space) for n, p in signature.parameters.items() if p.kind not in _VARIABLE}
+        return {
+            n: _resolve(p.annotation, space)
+            for n, p in signature.parameters.items()
+            if p.kind not in _VARIABLE
+        }
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -89,7 +99,9 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def number(value: Any) -> Any:
-    """A Python number for one of NumPy, a tensor without dimensions or a subclass of int; anything else as it is."""
+    """A Python number for one of NumPy, a tensor without dimensions or a subclass of int; anything else as it
+    is.
+    """
     if type(value).__module__.partition(".")[0] in ("numpy", "torch") and getattr(value, "ndim", None) == 0:
         try:
             value = value.item()
@@ -145,7 +157,7 @@ def _sequence_words(hint: Any) -> str:
     return f"a list of {_PLURALS.get(words(inner[0]), f'values, each {words(inner[0])}')}"
 
 
-# -- hints ------------------------------------------------------------------------------------------------------
+# -- hints ---------------------------------------------------------------------------------------------------
 @functools.lru_cache(1024)
 def _hints_of(cls: Any) -> dict[str, tuple[Any, Any]]:
     """(hint, default) of every field of a dataclass; Any for a hint that cannot be resolved."""
@@ -191,7 +203,7 @@ def _same(value: Any, default: Any) -> bool:
     return type(value) is type(default) and isinstance(value, float | int | str) and value == default
 
 
-# -- values -----------------------------------------------------------------------------------------------------
+# -- values --------------------------------------------------------------------------------------------------
 def _fit(value: Any, hint: Any) -> Any:
     members = _members(hint)
     if not _known(hint):
@@ -246,7 +258,11 @@ def _float(value: Any, infinite: bool) -> float:
 def _literal(value: Any, choices: Sequence[Any]) -> Any:
     plain = number(value)
     for choice in choices:
-        if isinstance(plain, bool) == isinstance(choice, bool) and isinstance(plain, type(choice)) and plain == choice:
+        if (
+            isinstance(plain, bool) == isinstance(choice, bool)
+            and isinstance(plain, type(choice))
+            and plain == choice
+        ):
             return choice
     raise _Unfit
 

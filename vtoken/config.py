@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ._json import check_depth, read
 from .checks import fit_field, found
-from .strategies.budgets import UNIT, check_budget, unit, with_unit
+from .strategies.budgets import UNIT, Budget, check_budget, with_unit
 
 CONFIG_FILE = "vtoken_config.json"
 FORMAT_VERSION = 1
@@ -89,7 +89,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
             ValueError: for a field that was assigned a wrong value.
         """
         self.__post_init__()
-        return asdict(self) | {UNIT: unit(self.budget)}
+        return asdict(self) | {UNIT: Budget(self.budget).unit}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VTokenConfig:

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,8 +30,8 @@ from .mechanism.unread_features import Unread
 from .mechanism.vision_hooks import VisionHooks
 from .mechanism.visual_turn import VisualTurn
 from .recorder import Recorder
-from .strategies import Composite, Strategy
-from .strategies.composition import assemble
+from .strategies import Strategy
+from .strategies.assembly import assemble
 from .streams import unwrapped
 from .tokens import Segment, Selection, VisualTokens, concat_selections
 
@@ -49,9 +49,7 @@ class Patch:
         self.sessions: int | None = None  # number of sessions that use a patch made by sessions
         self.unread = None if strategy.is_identity else Unread(strategy.info.name)
         self.design = design_of(adapter, strategy, len(getattr(adapter.decoder, "layers", ())))
-        self.recorder = Recorder(
-            adapter.model, adapter.decoder.config, self.design.schedule, describe(strategy)
-        )
+        self.recorder = Recorder(adapter.model, adapter.decoder.config, self.design.schedule)
         self.wrapped = Wrapped()
         self.parts: list[Any] = [self.wrapped]
         try:
@@ -91,7 +89,7 @@ class Patch:
         return VisualTurn(adapter, planner, layers, positions, context, self.gate, self.recorder)
 
     def __repr__(self) -> str:
-        return f"<vtoken patch {describe(self.strategy)} of a {type(self.adapter.model).__name__}>"
+        return f"<vtoken patch {self.strategy.describe()} of a {type(self.adapter.model).__name__}>"
 
     def remove(self) -> None:
         """Take all hooks off the model."""
@@ -172,7 +170,11 @@ class Patch:
             )
 
     def _chosen(self, chosen: list[Chosen], beams: int) -> None:
-        self.recorder.describe = describe(self.strategy)  # with its present options
+        # with the strategy's present options
+        self.recorder.describe, self.recorder.budget_counts = (
+            self.strategy.describe(),
+            self.strategy.budget_counts(),
+        )
         self.recorder.chosen(chosen, beams)
         budget = self.strategy.budget
         if isinstance(budget, int) and not self.warned:
@@ -190,24 +192,6 @@ class Patch:
 def _largest(segments: tuple[Segment, ...]) -> int:
     frames = [s.fed for s in segments if s.kind == "frame"]
     return max(frames) if frames else sum(s.fed for s in segments)
-
-
-def describe(strategy: Strategy) -> str:
-    """`name(option=value, ...)` with the options that differ from their defaults, and the budget."""
-    if isinstance(strategy, Composite):
-        shared = "" if strategy.budget is None else f", sharing {_budget(strategy.budget)}"
-        return " then ".join(map(describe, strategy.ordered)) + shared
-    options = [_budget(strategy.budget)]
-    for f in fields(strategy):
-        if f.init and f.name != "budget" and getattr(strategy, f.name) != f.default:
-            options.append(f"{f.name}={getattr(strategy, f.name)!r}")
-    return f"{strategy.info.name}({', '.join(options)})"
-
-
-def _budget(budget: float | int) -> str:
-    """A share in four digits, which are enough for a reader; 1.0 and 1 stay different."""
-    short = float(f"{budget:.4g}") if isinstance(budget, float) else budget
-    return f"budget={short if short != 1 or budget == 1 else budget}"
 
 
 def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:

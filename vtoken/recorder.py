@@ -104,14 +104,18 @@ class Recorder:
     """Collects token counts and times of one patch's calls, per thread.
 
     Args:
-        device: the device of the model, for the choice of clock.
+        model: the patched model.
         text_config: shape of the language model.
         schedule: the drops inside the LLM.
-        describe: the strategy in words.
+
+    Attributes:
+        describe: the strategy of the latest call in words.
+        budget_counts: what its budget counts, in words.
     """
 
-    def __init__(self, model: Any, text_config: Any, schedule: DropSchedule, describe: str) -> None:
-        self.model, self.text_config, self.schedule, self.describe = model, text_config, schedule, describe
+    def __init__(self, model: Any, text_config: Any, schedule: DropSchedule) -> None:
+        self.model, self.text_config, self.schedule = model, text_config, schedule
+        self.describe = self.budget_counts = ""
         self.local = _Local()
         self.last: Record | None = None
 
@@ -214,6 +218,7 @@ class Recorder:
             kv_bytes=sum(shape.kv_bytes(per_layer[i], itemsize) for i in layers),
             seconds=record.watch.seconds(),
             tower=record.tower,
+            budget_counts=self.budget_counts,
         )
 
     def _with_layers(self, record: Record) -> list[VisualReport]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils import PushToHubMixin
 
-from .strategies.budgets import check_budget, share
+from .strategies.budgets import Budget, check_budget
 
 STEPS_PER_HALVING = 64
 PROBES = ((32, 32), (224, 224), (336, 1008), (1400, 700), (2000, 2000))
@@ -156,7 +156,7 @@ class _Shrinking(_Part):
 
     def _find(self, height: int, width: int) -> tuple[int, int]:
         full = count_tokens(self._counting, height, width)
-        wanted, least, size = share(self._budget, full), full, (height, width)
+        wanted, least, size = Budget(self._budget).part(full), full, (height, width)
         for step in range(math.floor(math.log2(min(height, width)) * STEPS_PER_HALVING) + 1):
             scale = 2 ** (-step / STEPS_PER_HALVING)
             size = max(1, round(height * scale)), max(1, round(width * scale))

@@ -1,7 +1,10 @@
-"""The data that flows: what a strategy sees (`VisualTokens`, `EncoderTokens`, `PrefillTokens`) and what it answers."""
+"""The data that flows: what a strategy sees (`VisualTokens`, `EncoderTokens`, `PrefillTokens`) and what it
+answers.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +22,13 @@ class Segment:
         grid: (rows, columns) of cells; a cell is what becomes one visual token.
         place: (row, column) of a crop on the canvas of crops; (0, 0) otherwise.
         seconds: time of a frame within its video, None where the model is not told.
-        box: (x0, y0, x1, y1), the region of the original image that the grid covers, as fractions of its width and height;
-            below 0 or above 1 where the grid reaches into padding. The whole image where the model is not told its size.
-        tokens: cells that become tokens, None for all; fewer where the model unpads or shrinks a canvas of crops.
-        shrink: cells along one side of a token, above 1 where the model shrinks the canvas behind the tower; a token then
-            belongs to the cell at its centre.
+        box: (x0, y0, x1, y1), the region of the original image that the grid covers, as fractions of its
+            width and height; below 0 or above 1 where the grid reaches into padding. The whole image where
+            the model is not told its size.
+        tokens: cells that become tokens, None for all; fewer where the model unpads or shrinks a canvas of
+            crops.
+        shrink: cells along one side of a token, above 1 where the model shrinks the canvas behind the tower;
+            a token then belongs to the cell at its centre.
     """
 
     kind: str
@@ -125,16 +130,20 @@ class VisualTokens:
     Attributes:
         features: (n, d) projected features, the model's dtype.
         segments: one entry per tower forward; cells are numbered over all segments, row-major inside each.
-        cells: (n,) int64, the cell that became token i; -1 for rows that are no patch (image-newline, separator, CLS).
+        cells: (n,) int64, the cell that became token i; -1 for rows that are no patch (image-newline,
+            separator, CLS).
         tower: facts about the vision tower, None where the model has no transformer tower.
         modality: "image" or "video".
         text_embeddings: (t, d) embeddings of the prompt's text tokens, None unless declared in `Needs`.
-        merged: (num_cells,) int64, which token inside the tower a cell became; cells with one number share their
-            features. None if nothing was merged there.
-        memory: what the strategy noted of earlier frames of the same stream (see `vtoken.stream`), empty at its start
-            and for whatever is no stream. Constant in size and made of numbers, strings, tensors, lists and dicts, please.
-        pixels: (frames, 3, H, W) as the tower takes them, of images in crops the view of the whole; None unless declared.
-        encode: `encode(pixels (k, 3, H, W))` gives the features (k, cells, d) of further frames; None unless declared.
+        merged: (num_cells,) int64, which token inside the tower a cell became; cells with one number share
+            their features. None if nothing was merged there.
+        memory: what the strategy noted of earlier frames of the same stream (see `vtoken.stream`), empty at
+            its start and for whatever is no stream. Constant in size and made of numbers, strings, tensors,
+            lists and dicts, please.
+        pixels: (frames, 3, H, W) as the tower takes them, of images in crops the view of the whole; None
+            unless declared.
+        encode: `encode(pixels (k, 3, H, W))` gives the features (k, cells, d) of further frames; None unless
+            declared.
     """
 
     features: Tensor
@@ -185,7 +194,8 @@ class VisualTokens:
         return self._get("cls_attention", layer)
 
     def cls_logits(self, layer: int) -> Tensor:
-        """Scaled products of the CLS query with the cells' keys, mean over heads: (segments, cells) float32."""
+        """Scaled products of the CLS query with the cells' keys, mean over heads: (segments, cells) float32.
+        """
         return self._get("cls_logits", layer)
 
     def received_attention(self, layer: int) -> Tensor:
@@ -199,11 +209,26 @@ class VisualTokens:
     def _get(self, what: str, layer: int) -> Tensor:
         if (what, layer) not in self.provided:
             have = ", ".join(f"{w}({i})" for w, i in self.provided) or "nothing"
-            raise NotProvided(f"{what}({layer}) was not declared in the strategy's needs(); provided here: {have}")
+            raise NotProvided(
+                f"{what}({layer}) was not declared in the strategy's needs(); provided here: {have}"
+            )
         value = self.provided[what, layer]
         if callable(value):
             value = self.provided[what, layer] = value()
         return value
+
+    def by_cell(self, values: Tensor) -> Tensor:
+        """(segments, cells of the largest segment): what is given of each of the n tokens, -inf where a cell
+        has no token.
+
+        Args:
+            values: (n,), any float dtype; those of separators go.
+        """
+        sizes = torch.tensor([s.size for s in self.segments], device=self.cells.device)
+        out = values.new_full((len(self.segments), int(sizes.max())), -torch.inf)
+        rows, segment = self.patch_rows, self.segment_of[self.cells >= 0]
+        out[segment, self.cells[rows] - (sizes.cumsum(0) - sizes)[segment]] = values[rows]
+        return out
 
     def keep_cells(self, cells: Tensor, separators: bool = False) -> Selection:
         """The Selection of the tokens made of the given cells ((c,) int64 or (num_cells,) bool).
@@ -237,7 +262,8 @@ class EncoderTokens:
 
 @dataclass
 class EncoderMerge:
-    """What becomes of the tokens inside a vision tower; every segment keeps the same number m, as the tower needs.
+    """What becomes of the tokens inside a vision tower; every segment keeps the same number m, as the tower
+    needs.
 
     Attributes:
         keep: (segments, m) int64, ascending: the places that stay, those of merged tokens included.
@@ -260,19 +286,23 @@ class PrefillTokens:
         visual: (n,) bool, the visual tokens to choose from.
         positions: (n,) int64, index of each token within the prompt's forward, padding included.
         total_visual: such tokens of this prompt before anything was dropped.
-        attention_rows: `attention_rows(rows)` with (r,) int64 indices into the n tokens -> (heads, r, n) float32, the
-            softmaxed rows of the layer before.
-        preview_rows: the same of layer `layer` itself, as it would attend if nothing were dropped in front of it.
+        attention_rows: `attention_rows(rows)` with (r,) int64 indices into the n tokens -> (heads, r, n)
+            float32, the softmaxed rows of the layer before.
+        preview_rows: the same of layer `layer` itself, as it would attend if nothing were dropped in front of
+            it.
         end: tokens that belong to the prompt; those after them are the answer, or drafts of it. -1 for all.
-        query: the token from which the answer is read, never one of the visual tokens to choose from; -1 for the last of the
-            prompt.
+        query: the token from which the answer is read, never one of the visual tokens to choose from; -1 for
+            the last of the prompt.
         num_layers: layers of the LLM.
         units: images and video frames of this prompt, for budgets in tokens per image or frame.
         item: (n,) int64, which image or video of the prompt a token belongs to, -1 for text.
         separator: (n,) bool, visual tokens that are no patch (image-newline, separator).
         marked: (n,) bool, tokens that the projector stage marked (`Selection.marked`).
-        rotary: cosines and sines (n, head_dim) of the tokens' positions in the layer before; None in front of layer 0.
+        rotary: cosines and sines (n, head_dim) of the tokens' positions in the layer before; None in front of
+            layer 0.
         memory: shared by all layers' choices for this prompt within one forward, empty at the first.
+        entering: share of the visual tokens that a projector strategy of the same combination lets into the
+            LLM.
     """
 
     layer: int
@@ -291,6 +321,7 @@ class PrefillTokens:
     marked: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    entering: float = 1.0
 
     @property
     def visual_rows(self) -> Tensor:
@@ -305,7 +336,9 @@ class PrefillTokens:
 
     @property
     def text_rows(self) -> Tensor:
-        """(t,) int64, the prompt's text tokens behind its first visual token; the last token if there are none."""
+        """(t,) int64, the prompt's text tokens behind its first visual token; the last token if there are
+        none.
+        """
         text = ~self.visual & (self.visual.cumsum(0) > 0)
         if self.end >= 0:
             text[self.end :] = False
@@ -322,12 +355,13 @@ class Selection:
 
     Attributes:
         keep: (k,) int64, ascending indices of the kept tokens.
-        into: (n,) int64 or None. `into[i] = j` adds token i to the j-th kept token, -1 adds it to none. A kept token
-            that no one names in `into` stays as it is; one that absorbs must name itself for its own share.
+        into: (n,) int64 or None. `into[i] = j` adds token i to the j-th kept token, -1 adds it to none. A
+            kept token that no one names in `into` stays as it is; one that absorbs must name itself for its
+            own share.
         weight: (n,) float32 or None, the share with which token i is added.
         marked: (k,) bool or None: kept tokens that the strategy wants to recognise inside the LLM.
-        features: (k, d) or None: what the LLM reads in the kept tokens' places instead of their own features, for methods
-            that encode more than the model does; not together with `into`.
+        features: (k, d) or None: what the LLM reads in the kept tokens' places instead of their own features,
+            for methods that encode more than the model does; not together with `into`.
     """
 
     keep: Tensor
@@ -341,12 +375,46 @@ class Selection:
         return cls(torch.arange(n, device=device))
 
     @classmethod
+    def merge(cls, keep: Tensor, owner: Tensor, weight: Tensor | None = None) -> Selection:
+        """Token i joins the kept token `owner[i]`.
+
+        Args:
+            keep: (k,) int64, ascending.
+            owner: (n,) int64, the index of a kept token, -1 for none. A kept token that absorbs must own
+                itself for its own share; one whose owner is -1, and that no other names, stays as it is.
+            weight: (n,) float32, the share with which token i is added; None for the mean of those that join.
+
+        Raises:
+            ValueError: if an owner is not kept.
+        """
+        slot = torch.full_like(owner, -1)
+        slot[keep] = torch.arange(len(keep), device=keep.device)
+        joins = owner >= 0
+        into = torch.where(joins, slot[owner.clamp(min=0)], -1)
+        if bool((joins & (into < 0)).any()):
+            lost = owner[joins & (into < 0)].unique().tolist()[:5]
+            raise ValueError(
+                f"Selection.merge needs owners that are kept, found {lost}: use -1 for a token that goes."
+            )
+        if weight is None:
+            size = torch.zeros(max(1, len(keep)), device=into.device).index_add_(
+                0, into.clamp(min=0), joins.float()
+            )
+            weight = torch.where(joins, 1 / size[into.clamp(min=0)], 0.0)
+        return cls(keep, into, weight)
+
+    @classmethod
     def groups(cls, keep: Tensor, group: Tensor) -> Selection:
-        """Kept tokens become the mean of their group: `group` (n,) int64, index into `keep` or -1 (dropped)."""
-        size = torch.zeros(len(keep), device=group.device).index_add_(
-            0, group.clamp(min=0), (group >= 0).to(torch.float32)
+        """Deprecated: `Selection.merge(keep, owner)`, whose owners are tokens where `group` has indices into
+        `keep`.
+        """
+        warnings.warn(
+            "Selection.groups goes in the next release: write Selection.merge(keep, owner), with owner[i] a"
+            " kept token.",
+            DeprecationWarning,
+            stacklevel=2,
         )
-        return cls(keep, group, torch.where(group >= 0, 1 / size[group.clamp(min=0)], 0.0))
+        return cls.merge(keep, torch.where(group >= 0, keep[group.clamp(min=0)], -1))
 
     def check(self, n: int) -> Selection:
         """Raise ValueError unless this is a legal answer for n tokens; returns itself."""
@@ -354,16 +422,20 @@ class Selection:
         if keep.ndim != 1 or keep.dtype != torch.int64:
             raise ValueError(f"Selection.keep must be 1-D int64, found {tuple(keep.shape)} {keep.dtype}.")
         if len(keep) and (int(keep[0]) < 0 or int(keep[-1]) >= n or bool((keep.diff() <= 0).any())):
-            raise ValueError(f"Selection.keep must be ascending, unique and within [0, {n}), found {keep.tolist()[:20]}.")
+            raise ValueError(
+                f"Selection.keep must be ascending, unique and within [0, {n}), found {keep.tolist()[:20]}."
+            )
         if (self.into is None) != (self.weight is None):
             raise ValueError("Selection.into and Selection.weight go together: give both or none.")
         if self.features is not None and (self.into is not None or self.features.shape[:-1] != keep.shape):
             raise ValueError(
-                f"Selection.features must be ({len(keep)}, d) and stand alone, found {tuple(self.features.shape)}"
-                f"{'' if self.into is None else ' beside into'}."
+                f"Selection.features must be ({len(keep)}, d) and stand alone, found"
+                f" {tuple(self.features.shape)}{'' if self.into is None else ' beside into'}."
             )
         if self.marked is not None and (self.marked.shape != keep.shape or self.marked.dtype != torch.bool):
-            raise ValueError(f"Selection.marked must be bool of shape {tuple(keep.shape)}, found {self.marked.dtype}.")
+            raise ValueError(
+                f"Selection.marked must be bool of shape {tuple(keep.shape)}, found {self.marked.dtype}."
+            )
         if self.into is not None and self.weight is not None:
             if self.into.shape != (n,) or self.weight.shape != (n,):
                 raise ValueError(
@@ -392,13 +464,18 @@ class Selection:
             return m
         rows = (self.into >= 0).nonzero()[:, 0]
         m[self.into[rows], rows] = self.weight[rows]
-        alone = (torch.zeros(len(self.keep), dtype=torch.bool, device=m.device).index_fill_(0, self.into[rows], True)) == 0
+        alone = (
+            torch.zeros(len(self.keep), dtype=torch.bool, device=m.device).index_fill_(
+                0, self.into[rows], True
+            )
+        ) == 0
         m[alone.nonzero()[:, 0], self.keep[alone]] = 1.0
         return m
 
 
 def concat_selections(selections: Sequence[Selection], sizes: Sequence[int]) -> Selection:
-    """Selections of consecutive stretches of tokens, `sizes[i]` long each, as one Selection of all of them."""
+    """Selections of consecutive stretches of tokens, `sizes[i]` long each, as one Selection of all of them.
+    """
     device = selections[0].keep.device
     keep, into, weight, marked, token, slot = [], [], [], [], 0, 0
     merging = any(s.into is not None for s in selections)
@@ -413,7 +490,9 @@ def concat_selections(selections: Sequence[Selection], sizes: Sequence[int]) -> 
                 into.append(torch.where(s.into >= 0, s.into + slot, -1))
                 weight.append(s.weight)
         token, slot = token + n, slot + len(s.keep)
-    out = Selection(torch.cat(keep), torch.cat(into) if merging else None, torch.cat(weight) if merging else None)
+    out = Selection(
+        torch.cat(keep), torch.cat(into) if merging else None, torch.cat(weight) if merging else None
+    )
     if any(s.marked is not None for s in selections):
         out.marked = torch.cat(marked)
     written = [s.features for s in selections if s.features is not None]

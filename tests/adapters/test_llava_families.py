@@ -117,7 +117,7 @@ def combined(spy: Spy, inputs: dict) -> tuple[torch.Tensor, list[torch.Tensor | 
     return keep, merge
 
 
-# -- the tower's attention lines up with the tokens ---------------------------------------------------------------------
+# -- the tower's attention lines up with the tokens ----------------------------------------------------------
 @pytest.mark.parametrize(
     "name", ["llava_next_video/video", "llava_onevision/video", "video_llava/video", "vipllava"]
 )
@@ -214,7 +214,7 @@ def test_vip_llava_reads_the_last_of_its_layers():
         assert tower.info.feature_layer == 2 and tower.has_cls
 
 
-# -- what is refused, and odd input ----------------------------------------------------------------------------------------
+# -- what is refused, and odd input --------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ["hired", "vtc_cls"])
 def test_no_cls_token(method):
     model = subject("llava_onevision")

@@ -65,7 +65,7 @@ def test_list_strategies_knows_what_fits(name):
             vtoken.patch(subject(name), "vtc_cls")
 
 
-# -- one image, many tiles ----------------------------------------------------------------------------------------
+# -- one image, many tiles -----------------------------------------------------------------------------------
 def test_tiles_of_one_run_are_one_image():
     items = seen(subject("internvl"), FAMILIES["internvl"].prompt([[0, 1], [2]]), received=False, keys=False)
     assert [len(item.segments) for item in items] == TILES
@@ -86,7 +86,7 @@ def test_frames_of_a_video_are_images_to_internvl():
     ]
 
 
-# -- geometry -----------------------------------------------------------------------------------------------------
+# -- geometry ------------------------------------------------------------------------------------------------
 def pictures(name: str, cell: tuple[int, int] | None) -> tuple[dict[str, Tensor], tuple[int, int]]:
     """A prompt of one grey picture, a white square over one cell if `cell` is given; the grid."""
     grid = GRIDS[0] if name == "mistral3" else (4, 4)
@@ -120,7 +120,7 @@ def test_sizes_of_mistral3():
     assert [item.segments[0].grid for item in items] == GRIDS
 
 
-# -- scores -------------------------------------------------------------------------------------------------------
+# -- scores --------------------------------------------------------------------------------------------------
 def single_tiles(name: str) -> dict[str, Tensor]:
     """Three images or more, so that tiles, cells and scores are in the tower's order."""
     if name in ("smolvlm", "idefics3"):
@@ -186,7 +186,7 @@ def test_keys_are_those_of_the_eager_attention(name):
     assert_near(got, torch.cat([block_means(k[first:], n, n, side) for k in caught[0]]))
 
 
-# -- odd inputs ---------------------------------------------------------------------------------------------------
+# -- odd inputs ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_number_of_placeholders(name):
     inputs = FAMILIES[name].batch("one")

@@ -80,7 +80,7 @@ def test_rope_deltas_are_those_of_the_whole_prompt(name):
     assert (deltas[0] != 0).all()
 
 
-# -- geometry ---------------------------------------------------------------------------------------------------
+# -- geometry ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", NAMES)
 def test_segments(name):
     items = seen(subject(name), mixed(name, [["v1", "i0"], ["v2"]]), received=False, keys=False)
@@ -130,7 +130,7 @@ def test_a_marked_patch_is_found_at_its_cell(name, cell):
     assert visual.tokens_out == 1
 
 
-# -- scores -----------------------------------------------------------------------------------------------------
+# -- scores --------------------------------------------------------------------------------------------------
 def received_by_hand(
     name: str, inputs: dict, layer: int, grids: list[tuple[int, int, int]]
 ) -> list[torch.Tensor]:
@@ -205,7 +205,7 @@ def test_list_strategies_knows_what_fits():
         vtoken.patch(subject("qwen2_5_vl"), "hired")
 
 
-# -- odd inputs -------------------------------------------------------------------------------------------------
+# -- odd inputs ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("grid", [(2, 2), (2, 40), (40, 2)])
 @pytest.mark.parametrize("name", NAMES)
 def test_extreme_grids(name, grid):

@@ -38,7 +38,14 @@ def test_list_names_every_strategy():
 
 def test_info_shows_paper_and_defaults():
     shown = run("info", "hired").output
-    for words in ("2408.10945", "alpha", "0.5", "projector"):
+    for words in (
+        "2408.10945",
+        "alpha",
+        "0.5",
+        "projector",
+        "budget counts",
+        "visual tokens that enter the LLM",
+    ):
         assert words in shown
     assert "baseline" in run("info", "random").output
 

@@ -48,7 +48,7 @@ def until(condition, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-# -- whose stream -----------------------------------------------------------------------------------------------
+# -- whose stream --------------------------------------------------------------------------------------------
 def test_every_browser_has_its_own_stream(closed):
     a, b = Visitor(closed), Visitor(closed)
     with a.here(), b.here():
@@ -100,7 +100,7 @@ def test_a_browser_that_went_without_a_word_is_freed():
         desks.open("c")
 
 
-# -- sources ----------------------------------------------------------------------------------------------------
+# -- sources -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "source", ["/etc/passwd", "http://127.0.0.1:9/", "-", "0", "synthetic://7", "concat:/etc/passwd"]
 )
@@ -140,7 +140,7 @@ def test_the_source_is_not_told(monkeypatch):
     buttons.desks.close()
 
 
-# -- requests ---------------------------------------------------------------------------------------------------
+# -- requests ------------------------------------------------------------------------------------------------
 def test_routes_that_the_page_does_not_need_are_closed(closed):
     http = Visitor(closed).http
     for path in (
@@ -259,7 +259,7 @@ def test_every_answer_has_the_policy(closed):
         assert "default-src 'self'" in policy and "img-src 'self' data: blob:;" in policy
 
 
-# -- one visitor's share -------------------------------------------------------------------------------------------
+# -- one visitor's share -------------------------------------------------------------------------------------
 def test_a_greedy_visitor_does_not_fill_the_queue(closed, monkeypatch):
     """One that asks and asks, under one session and under many: the queue has 64 places here."""
     greedy, calm, go = Visitor(closed), Visitor(closed), threading.Event()
@@ -335,7 +335,7 @@ def test_one_question_at_a_time(closed):
     closed.desks.leave("busy")
 
 
-# -- other machines ---------------------------------------------------------------------------------------------
+# -- other machines ------------------------------------------------------------------------------------------
 def test_others_need_the_token():
     with served("0.0.0.0", hosts=("box.example",)) as service:
         assert len(service.token) >= 22 and service.token in service.url
@@ -375,7 +375,7 @@ def test_websockets_are_closed():
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
-# -- host and port ----------------------------------------------------------------------------------------------
+# -- host and port -------------------------------------------------------------------------------------------
 def test_hosts_and_ports_that_cannot_be_had():
     with listen("127.0.0.1") as taken:
         port = taken.getsockname()[1]
@@ -406,7 +406,7 @@ def test_ports_that_need_rights(monkeypatch):
         listen("127.0.0.1", 80)
 
 
-# -- what is shown next to an answer -------------------------------------------------------------------------------
+# -- what is shown next to an answer -------------------------------------------------------------------------
 def test_the_truth_and_the_unpruned_answer_stand_next_to_it():
     from vtoken import tiny
     from vtoken.cli.stream import make_session

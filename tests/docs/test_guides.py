@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,27 +47,39 @@ def registries():
 def test_adding_a_strategy(registries, monkeypatch, capsys):
     guide = run("docs/adding-a-strategy.md", monkeypatch)
     printed = capsys.readouterr().out
-    assert "odd_keys(budget=0.25, back=1)" in printed and "144 -> 36 visual tokens" in printed
+    assert "odd_keys(budget=0.25)" in printed and "144 -> 36 visual tokens" in printed
     tower = guide.model.model.vision_tower
     pixels = torch.rand(1, 3, 96, 96)
     keys = {}
-    layer = getattr(tower, "vision_model", tower).encoder.layers[3]
-    handle = layer.self_attn.k_proj.register_forward_hook(lambda m, i, out: keys.update(out=out[0, 1:]))
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    handles = [
+        layers[i].self_attn.k_proj.register_forward_hook(lambda m, _, out, i=i: keys.update({i: out[0, 1:]}))
+        for i in (3, 4)
+    ]
     ids = torch.full((1, 148), guide.model.config.image_token_id)
     ids[0, -4:] = 5
-    with vtoken.applied(guide.model, "odd_keys", budget=20, back=1), torch.no_grad():
+    kept = {}
+    for layer, (name, options) in {4: ("odd_keys", {}), 3: ("odd_keys_below", dict(back=1))}.items():
+        with vtoken.applied(guide.model, name, budget=20, **options), torch.no_grad():
+            guide.model(input_ids=ids, pixel_values=pixels)
+            kept[layer] = vtoken.report(guide.model).visuals[0].keep
+    for handle in handles:
+        handle.remove()
+    for layer, chosen in kept.items():
+        x = keys[layer]
+        like = torch.nn.functional.normalize(x, dim=-1) @ torch.nn.functional.normalize(x.mean(0), dim=0)
+        assert chosen.tolist() == sorted(like.argsort()[:20].tolist())
+    with vtoken.applied(guide.model, "halves"), torch.no_grad():
         guide.model(input_ids=ids, pixel_values=pixels)
-        kept = vtoken.report(guide.model).visuals[0].keep
-    handle.remove()
-    unlike = torch.nn.functional.normalize(keys["out"], dim=-1) @ torch.nn.functional.normalize(
-        keys["out"].mean(0), dim=0
-    )
-    assert kept.tolist() == sorted(unlike.argsort()[:20].tolist())
+        half = vtoken.report(guide.model).visuals[0]
+        assert half.keep.tolist() == list(range(0, 144, 2)) and half.into.tolist() == [
+            i // 2 for i in range(144)
+        ]
     with vtoken.applied(guide.model, "asked_once", budget=0.5), torch.no_grad():
         guide.model(input_ids=ids, pixel_values=pixels)
         assert vtoken.report(guide.model).visual_per_layer == [144, 72, 72, 72]
     with pytest.raises(ValueError, match="back must be"):
-        vtoken.strategies.create("odd_keys", back=-1)
+        vtoken.strategies.create("odd_keys_below", back=-1)
 
 
 def test_adding_a_model(registries, monkeypatch, capsys):
@@ -94,3 +109,97 @@ def test_adding_a_model(registries, monkeypatch, capsys):
         (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean((0, 1)).view(4, 2, 4, 2).mean((1, 3)).flatten()
     )
     assert kept == sorted(received.argsort(descending=True)[:5].tolist())
+
+
+def test_the_package_of_the_guide_joins_by_its_entry_point(registries, monkeypatch, tmp_path):
+    """The two files as the guide shows them, with the metadata that an installer writes of them."""
+    text = (ROOT / "docs/adding-a-strategy.md").read_text(encoding="utf-8")
+    module = re.search(r"^```python\n(.*?)^```", text, re.M | re.S)[1]
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    project = tomllib.loads(re.search(r"^```toml\n(.*?)^```", text, re.M | re.S)[1])["project"]
+    assert len([line for line in module.split("@vtoken.register")[1].splitlines() if line]) <= 9
+    (tmp_path / "vtoken_odd_keys.py").write_text(module)
+    info = tmp_path / "vtoken_odd_keys-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    ((group, entries),) = project["entry-points"].items()
+    lines = [f"{name} = {value}" for name, value in entries.items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(strategies.plugins, "loaded", False)
+    assert "odd_keys" in vtoken.list_strategies()
+    assert strategies.strategy_info("odd_keys").cls.__module__ == "vtoken_odd_keys"
+    del sys.modules["vtoken_odd_keys"]
+
+
+# what is neither of vtoken nor of Python, but of transformers, of torch or of the guides themselves
+FOREIGN = {
+    *(
+        "model.base_model",
+        "model.get_decoder()",
+        "base.get_placeholder_mask",
+        "config.image_token_id",
+        "pooler_output",
+    ),
+    *("get_image_features", "get_video_features"),
+    *(
+        "(frames, 3, H, W)",
+        "odd_keys",
+        "vtoken_odd_keys.py",
+        "back=1.5",
+        'strategy.back = "1"',
+        "pip install .",
+    ),
+}
+NO_NAMES = {"vtoken", "strategies", "adapters", "model", "with", "True", "False", "i", "n", "d", "k", "t"}
+CODE = re.compile(r"^```.*?^```", re.M | re.S)
+
+
+def names_of_the_package() -> set[str]:
+    """Every name that code of vtoken, or of the families in its tests, defines, takes or sets as an
+    attribute.
+    """
+    found: set[str] = set(dir(builtins)) | {"Literal"}
+    for path in [*(ROOT / "vtoken").rglob("*.py"), *(ROOT / "tests/models").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                found.add(node.name)
+            elif isinstance(node, ast.arg):
+                found.add(node.arg)
+            elif isinstance(node, ast.AnnAssign | ast.Assign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found |= {getattr(t, "attr", None) or getattr(t, "id", "") for t in targets}
+    return found
+
+
+def unknown(text: str, known: set[str]) -> list[str]:
+    """What a page puts in backticks and nobody has: files by their path or name, names by every part of them.
+    """
+    files = {p.name for p in (ROOT / "vtoken").rglob("*.py")} | {
+        p.name for p in (ROOT / "tests").rglob("*.py")
+    }
+    lost = []
+    for quoted in re.findall(r"`([^`\n]+)`", CODE.sub("", text)):
+        if quoted in FOREIGN or "<" in quoted:
+            continue
+        if quoted.startswith(("python ", "vtoken ")):
+            there = all((ROOT / word).exists() for word in quoted.split() if "/" in word)
+        elif "/" in quoted or quoted.endswith(".py"):
+            there = (ROOT / quoted).exists() or quoted in files
+        else:
+            words = re.findall(r"[A-Za-z_]\w*", re.sub(r"\"[^\"]*\"", "", quoted))
+            there = set(words) - NO_NAMES <= known
+        lost += [] if there else [quoted]
+    return lost
+
+
+@pytest.mark.parametrize("page", ["docs/adding-a-strategy.md", "docs/adding-a-model.md"])
+def test_what_a_guide_names_is_there(page):
+    known = names_of_the_package()
+    assert unknown("`multimodal_rope = True` and `vtoken/nowhere.py`, `Tower`", known) == [
+        "multimodal_rope = True",
+        "vtoken/nowhere.py",
+    ]
+    assert not unknown((ROOT / page).read_text(encoding="utf-8"), known)

@@ -53,9 +53,7 @@ def test_code_runs(monkeypatch, tmp_path):
     stream = {"source": "synthetic://0?fps=2&frames=3", "somebody_asks": lambda: True}
     run("README.md", monkeypatch, model=model, inputs=inputs, folder=tmp_path, **stream)
     assert vtoken.report is not None and (tmp_path / "vtoken_config.json").is_file()
-    assert (
-        vtoken.patching.describe(vtoken.patching.patch_of(model).strategy) == "hired(budget=0.2, alpha=0.4)"
-    )
+    assert vtoken.patching.patch_of(model).strategy.describe() == "hired(budget=0.2, alpha=0.4)"
 
 
 def test_the_pasted_report_is_what_quickstart_prints(capsys):

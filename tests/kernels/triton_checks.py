@@ -1,6 +1,7 @@
 """The Triton kernels against the float64 oracle and the torch twins.
 
-`test_triton.py` runs this file in a process of its own: interpreted on the CPU (TRITON_INTERPRET=1 has to be set before triton is imported), or on a CUDA device.
+`test_triton.py` runs this file in a process of its own: interpreted on the CPU (TRITON_INTERPRET=1 has to be
+set before triton is imported), or on a CUDA device.
 """
 
 from __future__ import annotations

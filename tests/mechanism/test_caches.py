@@ -348,7 +348,7 @@ def test_tables_after_a_crop_are_those_of_a_naive_writing():
                 assert ledger.slots[0][b][columns].tolist() == slots[slots >= 0].tolist()
 
 
-# -- lengths and rows -----------------------------------------------------------------------------------------------
+# -- lengths and rows ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", NAMES)
 def test_the_longest_prompt_a_cache_holds_counts_prompt_tokens(name):
     model, inputs = subject(name), FAMILIES[name].batch("one")
@@ -418,7 +418,7 @@ def test_a_mask_over_new_tokens_alone_is_refused():
             model(torch.tensor([[5]]), attention_mask=torch.ones(1, 1, dtype=torch.long), **{CACHE: cache})
 
 
-# -- who reads it ---------------------------------------------------------------------------------------------------
+# -- who reads it --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("kind", ["one", "ragged"])
 @pytest.mark.parametrize("option", OPTIONS)
@@ -545,7 +545,7 @@ def test_an_interrupted_forward_leaves_no_door_open():
         model(torch.tensor([[5]]), **{CACHE: cache})
 
 
-# -- copies ---------------------------------------------------------------------------------------------------------
+# -- copies --------------------------------------------------------------------------------------------------
 FRESH = """
 import sys, torch
 cases = torch.load(sys.argv[1], weights_only=False)
@@ -610,7 +610,7 @@ def test_copies_in_this_process(name, how):
         assert_close(go_on(model, inputs, length, start, other), wanted(name, inputs, spy, length, start))
 
 
-# -- chunks ---------------------------------------------------------------------------------------------------------
+# -- chunks --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("chunk", [3, 5])
 @pytest.mark.parametrize("kind", ["one", "ragged"])

@@ -115,7 +115,7 @@ def test_features_that_generate_encodes_and_a_model_merges_itself():
     nothing_said(lambda: run(model, inputs))
 
 
-# -- strategies that do nothing ---------------------------------------------------------------------------------
+# -- strategies that do nothing ------------------------------------------------------------------------------
 @dataclass
 class Nothing(vtoken.Strategy):
     """Forgets to write `select`."""
@@ -170,7 +170,7 @@ def test_a_strategy_that_would_drop_nothing(cls):
     assert "generate" not in model.__dict__
 
 
-# -- wrappers ---------------------------------------------------------------------------------------------------
+# -- wrappers ------------------------------------------------------------------------------------------------
 class Adapted(nn.Module):
     """Looks like peft's PeftModel: `base_model` is no transformers model, `get_base_model()` is."""
 

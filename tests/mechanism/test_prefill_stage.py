@@ -51,7 +51,7 @@ def probed(name: str, inputs: dict, *layers: int, **options) -> list:
     return probe.seen
 
 
-# -- attention rows -------------------------------------------------------------------------------------------------
+# -- attention rows ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", PATCHABLE)
 def test_rows_are_those_of_eager_attention(name):
     """Grouped queries, multimodal rope, q/k norms, images that see themselves: whatever eager attention says,
@@ -184,7 +184,7 @@ def test_frames_are_units():
     assert tokens.units == 5
 
 
-# -- the end of the prompt ------------------------------------------------------------------------------------------
+# -- the end of the prompt -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "options", [dict(use_cache=False), dict(prompt_lookup_num_tokens=3)], ids=["no cache", "lookup"]
 )
@@ -231,7 +231,7 @@ def test_chunks_are_refused():
         run(model, inputs, prefill_chunk_size=whole)  # all visual tokens in the first chunk
 
 
-# -- caches ---------------------------------------------------------------------------------------------------------
+# -- caches --------------------------------------------------------------------------------------------------
 def test_lengths_of_the_layers():
     model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
     length = inputs["input_ids"].shape[1]
@@ -367,7 +367,7 @@ def test_a_new_image_on_quantized_keys_is_refused():
             model(input_ids=whole["input_ids"][:, cut:], **family.vision(1), **{CACHE: cache})
 
 
-# -- cost -----------------------------------------------------------------------------------------------------------
+# -- cost ----------------------------------------------------------------------------------------------------
 class Largest(TorchDispatchMode):
     """Notes the element count of every tensor made, while switched on."""
 

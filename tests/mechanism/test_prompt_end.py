@@ -73,7 +73,7 @@ def with_answers(inputs: dict, answers: list[list[int]], side: str) -> tuple[dic
 ANSWERS = [[text(5, 1), text(2, 2)], [text(5, 3), text(2, 4)], [text(1, 5), text(9, 6)]]
 
 
-# -- labels, prompt_length ------------------------------------------------------------------------------------------
+# -- labels, prompt_length -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 @pytest.mark.parametrize("case", READERS)
@@ -231,7 +231,7 @@ def test_prompt_length_that_does_not_fit(tokens, words):
             model(**clone(inputs))
 
 
-# -- drafts ---------------------------------------------------------------------------------------------------------
+# -- drafts --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("way", ["assistant", "lookup"])
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
 @pytest.mark.parametrize("case", READERS)
@@ -304,7 +304,7 @@ def test_only_the_new_turn_is_given():
     assert answers[0] == answers[1] == answers[2]
 
 
-# -- without a cache ------------------------------------------------------------------------------------------------
+# -- without a cache -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "llava_onevision/video"])
 @pytest.mark.parametrize("case", READERS | OTHERS)
 def test_without_cache_the_prompt_is_chosen_from_once(case, name):
@@ -373,7 +373,7 @@ def test_another_picture_within_one_generate_is_asked_about():
     assert_close(seen[0], alone)
 
 
-# -- a prompt that ends in its picture ------------------------------------------------------------------------------
+# -- a prompt that ends in its picture -----------------------------------------------------------------------
 def ending_in_pictures(name: str, kind: str = "one") -> dict:
     """The prompts without the text after their last pictures."""
     family = FAMILIES[name]

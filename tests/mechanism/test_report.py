@@ -103,3 +103,12 @@ def test_beams_leave_the_average_as_it_is(shipped):
     assert report.prompts == len(report.visuals) in (2, 6)
     assert report.average_visual_tokens == (144 + 144 + 36 + 36) / 4
     assert [[len(r.keep) for r in v.layers] for v in report.visuals] == [[144, 36]] * report.prompts
+
+
+def test_it_says_what_the_budget_counts(shipped):
+    one = str(ask(*shipped, held_out("llava", 1, 3), "fastv", 0.5)).splitlines()
+    assert one[1] == "  the budget counts visual tokens that the LLM reads after the cut"
+    both = str(ask(*shipped, held_out("llava", 1, 3), ["random", "pyramiddrop"], 0.5)).splitlines()
+    assert both[1].startswith(
+        "  the budget counts random: visual tokens that enter the LLM; pyramiddrop: visual tokens"
+    )

@@ -75,7 +75,7 @@ def together(*jobs) -> None:
         raise errors[0]
 
 
-# -- several threads --------------------------------------------------------------------------------------------
+# -- several threads -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("before", [None, "visionzip"])
 def test_blocks_of_two_threads_at_the_same_time(subject, before):
     if before:
@@ -312,7 +312,7 @@ def test_many_threads():
     assert churn(subject, 5, 3, STRATEGIES) > 5
 
 
-# -- nesting and order ------------------------------------------------------------------------------------------
+# -- nesting and order ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("before", [None, "visionzip"])
 @pytest.mark.parametrize(
     "blocks", list(itertools.permutations(["fastv", "dense", "mustdrop"])) + [("dense", "dense", "fastv")]

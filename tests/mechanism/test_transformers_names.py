@@ -56,7 +56,7 @@ def test_the_installed_transformers_was_tested():
     assert (installed.major, installed.minor) >= tuple(map(int, names.OLDEST.split(".")))
 
 
-# -- after a prompt ---------------------------------------------------------------------------------------------
+# -- after a prompt ------------------------------------------------------------------------------------------
 @KINDS
 @pytest.mark.parametrize("kind", ["one", "ragged"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
@@ -245,7 +245,7 @@ def test_a_model_with_an_instance_forward_is_freed():
     assert alive() is None
 
 
-# -- when a model is patched ------------------------------------------------------------------------------------
+# -- when a model is patched ---------------------------------------------------------------------------------
 def renamed(function, old: str):
     """`function` with a signature in which `old` has another name."""
     signature = inspect.signature(function)
@@ -310,7 +310,7 @@ def test_every_family_keeps_the_contract(name):
     )
 
 
-# -- what a user sees -------------------------------------------------------------------------------------------
+# -- what a user sees ----------------------------------------------------------------------------------------
 def turns(model, inputs) -> None:
     """generate(), a second turn on its cache, and decode steps by hand."""
     out = run(model, inputs, 2)

@@ -1,4 +1,6 @@
-"""Hand-made visual tokens: the geometry of every kind of input with random features, attention and keys, no model."""
+"""Hand-made visual tokens: the geometry of every kind of input with random features, attention and keys, no
+model.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from vtoken import Segment, Selection, Strategy, TowerInfo, VisualTokens
 LAYERS, HEADS, WIDTH, DIM = 6, 2, 8, 16
 
 
-def tower(has_cls: bool = True, layers: int = LAYERS, global_layers: tuple[int, ...] | None = None) -> TowerInfo:
+def tower(
+    has_cls: bool = True, layers: int = LAYERS, global_layers: tuple[int, ...] | None = None
+) -> TowerInfo:
     every = tuple(range(layers)) if global_layers is None else global_layers
     return TowerInfo(layers, layers - 2, has_cls, every, HEADS)
 
@@ -76,8 +80,10 @@ def anyres(
     newline: bool = True,
     **options,
 ) -> VisualTokens:
-    """A thumbnail and down x across crops of side x side cells; `top` rows above and below, `left` columns on both
-    sides of the canvas are padding that the model removed, and a newline row ends every row that is left."""
+    """A thumbnail and down x across crops of side x side cells; `top` rows above and below, `left` columns on
+    both sides of the canvas are padding that the model removed, and a newline row ends every row that is
+    left.
+    """
     height, width = down * side, across * side
     y, x = torch.meshgrid(torch.arange(top, height - top), torch.arange(left, width - left), indexing="ij")
     crop = y // side * across + x // side
@@ -106,7 +112,8 @@ def separators_kept(tokens: VisualTokens, selection: Selection) -> int:
 
 
 def answer(strategy: Strategy, tokens: VisualTokens, memory: dict | None = None) -> Selection:
-    """A checked answer to tokens that provide only what was declared; `memory` is that of a stream going on."""
+    """A checked answer to tokens that provide only what was declared; `memory` is that of a stream going on.
+    """
     needs = strategy.needs(tokens.tower)
     declared = {(what, layer) for what in ("cls_attention", "cls_logits", "received_attention", "keys")
                 for layer in getattr(needs, what)}  # fmt: skip
@@ -123,7 +130,9 @@ def answer(strategy: Strategy, tokens: VisualTokens, memory: dict | None = None)
 
 
 def outputs(tokens: VisualTokens, selection: Selection) -> Tensor:
-    """What the LLM would read: the kept features after merging, float64, one by one as `Selection` defines it."""
+    """What the LLM would read: the kept features after merging, float64, one by one as `Selection` defines
+    it.
+    """
     if selection.features is not None:
         return selection.features.double()
     x = tokens.features.double()

@@ -31,8 +31,8 @@ def prompt(
 ) -> PrefillTokens:
     """Text, images of the given sizes with text between them, text, and drafts behind the prompt.
 
-    `attention` and `preview` (heads, n, n) are causal softmaxed maps, random where not given; `marked` and `separators`
-    are indices among the visual tokens.
+    `attention` and `preview` (heads, n, n) are causal softmaxed maps, random where not given; `marked` and
+    `separators` are indices among the visual tokens.
     """
     sizes = [visual] if isinstance(visual, int) else visual
     kinds: list[int] = [-1] * before

@@ -56,7 +56,8 @@ def test_pool_is_the_mean_of_rectangles(height, width, budget):
     rows, columns = pooled_grid((height, width), most)
     assert len(chosen.keep) == rows * columns == sum(strategy.counts(tokens.segments)) <= most
     want, got = pooled(tokens.features, height, width, rows, columns), outputs(tokens, chosen)
-    nearest = torch.cdist(got, want).argmin(1)  # the central cells of neighbours may change places in raster order
+    # the central cells of neighbours may change places in raster order
+    nearest = torch.cdist(got, want).argmin(1)
     assert sorted(nearest.tolist()) == list(range(rows * columns))
     torch.testing.assert_close(got, want[nearest], rtol=1e-5, atol=1e-6)
 

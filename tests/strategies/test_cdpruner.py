@@ -12,7 +12,9 @@ from .common import answer, anyres, image, kept_per_segment, separators_kept
 
 def kernel(tokens, rows, theta=None, negate=False):
     x, text = tokens.features[rows].double(), tokens.text_embeddings.double()
-    cosine = torch.nn.functional.cosine_similarity(x[:, None], text[None], dim=-1).mean(1) * (-1 if negate else 1)
+    cosine = torch.nn.functional.cosine_similarity(x[:, None], text[None], dim=-1).mean(1) * (
+        -1 if negate else 1
+    )
     r = (cosine - cosine.min() + 1e-6) / (cosine.max() - cosine.min())
     if theta is not None:
         r = torch.exp(theta / (2 * (1 - theta)) * r)

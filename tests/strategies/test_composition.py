@@ -10,7 +10,6 @@ from tests.mechanism.common import assert_same, clean, expected, run, subject
 from tests.mechanism.fixed import patched
 from tests.models import FAMILIES
 from vtoken import TowerInfo
-from vtoken.patching import describe
 from vtoken.strategies import (
     Composite,
     FastV,
@@ -19,6 +18,7 @@ from vtoken.strategies import (
     PyramidDrop,
     Random,
     SparseVLM,
+    STCCacher,
     Uniform,
     combine,
 )
@@ -26,7 +26,7 @@ from vtoken.strategies import (
 from .common import image, video
 
 
-# -- the shared budget ----------------------------------------------------------------------------------------------
+# -- the shared budget ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("budget", [0.04, 0.25, 0.81, 1.0])
 def test_both_drop_by_the_same_factor(budget):
     both = combine(["random", "fastv"], budget)
@@ -53,6 +53,53 @@ def test_whole_numbers_split_geometrically():
     assert both.then.budget == 4
 
 
+def test_a_derived_budget_has_four_digits_in_the_text():
+    assert combine(["random", "fastv"], 0.2).describe() == (
+        "random(budget=0.4472) then fastv(budget=0.2), sharing budget=0.2"
+    )
+    assert combine(["random", "fastv"], 1.0).describe().count("budget=1.0") == 3
+    assert "random(budget=1.0) then" in combine(["random", "fastv"], 0.25, split=0).describe()
+    assert combine(["random", "fastv"], 4, split=0.25).describe() == (
+        "random(budget=4) then fastv(budget=4), sharing budget=4, split=0.25"
+    )
+    own = combine(["stc_cacher", "fastv"], 0.2, stc_cacher=dict(budget=0.123456))
+    assert own.describe() == "stc_cacher(budget=0.123456) then fastv(budget=0.2), sharing budget=0.2"
+    assert (
+        combine([FastV(0.3), Random(0.123456)]).describe() == "random(budget=0.123456) then fastv(budget=0.3)"
+    )
+
+
+def test_what_enters_the_llm_moves_the_cuts_of_an_average():
+    both, alone = combine([Random(0.3), PyramidDrop(0.2)]), PyramidDrop(0.2)
+    assert both.prefill_layers(32) == alone.prefill_layers(32, 0.3) != alone.prefill_layers(32)
+    both.check_depth(4)
+    with pytest.raises(ValueError, match="choose more"):
+        SparseVLM(0.05).check_depth(32)
+    combine([Random(0.3), SparseVLM(0.05)]).check_depth(32)
+
+
+def test_reuse_in_the_tower_lets_everything_into_the_llm():
+    """Its budget is no share of what the LLM reads."""
+    both = combine(["stc_cacher", "pyramiddrop"], 0.2, stc_cacher=dict(budget=0.25))
+    assert both.prefill_layers(32) == PyramidDrop(0.2).prefill_layers(32)
+    with pytest.raises(ValueError, match="choose more"):
+        combine([STCCacher(0.05), SparseVLM(0.05)]).check_depth(32)
+
+
+def test_a_part_written_without_entering_is_asked_without_it():
+    class Old(FastV):
+        def prefill_layers(self, num_layers):
+            return (num_layers - 1,)
+
+        def check_depth(self, num_layers):
+            raise ValueError(f"asked about {num_layers}")
+
+    both = Composite(0.25, [Random(), Old()])
+    assert both.prefill_layers(8) == (7,)
+    with pytest.raises(ValueError, match="asked about 8"):
+        both.check_depth(8)
+
+
 def test_without_a_budget_every_part_keeps_its_own():
     both = combine([FastV(0.3), Random(0.6)])
     assert (both.first.budget, both.then.budget) == (0.6, 0.3)
@@ -75,7 +122,7 @@ def test_an_average_that_only_a_projector_strategy_makes_possible(inside):
     assert report.average_visual_tokens <= max(0.15 * 16, report.tokens_out / 4 + 0.75) + 1
 
 
-# -- what fits ------------------------------------------------------------------------------------------------------
+# -- what fits -----------------------------------------------------------------------------------------------
 REFUSED = {
     "two projector strategies": (["hired", "random"], {}, "both act between the tower and the LLM"),
     "two inside": (["fastv", "sparsevlm"], {}, "both act inside the LLM"),
@@ -83,7 +130,11 @@ REFUSED = {
     "mustdrop merges itself": (["random", "mustdrop"], {}, "merging=False and key_rate=0"),
     "only one": (["fastv"], {}, "at least two"),
     "none": ([], {}, "at least two"),
-    "positions": ([Random(0.5), FastV(0.5, positions="renumber")], {}, "same positions, found random: original"),
+    "positions": (
+        [Random(0.5), FastV(0.5, positions="renumber")],
+        {},
+        "same positions, found random: original",
+    ),
     "budget for what is configured": ([Random(0.5), FastV(0.5)], dict(budget=0.2), "configured already"),
     "an option of nobody": (["random", "fastv"], dict(layer=3), "one mapping per strategy, found layer"),
     "options that are no mapping": (["random", "fastv"], dict(fastv=3), "mapping such as"),
@@ -154,10 +205,10 @@ def both_towers():
 )
 def test_budgets_in_words_have_four_digits(budget, parts, words):
     made = combine(["visionzip", "fastv"], budget, split=parts)
-    assert all(w in describe(made) for w in words), describe(made)
+    assert all(w in made.describe() for w in words), made.describe()
 
 
-# -- on models ------------------------------------------------------------------------------------------------------
+# -- on models -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "llava_next", "internvl"])
 def test_projector_then_prefill(name):
     family, model = FAMILIES[name], subject(name)

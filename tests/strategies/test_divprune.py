@@ -35,10 +35,14 @@ def brute(x, count):
 def test_equals_brute_force(budget, make):
     tokens = make()
     count = max(1, round(budget * len(tokens)))
-    assert answer(create("divprune", budget=budget), tokens).keep.tolist() == sorted(brute(tokens.features, count))
+    assert answer(create("divprune", budget=budget), tokens).keep.tolist() == sorted(
+        brute(tokens.features, count)
+    )
 
 
-@pytest.mark.parametrize("n,budget,count", [(576, 0.098, 56), (10, 0.25, 2), (14, 0.25, 4), (6, 0.25, 2), (3, 0.01, 1)])
+@pytest.mark.parametrize(
+    "n,budget,count", [(576, 0.098, 56), (10, 0.25, 2), (14, 0.25, 4), (6, 0.25, 2), (3, 0.01, 1)]
+)
 def test_count_rounds_half_to_even(n, budget, count):
     tokens, strategy = image(1, n), create("divprune", budget=budget)
     assert len(answer(strategy, tokens).keep) == count == sum(strategy.counts(tokens.segments))

@@ -55,7 +55,8 @@ def test_layer_zero_draws_what_the_random_baseline_draws():
             outs.append(run(model, inputs))
             chosen.append([a.keep for _, a in (spy.drops.get(0) or spy.items)])
         vtoken.unpatch(model)
-    assert torch.equal(chosen[0][0], chosen[1][0])  # row 0 has one image; row 1 draws from the union of its two
+    # row 0 has one image; row 1 draws from the union of its two
+    assert torch.equal(chosen[0][0], chosen[1][0])
     assert torch.equal(outs[0].sequences[0], outs[1].sequences[0])
     assert (outs[0].logits[0][0] - outs[1].logits[0][0]).abs().max() < 1e-4
 
@@ -63,7 +64,8 @@ def test_layer_zero_draws_what_the_random_baseline_draws():
 @pytest.mark.parametrize("layer", [1, 2, 3])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "llava_next_video/video"])
 def test_selection_is_eager_attentions_on_a_model(name, layer):
-    """What is kept follows from `output_attentions` of the unpatched model, and the answer is the oracle's."""
+    """What is kept follows from `output_attentions` of the unpatched model, and the answer is the oracle's.
+    """
     family, model = FAMILIES[name], subject(name)
     inputs = family.batch("ragged")
     with torch.no_grad():
@@ -116,7 +118,11 @@ def test_whole_budget_is_the_unpatched_model():
 
 
 def test_bad_options():
-    for options, message in ((dict(layer=-1), "layer"), (dict(layer=1.5), "layer"), (dict(query="first"), "query")):
+    for options, message in (
+        (dict(layer=-1), "layer"),
+        (dict(layer=1.5), "layer"),
+        (dict(query="first"), "query"),
+    ):
         with pytest.raises(ValueError, match=message):
             FastV(**options)
     with pytest.raises(ValueError, match="in front of LLM layer 7, but this LLM has the layers 0 to 3"):

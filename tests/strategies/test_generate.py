@@ -62,11 +62,14 @@ def test_logits_read_from_the_tower_are_those_in_front_of_its_softmax(llava):
     inputs = FAMILIES["llava"].batch("one")
     with vtoken.applied(llava, strategy):
         generate(llava, inputs)
-    attention = llava.model.vision_tower.vision_model if hasattr(llava.model.vision_tower, "vision_model") else None
+    attention = (
+        llava.model.vision_tower.vision_model if hasattr(llava.model.vision_tower, "vision_model") else None
+    )
     layer = (attention or llava.model.vision_tower).encoder.layers[3]
     captured = {}
     handle = layer.self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: captured.update(x=(args or [kwargs["hidden_states"]])[0]), with_kwargs=True
+        lambda module, args, kwargs: captured.update(x=(args or [kwargs["hidden_states"]])[0]),
+        with_kwargs=True,
     )
     llava.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
     handle.remove()
@@ -83,7 +86,10 @@ def test_whole_numbers_above_what_there_is_are_pointed_out():
         warnings.simplefilter("error")
         model(**inputs)
         assert vtoken.report(model).tokens_out == 40 + 6  # six newline rows
-    with vtoken.applied(model, "cdpruner", budget=400), pytest.warns(UserWarning, match="larger than the 64 visual"):
+    with (
+        vtoken.applied(model, "cdpruner", budget=400),
+        pytest.warns(UserWarning, match="larger than the 64 visual"),
+    ):
         model(**inputs)
 
 

@@ -97,7 +97,9 @@ def naive(tokens, ratio, tau=10.0, alpha=0.5, score="cls"):
             continue
         local = torch.stack([values[c + 1][position[row][1]] for row in rows])
         wide = torch.stack([resized[position[row][2] - min(ys), position[row][3] - min(xs)] for row in rows])
-        mixed = alpha * wide / wide.norm().clamp(min=1e-12) + (1 - alpha) * local / local.norm().clamp(min=1e-12)
+        mixed = alpha * wide / wide.norm().clamp(min=1e-12) + (1 - alpha) * local / local.norm().clamp(
+            min=1e-12
+        )
         kept.append([rows[i] for i in top(mixed, int(len(rows) * r + 1e-9))])
     return first, kept
 
@@ -119,7 +121,9 @@ CANVASES = {
 def test_equals_the_steps(canvas, options, ratio):
     tokens = anyres(**CANVASES[canvas], seed=3)
     score = {"importance": "cls"} | options
-    first, kept = naive(tokens, ratio, options.get("tau", 10.0), options.get("alpha", 0.5), score["importance"])
+    first, kept = naive(
+        tokens, ratio, options.get("tau", 10.0), options.get("alpha", 0.5), score["importance"]
+    )
     chosen = answer(create("globalcom2", budget=ratio, **options), tokens)
     rows = [i for i in chosen.keep.tolist() if tokens.cells[i] >= 0]
     assert rows == sorted(first + flat(kept))
@@ -149,13 +153,18 @@ def test_an_even_thumbnail_keeps_exact_shares(down, across):
     """Six crops have shares of 1/6 each; their floors must not fall a token short."""
     tokens = anyres(down, across, 6, newline=False)
     tokens.provided["cls_logits", LAST][0] = 1.0
-    assert kept_per_segment(tokens, answer(create("globalcom2", budget=0.25), tokens)) == [9] * (1 + down * across)
+    assert kept_per_segment(tokens, answer(create("globalcom2", budget=0.25), tokens)) == [9] * (
+        1 + down * across
+    )
 
 
 def test_a_rich_crop_is_kept_whole():
     tokens = anyres(2, 2, 4)
     tokens.provided["cls_logits", LAST][0].view(4, 4)[2:, :2] += 1000
-    guide, places = tokens.provided["cls_logits", LAST][0].double().view(4, 4), [s.place for s in tokens.segments[1:]]
+    guide, places = (
+        tokens.provided["cls_logits", LAST][0].double().view(4, 4),
+        [s.place for s in tokens.segments[1:]],
+    )
     assert create("globalcom2")._crop_ratios(guide, places, 0.8) == pytest.approx([0.6, 0.6, 1.0, 0.6])
     assert kept_per_segment(tokens, answer(create("globalcom2", budget=0.8), tokens))[3] == 16
 
@@ -210,7 +219,9 @@ def test_a_whole_number_is_the_budget_of_the_image():
 
 @pytest.mark.parametrize("canvas", ["2x2", "unpadded rows", "unpadded columns"])
 def test_reference_layout_is_the_order_of_the_public_code(canvas):
-    """Kept crop tokens go to the cell of their number among the crop's unpadded tokens; the canvas is read row by row."""
+    """Kept crop tokens go to the cell of their number among the crop's unpadded tokens; the canvas is read
+    row by row.
+    """
     tokens = anyres(**CANVASES[canvas], seed=5)
     side, across = CANVASES[canvas]["side"], CANVASES[canvas]["across"]
     first, kept = naive(tokens, 0.5)

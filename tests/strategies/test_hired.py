@@ -51,7 +51,9 @@ def naive(tokens, counts):
 
 
 @pytest.mark.parametrize("down,across", [(2, 2), (1, 2), (3, 1), (1, 3)])
-@pytest.mark.parametrize("rho,alpha", [(0.2, 0.5), (0.4, 0.5), (0.15, 0.3), (0.9, 0.5), (0.3, 0.0), (0.3, 1.0)])
+@pytest.mark.parametrize(
+    "rho,alpha", [(0.2, 0.5), (0.4, 0.5), (0.15, 0.3), (0.9, 0.5), (0.3, 0.0), (0.3, 1.0)]
+)
 def test_budgets_and_kept_cells_of_both_allocations(down, across, rho, alpha):
     tokens = anyres(down, across, 6, seed=down)
     for allocation, weights in (
@@ -97,14 +99,17 @@ def test_code_allocation_has_the_same_regions_where_crops_are_bands():
     early[2:4] = 1.0 + torch.rand(2, 6)
     tokens.provided["cls_attention", EARLY][0] = early.flatten()
     for allocation in ("paper", "code"):
-        counts = kept_per_segment(tokens, answer(create("hired", budget=0.2, alpha=0.7, allocation=allocation), tokens))
+        counts = kept_per_segment(
+            tokens, answer(create("hired", budget=0.2, alpha=0.7, allocation=allocation), tokens)
+        )
         assert counts[2] > 0 and counts[2] >= max(counts[1], counts[3])
     assert kept_per_segment(tokens, answer(create("hired", budget=0.2), tokens))[1:] == [0, 14, 0]
 
 
 @pytest.mark.parametrize("down,across,top_,left", [(1, 2, 0, 1), (3, 1, 2, 0), (2, 3, 1, 0)])
 def test_a_planted_token_is_found_at_its_place(down, across, top_, left):
-    """The cell with the highest attention of a crop survives, and its row carries the feature planted there."""
+    """The cell with the highest attention of a crop survives, and its row carries the feature planted there.
+    """
     side = 5
     for y, x in (
         (top_, left),

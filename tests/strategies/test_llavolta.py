@@ -37,7 +37,9 @@ def test_images_are_pooled_by_themselves_and_separators_stay():
     out = answer.dense(19).double() @ x
     kept = answer.keep.tolist()
     assert torch.equal(out[kept.index(4)], x[4])
-    assert torch.allclose(out[1], x[[3, 5, 6]].mean(0)) or torch.allclose(out[kept.index(5)], x[[3, 5, 6]].mean(0))
+    assert torch.allclose(out[1], x[[3, 5, 6]].mean(0)) or torch.allclose(
+        out[kept.index(5)], x[[3, 5, 6]].mean(0)
+    )
     assert torch.allclose(out[-1], x[15:18].mean(0), atol=1e-6)
     without = LLaVolta(stride=3, keep_newline=False).select_in_prefill(tokens)
     assert len(without.keep) == 7 // 3 + 10 // 3

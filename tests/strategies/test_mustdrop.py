@@ -26,8 +26,10 @@ from .prompts import after_keeping, prompt, run_through
 OFF = dict(merging=False, key_rate=0.0)
 
 
-# -- windows --------------------------------------------------------------------------------------------------------
-def by_hand(x: Tensor, grid: tuple[int, int], window: int, threshold: float) -> tuple[list[list[list[int]]], Tensor]:
+# -- windows -------------------------------------------------------------------------------------------------
+def by_hand(
+    x: Tensor, grid: tuple[int, int], window: int, threshold: float
+) -> tuple[list[list[list[int]]], Tensor]:
     """Per segment its merged windows (cells), and the mean cosines (segments, windows); loops only."""
     rows, columns = grid
     windows = []
@@ -38,7 +40,8 @@ def by_hand(x: Tensor, grid: tuple[int, int], window: int, threshold: float) -> 
     for s in range(len(x)):
         for k, cells in enumerate(windows):
             pairs = [
-                F.cosine_similarity(x[s, a].double(), x[s, b].double(), 0) for a, b in itertools.permutations(cells, 2)
+                F.cosine_similarity(x[s, a].double(), x[s, b].double(), 0)
+                for a, b in itertools.permutations(cells, 2)
             ]
             likeness[s, k] = sum(pairs) / len(pairs)
     r = int((likeness >= threshold).sum(1).min()) if windows else 0
@@ -77,7 +80,9 @@ def test_merged_windows(grid, window, seed):
             assert merge.weight[s, members].tolist() == pytest.approx([1 / len(members)] * len(members))
         assert torch.equal(merge.keep[s], merge.keep[s].sort().values)
         # mass: size times feature adds up to what there was
-        means = torch.zeros(len(merge.keep[s]), 6).index_add(0, merge.into[s], x[s] * merge.weight[s][:, None])
+        means = torch.zeros(len(merge.keep[s]), 6).index_add(
+            0, merge.into[s], x[s] * merge.weight[s][:, None]
+        )
         sizes = torch.bincount(merge.into[s])[:, None]
         assert torch.allclose((means * sizes).sum(0), x[s].sum(0), atol=1e-4)
 
@@ -102,10 +107,14 @@ def test_the_least_segment_sets_the_number():
     assert (together is None and shuffled is None) or torch.equal(together.into[order], shuffled.into)
 
 
-# -- inside the tower -----------------------------------------------------------------------------------------------
-def merged_tower(model, pixels: Tensor, window: int, threshold: float) -> tuple[Tensor, Tensor, list[list[int]]]:
-    """CLIP layer by layer with windows merged behind the first: features in front of the projector spread over all patches
-    (b, n, C), CLS attention of the last layer per merged token (b, m), and per image the token of every patch."""
+# -- inside the tower ----------------------------------------------------------------------------------------
+def merged_tower(
+    model, pixels: Tensor, window: int, threshold: float
+) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """CLIP layer by layer with windows merged behind the first: features in front of the projector spread
+    over all patches (b, n, C), CLS attention of the last layer per merged token (b, m), and per image the
+    token of every patch.
+    """
     tower = model.model.vision_tower
     tower = getattr(tower, "vision_model", tower)
     norm = getattr(tower, "pre_layrnorm", None)
@@ -143,7 +152,9 @@ def reference_model(name: str, window: int, threshold: float):
     def get_image_features(*args, **kwargs):
         out = original(*args, **kwargs)
         pixels = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-        out.pooler_output = list(model.model.multi_modal_projector(merged_tower(model, pixels, window, threshold)[0]))
+        out.pooler_output = list(
+            model.model.multi_modal_projector(merged_tower(model, pixels, window, threshold)[0])
+        )
         return out
 
     model.model.get_image_features = get_image_features
@@ -179,7 +190,9 @@ def test_tower_runs_on_merged_tokens(threshold):
     assert (plain - got[0]).abs().max() > 1e-2, "merging changed nothing"
 
 
-@pytest.mark.parametrize("options", [dict(filtering=False), dict(budget=0.5), dict(budget=0.5, align_cache=False)])
+@pytest.mark.parametrize(
+    "options", [dict(filtering=False), dict(budget=0.5), dict(budget=0.5, align_cache=False)]
+)
 def test_all_stages_on_a_model(options):
     inputs, model = FAMILIES["llava"].batch("ragged"), subject("llava")
     strategy = MustDrop(window=2, merge_threshold=0.15, **options)
@@ -200,7 +213,7 @@ def test_unpatch_and_disabled_leave_the_tower_alone():
     assert torch.equal(torch.stack(run(model, inputs, 2).logits), torch.stack(want.logits))
 
 
-# -- between the tower and the LLM ----------------------------------------------------------------------------------
+# -- between the tower and the LLM ---------------------------------------------------------------------------
 def test_keys_are_the_best_of_every_crop():
     tokens = anyres(2, 1, 4, top=1)
     answer = MustDrop(merging=False, key_rate=0.2).select(tokens).check(len(tokens))
@@ -247,7 +260,7 @@ def test_other_families(name):
     assert_same(out, inputs, expected(name, inputs, spy))
 
 
-# -- inside the LLM -------------------------------------------------------------------------------------------------
+# -- inside the LLM ------------------------------------------------------------------------------------------
 def filtered(tokens, share: float, single: float) -> list[int]:
     rows = tokens.attention_rows(tokens.text_rows).mean(0)[:, tokens.visual].double()
     total, largest = rows.sum(0), rows.amax(0)
@@ -261,7 +274,9 @@ def test_published_filter(share, single):
     strategy = MustDrop(global_threshold=share, individual_threshold=single)
     keep = strategy.select_in_prefill(tokens).keep
     assert keep.tolist() == filtered(tokens, share, single)
-    higher = MustDrop(global_threshold=share * 2, individual_threshold=single * 2).select_in_prefill(tokens).keep
+    higher = (
+        MustDrop(global_threshold=share * 2, individual_threshold=single * 2).select_in_prefill(tokens).keep
+    )
     assert set(higher.tolist()) <= set(keep.tolist())
     assert {2, 30} <= set(higher.tolist())
 
@@ -327,13 +342,15 @@ def test_zero_thresholds_are_the_unpatched_model(threshold):
     assert torch.equal(torch.stack(out.logits), torch.stack(run(clean("llava"), inputs).logits))
 
 
-# -- the KV cache ---------------------------------------------------------------------------------------------------
+# -- the KV cache --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "cache", [{}, dict(cache_implementation="static", disable_compile=True)], ids=["dynamic", "static"]
 )
 @pytest.mark.parametrize(("name", "kind"), [("llava", "ragged"), ("llava", "one"), ("qwen3_vl", "ragged")])
 def test_aligned_cache(name, kind, cache):
-    """Decoding reads the last survivors in every aligned layer: the oracle's answer, which differs from the unaligned one."""
+    """Decoding reads the last survivors in every aligned layer: the oracle's answer, which differs from the
+    unaligned one.
+    """
     inputs, model = FAMILIES[name].batch(kind), subject(name)
     strategy = MustDrop(0.75, **OFF, layers=(1, 2))
     with patched(model, strategy) as spy:

@@ -24,12 +24,13 @@ from tests.mechanism.test_isolation import traces
 from tests.models import FAMILIES
 from vtoken.checks import fit, number
 from vtoken.strategies import (
+    STC,
     VTCCLS,
     Composite,
     FastV,
     PyramidDrop,
     Random,
-    Stc,
+    STCCacher,
     create,
     list_names,
     registry,
@@ -40,7 +41,9 @@ from vtoken.strategies.base import Strategy
 FUZZ = settings(derandomize=True, deadline=None, database=None, max_examples=60)
 OPTIONS = [(name, f.name) for name in list_names() for f in fields(strategy_info(name).cls) if f.init]
 BOOLEANS = [
-    (n, o) for n, o in OPTIONS if isinstance(default := strategy_info(n).defaults[o], bool) and default is not None
+    (n, o)
+    for n, o in OPTIONS
+    if isinstance(default := strategy_info(n).defaults[o], bool) and default is not None
 ]
 
 
@@ -63,13 +66,15 @@ def refused(make):
     return text
 
 
-# -- what the user writes ---------------------------------------------------------------------------------------------
+# -- what the user writes ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("name", "option"), BOOLEANS)
 @pytest.mark.parametrize("word", ["false", "False", 0, 1, 0.0, None, "", [], np.int64(0), torch.tensor(0)])
 def test_no_word_and_no_number_is_a_boolean(name, option, word):
     if word is None and strategy_info(name).defaults[option] is None:
         return
-    assert refused(lambda: create(name, **{option: word})).startswith(f"{option} must be True or False, found ")
+    assert refused(lambda: create(name, **{option: word})).startswith(
+        f"{option} must be True or False, found "
+    )
 
 
 SENTENCES = [
@@ -120,11 +125,18 @@ def test_refused_by_patch_without_a_trace():
     assert traces(model) == before
 
 
-# -- what is accepted -------------------------------------------------------------------------------------------------
+# -- what is accepted ----------------------------------------------------------------------------------------
 def test_equal_values_of_other_types_become_pythons():
-    made = create("hired", budget=np.float64(0.25), alpha=1, keep_newline=np.bool_(True), score=np.str_("received"))
+    made = create(
+        "hired", budget=np.float64(0.25), alpha=1, keep_newline=np.bool_(True), score=np.str_("received")
+    )
     assert (made.budget, made.alpha, made.keep_newline, made.score) == (0.25, 1.0, True, "received")
-    assert [type(v) for v in (made.budget, made.alpha, made.keep_newline, made.score)] == [float, float, bool, str]
+    assert [type(v) for v in (made.budget, made.alpha, made.keep_newline, made.score)] == [
+        float,
+        float,
+        bool,
+        str,
+    ]
     assert type(create("random", seed=torch.tensor(7)).seed) is int
     for layers in ([1, 3], (1, 3), range(1, 4, 2), np.array([1, 3]), torch.tensor([1, 3])):
         made = create("pyramiddrop", layers=layers)
@@ -133,8 +145,12 @@ def test_equal_values_of_other_types_become_pythons():
 
 @pytest.mark.parametrize("one", [1, np.int64(1), np.uint8(1), torch.tensor(1), Count.ONE])
 def test_a_count_of_one_never_becomes_a_share(one):
-    for made in (create("random", budget=one), create("token_corr", budget=one), create("stc", recompute=one)):
-        value = made.recompute if isinstance(made, Stc) else made.budget
+    for made in (
+        create("random", budget=one),
+        create("token_corr", budget=one),
+        create("stc", recompute=one),
+    ):
+        value = made.recompute if isinstance(made, STC) else made.budget
         assert type(value) is int and value == 1 and not made.is_identity
 
 
@@ -144,7 +160,7 @@ def test_a_share_of_one_never_becomes_a_count(whole):
     assert type(made.budget) is float and made.is_identity
 
 
-# -- after it is made -------------------------------------------------------------------------------------------------
+# -- after it is made ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("strategy", "option", "wrong"),
     [
@@ -157,7 +173,7 @@ def test_a_share_of_one_never_becomes_a_count(whole):
         (VTCCLS(0.3), "layers", 0),
         (PyramidDrop(), "layers", (8, 4)),
         (PyramidDrop(), "ratio", -1.0),
-        (Stc(), "recompute", 0),
+        (STC(), "recompute", 0),
         (Composite(0.3, [Random(), FastV()]), "split", 2),
         (Composite(0.3, [Random(), FastV()]), "budget", "0.2"),
         (Composite(0.3, [Random(), FastV()]), "parts", [Random()]),
@@ -173,17 +189,20 @@ def test_an_assignment_is_checked_and_changes_nothing_where_it_is_wrong(strategy
 
 
 def test_an_assignment_is_the_same_as_making_it_so():
-    stc = Stc()
+    stc = STC()
     stc.recompute = np.float64(0.5)
-    assert stc == Stc(recompute=0.5) and stc._cacher == Stc(recompute=0.5)._cacher and type(stc.recompute) is float
+    assert (
+        stc == STC(recompute=0.5)
+        and stc._cacher == STC(recompute=0.5)._cacher
+        and type(stc.recompute) is float
+    )
     both, made = Composite(0.3, [Random(), FastV()]), Composite(0.81, [Random(), FastV()])
     both.budget = 0.81
     assert both.first.budget == made.first.budget == pytest.approx(0.9) and both.then.budget == 0.81
     pyramid = PyramidDrop(0.4)
     pyramid.layers = [2, 4]
-    pyramid.entering = 0.5
     pyramid.budget = 0.3
-    assert pyramid.layers == (2, 4) and pyramid.entering == 0.5
+    assert pyramid.layers == (2, 4) and pyramid == PyramidDrop(0.3, layers=(2, 4))
 
 
 def test_copies_are_checked_as_well():
@@ -194,12 +213,15 @@ def test_copies_are_checked_as_well():
 
 
 def test_a_combination_leaves_its_parts_as_they_are():
-    inside = PyramidDrop(0.3)
-    Composite(None, [Random(0.5), inside])
-    assert inside.entering == 1.0
+    parts = [Random(0.5), PyramidDrop(0.3), STCCacher(0.4, interval=3)]
+    before = [copy.deepcopy(p.__dict__) for p in parts]
+    for budget in (None, 0.2, 7):
+        both = Composite(budget, parts)
+        both.prefill_layers(32), both.check_depth(32), both.counts([vtoken.Segment("image", (4, 4))])
+    assert [p.__dict__ for p in parts] == before
 
 
-# -- a user's own -----------------------------------------------------------------------------------------------------
+# -- a user's own --------------------------------------------------------------------------------------------
 class Colour(str, Enum):
     RED = "red"
 
@@ -276,7 +298,7 @@ def test_a_strategy_that_is_not_registered_and_forgets_super():
     assert Quiet(share=1).share == 1.0
 
 
-# -- any value for any option -----------------------------------------------------------------------------------------
+# -- any value for any option --------------------------------------------------------------------------------
 scalars = (
     st.none()
     | st.booleans()
@@ -288,12 +310,18 @@ scalars = (
     | st.complex_numbers()
     | st.text(max_size=5)
     | st.binary(max_size=5)
-    | st.sampled_from(["false", "True", "0.2", "nan", "1", "last", "cls", "original", "sum", "2.0", "spatial"])
+    | st.sampled_from(
+        ["false", "True", "0.2", "nan", "1", "last", "cls", "original", "sum", "2.0", "spatial"]
+    )
     | st.sampled_from(
         [np.int64(3), np.float32(0.5), np.bool_(False), np.float64("nan"), np.array([1, 2]), np.str_("cls")]
     )
-    | st.sampled_from([torch.tensor(2), torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(True), torch.tensor(1j)])
-    | st.sampled_from([torch.empty((), device="meta"), torch.float32, object(), Awkward(), Count.ONE, print, int])
+    | st.sampled_from(
+        [torch.tensor(2), torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(True), torch.tensor(1j)]
+    )
+    | st.sampled_from(
+        [torch.empty((), device="meta"), torch.float32, object(), Awkward(), Count.ONE, print, int]
+    )
 )
 values = (
     scalars
@@ -351,13 +379,16 @@ def test_fit_gives_the_hints_type_and_is_stable(value, hint):
         assert once in get_args(hint)
 
 
-# -- budgets of one ---------------------------------------------------------------------------------------------------
+# -- budgets of one ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("strategy", ["random", "fastv", "random+fastv"])
 def test_one_token_of_many_says_once_that_it_is_not_all(strategy):
     model, inputs = subject("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].batch("ragged")
     most = max(int(row.sum()) for row in FAMILIES["qwen2_5_vl"].visual(inputs))
     assert most > 16
-    with vtoken.applied(model, strategy, budget=1), pytest.warns(UserWarning, match="write budget=1.0") as caught:
+    with (
+        vtoken.applied(model, strategy, budget=1),
+        pytest.warns(UserWarning, match="write budget=1.0") as caught,
+    ):
         run(model, inputs, 1)
         run(model, inputs, 1)
     assert len([w for w in caught if "budget=1" in str(w.message)]) == 1
@@ -374,13 +405,16 @@ def test_other_budgets_do_not(strategy, budget):
     assert not [w for w in caught if "budget=1" in str(w.message)]
 
 
-# -- a+b --------------------------------------------------------------------------------------------------------------
+# -- a+b -----------------------------------------------------------------------------------------------------
 def test_names_joined_by_plus_are_a_combination():
     model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
     outs = []
     for strategy in ("random+fastv", "random + fastv", ["random+fastv"], ["random", "fastv"]):
         options = {"fastv": {"layer": 1}}
-        for way in ((strategy, 0.2, options), (vtoken.VTokenConfig(strategy, 0.2, options=options), None, {})):
+        for way in (
+            (strategy, 0.2, options),
+            (vtoken.VTokenConfig(strategy, 0.2, options=options), None, {}),
+        ):
             with vtoken.applied(model, *way[:2], **way[2]):
                 outs.append(torch.stack(run(model, inputs, 1).logits))
                 assert "fastv(budget=0.2, layer=1), sharing budget=0.2" in str(vtoken.report(model))

@@ -115,7 +115,13 @@ def test_renumbered_positions():
 
 
 def test_bad_options():
-    for options in (dict(layers=(3, 1)), dict(layers=()), dict(layers=(1, 1)), dict(ratio=0.0), dict(ratio=1.5)):
+    for options in (
+        dict(layers=(3, 1)),
+        dict(layers=()),
+        dict(layers=(1, 1)),
+        dict(ratio=0.0),
+        dict(ratio=1.5),
+    ):
         with pytest.raises(ValueError):
             PyramidDrop(**options)
     with pytest.raises(ValueError, match="LLM layer 9"):

@@ -18,7 +18,7 @@ from vtoken.strategies.sparsevlm import TABLES, choose_raters, recycled
 from .prompts import prompt, run_through
 
 
-# -- raters ---------------------------------------------------------------------------------------------------------
+# -- raters --------------------------------------------------------------------------------------------------
 def brute_raters(tokens) -> list[int]:
     text = tokens.text_rows.tolist()
     weights = [0.0] * len(text)
@@ -52,7 +52,7 @@ def test_chunks_do_not_matter():
     assert torch.equal(choose_raters(tokens, chunk=7), choose_raters(tokens))
 
 
-# -- numbers --------------------------------------------------------------------------------------------------------
+# -- numbers -------------------------------------------------------------------------------------------------
 def behind(reads: list[int]) -> list[int]:
     """The published count: what every layer hands on."""
     return [*reads[1:], reads[-1]]
@@ -127,7 +127,7 @@ def test_rank_mode():
     assert strategy.prefill_layers(32) == (0, 3, 7, 16, 20)
 
 
-# -- scores ---------------------------------------------------------------------------------------------------------
+# -- scores --------------------------------------------------------------------------------------------------
 def asked(strategy: SparseVLM, tokens, keep: int, layer: int = 3):
     tokens.memory.setdefault("raters", tokens.text_rows)
     tokens.memory["counts"] = [keep, keep, keep]
@@ -141,7 +141,9 @@ def test_raters_behind_an_image_rate_it():
     answer = asked(SparseVLM(recycle=False), tokens, 5)
     raters, visual = tokens.text_rows.tolist(), tokens.visual_rows.tolist()
     attention = tokens.attention_rows(torch.arange(len(tokens))).mean(0)
-    scores = [sum(float(attention[r, v]) for r in raters if r > v) / sum(r > v for r in raters) for v in visual]
+    scores = [
+        sum(float(attention[r, v]) for r in raters if r > v) / sum(r > v for r in raters) for v in visual
+    ]
     assert answer.keep.tolist() == sorted(sorted(range(12), key=lambda i: -scores[i])[:5])
 
 
@@ -184,7 +186,7 @@ def test_with_constant_gravity_version_two_is_version_one_on_the_priority_heads(
     assert answer.keep.tolist() == scores.topk(6).indices.sort().values.tolist()
 
 
-# -- recycling ------------------------------------------------------------------------------------------------------
+# -- recycling -----------------------------------------------------------------------------------------------
 def test_numbers_of_merged_tokens():
     assert [recycled(d) for d in (0, 1, 29, 31, 276, 500)] == [0, 1, 1, 2, 9, 16]
     assert 300 + recycled(576 - 300) == 309
@@ -226,13 +228,15 @@ def test_recycling_conserves_what_it_merges():
     out = answer.dense(120).double() @ x
     for j in merged:
         members = (into == j).nonzero()[:, 0]
-        assert torch.allclose(weight[members].double(), torch.full((len(members),), 1 / len(members)).double())
+        assert torch.allclose(
+            weight[members].double(), torch.full((len(members),), 1 / len(members)).double()
+        )
         assert torch.allclose(out[j] * len(members), x[members].sum(0), atol=1e-5)
     for j in set(range(len(answer.keep))) - set(merged):
         assert torch.equal(out[j], x[answer.keep[j]])
 
 
-# -- models ---------------------------------------------------------------------------------------------------------
+# -- models --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("version", ["1.0", "1.5", "2.0"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "idefics3"])
 def test_on_a_model(name, version):

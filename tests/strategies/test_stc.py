@@ -50,14 +50,19 @@ def naive_dual(frames, k, alpha, window=None):
         score = [1 - float(unit(v) @ unit(spatial)) for v in x]
         if past:
             temporal = unit(sum(past) / len(past))
-            score = [alpha * (1 - float(unit(v) @ temporal)) + (1 - alpha) * s for v, s in zip(x, score, strict=True)]
+            score = [
+                alpha * (1 - float(unit(v) @ temporal)) + (1 - alpha) * s
+                for v, s in zip(x, score, strict=True)
+            ]
         kept.append(sorted(sorted(range(len(x)), key=lambda t: -score[t])[:k]))
         history.append(spatial)
     return kept
 
 
 def frames_of(tokens):
-    return list(tokens.features[tokens.patch_rows].double().view(len(tokens.segments), -1, tokens.features.shape[1]))
+    return list(
+        tokens.features[tokens.patch_rows].double().view(len(tokens.segments), -1, tokens.features.shape[1])
+    )
 
 
 def places(kept, size):
@@ -76,7 +81,9 @@ def test_equals_the_formulas(budget, window):
             assert chosen.keep.tolist() == places(want, size)
         for alpha in (0.0, 0.5, 0.9):
             strategy = create("stc_pruner", budget=budget, score="dual_anchor", alpha=alpha, window=window)
-            assert answer(strategy, tokens).keep.tolist() == places(naive_dual(frames_of(tokens), k, alpha, window), size)
+            assert answer(strategy, tokens).keep.tolist() == places(
+                naive_dual(frames_of(tokens), k, alpha, window), size
+            )
 
 
 def one_by_one(strategy, tokens, order=None):
@@ -90,7 +97,14 @@ def one_by_one(strategy, tokens, order=None):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(window=2), dict(channels="fixed"), dict(score="dual_anchor"), dict(score="dual_anchor", window=2)]
+    "options",
+    [
+        {},
+        dict(window=2),
+        dict(channels="fixed"),
+        dict(score="dual_anchor"),
+        dict(score="dual_anchor", window=2),
+    ],
 )
 def test_frame_by_frame_equals_one_call(options):
     tokens, strategy = video(6, 3, 4), create("stc_pruner", budget=0.3, **options)
@@ -100,11 +114,13 @@ def test_frame_by_frame_equals_one_call(options):
 @pytest.mark.parametrize("score", ["gaussian", "dual_anchor"])
 def test_later_frames_change_nothing_and_earlier_ones_do(score):
     tokens, strategy = video(6, 4, 4), create("stc_pruner", budget=0.4, score=score, alpha=0.9)
-    tokens.features[:48] += 3 * torch.randn(16, generator=torch.Generator().manual_seed(5))  # a history with a direction
+    # a history with a direction
+    tokens.features[:48] += 3 * torch.randn(16, generator=torch.Generator().manual_seed(5))
     every = one_by_one(strategy, tokens)
     assert one_by_one(strategy, tokens, [0, 1, 2]) == every[:3]
     assert one_by_one(strategy, tokens, [3, 4, 5]) != every[3:]
-    if score == "dual_anchor":  # each frame has its own order of channels in "gaussian", but a mean knows no order of frames
+    # each frame has its own order of channels in "gaussian", but a mean knows no order of frames
+    if score == "dual_anchor":
         assert one_by_one(strategy, tokens, [2, 0, 1, 3, 4, 5])[3:] == every[3:]
     shuffled = one_by_one(create("stc_pruner", budget=0.4, channels="fixed"), tokens, [0, 2, 1, 3, 4, 5])
     assert shuffled[3:] == one_by_one(create("stc_pruner", budget=0.4, channels="fixed"), tokens)[3:]
@@ -112,7 +128,12 @@ def test_later_frames_change_nothing_and_earlier_ones_do(score):
 
 def test_memory_stays_small():
     tokens = video(40, 2, 2)
-    for options, most in ((dict(), 2), (dict(window=3), 1), (dict(channels="fixed"), 3), (dict(score="dual_anchor"), 2)):
+    for options, most in (
+        (dict(), 2),
+        (dict(window=3), 1),
+        (dict(channels="fixed"), 3),
+        (dict(score="dual_anchor"), 2),
+    ):
         memory: dict = {}
         answer(create("stc_pruner", **options), tokens, memory)
         assert len(memory) == most and len(memory.get("means", [])) in (0, 3)
@@ -148,7 +169,9 @@ def test_half_precision_is_scored_in_float32():
 
 def frame_tokens(frames=2, n=9, prefix=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    keys, reference = (torch.randn(frames, n, 6, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    keys, reference = (
+        torch.randn(frames, n, 6, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
+    )
     return FrameTokens(0, keys, reference, prefix)
 
 
@@ -178,7 +201,10 @@ def test_what_is_declared():
     assert both.reuse(info).choose(frame_tokens()).shape == (2, 4)
     assert create("stc", recompute=1.0).reuse(info) is None and create("stc", interval=1).reuse(info) is None
     assert create("stc_cacher", interval=1).is_identity and not create("stc_cacher").is_identity
-    assert create("stc_cacher").counts(video(3).segments) == [8, 8, 8] and not create("stc_cacher").acts_on_projector
+    assert (
+        create("stc_cacher").counts(video(3).segments) == [8, 8, 8]
+        and not create("stc_cacher").acts_on_projector
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def naive(tokens, tau=0.9, beta=0.1, kappa=1.5, segment=0):
     """(local, outliers) of an image without padding."""
     keys, n = tokens.provided["keys", LOW][segment].double(), tokens.segments[segment].size
     similar = [
-        sum(float(torch.cosine_similarity(keys[i], keys[j], dim=0)) > tau for j in range(n) if j != i) for i in range(n)
+        sum(float(torch.cosine_similarity(keys[i], keys[j], dim=0)) > tau for j in range(n) if j != i)
+        for i in range(n)
     ]
     rho = sum(count <= math.ceil(beta * n) for count in similar) / n
     deep = attention(tokens, DEEP, segment).numpy()
@@ -63,7 +64,8 @@ def test_identical_keys_leave_one_token_and_orthogonal_keys_all():
 def test_similarity_at_tau_and_count_at_beta_are_not_redundant():
     strategy = create("token_corr", tau=0.6, beta=0.25)  # of 4 tokens, more than 1 similar other is needed
     at_tau = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8], [0.6, 0.8]])
-    assert strategy.density(at_tau) == 0.25  # the last three have two similar others, the first has cosines of tau only
+    # the last three have two similar others, the first has cosines of tau only
+    assert strategy.density(at_tau) == 0.25
     assert strategy.density(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])) == 1.0
     assert strategy.density(torch.ones(3000, 4), chunk=7) == 0.0
 
@@ -76,7 +78,9 @@ def test_sampling_depends_on_seed_and_crop_alone():
     state = torch.random.get_rng_state()
     assert torch.equal(answer(create("token_corr", sampling="multinomial", seed=3), tokens).keep, first)
     assert torch.equal(torch.random.get_rng_state(), state)
-    other = [answer(create("token_corr", sampling="multinomial", seed=s), tokens).keep.tolist() for s in range(5)]
+    other = [
+        answer(create("token_corr", sampling="multinomial", seed=s), tokens).keep.tolist() for s in range(5)
+    ]
     assert len({tuple(o) for o in other}) > 1
     assert len({len(o) for o in other}) <= 3  # the draw decides which, not how many, outliers aside
 
@@ -89,7 +93,8 @@ def test_draws_follow_the_attention():
     tokens.provided["cls_attention", LOW][:] = 1 / 30
     tokens.provided["cls_attention", LOW][..., 5] = 0.5
     hits = sum(
-        answer(create("token_corr", sampling="multinomial", seed=s), tokens).keep.tolist() == [5] for s in range(400)
+        answer(create("token_corr", sampling="multinomial", seed=s), tokens).keep.tolist() == [5]
+        for s in range(400)
     )
     assert 160 <= hits <= 240
 
@@ -105,7 +110,8 @@ def test_aggregation_is_a_convex_combination_by_low_attention():
     for i in range(30):
         if i not in groups:
             best = max(
-                chosen.keep.tolist(), key=lambda k: (float(torch.cosine_similarity(keys[i], keys[k], dim=0)), -k)
+                chosen.keep.tolist(),
+                key=lambda k: (float(torch.cosine_similarity(keys[i], keys[k], dim=0)), -k),
             )
             groups[best].append(i)
     want = torch.stack(
@@ -122,7 +128,9 @@ def test_thumbnail_is_left_alone_without_a_budget():
 
 
 @pytest.mark.parametrize("budget", [0.05, 0.1, 0.2, 0.5, 1, 7, 40])
-@pytest.mark.parametrize("make", [lambda: anyres(2, 2, 4), lambda: anyres(2, 1, 5, top=3), lambda: image(6, 6)])
+@pytest.mark.parametrize(
+    "make", [lambda: anyres(2, 2, 4), lambda: anyres(2, 1, 5, top=3), lambda: image(6, 6)]
+)
 def test_a_budget_is_a_limit_that_starves_no_crop(budget, make):
     tokens = correlated(make(), 0.5)
     chosen = answer(create("token_corr", budget=budget), tokens)

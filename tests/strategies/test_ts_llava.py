@@ -35,12 +35,17 @@ def test_samples(n, count):
 def test_frames_are_midpoints():
     assert frame_indices(11, 5) == [1, 3, 5, 7, 9]
     assert frame_indices(3, 10) == [(0 + 1) // 2, (1 + 1) // 2, (1 + 2) // 2] == [0, 1, 1]
-    assert frame_indices(1000, 50)[0] == 10 and max(frame_indices(1000, 50)) < 999 and len(frame_indices(1000, 50)) == 50
+    assert (
+        frame_indices(1000, 50)[0] == 10
+        and max(frame_indices(1000, 50)) < 999
+        and len(frame_indices(1000, 50)) == 50
+    )
     assert sample_indices(20, 6).tolist() == [0, 4, 8, 11, 15, 19]  # the frames of a collage
 
 
 @pytest.mark.parametrize(
-    ("cells", "shape"), [(1, (1, 1)), (4, (2, 2)), (6, (3, 2)), (8, (4, 2)), (9, (3, 3)), (12, (4, 3)), (7, (7, 1))]
+    ("cells", "shape"),
+    [(1, (1, 1)), (4, (2, 2)), (6, (3, 2)), (8, (4, 2)), (9, (3, 3)), (12, (4, 3)), (7, (7, 1))],
 )
 def test_grid(cells, shape):
     assert grid_shape(cells) == shape
@@ -82,7 +87,9 @@ def test_sample_and_thumbnail(first):
     assert torch.equal(chosen.features, torch.cat([thumb, sampled] if first else [sampled, thumb]))
     assert kept_per_segment(tokens, chosen) == strategy.counts(tokens.segments)
     free = sorted(set(range(48)) - set(sample_indices(48, 16).tolist()))
-    assert set(free[:8] if first else free[-8:]) | set(sample_indices(48, 16).tolist()) == set(chosen.keep.tolist())
+    assert set(free[:8] if first else free[-8:]) | set(sample_indices(48, 16).tolist()) == set(
+        chosen.keep.tolist()
+    )
 
 
 @pytest.mark.parametrize(("budget", "count"), [(1 / 12, 4), (1 / 6, 8), (4, 24), (99, 48)])
@@ -97,7 +104,11 @@ def test_budgets(budget, count):
 def test_of_an_image_in_crops_the_whole_view_is_the_frame():
     tokens = anyres(2, 2, 4)
     chosen = answer(create("ts_llava", budget=0.1), tokens)
-    assert kept_per_segment(tokens, chosen) == [8, 0, 0, 0, 0] == create("ts_llava", budget=0.1).counts(tokens.segments)
+    assert (
+        kept_per_segment(tokens, chosen)
+        == [8, 0, 0, 0, 0]
+        == create("ts_llava", budget=0.1).counts(tokens.segments)
+    )
 
 
 def test_frames_out_of_range():
@@ -105,7 +116,14 @@ def test_frames_out_of_range():
         create("ts_llava", frames=0)
 
 
-NAMES = ["llava", "llava_next", "llava_onevision", "llava_onevision/video", "llava_next_video/video", "video_llava/video"]
+NAMES = [
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "llava_onevision/video",
+    "llava_next_video/video",
+    "video_llava/video",
+]
 
 
 def thumbnail(name: str, inputs: dict) -> torch.Tensor:
@@ -128,7 +146,9 @@ def thumbnail(name: str, inputs: dict) -> torch.Tensor:
         if name == "llava":
             return model.base_model.get_image_features(picture[None]).pooler_output[0]
         tiles = picture.expand(1, 3, *picture.shape)
-        return model.base_model.get_image_features(tiles, image_sizes=torch.tensor([[28, 28]])).pooler_output[0][:16]
+        return model.base_model.get_image_features(tiles, image_sizes=torch.tensor([[28, 28]])).pooler_output[
+            0
+        ][:16]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,7 +173,9 @@ def test_on_models(name):
 
 def test_the_tower_reads_one_picture_more():
     family, model, sizes = FAMILIES["llava"], FAMILIES["llava"].build(), []
-    handle = model.base_model.vision_tower.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
+    handle = model.base_model.vision_tower.register_forward_pre_hook(
+        lambda m, args: sizes.append(len(args[0]))
+    )
     with patched(model, create("ts_llava", budget=0.6)):
         run(model, family.prompt([[0, 1, 2]]), 1)
     handle.remove()
@@ -162,7 +184,9 @@ def test_the_tower_reads_one_picture_more():
 
 def test_models_without_square_frames():
     model = FAMILIES["qwen2_5_vl/video"].build()
-    with pytest.raises(ValueError, match=r"ts_llava needs square frames of one size.*pass thumbnail=False, or use"):
+    with pytest.raises(
+        ValueError, match=r"ts_llava needs square frames of one size.*pass thumbnail=False, or use"
+    ):
         vtoken.patch(model, "ts_llava")
     inputs = FAMILIES["qwen2_5_vl/video"].batch("one")
     with patched(model, create("ts_llava", budget=0.5, thumbnail=False)) as spy:
@@ -173,5 +197,8 @@ def test_models_without_square_frames():
 
 def test_chunked_prefill_is_refused():
     family, model = FAMILIES["llava"], FAMILIES["llava"].build()
-    with patched(model, create("ts_llava", budget=0.6)), pytest.raises(NotImplementedError, match="whole prompt"):
+    with (
+        patched(model, create("ts_llava", budget=0.6)),
+        pytest.raises(NotImplementedError, match="whole prompt"),
+    ):
         run(model, family.prompt([[0, 1, 2]]), 1, prefill_chunk_size=8)

@@ -45,7 +45,9 @@ def naive(tokens, counts, contextual=None, merge="sum", score="cls"):
         groups = {t: [] for t in targets}
         for i in rest:
             if i not in targets and targets:
-                cosine = [float(torch.cosine_similarity(keys[cells[i]], keys[cells[t]], dim=0)) for t in targets]
+                cosine = [
+                    float(torch.cosine_similarity(keys[cells[i]], keys[cells[t]], dim=0)) for t in targets
+                ]
                 groups[targets[max(range(len(targets)), key=lambda j: (cosine[j], -j))]].append(i)
         assert sum(map(len, groups.values())) == (len(rest) - len(targets) if targets else 0)
         for t, members in groups.items():
@@ -147,7 +149,9 @@ def test_every_token_kept_is_no_merge():
 
 
 def test_reference_layout_reads_the_same_features_in_the_order_of_the_public_code():
-    """Thumbnail: dominant, contextual; then all dominant tokens of the canvas in raster order, then contextual by crop."""
+    """Thumbnail: dominant, contextual; then all dominant tokens of the canvas in raster order, then
+    contextual by crop.
+    """
     tokens = anyres(1, 2, 4)
     spatial = answer(create("visionzip", budget=0.5, contextual=2), tokens)
     chosen = answer(create("visionzip", budget=0.5, contextual=2, layout="reference"), tokens)

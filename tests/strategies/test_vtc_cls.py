@@ -75,7 +75,9 @@ def test_windowed_layers_are_passed_over():
     tokens = build(list(image(4, 4).segments), info=info)
     needs = create("vtc_cls", layers=2).needs(info)
     assert needs.cls_attention == (3, 5)
-    assert answer(create("vtc_cls", budget=4, layers=2), tokens).keep.tolist() == top(score(tokens, (3, 5)), 4)
+    assert answer(create("vtc_cls", budget=4, layers=2), tokens).keep.tolist() == top(
+        score(tokens, (3, 5)), 4
+    )
 
 
 def test_every_crop_keeps_its_share_and_newlines_stay():

@@ -163,7 +163,7 @@ def test_bad_questions_are_not_counted(name):
             call()
 
 
-# -- a full disk ------------------------------------------------------------------------------------------------
+# -- a full disk ---------------------------------------------------------------------------------------------
 @contextmanager
 def file_limit(size: int):
     """Files end after so many bytes, as on a disk that is full."""
@@ -226,7 +226,7 @@ def test_a_block_that_does_not_fit_changes_nothing():
         assert session.stats == stats and session.memory.context is context
 
 
-# -- several threads --------------------------------------------------------------------------------------------
+# -- several threads -----------------------------------------------------------------------------------------
 class Holds(StoppingCriteria):
     """Keeps an answer from ending until it is let go."""
 

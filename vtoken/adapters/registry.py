@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from torch import nn
 
+from ..plugins import Plugins, same_package
 from ..streams import unwrapped
 from .base import Adapter
 
@@ -27,9 +29,21 @@ def register_adapter(cls: type[Adapter]) -> type[Adapter]:
     return cls
 
 
+def _adopt(entry: EntryPoint, loaded: Any) -> None:
+    """Raise ValueError unless another package registered an adapter."""
+    if not any(cls is loaded or same_package(cls, entry) for cls in _adapters.values()):
+        raise ValueError(
+            f"it registers no adapter, found {loaded!r}: decorate a class with @register_adapter"
+        )
+
+
+plugins = Plugins("vtoken.adapters", _adopt)
+
+
 def list_families() -> list[str]:
-    """Model types that can be patched."""
+    """Model types that can be patched, those that other packages serve included."""
     _discover()
+    plugins.load()
     return sorted(_adapters)
 
 
@@ -55,6 +69,8 @@ def adapter_for(model: Any) -> Adapter:
             f" {type(model).__module__}.{type(model).__name__}: pass the model itself, for example one loaded"
             " with AutoModelForImageTextToText.from_pretrained(...)."
         )
+    if model_type not in _adapters:
+        plugins.load()
     if model_type not in _adapters:
         raise ValueError(
             f"vtoken has no adapter for model type {model_type!r}; it has {', '.join(sorted(_adapters))}. "

@@ -9,6 +9,7 @@ from typing import Any
 
 import vtoken
 
+from ..strategies.budgets import Budget
 from .shapes import Workload
 from .timing import PHASES, Times, decode, floor, peak_bytes, prefill, spread
 
@@ -160,13 +161,13 @@ def measure(
     identity: Cell | None = None
     for cell in cells:
         progress(f"{cell.strategy} {cell.budget}")
-        if identity is not None and cell.budget == 1.0 and isinstance(cell.budget, float):
+        if identity is not None and Budget(cell.budget).is_all:
             cell.share(identity)
         elif not late(0.5):
             cell.look(whole)
             if cell.facts:
                 timed.append(cell)
-                identity = cell if cell.budget == 1.0 and isinstance(cell.budget, float) else None
+                identity = cell if Budget(cell.budget).is_all else None
     for i in range(repeats):
         floors: dict[int, float] = {}
         for n, cell in enumerate(timed):

@@ -75,6 +75,7 @@ def show_info(name: str) -> None:
         "paper": known.paper or "none: a baseline",
         "code": f"{known.code} ({known.code_licence or 'no licence stated'})" if known.code else "",
         "differs": known.differs,
+        "budget counts": known.budget_counts,
         "status": "experimental" if known.experimental else "",
     }
     for key, value in rows.items():

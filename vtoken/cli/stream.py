@@ -146,11 +146,12 @@ def show_page(
 ) -> None:
     """Serve the page until interrupted; the address is tried before the model is loaded."""
     from ..asking import load
+    from ..strategies.budgets import Budget as Allowance
     from .stream_page import MAX_UPLOAD, build_page
     from .stream_server import Service, listen, private_folder
     from .stream_visitors import Desk, Desks
 
-    if not isinstance(budget, float):
+    if not Allowance(budget).is_share:
         raise ValueError(
             f"The page takes a share such as --budget 0.5, found {budget}: a number of tokens needs"
             " --terminal."

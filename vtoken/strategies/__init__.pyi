@@ -1,10 +1,12 @@
 """Reduction strategies, one file each. Importing the package registers every one of them."""
 
 # written by docs/generate_stub.py
-from .base import Strategy as Strategy, StrategyInfo as StrategyInfo
-from .composition import Composite as Composite, combine as combine
-from .registry import create as create, list_names as list_names, register as register, strategy_info as strategy_info
+from .assembly import combine as combine
+from .base import Strategy as Strategy
+from .base import StrategyInfo as StrategyInfo
+from .base import top_k as top_k
 from .cdpruner import CDPruner as CDPruner
+from .composition import Composite as Composite
 from .divprune import DivPrune as DivPrune
 from .fastv import FastV as FastV
 from .globalcom2 import GlobalCom2 as GlobalCom2
@@ -14,12 +16,18 @@ from .mustdrop import MustDrop as MustDrop
 from .pool import Pool as Pool
 from .pyramiddrop import PyramidDrop as PyramidDrop
 from .random import Random as Random
+from .registry import create as create
+from .registry import list_names as list_names
+from .registry import register as register
+from .registry import registered as registered
+from .registry import strategy_info as strategy_info
+from .scored import ScoredStrategy as ScoredStrategy
 from .sparsevlm import SparseVLM as SparseVLM
-from .stc import Stc as Stc
-from .stc_cacher import StcCacher as StcCacher
-from .stc_pruner import StcPruner as StcPruner
+from .stc import STC as STC
+from .stc_cacher import STCCacher as STCCacher
+from .stc_pruner import STCPruner as STCPruner
 from .token_corr import TokenCorr as TokenCorr
-from .ts_llava import TsLlava as TsLlava
+from .ts_llava import TSLLaVA as TSLLaVA
 from .uniform import Uniform as Uniform
 from .vidcom2 import VidCom2 as VidCom2
 from .visionzip import VisionZip as VisionZip

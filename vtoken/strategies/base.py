@@ -12,10 +12,27 @@ from torch import Tensor
 
 from ..checks import fit_field, has_field
 from ..streams import Reuse
-from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
-from .budgets import check_budget, per_segment
+from ..tokens import (
+    EncoderMerge,
+    EncoderTokens,
+    Needs,
+    PrefillTokens,
+    Segment,
+    Selection,
+    TowerInfo,
+    VisualTokens,
+)
+from .budgets import Budget, check_budget
 
 Positions = Literal["original", "renumber"]
+Stage = Literal["encoder", "projector", "prefill", "cache"]
+BudgetMeans = Literal["entrance", "average", "cut", "tower"]
+BUDGET_MEANS: dict[str, str] = {
+    "entrance": "visual tokens that enter the LLM",
+    "average": "visual tokens that an LLM layer reads, the average over all layers",
+    "cut": "visual tokens that the LLM reads after the cut",
+    "tower": "tokens of a frame that the vision tower computes",
+}
 REFERENCE_DEPTH = 32  # of the LLMs for which layer numbers are published; deep enough for every method
 
 
@@ -33,19 +50,26 @@ class StrategyInfo:
         differs: what differs from the reference, in words.
         baseline: whether it exists to be compared with.
         experimental: whether parts of the method are not published.
+        budget_means: what a budget counts, see `BUDGET_MEANS`; None where it is not told.
         cls: the dataclass.
     """
 
     name: str
     summary: str
-    stages: tuple[str, ...]
+    stages: tuple[Stage, ...]
     paper: str = ""
     code: str = ""
     code_licence: str = ""
     differs: str = ""
     baseline: bool = False
     experimental: bool = False
+    budget_means: BudgetMeans | None = None
     cls: type[Strategy] = field(default=None, repr=False)  # type: ignore[assignment]
+
+    @property
+    def budget_counts(self) -> str:
+        """What a budget counts, in words; empty where it is not told."""
+        return "" if self.budget_means is None else BUDGET_MEANS[self.budget_means]
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -69,21 +93,22 @@ class Strategy(metaclass=_CheckedOptions):
     Override:
         select: the method itself, for one image or one video between the tower and the LLM.
         needs: what it reads besides the features. Default: nothing.
-        counts: tokens kept per segment, from the grids alone; set `static_counts = False` if thresholds decide.
+        counts: tokens kept per segment, from the grids alone; set `static_counts = False` if thresholds
+            decide.
         prefill_layers, select_in_prefill: for methods that drop inside the LLM.
         aligned_layers: for methods that shrink the KV cache of earlier layers once the prompt has been read.
         encoder_layers, merge_in_encoder: for methods that merge inside the vision tower.
         reuse: for methods that compute a part of a frame inside the vision tower and reuse an earlier one.
 
     Args:
-        budget: a float in (0, 1] is the share of the visual tokens that the unpatched model would feed to the LLM;
-            an int is a number of tokens per image or per frame. 1.0 is the unpatched model, bit for bit.
-        positions: "original" keeps the position ids of the kept tokens, "renumber" closes the gaps as the code of many
-            papers does (1-D RoPE only).
+        budget: a float in (0, 1] is the share of the visual tokens that the unpatched model would feed to the
+            LLM; an int is a number of tokens per image or per frame. 1.0 is the unpatched model, bit for bit.
+        positions: "original" keeps the position ids of the kept tokens, "renumber" closes the gaps as the
+            code of many papers does (1-D RoPE only).
 
-    Values are checked against the annotations of the fields, see `vtoken.checks.fit`, and by `__post_init__`: when the object
-    is made and at every later assignment, after which it is what it would be had it been made with that value. For that
-    `__post_init__` can run more than once.
+    Values are checked against the annotations of the fields, see `vtoken.checks.fit`, and by `__post_init__`:
+    when the object is made and at every later assignment, after which it is what it would be had it been made
+    with that value. For that `__post_init__` can run more than once.
 
     Raises:
         ValueError: for a value of another type than its field's, or out of range.
@@ -103,7 +128,11 @@ class Strategy(metaclass=_CheckedOptions):
         if not has_field(type(self), name):
             super().__setattr__(name, value)
             return
-        value = check_budget(value) if name == "budget" and value is not None else fit_field(type(self), name, value)
+        value = (
+            check_budget(value)
+            if name == "budget" and value is not None
+            else fit_field(type(self), name, value)
+        )
         if not self.__dict__.get("_made"):
             super().__setattr__(name, value)
             return
@@ -118,29 +147,41 @@ class Strategy(metaclass=_CheckedOptions):
     @property
     def is_identity(self) -> bool:
         """Whether the model would read exactly what it reads unpatched."""
-        return isinstance(self.budget, float) and self.budget == 1.0
+        return self.budget is not None and self.allowance().is_all
+
+    def allowance(self, budget: float | int | None = None) -> Budget:
+        """The budget, or the one given in its place, as tokens. Raises ValueError if it is none."""
+        return Budget(self.budget if budget is None else budget)
 
     def needs(self, tower: TowerInfo | None) -> Needs:
         """What `select` will read besides features, segments and cells."""
         return Needs()
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
-        """Tokens per segment that enter the LLM, a pure function of the grids: all, if the method only acts inside it."""
-        budget = self.budget if budget is None else check_budget(budget)
-        if not self.acts_on_projector:
-            return [s.fed for s in segments]
-        return per_segment(segments, budget)
+        """Tokens per segment that enter the LLM, a pure function of the grids: all, if the method only acts
+        inside it.
+        """
+        allowance = self.allowance(budget)
+        return allowance.tokens(segments) if self.acts_on_projector else [s.fed for s in segments]
 
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose among the visual tokens of one image or one video."""
         raise NotImplementedError(f"{type(self).__name__} does not act between the vision tower and the LLM.")
 
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Ascending LLM layers in front of which `select_in_prefill` is asked; empty for projector strategies."""
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
+        """Ascending LLM layers before which `select_in_prefill` is asked; empty for projector strategies.
+
+        Args:
+            num_layers: of the LLM.
+            entering: share of the visual tokens that a projector strategy of the same combination lets into
+                the LLM; `tokens.entering` in `select_in_prefill`.
+        """
         return ()
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
-        """Choose among the visual tokens (`tokens.visual_rows`) of one prompt in front of LLM layer `tokens.layer`."""
+        """Choose among the visual tokens (`tokens.visual_rows`) of one prompt in front of LLM layer
+        `tokens.layer`.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not act inside the LLM.")
 
     def aligned_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -148,7 +189,9 @@ class Strategy(metaclass=_CheckedOptions):
         return ()
 
     def encoder_layers(self, tower: TowerInfo) -> tuple[int, ...]:
-        """Ascending tower layers behind which `merge_in_encoder` is asked; empty for methods that leave the tower alone."""
+        """Ascending tower layers behind which `merge_in_encoder` is asked; empty for methods that leave the
+        tower alone.
+        """
         return ()
 
     def merge_in_encoder(self, tokens: EncoderTokens) -> EncoderMerge | None:
@@ -156,11 +199,25 @@ class Strategy(metaclass=_CheckedOptions):
         raise NotImplementedError(f"{type(self).__name__} does not act inside the vision tower.")
 
     def reuse(self, tower: TowerInfo) -> Reuse | None:
-        """What the vision tower reuses between the frames of a stream; None for methods that compute all of each."""
+        """What the vision tower reuses between the frames of a stream; None for methods that compute all of
+        each.
+        """
         return None
 
-    def check_depth(self, num_layers: int) -> None:
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         """Raise ValueError if the method cannot serve an LLM of this many layers with this budget."""
+
+    def describe(self) -> str:
+        """`name(option=value, ...)` with the options that differ from their defaults, and the budget."""
+        options = [f"budget={None if self.budget is None else Budget(self.budget)}"]
+        for f in fields(self):
+            if f.init and f.name != "budget" and getattr(self, f.name) != f.default:
+                options.append(f"{f.name}={getattr(self, f.name)!r}")
+        return f"{self.info.name}({', '.join(options)})"
+
+    def budget_counts(self) -> str:
+        """What the budget counts, in words; empty where the registration does not tell."""
+        return self.info.budget_counts
 
     @property
     def acts_inside(self) -> bool:
@@ -177,7 +234,8 @@ class Strategy(metaclass=_CheckedOptions):
         return type(self).reuse is not Strategy.reuse
 
 
-METHODS = {"select_in_prefill": "prefill_layers", "merge_in_encoder": "encoder_layers"}  # what is asked, and where
+# what is asked, and where
+METHODS = {"select_in_prefill": "prefill_layers", "merge_in_encoder": "encoder_layers"}
 
 
 def check_methods(cls: type[Strategy]) -> None:
@@ -185,12 +243,16 @@ def check_methods(cls: type[Strategy]) -> None:
     written = {name for name in ("select", "reuse", *METHODS, *METHODS.values()) if _writes(cls, name)}
     if not written & {"select", "reuse", *METHODS}:
         raise TypeError(
-            f"{cls.__name__} would drop nothing: it writes none of select, select_in_prefill, merge_in_encoder and reuse."
+            f"{cls.__name__} would drop nothing: it writes none of select, select_in_prefill,"
+            " merge_in_encoder and reuse."
         )
     for method, layers in METHODS.items():
         if (method in written) != (layers in written):
             there, lacking = (method, layers) if method in written else (layers, method)
-            raise TypeError(f"{cls.__name__} writes {there} without {lacking}, so that it would never be asked: write both.")
+            raise TypeError(
+                f"{cls.__name__} writes {there} without {lacking}, so that it would never be asked: write"
+                " both."
+            )
 
 
 def _writes(cls: type[Strategy], name: str) -> bool:

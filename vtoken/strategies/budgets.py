@@ -5,12 +5,94 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..checks import BITS, fit, found, number
 from ..tokens import Segment
 
+Unit = Literal["share", "tokens"]
 UNIT = "budget_unit"  # in files: programs that know one kind of number write 1.0 as 1
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """What the number that a user gives allows, in tokens.
+
+    Args:
+        value: a float in (0, 1] is a share of the visual tokens, an int a number of them per image or frame.
+
+    Raises:
+        ValueError: for anything else.
+    """
+
+    value: float | int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", check_budget(self.value))
+
+    @classmethod
+    def of(cls, value: Any, unit: Any) -> Budget:
+        """A number as programs write it that know one kind of number, in the unit that stands with it.
+
+        Raises:
+            ValueError: for an unknown unit, or a number that is none in this unit.
+        """
+        unit, value = fit("budget_unit", unit, Unit), fit("budget", value, float | int)
+        if unit == "tokens" and not float(value).is_integer():
+            raise ValueError(f"A budget in tokens must be a whole number, found {value}.")
+        return cls(float(value) if unit == "share" else int(value))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Budget) and (self.unit, self.value) == (other.unit, other.value)
+
+    def __hash__(self) -> int:
+        return hash((self.unit, self.value))
+
+    def __str__(self) -> str:
+        """A share in four digits, which are enough for a reader; 1.0 and 1 stay different."""
+        short = float(f"{self.value:.4g}") if self.is_share else self.value
+        return str(self.value if short == 1 and self.value != 1 else short)
+
+    @property
+    def unit(self) -> Unit:
+        return "share" if isinstance(self.value, float) else "tokens"
+
+    @property
+    def is_share(self) -> bool:
+        return self.unit == "share"
+
+    @property
+    def is_all(self) -> bool:
+        """Whether the model reads what it reads unpatched: 1.0, which is not 1."""
+        return self.is_share and self.value == 1.0
+
+    def allowed(self, n: int, units: int = 1) -> float:
+        """Of `n` tokens in so many images or frames those that may stay, not rounded and not limited to n."""
+        return self.value * (n if self.is_share else max(1, units))
+
+    def share_of(self, n: int) -> float:
+        """As a share of n tokens, 1.0 at most."""
+        return self.value if self.is_share else min(1.0, self.value / n)
+
+    def part(self, n: int, least: int = 1) -> int:
+        """Tokens of n: the truncated share or the whole number, at least `least`, never more than n."""
+        return min(n, max(least, int(self.allowed(n))))
+
+    def tokens(self, segments: Sequence[Segment]) -> list[int]:
+        """Tokens per segment of one image or video.
+
+        A share keeps its part of what each segment feeds, at least one token of every segment that has any. A
+        whole number counts per frame; of an image in crops it is divided as evenly as they allow.
+        """
+        fed = [s.fed for s in segments]
+        if self.is_share or all(s.kind == "frame" for s in segments):
+            return [self.part(n) for n in fed]
+        return divide(int(self.value), fed)
+
+    def total(self, segments: Sequence[Segment], n: int) -> int:
+        """Tokens of one image or video of n tokens, at least 1, its segments taken together."""
+        return min(n, max(1, int(self.allowed(n, frames_of(segments)))))
 
 
 def check_budget(budget: Any) -> float | int:
@@ -18,7 +100,10 @@ def check_budget(budget: Any) -> float | int:
 
     Numbers of NumPy and tensors of one value become Python's; a whole number never becomes a share.
     """
-    ask = "use a share of the visual tokens in (0, 1], such as 0.2, or a whole number of tokens per image, such as 128"
+    ask = (
+        "use a share of the visual tokens in (0, 1], such as 0.2, or a whole number of tokens per image, such"
+        " as 128"
+    )
     value: Any = number(budget)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"The budget must be a number, found {found(budget)}: {ask}.")
@@ -34,37 +119,26 @@ def check_budget(budget: Any) -> float | int:
     return float(value)
 
 
-def unit(budget: float | int) -> str:
-    """What a budget counts: "share" or "tokens". As numbers, the share 1.0 and 1 token are equal."""
-    return "share" if isinstance(budget, float) else "tokens"
-
-
 def with_unit(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a file without the unit of their budget, the budget in the kind of number that the unit asks for.
+    """The values of a file without the unit of their budget, the budget in the kind of number that it asks
+    for.
 
     Raises:
-        ValueError: for a unit that there is not, or a budget that it does not fit.
+        ValueError: for an unknown unit, or a budget that it does not fit.
     """
     if UNIT not in values:
         return values
-    wanted = fit(UNIT, values[UNIT], Literal["share", "tokens"])
+    unit = fit(UNIT, values[UNIT], Unit)
     values = {k: v for k, v in values.items() if k != UNIT}
     if "budget" in values:
-        budget = fit("budget", values["budget"], float | int)
-        if wanted == "tokens" and not float(budget).is_integer():
-            raise ValueError(f"A budget in tokens must be a whole number, found {budget}.")
-        values["budget"] = check_budget(float(budget) if wanted == "share" else int(budget))
+        values["budget"] = Budget.of(values["budget"], unit).value
     return values
 
 
-def share(budget: float | int, n: int, least: int = 1) -> int:
-    """Tokens that `budget` allows of n: the truncated share, at least `least`, never more than n."""
-    wanted = int(n * budget) if isinstance(budget, float) else budget
-    return min(n, max(least, wanted))
-
-
 def divide(total: int, sizes: Sequence[int]) -> list[int]:
-    """`total` tokens over segments of the given sizes as evenly as their sizes allow; earlier ones get the rest."""
+    """`total` tokens over segments of the given sizes as evenly as their sizes allow; earlier ones get the
+    rest.
+    """
     counts, left = [0] * len(sizes), total
     order = sorted(range(len(sizes)), key=lambda i: (sizes[i], -i))
     for place, i in enumerate(order):
@@ -73,18 +147,6 @@ def divide(total: int, sizes: Sequence[int]) -> list[int]:
     return counts
 
 
-def per_segment(segments: Sequence[Segment], budget: float | int) -> list[int]:
-    """Tokens per segment of one image or video: its share of what it would feed, or an even part of a whole number.
-
-    A share keeps at least one token of every segment that has any; a whole number counts per image or frame.
-    """
-    fed = [s.fed for s in segments]
-    if isinstance(budget, float) or all(s.kind == "frame" for s in segments):
-        return [share(budget, n) for n in fed]
-    return divide(budget, fed)
-
-
-def in_total(segments: Sequence[Segment], budget: float | int, n: int) -> int:
-    """Tokens of one image or video of n tokens that `budget` allows, at least 1, without looking at its segments."""
-    frames = sum(s.kind == "frame" for s in segments)
-    return share(budget if isinstance(budget, float) else budget * max(1, frames), n)
+def frames_of(segments: Sequence[Segment]) -> int:
+    """How many of the segments are frames of a video."""
+    return sum(s.kind == "frame" for s in segments)

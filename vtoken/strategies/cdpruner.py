@@ -1,4 +1,6 @@
-"""CDPruner: a diverse subset of the tokens that matter to the prompt, as greedy MAP of a determinantal point process."""
+"""CDPruner: a diverse subset of the tokens that matter to the prompt, as greedy MAP of a determinantal point
+process.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +18,36 @@ from .registry import register
 
 @register(
     "cdpruner",
-    summary="Keep a subset that is diverse and relevant to the prompt: greedy MAP of a relevance-conditioned DPP.",
+    summary=(
+        "Keep a subset that is diverse and relevant to the prompt: greedy MAP of a relevance-conditioned DPP."
+    ),
     stages=("projector",),
-    paper="Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs, arXiv 2506.10967",
+    paper=(
+        "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs, arXiv"
+        " 2506.10967"
+    ),
     code="github.com/Theia-4869/CDPruner",
     code_licence="Apache-2.0",
-    differs="Relevance compares projected features with the LLM's own embeddings of the prompt's text tokens, template "
-    "included: the public code for LLaVA loads CLIP's text tower and its visual projection, which a patched model does not "
-    "have, and negates that similarity (negate=True). Relevance is scaled per image or crop, not over a batch; cells that "
-    "the model unpads do not compete.",
+    differs=(
+        "Relevance compares projected features with the LLM's own embeddings of the prompt's text tokens,"
+        " template included: the public code for LLaVA loads CLIP's text tower and its visual projection,"
+        " which a patched model does not have, and negates that similarity (negate=True). Relevance is scaled"
+        " per image or crop, not over a batch; cells that the model unpads do not compete."
+    ),
 )
 @dataclass
 class CDPruner(Strategy):
     """Conditional diversity maximisation (arXiv 2506.10967).
 
-    The relevance of a token is its mean cosine with the embeddings of the prompt's text tokens, scaled to
-    `r = (rel - min + 1e-6) / (max - min)`. With the cosine similarity `S` of the features, the kernel is `L_ij = r_i S_ij r_j`,
-    and tokens are added greedily so that each multiplies `det(L)` of the chosen ones most (incremental Cholesky,
-    arXiv 1709.05135). Every image, crop or frame keeps its part of the budget; without text all tokens are equally relevant.
+    The relevance of a token is its mean cosine with the embeddings of the prompt's text tokens, scaled to `r
+    = (rel - min + 1e-6) / (max - min)`. With the cosine similarity `S` of the features, the kernel is `L_ij =
+    r_i S_ij r_j`, and tokens are added greedily so that each multiplies `det(L)` of the chosen ones most
+    (incremental Cholesky, arXiv 1709.05135). Every image, crop or frame keeps its part of the budget; without
+    text all tokens are equally relevant.
 
     Args:
-        theta: weight of relevance in [0, 1): quality becomes `exp(theta / (2 (1 - theta)) r)`. None uses `r` itself, as the
-            public code does; 0 ignores the text.
+        theta: weight of relevance in [0, 1): quality becomes `exp(theta / (2 (1 - theta)) r)`. None uses `r`
+            itself, as the public code does; 0 ignores the text.
         negate: count dissimilar tokens as relevant, as the public code does with CLIP features.
         keep_newline: keep image-newline rows on top of the budget, as the public code does.
     """
@@ -60,7 +70,9 @@ class CDPruner(Strategy):
         for rows, count in zip(rows_per_segment(tokens), self.counts(tokens.segments), strict=True):
             if len(rows):
                 quality = self._quality(relevance[rows])
-                picks = greedy_map(tokens.features[rows][None].float(), quality[None], min(count, len(rows)))[0]
+                picks = greedy_map(tokens.features[rows][None].float(), quality[None], min(count, len(rows)))[
+                    0
+                ]
                 kept.append(rows[picks])
         return Selection(torch.cat(kept).sort().values)
 
@@ -74,5 +86,7 @@ class CDPruner(Strategy):
 
     def _quality(self, relevance: Tensor) -> Tensor:
         spread = relevance.max() - relevance.min()
-        scaled = torch.where(spread > 0, (relevance - relevance.min() + 1e-6) / spread, torch.ones_like(relevance))
+        scaled = torch.where(
+            spread > 0, (relevance - relevance.min() + 1e-6) / spread, torch.ones_like(relevance)
+        )
         return scaled if self.theta is None else torch.exp(self.theta / (2 * (1 - self.theta)) * scaled)

@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from ..checks import found
 from ..streams import Reuse
-from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
-from .base import Positions, Strategy, StrategyInfo, check_methods
-from .budgets import check_budget
-from .registry import create, parse_strategy, split_names
+from ..tokens import (
+    EncoderMerge,
+    EncoderTokens,
+    Needs,
+    PrefillTokens,
+    Segment,
+    Selection,
+    TowerInfo,
+    VisualTokens,
+)
+from .base import Positions, Strategy, StrategyInfo
+from .budgets import Budget, frames_of
 
 REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L
 
 
 @dataclass
 class Composite(Strategy):
-    """A projector strategy and one that drops inside the LLM, as one strategy; or either beside one that acts between frames.
+    """A projector strategy and one that drops inside the LLM, as one strategy; or either beside one that acts
+    between frames.
 
-    How one budget b is shared: the strategy inside the LLM is held to b itself, in its own meaning (what remains behind its
-    cut, or its average over the layers), of what the unpatched model would feed. The projector strategy is held to
-    `b ** split`, which with the default of one half lets both drop by the same factor. For a whole number b of tokens per
-    image or frame of n tokens the projector strategy keeps `n * (b / n) ** split`. Without `budget` every part keeps its own.
-    A strategy that only acts between frames, such as stc_cacher, keeps its own budget in any case.
+    How one budget b is shared: the strategy inside the LLM is held to b itself, in its own meaning (what
+    remains behind its cut, or its average over the layers), of what the unpatched model would feed. The
+    projector strategy is held to `b ** split`, which with the default of one half lets both drop by the same
+    factor. For a whole number b of tokens per image or frame of n tokens the projector strategy keeps `n * (b
+    / n) ** split`. Without `budget` every part keeps its own. A strategy that only acts between frames, such
+    as stc_cacher, keeps its own budget in any case.
 
     Args:
         budget: shared by all parts, None to leave theirs as they are.
         parts: configured strategies, at most one for each stage; their order does not matter.
-        split: exponent of the projector strategy's share, in [0, 1]; 0 leaves everything to the other, 1 to itself.
+        split: exponent of the projector strategy's share, in [0, 1]; 0 leaves everything to the other, 1 to
+            itself.
 
     Raises:
         ValueError: for fewer than two parts, two that act at one stage, or parts with different `positions`.
@@ -43,61 +54,89 @@ class Composite(Strategy):
     positions: Positions = field(default="original", init=False)
 
     def __post_init__(self) -> None:
+        self._check_parts()
+        at_projector, inside, between = self._places()
+        only = [p for p in between if not p.acts_on_projector and not p.acts_inside]
+        both = bool(at_projector and inside) and at_projector[0] is not inside[0]
+        if not both and not (only and len(self.parts) == 2):
+            raise ValueError(
+                f"{' and '.join(p.info.name for p in self.parts)} do not complement each other: combine a"
+                " projector strategy such as visionzip with one that drops inside the LLM such as fastv."
+            )
+        self.positions = self.parts[0].positions
+        self.first, self.then = (at_projector or only)[0], (inside or only)[0]
+        if self.budget is not None:
+            shared = self.budget**self.split if both and self.allowance().is_share else self.budget
+            if self.first not in only:
+                self.first = replace(self.first, budget=shared)
+            if self.then not in only:
+                self.then = replace(self.then, budget=self.budget)
+        self.entering = self.first.budget if both and isinstance(self.first.budget, float) else 1.0
+        self.ordered = [*(p for p in only if p not in (self.first, self.then)), self.first, self.then]
+        self.between = next((p for p in self.ordered if p.acts_between_frames), None)
+        self.info = StrategyInfo(  # type: ignore[misc]
+            name="+".join(p.info.name for p in self.parts),
+            summary=f"{', then '.join(p.info.name for p in self.ordered)}.",
+            stages=tuple(dict.fromkeys(s for p in self.ordered for s in p.info.stages)),
+            cls=type(self),
+        )
+
+    def _check_parts(self) -> None:
+        """Raise TypeError or ValueError for parts that make no combination, wherever they act."""
         if odd := [p for p in self.parts if not isinstance(p, Strategy)]:
             raise TypeError(f"A combination is made of vtoken.strategies objects, found {found(odd[0])}.")
         names = [p.info.name for p in self.parts]
         if len(names) < 2:
-            raise ValueError(f"A combination needs at least two strategies, found {', '.join(names) or 'none'}.")
+            raise ValueError(
+                f"A combination needs at least two strategies, found {', '.join(names) or 'none'}."
+            )
         if len(set(names)) < len(names):
-            raise ValueError(f"Each strategy can be there once, found {', '.join(names)}: leave the repetition out.")
+            raise ValueError(
+                f"Each strategy can be there once, found {', '.join(names)}: leave the repetition out."
+            )
         if not 0 <= self.split <= 1:
             raise ValueError(f"split must lie in [0, 1], found {self.split!r}.")
+        if len({p.positions for p in self.parts}) > 1:
+            each = ", ".join(f"{p.info.name}: {p.positions}" for p in self.parts)
+            raise ValueError(f"All strategies of a combination need the same positions, found {each}.")
+
+    def _places(self) -> tuple[list[Strategy], list[Strategy], list[Strategy]]:
+        """The parts that act before the LLM, inside it, and between frames. Raises ValueError for two at one
+        place.
+        """
         at_projector = [p for p in self.parts if p.acts_on_projector]
         inside = [p for p in self.parts if p.acts_inside]
         between = [p for p in self.parts if p.acts_between_frames]
         merging = [p for p in self.parts if p.encoder_layers(REFERENCE_TOWER)]
         if between and merging:
             raise ValueError(
-                f"{merging[0].info.name} merges tokens in the vision tower, where {between[0].info.name} compares them with "
-                "those of an earlier frame: choose one of them."
+                f"{merging[0].info.name} merges tokens in the vision tower, where {between[0].info.name}"
+                " compares them with those of an earlier frame: choose one of them."
             )
-        places = {"between the tower and the LLM": at_projector, "inside the LLM": inside, "between frames": between}
+        places = {
+            "between the tower and the LLM": at_projector,
+            "inside the LLM": inside,
+            "between frames": between,
+        }
         for where, rivals in places.items():
             if len(rivals) > 1:
                 names_found = " and ".join(p.info.name for p in rivals)
                 twice = "mustdrop" in names_found and len(inside) == 1
                 off = ", or give mustdrop merging=False and key_rate=0" if twice else ""
-                raise ValueError(f"{names_found} both act {where}, where only one can: choose one of them{off}.")
-        only = [p for p in between if not p.acts_on_projector and not p.acts_inside]
-        both = bool(at_projector and inside) and at_projector[0] is not inside[0]
-        if not both and not (only and len(self.parts) == 2):
-            raise ValueError(
-                f"{' and '.join(names)} do not complement each other: combine a projector strategy such as visionzip with one "
-                "that drops inside the LLM such as fastv."
-            )
-        if len({p.positions for p in self.parts}) > 1:
-            found_positions = ", ".join(f"{p.info.name}: {p.positions}" for p in self.parts)
-            raise ValueError(f"All strategies of a combination need the same positions, found {found_positions}.")
-        self.positions = self.parts[0].positions
-        self.first, self.then = (at_projector or only)[0], (inside or only)[0]
-        if self.budget is not None:
-            self.budget = check_budget(self.budget)
-            shared = self.budget**self.split if both and isinstance(self.budget, float) else self.budget
-            if self.first not in only:
-                self.first = replace(self.first, budget=shared)
-            if self.then not in only:
-                self.then = replace(self.then, budget=self.budget)
-        if hasattr(self.then, "entering") and isinstance(self.first.budget, float):
-            self.then = copy.copy(self.then)  # the caller's own object stays as it is
-            self.then.entering = self.first.budget
-        self.ordered = [*(p for p in only if p not in (self.first, self.then)), self.first, self.then]
-        self.between = next((p for p in self.ordered if p.acts_between_frames), None)
-        self.info = StrategyInfo(  # type: ignore[misc]
-            name="+".join(names),
-            summary=f"{', then '.join(p.info.name for p in self.ordered)}.",
-            stages=tuple(dict.fromkeys(s for p in self.ordered for s in p.info.stages)),
-            cls=type(self),
-        )
+                raise ValueError(
+                    f"{names_found} both act {where}, where only one can: choose one of them{off}."
+                )
+        return at_projector, inside, between
+
+    def describe(self) -> str:
+        """The parts in the order in which they act, and the budget that they share."""
+        parts = " then ".join(p.describe() for p in self.ordered)
+        split = "" if self.split == type(self).split else f", split={self.split}"
+        return parts if self.budget is None else f"{parts}, sharing budget={Budget(self.budget)}{split}"
+
+    def budget_counts(self) -> str:
+        told = [(p.info.name, p.budget_counts()) for p in self.ordered]
+        return "; ".join(f"{name}: {words}" for name, words in told if words)
 
     @property
     def is_identity(self) -> bool:
@@ -121,19 +160,22 @@ class Composite(Strategy):
         """Tokens per segment that enter the LLM."""
         if budget is not None:
             return Composite(budget, self.parts, split=self.split).counts(segments)
-        n = sum(s.fed for s in segments)
-        return self._for(n, sum(s.kind == "frame" for s in segments)).counts(segments)
+        return self._for(sum(s.fed for s in segments), frames_of(segments)).counts(segments)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        frames = sum(s.kind == "frame" for s in tokens.segments)
-        first = self._for(len(tokens), frames)
-        return Selection.everything(len(tokens), tokens.cells.device) if first.is_identity else first.select(tokens)
+        first = self._for(len(tokens), frames_of(tokens.segments))
+        return (
+            Selection.everything(len(tokens), tokens.cells.device)
+            if first.is_identity
+            else first.select(tokens)
+        )
 
     def _for(self, n: int, frames: int) -> Strategy:
-        """The projector strategy with its share of a whole-number budget for an image or video of n tokens."""
-        if self.budget is None or isinstance(self.budget, float) or n == 0:
+        """The projector strategy with its share of a whole-number budget for an image or video of n tokens.
+        """
+        if self.budget is None or self.allowance().is_share or n == 0:
             return self.first
-        share = min(1.0, self.budget * max(1, frames) / n) ** self.split
+        share = min(1.0, self.allowance().allowed(n, frames) / n) ** self.split
         return replace(self.first, budget=float(share))
 
     def encoder_layers(self, tower: TowerInfo) -> tuple[int, ...]:
@@ -142,92 +184,24 @@ class Composite(Strategy):
     def merge_in_encoder(self, tokens: EncoderTokens) -> EncoderMerge | None:
         return self.first.merge_in_encoder(tokens)
 
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
-        return () if self.then.is_identity else self.then.prefill_layers(num_layers)
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
+        return (
+            ()
+            if self.then.is_identity
+            else _ask(self.then.prefill_layers, num_layers, entering * self.entering)
+        )
 
     def aligned_layers(self, num_layers: int) -> tuple[int, ...]:
         return self.then.aligned_layers(num_layers)
 
-    def check_depth(self, num_layers: int) -> None:
-        self.then.check_depth(num_layers)
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
+        _ask(self.then.check_depth, num_layers, entering * self.entering)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
-        return self.then.select_in_prefill(tokens)
+        return self.then.select_in_prefill(replace(tokens, entering=tokens.entering * self.entering))
 
 
-def options_of(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Take the hyper-parameters of one strategy out of `options`. Raises ValueError if they are no mapping of names."""
-    given = options.pop(name, {})
-    if not isinstance(given, dict) or not all(isinstance(k, str) for k in given):
-        raise ValueError(f"Options of {name} are a mapping such as {name}={{'layer': 3}}, found {found(given)}.")
-    return given
-
-
-def combine(parts: Sequence[Any], budget: float | int | None = None, **options: Any) -> Composite:
-    """Strategies by name or configured, as one.
-
-    Args:
-        parts: names or `Strategy` objects.
-        budget: shared by all; see `Composite`. Objects that were configured with their own keep it where this is None.
-        options: `split`, `positions` for all that are named, and per name a mapping of its hyper-parameters, such as
-            `fastv={"layer": 3}`.
-
-    Raises:
-        TypeError, ValueError: for what is no strategy, unknown options, or parts that do not fit together.
-    """
-    split, positions = options.pop("split", 0.5), options.pop("positions", None)
-    made: list[Strategy] = []
-    for part in split_names(parts):
-        if isinstance(part, type) and issubclass(part, Strategy):
-            part = part.info.name
-        if isinstance(part, Strategy):
-            if budget is not None:
-                raise ValueError(
-                    f"{part.info.name} is configured already: give each strategy its budget, or name them and let them share."
-                )
-            made.append(part)
-        elif isinstance(part, str):
-            given = options_of(part, options)
-            made.append(create(part, **({} if positions is None else {"positions": positions}) | given))
-        else:
-            raise TypeError(f"A combination is made of names and vtoken.strategies objects, found {found(part)}.")
-    if options:
-        raise ValueError(
-            f"A combination takes split, positions and one mapping per strategy, found {', '.join(options)}: "
-            f"write for example {made[-1].info.name}={{...}}."
-        )
-    return Composite(budget, made, split=split)
-
-
-def assemble(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
-    """A Strategy from a name, a class, an instance or a list of them. Raises TypeError for one that has no method to ask."""
-    made = _assemble(strategy, budget, options)
-    check_methods(type(made))
-    return made
-
-
-def _assemble(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
-    if isinstance(strategy, list | tuple) and len(strategy) == 1:
-        strategy = strategy[0]
-        options = options_of(strategy, options) | options if isinstance(strategy, str) else options
-    if isinstance(strategy, str):
-        strategy = parse_strategy(strategy)
-    if isinstance(strategy, list | tuple):
-        return combine(strategy, budget if budget is not None else options.pop("budget", None), **options)
-    if isinstance(strategy, Strategy):
-        if budget is not None or options:
-            given_names = ", ".join(([] if budget is None else ["budget"]) + list(options))
-            raise ValueError(
-                f"{type(strategy).__name__} is configured already: set {given_names} when you make it, not in patch()."
-            )
-        return strategy
-    if isinstance(strategy, type) and issubclass(strategy, Strategy):
-        strategy = strategy.info.name
-    if not isinstance(strategy, str):
-        raise TypeError(
-            f"A strategy is a name such as 'hired', a vtoken.strategies object, a list of them or a VTokenConfig, "
-            f"found {found(strategy)}."
-        )
-    if budget is not None:
-        options = options | {"budget": budget}
-    return create(strategy, **options)
+def _ask(method: Callable[..., Any], num_layers: int, entering: float) -> Any:
+    """Ask a part that may have been written without `entering`, which few methods need."""
+    takes_it = "entering" in inspect.signature(method).parameters
+    return method(num_layers, entering) if takes_it else method(num_layers)

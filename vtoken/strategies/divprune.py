@@ -10,7 +10,7 @@ import torch
 from ..kernels import farthest_point
 from ..tokens import Segment, Selection, VisualTokens
 from .base import Strategy
-from .budgets import check_budget, divide
+from .budgets import Budget, divide, frames_of
 from .registry import register
 
 
@@ -21,39 +21,43 @@ from .registry import register
     paper="DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models, arXiv 2503.02175",
     code="github.com/vbdi/divprune",
     code_licence="CC BY-NC 4.0; written from the paper, nothing is taken from it",
-    differs="Distances are computed in float32 (the public code uses the model's dtype); chosen tokens leave the candidates, "
-    "so that none is kept twice; several images of a prompt are pruned one by one, a video as a whole.",
+    differs=(
+        "Distances are computed in float32 (the public code uses the model's dtype); chosen tokens leave the"
+        " candidates, so that none is kept twice; several images of a prompt are pruned one by one, a video"
+        " as a whole."
+    ),
 )
 @dataclass
 class DivPrune(Strategy):
     """Max-min diversity selection (arXiv 2503.02175).
 
-    The distance of two tokens is `1 - cos(x_i, x_j)` of their projected features. The first token is the one whose nearest
-    other token is farthest; each next one maximises the distance to its nearest chosen token, until `round(budget * n)`
-    are chosen, halves rounded to even. All tokens of an image or a video compete, crops, frames and image-newline rows
+    The distance of two tokens is `1 - cos(x_i, x_j)` of their projected features. The first token is the one
+    whose nearest other token is farthest; each next one maximises the distance to its nearest chosen token,
+    until `round(budget * n)` are chosen, halves rounded to even. All tokens of an image or a video compete,
+    crops, frames and image-newline rows
     alike: newline rows are equal vectors, so that hardly more than one of them survives.
 
     Args:
-        protect_newline: keep every image-newline row on top of the budget, which then counts patches; an extension.
+        protect_newline: keep every image-newline row on top of the budget, which then counts patches; an
+            extension.
     """
 
     protect_newline: bool = False
 
-    def _total(self, segments: Sequence[Segment], budget: float | int, n: int) -> int:
-        frames = sum(s.kind == "frame" for s in segments)
-        wanted = round(budget * n) if isinstance(budget, float) else budget * max(1, frames)
-        return min(n, max(1, wanted))
+    def _total(self, segments: Sequence[Segment], budget: Budget, n: int) -> int:
+        return min(n, max(1, round(budget.allowed(n, frames_of(segments)))))
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
-        """Patches kept per segment if all are equally diverse; the sum is exact where the model adds no separator rows."""
-        budget = self.budget if budget is None else check_budget(budget)
+        """Patches kept per segment if all are equally diverse; the sum is exact where the model adds no
+        separator rows.
+        """
         fed = [s.fed for s in segments]
-        return divide(self._total(segments, budget, sum(fed)), fed)
+        return divide(self._total(segments, self.allowance(budget), sum(fed)), fed)
 
     def select(self, tokens: VisualTokens) -> Selection:
         device = tokens.cells.device
         candidates = tokens.patch_rows if self.protect_newline else torch.arange(len(tokens), device=device)
-        count = self._total(tokens.segments, self.budget, len(candidates))
+        count = self._total(tokens.segments, self.allowance(), len(candidates))
         chosen = candidates[farthest_point(tokens.features[candidates][None].float(), count)[0]]
         if self.protect_newline:
             chosen = torch.cat([chosen, tokens.separator_rows])

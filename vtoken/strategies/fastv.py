@@ -15,26 +15,32 @@ from .registry import register
 
 @register(
     "fastv",
-    summary="After K layers of the LLM keep the visual tokens to which the last token of the prompt attends most.",
+    summary=(
+        "After K layers of the LLM keep the visual tokens to which the last token of the prompt attends most."
+    ),
     stages=("prefill",),
+    budget_means="cut",
     paper="An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764",
     code="github.com/pkunlp-icler/FastV",
     code_licence="none stated",
-    differs="Ranks per prompt, with the union of its images as candidates; the public code uses the first prompt's choice for "
-    "the whole batch and knows one image. Padding stays masked behind the cut.",
+    differs=(
+        "Ranks per prompt, with the union of its images as candidates; the public code uses the first"
+        " prompt's choice for the whole batch and knows one image. Padding stays masked behind the cut."
+    ),
 )
 @dataclass
 class FastV(Strategy):
     """FastV (arXiv 2403.06764).
 
-    Layers 0 .. K-1 read all visual tokens. In front of layer K they are ranked by the attention, averaged over heads, that
-    layer K-1 pays to them from the last token of the prompt; `round(budget * n)` stay. The budget is what remains behind
-    the cut: R = 50 % of the paper is `budget=0.5`.
+    Layers 0 .. K-1 read all visual tokens. In front of layer K they are ranked by the attention, averaged
+    over heads, that layer K-1 pays to them from the last token of the prompt; `round(budget * n)` stay. The
+    budget is what remains behind the cut: R = 50 % of the paper is `budget=0.5`.
 
     Args:
-        layer: K, the number of layers that read everything. 0 keeps a random subset, as the paper does where no attention
-            exists yet.
-        query: "last" (the public code), or "mean" over the text behind the first image (closer to the paper's words).
+        layer: K, the number of layers that read everything. 0 keeps a random subset, as the paper does where
+            no attention exists yet.
+        query: "last" (the public code), or "mean" over the text behind the first image (closer to the paper's
+            words).
         seed: of the subset for `layer=0`.
     """
 
@@ -48,10 +54,10 @@ class FastV(Strategy):
         if self.layer < 0:
             raise ValueError(f"layer must be a whole number of at least 0, found {self.layer!r}.")
 
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
         return (self.layer,)
 
-    def check_depth(self, num_layers: int) -> None:
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         check_inside((self.layer,), num_layers, self.info.name)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
@@ -11,41 +11,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
-from .base import Strategy, top_k
-from .budgets import check_budget, per_segment
 from .common.grouping import Layout, in_order, local_cells, rows_per_segment, unit
 from .registry import register
+from .scored import ScoredStrategy
 
 
 @register(
     "globalcom2",
-    summary="Give rich anyres crops more of the budget, rank their tokens by thumbnail and crop importance together.",
+    summary=(
+        "Give rich anyres crops more of the budget, rank their tokens by thumbnail and crop importance"
+        " together."
+    ),
     stages=("projector",),
-    paper="Global Compression Commander: Plug-and-Play Inference Acceleration for High-Resolution Large Vision-Language "
-    "Models, arXiv 2501.05179",
+    paper=(
+        "Global Compression Commander: Plug-and-Play Inference Acceleration for High-Resolution Large"
+        " Vision-Language Models, arXiv 2501.05179"
+    ),
     code="github.com/xuyang-liu16/GlobalCom2",
     code_licence="Apache-2.0",
-    differs="Tokens and newline rows stay where the unpatched model reads them (layout='spatial'). The public code writes a "
-    "crop's kept tokens to cells numbered over its unpadded tokens, puts the thumbnail in score order and adds newlines in "
-    "padded rows; layout='reference' reproduces that order with the newline rows that exist. Several images are read each "
-    "with its own maps. Images without crops, which the code leaves as they are, keep the top of their own score.",
+    differs=(
+        "Tokens and newline rows stay where the unpatched model reads them (layout='spatial'). The public"
+        " code writes a crop's kept tokens to cells numbered over its unpadded tokens, puts the thumbnail in"
+        " score order and adds newlines in padded rows; layout='reference' reproduces that order with the"
+        " newline rows that exist. Several images are read each with its own maps. Images without crops,"
+        " which the code leaves as they are, keep the top of their own score."
+    ),
 )
 @dataclass
-class GlobalCom2(Strategy):
+class GlobalCom2(ScoredStrategy):
     """Global Compression Commander (arXiv 2501.05179), for anyres images.
 
-    The importance `a` of a cell is the scaled product of the CLS query with its key in the last tower layer, before the
-    softmax, averaged over heads. The thumbnail keeps its `floor(N R)` most important tokens, R being the budget. A crop
-    keeps the share `r_c = min(R (1 + s_c - mean(s)), 1)` of its unpadded tokens, with `s = softmax(S / tau)` over the crops
-    and `S_c` the sum of the thumbnail's importance over the crop's region. Inside a crop tokens are ranked by
-    `alpha * g / |g| + (1 - alpha) * a / |a|`, where `g` is the thumbnail's importance resized to the unpadded canvas.
-    Image-newline rows stay, outside the budget.
+    The importance `a` of a cell is the scaled product of the CLS query with its key in the last tower layer,
+    before the softmax, averaged over heads. The thumbnail keeps its `floor(N R)` most important tokens, R
+    being the budget. A crop keeps the share `r_c = min(R (1 + s_c - mean(s)), 1)` of its unpadded tokens,
+    with `s = softmax(S / tau)` over the crops and `S_c` the sum of the thumbnail's importance over the crop's
+    region. Inside a crop tokens are ranked by `alpha * g / |g| + (1 - alpha) * a / |a|`, where `g` is the
+    thumbnail's importance resized to the unpadded canvas.
 
     Args:
         tau: temperature of the softmax over crops.
         alpha: weight of the thumbnail's importance in a crop's ranking.
-        importance: "cls", or "cosine" for `-cos(x, mean of the segment)` of the projected features, the published
-            substitute for towers without a CLS token; "auto" chooses by the tower.
+        importance: "cls", or "cosine" for `-cos(x, mean of the segment)` of the projected features, the
+            published substitute for towers without a CLS token; "auto" chooses by the tower.
         layout: "spatial" or "reference", the order in which kept tokens are read; combine the latter with
             positions="renumber".
     """
@@ -55,6 +62,8 @@ class GlobalCom2(Strategy):
     alpha: float = 0.5
     importance: Literal["auto", "cls", "cosine"] = "auto"
     layout: Layout = "spatial"
+    _: KW_ONLY
+    keep_newline: bool = True
 
     static_counts = False
 
@@ -74,22 +83,25 @@ class GlobalCom2(Strategy):
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens per segment if all crops are equally rich."""
-        return per_segment(segments, self.budget if budget is None else check_budget(budget))
+        return self.allowance(budget).tokens(segments)
+
+    def scores(self, tokens: VisualTokens) -> tuple[Tensor, list[int]]:
+        rows = rows_per_segment(tokens)
+        local, counts = self._importance(tokens, rows), self.counts(tokens.segments)
+        thumbnail = _thumbnail(tokens)
+        if thumbnail is not None and len(rows) > 1:
+            local, counts = self._guided(tokens, rows, local, thumbnail)
+        values = torch.zeros(len(tokens), dtype=local[0].dtype, device=tokens.cells.device)
+        values[torch.cat(rows)] = torch.cat(local)
+        return tokens.by_cell(values), counts
 
     def select(self, tokens: VisualTokens) -> Selection:
-        rows = rows_per_segment(tokens)
-        local = self._importance(tokens, rows)
-        thumbnail = next((i for i, s in enumerate(tokens.segments) if s.kind == "thumbnail"), None)
-        if thumbnail is None or len(rows) == 1:
-            counts = self.counts(tokens.segments)
-            kept = [mine[top_k(a, k)] for mine, a, k in zip(rows, local, counts, strict=True)]
-        else:
-            kept = self._guided(tokens, rows, local, thumbnail)
-        keep = torch.cat([*kept, tokens.separator_rows]).sort().values
+        selection, thumbnail = super().select(tokens), _thumbnail(tokens)
         if self.layout == "spatial" or thumbnail is None:
-            return Selection(keep)
-        order = self._reference_order(tokens, rows, local[thumbnail], thumbnail)[keep].argsort(stable=True)
-        return in_order(Selection(keep), order, len(tokens))
+            return selection
+        rows = rows_per_segment(tokens)
+        order = self._reference_order(tokens, rows, self._importance(tokens, rows)[thumbnail], thumbnail)
+        return in_order(selection, order[selection.keep].argsort(stable=True), len(tokens))
 
     def _importance(self, tokens: VisualTokens, rows: list[Tensor]) -> list[Tensor]:
         """Per segment (fed,) float64."""
@@ -100,10 +112,14 @@ class GlobalCom2(Strategy):
         views = [tokens.features[mine].float() for mine in rows]
         return [-(unit(x) * unit(x.mean(0))).sum(-1).double() for x in views]
 
-    def _guided(self, tokens: VisualTokens, rows: list[Tensor], local: list[Tensor], thumbnail: int) -> list[Tensor]:
-        """Kept tokens per segment, under the guidance of the thumbnail."""
+    def _guided(
+        self, tokens: VisualTokens, rows: list[Tensor], local: list[Tensor], thumbnail: int
+    ) -> tuple[list[Tensor], list[int]]:
+        """Scores (fed,) of every segment and how many of its tokens stay, under the guidance of the
+        thumbnail.
+        """
         segments, fed = tokens.segments, sum(map(len, rows))
-        ratio = self.budget if isinstance(self.budget, float) else min(1.0, self.budget / fed)
+        ratio = self.allowance().share_of(fed)
         guide = local[thumbnail].mean().repeat(segments[thumbnail].size)  # where the model dropped a patch
         guide[local_cells(tokens, rows)[thumbnail]] = local[thumbnail]
         guide = guide.view(segments[thumbnail].grid)
@@ -113,13 +129,17 @@ class GlobalCom2(Strategy):
         canvas = torch.cat([places[i] for i in crops])
         first, last = canvas.amin(0), canvas.amax(0)
         height, width = (last - first + 1).tolist()
-        resized = F.interpolate(guide[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
-        kept = [rows[thumbnail][top_k(local[thumbnail], max(1, _floor(len(rows[thumbnail]) * ratio)))]]
+        resized = F.interpolate(guide[None, None], (height, width), mode="bilinear", align_corners=False)[
+            0, 0
+        ]
+        scores, counts = list(local), [max(1, _floor(len(mine) * ratio)) for mine in rows]
         for i, share in zip(crops, ratios, strict=True):
             y, x = (places[i] - first).unbind(1)
-            score = self.alpha * F.normalize(resized[y, x], dim=0) + (1 - self.alpha) * F.normalize(local[i], dim=0)
-            kept.append(rows[i][top_k(score, _floor(len(rows[i]) * share))])
-        return kept
+            scores[i] = self.alpha * F.normalize(resized[y, x], dim=0) + (1 - self.alpha) * F.normalize(
+                local[i], dim=0
+            )
+            counts[i] = _floor(len(rows[i]) * share)
+        return scores, counts
 
     def _crop_ratios(self, guide: Tensor, places: list[tuple[int, int]], ratio: float) -> list[float]:
         """Share of each crop's tokens that stays."""
@@ -132,9 +152,14 @@ class GlobalCom2(Strategy):
         richness = (sums[[r * across + c for r, c in places]] / self.tau).softmax(0)
         return (ratio * (1 + richness - richness.mean())).clamp(max=1).tolist()
 
-    def _reference_order(self, tokens: VisualTokens, rows: list[Tensor], guide: Tensor, thumbnail: int) -> Tensor:
+    def _reference_order(
+        self, tokens: VisualTokens, rows: list[Tensor], guide: Tensor, thumbnail: int
+    ) -> Tensor:
         """(n,) int64 sort keys: thumbnail by falling score, then the canvas as the public code fills it."""
-        segments, key = tokens.segments, torch.empty(len(tokens), dtype=torch.long, device=tokens.cells.device)
+        segments, key = (
+            tokens.segments,
+            torch.empty(len(tokens), dtype=torch.long, device=tokens.cells.device),
+        )
         by_score = rows[thumbnail][guide.argsort(descending=True, stable=True)]
         key[by_score] = torch.arange(-len(guide), 0, device=key.device)
         crops = [i for i in range(len(rows)) if i != thumbnail]
@@ -152,6 +177,10 @@ class GlobalCom2(Strategy):
         lines = torch.cat([lines, torch.full((len(newlines) - len(lines),), height - 1, device=key.device)])
         key[newlines] = (lines + 1) * width - 1
         return key
+
+
+def _thumbnail(tokens: VisualTokens) -> int | None:
+    return next((i for i, s in enumerate(tokens.segments) if s.kind == "thumbnail"), None)
 
 
 def canvas_places(tokens: VisualTokens, rows: list[Tensor]) -> list[Tensor]:

@@ -3,51 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
-from .base import Strategy, top_k
-from .budgets import check_budget
+from ..tokens import Needs, Segment, TowerInfo, VisualTokens
+from .base import top_k
 from .common.scores import Score, attention_needs, attention_scores
 from .registry import register
+from .scored import ScoredStrategy
 
 
 @register(
     "hired",
-    summary="Divide the budget over anyres crops by early CLS attention, keep the tokens with the highest late CLS attention.",
+    summary=(
+        "Divide the budget over anyres crops by early CLS attention, keep the tokens with the highest late"
+        " CLS attention."
+    ),
     stages=("projector",),
-    paper="HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution VLMs, arXiv 2408.10945",
+    paper=(
+        "HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution VLMs, arXiv"
+        " 2408.10945"
+    ),
     code="github.com/hasanar1f/HiRED",
     code_licence="MIT",
-    differs="Crops get their true block of the thumbnail (allocation='paper'); the public code counts consecutive raster "
-    "chunks (allocation='code') and mis-stitches non-square canvases, which is not reproduced.",
+    differs=(
+        "Crops get their true block of the thumbnail (allocation='paper'); the public code counts consecutive"
+        " raster chunks (allocation='code') and mis-stitches non-square canvases, which is not reproduced."
+    ),
 )
 @dataclass
-class HiRED(Strategy):
+class HiRED(ScoredStrategy):
     """High-Resolution Early Dropping (arXiv 2408.10945).
 
-    `T = int(budget * cells)` tokens of an image are divided: `int(T * alpha)` for the thumbnail, the rest over the crops in
-    proportion to the attention that the CLS token of the thumbnail pays to each crop's region in the first tower layer.
-    Inside each segment the tokens with the highest CLS attention, summed over heads, in the layer that makes the features
-    are kept. An image with one segment (LLaVA-1.5) and a video only have the second step. The cells of padding count, and
-    what is chosen among them is lost, as in the paper; cells of a canvas that the model shrinks (LLaVA-OneVision) do not.
+    `T = int(budget * cells)` tokens of an image are divided: `int(T * alpha)` for the thumbnail, the rest
+    over the crops in proportion to the attention that the CLS token of the thumbnail pays to each crop's
+    region in the first tower layer. Inside each segment the tokens with the highest CLS attention, summed
+    over heads, in the layer that makes the features are kept. An image with one segment (LLaVA-1.5) and a
+    video only have the second step. The cells of padding count, and what is chosen among them is lost, as in
+    the paper; cells of a canvas that the model shrinks (LLaVA-OneVision) do not.
 
     Args:
         alpha: share of the budget for the thumbnail.
-        allocation: "paper" weighs a crop by the summed attention in its region, "code" by the number of top-ranked
-            thumbnail tokens in a consecutive chunk, as the public code does.
-        keep_newline: keep the image-newline rows on top of the budget; the public code drops them.
-        mask_padding: never choose cells that lie in the padding of the canvas; the method itself may lose them.
-        score: "cls", or "received" (attention received by each token) for towers without a CLS token; an extension.
+        allocation: "paper" weighs a crop by the summed attention in its region, "code" by the number of
+            top-ranked thumbnail tokens in a consecutive chunk, as the public code does.
+        keep_newline: keep image-newline rows on top of the budget; the public code drops them.
+        mask_padding: never choose cells that lie in the padding of the canvas; the method itself may lose
+            them.
+        score: "cls", or "received" (attention received by each token) for towers without a CLS token; an
+            extension.
     """
 
     alpha: float = 0.5
     allocation: Literal["paper", "code"] = "paper"
-    keep_newline: bool = False
+    _: KW_ONLY
     mask_padding: bool = False
     score: Score = "cls"
 
@@ -62,29 +73,30 @@ class HiRED(Strategy):
         return attention_needs(self.score, (tower.first_global_layer, tower.layers_up_to_feature(1)[0]))
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
-        """Tokens per segment if the attention were even; the sum is what `select` keeps, up to rounding and padding."""
+        """Tokens per segment if the attention were even; the sum is what `select` keeps, up to rounding and
+        padding.
+        """
         total = self._total(segments, budget)
         if segments[0].kind != "thumbnail":
             return self._evenly(segments, total)
         return self._divide(self._sizes(segments), total, torch.ones(len(segments) - 1, dtype=torch.float64))
 
-    def select(self, tokens: VisualTokens) -> Selection:
+    def scores(self, tokens: VisualTokens) -> tuple[Tensor, list[int]]:
         assert tokens.tower is not None
         segments = tokens.segments
         late = attention_scores(tokens, self.score, tokens.tower.layers_up_to_feature(1)[0])
-        if self._skips_unfed(segments):
-            late = late.masked_fill(~tokens.fed_cells.view(late.shape), -torch.inf)
         total = self._total(segments)
         if segments[0].kind == "thumbnail":
             early = attention_scores(tokens, self.score, tokens.tower.first_global_layer)[0]
             counts = self._divide(self._sizes(segments), total, self._region_weights(early, segments))
         else:
             counts = self._evenly(segments, total)
-        offsets = torch.tensor([0] + [s.size for s in segments]).cumsum(0).tolist()
-        cells = torch.cat([top_k(late[i], c) + offsets[i] for i, c in enumerate(counts)])
-        if not counts[0] and not bool(tokens.fed_cells[cells].any()):
-            cells = late[0].argmax()[None]  # all that was chosen is padding: an image keeps at least one token
-        return tokens.keep_cells(cells, separators=self.keep_newline)
+        if self._skips_unfed(segments) or all(s.fed == s.size for s in segments):
+            return late, counts
+        fed = tokens.fed_cells.view(late.shape)
+        counts = torch.stack([fed[i, top_k(row, counts[i])].sum() for i, row in enumerate(late)]).tolist()
+        # an image keeps at least one token, also if all that was chosen is padding
+        return late, counts if any(counts) else [1] + counts[1:]
 
     def _skips_unfed(self, segments: Sequence[Segment]) -> bool:
         """Whether cells without a token are never chosen. Where a canvas is shrunk most cells have none."""
@@ -94,12 +106,8 @@ class HiRED(Strategy):
         return [s.fed if self._skips_unfed(segments) else s.size for s in segments]
 
     def _total(self, segments: Sequence[Segment], budget: float | int | None = None) -> int:
-        budget = self.budget if budget is None else check_budget(budget)
         cells = sum(s.fed if any(s.shrink > 1 for s in segments) else s.size for s in segments)
-        if isinstance(budget, float):
-            return max(1, int(cells * budget))
-        frames = sum(s.kind == "frame" for s in segments)
-        return min(cells, budget * max(1, frames))
+        return self.allowance(budget).total(segments, cells)
 
     def _evenly(self, segments: Sequence[Segment], total: int) -> list[int]:
         """Frames of a video, or a single image: no thumbnail to consult."""
@@ -126,7 +134,9 @@ class HiRED(Strategy):
             marks = torch.zeros(len(early), dtype=torch.float64, device=early.device)
             marks[top_k(early, int(len(early) * (1 - self.alpha)))] = 1
             crops = len(segments) - 1
-            return torch.stack([chunk.sum() for chunk in marks[: len(marks) // crops * crops].chunk(crops)]).cpu()
+            return torch.stack(
+                [chunk.sum() for chunk in marks[: len(marks) // crops * crops].chunk(crops)]
+            ).cpu()
         rows = max(s.place[0] for s in segments[1:]) + 1
         columns = max(s.place[1] for s in segments[1:]) + 1
         y = torch.arange(height, device=early.device) * rows // height

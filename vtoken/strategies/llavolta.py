@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..tokens import PrefillTokens, Selection, VisualTokens
 from .base import Strategy
+from .budgets import frames_of
+from .common.grouping import mean_of_runs
 from .common.schedule import check_inside, wanted
 from .registry import register
 
@@ -18,20 +19,26 @@ from .registry import register
     "llavolta",
     summary="Average every run of s visual tokens into one, in front of a layer in the middle of the LLM.",
     stages=("prefill",),
-    paper="LLaVolta: Efficient Multi-modal Models via Stage-wise Visual Context Compression, arXiv 2406.20092",
+    budget_means="cut",
+    paper=(
+        "LLaVolta: Efficient Multi-modal Models via Stage-wise Visual Context Compression, arXiv 2406.20092"
+    ),
     code="github.com/Beckschen/LLaVolta",
     code_licence="Apache-2.0",
-    differs="Only the pooling, which needs no training. Masks are cut by column (the public code keeps the first ones, which "
-    "is wrong with padding); a mean sits at the position of the token in the middle of its run, which is the floored mean of "
-    "1-D positions; with multimodal rope the published rule is not defined.",
+    differs=(
+        "Only the pooling, which needs no training. Masks are cut by column (the public code keeps the first"
+        " ones, which is wrong with padding); a mean sits at the position of the token in the middle of its"
+        " run, which is the floored mean of 1-D positions; with multimodal rope the published rule is not"
+        " defined."
+    ),
 )
 @dataclass
 class LLaVolta(Strategy):
     """Average pooling inside the LLM (arXiv 2406.20092).
 
-    In front of layer K the tokens of every image or video, in reading order, are cut into runs of s and replaced by their
-    means; a shorter run at the end is dropped, as in the public code, unless it is all there is. The budget is what remains
-    behind the cut: s is the smallest stride that fits it.
+    In front of layer K the tokens of every image or video, in reading order, are cut into runs of s and
+    replaced by their means; a shorter run at the end is dropped, as in the public code, unless it is all
+    there is. The budget is what remains behind the cut: s is the smallest stride that fits it.
 
     Args:
         layer: K, half the LLM's depth if None (16 of 32, as published); -1 pools in front of the LLM.
@@ -59,44 +66,25 @@ class LLaVolta(Strategy):
     def acts_on_projector(self) -> bool:
         return self.layer == -1
 
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
         if self.layer == -1:
             return ()
         return (num_layers // 2 if self.layer is None else self.layer,)
 
-    def check_depth(self, num_layers: int) -> None:
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         if self.layer != -1:
             check_inside(self.prefill_layers(num_layers), num_layers, self.info.name)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        frames = sum(s.kind == "frame" for s in tokens.segments)
-        allowed = len(tokens) * self.budget if isinstance(self.budget, float) else self.budget * max(1, frames)
-        item = torch.zeros_like(tokens.cells)
-        return self._pool(item, tokens.cells < 0, self._stride(len(tokens), allowed))
+        allowed = self.allowance().allowed(len(tokens), frames_of(tokens.segments))
+        separator, stride = tokens.cells < 0, self._stride(len(tokens), allowed)
+        return mean_of_runs(torch.zeros_like(tokens.cells), separator, stride, self.keep_newline)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
         rows = tokens.visual_rows
         assert tokens.item is not None and tokens.separator is not None
         stride = self._stride(tokens.total_visual, wanted(self.budget, tokens))
-        return self._pool(tokens.item[rows], tokens.separator[rows], stride)
+        return mean_of_runs(tokens.item[rows], tokens.separator[rows], stride, self.keep_newline)
 
     def _stride(self, n: int, allowed: float) -> int:
         return self.stride or max(1, math.ceil(n / allowed - 1e-6))
-
-    def _pool(self, item: Tensor, separator: Tensor, stride: int) -> Selection:
-        """`item` (n,) int64, the image of each token; `separator` (n,) bool."""
-        keep = separator & self.keep_newline
-        owner = torch.full_like(item, -1)
-        for i in item.unique().tolist():
-            rows = ((item == i) & ~separator).nonzero()[:, 0]
-            runs = max(1, len(rows) // stride)
-            rows = rows[: runs * stride]
-            centre = torch.arange(len(rows), device=rows.device) // stride * stride + (min(stride, len(rows)) - 1) // 2
-            owner[rows] = rows[centre]
-            keep[rows[centre]] = True
-        kept = keep.nonzero()[:, 0]
-        slot = torch.full_like(item, -1)
-        slot[kept] = torch.arange(len(kept), device=kept.device)
-        group = torch.where(owner >= 0, slot[owner.clamp(min=0)], -1)
-        alone = torch.where(separator & keep, slot, -1)
-        return Selection.groups(kept, torch.where(owner >= 0, group, alone))

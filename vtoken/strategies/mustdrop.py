@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..checks import Threshold
-from ..tokens import EncoderMerge, EncoderTokens, Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
+from ..tokens import (
+    EncoderMerge,
+    EncoderTokens,
+    Needs,
+    PrefillTokens,
+    Segment,
+    Selection,
+    TowerInfo,
+    VisualTokens,
+)
 from .base import Strategy, top_k
 from .common.schedule import (
     behind_layers,
@@ -28,34 +37,47 @@ from .registry import register
 
 @register(
     "mustdrop",
-    summary="Merge similar windows in the tower, filter inside the LLM by total and by largest attention from the text, then "
-    "cut the KV cache of earlier layers to the survivors.",
+    summary=(
+        "Merge similar windows in the tower, filter inside the LLM by total and by largest attention from the"
+        " text, then cut the KV cache of earlier layers to the survivors."
+    ),
     stages=("encoder", "projector", "prefill", "cache"),
-    paper="Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model, arXiv 2411.10803",
+    budget_means="average",
+    paper=(
+        "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model, arXiv"
+        " 2411.10803"
+    ),
     code="github.com/liuting20/MustDrop",
     code_licence="Apache-2.0",
-    differs="Survivors keep their order on the grid and their positions, a merged window sits at its centre (the public code "
-    "puts merged windows first and renumbers, which leaves aligned layers with wrong distances). The budget form of the filter "
-    "is exact for the published ratio of thresholds but is ours. Towers without CLS rank by attention received, towers whose "
-    "grid is not the LLM's merge behind the projector; both are extensions.",
+    differs=(
+        "Survivors keep their order on the grid and their positions, a merged window sits at its centre (the"
+        " public code puts merged windows first and renumbers, which leaves aligned layers with wrong"
+        " distances). The budget form of the filter is exact for the published ratio of thresholds but is"
+        " ours. Towers without CLS rank by attention received, towers whose grid is not the LLM's merge"
+        " behind the projector; both are extensions."
+    ),
 )
 @dataclass
 class MustDrop(Strategy):
     """Multi-stage vision token dropping (arXiv 2411.10803); each of the three stages can be switched off.
 
-    1. `merging`: behind the first tower layer, windows of `window` x `window` patches whose mean pairwise cosine is at least
-       `merge_threshold` become one token; of every image of the call equally many. The `key_rate` of the tokens with the
-       highest CLS attention in the last tower layer are keys, which no filter drops.
-    2. `filtering`: behind LLM layers 2, 6, 10 and 14 (of 32), with S the attention that a visual token receives from all
-       text behind it and M the largest from one text token, those with `S < global_threshold * sum(S)` and
-       `M < individual_threshold` go. Without thresholds the tokens with the highest `max(S / sum(S), M)` stay, as many as the
-       budget, the average over all layers of what a layer reads, allows: the same test with both thresholds scaled.
-    3. `align_cache`: once the prompt is read, the KV cache from the first filter's layer on keeps only the last survivors.
+    1. `merging`: behind the first tower layer, windows of `window` x `window` patches whose mean pairwise
+       cosine is at least `merge_threshold` become one token; of every image of the call equally many. The
+       `key_rate` of the tokens with the highest CLS attention in the last tower layer are keys, which no
+       filter drops.
+    2. `filtering`: behind LLM layers 2, 6, 10 and 14 (of 32), with S the attention that a visual token
+       receives from all text behind it and M the largest from one text token, those with `S <
+       global_threshold * sum(S)` and `M < individual_threshold` go. Without thresholds the tokens with the
+       highest `max(S / sum(S), M)` stay, as many as the budget, the average over all layers of what a layer
+       reads, allows: the same test with both thresholds scaled.
+    3. `align_cache`: once the prompt is read, the KV cache from the first filter's layer on keeps only the
+        last survivors.
 
     Args:
         layers: 0-based LLM layers behind which to filter.
-        global_threshold, individual_threshold: given together, the published form; the budget then is ignored. Published
-            pairs for LLaVA-1.5: (0.001, 0.001), (0.0012, 0.001), (0.011, 0.01) for 192, 128, 64 of 576 tokens.
+        global_threshold, individual_threshold: given together, the published form; the budget then is
+            ignored. Published pairs for LLaVA-1.5: (0.001, 0.001), (0.0012, 0.001), (0.011, 0.01) for 192,
+            128, 64 of 576 tokens.
     """
 
     merging: bool = True
@@ -67,7 +89,6 @@ class MustDrop(Strategy):
     global_threshold: Threshold | None = None
     individual_threshold: Threshold | None = None
     align_cache: bool = True
-    entering: float = field(default=1.0, init=False, repr=False)  # share of the visual tokens that reach the LLM
 
     static_counts = False
 
@@ -92,7 +113,7 @@ class MustDrop(Strategy):
         filters = self.filtering and (self._thresholds is None or min(self._thresholds) > 0)
         return not (self.merging or filters) or (self._thresholds is None and super().is_identity)
 
-    # -- stage 1: the vision tower ------------------------------------------------------------------------------
+    # -- stage 1: the vision tower ---------------------------------------------------------------------------
     @property
     def acts_on_projector(self) -> bool:
         return self.merging or (self.filtering and self.key_rate > 0)
@@ -105,7 +126,9 @@ class MustDrop(Strategy):
         return Needs(received_attention=(tower.global_layers[-1],))
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
-        """Tokens per segment that enter the LLM at most; how many are merged before is seen in the picture only."""
+        """Tokens per segment that enter the LLM at most; how many are merged before is seen in the picture
+        only.
+        """
         return [s.fed for s in segments]
 
     def encoder_layers(self, tower: TowerInfo) -> tuple[int, ...]:
@@ -115,26 +138,27 @@ class MustDrop(Strategy):
         return merge_windows(tokens.hidden_states, tokens.grid, self.window, self.merge_threshold)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        group = torch.arange(tokens.num_cells, device=tokens.cells.device) if tokens.merged is None else tokens.merged
+        group = (
+            torch.arange(tokens.num_cells, device=tokens.cells.device)
+            if tokens.merged is None
+            else tokens.merged
+        )
         inside = tokens.merged is not None and all(s.shrink == 1 for s in tokens.segments)
         if self.merging and tokens.merged is None:
             group = self._merge_on_grid(tokens, group)
         patches = tokens.patch_rows
         group = group[tokens.cells[patches]]
-        owner = patches[self._representatives(tokens, patches, group)]
-        keep = torch.cat([owner.unique(), tokens.separator_rows]).sort().values
-        slot = torch.full((len(tokens),), -1, device=keep.device)
-        slot[keep] = torch.arange(len(keep), device=keep.device)
-        into = slot.clone()
-        into[patches] = slot[owner]
-        marked = self._keys(tokens, keep)
-        if inside or len(keep) == len(tokens):
-            return Selection(keep, marked=marked)
-        merged = Selection.groups(keep, into)
-        return Selection(keep, merged.into, merged.weight, marked)
+        owner = torch.arange(len(tokens), device=group.device)
+        owner[patches] = patches[self._representatives(tokens, patches, group)]
+        keep = owner.unique()
+        merges = not inside and len(keep) < len(tokens)
+        selection = Selection.merge(keep, owner) if merges else Selection(keep)
+        selection.marked = self._keys(tokens, keep)
+        return selection
 
     def _merge_on_grid(self, tokens: VisualTokens, group: Tensor) -> Tensor:
-        """The same windows on the cells that the LLM would read, for towers in which nothing can be merged."""
+        """The same windows on the cells that the LLM would read, for towers in which nothing can be merged.
+        """
         place = torch.full((tokens.num_cells,), -1, device=group.device)
         place[tokens.cells[tokens.patch_rows]] = tokens.patch_rows
         group, start = group.clone(), 0
@@ -148,8 +172,12 @@ class MustDrop(Strategy):
         return group
 
     def _representatives(self, tokens: VisualTokens, patches: Tensor, group: Tensor) -> Tensor:
-        """For every patch the most central patch of its group among those that are there, as an index into `patches`."""
-        place = torch.cat([_coordinates(s.grid, group.device) for s in tokens.segments])[tokens.cells[patches]]
+        """For every patch the most central patch of its group among those that are there, as an index into
+        `patches`.
+        """
+        place = torch.cat([_coordinates(s.grid, group.device) for s in tokens.segments])[
+            tokens.cells[patches]
+        ]
         _, dense = group.unique(return_inverse=True)
         groups = int(dense.max()) + 1 if len(dense) else 0
         size = torch.bincount(dense, minlength=groups)[:, None]
@@ -174,20 +202,20 @@ class MustDrop(Strategy):
             marked[mine[best]] = True
         return marked
 
-    # -- stage 2: the LLM ---------------------------------------------------------------------------------------
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+    # -- stage 2: the LLM ------------------------------------------------------------------------------------
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
         if not self.filtering or (self._thresholds is not None and min(self._thresholds) <= 0):
             return ()
         if self.layers is None:
             return behind_layers((2, 6, 10, 14), num_layers)
         return tuple(i + 1 for i in self.layers)
 
-    def check_depth(self, num_layers: int) -> None:
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         cuts = self.prefill_layers(num_layers)
         if cuts or (self.filtering and self._thresholds is None):
             check_inside(cuts, num_layers, self.info.name)
-        if cuts and self._thresholds is None and isinstance(self.budget, float):
-            refuse_if_unreachable(self.entering, self.budget, lengths(cuts, num_layers), self.info.name)
+        if cuts and self._thresholds is None and self.allowance().is_share:
+            refuse_if_unreachable(entering, self.budget, lengths(cuts, num_layers), self.info.name)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
         n, device = len(tokens.visual_rows), tokens.visual.device
@@ -215,10 +243,12 @@ class MustDrop(Strategy):
             n, average = len(tokens.visual_rows), wanted(self.budget, tokens)
             spans = lengths(cuts, tokens.num_layers)
             full = [n] * len(cuts)
-            tokens.memory["counts"] = full if average >= n else counts_for(n, average, spans, self.info.name, max(1, keys))
+            tokens.memory["counts"] = (
+                full if average >= n else counts_for(n, average, spans, self.info.name, max(1, keys))
+            )
         return max(keys, tokens.memory["counts"][cuts.index(tokens.layer)])
 
-    # -- stage 3: the KV cache ----------------------------------------------------------------------------------
+    # -- stage 3: the KV cache -------------------------------------------------------------------------------
     def aligned_layers(self, num_layers: int) -> tuple[int, ...]:
         cuts = self.prefill_layers(num_layers)
         return tuple(range(cuts[0] - 1, cuts[-1])) if self.align_cache and cuts else ()

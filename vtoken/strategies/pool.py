@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..tokens import Segment, Selection, VisualTokens
 from .base import Strategy
-from .budgets import check_budget, per_segment
+from .common.grids import blocks_of, pooled_grid, window_of
 from .registry import register
 
 
@@ -25,25 +24,28 @@ from .registry import register
 class Pool(Strategy):
     """Divide every grid into nearly equal rectangles and replace each by its mean.
 
-    The pooled grid is the one with the most cells within the budget among those that keep the grid's shape best, so the
-    number of tokens can lie a little below the budget. The mean sits at the position of the rectangle's central cell.
-    Of a crop that is partly padding only the rest is divided. Separator rows (image-newline) are dropped.
+    The pooled grid is the one with the most cells within the budget among those that keep the grid's shape
+    best, so the number of tokens can lie a little below the budget. The mean sits at the position of the
+    rectangle's central cell. Of a crop that is partly padding only the rest is divided. Separator rows
+    (image-newline) are dropped.
     """
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens kept per segment; a crop that is partly padding may keep fewer."""
-        budget = self.budget if budget is None else check_budget(budget)
-        most = per_segment(segments, budget)
+        most = self.allowance(budget).tokens(segments)
         return [math.prod(pooled_grid(s.grid, n)) if n else 0 for s, n in zip(segments, most, strict=True)]
 
     def select(self, tokens: VisualTokens) -> Selection:
         device = tokens.cells.device
         fed = tokens.fed_cells
         group_of_cell, centre, groups, start = [], [], 0, 0
-        for segment, most in zip(tokens.segments, per_segment(tokens.segments, self.budget), strict=True):
-            down, across = _window(fed[start : start + segment.size].view(segment.grid), segment)
+        for segment, most in zip(tokens.segments, self.allowance().tokens(tokens.segments), strict=True):
+            down, across = window_of(fed[start : start + segment.size].view(segment.grid), segment)
             rows, columns = pooled_grid((len(down), len(across)), most) if most else (0, 0)
-            (y, dy), (x, dx) = _blocks(down, rows, segment.grid[0]), _blocks(across, columns, segment.grid[1])
+            (y, dy), (x, dx) = (
+                blocks_of(down, rows, segment.grid[0]),
+                blocks_of(across, columns, segment.grid[1]),
+            )
             block = (y[:, None] * columns + x[None]).flatten() + groups
             group_of_cell.append(block if most else torch.full_like(block, -1))
             centre.append((dy[:, None] ** 2 + dx[None] ** 2).flatten())
@@ -58,44 +60,7 @@ class Pool(Strategy):
         sorted_group = group[patches][order]
         first = torch.ones_like(sorted_group, dtype=torch.bool)
         first[1:] = sorted_group[1:] != sorted_group[:-1]
-        rows_kept, owners = patches[order[first]], sorted_group[first]
-        keep, ascending = rows_kept.sort()
-        slot = torch.full((groups,), -1, device=device)
-        slot[owners[ascending]] = torch.arange(len(keep), device=device)
-        return Selection.groups(keep, torch.where(group >= 0, slot[group.clamp(min=0)], -1))
-
-
-def _window(fed: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the smallest rectangle around the cells that are fed; all where all are."""
-    if segment.fed == segment.size:
-        return torch.arange(fed.shape[0], device=fed.device), torch.arange(fed.shape[1], device=fed.device)
-    down, across = fed.any(1).nonzero()[:, 0], fed.any(0).nonzero()[:, 0]
-    if not len(down):
-        return down, across
-    return (
-        torch.arange(int(down[0]), int(down[-1]) + 1, device=fed.device),
-        torch.arange(int(across[0]), int(across[-1]) + 1, device=fed.device),
-    )
-
-
-def _blocks(lines: Tensor, blocks: int, size: int) -> tuple[Tensor, Tensor]:
-    """Per line of `size` its block, and its distance from the block's middle; `lines` are divided, others lie in block 0."""
-    block, distance = torch.zeros(2, size, dtype=torch.long, device=lines.device)
-    if blocks:
-        at = torch.arange(len(lines), device=lines.device)
-        mine = at * blocks // len(lines)
-        count = torch.bincount(mine, minlength=blocks)
-        block[lines], distance[lines] = mine, at - (count.cumsum(0) - count + (count - 1) // 2)[mine]
-    return block, distance
-
-
-def pooled_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:
-    """Rows and columns of the pooled grid: as square-celled as can be, at most `budget` cells, at least 1 x 1."""
-    height, width = grid
-    best = (1, 1)
-    ideal = math.sqrt(budget * height / width)
-    for rows in {max(1, min(height, r)) for r in (math.floor(ideal), math.ceil(ideal))}:
-        candidate = (rows, max(1, min(width, budget // rows)))
-        if math.prod(candidate) <= budget and math.prod(candidate) > math.prod(best):
-            best = candidate
-    return best
+        centre_of = torch.full((groups,), -1, device=device)
+        centre_of[sorted_group[first]] = patches[order[first]]
+        owner = torch.where(group >= 0, centre_of[group.clamp(min=0)], -1)
+        return Selection.merge(patches[order[first]].sort().values, owner)

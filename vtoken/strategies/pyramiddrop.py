@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..tokens import PrefillTokens, Selection
 from .base import Strategy, top_k
-from .common.schedule import check_inside, check_layers, counts_for, lengths, ratio_for, refuse_if_unreachable, wanted
+from .common import schedule
 from .registry import register
 
-LEAST_RATIO = 0.25  # under it a budget moves the cuts towards the input, down to layer 1 as long as that reaches it
+# under it a budget moves the cuts towards the input, down to layer 1 as long as that reaches it
+LEAST_RATIO = 0.25
 
 
 @register(
     "pyramiddrop",
-    summary="Drop a fixed share of the visual tokens at a quarter, half and three quarters of the LLM's depth.",
+    summary=(
+        "Drop a fixed share of the visual tokens at a quarter, half and three quarters of the LLM's depth."
+    ),
     stages=("prefill",),
-    paper="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction, "
-    "arXiv 2410.17247",
+    budget_means="average",
+    paper=(
+        "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction,"
+        " arXiv 2410.17247"
+    ),
     code="github.com/Cooperx521/PyramidDrop",
     code_licence="MIT",
-    differs="The ratio follows from the budget; budgets below a third, for which the published cuts leave no room, move the "
-    "cuts towards the input, and rank the embeddings only if one layer that reads everything would use them up. "
-    "Grouped-query attention, left padding and several images work; positions are kept unless positions='renumber'.",
+    differs=(
+        "The ratio follows from the budget; budgets below a third, for which the published cuts leave no"
+        " room, move the cuts towards the input, and rank the embeddings only if one layer that reads"
+        " everything would use them up. Grouped-query attention, left padding and several images work;"
+        " positions are kept unless positions='renumber'."
+    ),
 )
 @dataclass
 class PyramidDrop(Strategy):
     """PyramidDrop without training (arXiv 2410.17247).
 
-    The cuts lie in front of layers T/4, T/2 and 3T/4 of T. At each, visual tokens are ranked by the attention that the layer
-    itself would pay to them from the last token of the prompt (a preview on its unread input), averaged over heads. Of N
-    tokens int(N r), int(N r^2), int(N r^3) stay. The budget is the average over all layers; r = 0.5, as published, is
-    46.875 % at any depth divisible by four.
+    The cuts lie in front of layers T/4, T/2 and 3T/4 of T. At each, visual tokens are ranked by the attention
+    that the layer itself would pay to them from the last token of the prompt (a preview on its unread input),
+    averaged over heads. Of N tokens int(N r), int(N r^2), int(N r^3) stay. The budget is the average over all
+    layers; r = 0.5, as published, is 46.875 % at any depth divisible by four.
 
     Args:
         layers: 0-based layers in front of which to drop, instead of the quarters.
@@ -41,32 +50,33 @@ class PyramidDrop(Strategy):
     budget: float | int = 0.46875
     layers: tuple[int, ...] | None = None
     ratio: float | None = None
-    entering: float = field(default=1.0, init=False, repr=False)  # share of the visual tokens that reach the LLM
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers(self.layers)
+        schedule.check_layers(self.layers)
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"ratio must lie in (0, 1], found {self.ratio!r}.")
 
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
         if self.layers is not None:
             return tuple(self.layers)
-        share = self.budget / self.entering if isinstance(self.budget, float) and self.ratio is None else 1.0
+        share = self.budget / entering if self.allowance().is_share and self.ratio is None else 1.0
         for first in range(max(1, num_layers // 4), 0, -1):
-            inside = quarters(first, num_layers)
-            if share == 1 or ratio_for(share, lengths(inside, num_layers)) >= LEAST_RATIO:
+            inside = schedule.quarters(first, num_layers)
+            if share == 1 or schedule.ratio_for(share, schedule.lengths(inside, num_layers)) >= LEAST_RATIO:
                 return inside
-        return inside if share * num_layers > 1 else quarters(0, num_layers)
+        return inside if share * num_layers > 1 else schedule.quarters(0, num_layers)
 
-    def check_depth(self, num_layers: int) -> None:
-        cuts = self.prefill_layers(num_layers)
-        check_inside(cuts, num_layers, self.info.name)
-        if isinstance(self.budget, float) and self.ratio is None:
-            refuse_if_unreachable(self.entering, self.budget, lengths(cuts, num_layers), self.info.name)
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
+        cuts = self.prefill_layers(num_layers, entering)
+        schedule.check_inside(cuts, num_layers, self.info.name)
+        if self.allowance().is_share and self.ratio is None:
+            schedule.refuse_if_unreachable(
+                entering, self.budget, schedule.lengths(cuts, num_layers), self.info.name
+            )
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
-        cuts, visual = self.prefill_layers(tokens.num_layers), tokens.visual_rows
+        cuts, visual = self.prefill_layers(tokens.num_layers, tokens.entering), tokens.visual_rows
         if "counts" not in tokens.memory:
             tokens.memory["counts"] = self._counts(tokens, cuts)
         count = min(len(visual), tokens.memory["counts"][cuts.index(tokens.layer)])
@@ -79,15 +89,7 @@ class PyramidDrop(Strategy):
         n = len(tokens.visual_rows)
         if self.ratio is not None:
             return [max(1, int(n * self.ratio**i + 1e-6)) for i in range(1, len(cuts) + 1)]
-        average = wanted(self.budget, tokens)
+        average = schedule.wanted(self.budget, tokens)
         if average >= n:
             return [n] * len(cuts)
-        return counts_for(n, average, lengths(cuts, tokens.num_layers), self.info.name)
-
-
-def quarters(first: int, num_layers: int) -> tuple[int, ...]:
-    """Three cuts, the first in front of layer `first`, as far apart as the quarters of the depth would then be."""
-    cuts = [first * i * num_layers // (4 * max(1, num_layers // 4)) for i in (1, 2, 3)]
-    for i in (1, 2):
-        cuts[i] = max(cuts[i], cuts[i - 1] + 1)
-    return tuple(i for i in cuts if i < num_layers)
+        return schedule.counts_for(n, average, schedule.lengths(cuts, tokens.num_layers), self.info.name)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ..tokens import Selection, VisualTokens
-from .base import Strategy
+from ..tokens import VisualTokens
 from .registry import register
+from .scored import ScoredStrategy
 
 
 @register(
@@ -18,11 +19,11 @@ from .registry import register
     baseline=True,
 )
 @dataclass
-class Random(Strategy):
+class Random(ScoredStrategy):
     """Keep `budget` of the patches of every image, crop or frame, drawn without replacement.
 
-    The draw depends on the seed and on the grids alone: the same picture shape gives the same places, on any device and
-    in any batch. Separator rows (image-newline) are dropped.
+    The draw depends on the seed and on the grids alone: the same picture shape gives the same places, on any
+    device and in any batch.
 
     Args:
         seed: seed of the generator.
@@ -30,11 +31,10 @@ class Random(Strategy):
 
     seed: int = 0
 
-    def select(self, tokens: VisualTokens) -> Selection:
+    def scores(self, tokens: VisualTokens) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        segment_of = tokens.segment_of.cpu()
-        kept = []
-        for i, count in enumerate(self.counts(tokens.segments)):
+        segment_of, scores = tokens.segment_of.cpu(), torch.zeros(len(tokens))
+        for i in range(len(tokens.segments)):
             rows = (segment_of == i).nonzero()[:, 0]
-            kept.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
-        return Selection(torch.cat(kept).sort().values.to(tokens.cells.device))
+            scores[rows[torch.randperm(len(rows), generator=generator)]] = torch.arange(0.0, -len(rows), -1)
+        return tokens.by_cell(scores.to(tokens.cells.device))

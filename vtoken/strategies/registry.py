@@ -5,20 +5,24 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
+from importlib.metadata import EntryPoint
 from typing import Any, TypeVar
 
-from ..checks import found
-from .base import Strategy, StrategyInfo, check_methods
+from ..checks import fit, found
+from ..plugins import Plugins, same_package
+from .base import BudgetMeans, Stage, Strategy, StrategyInfo, check_methods
 
 S = TypeVar("S", bound=type[Strategy])
 
-STAGES = ("encoder", "projector", "prefill", "cache")
+# what a budget counts where a method acts at one place that leaves no choice
+MEANS: dict[tuple[str, ...], BudgetMeans] = {("projector",): "entrance", ("encoder",): "tower"}
 _registry: dict[str, StrategyInfo] = {}
 
 
 def register(name: str, **metadata: Any) -> Callable[[S], S]:
-    """Class decorator: make a `Strategy` dataclass known as `name`; `metadata` are the fields of `StrategyInfo`.
+    """Class decorator: make a `Strategy` dataclass known as `name`; `metadata` are the fields of
+    `StrategyInfo`.
 
     Raises:
         ValueError: if the name is taken or malformed, or the metadata is incomplete.
@@ -27,22 +31,52 @@ def register(name: str, **metadata: Any) -> Callable[[S], S]:
 
     def add(cls: S) -> S:
         if not (isinstance(cls, type) and issubclass(cls, Strategy) and is_dataclass(cls)):
-            raise TypeError(f"@register({name!r}) needs a dataclass that derives from vtoken.Strategy, found {cls!r}.")
+            raise TypeError(
+                f"@register({name!r}) needs a dataclass that derives from vtoken.Strategy, found {cls!r}."
+            )
         check_methods(cls)
         if not name.isidentifier() or name != name.lower():
             raise ValueError(f"A strategy's name must be a lower-case identifier, found {name!r}.")
         known = _registry.get(name)
-        if known is not None and (known.cls.__module__, known.cls.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"The strategy name {name!r} is taken by {known.cls.__module__}.{known.cls.__qualname__}.")
+        if known is not None and (known.cls.__module__, known.cls.__qualname__) != (
+            cls.__module__,
+            cls.__qualname__,
+        ):
+            raise ValueError(
+                f"The strategy name {name!r} is taken by {known.cls.__module__}.{known.cls.__qualname__}."
+            )
         info = StrategyInfo(name=name, cls=cls, **metadata)
-        unknown = set(info.stages) - set(STAGES)
-        if unknown or not info.stages:
-            raise ValueError(f"stages of {name!r} must be among {', '.join(STAGES)}, found {info.stages!r}.")
-        cls.info = info
-        _registry[name] = info
+        stages = fit(f"stages of {name!r}", info.stages, tuple[Stage, ...])
+        if not stages:
+            raise ValueError(f"stages of {name!r} must name one at least, found {info.stages!r}.")
+        means = fit(f"budget_means of {name!r}", info.budget_means, BudgetMeans | None) or MEANS.get(stages)
+        cls.info = _registry[name] = replace(info, stages=stages, budget_means=means)
         return cls
 
     return add
+
+
+def _adopt(entry: EntryPoint, loaded: Any) -> None:
+    """Raise ValueError unless another package registered a strategy; one that cannot be made to be looked at
+    goes.
+    """
+    mine = [n for n, i in _registry.items() if i.cls is loaded or same_package(i.cls, entry)]
+    if not mine:
+        raise ValueError(
+            f"it registers no strategy, found {found(loaded)}: decorate a class with @vtoken.register(...)"
+        )
+    for name in mine:
+        try:
+            made = _registry[name].cls()
+            made.needs(None), made.acts_inside
+        except Exception as error:
+            del _registry[name]
+            raise ValueError(
+                f"{name}() of its defaults fails with {type(error).__name__}: {error}"
+            ) from error
+
+
+plugins = Plugins("vtoken.strategies", _adopt)
 
 
 def strategy_info(name: str) -> StrategyInfo:
@@ -50,9 +84,13 @@ def strategy_info(name: str) -> StrategyInfo:
     if not isinstance(name, str):
         raise TypeError(f"A strategy is named by a string, found {type(name).__name__}.")
     if name not in _registry:
+        plugins.load()
+    if name not in _registry:
         near = difflib.get_close_matches(name.lower().replace("-", "_"), _registry, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}" if near else f"there are {', '.join(sorted(_registry))}"
-        raise ValueError(f"Unknown strategy {name!r}: {hint}?" if near else f"Unknown strategy {name!r}: {hint}.")
+        raise ValueError(
+            f"Unknown strategy {name!r}: {hint}?" if near else f"Unknown strategy {name!r}: {hint}."
+        )
     return _registry[name]
 
 
@@ -83,15 +121,25 @@ def split_names(parts: Iterable[Any]) -> list[Any]:
 
 
 def create(name: str, **options: Any) -> Strategy:
-    """Make the strategy called `name` with the given hyper-parameters; ValueError names those it does not have."""
+    """Make the strategy called `name` with the given hyper-parameters; ValueError names those it does not
+    have.
+    """
     cls = strategy_info(name).cls
     known = [f.name for f in fields(cls) if f.init]
     unknown = [o for o in options if o not in known]
     if unknown:
-        raise ValueError(f"{name} has no option {', '.join(map(repr, unknown))}: it takes {', '.join(known)}.")
+        raise ValueError(
+            f"{name} has no option {', '.join(map(repr, unknown))}: it takes {', '.join(known)}."
+        )
     return cls(**options)
 
 
+def registered() -> list[type[Strategy]]:
+    """The classes that are known so far, by name; other packages are not asked."""
+    return [_registry[name].cls for name in sorted(_registry)]
+
+
 def list_names(pattern: str = "*") -> list[str]:
-    """Names that match a shell pattern, in alphabetical order."""
+    """Names that match a shell pattern, in alphabetical order, those of other packages included."""
+    plugins.load()
     return sorted(fnmatch.filter(_registry, pattern))

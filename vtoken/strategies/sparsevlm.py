@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -40,33 +40,44 @@ def recycled(dropped: int) -> int:
 
 @register(
     "sparsevlm",
-    summary="Prune at a few LLM layers by the attention of the words that are about the picture; merge some of the pruned.",
+    summary=(
+        "Prune at a few LLM layers by the attention of the words that are about the picture; merge some of"
+        " the pruned."
+    ),
     stages=("prefill",),
-    paper="SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv 2410.04417",
+    budget_means="average",
+    paper=(
+        "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv"
+        " 2410.04417"
+    ),
     code="github.com/Gumpest/SparseVLMs",
     code_licence="Apache-2.0",
-    differs="Clustering is deterministic: equal densities go to the lower index, the public code adds noise. Merged tokens sit "
-    "at the place of their cluster's centre, not behind the kept ones. Positions are kept (the public v1 renumbers). Text "
-    "between several images rates only what lies before it. The rotary correction of v2 comes from the model's own tables "
-    "and is clamped; the published one turns negative at 1,700 tokens.",
+    differs=(
+        "Clustering is deterministic: equal densities go to the lower index, the public code adds noise."
+        " Merged tokens sit at the place of their cluster's centre, not behind the kept ones. Positions are"
+        " kept (the public v1 renumbers). Text between several images rates only what lies before it. The"
+        " rotary correction of v2 comes from the model's own tables and is clamped; the published one turns"
+        " negative at 1,700 tokens."
+    ),
 )
 @dataclass
 class SparseVLM(Strategy):
     """SparseVLM v1.0, v1.5 (arXiv 2410.04417) and SparseVLM+ v2.0 (public code).
 
-    Once, on the embeddings, the text tokens that are more similar to the image than average become raters. Behind LLM
-    layers 2, 6 and 15 (of 32) visual tokens are ranked by the attention that the raters pay them. Versions 1 merge the best
-    30 % of what is dropped, clustered, into a tenth of its number. The budget is the average over all layers of what a layer
-    reads; its schedule interpolates the published tables.
+    Once, on the embeddings, the text tokens that are more similar to the image than average become raters.
+    Behind LLM layers 2, 6 and 15 (of 32) visual tokens are ranked by the attention that the raters pay them.
+    Versions 1 merge the best 30 % of what is dropped, clustered, into a tenth of its number. The budget is
+    the average over all layers of what a layer reads; its schedule interpolates the published tables.
 
     Args:
-        version: "1.5", "2.0" (corrects for rotary distance, keeps to priority heads, does not merge), or "1.0" (numbers by
-            the rank of the attention, `scale * rank + bias`; the budget is ignored).
-        target: 192, 128, 96 or 64: the published numbers for this average of 576 (counted behind each layer, so that
-            layer 2 counts as pruned already), scaled to the image, instead of the budget.
+        version: "1.5", "2.0" (corrects for rotary distance, keeps to priority heads, does not merge), or
+            "1.0" (numbers by the rank of the attention, `scale * rank + bias`; the budget is ignored).
+        target: 192, 128, 96 or 64: the published numbers for this average of 576 (counted behind each layer,
+            so that layer 2 counts as pruned already), scaled to the image, instead of the budget.
         layers: 0-based layers behind which to prune.
         recycle: merge part of what is dropped; None is what the version does.
-        scale, bias: of version "1.0"; 13.5 and 0 are published for 192 tokens, 9 and 6 for 128, 0.8 and 0 for 64.
+        scale, bias: of version "1.0"; 13.5 and 0 are published for 192 tokens, 9 and 6 for 128, 0.8 and 0 for
+            64.
         guard: version "2.0": the correction is at least this share of its largest value.
     """
 
@@ -78,7 +89,6 @@ class SparseVLM(Strategy):
     scale: float = 13.5
     bias: float = 0.0
     guard: float = 0.05
-    entering: float = field(default=1.0, init=False, repr=False)  # share of the visual tokens that reach the LLM
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,14 +110,14 @@ class SparseVLM(Strategy):
             return behind_layers(published, num_layers)
         return tuple(i + 1 for i in self.layers)
 
-    def prefill_layers(self, num_layers: int) -> tuple[int, ...]:
+    def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
         return (0, *self._cuts(num_layers))  # 0: the raters are chosen on the embeddings
 
-    def check_depth(self, num_layers: int) -> None:
+    def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         cuts = self._cuts(num_layers)
         check_inside(cuts, num_layers, self.info.name)
-        if isinstance(self.budget, float) and self.target is None and self.version != "1.0":
-            refuse_if_unreachable(self.entering, self.budget, lengths(cuts, num_layers), self.info.name)
+        if self.allowance().is_share and self.target is None and self.version != "1.0":
+            refuse_if_unreachable(entering, self.budget, lengths(cuts, num_layers), self.info.name)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
         visual, cuts = tokens.visual_rows, self._cuts(tokens.num_layers)
@@ -134,11 +144,14 @@ class SparseVLM(Strategy):
         return self._merge(tokens, kept, scores) if self._merges else Selection(kept)
 
     def _attention(self, tokens: PrefillTokens, raters: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over the raters behind each visual token (heads, v), and how many those are (v,), at least 1."""
+        """Sum over the raters behind each visual token (heads, v), and how many those are (v,), at least 1.
+        """
         visual = tokens.visual_rows
         total = torch.zeros((), device=visual.device)
         for rows, attention in head_rows(tokens, raters):
-            total = total + (self._corrected(tokens, rows, attention) if self.version == "2.0" else attention).sum(1)
+            total = total + (
+                self._corrected(tokens, rows, attention) if self.version == "2.0" else attention
+            ).sum(1)
         behind = (raters[:, None] > visual[None]).sum(0)
         if bool((behind == 0).any()):  # an image without text behind it is rated by the last token
             _, last = next(head_rows(tokens, tokens.last_row))
@@ -173,14 +186,12 @@ class SparseVLM(Strategy):
         states = tokens.hidden_states[tokens.visual_rows[best]]
         centres, cluster = density_peaks(states, min(len(best), recycled(len(dropped))))
         keep = torch.cat([kept, best[centres]]).sort().values
-        slot = torch.full((n,), -1, device=kept.device)
-        slot[keep] = torch.arange(len(keep), device=kept.device)
-        group = torch.full((n,), -1, device=kept.device)
-        group[kept] = slot[kept]
-        group[best] = slot[best[centres]][cluster]
-        return Selection.groups(keep, group)
+        owner = torch.full((n,), -1, device=kept.device)
+        owner[kept] = kept
+        owner[best] = best[centres][cluster]
+        return Selection.merge(keep, owner)
 
-    # -- numbers ------------------------------------------------------------------------------------------------
+    # -- numbers ---------------------------------------------------------------------------------------------
     def _counts(self, tokens: PrefillTokens, cuts: tuple[int, ...]) -> list[int]:
         """Kept tokens at every cut, merged ones not counted."""
         n = len(tokens.visual_rows)
@@ -201,8 +212,12 @@ class SparseVLM(Strategy):
         return counts
 
     def _kept(self, n: int, share: float, cuts: tuple[int, ...]) -> list[int]:
-        """The published tables, linear in the average in between: of n tokens with an average of `share * n`."""
-        rows = {t / PUBLISHED: k for t, k in TABLES[self.version].items()} | {0.0: (0, 0, 0), 1.0: (PUBLISHED,) * 3}
+        """The published tables, linear in the average in between: of n tokens with an average of `share * n`.
+        """
+        rows = {t / PUBLISHED: k for t, k in TABLES[self.version].items()} | {
+            0.0: (0, 0, 0),
+            1.0: (PUBLISHED,) * 3,
+        }
         targets = sorted(rows)
         high = next(t for t in targets if t >= share)
         low = targets[max(0, targets.index(high) - 1)]
@@ -233,7 +248,9 @@ class SparseVLM(Strategy):
 
 
 def choose_raters(tokens: PrefillTokens, chunk: int = 512) -> Tensor:
-    """(r,) int64: text tokens whose share of the visual tokens' dot products lies above the mean; all if none does."""
+    """(r,) int64: text tokens whose share of the visual tokens' dot products lies above the mean; all if none
+    does.
+    """
     text = tokens.text_rows
     words = tokens.hidden_states[text].float()
     total = torch.zeros(len(text), device=words.device)

@@ -7,26 +7,32 @@ from dataclasses import KW_ONLY, dataclass
 from ..streams import Reuse
 from ..tokens import TowerInfo
 from .registry import register
-from .stc_cacher import CODE, LICENCE, PAPER, StcCacher
-from .stc_pruner import StcPruner
+from .stc_cacher import CODE, LICENCE, PAPER, STCCacher
+from .stc_pruner import STCPruner
 
 
 @register(
     "stc",
-    summary="Streaming Token Compression: reuse of frames in the vision tower, and pruning against the stream's history.",
+    summary=(
+        "Streaming Token Compression: reuse of frames in the vision tower, and pruning against the stream's"
+        " history."
+    ),
     stages=("encoder", "projector"),
+    budget_means="entrance",
     paper=PAPER,
     code=CODE,
     code_licence=LICENCE,
     differs="As stc_cacher and stc_pruner, of which it is made.",
 )
 @dataclass
-class Stc(StcPruner):
-    """Streaming Token Compression (arXiv 2512.00891): `stc_cacher` in the tower, `stc_pruner` in front of the LLM.
+class STC(STCPruner):
+    """Streaming Token Compression (arXiv 2512.00891): `stc_cacher` in the tower, `stc_pruner` in front of the
+    LLM.
 
     Args:
         budget: of the pruner.
-        recompute: share of a frame's tokens that are computed in the tower, or their number; the budget of the cacher.
+        recompute: share of a frame's tokens that are computed in the tower, or their number; the budget of
+            the cacher.
         interval: frames from one reference of the cacher to the next.
         share_selection: see `stc_cacher`.
         always_cls: see `stc_cacher`.
@@ -46,7 +52,7 @@ class Stc(StcPruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            self._cacher = StcCacher(self.recompute, self.interval, self.share_selection, self.always_cls)
+            self._cacher = STCCacher(self.recompute, self.interval, self.share_selection, self.always_cls)
         except ValueError as wrong:
             raise ValueError(f"recompute or interval of stc: {wrong}") from None
 

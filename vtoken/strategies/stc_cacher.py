@@ -1,4 +1,5 @@
-"""STC-Cacher: in the vision tower, compute of a frame what has moved and reuse the rest of an earlier frame."""
+"""STC-Cacher: in the vision tower, compute of a frame what has moved and reuse the rest of an earlier frame.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +10,46 @@ import torch
 from ..streams import FrameTokens, Reuse
 from ..tokens import TowerInfo
 from .base import Strategy
-from .budgets import share
 from .registry import register
 
-PAPER = "Accelerating Streaming Video Large Language Models via Hierarchical Token Compression, arXiv 2512.00891"
+PAPER = (
+    "Accelerating Streaming Video Large Language Models via Hierarchical Token Compression, arXiv 2512.00891"
+)
 CODE = "github.com/lern-to-write/STC"
 LICENCE = "none"
 
 
 @register(
     "stc_cacher",
-    summary="In the vision tower, compute the tokens of a frame whose keys moved and reuse an earlier frame for the rest.",
+    summary=(
+        "In the vision tower, compute the tokens of a frame whose keys moved and reuse an earlier frame for"
+        " the rest."
+    ),
     stages=("encoder",),
     paper=PAPER,
     code=CODE,
     code_licence=LICENCE,
-    differs="Follows the public code where paper and code disagree (all keys are fresh, only values are mixed); a frame per "
-    "step; a frame without a reference, or of another size than it, is computed in full; all frames of a call pass a layer "
-    "together; the sum of what attention and MLP added is cached, not both; towers with windows attend within them.",
+    differs=(
+        "Follows the public code where paper and code disagree (all keys are fresh, only values are mixed); a"
+        " frame per step; a frame without a reference, or of another size than it, is computed in full; all"
+        " frames of a call pass a layer together; the sum of what attention and MLP added is cached, not"
+        " both; towers with windows attend within them."
+    ),
 )
 @dataclass
-class StcCacher(Strategy):
+class STCCacher(Strategy):
     """The cacher of Streaming Token Compression (arXiv 2512.00891), for the frames of videos and streams.
 
-    Every `interval`-th frame of a stream is computed in full and becomes the reference. In every layer of the frames
-    between, all keys are computed and compared with the reference's; the tokens with the lowest cosine are computed, with
-    their attention over all fresh keys and over values that are the reference's but for these tokens. Every other token
-    adds to its own hidden state what the reference's token added in this layer. The number of visual tokens that the LLM
-    reads stays what it is. Images outside of a `vtoken.stream` are computed in full.
+    Every `interval`-th frame of a stream is computed in full and becomes the reference. In every layer of the
+    frames between, all keys are computed and compared with the reference's; the tokens with the lowest cosine
+    are computed, with their attention over all fresh keys and over values that are the reference's but for
+    these tokens. Every other token adds to its own hidden state what the reference's token added in this
+    layer. The number of visual tokens that the LLM reads stays what it is. Images outside of a
+    `vtoken.stream` are computed in full.
 
     Args:
-        budget: share of a frame's tokens that are computed in the tower, or their number; 1.0 is the unpatched model.
+        budget: share of a frame's tokens that are computed in the tower, or their number; 1.0 is the
+            unpatched model.
         interval: frames from one reference to the next; 1 is the unpatched model.
         share_selection: let the first layer choose for all.
         always_cls: compute the CLS token in every frame, among the others.
@@ -53,7 +63,9 @@ class StcCacher(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.interval < 1:
-            raise ValueError(f"interval must be a whole number of frames, at least 1, found {self.interval!r}.")
+            raise ValueError(
+                f"interval must be a whole number of frames, at least 1, found {self.interval!r}."
+            )
 
     @property
     def is_identity(self) -> bool:
@@ -68,4 +80,4 @@ class StcCacher(Strategy):
         like = torch.cosine_similarity(tokens.keys.to(wide), tokens.reference.to(wide), dim=-1, eps=1e-8)
         if self.always_cls:
             like[:, : tokens.prefix] = -torch.inf
-        return like.topk(share(self.budget, like.shape[1]), largest=False).indices
+        return like.topk(self.allowance().part(like.shape[1]), largest=False).indices

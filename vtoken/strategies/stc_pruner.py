@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..tokens import Selection, VisualTokens
-from .base import Strategy, top_k
+from ..tokens import VisualTokens
 from .common.grouping import gaussian_similarity, rows_per_segment, unit
+from .common.history import history, remember
 from .registry import register
+from .scored import ScoredStrategy
 from .stc_cacher import CODE, LICENCE, PAPER
 
 
@@ -22,20 +23,24 @@ from .stc_cacher import CODE, LICENCE, PAPER
     paper=PAPER,
     code=CODE,
     code_licence=LICENCE,
-    differs="Follows the public code where paper and code disagree (score='dual_anchor' is the paper's formula, with a blend "
-    "that it does not state); the history belongs to one stream and is its running mean, the code's never ends; scores are "
-    "float32; the newline row behind a video stays; an image is a stream of its segments.",
+    differs=(
+        "Follows the public code where paper and code disagree (score='dual_anchor' is the paper's formula,"
+        " with a blend that it does not state); the history belongs to one stream and is its running mean,"
+        " the code's never ends; scores are float32; the newline row after a video stays; an image is a"
+        " stream of its segments."
+    ),
 )
 @dataclass
-class StcPruner(Strategy):
+class STCPruner(ScoredStrategy):
     """The pruner of Streaming Token Compression (arXiv 2512.00891), causal and blind to the question.
 
-    "gaussian": of a frame, the half of the channels with the lowest variance over its tokens, in ascending order; `y` are
-    its tokens there, normalised, `b` their mean, and `a` the mean of all frames of the stream up to this one (the mean over
-    tokens before normalising, each in its own frame's order of channels), normalised. With
-    `K(y, c) = sum_w exp(-|y - c|^2 / (2 w))` over five widths the tokens with the lowest `K(y, b) + K(y, a)` stay.
-    "dual_anchor": those with the highest `alpha (1 - cos(x, h)) + (1 - alpha) (1 - cos(x, s))` stay, where `s` is the mean
-    of the frame's tokens x and `h` the mean of `s` over the frames before; the first frame has the second term alone.
+    "gaussian": of a frame, the half of the channels with the lowest variance over its tokens, in ascending
+    order; `y` are its tokens there, normalised, `b` their mean, and `a` the mean of all frames of the stream
+    up to this one (the mean over tokens before normalising, each in its own frame's order of channels),
+    normalised. With `K(y, c) = sum_w exp(-|y - c|^2 / (2 w))` over five widths the tokens with the lowest
+    `K(y, b) + K(y, a)` stay. "dual_anchor": those with the highest `alpha (1 - cos(x, h)) + (1 - alpha) (1 -
+    cos(x, s))` stay, where `s` is the mean of the frame's tokens x and `h` the mean of `s` over the frames
+    before; the first frame has the second term alone.
 
     Args:
         score: "gaussian" (the public code) or "dual_anchor" (the paper's formula).
@@ -49,22 +54,24 @@ class StcPruner(Strategy):
     window: int | None = None
     channels: Literal["frame", "fixed"] = "frame"
     alpha: float = 0.5
+    _: KW_ONLY
+    keep_newline: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be a number of frames, at least 1, or None, found {self.window!r}.")
+            raise ValueError(
+                f"window must be a number of frames, at least 1, or None, found {self.window!r}."
+            )
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], found {self.alpha!r}.")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        kept = [tokens.separator_rows]
-        scores = self._gaussian if self.score == "gaussian" else self._dual_anchor
-        for rows, count in zip(rows_per_segment(tokens), self.counts(tokens.segments), strict=True):
-            if len(rows):
-                x = tokens.features[rows].float()
-                kept.append(rows[top_k(scores(x, tokens.memory), count)])
-        return Selection(torch.cat(kept).sort().values)
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        score = self._gaussian if self.score == "gaussian" else self._dual_anchor
+        out = torch.zeros(len(tokens), device=tokens.features.device)
+        for rows in filter(len, rows_per_segment(tokens)):
+            out[rows] = score(tokens.features[rows].float(), tokens.memory)
+        return tokens.by_cell(out)
 
     def _gaussian(self, x: Tensor, memory: dict[str, Any]) -> Tensor:
         """(n,) scores of the tokens of one frame (n, d); the highest stay."""
@@ -74,29 +81,15 @@ class StcPruner(Strategy):
             if self.channels == "fixed":
                 memory["channels"] = channels
         u = x[:, channels.to(x.device)]
-        self._remember(u.mean(0), memory)
+        remember(memory, u.mean(0), self.window)
         y = unit(u)
-        return -gaussian_similarity(y, y.mean(0)) - gaussian_similarity(y, unit(self._history(memory, x.device)))
+        return -gaussian_similarity(y, y.mean(0)) - gaussian_similarity(y, unit(history(memory, x.device)))
 
     def _dual_anchor(self, x: Tensor, memory: dict[str, Any]) -> Tensor:
         spatial = x.mean(0)
         scores = 1 - unit(x) @ unit(spatial)
         if memory:
-            history = unit(self._history(memory, x.device))
-            scores = self.alpha * (1 - unit(x) @ history) + (1 - self.alpha) * scores
-        self._remember(spatial, memory)
+            before = unit(history(memory, x.device))
+            scores = self.alpha * (1 - unit(x) @ before) + (1 - self.alpha) * scores
+        remember(memory, spatial, self.window)
         return scores
-
-    def _remember(self, mean: Tensor, memory: dict[str, Any]) -> None:
-        if self.window is not None:
-            memory["means"] = [*memory.get("means", []), mean.double()][-self.window :]
-            return
-        before = memory.get("total")
-        memory["total"] = mean.double() if before is None else before.to(mean.device) + mean
-        memory["count"] = memory.get("count", 0) + 1
-
-    def _history(self, memory: dict[str, Any], device: torch.device) -> Tensor:
-        """(channels,) float32, the mean over the frames that are remembered."""
-        if self.window is not None:
-            return torch.stack([m.to(device) for m in memory["means"]]).mean(0).float()
-        return (memory["total"].to(device) / memory["count"]).float()

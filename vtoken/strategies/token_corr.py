@@ -1,4 +1,6 @@
-"""TokenCorr: repetitive crops keep fewer tokens, the others fold into what stays. Parts of the method are not published."""
+"""TokenCorr: repetitive crops keep fewer tokens, the others fold into what stays. Parts of the method are not
+published.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +14,46 @@ from torch import Tensor
 
 from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
 from .base import Strategy
-from .budgets import check_budget, in_total, per_segment
-from .common.grouping import absorb, local_cells, nearest, rows_per_segment, unit
+from .common.grouping import local_cells, nearest, rows_per_segment, unit
 from .common.scores import Score, attention_needs, attention_scores
 from .registry import register
 
 
 @register(
     "token_corr",
-    summary="Keep of every crop as many tokens as its keys are dissimilar, plus attention outliers; fold the rest into them.",
+    summary=(
+        "Keep of every crop as many tokens as its keys are dissimilar, plus attention outliers; fold the rest"
+        " into them."
+    ),
     stages=("projector",),
-    paper="Token-level Correlation-guided Compression for Efficient Multimodal Document Understanding, arXiv 2407.14439",
+    paper=(
+        "Token-level Correlation-guided Compression for Efficient Multimodal Document Understanding, arXiv"
+        " 2407.14439"
+    ),
     code="github.com/JiuTian-VL/TokenCorrCompressor",
     code_licence="no code released",
-    differs="No code and no complete description are public. Not published, and chosen here: the layers (low_layer=1, the deep "
-    "one makes the features), tau=0.9, beta=0.1, kappa=1.5, rounding to nearest, ranking instead of sampling by default, the "
-    "weights of the aggregation, which runs behind the projector, and what becomes of the thumbnail. A number as budget is an "
-    "extension. No published result can be reproduced with it.",
+    differs=(
+        "No code and no complete description are public. Not published, and chosen here: the layers"
+        " (low_layer=1, the deep one makes the features), tau=0.9, beta=0.1, kappa=1.5, rounding to nearest,"
+        " ranking instead of sampling by default, the weights of the aggregation, which runs behind the"
+        " projector, and what becomes of the thumbnail. A number as budget is an extension. No published"
+        " result can be reproduced with it."
+    ),
     experimental=True,
 )
 @dataclass
 class TokenCorr(Strategy):
     """Token-level correlation-guided compression (arXiv 2407.14439), completed where the paper is silent.
 
-    A token is redundant if more than `beta * N` of the N tokens of its crop have keys with a cosine above `tau`, in a low
-    tower layer. With `rho` the share of tokens that are not, the crop keeps `round(rho * N)` (at least 1) tokens by CLS
-    attention `a` of that layer, and all outliers of the CLS attention of the layer that makes the features, those above
-    `Q3 + kappa * (Q3 - Q1)`. Every other token joins the kept one with the most similar key, weighted by `a`:
-    `x_p = sum a_j x_j / sum a_j` over the group and p itself.
+    A token is redundant if more than `beta * N` of the N tokens of its crop have keys with a cosine above
+    `tau`, in a low tower layer. With `rho` the share of tokens that are not, the crop keeps `round(rho * N)`
+    (at least 1) tokens by CLS attention `a` of that layer, and all outliers of the CLS attention of the layer
+    that makes the features, those above `Q3 + kappa * (Q3 - Q1)`. Every other token joins the kept one with
+    the most similar key, weighted by `a`: `x_p = sum a_j x_j / sum a_j` over the group and p itself.
 
     Args:
-        budget: None lets the content decide; a share or a whole number is an upper limit for an image or video, to which
-            the crops' numbers are scaled down together.
+        budget: None lets the content decide; a share or a whole number is an upper limit for an image or
+            video, to which the crops' numbers are scaled down together.
         low_layer: tower layer of keys and sampling attention, 0-based.
         tau: cosine of keys above which tokens are similar.
         beta: share of similar tokens above which a token is redundant.
@@ -76,7 +86,8 @@ class TokenCorr(Strategy):
             raise ValueError(f"low_layer must be a 0-based layer index, found {self.low_layer}.")
         if not -1 <= self.tau <= 1 or not 0 <= self.beta <= 1 or self.kappa < 0:
             raise ValueError(
-                f"tau must lie in [-1, 1], beta in [0, 1] and kappa above 0, found {self.tau}, {self.beta}, {self.kappa}."
+                f"tau must lie in [-1, 1], beta in [0, 1] and kappa above 0, found {self.tau}, {self.beta},"
+                f" {self.kappa}."
             )
 
     def _layers(self, tower: TowerInfo | None) -> tuple[int, int]:
@@ -92,8 +103,9 @@ class TokenCorr(Strategy):
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """The most that may be kept per segment: all without a budget."""
-        budget = self.budget if budget is None else check_budget(budget)
-        return [s.fed for s in segments] if budget is None else per_segment(segments, budget)
+        if self.budget is None and budget is None:
+            return [s.fed for s in segments]
+        return self.allowance(budget).tokens(segments)
 
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.tower is not None
@@ -103,7 +115,10 @@ class TokenCorr(Strategy):
         rows = rows_per_segment(tokens)
         cells = local_cells(tokens, rows)
         # rank of a token among those that may stay: the smaller, the sooner it enters as the budget grows
-        entry, weight = torch.full((n,), torch.inf, dtype=torch.float64, device=device), torch.zeros(n, device=device)
+        entry, weight = (
+            torch.full((n,), torch.inf, dtype=torch.float64, device=device),
+            torch.zeros(n, device=device),
+        )
         for i, (segment, mine, at) in enumerate(zip(tokens.segments, rows, cells, strict=True)):
             if not len(mine):
                 continue
@@ -128,7 +143,7 @@ class TokenCorr(Strategy):
         total = torch.zeros(n, device=device).index_add_(0, owner[grouped], weight[grouped])
         share = torch.zeros(n, device=device)
         share[grouped] = weight[grouped] / total[owner[grouped]]
-        return absorb(keep, owner, share)
+        return Selection.merge(keep, owner, share)
 
     @property
     def _compresses_thumbnail(self) -> bool:
@@ -150,11 +165,13 @@ class TokenCorr(Strategy):
         return attention > high + self.kappa * (high - low)
 
     def _entry(self, probability: Tensor, deep: Tensor, keys: Tensor, segment: int) -> Tensor:
-        """(n,) float64: below 0 for outliers, (0, 1] for the tokens of the local branch, inf for the others."""
+        """(n,) float64: below 0 for outliers, (0, 1] for the tokens of the local branch, inf for the others.
+        """
         n = len(probability)
         wanted = max(1, int(self.density(keys) * n + 0.5))
         preference = probability.double().log()
-        if self.sampling == "multinomial":  # the largest of log p plus Gumbel noise are a draw without replacement
+        # the largest of log p plus Gumbel noise are a draw without replacement
+        if self.sampling == "multinomial":
             generator = torch.Generator().manual_seed((self.seed * 65_537 + segment) % 2**63)
             noise = torch.rand(n, generator=generator, dtype=torch.float64)
             preference = preference - (-noise.clamp(min=1e-300).log()).log().to(preference)
@@ -169,6 +186,6 @@ class TokenCorr(Strategy):
         """(n,) bool: the tokens that stay."""
         if self.budget is None:
             return entry < torch.inf
-        limit = in_total(tokens.segments, self.budget, sum(s.fed for s in tokens.segments))
+        limit = self.allowance().total(tokens.segments, sum(s.fed for s in tokens.segments))
         first = entry.sort(stable=True).indices[:limit]
         return (entry < torch.inf) & torch.zeros_like(entry, dtype=torch.bool).index_fill_(0, first, True)

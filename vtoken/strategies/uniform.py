@@ -21,8 +21,8 @@ from .registry import register
 class Uniform(Strategy):
     """Keep `budget` of the patches of every image, crop or frame, evenly spaced in raster order.
 
-    Token j of k kept among the n of a segment is the one at `floor((j + 0.5) * n / k)`. Separator rows (image-newline)
-    are dropped.
+    Token j of k kept among the n of a segment is the one at `floor((j + 0.5) * n / k)`. Separator rows
+    (image-newline) are dropped.
     """
 
     def select(self, tokens: VisualTokens) -> Selection:
@@ -31,5 +31,11 @@ class Uniform(Strategy):
         for i, count in enumerate(self.counts(tokens.segments)):
             rows = (segment_of == i).nonzero()[:, 0]
             count = min(count, len(rows))
-            kept.append(rows[torch.tensor([(2 * j + 1) * len(rows) // (2 * count) for j in range(count)], dtype=torch.long)])
+            kept.append(
+                rows[
+                    torch.tensor(
+                        [(2 * j + 1) * len(rows) // (2 * count) for j in range(count)], dtype=torch.long
+                    )
+                ]
+            )
         return Selection(torch.cat(kept).sort().values)  # the rows of neighbouring crops interleave

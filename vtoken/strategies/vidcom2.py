@@ -3,45 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
-from .base import Strategy
-from .budgets import check_budget
+from ..tokens import Needs, Segment, TowerInfo, VisualTokens
 from .common.grouping import gaussian_similarity, unit
 from .registry import register
+from .scored import ScoredStrategy
 
 
 @register(
     "vidcom2",
-    summary="Divide a video's budget by how unusual each frame is, keep the tokens unlike their frame and the video.",
+    summary=(
+        "Divide a video's budget by how unusual each frame is, keep the tokens unlike their frame and the"
+        " video."
+    ),
     stages=("projector",),
-    paper="Video Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language Models, "
-    "arXiv 2505.14454",
+    paper=(
+        "Video Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language Models, "
+        "arXiv 2505.14454"
+    ),
     code="github.com/xuyang-liu16/VidCom2",
     code_licence="Apache-2.0",
-    differs="Follows the public code where paper and code disagree (similarity='cosine' is the paper's); scores are float32 "
-    "and frame shares float64, the code uses the model's dtype; works on batches and on several videos per prompt; the "
-    "newline row behind a video stays where it is.",
+    differs=(
+        "Follows the public code where paper and code disagree (similarity='cosine' is the paper's); scores"
+        " are float32 and frame shares float64, the code uses the model's dtype; works on batches and on"
+        " several videos per prompt; the newline row after a video stays where it is."
+    ),
 )
 @dataclass
-class VidCom2(Strategy):
+class VidCom2(ScoredStrategy):
     """Video Compression Commander (arXiv 2505.14454), for videos only.
 
-    On the half of the channels with the smallest variance over the video, each token is normalised to `y`. With the mean
-    `g` of the video, the means `g_t` of its frames and `K(a, b) = sum_w exp(-|a - b|^2 / (2 w))` over five widths `w`, a
-    frame scores `u_t = -mean K(y, g)` and keeps the share `r_t = min(R (1 + s_t - 1/T), 1)` of its tokens, where `s` is the
-    softmax of `u / tau` over the T frames and R the budget. Inside a frame the `max(1, round(r_t M))` of M tokens with the
-    lowest `K(y, g) + K(y, g_t)` stay. Separator rows stay, outside the budget.
+    On the half of the channels with the smallest variance over the video, each token is normalised to `y`.
+    With the mean `g` of the video, the means `g_t` of its frames and `K(a, b) = sum_w exp(-|a - b|^2 / (2
+    w))` over five widths `w`, a frame scores `u_t = -mean K(y, g)` and keeps the share `r_t = min(R (1 + s_t
+    - 1/T), 1)` of its tokens, where `s` is the softmax of `u / tau` over the T frames and R the budget.
+    Inside a frame the `max(1, round(r_t M))` of M tokens with the lowest `K(y, g) + K(y, g_t)` stay.
 
     Args:
         tau: temperature of the softmax over frames.
-        similarity: "gaussian" is the kernel of the public code, "cosine" the paper's text: cosine with the means of the
-            raw features, all channels.
+        similarity: "gaussian" is the kernel of the public code, "cosine" the paper's text: cosine with the
+            means of the raw features, all channels.
         exact: make the number of kept tokens `max(T, floor(T M R))`, whatever the frames' shares round to.
     """
 
@@ -49,6 +55,8 @@ class VidCom2(Strategy):
     tau: float = 0.01
     similarity: Literal["gaussian", "cosine"] = "gaussian"
     exact: bool = False
+    _: KW_ONLY
+    keep_newline: bool = True
 
     static_counts = False
 
@@ -62,24 +70,24 @@ class VidCom2(Strategy):
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens per frame if all frames are equally unusual."""
-        budget = self.budget if budget is None else check_budget(budget)
-        return [max(1, round(_share(budget, s.size) * s.size)) for s in segments]
+        allowance = self.allowance(budget)
+        return [max(1, round(allowance.share_of(s.size) * s.size)) for s in segments]
 
-    def select(self, tokens: VisualTokens) -> Selection:
+    def scores(self, tokens: VisualTokens) -> tuple[Tensor, list[int]]:
         sizes = {s.fed for s in tokens.segments}
         if len(sizes) != 1:
-            raise ValueError(f"vidcom2 needs frames of equal size, found {sorted(sizes)} tokens: use divprune.")
+            raise ValueError(
+                f"vidcom2 needs frames of equal size, found {sorted(sizes)} tokens: use divprune."
+            )
         x = tokens.features[tokens.patch_rows].float().view(len(tokens.segments), sizes.pop(), -1)
         video, frame = self._similarities(x)
-        score, ratio = video + frame, _share(self.budget, x.shape[1])
+        score, ratio = video + frame, self.allowance().share_of(x.shape[1])
         counts = self._frame_counts(video, ratio)
-        rank = score.argsort(dim=1, stable=True).argsort(dim=1)
-        kept = rank < counts.to(rank.device)[:, None]
         if self.exact:
-            kept = _trim(kept, score, max(len(x), int(score.numel() * ratio + 1e-9)))
-        stays = torch.ones(len(tokens), dtype=torch.bool, device=kept.device)
-        stays[tokens.patch_rows] = kept.flatten()
-        return Selection(stays.nonzero()[:, 0])
+            counts = _adjust(counts, score, max(len(x), int(score.numel() * ratio + 1e-9)))
+        values = torch.zeros(len(tokens), device=score.device)
+        values[tokens.patch_rows] = -score.flatten()
+        return tokens.by_cell(values), counts.tolist()
 
     def _similarities(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Similarity of x (T, M, d) to the video's and to its frame's mean, (T, M) float32 each."""
@@ -99,17 +107,16 @@ class VidCom2(Strategy):
         return (ratios * video.shape[1] * 1e10).round().div(1e10).round().clamp(min=1).long()
 
 
-def _share(budget: float | int, frame: int) -> float:
-    """The budget as a share of a frame's tokens."""
-    return budget if isinstance(budget, float) else min(1.0, budget / frame)
+def _adjust(counts: Tensor, score: Tensor, target: int) -> Tensor:
+    """Give up the kept tokens with the highest scores, or take the others with the lowest, until `target` are
+    kept.
 
-
-def _trim(kept: Tensor, score: Tensor, target: int) -> Tensor:
-    """Drop the kept tokens with the highest score, or add the others with the lowest, until `target` are kept."""
-    every = torch.arange(kept.numel(), device=kept.device)
-    order = every[score.flatten().sort(stable=True).indices]
-    best_of_frame = torch.zeros_like(kept).scatter_(1, score.sort(dim=1, stable=True).indices[:, :1], True)
+    Args:
+        counts: (T,) int64, tokens kept of each frame. score: (T, M).
+    """
+    rank = score.argsort(dim=1, stable=True).argsort(dim=1)
     # frames' best first, then the kept ones, then the others, each by score: the first `target` of them stay
-    group = torch.where(best_of_frame, 0, torch.where(kept, 1, 2)).flatten()[order]
-    order = order[group.argsort(stable=True)]
-    return torch.zeros_like(kept).flatten().index_fill_(0, order[:target], True).view_as(kept)
+    group = torch.where(rank == 0, 0, torch.where(rank < counts.to(rank.device)[:, None], 1, 2)).flatten()
+    by_score = score.flatten().sort(stable=True).indices
+    order = by_score[group[by_score].argsort(stable=True)]
+    return torch.bincount(order[:target] // score.shape[1], minlength=len(score))

@@ -10,39 +10,45 @@ from torch import Tensor
 
 from ..tokens import Needs, Selection, TowerInfo, VisualTokens
 from .base import Strategy, top_k
-from .common.grouping import Layout, absorb, in_order, local_cells, nearest, rows_per_segment
+from .common.grouping import Layout, in_order, local_cells, nearest, rows_per_segment
 from .common.scores import attention_needs, attention_scores
 from .registry import register
 
 
 @register(
     "visionzip",
-    summary="Keep the most attended tokens, merge the rest by key similarity into evenly spaced contextual tokens.",
+    summary=(
+        "Keep the most attended tokens, merge the rest by key similarity into evenly spaced contextual"
+        " tokens."
+    ),
     stages=("projector",),
     paper="VisionZip: Longer is Better but Not Necessary in Vision Language Models, arXiv 2412.04467",
     code="github.com/dvlab-research/VisionZip",
     code_licence="Apache-2.0",
-    differs="Merges behind the projector, as the public code does for Qwen2.5-VL; its LLaVA code merges in front of it and "
-    "keeps the CLS token, for which one more dominant patch stays here. Contextual tokens sit at their target's place "
-    "(layout='reference' puts them last, as the LLaVA code does); cells that the model unpads are not merged.",
+    differs=(
+        "Merges behind the projector, as the public code does for Qwen2.5-VL; its LLaVA code merges in front"
+        " of it and keeps the CLS token, for which one more dominant patch stays here. Contextual tokens sit"
+        " at their target's place (layout='reference' puts them last, as the LLaVA code does); cells that the"
+        " model unpads are not merged."
+    ),
 )
 @dataclass
 class VisionZip(Strategy):
     """Dominant and contextual tokens (arXiv 2412.04467).
 
-    In the layer that makes the features, a patch scores the attention that the CLS token pays it, averaged over heads. Of
-    the `total` tokens of an image, crop or frame, `contextual` (10 of 64, at least 1) are kept for merging, the others are
-    the highest scoring patches as they are. Among the m patches left, every `m // contextual`-th is a target; each other
-    one joins the target with the highest cosine of attention keys (mean over heads), and a target becomes
-    `x_target + mean of those that joined`.
+    In the layer that makes the features, a patch scores the attention that the CLS token pays it, averaged
+    over heads. Of the `total` tokens of an image, crop or frame, `contextual` (10 of 64, at least 1) are kept
+    for merging, the others are the highest scoring patches as they are. Among the m patches left, every `m //
+    contextual`-th is a target; each other one joins the target with the highest cosine of attention keys
+    (mean over heads), and a target becomes `x_target + mean of those that joined`.
 
     Args:
         contextual: contextual tokens of each image, crop or frame, instead of 10 of 64.
         merge: "sum" as the public code does, or "mean" over the target and those that joined.
-        score: "cls", "received" (attention received by each patch, the public code's rule for Qwen2.5-VL), or "auto" by the
-            tower.
-        layout: "spatial", or "reference": contextual tokens behind the dominant ones, those of all crops last; combine it
-            with positions="renumber".
+        score: "cls", "received" (attention received by each patch, the public code's rule for Qwen2.5-VL), or
+            "auto" by the tower.
+        layout: "spatial", or "reference": contextual tokens behind the dominant ones, those of all crops
+            last; combine it with positions="renumber".
         keep_newline: keep image-newline rows on top of the budget; the public code drops them.
     """
 
@@ -79,8 +85,12 @@ class VisionZip(Strategy):
         keys = tokens.keys(layer).float().unflatten(-1, (tokens.tower.num_heads, -1)).mean(-2)
         owner, weight = torch.full((n,), -1, device=device), torch.zeros(n, device=device)
         rows, kept, late = rows_per_segment(tokens), [], torch.zeros(n, dtype=torch.bool, device=device)
-        for i, (cells, count) in enumerate(zip(local_cells(tokens, rows), self.counts(tokens.segments), strict=True)):
-            dominant, targets, others, target_of = self._zip(scores[i, cells], keys[i, cells], min(count, len(cells)))
+        for i, (cells, count) in enumerate(
+            zip(local_cells(tokens, rows), self.counts(tokens.segments), strict=True)
+        ):
+            dominant, targets, others, target_of = self._zip(
+                scores[i, cells], keys[i, cells], min(count, len(cells))
+            )
             kept += [rows[i][dominant], rows[i][targets]]
             late[rows[i][targets]] = True
             joined = torch.bincount(target_of, minlength=len(targets))
@@ -90,7 +100,7 @@ class VisionZip(Strategy):
             weight[own] = 1.0 if self.merge == "sum" else 1 / parts[joined > 0]
             weight[rows[i][others]] = 1 / parts[target_of]
         newlines = tokens.separator_rows if self.keep_newline else tokens.separator_rows[:0]
-        selection = absorb(torch.cat([*kept, newlines]).sort().values, owner, weight)
+        selection = Selection.merge(torch.cat([*kept, newlines]).sort().values, owner, weight)
         if self.layout == "spatial":
             return selection
         # a block for the thumbnail, one for the canvas of all crops, one for each frame of a video
@@ -101,7 +111,9 @@ class VisionZip(Strategy):
         return in_order(selection, key[selection.keep].argsort(stable=True), n)
 
     def _zip(self, scores: Tensor, keys: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Indices of dominant tokens, of targets and of the others, and for each of these its target's number."""
+        """Indices of dominant tokens, of targets and of the others, and for each of these its target's
+        number.
+        """
         dominant, contextual = self.split(total)
         first = top_k(scores, dominant)
         rest = torch.ones_like(scores, dtype=torch.bool).index_fill_(0, first, False).nonzero()[:, 0]

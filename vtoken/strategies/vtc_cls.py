@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from ..tokens import Needs, Selection, TowerInfo, VisualTokens
-from .base import Strategy, top_k
+from ..tokens import Needs, TowerInfo, VisualTokens
 from .common.scores import Score, attention_needs, attention_scores
 from .registry import register
+from .scored import ScoredStrategy
 
 
 @register(
@@ -20,29 +21,32 @@ from .registry import register
     paper="[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs, arXiv 2412.05819",
     code="github.com/THU-MIG/VTC-CLS",
     code_licence="Apache-2.0",
-    differs="Works on batches (the public code averages over the batch); crops of anyres images keep a share each.",
+    differs=(
+        "Works on batches (the public code averages over the batch); crops of anyres images keep a share"
+        " each."
+    ),
 )
 @dataclass
-class VTCCLS(Strategy):
+class VTCCLS(ScoredStrategy):
     """Visual token compression by the [CLS] token (arXiv 2412.05819).
 
-    The score of a patch is the softmaxed attention of the CLS query, averaged over heads, combined over the `layers` tower
-    layers that end with the one that makes the features. Each image, crop or frame keeps its `budget` highest; of a crop
-    that is partly padding the share of what is not.
+    The score of a patch is the softmaxed attention of the CLS query, averaged over heads, combined over the
+    `layers` tower layers that end with the one that makes the features. Each image, crop or frame keeps its
+    `budget` highest; of a crop that is partly padding the share of what is not.
 
     Args:
         layers: number of ensembled layers K.
         start_layer: first ensembled layer (0-based), instead of `layers`; as the public code states it.
         ensemble: "mean", "max" or "min" over the layers.
-        keep_newline: keep image-newline rows on top of the budget.
         score: "cls", or "received" for towers without a CLS token; an extension.
     """
 
     layers: int = 3
     start_layer: int | None = None
     ensemble: Literal["mean", "max", "min"] = "mean"
-    keep_newline: bool = True
     score: Score = "cls"
+    _: KW_ONLY
+    keep_newline: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,13 +61,7 @@ class VTCCLS(Strategy):
     def needs(self, tower: TowerInfo | None) -> Needs:
         return attention_needs(self.score, (0,) if tower is None else self._layers(tower))
 
-    def select(self, tokens: VisualTokens) -> Selection:
+    def scores(self, tokens: VisualTokens) -> Tensor:
         assert tokens.tower is not None
         layers = torch.stack([attention_scores(tokens, self.score, i) for i in self._layers(tokens.tower)])
-        scores = layers.mean(0) if self.ensemble == "mean" else getattr(torch, "a" + self.ensemble)(layers, 0)
-        scores = scores.masked_fill(~tokens.fed_cells.view(scores.shape), -torch.inf)
-        kept, offset = [], 0
-        for i, (segment, count) in enumerate(zip(tokens.segments, self.counts(tokens.segments), strict=True)):
-            kept.append(top_k(scores[i], count) + offset)
-            offset += segment.size
-        return tokens.keep_cells(torch.cat(kept), separators=self.keep_newline)
+        return layers.mean(0) if self.ensemble == "mean" else getattr(torch, "a" + self.ensemble)(layers, 0)

@@ -8,7 +8,7 @@ from typing import Any
 from ..active import LOCK, patches_of
 from ..adapters.base import Adapter
 from ..fit import needs_of
-from ..patching import Patch, describe, make_strategy, patch, patch_of, unpatch
+from ..patching import Patch, make_strategy, patch, patch_of, unpatch
 from .layers import Layers
 from .memory import RecentMemory
 from .prompts import Prompts
@@ -95,9 +95,9 @@ class SharedPatch:
             self._check(self.patch)
         else:
             made = make_strategy(strategy, budget, options)
-            if self.patch is not None and describe(self.patch.strategy) != describe(made):
+            if self.patch is not None and self.patch.strategy.describe() != made.describe():
                 raise ValueError(
-                    f"This model is patched with {describe(self.patch.strategy)} already, which its other"
+                    f"This model is patched with {self.patch.strategy.describe()} already, which its other"
                     " sessions may use: use the same strategy, or another model."
                 )
             if self.patch is None:

@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from ..checks import checked
 from ..strategies.base import top_k
-from ..strategies.budgets import check_budget, share
+from ..strategies.budgets import Budget, check_budget
 
 CHANGED_PART = 10  # the change of a picture is measured on a tenth of its tokens
 
@@ -173,7 +173,7 @@ class RecentMemory:
 
     def _pruned(self, step: Step) -> Step:
         assert self.history_tokens is not None
-        k = share(self.history_tokens, len(step.kept))
+        k = Budget(self.history_tokens).part(len(step.kept))
         if k == len(step.kept):
             return step
         unit = normalize(step.features.float(), dim=-1)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..._json import read
 from ...checks import fit, fit_field
-from ...strategies.budgets import UNIT, check_budget, unit, with_unit
+from ...strategies.budgets import UNIT, Budget, check_budget, with_unit
 from ..intervals import wilson
 
 BUDGETS: tuple[float | int, ...] = (0.5, 0.33, 0.2, 0.1, 0.05)
@@ -55,7 +55,11 @@ class Cell:
         return wilson(self.right, self.asked)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {UNIT: unit(self.budget), "accuracy": self.accuracy, "interval": self.interval}
+        return asdict(self) | {
+            UNIT: Budget(self.budget).unit,
+            "accuracy": self.accuracy,
+            "interval": self.interval,
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Cell:
@@ -72,7 +76,7 @@ Key = tuple[str, float | int, str]
 
 def key(strategy: str, budget: float | int) -> Key:
     """Identity of a cell in one board: all tokens (1.0) are another budget than one token (1)."""
-    return strategy, budget, unit(budget)
+    return strategy, budget, Budget(budget).unit
 
 
 @dataclass

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...extras import require
+from ...strategies.budgets import Budget
 from ..benchmarks.task import Breakdown, Item, Prompt, Task, Unreadable
 from ..board.board import Cell
 from .answer_log import Record, Writer, check_settings, locked, read
@@ -91,19 +92,15 @@ def plan(
     """
     if same_tokens_as and frames:
         raise ValueError("--frames and --same-tokens-as exclude each other.")
-    if same_tokens_as and any(isinstance(b, int) for b in budgets):
+    if same_tokens_as and not all(Budget(b).is_share for b in budgets):
         raise ValueError("--same-tokens-as needs budgets that are shares, such as 0.25.")
 
     def per(budget: float | int) -> int | None:
         return int(same_tokens_as / budget + 1e-9) if same_tokens_as else frames
 
-    dense = [Run(None, 1.0, per(1.0))] if any(_whole(b) for b in budgets) else []
-    smaller = dict.fromkeys(b for b in budgets if not _whole(b))
+    dense = [Run(None, 1.0, per(1.0))] if any(Budget(b).is_all for b in budgets) else []
+    smaller = [b for b in dict.fromkeys(budgets) if not Budget(b).is_all]
     return dense + [Run(name, b, per(b)) for name in dict.fromkeys(strategies) for b in smaller]
-
-
-def _whole(budget: float | int) -> bool:
-    return isinstance(budget, float) and budget >= 1
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from torch import Tensor
 
 
 def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """DPC-KNN (Du et al. 2016) as SparseVLM uses it: the nearest `clusters` tokens, itself among them, make the density.
+    """DPC-KNN (Du et al. 2016) as SparseVLM uses it: the nearest `clusters` tokens, itself among them, make
+    the density.
 
-    Equal densities, and equal products of density and distance, go to the lower index; the public code draws noise.
+    Equal densities, and equal products of density and distance, go to the lower index; the public code draws
+    noise.
 
     Args:
         x: (q, d) features. clusters: number c, 1 to q.
@@ -23,7 +25,9 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     density = (-near.square().mean(-1)).exp()
     index = torch.arange(len(x), device=x.device)
     # denser, or as dense and earlier
-    above = (density[None] > density[:, None]) | ((density[None] == density[:, None]) & (index[None] < index[:, None]))
+    above = (density[None] > density[:, None]) | (
+        (density[None] == density[:, None]) & (index[None] < index[:, None])
+    )
     delta = distance.masked_fill(~above, torch.inf).amin(-1)
     delta = torch.where(above.any(-1), delta, distance.max())
     centres = (density * delta).sort(descending=True, stable=True).indices[:clusters]

@@ -37,31 +37,22 @@ def unit(x: Tensor) -> Tensor:
 
 
 def gaussian_similarity(y: Tensor, centre: Tensor) -> Tensor:
-    """(...,) sum over the kernel widths w of `exp(-|y - centre|^2 / (2 w))`, for (..., d) and a centre that broadcasts."""
+    """(...,) sum over the kernel widths w of `exp(-|y - centre|^2 / (2 w))`, for (..., d) and a centre that
+    broadcasts.
+    """
     distance = (y - centre).square().sum(-1)
     return sum((torch.exp(distance / (-2 * w)) for w in KERNEL_WIDTHS), torch.zeros_like(distance))
 
 
 def nearest(x: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
-    """Index of the target with the highest cosine, (n,) int64, for the rows of x (n, d); targets (m, d), m at least 1."""
+    """Index of the target with the highest cosine, (n,) int64, for the rows of x (n, d); targets (m, d), m at
+    least 1.
+    """
     targets, found = unit(targets).mT, []
     for rows in x.split(chunk):
         cosine = unit(rows) @ targets
         found.append((cosine >= cosine.amax(-1, keepdim=True) - TIE).int().argmax(-1))
     return torch.cat(found) if found else torch.empty(0, dtype=torch.long, device=x.device)
-
-
-def absorb(keep: Tensor, owner: Tensor, weight: Tensor) -> Selection:
-    """The Selection in which token i joins the kept token `owner[i]` (a token index, -1 for none) with `weight[i]`.
-
-    Args:
-        keep: (k,) int64, ascending.
-        owner: (n,) int64. Kept tokens that absorb must own themselves.
-        weight: (n,) float32.
-    """
-    slot = torch.full_like(owner, -1)
-    slot[keep] = torch.arange(len(keep), device=keep.device)
-    return Selection(keep, torch.where(owner >= 0, slot[owner.clamp(min=0)], -1), weight)
 
 
 def in_order(selection: Selection, order: Tensor, n: int) -> Selection:
@@ -81,3 +72,26 @@ def in_order(selection: Selection, order: Tensor, n: int) -> Selection:
     moved = torch.empty_like(order)
     moved[order] = places
     return Selection(keep, torch.where(into >= 0, moved[into.clamp(min=0)], -1), weight)
+
+
+def mean_of_runs(item: Tensor, separator: Tensor, stride: int, keep_separators: bool) -> Selection:
+    """Runs of `stride` neighbouring tokens become their means, each at the place of its middle token.
+
+    Args:
+        item: (n,) int64, the image or video of each token; no run spans two of them, and what is left over of
+            one goes, unless it is all there is.
+        separator: (n,) bool, tokens that are in no run.
+    """
+    keep, owner = separator & keep_separators, torch.full_like(item, -1)
+    for i in item.unique().tolist():
+        rows = ((item == i) & ~separator).nonzero()[:, 0]
+        runs = max(1, len(rows) // stride)
+        rows = rows[: runs * stride]
+        centre = (
+            torch.arange(len(rows), device=rows.device) // stride * stride + (min(stride, len(rows)) - 1) // 2
+        )
+        owner[rows] = rows[centre]
+        keep[rows[centre]] = True
+    alone = (separator & keep).nonzero()[:, 0]
+    owner[alone] = alone
+    return Selection.merge(keep.nonzero()[:, 0], owner)

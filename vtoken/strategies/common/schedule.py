@@ -1,4 +1,6 @@
-"""How many visual tokens each LLM layer reads, and the arithmetic of budgets that mean an average over the layers."""
+"""How many visual tokens each LLM layer reads, and the arithmetic of budgets that mean an average over the
+layers.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,23 @@ from torch import Tensor
 
 from ...tokens import PrefillTokens
 from ..base import REFERENCE_DEPTH
+from ..budgets import Budget
 
 
 def behind_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Layers in front of which a method drops that published "after layer l of 32", at the same relative depth."""
+    """Layers in front of which a method drops that published "after layer l of 32", at the same relative
+    depth.
+    """
     scaled = {round(i * num_layers / REFERENCE_DEPTH) + 1 for i in layers}
     return tuple(sorted(i for i in scaled if i < num_layers))
+
+
+def quarters(first: int, num_layers: int) -> tuple[int, ...]:
+    """Three cuts, the first before layer `first`, as far apart as the quarters of the depth would then be."""
+    cuts = [first * i * num_layers // (4 * max(1, num_layers // 4)) for i in (1, 2, 3)]
+    for i in (1, 2):
+        cuts[i] = max(cuts[i], cuts[i - 1] + 1)
+    return tuple(i for i in cuts if i < num_layers)
 
 
 def lengths(cuts: Sequence[int], num_layers: int) -> list[int]:
@@ -26,11 +39,13 @@ def lengths(cuts: Sequence[int], num_layers: int) -> list[int]:
 
 def wanted(budget: float | int, tokens: PrefillTokens) -> float:
     """Visual tokens of this prompt that `budget` allows."""
-    return budget * (tokens.total_visual if isinstance(budget, float) else max(1, tokens.units))
+    return Budget(budget).allowed(tokens.total_visual, tokens.units)
 
 
 def bisect(function: Callable[[float], float], target: float, low: float = 0.0, high: float = 1.0) -> float:
-    """The largest x in [low, high] for which a rising function stays at or below `target`; `low` if there is none."""
+    """The largest x in [low, high] for which a rising function stays at or below `target`; `low` if there is
+    none.
+    """
     if function(high) <= target:
         return high
     for _ in range(60):
@@ -46,7 +61,8 @@ def ratio_for(average: float, spans: Sequence[int]) -> float:
 
 
 def counts_for(entered: int, average: float, spans: Sequence[int], name: str, least: int = 1) -> list[int]:
-    """Visual tokens behind every drop, shrinking by one ratio, so that the average over all layers is `average`.
+    """Visual tokens behind every drop, shrinking by one ratio, so that the average over all layers is
+    `average`.
 
     Args:
         entered: visual tokens in front of the first drop.
@@ -64,7 +80,9 @@ def counts_for(entered: int, average: float, spans: Sequence[int], name: str, le
     return counts
 
 
-def last_count(entered: int, counts: Sequence[int], average: float, spans: Sequence[int], least: int = 1) -> int:
+def last_count(
+    entered: int, counts: Sequence[int], average: float, spans: Sequence[int], least: int = 1
+) -> int:
     """The largest last count with which the average over all layers stays at or below `average`."""
     read = spans[0] * entered + sum(span * n for span, n in zip(spans[1:-1], counts[:-1], strict=True))
     above = counts[-2] if len(counts) > 1 else entered
@@ -77,14 +95,17 @@ def refuse_if_unreachable(entered: float, average: float, spans: Sequence[int], 
         return
     share, found = spans[0] / sum(spans), average / entered
     raise ValueError(
-        f"{name} reads all visual tokens in its first {spans[0]} of {sum(spans)} layers, so that their average stays above "
-        f"{share:.1%} of what enters the LLM, found a budget of {found:.1%}: choose more, or let a projector strategy go "
-        f"before it, as in vtoken.patch(model, ['pool', '{name}'], budget=...)."
+        f"{name} reads all visual tokens in its first {spans[0]} of {sum(spans)} layers, so that their"
+        f" average stays above {share:.1%} of what enters the LLM, found a budget of {found:.1%}: choose"
+        f" more, or let a projector strategy go before it, as in vtoken.patch(model, ['pool', '{name}'],"
+        " budget=...)."
     )
 
 
 def head_rows(tokens: PrefillTokens, rows: Tensor, chunk: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
-    """Attention of the layer before from query rows to visual tokens, a few rows at a time: (rows, (heads, r, v))."""
+    """Attention of the layer before from query rows to visual tokens, a few rows at a time: (rows, (heads, r,
+    v)).
+    """
     visual = tokens.visual_rows
     for some in rows.split(chunk):
         yield some, tokens.attention_rows(some)[..., visual]
@@ -100,13 +121,15 @@ def check_layers(layers: Sequence[int] | None, what: str = "layers") -> None:
     if layers is None:
         return
     if not layers or layers[0] < 0 or list(layers) != sorted(set(layers)):
-        raise ValueError(f"{what} must be ascending 0-based LLM layers such as (8, 16, 24), found {layers!r}.")
+        raise ValueError(
+            f"{what} must be ascending 0-based LLM layers such as (8, 16, 24), found {layers!r}."
+        )
 
 
 def check_inside(cuts: Sequence[int], num_layers: int, name: str) -> None:
     """Raise ValueError if a drop lies outside an LLM of this many layers."""
     if not cuts or cuts[-1] >= num_layers:
         raise ValueError(
-            f"{name} drops in front of LLM layer {cuts[-1] if cuts else 'None'}, but this LLM has the layers 0 to "
-            f"{num_layers - 1}: choose lower ones."
+            f"{name} drops in front of LLM layer {cuts[-1] if cuts else 'None'}, but this LLM has the layers"
+            f" 0 to {num_layers - 1}: choose lower ones."
         )

@@ -10,10 +10,14 @@ from .grouping import unit
 
 
 def window_cells(grid: tuple[int, int], window: int, device: torch.device | str | None = None) -> Tensor:
-    """(windows, window^2) int64: cells of the windows that tile a grid from its top left; what is left over is in none."""
+    """(windows, window^2) int64: cells of the windows that tile a grid from its top left; what is left over
+    is in none.
+    """
     rows, columns = grid
     cells = torch.arange(rows * columns, device=device).view(rows, columns)
-    tiles = cells.unfold(0, window, window).unfold(1, window, window) if min(grid) >= window else cells[:0, :0]
+    tiles = (
+        cells.unfold(0, window, window).unfold(1, window, window) if min(grid) >= window else cells[:0, :0]
+    )
     return tiles.reshape(-1, window * window)
 
 
@@ -27,7 +31,8 @@ def similar_windows(x: Tensor) -> Tensor:
 def merge_windows(x: Tensor, grid: tuple[int, int], window: int, threshold: float) -> EncoderMerge | None:
     """Replace alike windows of (segments, n, d) by their means; None if a segment has none.
 
-    Of every segment the r most alike windows, r being the smallest number that any segment has above the threshold.
+    Of every segment the r most alike windows, r being the smallest number that any segment has above the
+    threshold.
     """
     cells = window_cells(grid, window, x.device)
     if not len(cells):

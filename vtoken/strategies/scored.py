@@ -1,0 +1,64 @@
+"""ScoredStrategy: the highest scores of every image, crop or frame stay; a method writes the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from ..tokens import Selection, VisualTokens
+from .base import Strategy, top_k
+from .common.grouping import local_cells, rows_per_segment
+
+Scores = Tensor | tuple[Tensor, Sequence[int]]
+
+
+@dataclass
+class ScoredStrategy(Strategy):
+    """Base of the methods that rank the patches of every segment and keep the highest: write `scores`.
+
+    The budget of each segment, padding, and the order of the answer are taken care of.
+
+    Args:
+        keep_newline: keep image-newline and separator tokens, on top of the budget.
+    """
+
+    _: KW_ONLY
+    keep_newline: bool = False
+
+    def scores(self, tokens: VisualTokens) -> Scores:
+        """How much each cell is worth.
+
+        Returns:
+            (segments, cells) in any float dtype, the highest stay and the lower cell among equals. Cells that
+            the model throws away are passed over, and so are columns after a smaller segment's last cell;
+            `tokens.by_cell` brings (n,) scores of tokens into this shape. Where the picture decides how many
+            tokens a segment keeps: these scores and the numbers, one per segment, instead of `counts`; with
+            `static_counts = False`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must write scores.")
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        answer = self.scores(tokens)
+        scores, counts = answer if isinstance(answer, tuple) else (answer, self.counts(tokens.segments))
+        _check(scores, tokens, type(self).__name__)
+        rows = rows_per_segment(tokens)
+        kept = [tokens.separator_rows] if self.keep_newline else []
+        for row, mine, cells, count in zip(scores, rows, local_cells(tokens, rows), counts, strict=True):
+            kept.append(mine[top_k(row[cells], count)])
+        return Selection(torch.cat(kept).sort().values)
+
+
+def _check(scores: Tensor, tokens: VisualTokens, name: str) -> None:
+    """Raise ValueError unless there is one row for each segment, with at least as many columns as it has
+    cells.
+    """
+    segments, cells = len(tokens.segments), max(s.size for s in tokens.segments)
+    if scores.ndim != 2 or len(scores) != segments or scores.shape[1] < cells:
+        raise ValueError(
+            f"scores of {name} must give ({segments}, {cells}), a number for every cell of every segment,"
+            f" found {tuple(scores.shape)}: tokens.by_cell(scores) does it for scores of the {len(tokens)}"
+            " tokens."
+        )
