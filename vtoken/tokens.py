@@ -194,8 +194,7 @@ class VisualTokens:
         return self._get("cls_attention", layer)
 
     def cls_logits(self, layer: int) -> Tensor:
-        """Scaled products of the CLS query with the cells' keys, mean over heads: (segments, cells) float32.
-        """
+        """Scaled products of the CLS query with the cells' keys, mean over heads: (segments, cells) float32."""
         return self._get("cls_logits", layer)
 
     def received_attention(self, layer: int) -> Tensor:
@@ -474,8 +473,7 @@ class Selection:
 
 
 def concat_selections(selections: Sequence[Selection], sizes: Sequence[int]) -> Selection:
-    """Selections of consecutive stretches of tokens, `sizes[i]` long each, as one Selection of all of them.
-    """
+    """Selections of consecutive stretches of tokens, `sizes[i]` long each, as one Selection of all of them."""
     device = selections[0].keep.device
     keep, into, weight, marked, token, slot = [], [], [], [], 0, 0
     merging = any(s.into is not None for s in selections)

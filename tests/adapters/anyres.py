@@ -57,8 +57,7 @@ def see(name: str, rows: list[list[Image.Image]]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def prompts(name: str, model, rows: list[list[Image.Image]]) -> dict[str, Tensor]:
-    """Left-padded inputs, one row of pictures each; the placeholders are counted by encoding without vtoken.
-    """
+    """Left-padded inputs, one row of pictures each; the placeholders are counted by encoding without vtoken."""
     vision = see(name, rows)
     sizes = [len(f) for f in model.base_model.get_image_features(**vision).pooler_output]
     numbers, ids = iter(sizes), []

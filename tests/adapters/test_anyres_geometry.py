@@ -194,8 +194,7 @@ def test_boxes_are_what_the_processor_cut(name, size):
     "name, size", [("llava_next", (36, 60)), ("llava_next", (90, 40)), ("llava_onevision", (33, 70))]
 )
 def test_the_picture_of_the_original_is_that_of_the_tower(name, size):
-    """Drawn from the original image by boxes, or from the tiles that the tower saw, it is the same picture.
-    """
+    """Drawn from the original image by boxes, or from the tiles that the tower saw, it is the same picture."""
     height, width = size
     y, x = np.mgrid[0:height, 0:width]
     colours = np.stack([255 * x / width, 255 * y / height, 128 + 127 * np.sin(6 * x / width)], -1)

@@ -211,8 +211,7 @@ def test_a_batch_is_its_rows(name):
 @pytest.mark.parametrize("size", [(33, 70), (300, 90), (61, 33)])
 @pytest.mark.parametrize("budget", [0.3, 10])
 def test_shares_and_numbers(name, size, budget):
-    """A share is one of what the unpatched model feeds, a number counts per image; padding is never chosen.
-    """
+    """A share is one of what the unpatched model feeds, a number counts per image; padding is never chosen."""
     model = model_of("llava_next")
     options = dict(keep_newline=False) if name in ("hired", "vtc_cls") else {}
     with vtoken.applied(model, name, budget=budget, **options), torch.no_grad():

@@ -60,8 +60,7 @@ def test_tiles_between_tags(name):
 
 @pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
 def test_scores_follow_their_tile(name):
-    """Scores of the thumbnail and the crops are those of the tiles behind them, in the order of the segments.
-    """
+    """Scores of the thumbnail and the crops are those of the tiles behind them, in the order of the segments."""
     inputs = tiled_inputs([[(1, 2)]])
     (item,) = seen(subject(name), inputs)
     parts = seen(subject(name), dict(inputs, **_single_tiles(inputs)))

@@ -175,8 +175,7 @@ def names_of_the_package() -> set[str]:
 
 
 def unknown(text: str, known: set[str]) -> list[str]:
-    """What a page puts in backticks and nobody has: files by their path or name, names by every part of them.
-    """
+    """What a page puts in backticks and nobody has: files by their path or name, names by every part of them."""
     files = {p.name for p in (ROOT / "vtoken").rglob("*.py")} | {
         p.name for p in (ROOT / "tests").rglob("*.py")
     }

@@ -12,8 +12,7 @@ from vtoken.eval.running.asker import Reply
 
 
 class Canned:
-    """Answers by the question that a prompt contains; reads `budget` of 100 tokens. Counts what it was asked.
-    """
+    """Answers by the question that a prompt contains; reads `budget` of 100 tokens. Counts what it was asked."""
 
     def __init__(self, answers: dict[str, str], refuses: str = "") -> None:
         self.answers, self.refuses = answers, refuses

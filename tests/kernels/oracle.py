@@ -57,8 +57,7 @@ def cosines(x: Tensor) -> Tensor:
 
 
 def masked_tome(keys: Tensor, r: int, protect: int) -> tuple[list[int], list[int]]:
-    """ToMe's own formulation for one sample: even against odd positions, protected rows and columns at -inf.
-    """
+    """ToMe's own formulation for one sample: even against odd positions, protected rows and columns at -inf."""
     if not min(r, (len(keys) - protect) // 2):
         return [], []
     score = cosines(keys)[::2, 1::2].clone()

@@ -111,8 +111,7 @@ def turn(x: Tensor, rotary) -> Tensor:
 
 
 def anatomy(layer, x: Tensor):
-    """Queries, keys, values (n, C), the output projection, the second norm, the MLP and the number of heads.
-    """
+    """Queries, keys, values (n, C), the output projection, the second norm, the MLP and the number of heads."""
     if hasattr(layer, "self_attn"):
         a, normed = layer.self_attn, layer.layer_norm1(x)
         return (

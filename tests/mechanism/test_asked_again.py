@@ -29,8 +29,7 @@ STREAMING = [
 
 @dataclass
 class Counting(Fixed):
-    """One of someone's own: which tokens stay depends on how many frames went before, noted in whatever way.
-    """
+    """One of someone's own: which tokens stay depends on how many frames went before, noted in whatever way."""
 
     def select(self, tokens: VisualTokens) -> Selection:
         tokens.memory.setdefault("sums", []).append(tokens.features.sum().double())
@@ -111,8 +110,7 @@ def test_features_encoded_once_and_asked_three_times(case, name, streaming):
 @pytest.mark.parametrize("case", [*STREAMING[1:], "own"], ids=str)
 @torch.no_grad()
 def test_history_is_what_was_pushed_in_its_order(case):
-    """Frames pushed first and asked about last to first: the answers are those of asking each when it came.
-    """
+    """Frames pushed first and asked about last to first: the answers are those of asking each when it came."""
     family, model = FAMILIES["llava"], subject("llava")
     frames = [family.prompt([[i]]) for i in (0, 1, 2)]
 

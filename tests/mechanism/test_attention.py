@@ -65,8 +65,7 @@ def flash_arguments(query_length, key_length, is_causal, softmax_scale=None, **_
 
 @pytest.fixture
 def flash(monkeypatch):
-    """The code path of flash attention with kernels that run anywhere; makes models whose LLM goes that way.
-    """
+    """The code path of flash attention with kernels that run anywhere; makes models whose LLM goes that way."""
     kernels = (dense_kernel, varlen_kernel, None, flash_utils._pad_input, flash_utils._unpad_input)
     newer = hasattr(flash_utils, "_process_with_kvcache_kwargs_fn")
     arguments = (flash_arguments, flash_arguments) if newer else flash_arguments

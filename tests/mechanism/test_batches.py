@@ -69,8 +69,7 @@ def test_static_cache(name, options):
 
 @everywhere(never=("aligned",), before=FRONT)
 def test_without_cache(name, options):
-    """Every step reads the whole prompt again, and the strategy is asked again: it must have the same answer.
-    """
+    """Every step reads the whole prompt again, and the strategy is asked again: it must have the same answer."""
     model, inputs = subject(name), FAMILIES[name].batch("ragged")
     if not consistent(name, inputs, use_cache=False):
         pytest.skip("the unpatched model disagrees with itself")

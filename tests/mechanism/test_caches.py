@@ -190,8 +190,7 @@ def test_generate_reads_the_picture_again_after_a_crop(option):
 
 
 def test_renumbered_positions_after_a_crop():
-    """`positions="renumber"` counts what was dropped before the crop, no longer what was dropped behind it.
-    """
+    """`positions="renumber"` counts what was dropped before the crop, no longer what was dropped behind it."""
     family, model = FAMILIES["llava"], subject("llava")
     inputs = family.batch("ragged")
     mask, where = inputs["attention_mask"], lengths_of(family, inputs)

@@ -268,8 +268,7 @@ def test_pictures_of_packed_prompts_are_no_video():
 
 
 def test_a_cache_makes_one_prompt_of_a_row():
-    """With a cache transformers reads positions that start again as one prompt, and so does a patched model.
-    """
+    """With a cache transformers reads positions that start again as one prompt, and so does a patched model."""
     name = "llava"
     _, inputs = packed(name, CASES["one row"])
     model = subject(name)

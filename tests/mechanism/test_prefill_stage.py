@@ -189,8 +189,7 @@ def test_frames_are_units():
     "options", [dict(use_cache=False), dict(prompt_lookup_num_tokens=3)], ids=["no cache", "lookup"]
 )
 def test_drafts_and_generated_tokens_are_not_the_prompt(options):
-    """The last token of the prompt ranks, not a draft or a generated token: the same answer as with a cache.
-    """
+    """The last token of the prompt ranks, not a draft or a generated token: the same answer as with a cache."""
     model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
     ids = inputs["input_ids"].clone()
     ids[0, -3:-1] = ids[0, 1:3]
@@ -306,8 +305,7 @@ def test_a_cache_filled_under_another_patch():
 
 
 def test_windows():
-    """A window that the conversation fits is no hindrance; a smaller one is refused before the first token.
-    """
+    """A window that the conversation fits is no hindrance; a smaller one is refused before the first token."""
     family = FAMILIES["gemma3"]
     inputs = family.batch("one")
     total = inputs["input_ids"].shape[1] + 5

@@ -353,8 +353,7 @@ def test_beams_without_cache(case, way):
 
 
 def test_another_picture_within_one_generate_is_asked_about():
-    """A forward of someone else within generate(), as contrastive decoding makes one, has its own pictures.
-    """
+    """A forward of someone else within generate(), as contrastive decoding makes one, has its own pictures."""
     family, model = FAMILIES["llava"], subject("llava")
     inputs = family.batch("one")
     other = inputs | {"pixel_values": inputs["pixel_values"].flip(0) + 1}

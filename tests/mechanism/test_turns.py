@@ -112,8 +112,7 @@ def join_turns(spy: Spy, cut: int) -> None:
 @pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
 @pytest.mark.parametrize("name", [n for n in PATCHABLE if n.startswith("qwen")])
 def test_new_image_by_hand(name, options):
-    """generate() cannot place a second image on the cache of a multimodal rope; whoever passes positions can.
-    """
+    """generate() cannot place a second image on the cache of a multimodal rope; whoever passes positions can."""
     family = FAMILIES[name]
     whole = family.prompt([[0, 1]], turns=True)
     start = len(family.visual(family.prompt([[0]])).nonzero())

@@ -112,8 +112,7 @@ def separators_kept(tokens: VisualTokens, selection: Selection) -> int:
 
 
 def answer(strategy: Strategy, tokens: VisualTokens, memory: dict | None = None) -> Selection:
-    """A checked answer to tokens that provide only what was declared; `memory` is that of a stream going on.
-    """
+    """A checked answer to tokens that provide only what was declared; `memory` is that of a stream going on."""
     needs = strategy.needs(tokens.tower)
     declared = {(what, layer) for what in ("cls_attention", "cls_logits", "received_attention", "keys")
                 for layer in getattr(needs, what)}  # fmt: skip

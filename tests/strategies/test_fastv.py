@@ -64,8 +64,7 @@ def test_layer_zero_draws_what_the_random_baseline_draws():
 @pytest.mark.parametrize("layer", [1, 2, 3])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "llava_next_video/video"])
 def test_selection_is_eager_attentions_on_a_model(name, layer):
-    """What is kept follows from `output_attentions` of the unpatched model, and the answer is the oracle's.
-    """
+    """What is kept follows from `output_attentions` of the unpatched model, and the answer is the oracle's."""
     family, model = FAMILIES[name], subject(name)
     inputs = family.batch("ragged")
     with torch.no_grad():

@@ -108,8 +108,7 @@ def test_code_allocation_has_the_same_regions_where_crops_are_bands():
 
 @pytest.mark.parametrize("down,across,top_,left", [(1, 2, 0, 1), (3, 1, 2, 0), (2, 3, 1, 0)])
 def test_a_planted_token_is_found_at_its_place(down, across, top_, left):
-    """The cell with the highest attention of a crop survives, and its row carries the feature planted there.
-    """
+    """The cell with the highest attention of a crop survives, and its row carries the feature planted there."""
     side = 5
     for y, x in (
         (top_, left),

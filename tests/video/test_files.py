@@ -77,13 +77,7 @@ DECORD = {
         "mp4, index first",
         "mp4, variable rate",
     ),
-    *(
-        "mp4 that starts late",
-        "mov",
-        "mkv",
-        "mkv, variable rate",
-        "mkv that starts before zero",
-    ),
+    *("mp4 that starts late", "mov", "mkv", "mkv, variable rate", "mkv that starts before zero"),
     *("webm, VP8", "webm, VP8 with hidden frames", "odd size", "one frame", "two frames"),
 }
 

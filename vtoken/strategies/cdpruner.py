@@ -18,22 +18,17 @@ from .registry import register
 
 @register(
     "cdpruner",
-    summary=(
-        "Keep a subset that is diverse and relevant to the prompt: greedy MAP of a relevance-conditioned DPP."
-    ),
+    summary="Keep a subset that is diverse and relevant to the prompt: greedy MAP of a "
+    "relevance-conditioned DPP.",
     stages=("projector",),
-    paper=(
-        "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs, arXiv"
-        " 2506.10967"
-    ),
+    paper="Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs, "
+    "arXiv 2506.10967",
     code="github.com/Theia-4869/CDPruner",
     code_licence="Apache-2.0",
-    differs=(
-        "Relevance compares projected features with the LLM's own embeddings of the prompt's text tokens,"
-        " template included: the public code for LLaVA loads CLIP's text tower and its visual projection,"
-        " which a patched model does not have, and negates that similarity (negate=True). Relevance is scaled"
-        " per image or crop, not over a batch; cells that the model unpads do not compete."
-    ),
+    differs="Relevance compares projected features with the LLM's own embeddings of the prompt's text "
+    "tokens, template included: the public code for LLaVA loads CLIP's text tower and its visual "
+    "projection, which a patched model does not have, and negates that similarity (negate=True). Relevance "
+    "is scaled per image or crop, not over a batch; cells that the model unpads do not compete.",
 )
 @dataclass
 class CDPruner(Strategy):

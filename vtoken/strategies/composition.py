@@ -171,8 +171,7 @@ class Composite(Strategy):
         )
 
     def _for(self, n: int, frames: int) -> Strategy:
-        """The projector strategy with its share of a whole-number budget for an image or video of n tokens.
-        """
+        """The projector strategy with its share of a whole-number budget for an image or video of n tokens."""
         if self.budget is None or self.allowance().is_share or n == 0:
             return self.first
         share = min(1.0, self.allowance().allowed(n, frames) / n) ** self.split

@@ -21,11 +21,9 @@ from .registry import register
     paper="DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models, arXiv 2503.02175",
     code="github.com/vbdi/divprune",
     code_licence="CC BY-NC 4.0; written from the paper, nothing is taken from it",
-    differs=(
-        "Distances are computed in float32 (the public code uses the model's dtype); chosen tokens leave the"
-        " candidates, so that none is kept twice; several images of a prompt are pruned one by one, a video"
-        " as a whole."
-    ),
+    differs="Distances are computed in float32 (the public code uses the model's dtype); chosen tokens "
+    "leave the candidates, so that none is kept twice; several images of a prompt are pruned one by one, a "
+    "video as a whole.",
 )
 @dataclass
 class DivPrune(Strategy):

@@ -15,18 +15,15 @@ from .registry import register
 
 @register(
     "fastv",
-    summary=(
-        "After K layers of the LLM keep the visual tokens to which the last token of the prompt attends most."
-    ),
+    summary="After K layers of the LLM keep the visual tokens to which the last token of the prompt attends "
+    "most.",
     stages=("prefill",),
     budget_means="cut",
     paper="An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764",
     code="github.com/pkunlp-icler/FastV",
     code_licence="none stated",
-    differs=(
-        "Ranks per prompt, with the union of its images as candidates; the public code uses the first"
-        " prompt's choice for the whole batch and knows one image. Padding stays masked behind the cut."
-    ),
+    differs="Ranks per prompt, with the union of its images as candidates; the public code uses the first "
+    "prompt's choice for the whole batch and knows one image. Padding stays masked behind the cut.",
 )
 @dataclass
 class FastV(Strategy):

@@ -18,24 +18,18 @@ from .scored import ScoredStrategy
 
 @register(
     "globalcom2",
-    summary=(
-        "Give rich anyres crops more of the budget, rank their tokens by thumbnail and crop importance"
-        " together."
-    ),
+    summary="Give rich anyres crops more of the budget, rank their tokens by thumbnail and crop importance "
+    "together.",
     stages=("projector",),
-    paper=(
-        "Global Compression Commander: Plug-and-Play Inference Acceleration for High-Resolution Large"
-        " Vision-Language Models, arXiv 2501.05179"
-    ),
+    paper="Global Compression Commander: Plug-and-Play Inference Acceleration for High-Resolution Large "
+    "Vision-Language Models, arXiv 2501.05179",
     code="github.com/xuyang-liu16/GlobalCom2",
     code_licence="Apache-2.0",
-    differs=(
-        "Tokens and newline rows stay where the unpatched model reads them (layout='spatial'). The public"
-        " code writes a crop's kept tokens to cells numbered over its unpadded tokens, puts the thumbnail in"
-        " score order and adds newlines in padded rows; layout='reference' reproduces that order with the"
-        " newline rows that exist. Several images are read each with its own maps. Images without crops,"
-        " which the code leaves as they are, keep the top of their own score."
-    ),
+    differs="Tokens and newline rows stay where the unpatched model reads them (layout='spatial'). The "
+    "public code writes a crop's kept tokens to cells numbered over its unpadded tokens, puts the thumbnail "
+    "in score order and adds newlines in padded rows; layout='reference' reproduces that order with the "
+    "newline rows that exist. Several images are read each with its own maps. Images without crops, which "
+    "the code leaves as they are, keep the top of their own score.",
 )
 @dataclass
 class GlobalCom2(ScoredStrategy):

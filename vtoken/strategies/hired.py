@@ -18,21 +18,16 @@ from .scored import ScoredStrategy
 
 @register(
     "hired",
-    summary=(
-        "Divide the budget over anyres crops by early CLS attention, keep the tokens with the highest late"
-        " CLS attention."
-    ),
+    summary="Divide the budget over anyres crops by early CLS attention, keep the tokens with the highest "
+    "late CLS attention.",
     stages=("projector",),
-    paper=(
-        "HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution VLMs, arXiv"
-        " 2408.10945"
-    ),
+    paper="HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution VLMs, arXiv "
+    "2408.10945",
     code="github.com/hasanar1f/HiRED",
     code_licence="MIT",
-    differs=(
-        "Crops get their true block of the thumbnail (allocation='paper'); the public code counts consecutive"
-        " raster chunks (allocation='code') and mis-stitches non-square canvases, which is not reproduced."
-    ),
+    differs="Crops get their true block of the thumbnail (allocation='paper'); the public code counts "
+    "consecutive raster chunks (allocation='code') and mis-stitches non-square canvases, which is not "
+    "reproduced.",
 )
 @dataclass
 class HiRED(ScoredStrategy):

@@ -20,17 +20,14 @@ from .registry import register
     summary="Average every run of s visual tokens into one, in front of a layer in the middle of the LLM.",
     stages=("prefill",),
     budget_means="cut",
-    paper=(
-        "LLaVolta: Efficient Multi-modal Models via Stage-wise Visual Context Compression, arXiv 2406.20092"
-    ),
+    paper="LLaVolta: Efficient Multi-modal Models via Stage-wise Visual Context Compression, arXiv "
+    "2406.20092",
     code="github.com/Beckschen/LLaVolta",
     code_licence="Apache-2.0",
-    differs=(
-        "Only the pooling, which needs no training. Masks are cut by column (the public code keeps the first"
-        " ones, which is wrong with padding); a mean sits at the position of the token in the middle of its"
-        " run, which is the floored mean of 1-D positions; with multimodal rope the published rule is not"
-        " defined."
-    ),
+    differs="Only the pooling, which needs no training. Masks are cut by column (the public code keeps the "
+    "first ones, which is wrong with padding); a mean sits at the position of the token in the middle of "
+    "its run, which is the floored mean of 1-D positions; with multimodal rope the published rule is not "
+    "defined.",
 )
 @dataclass
 class LLaVolta(Strategy):

@@ -37,25 +37,19 @@ from .registry import register
 
 @register(
     "mustdrop",
-    summary=(
-        "Merge similar windows in the tower, filter inside the LLM by total and by largest attention from the"
-        " text, then cut the KV cache of earlier layers to the survivors."
-    ),
+    summary="Merge similar windows in the tower, filter inside the LLM by total and by largest attention "
+    "from the text, then cut the KV cache of earlier layers to the survivors.",
     stages=("encoder", "projector", "prefill", "cache"),
     budget_means="average",
-    paper=(
-        "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model, arXiv"
-        " 2411.10803"
-    ),
+    paper="Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model, arXiv "
+    "2411.10803",
     code="github.com/liuting20/MustDrop",
     code_licence="Apache-2.0",
-    differs=(
-        "Survivors keep their order on the grid and their positions, a merged window sits at its centre (the"
-        " public code puts merged windows first and renumbers, which leaves aligned layers with wrong"
-        " distances). The budget form of the filter is exact for the published ratio of thresholds but is"
-        " ours. Towers without CLS rank by attention received, towers whose grid is not the LLM's merge"
-        " behind the projector; both are extensions."
-    ),
+    differs="Survivors keep their order on the grid and their positions, a merged window sits at its centre "
+    "(the public code puts merged windows first and renumbers, which leaves aligned layers with wrong "
+    "distances). The budget form of the filter is exact for the published ratio of thresholds but is ours. "
+    "Towers without CLS rank by attention received, towers whose grid is not the LLM's merge behind the "
+    "projector; both are extensions.",
 )
 @dataclass
 class MustDrop(Strategy):
@@ -157,8 +151,7 @@ class MustDrop(Strategy):
         return selection
 
     def _merge_on_grid(self, tokens: VisualTokens, group: Tensor) -> Tensor:
-        """The same windows on the cells that the LLM would read, for towers in which nothing can be merged.
-        """
+        """The same windows on the cells that the LLM would read, for towers in which nothing can be merged."""
         place = torch.full((tokens.num_cells,), -1, device=group.device)
         place[tokens.cells[tokens.patch_rows]] = tokens.patch_rows
         group, start = group.clone(), 0

@@ -15,23 +15,18 @@ LEAST_RATIO = 0.25
 
 @register(
     "pyramiddrop",
-    summary=(
-        "Drop a fixed share of the visual tokens at a quarter, half and three quarters of the LLM's depth."
-    ),
+    summary="Drop a fixed share of the visual tokens at a quarter, half and three quarters of the LLM's "
+    "depth.",
     stages=("prefill",),
     budget_means="average",
-    paper=(
-        "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction,"
-        " arXiv 2410.17247"
-    ),
+    paper="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy "
+    "Reduction, arXiv 2410.17247",
     code="github.com/Cooperx521/PyramidDrop",
     code_licence="MIT",
-    differs=(
-        "The ratio follows from the budget; budgets below a third, for which the published cuts leave no"
-        " room, move the cuts towards the input, and rank the embeddings only if one layer that reads"
-        " everything would use them up. Grouped-query attention, left padding and several images work;"
-        " positions are kept unless positions='renumber'."
-    ),
+    differs="The ratio follows from the budget; budgets below a third, for which the published cuts leave "
+    "no room, move the cuts towards the input, and rank the embeddings only if one layer that reads "
+    "everything would use them up. Grouped-query attention, left padding and several images work; positions "
+    "are kept unless positions='renumber'.",
 )
 @dataclass
 class PyramidDrop(Strategy):

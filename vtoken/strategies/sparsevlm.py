@@ -40,25 +40,19 @@ def recycled(dropped: int) -> int:
 
 @register(
     "sparsevlm",
-    summary=(
-        "Prune at a few LLM layers by the attention of the words that are about the picture; merge some of"
-        " the pruned."
-    ),
+    summary="Prune at a few LLM layers by the attention of the words that are about the picture; merge some "
+    "of the pruned.",
     stages=("prefill",),
     budget_means="average",
-    paper=(
-        "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv"
-        " 2410.04417"
-    ),
+    paper="SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference, arXiv "
+    "2410.04417",
     code="github.com/Gumpest/SparseVLMs",
     code_licence="Apache-2.0",
-    differs=(
-        "Clustering is deterministic: equal densities go to the lower index, the public code adds noise."
-        " Merged tokens sit at the place of their cluster's centre, not behind the kept ones. Positions are"
-        " kept (the public v1 renumbers). Text between several images rates only what lies before it. The"
-        " rotary correction of v2 comes from the model's own tables and is clamped; the published one turns"
-        " negative at 1,700 tokens."
-    ),
+    differs="Clustering is deterministic: equal densities go to the lower index, the public code adds "
+    "noise. Merged tokens sit at the place of their cluster's centre, not behind the kept ones. Positions "
+    "are kept (the public v1 renumbers). Text between several images rates only what lies before it. The "
+    "rotary correction of v2 comes from the model's own tables and is clamped; the published one turns "
+    "negative at 1,700 tokens.",
 )
 @dataclass
 class SparseVLM(Strategy):
@@ -144,8 +138,7 @@ class SparseVLM(Strategy):
         return self._merge(tokens, kept, scores) if self._merges else Selection(kept)
 
     def _attention(self, tokens: PrefillTokens, raters: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over the raters behind each visual token (heads, v), and how many those are (v,), at least 1.
-        """
+        """Sum over the raters behind each visual token (heads, v), and how many those are (v,), at least 1."""
         visual = tokens.visual_rows
         total = torch.zeros((), device=visual.device)
         for rows, attention in head_rows(tokens, raters):
@@ -212,8 +205,7 @@ class SparseVLM(Strategy):
         return counts
 
     def _kept(self, n: int, share: float, cuts: tuple[int, ...]) -> list[int]:
-        """The published tables, linear in the average in between: of n tokens with an average of `share * n`.
-        """
+        """The published tables, linear in the average in between: of n tokens with an average of `share * n`."""
         rows = {t / PUBLISHED: k for t, k in TABLES[self.version].items()} | {
             0.0: (0, 0, 0),
             1.0: (PUBLISHED,) * 3,

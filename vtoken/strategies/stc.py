@@ -13,10 +13,8 @@ from .stc_pruner import STCPruner
 
 @register(
     "stc",
-    summary=(
-        "Streaming Token Compression: reuse of frames in the vision tower, and pruning against the stream's"
-        " history."
-    ),
+    summary="Streaming Token Compression: reuse of frames in the vision tower, and pruning against the "
+    "stream's history.",
     stages=("encoder", "projector"),
     budget_means="entrance",
     paper=PAPER,

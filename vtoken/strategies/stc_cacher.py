@@ -1,5 +1,4 @@
-"""STC-Cacher: in the vision tower, compute of a frame what has moved and reuse the rest of an earlier frame.
-"""
+"""STC-Cacher: in the vision tower, compute of a frame what has moved and reuse the rest of an earlier frame."""
 
 from __future__ import annotations
 
@@ -21,20 +20,16 @@ LICENCE = "none"
 
 @register(
     "stc_cacher",
-    summary=(
-        "In the vision tower, compute the tokens of a frame whose keys moved and reuse an earlier frame for"
-        " the rest."
-    ),
+    summary="In the vision tower, compute the tokens of a frame whose keys moved and reuse an earlier frame "
+    "for the rest.",
     stages=("encoder",),
     paper=PAPER,
     code=CODE,
     code_licence=LICENCE,
-    differs=(
-        "Follows the public code where paper and code disagree (all keys are fresh, only values are mixed); a"
-        " frame per step; a frame without a reference, or of another size than it, is computed in full; all"
-        " frames of a call pass a layer together; the sum of what attention and MLP added is cached, not"
-        " both; towers with windows attend within them."
-    ),
+    differs="Follows the public code where paper and code disagree (all keys are fresh, only values are "
+    "mixed); a frame per step; a frame without a reference, or of another size than it, is computed in "
+    "full; all frames of a call pass a layer together; the sum of what attention and MLP added is cached, "
+    "not both; towers with windows attend within them.",
 )
 @dataclass
 class STCCacher(Strategy):

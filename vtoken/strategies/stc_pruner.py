@@ -23,12 +23,10 @@ from .stc_cacher import CODE, LICENCE, PAPER
     paper=PAPER,
     code=CODE,
     code_licence=LICENCE,
-    differs=(
-        "Follows the public code where paper and code disagree (score='dual_anchor' is the paper's formula,"
-        " with a blend that it does not state); the history belongs to one stream and is its running mean,"
-        " the code's never ends; scores are float32; the newline row after a video stays; an image is a"
-        " stream of its segments."
-    ),
+    differs="Follows the public code where paper and code disagree (score='dual_anchor' is the paper's "
+    "formula, with a blend that it does not state); the history belongs to one stream and is its running "
+    "mean, the code's never ends; scores are float32; the newline row after a video stays; an image is a "
+    "stream of its segments.",
 )
 @dataclass
 class STCPruner(ScoredStrategy):

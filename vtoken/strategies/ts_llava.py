@@ -23,18 +23,14 @@ FEWER = (6, 4, 2, 1)  # frames of a collage where the video has fewer than asked
     "ts_llava",
     summary="Sample all frames' tokens evenly, and add the tokens of a collage of a few frames.",
     stages=("projector",),
-    paper=(
-        "TS-LLaVA: Constructing Visual Tokens through Thumbnail-and-Sampling for Training-Free Video Large"
-        " Language Models, arXiv 2411.11066"
-    ),
+    paper="TS-LLaVA: Constructing Visual Tokens through Thumbnail-and-Sampling for Training-Free Video "
+    "Large Language Models, arXiv 2411.11066",
     code="github.com/tingyu215/TS-LLaVA",
     code_licence="Apache-2.0",
-    differs=(
-        "The budget is the sum of sample and thumbnail (0.12 of 50 frames of 576 tokens are the published"
-        " 3456); where it leaves no room for both, all of it is sampled; short videos get a collage of fewer"
-        " frames; one collage per video, without the ablations with several; positions='renumber' numbers the"
-        " tokens as published."
-    ),
+    differs="The budget is the sum of sample and thumbnail (0.12 of 50 frames of 576 tokens are the "
+    "published 3456); where it leaves no room for both, all of it is sampled; short videos get a collage of "
+    "fewer frames; one collage per video, without the ablations with several; positions='renumber' numbers "
+    "the tokens as published.",
 )
 @dataclass
 class TSLLaVA(Strategy):
@@ -112,16 +108,14 @@ def _is_frame(segment: Segment) -> bool:
 
 
 def frame_indices(frames: int, count: int) -> list[int]:
-    """The frames that the method reads of a video: `count` midpoints of equal stretches of `frames` frames.
-    """
+    """The frames that the method reads of a video: `count` midpoints of equal stretches of `frames` frames."""
     count = min(frames, count)
     ends = [round((frames - 1) / count * i) for i in range(count + 1)]
     return [(a + b) // 2 for a, b in itertools.pairwise(ends)]
 
 
 def sample_indices(n: int, count: int) -> Tensor:
-    """(count,) int64: evenly spaced among n, first and last included; in float32, as the public code has it.
-    """
+    """(count,) int64: evenly spaced among n, first and last included; in float32, as the public code has it."""
     return torch.linspace(0, n - 1, count, dtype=torch.float32).round().long().clamp(0, n - 1)
 
 

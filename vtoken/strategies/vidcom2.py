@@ -17,22 +17,16 @@ from .scored import ScoredStrategy
 
 @register(
     "vidcom2",
-    summary=(
-        "Divide a video's budget by how unusual each frame is, keep the tokens unlike their frame and the"
-        " video."
-    ),
+    summary="Divide a video's budget by how unusual each frame is, keep the tokens unlike their frame and "
+    "the video.",
     stages=("projector",),
-    paper=(
-        "Video Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language Models, "
-        "arXiv 2505.14454"
-    ),
+    paper="Video Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language "
+    "Models, arXiv 2505.14454",
     code="github.com/xuyang-liu16/VidCom2",
     code_licence="Apache-2.0",
-    differs=(
-        "Follows the public code where paper and code disagree (similarity='cosine' is the paper's); scores"
-        " are float32 and frame shares float64, the code uses the model's dtype; works on batches and on"
-        " several videos per prompt; the newline row after a video stays where it is."
-    ),
+    differs="Follows the public code where paper and code disagree (similarity='cosine' is the paper's); "
+    "scores are float32 and frame shares float64, the code uses the model's dtype; works on batches and on "
+    "several videos per prompt; the newline row after a video stays where it is.",
 )
 @dataclass
 class VidCom2(ScoredStrategy):

@@ -17,20 +17,16 @@ from .registry import register
 
 @register(
     "visionzip",
-    summary=(
-        "Keep the most attended tokens, merge the rest by key similarity into evenly spaced contextual"
-        " tokens."
-    ),
+    summary="Keep the most attended tokens, merge the rest by key similarity into evenly spaced contextual "
+    "tokens.",
     stages=("projector",),
     paper="VisionZip: Longer is Better but Not Necessary in Vision Language Models, arXiv 2412.04467",
     code="github.com/dvlab-research/VisionZip",
     code_licence="Apache-2.0",
-    differs=(
-        "Merges behind the projector, as the public code does for Qwen2.5-VL; its LLaVA code merges in front"
-        " of it and keeps the CLS token, for which one more dominant patch stays here. Contextual tokens sit"
-        " at their target's place (layout='reference' puts them last, as the LLaVA code does); cells that the"
-        " model unpads are not merged."
-    ),
+    differs="Merges behind the projector, as the public code does for Qwen2.5-VL; its LLaVA code merges in "
+    "front of it and keeps the CLS token, for which one more dominant patch stays here. Contextual tokens "
+    "sit at their target's place (layout='reference' puts them last, as the LLaVA code does); cells that "
+    "the model unpads are not merged.",
 )
 @dataclass
 class VisionZip(Strategy):

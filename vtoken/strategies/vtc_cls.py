@@ -21,10 +21,8 @@ from .scored import ScoredStrategy
     paper="[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs, arXiv 2412.05819",
     code="github.com/THU-MIG/VTC-CLS",
     code_licence="Apache-2.0",
-    differs=(
-        "Works on batches (the public code averages over the batch); crops of anyres images keep a share"
-        " each."
-    ),
+    differs="Works on batches (the public code averages over the batch); crops of anyres images keep a "
+    "share each.",
 )
 @dataclass
 class VTCCLS(ScoredStrategy):

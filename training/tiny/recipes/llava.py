@@ -50,12 +50,7 @@ def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: i
     Returns:
         ``(LlavaForConditionalGeneration, LlavaProcessor)`` in float32.
     """
-    from transformers import (
-        CLIPImageProcessor,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     tokenizer = build_tokenizer()
     config = clip_llava(LlavaConfig, tokenizer, width, (tower_layers, llm_layers), heads, SIZE)
