@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import vtoken
-from vtoken.tokens import Selection
+from vtoken.selection import Selection
 
 ROOT = Path(vtoken.__file__).parents[1]
 SNIPPET = """

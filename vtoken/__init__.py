@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from .mechanism.generation import prompt_length
     from .patching import applied, disabled, patch, report, unpatch
     from .resize import resized
+    from .selection import Selection
     from .strategies import Strategy, StrategyInfo, register, strategy_info
     from .streaming import StreamSession
     from .streams import FrameTokens, Reuse, StreamState, stream
-    from .tokens import Needs, PrefillTokens, Segment, Selection, TowerInfo, VisualTokens
+    from .tokens import Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 
 __all__ = [
     "FrameTokens",
@@ -72,9 +73,8 @@ _LAZY = {
     **dict.fromkeys(("applied", "disabled", "patch", "report", "unpatch"), "patching"),
     **dict.fromkeys(("Strategy", "StrategyInfo", "register", "strategy_info"), "strategies"),
     **dict.fromkeys(("FrameTokens", "Reuse", "StreamState", "stream"), "streams"),
-    **dict.fromkeys(
-        ("Needs", "PrefillTokens", "Segment", "Selection", "TowerInfo", "VisualTokens"), "tokens"
-    ),
+    **dict.fromkeys(("Needs", "PrefillTokens", "Segment", "TowerInfo", "VisualTokens"), "tokens"),
+    "Selection": "selection",
 }
 
 

@@ -30,10 +30,11 @@ from .mechanism.unread_features import Unread
 from .mechanism.vision_hooks import VisionHooks
 from .mechanism.visual_turn import VisualTurn
 from .recorder import Recorder
+from .selection import Selection, concat_selections
 from .strategies import Strategy
 from .strategies.assembly import assemble
 from .streams import unwrapped
-from .tokens import Segment, Selection, VisualTokens, concat_selections
+from .tokens import Segment, VisualTokens
 
 M = TypeVar("M")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._threads import PerThread
 from ..adapters.towers.capture import Capture
-from ..tokens import Selection
+from ..selection import Selection
 from .ledger import Ledger
 from .prompt import Choice, EncodedVisuals, Prompt
 

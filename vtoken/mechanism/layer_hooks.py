@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from ..hooks import Hook, Hooks, rebuilt
-from ..tokens import PrefillTokens, Selection
+from ..selection import Selection
+from ..tokens import PrefillTokens
 from .cache_alignment import align_cache
 from .drop_schedule import DropSchedule
 from .forward_context import ForwardContext, Plan, Run

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..adapters.base import Adapter
 from ..adapters.tiles import join_images
-from ..tokens import Selection, VisualTokens, concat_selections
+from ..selection import Selection, concat_selections
+from ..tokens import VisualTokens
 from .forward_context import Call, ForwardContext, Plan, PromptLayout, Run
 from .packed_rows import apart
 from .prompt import Answered, Choice, EncodedVisuals, Prompt

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tokens import Needs, Selection, VisualTokens
+from ..selection import Selection
+from ..tokens import Needs, VisualTokens
 
 
 @dataclass

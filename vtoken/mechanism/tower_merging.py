@@ -23,7 +23,8 @@ from ..adapters.towers.base import Tower
 from ..adapters.towers.capture import Capture, Merged
 from ..hooks import Hook, Hooks
 from ..kernels import gather_merge
-from ..tokens import EncoderMerge, EncoderTokens
+from ..selection import EncoderMerge
+from ..tokens import EncoderTokens
 
 
 class EncoderMerging:

@@ -20,8 +20,9 @@ from torch import Tensor
 from ..adapters.base import Adapter, Layout
 from ..adapters.towers.capture import Capture, FramePass
 from ..hooks import Hooks, Wrapped, rebuilt
+from ..selection import EncoderMerge, Selection
 from ..streams import Reuse, StreamState, TowerUse, current_stream
-from ..tokens import EncoderMerge, EncoderTokens, Needs, Selection, VisualTokens
+from ..tokens import EncoderTokens, Needs, VisualTokens
 from .forward_context import ENCODED, Admission, ForwardContext
 from .prompt import EncodedVisuals, tensors_of
 from .tower_merging import EncoderMerging

@@ -11,17 +11,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ..checks import fit_field, has_field
+from ..selection import EncoderMerge, Selection
 from ..streams import Reuse
-from ..tokens import (
-    EncoderMerge,
-    EncoderTokens,
-    Needs,
-    PrefillTokens,
-    Segment,
-    Selection,
-    TowerInfo,
-    VisualTokens,
-)
+from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 from .budgets import Budget, check_budget
 
 Positions = Literal["original", "renumber"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import greedy_map
-from ..tokens import Needs, Selection, TowerInfo, VisualTokens
+from ..selection import Selection
+from ..tokens import Needs, TowerInfo, VisualTokens
 from .base import Strategy
 from .common.grouping import rows_per_segment, unit
 from .registry import register

@@ -8,17 +8,9 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from ..checks import found
+from ..selection import EncoderMerge, Selection
 from ..streams import Reuse
-from ..tokens import (
-    EncoderMerge,
-    EncoderTokens,
-    Needs,
-    PrefillTokens,
-    Segment,
-    Selection,
-    TowerInfo,
-    VisualTokens,
-)
+from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 from .base import Positions, Strategy, StrategyInfo
 from .budgets import Budget, frames_of
 

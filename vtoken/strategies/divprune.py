@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import farthest_point
-from ..tokens import Segment, Selection, VisualTokens
+from ..selection import Selection
+from ..tokens import Segment, VisualTokens
 from .base import Strategy
 from .budgets import Budget, divide, frames_of
 from .registry import register

@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from ..tokens import PrefillTokens, Selection
+from ..selection import Selection
+from ..tokens import PrefillTokens
 from .base import Strategy, top_k
 from .common.schedule import check_inside, mean_rows, wanted
 from .registry import register

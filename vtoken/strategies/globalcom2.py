@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
+from ..selection import Selection
+from ..tokens import Needs, Segment, TowerInfo, VisualTokens
 from .common.grouping import Layout, in_order, local_cells, rows_per_segment, unit
 from .registry import register
 from .scored import ScoredStrategy

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..tokens import PrefillTokens, Selection, VisualTokens
+from ..selection import Selection
+from ..tokens import PrefillTokens, VisualTokens
 from .base import Strategy
 from .budgets import frames_of
 from .common.grouping import mean_of_runs

@@ -10,16 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checks import Threshold
-from ..tokens import (
-    EncoderMerge,
-    EncoderTokens,
-    Needs,
-    PrefillTokens,
-    Segment,
-    Selection,
-    TowerInfo,
-    VisualTokens,
-)
+from ..selection import EncoderMerge, Selection
+from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 from .base import Strategy, top_k
 from .common.schedule import (
     behind_layers,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..tokens import Segment, Selection, VisualTokens
+from ..selection import Selection
+from ..tokens import Segment, VisualTokens
 from .base import Strategy
 from .common.grids import blocks_of, pooled_grid, window_of
 from .registry import register

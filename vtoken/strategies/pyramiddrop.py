@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..tokens import PrefillTokens, Selection
+from ..selection import Selection
+from ..tokens import PrefillTokens
 from .base import Strategy, top_k
 from .common import schedule
 from .registry import register

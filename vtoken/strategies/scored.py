@@ -8,7 +8,8 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
-from ..tokens import Selection, VisualTokens
+from ..selection import Selection
+from ..tokens import VisualTokens
 from .base import Strategy, top_k
 from .common.grouping import local_cells, rows_per_segment
 

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..tokens import PrefillTokens, Selection
+from ..selection import Selection
+from ..tokens import PrefillTokens
 from .base import Strategy, top_k
 from .common.clusters import density_peaks
 from .common.schedule import (

@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..tokens import Needs, Segment, Selection, TowerInfo, VisualTokens
+from ..selection import Selection
+from ..tokens import Needs, Segment, TowerInfo, VisualTokens
 from .base import Strategy
 from .common.grouping import local_cells, nearest, rows_per_segment, unit
 from .common.scores import Score, attention_needs, attention_scores

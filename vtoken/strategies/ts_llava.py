@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tokens import Needs, NotProvided, Segment, Selection, TowerInfo, VisualTokens
+from ..selection import Selection
+from ..tokens import Needs, NotProvided, Segment, TowerInfo, VisualTokens
 from .base import Strategy
 from .budgets import Budget
 from .common.grouping import rows_per_segment

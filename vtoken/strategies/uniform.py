@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..tokens import Selection, VisualTokens
+from ..selection import Selection
+from ..tokens import VisualTokens
 from .base import Strategy
 from .registry import register
 

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..tokens import Needs, Selection, TowerInfo, VisualTokens
+from ..selection import Selection
+from ..tokens import Needs, TowerInfo, VisualTokens
 from .base import Strategy, top_k
 from .common.grouping import Layout, in_order, local_cells, nearest, rows_per_segment
 from .common.scores import attention_needs, attention_scores

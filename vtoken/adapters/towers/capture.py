@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...selection import EncoderMerge
 from ...streams import References, StreamState, TowerUse
-from ...tokens import EncoderMerge, Needs
+from ...tokens import Needs
 
 STORED = -1  # a frame whose reference came in an earlier call
 

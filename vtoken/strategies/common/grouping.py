@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...tokens import Selection, VisualTokens
+from ...selection import Selection
+from ...tokens import VisualTokens
 
 TIE = 1e-6  # cosines closer than this are a tie, which the lower index wins
 Layout = Literal["spatial", "reference"]

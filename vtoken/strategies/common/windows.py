@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...tokens import EncoderMerge
+from ...selection import EncoderMerge
 from .grouping import unit
 
 
