@@ -29,6 +29,7 @@ NO_PICTURES = [
     7,
     b"",
     [[[0, 0, 0]]],
+    torch.empty(28, 28, 3, dtype=torch.uint8, device="meta"),
     FRAME[..., 0],
     FRAME[..., :2],
     np.concatenate([FRAME, FRAME[..., :1]], -1),
