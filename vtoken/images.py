@@ -72,6 +72,8 @@ def pixels(image: Any, limits: Limits | None = PHOTO) -> np.ndarray:
     if isinstance(image, Image.Image):
         array = np.asarray(rgb(image, limits))
     else:
+        if getattr(image, "is_meta", False):
+            raise TypeError(f"{_FRAME}, found a tensor without data of shape {tuple(image.shape)}.")
         array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
     wrong = TypeError if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8 else ValueError
     if wrong is TypeError or not array.size:

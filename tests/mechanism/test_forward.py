@@ -190,7 +190,7 @@ def test_without_gradients_in_training_mode(name, options, training):
     with patched(model, **options) as spy, torch.no_grad():
         out = model(**clone(prompt), use_cache=True)
         logits, cache = [out.logits[:, -1]], out.get(CACHE)
-        if cache is None:
+        if cache is None or not cache.get_seq_length():  # SmolVLM of 5.23 returns the one it did not fill
             assert training
         else:
             assert {int(x.get_seq_length()) for x in cache.layers} == {inputs["input_ids"].shape[1]}

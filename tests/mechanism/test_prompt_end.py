@@ -112,6 +112,25 @@ def test_the_answer_does_not_choose(case, name, side):
         )
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", READERS)
+def test_the_answer_does_not_choose_where_a_prompt_sees_itself_in_both_directions(case, side, training):
+    """PaliGemma, whose `token_type_ids` are 1 for the answer that the prompt must not see."""
+    model, inputs = FAMILIES["paligemma"].build(), FAMILIES["paligemma"].batch("ragged")
+    with patched(model, made(case)) as spy, torch.no_grad():
+        run(model, inputs, 1)
+        want = kept(spy)
+        model.train(training)
+        for answers in ANSWERS:
+            full, labels, starts = with_answers(inputs, answers, side)
+            full["token_type_ids"] = (labels != -100).long()
+            spy.clear()
+            with vtoken.prompt_length(starts):
+                model(**clone(full), **({"labels": labels} if training else {}))
+            assert kept(spy) == want
+
+
 def test_labels_by_position_and_none_that_count():
     """Labels may be no keyword; a row without any has no answer, and what the user told holds for it."""
     family, model = FAMILIES["llava"], subject("llava")

@@ -27,6 +27,7 @@ NO_PICTURES = [
     7,
     b"",
     [[[0, 0, 0]]],
+    torch.empty(28, 28, 3, dtype=torch.uint8, device="meta"),
     FRAME[..., 0],
     FRAME[..., :2],
     np.concatenate([FRAME, FRAME[..., :1]], -1),
@@ -42,6 +43,8 @@ NO_PIXELS = [
     np.zeros((0, 0, 3), np.uint8),
     np.zeros((0, 42, 3), np.uint8),
     np.zeros((1, 201, 3), np.uint8),
+    np.zeros((1, 40, 3), np.uint8),  # processors would take the height for channels
+    np.zeros((3, 40, 3), np.uint8),
     np.broadcast_to(np.zeros(3, np.uint8), (2**14, 2**14, 3)),
     torch.zeros(28, 0, 3, dtype=torch.uint8),
     Image.new("RGB", (0, 5)),

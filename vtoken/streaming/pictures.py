@@ -20,8 +20,8 @@ def picture_of(frame: Any) -> tuple[np.ndarray, Any]:
 
     Raises:
         TypeError: for an object that is not a picture.
-        ValueError: for a picture with more than `MAX_PIXELS`, or narrower than a 200th of its length; for a
-            PIL image that is damaged or of unknown colours.
+        ValueError: for a picture with more than `MAX_PIXELS`, narrower than a 200th of its length, or 1 or 3
+            pixels high; for a PIL image that is damaged or of unknown colours.
     """
     array = pixels(getattr(frame, "image", frame))
     high, wide = array.shape[:2]
@@ -29,6 +29,11 @@ def picture_of(frame: Any) -> tuple[np.ndarray, Any]:
         raise ValueError(
             f"A frame has 1 to {MAX_PIXELS} pixels and sides that differ by a factor of {MAX_RATIO} at most,"
             f" found {wide} x {high}."
+        )
+    if high in (1, 3):
+        raise ValueError(
+            f"A frame of {wide} x {high} pixels cannot be told from one whose channels come first: push"
+            " frames of another height."
         )
     return np.array(array, order="C"), getattr(frame, "seconds", None)
 
