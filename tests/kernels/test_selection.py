@@ -129,6 +129,14 @@ def test_greedy_map_maximises_the_determinant(seed, n, dtype, layout):
     assert kernels.greedy_map(x, quality, n).sort().values.tolist() == 2 * [list(range(n))]
 
 
+@pytest.mark.parametrize(("decay", "power", "seed"), [(0.1, 8, 0), (0.2, 4, 1), (0.2, 8, 1)])
+def test_greedy_map_names_no_token_twice_when_little_is_left_to_explain(decay, power, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(120, 128, generator=generator) * torch.exp(-decay * torch.arange(128)))[None]
+    quality = torch.rand(1, 120, generator=generator) ** power + 1e-6
+    assert len(set(kernels.greedy_map(x, quality, 100)[0].tolist())) == 100
+
+
 def test_greedy_map_falls_back_on_quality_once_the_rank_is_used_up():
     x, quality = tensor(0, 1, 30, 4), tensor(1, 1, 30).abs() + 0.5
     picks = kernels.greedy_map(x, quality, 12)[0]

@@ -194,6 +194,13 @@ def test_selections_are_those_of_torch(seed, n, d, dtype, layout, twice):
     assert torch.equal(triton("greedy_map", x, quality, k), torch_twin("greedy_map", x, quality, k))
 
 
+def test_greedy_map_names_no_token_twice_when_little_is_left_to_explain():
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.randn(40, 32, generator=generator) * torch.exp(-0.5 * torch.arange(32)))[None]
+    quality = torch.rand(1, 40, generator=generator) ** 8 + 1e-6
+    assert len(set(triton("greedy_map", x, quality, 36)[0].tolist())) == 36
+
+
 def test_selections_shared_by_several_programs(monkeypatch):
     """One launch a step, so that programs that run one after another can agree without a barrier."""
     monkeypatch.setattr(select, "multiprocessors", lambda device: 8)

@@ -211,8 +211,12 @@ def _greedy(
                 mine = tl.load(at + rows[None, :], mask=(step < t)[:, None] & inside[None, :], other=0.0)
                 row -= tl.sum(along * mine, 0)
             row /= root
+            rest = tl.load(left + rows, mask=inside, other=float("-inf"))
+            # as in the reference: a covariance is at most the root of both variances
+            bound = tl.sqrt(tl.where(rest == float("-inf"), 0.0, tl.maximum(rest, q * q * _DPP_FLOOR)))
+            row = tl.minimum(tl.maximum(row, -bound), bound)
             tl.store(factor + t * n + rows, row, mask=inside)
-            rest = tl.load(left + rows, mask=inside, other=float("-inf")) - row * row
+            rest -= row * row
             rest = tl.where(rows == pick, float("-inf"), rest)
             tl.store(left + rows, rest, mask=inside)
             value = tl.where(rest == float("-inf"), rest, tl.maximum(rest, q * q * _DPP_FLOOR))
