@@ -7,19 +7,14 @@ with them. A call uses the same patch from its beginning to its end.
 
 from __future__ import annotations
 
-import inspect
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import CodeType, FrameType
 from typing import Any, Protocol
 
-import torch
-from torch import nn
-
+from .call_frames import generate_frame, in_forward, living_threads
 from .streams import unwrapped
 
 
@@ -37,7 +32,6 @@ class Patch(Protocol):
 
 PATCH = "_vtoken_patch"  # the attribute of a model that holds its `Patches`
 LOCK = threading.RLock()  # for everything in this module; held for microseconds
-FORWARD = nn.Module._call_impl.__code__
 
 
 @dataclass(eq=False)
@@ -191,8 +185,8 @@ class Patches:
         """Start the use of a patch, except in a `generate` that is running without one."""
         if patch is not None:
             own = threading.get_ident()
-            self.older = dict.fromkeys(_threads())
-            frame = _generate_frame(patch.adapter.model)
+            self.older = dict.fromkeys(living_threads())
+            frame = generate_frame(patch.adapter.model)
             self.older.pop(own, None)
             if frame is not None:
                 self.older[own] = id(frame)
@@ -242,9 +236,9 @@ class Patches:
     def _settle(self) -> None:
         """Remove the hooks of patches that no call uses any more. LOCK is held."""
         if self.leaving:
-            alive = _threads()
+            alive = living_threads()
             inside = {thread: p for thread, p in self.forwards.items() if thread in alive}
-            if not _in_forward(self.base):  # an interrupted forward of this thread
+            if not in_forward(self.base):  # an interrupted forward of this thread
                 inside.pop(threading.get_ident(), None)
             self.forwards = inside
             used = {*inside.values(), *self.running}
@@ -263,121 +257,6 @@ class Patches:
 
 def _held(holder: Patches | Scope) -> Patch | None:
     return holder.own if isinstance(holder, Patches) else holder.patch
-
-
-class Gate:
-    """Tells the hooks of one patch whether a call belongs to it.
-
-    Args:
-        patches: all patches of the model.
-        patch: the patch of the hooks.
-    """
-
-    def __init__(self, patches: Patches, patch: Patch) -> None:
-        self.patches, self.patch = patches, patch
-
-    def serves(self) -> bool:
-        """Whether a call made here and now uses this patch."""
-        if torch.compiler.is_compiling() and self.patches.simple is self.patch:
-            return True
-        return self._serves()
-
-    @torch.compiler.disable
-    def _serves(self) -> bool:
-        with LOCK:
-            return self.patches.current() is self.patch and not self._older()
-
-    def _older(self) -> bool:
-        """Whether this is part of a `generate` that began without a patch."""
-        older, thread = self.patches.older, threading.get_ident()
-        if thread not in older:
-            return False
-        frame = _generate_frame(self.patch.adapter.model)
-        if frame is None or older[thread] not in (None, id(frame)):
-            del older[thread]
-            return False
-        older[thread] = id(frame)
-        return all(s.kind == "disabled" for s in self.patches._here())
-
-    def forward_begins(self) -> bool:
-        """Whether a forward of the base model uses this patch; its hooks stay until `forward_ended`."""
-        if torch.compiler.is_compiling():
-            return self.serves()
-        with LOCK:
-            served = self._serves()
-            if served:
-                threading.current_thread()  # makes a thread of foreign code known to `_threads`
-                self.patches.forwards[threading.get_ident()] = self.patch
-            elif self.patches.leaving:
-                self.patches._settle()
-            return served
-
-    def forward_ended(self) -> None:
-        """Note the end of the forward."""
-        if not torch.compiler.is_compiling():
-            with LOCK:
-                self.patches.forwards.pop(threading.get_ident(), None)
-                if self.patches.leaving:
-                    self.patches._settle()
-
-    @contextmanager
-    def call(self) -> Iterator[bool]:
-        """Use this patch to the end of a call; yields False and does nothing for a call of another patch."""
-        patches, patch = self.patches, self.patch
-        with LOCK:
-            served = self._serves()
-            if served:
-                patches.running[patch] = patches.running.get(patch, 0) + 1
-        if not served:
-            yield False
-            return
-        try:
-            with patches.scope("call", patch, patches.disabled()):
-                yield True
-        finally:
-            with LOCK:
-                patches.running[patch] -= 1
-                if not patches.running[patch]:
-                    del patches.running[patch]
-                if patches.leaving:
-                    patches._settle()
-
-    def check(self) -> None:
-        """Raise RuntimeError if the patch no longer fits the options of its strategy."""
-        self.patch.check()
-
-    def disabled(self) -> bool:
-        """Whether calls of this thread or task read all visual tokens now."""
-        return self.patches.disabled()
-
-
-# -- frames of running calls ---------------------------------------------------------------------------------
-def _threads() -> list[int]:
-    """The ids of the threads that are alive."""
-    return [t.ident for t in threading.enumerate() if t.ident is not None]
-
-
-# Of this thread only: the stack of a running thread changes while it is read.
-def _frame_of(code: CodeType | None, owner: Any) -> FrameType | None:
-    """The outermost frame of a method with this code on this object."""
-    frame, found = sys._getframe(), None
-    while frame is not None:
-        if frame.f_code is code and frame.f_locals.get("self") is owner:
-            found = frame
-        frame = frame.f_back  # type: ignore[assignment]
-    return found
-
-
-def _generate_frame(model: Any) -> FrameType | None:
-    """The frame of a running `generate` of this model."""
-    function = getattr(type(model), "generate", None)
-    code = None if function is None else getattr(inspect.unwrap(function), "__code__", None)
-    return None if code is None else _frame_of(code, model)
-
-
-def _in_forward(base: Any) -> bool:
-    """Whether this thread is inside a forward of this module."""
-    return _frame_of(FORWARD, base) is not None
 
 
 # -- models --------------------------------------------------------------------------------------------------

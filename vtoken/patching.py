@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .accounting import Report
-from .active import LOCK, Gate, Patches, patches_for, patches_of
+from .active import LOCK, Patches, patches_for, patches_of
 from .adapters.base import Adapter
 from .adapters.registry import adapter_for
 from .config import VTokenConfig
 from .fit import check_fit, design_of, list_strategies, modalities_of
+from .gate import Gate
 from .hooks import Wrapped
 from .kernels import gather_merge
 from .mechanism.entrance_hooks import EntranceHooks

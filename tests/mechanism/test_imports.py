@@ -80,7 +80,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "recorder": ("_threads", "accounting", "mechanism", "streams"),
     "config": ("_json", "checks", "strategies"),
     "resize": ("strategies",),
-    "active": ("streams",),
+    "call_frames": (),
+    "active": ("call_frames", "streams"),
+    "gate": ("active", "call_frames"),
     "fit": ("adapters", "mechanism", "strategies", "streams", "selection", "tokens"),
     "patching": (
         *(
@@ -89,6 +91,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "adapters",
             "config",
             "fit",
+            "gate",
             "hooks",
             "kernels",
             "mechanism",

@@ -143,7 +143,7 @@ def _greedy(kernel: _Cosines, variance: np.ndarray, k: int) -> list[int]:
         picks.append(pick)
         np.subtract(kernel.row(pick), factor[:done, pick] @ factor[:done], out=step)
         step /= np.sqrt(max(gain[pick], least))
-        # A covariance is at most the root of both variances; once little is left, rounding exceeds it and grows.
+        # a covariance is at most the root of both variances; past the rank, rounding exceeds it and grows
         bound = np.sqrt(np.maximum(gain, 0))
         np.clip(step, -bound, bound, out=step)
         gain -= step * step

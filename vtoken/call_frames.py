@@ -1,0 +1,41 @@
+"""Frames of running calls on this thread's stack: is a `generate` or a forward of a model among them."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import nn
+
+FORWARD = nn.Module._call_impl.__code__
+
+
+def living_threads() -> list[int]:
+    """The ids of the threads that are alive."""
+    return [t.ident for t in threading.enumerate() if t.ident is not None]
+
+
+# Of this thread only: the stack of a running thread changes while it is read.
+def frame_of(code: CodeType | None, owner: Any) -> FrameType | None:
+    """The outermost frame of a method with this code on this object."""
+    frame, found = sys._getframe(), None
+    while frame is not None:
+        if frame.f_code is code and frame.f_locals.get("self") is owner:
+            found = frame
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
+def generate_frame(model: Any) -> FrameType | None:
+    """The frame of a running `generate` of this model."""
+    function = getattr(type(model), "generate", None)
+    code = None if function is None else getattr(inspect.unwrap(function), "__code__", None)
+    return None if code is None else frame_of(code, model)
+
+
+def in_forward(base: Any) -> bool:
+    """Whether this thread is inside a forward of this module."""
+    return frame_of(FORWARD, base) is not None
