@@ -153,7 +153,7 @@ def test_the_command_refuses_in_one_sentence():
 )
 def test_questions_that_no_frame_answers_are_refused_before_the_work(ask, monkeypatch):
     """The time nan never comes: a stream without end was read for ever."""
-    monkeypatch.setattr("vtoken.demo.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("vtoken.asking.load", lambda *_: pytest.fail("a model was loaded"))
     said = CliRunner().invoke(cli, ["demo", "stream", "--ask", *ask])
     assert said.exit_code == 2 and "--ask takes a time from 0 on and a question" in said.output
 

@@ -105,8 +105,11 @@ class Talk:
         vtoken.unpatch(self.model)
         ledger = ledger_of(self.cache)
         if ledger is not None and ledger.shortened:
+            ids = torch.full((len(self.rows), 1), 5)
+            # given, because those of the shared model follow its last prompt
+            positions = ids.expand(3, *ids.shape) if self.positions.ndim == 3 else ids
             with pytest.raises(RuntimeError, match="is not patched"), torch.no_grad():
-                self.model(torch.full((len(self.rows), 1), 5), **{CACHE: self.cache})
+                self.model(ids, position_ids=positions, **{CACHE: self.cache})
         vtoken.patch(self.model, self.spy.strategy)
 
     def say(self) -> None:

@@ -99,7 +99,7 @@ def plan(
         return int(same_tokens_as / budget + 1e-9) if same_tokens_as else frames
 
     dense = [Run(None, 1.0, per(1.0))] if any(Budget(b).is_all for b in budgets) else []
-    smaller = [b for b in dict.fromkeys(budgets) if not Budget(b).is_all]
+    smaller = dict.fromkeys(b for b in budgets if not Budget(b).is_all)  # 1 and 1.0 are equal as keys
     return dense + [Run(name, b, per(b)) for name in dict.fromkeys(strategies) for b in smaller]
 
 
