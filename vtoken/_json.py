@@ -1,4 +1,4 @@
-"""Parse untrusted JSON: its value, or a ValueError of one sentence, whatever the bytes are."""
+"""JSON: parsing of untrusted bytes into a value or a ValueError of one sentence; compact writing."""
 
 from __future__ import annotations
 
@@ -48,6 +48,16 @@ def read(path: Path, most: int = LARGEST) -> Any:
         return parse(data)
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not JSON: {error}.") from None
+
+
+def compact(value: Any, deep: int = 2) -> str:
+    """A JSON text of few bytes with one line per entry down to `deep` levels, so that two versions compare."""
+    if not deep or not isinstance(value, dict | list) or not value:
+        return json.dumps(value, separators=(",", ":"))
+    if isinstance(value, dict):
+        lines = [f"{json.dumps(k)}:{compact(v, deep - 1)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(lines) + "\n}"
+    return "[\n" + ",\n".join(compact(v, deep - 1) for v in value) + "\n]"
 
 
 def check_depth(value: Any) -> None:

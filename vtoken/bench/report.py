@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._json import read
+from .._json import compact, read
 from ..checks import fit
 from ..extras import require
 
@@ -99,7 +98,7 @@ def save(report: Report, path: str | Path) -> None:
     """Write the report whole or not at all: an interrupted run leaves the earlier shapes."""
     target = Path(path)
     half = target.with_name(target.name + ".part")
-    half.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    half.write_text(compact(report, 4) + "\n", encoding="utf-8")
     half.replace(target)
 
 

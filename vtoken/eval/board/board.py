@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..._json import read
+from ..._json import compact, read
 from ...checks import fit, fit_field
 from ...strategies.budgets import UNIT, Budget, check_budget, with_unit
 from ..intervals import wilson
@@ -176,7 +175,7 @@ class Board:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")  # a kill leaves the old cells or the new ones
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(compact(self.to_dict()) + "\n", encoding="utf-8")
         partial.replace(path)
 
     @property
