@@ -179,8 +179,8 @@ def test_one_token_and_all_tokens_are_two_budgets(tmp_path):
     text = (
         (tmp_path / "a.json")
         .read_text()
-        .replace('"budget_unit": "share",', "")
-        .replace('"budget_unit": "tokens",', "")
+        .replace('"budget_unit":"share",', "")
+        .replace('"budget_unit":"tokens",', "")
     )
     (tmp_path / "a.json").write_text(text)
     assert [type(c.budget) for c in Board.load(tmp_path / "a.json").cells] == [int, int, int, float]

@@ -9,11 +9,13 @@ import click
 
 from ..asking import quiet
 from ..extras import require
-from .options import Budget, Command, console, fail, separated
+from .options import Budget, Command, console, fail, progress, separated
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+
+    from ..eval.board.board import Board
+    from ..eval.board.tiny import Subject
 
 
 @click.command(cls=Command)
@@ -62,9 +64,7 @@ def tiny(
     resume: bool,
 ) -> None:
     """The tiny models that ship with vtoken, on scenes and clips they have never seen."""
-    from ..eval.board.board import Board, Cell
     from ..eval.board.page import write
-    from ..eval.board.plot import draw
     from ..eval.running.answer_log import locked
     from ..strategies.registry import parse_strategy
 
@@ -78,44 +78,18 @@ def tiny(
         parse_strategy(name)
     quiet()
     from .. import tiny as shipped
-    from ..eval.board.tiny import Subject, plan, subjects, tiny_board
+    from ..eval.board.tiny import subjects
 
     names = shipped.names() if everything else list(dict.fromkeys(models))
     for name in names:
         shipped.path(name)
     out, boards, pictures = console(), [], []
-
-    def one(subject: Subject) -> Board:
-        path = folder / f"{subject.stem}.json"
-        known = Board.load(path) if resume and path.is_file() else None
-        chosen = strategies or subject.fitting()
-        with progress(out) as bar:
-            asked = sum(len(batch.asked) for batch in subject.batches)
-            task = bar.add_task(subject.stem, total=len(plan(chosen, shares)) * asked)
-
-            def cell_done(board: Board, cell: Cell) -> None:
-                board.save(path)
-                said = (
-                    f"{cell.right} of {cell.asked} right with {cell.tokens:.1f} visual tokens,"
-                    f" {cell.seconds:.1f} s"
-                )
-                bar.console.print(f"{subject.stem} {cell.strategy} {cell.budget}: {said}", highlight=False)
-
-            def step(what: str, n: int) -> None:
-                bar.update(task, advance=n, description=f"{subject.stem} {what}")
-
-            def refused(sentence: str) -> None:
-                bar.console.print(f"left out, {sentence}", highlight=False, markup=False)
-
-            board = tiny_board(subject, chosen, shares, seed, step, cell_done, known, refused)
-        draw(board, folder / f"{subject.stem}.png")
-        return board
-
     out.print(f"the page is going to be {page}, its data and plots {folder}/", highlight=False)
     with locked(folder):
         for name in names:
             for subject in subjects(name, questions, seed, batch_size):
-                boards.append(one(subject))
+                chosen = strategies or subject.fitting()
+                boards.append(measured(subject, folder, chosen, shares, seed, resume, out))
                 pictures.append(f"{folder.name}/{subject.stem}.png")
     options = ["--all"] if everything else [f"--model {name}" for name in names]
     options += [f"--strategies {','.join(strategies)}"] * bool(strategies)
@@ -124,24 +98,45 @@ def tiny(
     out.print(f"wrote {page}", highlight=False)
 
 
+def measured(
+    subject: Subject,
+    folder: Path,
+    chosen: list[str],
+    shares: list[float | int],
+    seed: int,
+    resume: bool,
+    out: Console,
+) -> Board:
+    """The board of one subject, saved after every cell and drawn at the end."""
+    from ..eval.board.board import Board, Cell
+    from ..eval.board.plot import draw
+    from ..eval.board.tiny import plan, tiny_board
+
+    path = folder / f"{subject.stem}.json"
+    known = Board.load(path) if resume and path.is_file() else None
+    with progress(out) as bar:
+        asked = sum(len(batch.asked) for batch in subject.batches)
+        task = bar.add_task(subject.stem, total=len(plan(chosen, shares)) * asked)
+
+        def cell_done(board: Board, cell: Cell) -> None:
+            board.save(path)
+            said = f"{cell.right} of {cell.asked} right with {cell.tokens:.1f} visual tokens"
+            bar.console.print(
+                f"{subject.stem} {cell.strategy} {cell.budget}: {said}, {cell.seconds:.1f} s", highlight=False
+            )
+
+        def step(what: str, n: int) -> None:
+            bar.update(task, advance=n, description=f"{subject.stem} {what}")
+
+        def refused(sentence: str) -> None:
+            bar.console.print(f"left out, {sentence}", highlight=False, markup=False)
+
+        board = tiny_board(subject, chosen, shares, seed, step, cell_done, known, refused)
+    draw(board, folder / f"{subject.stem}.png")
+    return board
+
+
 def page_of(output: str) -> Path:
     """The page that --output names: the file itself, or board.md in a folder."""
     path = Path(output)
     return path if path.suffix and not path.is_dir() else path / "board.md"
-
-
-def progress(out: Console) -> Progress:
-    """A progress bar on a rich console."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    text = TextColumn("{task.description}")
-    return Progress(
-        text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=out
-    )

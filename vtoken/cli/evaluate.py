@@ -11,7 +11,7 @@ import click
 
 from ..asking import quiet
 from ..extras import require
-from .options import MODEL, Budget, Command, Group, console, separated
+from .options import MODEL, Budget, Command, Group, console, progress, separated
 
 if TYPE_CHECKING:
     from ..eval.benchmarks.task import Task
@@ -184,15 +184,6 @@ def one_task(
     Raises:
         ValueError: if a strategy that is not among the optional ones refuses.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from ..eval.board.board import versions
     from ..eval.running.runner import Evaluation
     from ..eval.running.summary import save, show, summary
@@ -204,15 +195,8 @@ def one_task(
         "max_new_tokens": task.max_new_tokens,
         **versions(),
     }
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     outcomes, left_out = [], []
-    with Progress(*columns, console=out, disable=not main) as bar:
+    with progress(out, shown=main) as bar:
         line = bar.add_task("questions", total=0)
         evaluation = Evaluation(
             task, asker, folder, batch_size, settings, processes, lambda done: bar.update(line, advance=done)

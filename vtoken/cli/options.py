@@ -13,6 +13,7 @@ from ..asking import out_of_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 SYNTHETIC = "synthetic://0"  # the source of `vtoken demo stream`
 MODEL = (
@@ -143,3 +144,19 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 110)
+
+
+def progress(out: Console, shown: bool = True) -> Progress:
+    """A progress bar on a rich console: a description, a bar, a count and two times."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    text, counted = TextColumn("{task.description}"), MofNCompleteColumn()
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(text, BarColumn(), counted, *times, console=out, disable=not shown)
