@@ -63,9 +63,9 @@ def test_a_derived_budget_has_four_digits_in_the_text():
         "random(budget=4) then fastv(budget=4), sharing budget=4, split=0.25"
     )
     own = combine(["stc_cacher", "fastv"], 0.2, stc_cacher=dict(budget=0.123456))
-    assert own.describe() == "stc_cacher(budget=0.123456) then fastv(budget=0.2), sharing budget=0.2"
+    assert own.describe() == "stc_cacher(budget=0.1235) then fastv(budget=0.2), sharing budget=0.2"
     assert (
-        combine([FastV(0.3), Random(0.123456)]).describe() == "random(budget=0.123456) then fastv(budget=0.3)"
+        combine([FastV(0.3), Random(0.123456)]).describe() == "random(budget=0.1235) then fastv(budget=0.3)"
     )
 
 

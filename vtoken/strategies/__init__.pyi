@@ -2,11 +2,11 @@
 
 # written by docs/generate_stub.py
 from .assembly import combine as combine
-from .base import Strategy as Strategy
-from .base import StrategyInfo as StrategyInfo
-from .base import top_k as top_k
-from .cdpruner import CDPruner as CDPruner
+from .base import Strategy as Strategy, StrategyInfo as StrategyInfo, top_k as top_k
 from .composition import Composite as Composite
+from .registry import create as create, list_names as list_names, register as register, registered as registered, strategy_info as strategy_info
+from .scored import ScoredStrategy as ScoredStrategy
+from .cdpruner import CDPruner as CDPruner
 from .divprune import DivPrune as DivPrune
 from .fastv import FastV as FastV
 from .globalcom2 import GlobalCom2 as GlobalCom2
@@ -16,12 +16,6 @@ from .mustdrop import MustDrop as MustDrop
 from .pool import Pool as Pool
 from .pyramiddrop import PyramidDrop as PyramidDrop
 from .random import Random as Random
-from .registry import create as create
-from .registry import list_names as list_names
-from .registry import register as register
-from .registry import registered as registered
-from .registry import strategy_info as strategy_info
-from .scored import ScoredStrategy as ScoredStrategy
 from .sparsevlm import SparseVLM as SparseVLM
 from .stc import STC as STC
 from .stc_cacher import STCCacher as STCCacher

@@ -9,6 +9,7 @@ from ..active import LOCK, patches_of
 from ..adapters.base import Adapter
 from ..fit import needs_of
 from ..patching import Patch, make_strategy, patch, patch_of, unpatch
+from ..strategies import Strategy
 from .layers import Layers
 from .memory import RecentMemory
 from .prompts import Prompts
@@ -95,7 +96,7 @@ class SharedPatch:
             self._check(self.patch)
         else:
             made = make_strategy(strategy, budget, options)
-            if self.patch is not None and self.patch.strategy.describe() != made.describe():
+            if self.patch is not None and not _alike(self.patch.strategy, made):
                 raise ValueError(
                     f"This model is patched with {self.patch.strategy.describe()} already, which its other"
                     " sessions may use: use the same strategy, or another model."
@@ -154,3 +155,8 @@ class SharedPatch:
                 f"{strategy.info.name} drops inside the LLM, which a StreamSession does not do: use a"
                 " strategy of the stages encoder and projector."
             )
+
+
+def _alike(one: Strategy, other: Strategy) -> bool:
+    """Whether two strategies are configured alike; the text tells 1 token from the share 1.0."""
+    return one == other and one.describe() == other.describe()
