@@ -136,13 +136,13 @@ def reads(strategy: Strategy) -> str:
     if with_cls.together:
         parts.append("all images of a prompt at once, as the frames of one video")
     if strategy.reuse(CLIP) is not None:
-        parts.append("attention keys of every tower layer, beside those of an earlier frame")
+        parts.append("attention keys of every tower layer, with those of an earlier frame")
     encoder = strategy.encoder_layers(CLIP)
     if encoder:
-        parts.append(f"features behind tower {numbers(encoder)}")
+        parts.append(f"features after tower {numbers(encoder)}")
     drops = strategy.prefill_layers(DEPTH)
     if drops:
-        parts.append(f"hidden states and attention in front of LLM {numbers(drops)} (of {DEPTH})")
+        parts.append(f"hidden states and attention before LLM {numbers(drops)} (of {DEPTH})")
     return "; ".join(parts) or "nothing but the grids"
 
 

@@ -51,7 +51,7 @@ def read(path: Path, most: int = LARGEST) -> Any:
 
 
 def compact(value: Any, deep: int = 2) -> str:
-    """A JSON text of few bytes with one line per entry down to `deep` levels, so that two versions compare."""
+    """A short JSON text with one line per entry down to `deep` levels, so that two versions compare."""
     if not deep or not isinstance(value, dict | list) or not value:
         return json.dumps(value, separators=(",", ":"))
     if isinstance(value, dict):

@@ -24,7 +24,7 @@ class Plugins:
         self.loaded, self.lock = False, threading.RLock()  # a plug-in may look a name up while it is imported
 
     def load(self) -> None:
-        """Import them all, the first time. A package that fails is left out, with one warning that names it."""
+        """Import them all, once. A package that fails is left out, with one warning that names it."""
         with self.lock:
             if self.loaded:
                 return

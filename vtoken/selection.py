@@ -151,7 +151,7 @@ class Selection:
 
 
 def concat_selections(selections: Sequence[Selection], sizes: Sequence[int]) -> Selection:
-    """Selections of consecutive stretches of tokens, `sizes[i]` long each, as one Selection of all of them."""
+    """One Selection of consecutive stretches of tokens, `sizes[i]` long each."""
     device = selections[0].keep.device
     keep, into, weight, marked, token, slot = [], [], [], [], 0, 0
     merging = any(s.into is not None for s in selections)

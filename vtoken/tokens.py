@@ -27,7 +27,7 @@ class Segment:
             the model is not told its size.
         tokens: cells that become tokens, None for all; fewer where the model unpads or shrinks a canvas of
             crops.
-        shrink: cells along one side of a token, above 1 where the model shrinks the canvas behind the tower;
+        shrink: cells along one side of a token, above 1 where the model shrinks the canvas after the tower;
             a token then belongs to the cell at its centre.
     """
 
@@ -95,7 +95,7 @@ class Needs:
 
     Attributes:
         cls_attention: tower layers whose CLS row is read.
-        cls_logits: tower layers whose CLS row is read in front of the softmax.
+        cls_logits: tower layers whose CLS row is read before the softmax.
         received_attention: tower layers whose received attention is read.
         keys: tower layers whose attention keys are read.
         text_embeddings: whether the prompt's text embeddings are read.
@@ -194,7 +194,7 @@ class VisualTokens:
         return self._get("cls_attention", layer)
 
     def cls_logits(self, layer: int) -> Tensor:
-        """Scaled products of the CLS query with the cells' keys, mean over heads: (segments, cells) float32."""
+        """(segments, cells) float32: scaled products of CLS query and keys of cells, mean over heads."""
         return self._get("cls_logits", layer)
 
     def received_attention(self, layer: int) -> Tensor:
@@ -244,7 +244,7 @@ class VisualTokens:
 
 @dataclass
 class EncoderTokens:
-    """All segments of one forward of a vision tower, behind one of its layers, prefix tokens (CLS) left out.
+    """All segments of one forward of a vision tower, after one of its layers, prefix tokens (CLS) left out.
 
     Attributes:
         layer: the tower layer that has just run.
@@ -264,14 +264,14 @@ class PrefillTokens:
     """One prompt as LLM layer `layer` receives it, padding removed.
 
     Attributes:
-        layer: the layer in front of which the choice is made.
+        layer: the layer before which the choice is made.
         hidden_states: (n, d) of all tokens, text included; the embeddings if `layer` is 0.
         visual: (n,) bool, the visual tokens to choose from.
         positions: (n,) int64, index of each token within the prompt's forward, padding included.
         total_visual: such tokens of this prompt before anything was dropped.
         attention_rows: `attention_rows(rows)` with (r,) int64 indices into the n tokens -> (heads, r, n)
             float32, the softmaxed rows of the layer before.
-        preview_rows: the same of layer `layer` itself, as it would attend if nothing were dropped in front of
+        preview_rows: the same of layer `layer` itself, as it would attend if nothing were dropped before
             it.
         end: tokens that belong to the prompt; those after them are the answer, or drafts of it. -1 for all.
         query: the token from which the answer is read, never one of the visual tokens to choose from; -1 for
@@ -281,7 +281,7 @@ class PrefillTokens:
         item: (n,) int64, which image or video of the prompt a token belongs to, -1 for text.
         separator: (n,) bool, visual tokens that are no patch (image-newline, separator).
         marked: (n,) bool, tokens that the projector stage marked (`Selection.marked`).
-        rotary: cosines and sines (n, head_dim) of the tokens' positions in the layer before; None in front of
+        rotary: cosines and sines (n, head_dim) of the tokens' positions in the layer before; None before
             layer 0.
         memory: shared by all layers' choices for this prompt within one forward, empty at the first.
         entering: share of the visual tokens that a projector strategy of the same combination lets into the
@@ -319,7 +319,7 @@ class PrefillTokens:
 
     @property
     def text_rows(self) -> Tensor:
-        """(t,) int64, the prompt's text tokens behind its first visual token; the last token if there are
+        """(t,) int64, the prompt's text tokens after its first visual token; the last token if there are
         none.
         """
         text = ~self.visual & (self.visual.cumsum(0) > 0)

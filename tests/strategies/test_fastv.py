@@ -124,6 +124,6 @@ def test_bad_options():
     ):
         with pytest.raises(ValueError, match=message):
             FastV(**options)
-    with pytest.raises(ValueError, match="in front of LLM layer 7, but this LLM has the layers 0 to 3"):
+    with pytest.raises(ValueError, match="before LLM layer 7, but this LLM has the layers 0 to 3"):
         vtoken.patch(subject("llava"), create("fastv", layer=7))
     assert isinstance(FastV().select_in_prefill(prompt(visual=1)), Selection)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..checks import found
-from .base import Strategy, check_methods
+from .base import Strategy
 from .composition import Composite
-from .registry import create, parse_strategy, split_names
+from .registry import check_methods, create, parse_strategy, split_names
 
 
 def options_of(name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -171,7 +171,7 @@ class Strategy(metaclass=_CheckedOptions):
         return ()
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
-        """Choose among the visual tokens (`tokens.visual_rows`) of one prompt in front of LLM layer
+        """Choose among the visual tokens (`tokens.visual_rows`) of one prompt before LLM layer
         `tokens.layer`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not act inside the LLM.")
@@ -181,13 +181,13 @@ class Strategy(metaclass=_CheckedOptions):
         return ()
 
     def encoder_layers(self, tower: TowerInfo) -> tuple[int, ...]:
-        """Ascending tower layers behind which `merge_in_encoder` is asked; empty for methods that leave the
+        """Ascending tower layers after which `merge_in_encoder` is asked; empty for methods that leave the
         tower alone.
         """
         return ()
 
     def merge_in_encoder(self, tokens: EncoderTokens) -> EncoderMerge | None:
-        """Merge tokens behind tower layer `tokens.layer`, of every segment equally many; None leaves them."""
+        """Merge tokens after tower layer `tokens.layer`, of every segment equally many; None leaves them."""
         raise NotImplementedError(f"{type(self).__name__} does not act inside the vision tower.")
 
     def reuse(self, tower: TowerInfo) -> Reuse | None:
@@ -224,31 +224,6 @@ class Strategy(metaclass=_CheckedOptions):
     def acts_between_frames(self) -> bool:
         """Whether it reuses in the vision tower what an earlier frame computed."""
         return type(self).reuse is not Strategy.reuse
-
-
-# what is asked, and where
-METHODS = {"select_in_prefill": "prefill_layers", "merge_in_encoder": "encoder_layers"}
-
-
-def check_methods(cls: type[Strategy]) -> None:
-    """Raise TypeError with one sentence if a class has no method that a patch would ever ask."""
-    written = {name for name in ("select", "reuse", *METHODS, *METHODS.values()) if _writes(cls, name)}
-    if not written & {"select", "reuse", *METHODS}:
-        raise TypeError(
-            f"{cls.__name__} would drop nothing: it writes none of select, select_in_prefill,"
-            " merge_in_encoder and reuse."
-        )
-    for method, layers in METHODS.items():
-        if (method in written) != (layers in written):
-            there, lacking = (method, layers) if method in written else (layers, method)
-            raise TypeError(
-                f"{cls.__name__} writes {there} without {lacking}, so that it would never be asked: write"
-                " both."
-            )
-
-
-def _writes(cls: type[Strategy], name: str) -> bool:
-    return getattr(cls, name) is not getattr(Strategy, name)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:

@@ -1,6 +1,4 @@
-"""CDPruner: a diverse subset of the tokens that matter to the prompt, as greedy MAP of a determinantal point
-process.
-"""
+"""CDPruner: a diverse subset of the tokens that matter to the prompt, as greedy MAP of a DPP."""
 
 from __future__ import annotations
 
@@ -19,8 +17,7 @@ from .registry import register
 
 @register(
     "cdpruner",
-    summary="Keep a subset that is diverse and relevant to the prompt: greedy MAP of a "
-    "relevance-conditioned DPP.",
+    summary="Keep a diverse subset relevant to the prompt: greedy MAP of a relevance-conditioned DPP.",
     stages=("projector",),
     paper="Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs, "
     "arXiv 2506.10967",
@@ -65,10 +62,8 @@ class CDPruner(Strategy):
         kept = [tokens.separator_rows] if self.keep_newline else []
         for rows, count in zip(rows_per_segment(tokens), self.counts(tokens.segments), strict=True):
             if len(rows):
-                quality = self._quality(relevance[rows])
-                picks = greedy_map(tokens.features[rows][None].float(), quality[None], min(count, len(rows)))[
-                    0
-                ]
+                quality, x = self._quality(relevance[rows]), tokens.features[rows].float()
+                picks = greedy_map(x[None], quality[None], min(count, len(rows)))[0]
                 kept.append(rows[picks])
         return Selection(torch.cat(kept).sort().values)
 
@@ -81,8 +76,6 @@ class CDPruner(Strategy):
         return -cosine if self.negate else cosine
 
     def _quality(self, relevance: Tensor) -> Tensor:
-        spread = relevance.max() - relevance.min()
-        scaled = torch.where(
-            spread > 0, (relevance - relevance.min() + 1e-6) / spread, torch.ones_like(relevance)
-        )
+        above, spread = relevance - relevance.min(), relevance.max() - relevance.min()
+        scaled = torch.where(spread > 0, (above + 1e-6) / spread, torch.ones_like(relevance))
         return scaled if self.theta is None else torch.exp(self.theta / (2 * (1 - self.theta)) * scaled)

@@ -19,11 +19,11 @@ REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L
 
 @dataclass
 class Composite(Strategy):
-    """A projector strategy and one that drops inside the LLM, as one strategy; or either beside one that acts
+    """A projector strategy and one that drops inside the LLM, as one strategy; or either with one that acts
     between frames.
 
     How one budget b is shared: the strategy inside the LLM is held to b itself, in its own meaning (what
-    remains behind its cut, or its average over the layers), of what the unpatched model would feed. The
+    remains after its cut, or its average over the layers), of what the unpatched model would feed. The
     projector strategy is held to `b ** split`, which with the default of one half lets both drop by the same
     factor. For a whole number b of tokens per image or frame of n tokens the projector strategy keeps `n * (b
     / n) ** split`. Without `budget` every part keeps its own. A strategy that only acts between frames, such
@@ -163,7 +163,7 @@ class Composite(Strategy):
         )
 
     def _for(self, n: int, frames: int) -> Strategy:
-        """The projector strategy with its share of a whole-number budget for an image or video of n tokens."""
+        """The projector strategy with its share of a whole-number budget for an item of n tokens."""
         if self.budget is None or self.allowance().is_share or n == 0:
             return self.first
         share = min(1.0, self.allowance().allowed(n, frames) / n) ** self.split

@@ -24,20 +24,20 @@ from .registry import register
     code="github.com/pkunlp-icler/FastV",
     code_licence="none stated",
     differs="Ranks per prompt, with the union of its images as candidates; the public code uses the first "
-    "prompt's choice for the whole batch and knows one image. Padding stays masked behind the cut.",
+    "prompt's choice for the whole batch and knows one image. Padding stays masked after the cut.",
 )
 @dataclass
 class FastV(Strategy):
     """FastV (arXiv 2403.06764).
 
-    Layers 0 .. K-1 read all visual tokens. In front of layer K they are ranked by the attention, averaged
+    Layers 0 .. K-1 read all visual tokens. Before layer K they are ranked by the attention, averaged
     over heads, that layer K-1 pays to them from the last token of the prompt; `round(budget * n)` stay. The
-    budget is what remains behind the cut: R = 50 % of the paper is `budget=0.5`.
+    budget is what remains after the cut: R = 50 % of the paper is `budget=0.5`.
 
     Args:
         layer: K, the number of layers that read everything. 0 keeps a random subset, as the paper does where
             no attention exists yet.
-        query: "last" (the public code), or "mean" over the text behind the first image (closer to the paper's
+        query: "last" (the public code), or "mean" over the text after the first image (closer to the paper's
             words).
         seed: of the subset for `layer=0`.
     """

@@ -1,4 +1,4 @@
-"""LLaVolta's visual context compressor: average pooling of the visual tokens in front of one LLM layer."""
+"""LLaVolta's visual context compressor: average pooling of the visual tokens before one LLM layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .registry import register
 
 @register(
     "llavolta",
-    summary="Average every run of s visual tokens into one, in front of a layer in the middle of the LLM.",
+    summary="Average every run of s visual tokens into one, before a layer in the middle of the LLM.",
     stages=("prefill",),
     budget_means="cut",
     paper="LLaVolta: Efficient Multi-modal Models via Stage-wise Visual Context Compression, arXiv "
@@ -26,20 +26,19 @@ from .registry import register
     code="github.com/Beckschen/LLaVolta",
     code_licence="Apache-2.0",
     differs="Only the pooling, which needs no training. Masks are cut by column (the public code keeps the "
-    "first ones, which is wrong with padding); a mean sits at the position of the token in the middle of "
-    "its run, which is the floored mean of 1-D positions; with multimodal rope the published rule is not "
-    "defined.",
+    "first ones, which is wrong with padding); a mean sits at the position of its run's middle token, the "
+    "floored mean of 1-D positions, which multimodal rope does not have.",
 )
 @dataclass
 class LLaVolta(Strategy):
     """Average pooling inside the LLM (arXiv 2406.20092).
 
-    In front of layer K the tokens of every image or video, in reading order, are cut into runs of s and
+    Before layer K the tokens of every image or video, in reading order, are cut into runs of s and
     replaced by their means; a shorter run at the end is dropped, as in the public code, unless it is all
-    there is. The budget is what remains behind the cut: s is the smallest stride that fits it.
+    there is. The budget is what remains after the cut: s is the smallest stride that fits it.
 
     Args:
-        layer: K, half the LLM's depth if None (16 of 32, as published); -1 pools in front of the LLM.
+        layer: K, half the LLM's depth if None (16 of 32, as published); -1 pools before the LLM.
         stride: s, instead of the one that follows from the budget.
         keep_newline: keep image-newline and separator tokens, on top of the budget.
     """
@@ -65,9 +64,8 @@ class LLaVolta(Strategy):
         return self.layer == -1
 
     def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
-        if self.layer == -1:
-            return ()
-        return (num_layers // 2 if self.layer is None else self.layer,)
+        inside = num_layers // 2 if self.layer is None else self.layer
+        return () if inside == -1 else (inside,)
 
     def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         if self.layer != -1:

@@ -14,7 +14,7 @@ from ..selection import EncoderMerge, Selection
 from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 from .base import Strategy, top_k
 from .common.schedule import (
-    behind_layers,
+    after_layers,
     check_inside,
     check_layers,
     counts_for,
@@ -40,19 +40,19 @@ from .registry import register
     differs="Survivors keep their order on the grid and their positions, a merged window sits at its centre "
     "(the public code puts merged windows first and renumbers, which leaves aligned layers with wrong "
     "distances). The budget form of the filter is exact for the published ratio of thresholds but is ours. "
-    "Towers without CLS rank by attention received, towers whose grid is not the LLM's merge behind the "
+    "Towers without CLS rank by attention received, towers whose grid is not the LLM's merge after the "
     "projector; both are extensions.",
 )
 @dataclass
 class MustDrop(Strategy):
     """Multi-stage vision token dropping (arXiv 2411.10803); each of the three stages can be switched off.
 
-    1. `merging`: behind the first tower layer, windows of `window` x `window` patches whose mean pairwise
+    1. `merging`: after the first tower layer, windows of `window` x `window` patches whose mean pairwise
        cosine is at least `merge_threshold` become one token; of every image of the call equally many. The
        `key_rate` of the tokens with the highest CLS attention in the last tower layer are keys, which no
        filter drops.
-    2. `filtering`: behind LLM layers 2, 6, 10 and 14 (of 32), with S the attention that a visual token
-       receives from all text behind it and M the largest from one text token, those with `S <
+    2. `filtering`: after LLM layers 2, 6, 10 and 14 (of 32), with S the attention that a visual token
+       receives from all text after it and M the largest from one text token, those with `S <
        global_threshold * sum(S)` and `M < individual_threshold` go. Without thresholds the tokens with the
        highest `max(S / sum(S), M)` stay, as many as the budget, the average over all layers of what a layer
        reads, allows: the same test with both thresholds scaled.
@@ -60,7 +60,7 @@ class MustDrop(Strategy):
         last survivors.
 
     Args:
-        layers: 0-based LLM layers behind which to filter.
+        layers: 0-based LLM layers after which to filter.
         global_threshold, individual_threshold: given together, the published form; the budget then is
             ignored. Published pairs for LLaVA-1.5: (0.001, 0.001), (0.0012, 0.001), (0.011, 0.01) for 192,
             128, 64 of 576 tokens.
@@ -143,7 +143,7 @@ class MustDrop(Strategy):
         return selection
 
     def _merge_on_grid(self, tokens: VisualTokens, group: Tensor) -> Tensor:
-        """The same windows on the cells that the LLM would read, for towers in which nothing can be merged."""
+        """The same windows on the cells of the LLM, for towers in which nothing can be merged."""
         place = torch.full((tokens.num_cells,), -1, device=group.device)
         place[tokens.cells[tokens.patch_rows]] = tokens.patch_rows
         group, start = group.clone(), 0
@@ -192,7 +192,7 @@ class MustDrop(Strategy):
         if not self.filtering or (self._thresholds is not None and min(self._thresholds) <= 0):
             return ()
         if self.layers is None:
-            return behind_layers((2, 6, 10, 14), num_layers)
+            return after_layers((2, 6, 10, 14), num_layers)
         return tuple(i + 1 for i in self.layers)
 
     def check_depth(self, num_layers: int, entering: float = 1.0) -> None:

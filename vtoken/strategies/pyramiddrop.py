@@ -10,14 +10,12 @@ from .base import Strategy, top_k
 from .common import schedule
 from .registry import register
 
-# under it a budget moves the cuts towards the input, down to layer 1 as long as that reaches it
-LEAST_RATIO = 0.25
+LEAST_RATIO = 0.25  # below it a budget moves the cuts towards the input, down to layer 1
 
 
 @register(
     "pyramiddrop",
-    summary="Drop a fixed share of the visual tokens at a quarter, half and three quarters of the LLM's "
-    "depth.",
+    summary="Drop a fixed share of the visual tokens at a quarter, half and three quarters of the LLM.",
     stages=("prefill",),
     budget_means="average",
     paper="PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy "
@@ -26,20 +24,19 @@ LEAST_RATIO = 0.25
     code_licence="MIT",
     differs="The ratio follows from the budget; budgets below a third, for which the published cuts leave "
     "no room, move the cuts towards the input, and rank the embeddings only if one layer that reads "
-    "everything would use them up. Grouped-query attention, left padding and several images work; positions "
-    "are kept unless positions='renumber'.",
+    "everything would use them up. Positions are kept unless positions='renumber'.",
 )
 @dataclass
 class PyramidDrop(Strategy):
     """PyramidDrop without training (arXiv 2410.17247).
 
-    The cuts lie in front of layers T/4, T/2 and 3T/4 of T. At each, visual tokens are ranked by the attention
+    The cuts lie before layers T/4, T/2 and 3T/4 of T. At each, visual tokens are ranked by the attention
     that the layer itself would pay to them from the last token of the prompt (a preview on its unread input),
     averaged over heads. Of N tokens int(N r), int(N r^2), int(N r^3) stay. The budget is the average over all
     layers; r = 0.5, as published, is 46.875 % at any depth divisible by four.
 
     Args:
-        layers: 0-based layers in front of which to drop, instead of the quarters.
+        layers: 0-based layers before which to drop, instead of the quarters.
         ratio: r, instead of the one that follows from the budget.
     """
 
@@ -64,20 +61,18 @@ class PyramidDrop(Strategy):
         return inside if share * num_layers > 1 else schedule.quarters(0, num_layers)
 
     def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
-        cuts = self.prefill_layers(num_layers, entering)
-        schedule.check_inside(cuts, num_layers, self.info.name)
+        cuts, name = self.prefill_layers(num_layers, entering), self.info.name
+        schedule.check_inside(cuts, num_layers, name)
         if self.allowance().is_share and self.ratio is None:
-            schedule.refuse_if_unreachable(
-                entering, self.budget, schedule.lengths(cuts, num_layers), self.info.name
-            )
+            schedule.refuse_if_unreachable(entering, self.budget, schedule.lengths(cuts, num_layers), name)
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
         cuts, visual = self.prefill_layers(tokens.num_layers, tokens.entering), tokens.visual_rows
         if "counts" not in tokens.memory:
             tokens.memory["counts"] = self._counts(tokens, cuts)
-        count = min(len(visual), tokens.memory["counts"][cuts.index(tokens.layer)])
-        if count == len(visual):
-            return Selection.everything(count, visual.device)
+        count = tokens.memory["counts"][cuts.index(tokens.layer)]
+        if count >= len(visual):
+            return Selection.everything(len(visual), visual.device)
         assert tokens.preview_rows is not None
         return Selection(top_k(tokens.preview_rows(tokens.last_row)[:, 0, visual].mean(0), count))
 
@@ -85,7 +80,5 @@ class PyramidDrop(Strategy):
         n = len(tokens.visual_rows)
         if self.ratio is not None:
             return [max(1, int(n * self.ratio**i + 1e-6)) for i in range(1, len(cuts) + 1)]
-        average = schedule.wanted(self.budget, tokens)
-        if average >= n:
-            return [n] * len(cuts)
-        return schedule.counts_for(n, average, schedule.lengths(cuts, tokens.num_layers), self.info.name)
+        average, lengths = schedule.wanted(self.budget, tokens), schedule.lengths(cuts, tokens.num_layers)
+        return [n] * len(cuts) if average >= n else schedule.counts_for(n, average, lengths, self.info.name)

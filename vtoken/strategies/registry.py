@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ..checks import fit, found
 from ..plugins import Plugins, same_package
-from .base import BudgetMeans, Stage, Strategy, StrategyInfo, check_methods
+from .base import BudgetMeans, Stage, Strategy, StrategyInfo
 
 S = TypeVar("S", bound=type[Strategy])
 
@@ -143,3 +143,28 @@ def list_names(pattern: str = "*") -> list[str]:
     """Names that match a shell pattern, in alphabetical order, those of other packages included."""
     plugins.load()
     return sorted(fnmatch.filter(_registry, pattern))
+
+
+# what is asked, and where
+METHODS = {"select_in_prefill": "prefill_layers", "merge_in_encoder": "encoder_layers"}
+
+
+def check_methods(cls: type[Strategy]) -> None:
+    """Raise TypeError with one sentence if a class has no method that a patch would ever ask."""
+    written = {name for name in ("select", "reuse", *METHODS, *METHODS.values()) if _writes(cls, name)}
+    if not written & {"select", "reuse", *METHODS}:
+        raise TypeError(
+            f"{cls.__name__} would drop nothing: it writes none of select, select_in_prefill,"
+            " merge_in_encoder and reuse."
+        )
+    for method, layers in METHODS.items():
+        if (method in written) != (layers in written):
+            there, lacking = (method, layers) if method in written else (layers, method)
+            raise TypeError(
+                f"{cls.__name__} writes {there} without {lacking}, so that it would never be asked: write"
+                " both."
+            )
+
+
+def _writes(cls: type[Strategy], name: str) -> bool:
+    return getattr(cls, name) is not getattr(Strategy, name)

@@ -11,21 +11,11 @@ from torch import Tensor
 from ..selection import Selection
 from ..tokens import PrefillTokens
 from .base import Strategy, top_k
+from .common import schedule
 from .common.clusters import density_peaks
-from .common.schedule import (
-    behind_layers,
-    bisect,
-    check_inside,
-    check_layers,
-    head_rows,
-    last_count,
-    lengths,
-    refuse_if_unreachable,
-    wanted,
-)
 from .registry import register
 
-# tokens kept of 576 behind layers 2, 6 and 15 of 32, by the average they are meant for
+# tokens kept of 576 after layers 2, 6 and 15 of 32, by the average they are meant for
 TABLES: dict[str, dict[int, tuple[int, ...]]] = {
     "1.5": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
     "2.0": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
@@ -50,7 +40,7 @@ def recycled(dropped: int) -> int:
     code="github.com/Gumpest/SparseVLMs",
     code_licence="Apache-2.0",
     differs="Clustering is deterministic: equal densities go to the lower index, the public code adds "
-    "noise. Merged tokens sit at the place of their cluster's centre, not behind the kept ones. Positions "
+    "noise. Merged tokens sit at the place of their cluster's centre, not after the kept ones. Positions "
     "are kept (the public v1 renumbers). Text between several images rates only what lies before it. The "
     "rotary correction of v2 comes from the model's own tables and is clamped; the published one turns "
     "negative at 1,700 tokens.",
@@ -60,16 +50,16 @@ class SparseVLM(Strategy):
     """SparseVLM v1.0, v1.5 (arXiv 2410.04417) and SparseVLM+ v2.0 (public code).
 
     Once, on the embeddings, the text tokens that are more similar to the image than average become raters.
-    Behind LLM layers 2, 6 and 15 (of 32) visual tokens are ranked by the attention that the raters pay them.
+    After LLM layers 2, 6 and 15 (of 32) visual tokens are ranked by the attention that the raters pay them.
     Versions 1 merge the best 30 % of what is dropped, clustered, into a tenth of its number. The budget is
     the average over all layers of what a layer reads; its schedule interpolates the published tables.
 
     Args:
         version: "1.5", "2.0" (corrects for rotary distance, keeps to priority heads, does not merge), or
             "1.0" (numbers by the rank of the attention, `scale * rank + bias`; the budget is ignored).
-        target: 192, 128, 96 or 64: the published numbers for this average of 576 (counted behind each layer,
+        target: 192, 128, 96 or 64: the published numbers for this average of 576 (counted after each layer,
             so that layer 2 counts as pruned already), scaled to the image, instead of the budget.
-        layers: 0-based layers behind which to prune.
+        layers: 0-based layers after which to prune.
         recycle: merge part of what is dropped; None is what the version does.
         scale, bias: of version "1.0"; 13.5 and 0 are published for 192 tokens, 9 and 6 for 128, 0.8 and 0 for
             64.
@@ -87,7 +77,7 @@ class SparseVLM(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers(self.layers)
+        schedule.check_layers(self.layers)
         if not 0 < self.guard <= 1:
             raise ValueError(f"guard must lie in (0, 1], found {self.guard!r}.")
 
@@ -102,7 +92,7 @@ class SparseVLM(Strategy):
     def _cuts(self, num_layers: int) -> tuple[int, ...]:
         published = (2, 6, 15, 19) if self.version == "1.0" else (2, 6, 15)
         if self.layers is None:
-            return behind_layers(published, num_layers)
+            return schedule.after_layers(published, num_layers)
         return tuple(i + 1 for i in self.layers)
 
     def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
@@ -110,9 +100,11 @@ class SparseVLM(Strategy):
 
     def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         cuts = self._cuts(num_layers)
-        check_inside(cuts, num_layers, self.info.name)
+        schedule.check_inside(cuts, num_layers, self.info.name)
         if self.allowance().is_share and self.target is None and self.version != "1.0":
-            refuse_if_unreachable(entering, self.budget, lengths(cuts, num_layers), self.info.name)
+            schedule.refuse_if_unreachable(
+                entering, self.budget, schedule.lengths(cuts, num_layers), self.info.name
+            )
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
         visual, cuts = tokens.visual_rows, self._cuts(tokens.num_layers)
@@ -128,7 +120,7 @@ class SparseVLM(Strategy):
         heads, counts = self._attention(tokens, raters)
         scores = (self._priority(heads) if self.version == "2.0" else heads).mean(0) / counts
         if self.version == "1.0":
-            matrix = torch.cat([a.mean(0) for _, a in head_rows(tokens, raters)])
+            matrix = torch.cat([a.mean(0) for _, a in schedule.head_rows(tokens, raters)])
             rank = int(torch.linalg.matrix_rank(matrix))
             if rank == n:
                 return everything
@@ -139,18 +131,18 @@ class SparseVLM(Strategy):
         return self._merge(tokens, kept, scores) if self._merges else Selection(kept)
 
     def _attention(self, tokens: PrefillTokens, raters: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over the raters behind each visual token (heads, v), and how many those are (v,), at least 1."""
+        """Sum over the raters after each visual token (heads, v), and their number (v,), at least 1."""
         visual = tokens.visual_rows
         total = torch.zeros((), device=visual.device)
-        for rows, attention in head_rows(tokens, raters):
+        for rows, attention in schedule.head_rows(tokens, raters):
             total = total + (
                 self._corrected(tokens, rows, attention) if self.version == "2.0" else attention
             ).sum(1)
-        behind = (raters[:, None] > visual[None]).sum(0)
-        if bool((behind == 0).any()):  # an image without text behind it is rated by the last token
-            _, last = next(head_rows(tokens, tokens.last_row))
-            total = torch.where(behind == 0, last[:, 0], total)
-        return total, behind.clamp(min=1).float()
+        later = (raters[:, None] > visual[None]).sum(0)
+        if bool((later == 0).any()):  # an image without text after it is rated by the last token
+            _, last = next(schedule.head_rows(tokens, tokens.last_row))
+            total = torch.where(later == 0, last[:, 0], total)
+        return total, later.clamp(min=1).float()
 
     def _corrected(self, tokens: PrefillTokens, rows: Tensor, attention: Tensor) -> Tensor:
         """Attention divided by what rotary embedding alone gives constant vectors at this distance."""
@@ -191,22 +183,22 @@ class SparseVLM(Strategy):
         n = len(tokens.visual_rows)
         if self.target is not None:
             return self._resample([round(k * n / PUBLISHED) for k in TABLES[self.version][self.target]], cuts)
-        average, spans = wanted(self.budget, tokens), lengths(cuts, tokens.num_layers)
+        average, spans = schedule.wanted(self.budget, tokens), schedule.lengths(cuts, tokens.num_layers)
         if average >= n:
             return [n] * len(cuts)
-        refuse_if_unreachable(n, average, spans, self.info.name)
-        share = bisect(lambda x: self._read(n, self._kept(n, x, cuts), spans), average)
+        schedule.refuse_if_unreachable(n, average, spans, self.info.name)
+        share = schedule.bisect(lambda x: self._read(n, self._kept(n, x, cuts), spans), average)
         counts = self._kept(n, share, cuts)
         after = self._after(n, counts)
         before = after[-2] if len(after) > 1 else n
-        left = last_count(n, after, average, spans)
+        left = schedule.last_count(n, after, average, spans)
         counts[-1] = next(
             (k for k in range(left, 0, -1) if k + self._extra(before - k) <= left), max(1, min(before, left))
         )
         return counts
 
     def _kept(self, n: int, share: float, cuts: tuple[int, ...]) -> list[int]:
-        """The published tables, linear in the average in between: of n tokens with an average of `share * n`."""
+        """The published tables, linear in between: of n tokens with an average of `share * n`."""
         rows = {t / PUBLISHED: k for t, k in TABLES[self.version].items()} | {
             0.0: (0, 0, 0),
             1.0: (PUBLISHED,) * 3,

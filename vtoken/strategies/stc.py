@@ -1,4 +1,4 @@
-"""STC: the cacher in the vision tower and the pruner in front of the LLM, as one strategy."""
+"""STC: the cacher in the vision tower and the pruner before the LLM, as one strategy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .stc_pruner import STCPruner
 )
 @dataclass
 class STC(STCPruner):
-    """Streaming Token Compression (arXiv 2512.00891): `stc_cacher` in the tower, `stc_pruner` in front of the
+    """Streaming Token Compression (arXiv 2512.00891): `stc_cacher` in the tower, `stc_pruner` before the
     LLM.
 
     Args:

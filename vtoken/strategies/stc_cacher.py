@@ -1,4 +1,4 @@
-"""STC-Cacher: in the vision tower, compute of a frame what has moved and reuse the rest of an earlier frame."""
+"""STC-Cacher: the vision tower computes what moved in a frame and reuses an earlier frame for the rest."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from .registry import register
     code_licence="no code released",
     differs="No code and no complete description are public. Not published, and chosen here: the layers "
     "(low_layer=1, the deep one makes the features), tau=0.9, beta=0.1, kappa=1.5, rounding to nearest, "
-    "ranking instead of sampling by default, the weights of the aggregation, which runs behind the "
+    "ranking instead of sampling by default, the weights of the aggregation, which runs after the "
     "projector, and what becomes of the thumbnail. A number as budget is an extension. No published result "
     "can be reproduced with it.",
     experimental=True,
@@ -160,7 +160,7 @@ class TokenCorr(Strategy):
         return attention > high + self.kappa * (high - low)
 
     def _entry(self, probability: Tensor, deep: Tensor, keys: Tensor, segment: int) -> Tensor:
-        """(n,) float64: below 0 for outliers, (0, 1] for the tokens of the local branch, inf for the others."""
+        """(n,) float64: below 0 for outliers, (0, 1] for tokens of the local branch, inf for the others."""
         n = len(probability)
         wanted = max(1, int(self.density(keys) * n + 0.5))
         preference = probability.double().log()

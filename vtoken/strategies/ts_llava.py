@@ -38,7 +38,7 @@ class TSLLaVA(Strategy):
     """Thumbnail and sampling (arXiv 2411.11066): training-free video for image models; the images of a prompt
     are its frames.
 
-    The tokens of all frames, one frame behind the other, are sampled at `round(linspace(0, n - 1, S))`,
+    The tokens of all frames, one frame after the other, are sampled at `round(linspace(0, n - 1, S))`,
     across frames and rows alike. The thumbnail is a collage of evenly spaced frames, scaled down to cells of
     one picture, which passes the tower as one more frame of V tokens. `S + V` is the budget. The sample comes
     first. Of images in crops, the view of the whole image is the frame. Separator rows are dropped.
@@ -46,7 +46,7 @@ class TSLLaVA(Strategy):
     Args:
         frames: how many of them the collage shows.
         thumbnail: whether to add it; without it the method is a uniform sample, for any model.
-        thumbnail_first: whether its tokens come in front of the sample.
+        thumbnail_first: whether its tokens come before the sample.
     """
 
     budget: float | int = 0.12
@@ -109,14 +109,14 @@ def _is_frame(segment: Segment) -> bool:
 
 
 def frame_indices(frames: int, count: int) -> list[int]:
-    """The frames that the method reads of a video: `count` midpoints of equal stretches of `frames` frames."""
+    """Frames that the method reads of a video: `count` midpoints of equal stretches of `frames` frames."""
     count = min(frames, count)
     ends = [round((frames - 1) / count * i) for i in range(count + 1)]
     return [(a + b) // 2 for a, b in itertools.pairwise(ends)]
 
 
 def sample_indices(n: int, count: int) -> Tensor:
-    """(count,) int64: evenly spaced among n, first and last included; in float32, as the public code has it."""
+    """(count,) int64: evenly spaced among n, first and last included; in float32, as the public code."""
     return torch.linspace(0, n - 1, count, dtype=torch.float32).round().long().clamp(0, n - 1)
 
 

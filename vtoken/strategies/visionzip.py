@@ -24,7 +24,7 @@ from .registry import register
     paper="VisionZip: Longer is Better but Not Necessary in Vision Language Models, arXiv 2412.04467",
     code="github.com/dvlab-research/VisionZip",
     code_licence="Apache-2.0",
-    differs="Merges behind the projector, as the public code does for Qwen2.5-VL; its LLaVA code merges in "
+    differs="Merges after the projector, as the public code does for Qwen2.5-VL; its LLaVA code merges in "
     "front of it and keeps the CLS token, for which one more dominant patch stays here. Contextual tokens "
     "sit at their target's place (layout='reference' puts them last, as the LLaVA code does); cells that "
     "the model unpads are not merged.",
@@ -44,7 +44,7 @@ class VisionZip(Strategy):
         merge: "sum" as the public code does, or "mean" over the target and those that joined.
         score: "cls", "received" (attention received by each patch, the public code's rule for Qwen2.5-VL), or
             "auto" by the tower.
-        layout: "spatial", or "reference": contextual tokens behind the dominant ones, those of all crops
+        layout: "spatial", or "reference": contextual tokens after the dominant ones, those of all crops
             last; combine it with positions="renumber".
         keep_newline: keep image-newline rows on top of the budget; the public code drops them.
     """
@@ -103,7 +103,7 @@ class VisionZip(Strategy):
         # a block for the thumbnail, one for the canvas of all crops, one for each frame of a video
         blocks = [{"thumbnail": 0, "frame": i}.get(s.kind, 1) for i, s in enumerate(tokens.segments)]
         block = torch.tensor([*blocks, 1], device=device)[tokens.segment_of]
-        contextual_of = tokens.segment_of.clamp(min=0) * late  # by crop, behind the dominant ones
+        contextual_of = tokens.segment_of.clamp(min=0) * late  # by crop, after the dominant ones
         key = (block * 2 + late) * (len(rows) + 1) + contextual_of
         return in_order(selection, key[selection.keep].argsort(stable=True), n)
 

@@ -15,8 +15,8 @@ from ..base import REFERENCE_DEPTH
 from ..budgets import Budget
 
 
-def behind_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Layers in front of which a method drops that published "after layer l of 32", at the same relative
+def after_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Layers before which a method drops that published "after layer l of 32", at the same relative
     depth.
     """
     scaled = {round(i * num_layers / REFERENCE_DEPTH) + 1 for i in layers}
@@ -32,7 +32,7 @@ def quarters(first: int, num_layers: int) -> tuple[int, ...]:
 
 
 def lengths(cuts: Sequence[int], num_layers: int) -> list[int]:
-    """Number of layers in front of the first drop, between drops, and behind the last."""
+    """Number of layers before the first drop, between drops, and after the last."""
     edges = [0, *cuts, num_layers]
     return [b - a for a, b in pairwise(edges)]
 
@@ -61,17 +61,17 @@ def ratio_for(average: float, spans: Sequence[int]) -> float:
 
 
 def counts_for(entered: int, average: float, spans: Sequence[int], name: str, least: int = 1) -> list[int]:
-    """Visual tokens behind every drop, shrinking by one ratio, so that the average over all layers is
+    """Visual tokens after every drop, shrinking by one ratio, so that the average over all layers is
     `average`.
 
     Args:
-        entered: visual tokens in front of the first drop.
+        entered: visual tokens before the first drop.
         average: never exceeded, but for `least`, the smallest number that a drop may leave.
         spans: see `lengths`.
         name: of the strategy, for the error.
 
     Raises:
-        ValueError: if the layers in front of the first drop alone read more.
+        ValueError: if the layers before the first drop alone read more.
     """
     refuse_if_unreachable(entered, average, spans, name)
     ratio = ratio_for(average / entered, spans)
@@ -90,7 +90,7 @@ def last_count(
 
 
 def refuse_if_unreachable(entered: float, average: float, spans: Sequence[int], name: str) -> None:
-    """Raise ValueError if the layers in front of the first drop read more than the budget."""
+    """Raise ValueError if the layers before the first drop read more than the budget."""
     if spans[0] * entered <= average * sum(spans):
         return
     share, found = spans[0] / sum(spans), average / entered
@@ -130,6 +130,6 @@ def check_inside(cuts: Sequence[int], num_layers: int, name: str) -> None:
     """Raise ValueError if a drop lies outside an LLM of this many layers."""
     if not cuts or cuts[-1] >= num_layers:
         raise ValueError(
-            f"{name} drops in front of LLM layer {cuts[-1] if cuts else 'None'}, but this LLM has the layers"
+            f"{name} drops before LLM layer {cuts[-1] if cuts else 'None'}, but this LLM has the layers"
             f" 0 to {num_layers - 1}: choose lower ones."
         )
