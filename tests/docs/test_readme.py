@@ -65,3 +65,13 @@ def test_the_pasted_report_is_what_quickstart_prints(capsys):
         1
     ].splitlines()
     assert printed[:-1] == pasted[:-1] and printed[-1].split()[:2] == pasted[-1].split()[:2]
+
+
+def test_links_lead_somewhere_on_the_page_of_a_package_index():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    text = (ROOT / "README.md").read_text()
+    for each in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(each["pattern"], each["replacement"], text)
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 20 and all(link.startswith("https://") for link in links)

@@ -3,10 +3,12 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from training.tiny.evaluate import pruned_accuracy
 from training.tiny.language import SLOTS, choose, layout, pack
@@ -23,6 +25,16 @@ from vtoken.tiny.scenes import COLOURS, KINDS, NUMBERS, held_out, make_scene, qu
 @pytest.fixture(scope="module")
 def shipped():
     return tiny.load("llava")
+
+
+def test_what_ships_is_bfloat16_and_small():
+    package = Path(tiny.__file__).parents[1]
+    out_of_the_wheel = ("training_log.json", "curve.png")
+    files = [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert sum(p.stat().st_size for p in files if p.name not in out_of_the_wheel) < 16e6
+    for name in tiny.names():
+        assert {t.dtype for t in load_file(tiny.path(name) / "model.safetensors").values()} == {torch.bfloat16}
+        assert tiny.load(name)[0].dtype == torch.float32
 
 
 def digest(scene):
