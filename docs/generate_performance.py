@@ -1,5 +1,6 @@
-"""Fills the tables of performance.md and streaming.md from benchmarks/results: `python
-docs/generate_performance.py`.
+"""Fill the tables of performance.md and streaming.md from benchmarks/results.
+
+python docs/generate_performance.py
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def peers() -> str:
 
 
 def streaming() -> str:
-    """What a frame and a question cost, by shape and contestant; a number for each length of the stream."""
+    """Cost of a frame and of a question, by shape and contestant; a number for each length of the stream."""
     return "\n\n".join(
         _stream(json.loads(file.read_text("utf-8"))) for file in sorted(RESULTS.glob("streaming_*.json"))
     )

@@ -1,5 +1,6 @@
-"""Fills the tables of README.md from the registries and from docs/board/llava.json: `python
-docs/generate_readme.py`.
+"""Fill the tables of README.md from the registries and from docs/board/llava.json.
+
+python docs/generate_readme.py
 """
 
 from __future__ import annotations

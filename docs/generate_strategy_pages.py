@@ -1,5 +1,4 @@
-"""Write docs/strategies/: one page per strategy and an index, from the registry's metadata and the
-docstrings.
+"""Write docs/strategies/: one page per strategy and an index, from metadata and docstrings.
 
 python docs/generate_strategy_pages.py
 """
@@ -113,7 +112,7 @@ def example(info: StrategyInfo, strategy: Strategy) -> str:
 
 
 def reads(strategy: Strategy) -> str:
-    """What it reads, on towers with and without a CLS token, and of which LLM layers."""
+    """Inputs of a strategy, on towers with and without a CLS token, and its LLM layers."""
     with_cls, without = strategy.needs(CLIP), strategy.needs(SIGLIP)
     parts = []
     if strategy.acts_on_projector:
@@ -163,9 +162,7 @@ def default(f: Field) -> object:
 
 
 def parse(cls: type[Strategy]) -> tuple[str, dict[str, str]]:
-    """A docstring's text without its sections, and its arguments; those not described there are the base
-    class's.
-    """
+    """A docstring's text without its sections, and its arguments, those of the base classes included."""
     about, arguments = "", {}
     for owner in (c for c in reversed(cls.__mro__) if issubclass(c, Strategy)):
         doc = inspect.cleandoc(owner.__doc__ or "")

@@ -1,6 +1,4 @@
-"""Checks of values that users give, by type hints: the value in its hint's type, or one sentence that refuses
-it.
-"""
+"""Checks of user values by type hints: the value in its hint's type, or one sentence that refuses it."""
 
 from __future__ import annotations
 
@@ -64,9 +62,7 @@ def has_field(cls: Any, name: str) -> bool:
 
 
 def checked(function: F, error: type[ValueError] = ValueError) -> F:
-    """Decorator: fit every argument to its annotation before the call, or raise `error`; a parameter's
-    default passes.
-    """
+    """Decorator: fit every argument to its annotation before the call, or raise `error`; defaults pass."""
     signature = inspect.signature(function)
 
     @functools.cache
@@ -99,9 +95,7 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def number(value: Any) -> Any:
-    """A Python number for one of NumPy, a tensor without dimensions or a subclass of int; anything else as it
-    is.
-    """
+    """Python number of a NumPy number, a 0-d tensor or a subclass of int; anything else unchanged."""
     if type(value).__module__.partition(".")[0] in ("numpy", "torch") and getattr(value, "ndim", None) == 0:
         try:
             value = value.item()
@@ -124,7 +118,7 @@ def found(value: Any) -> str:
 
 
 def words(hint: Any) -> str:
-    """What a hint asks for: "None or a whole number"."""
+    """Words for the values that a hint allows: "None or a whole number"."""
     members = _members(hint)
     literals = [a for m in members if get_origin(m) is Literal for a in get_args(m)]
     parts = ["None"] if type(None) in members else []

@@ -1,4 +1,4 @@
-"""Entry points of other packages: what they add to vtoken is imported when a name is looked up, once."""
+"""Entry points of other packages, imported once, when a name is looked up."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 @dataclass
 class EncoderMerge:
-    """What becomes of the tokens inside a vision tower; every segment keeps the same number m, as the tower
-    needs.
+    """Merge of tokens inside a vision tower; every segment keeps the same number m, as the tower needs.
 
     Attributes:
         keep: (segments, m) int64, ascending: the places that stay, those of merged tokens included.
@@ -28,7 +27,7 @@ class EncoderMerge:
 
 @dataclass
 class Selection:
-    """Which tokens stay, and what becomes of the others.
+    """The kept tokens, and the shares of other tokens that are added to them.
 
     Attributes:
         keep: (k,) int64, ascending indices of the kept tokens.
@@ -82,9 +81,7 @@ class Selection:
 
     @classmethod
     def groups(cls, keep: Tensor, group: Tensor) -> Selection:
-        """Deprecated: `Selection.merge(keep, owner)`, whose owners are tokens where `group` has indices into
-        `keep`.
-        """
+        """Deprecated: use `merge`, whose `owner` names tokens; `group` has indices into `keep`."""
         warnings.warn(
             "Selection.groups goes in the next release: write Selection.merge(keep, owner), with owner[i] a"
             " kept token.",
@@ -107,7 +104,7 @@ class Selection:
         if self.features is not None and (self.into is not None or self.features.shape[:-1] != keep.shape):
             raise ValueError(
                 f"Selection.features must be ({len(keep)}, d) and stand alone, found"
-                f" {tuple(self.features.shape)}{'' if self.into is None else ' beside into'}."
+                f" {tuple(self.features.shape)}{'' if self.into is None else ' together with into'}."
             )
         if self.marked is not None and (self.marked.shape != keep.shape or self.marked.dtype != torch.bool):
             raise ValueError(

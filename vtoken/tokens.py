@@ -61,7 +61,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class TowerInfo:
-    """What a strategy may know about a vision tower.
+    """Facts about a vision tower that a strategy may use.
 
     Attributes:
         num_layers: number of transformer layers L; layer indices are 0-based everywhere.
@@ -91,7 +91,7 @@ class TowerInfo:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a strategy reads besides the features; an adapter provides it or `patch` refuses.
+    """Inputs of a strategy in addition to the features; an adapter provides them or `patch` refuses.
 
     Attributes:
         cls_attention: tower layers whose CLS row is read.
@@ -137,9 +137,9 @@ class VisualTokens:
         text_embeddings: (t, d) embeddings of the prompt's text tokens, None unless declared in `Needs`.
         merged: (num_cells,) int64, which token inside the tower a cell became; cells with one number share
             their features. None if nothing was merged there.
-        memory: what the strategy noted of earlier frames of the same stream (see `vtoken.stream`), empty at
-            its start and for whatever is no stream. Constant in size and made of numbers, strings, tensors,
-            lists and dicts, please.
+        memory: the strategy's notes on earlier frames of the same stream (see `vtoken.stream`), empty at its
+            start and outside of streams. It must stay constant in size and hold only numbers, strings,
+            tensors, lists and dicts.
         pixels: (frames, 3, H, W) as the tower takes them, of images in crops the view of the whole; None
             unless declared.
         encode: `encode(pixels (k, 3, H, W))` gives the features (k, cells, d) of further frames; None unless
@@ -217,8 +217,7 @@ class VisualTokens:
         return value
 
     def by_cell(self, values: Tensor) -> Tensor:
-        """(segments, cells of the largest segment): what is given of each of the n tokens, -inf where a cell
-        has no token.
+        """Values of the n tokens by cell: (segments, cells of the largest segment), -inf without a token.
 
         Args:
             values: (n,), any float dtype; those of separators go.
@@ -319,9 +318,7 @@ class PrefillTokens:
 
     @property
     def text_rows(self) -> Tensor:
-        """(t,) int64, the prompt's text tokens after its first visual token; the last token if there are
-        none.
-        """
+        """(t,) int64, the prompt's text tokens after its first visual token; its last token if none are."""
         text = ~self.visual & (self.visual.cumsum(0) > 0)
         if self.end >= 0:
             text[self.end :] = False

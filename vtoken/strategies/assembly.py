@@ -1,4 +1,4 @@
-"""From what a user names, a class, an object or a list of them, to one Strategy."""
+"""Make one Strategy from a name, a class, an object or a list of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from .registry import check_methods, create, parse_strategy, split_names
 
 
 def options_of(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Take the hyper-parameters of one strategy out of `options`. Raises ValueError if they are no mapping of
-    names.
-    """
+    """Take one strategy's hyper-parameters out of `options`; ValueError if they are no mapping of names."""
     given = options.pop(name, {})
     if not isinstance(given, dict) or not all(isinstance(k, str) for k in given):
         raise ValueError(
@@ -64,9 +62,7 @@ def combine(parts: Sequence[Any], budget: float | int | None = None, **options: 
 
 
 def assemble(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
-    """A Strategy from a name, a class, an instance or a list of them. Raises TypeError for one that has no
-    method to ask.
-    """
+    """A Strategy from a name, a class, an object or a list of them; TypeError if it has no method to ask."""
     made = _assemble(strategy, budget, options)
     check_methods(type(made))
     return made

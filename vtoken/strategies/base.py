@@ -1,4 +1,4 @@
-"""What a strategy is: a dataclass of hyper-parameters with one method to write."""
+"""Base class of strategies: a dataclass of hyper-parameters with one method to write."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REFERENCE_DEPTH = 32  # of the LLMs for which layer numbers are published; deep 
 
 @dataclass(frozen=True)
 class StrategyInfo:
-    """What the registry tells about a strategy.
+    """Metadata of a strategy in the registry.
 
     Attributes:
         name: the name that `vtoken.patch` takes.
@@ -60,7 +60,7 @@ class StrategyInfo:
 
     @property
     def budget_counts(self) -> str:
-        """What a budget counts, in words; empty where it is not told."""
+        """Unit of a budget, in words; empty where it is not told."""
         return "" if self.budget_means is None else BUDGET_MEANS[self.budget_means]
 
     @property
@@ -146,13 +146,11 @@ class Strategy(metaclass=_CheckedOptions):
         return Budget(self.budget if budget is None else budget)
 
     def needs(self, tower: TowerInfo | None) -> Needs:
-        """What `select` will read besides features, segments and cells."""
+        """Inputs that `select` reads in addition to features, segments and cells."""
         return Needs()
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
-        """Tokens per segment that enter the LLM, a pure function of the grids: all, if the method only acts
-        inside it.
-        """
+        """Tokens per segment that enter the LLM, from the grids alone: all if the method acts inside it."""
         allowance = self.allowance(budget)
         return allowance.tokens(segments) if self.acts_on_projector else [s.fed for s in segments]
 
@@ -171,9 +169,7 @@ class Strategy(metaclass=_CheckedOptions):
         return ()
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
-        """Choose among the visual tokens (`tokens.visual_rows`) of one prompt before LLM layer
-        `tokens.layer`.
-        """
+        """Choose among the tokens `tokens.visual_rows` of one prompt before LLM layer `tokens.layer`."""
         raise NotImplementedError(f"{type(self).__name__} does not act inside the LLM.")
 
     def aligned_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -181,9 +177,7 @@ class Strategy(metaclass=_CheckedOptions):
         return ()
 
     def encoder_layers(self, tower: TowerInfo) -> tuple[int, ...]:
-        """Ascending tower layers after which `merge_in_encoder` is asked; empty for methods that leave the
-        tower alone.
-        """
+        """Ascending tower layers after which `merge_in_encoder` is asked; empty if nothing merges there."""
         return ()
 
     def merge_in_encoder(self, tokens: EncoderTokens) -> EncoderMerge | None:
@@ -191,9 +185,7 @@ class Strategy(metaclass=_CheckedOptions):
         raise NotImplementedError(f"{type(self).__name__} does not act inside the vision tower.")
 
     def reuse(self, tower: TowerInfo) -> Reuse | None:
-        """What the vision tower reuses between the frames of a stream; None for methods that compute all of
-        each.
-        """
+        """Reuse between frames in the vision tower; None for methods that compute every frame in full."""
         return None
 
     def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
@@ -208,7 +200,7 @@ class Strategy(metaclass=_CheckedOptions):
         return f"{self.info.name}({', '.join(options)})"
 
     def budget_counts(self) -> str:
-        """What the budget counts, in words; empty where the registration does not tell."""
+        """Unit of the budget, in words; empty where the registration does not tell."""
         return self.info.budget_counts
 
     @property

@@ -1,4 +1,4 @@
-"""What a budget allows: the share of the visual tokens, or the number of tokens per image or frame."""
+"""Budgets: a share of the visual tokens, or a number of tokens per image or frame."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNIT = "budget_unit"  # in files: programs that know one kind of number write 1.
 
 @dataclass(frozen=True, eq=False)
 class Budget:
-    """What the number that a user gives allows, in tokens.
+    """A budget as the user gives it, and its value in tokens.
 
     Args:
         value: a float in (0, 1] is a share of the visual tokens, an int a number of them per image or frame.
@@ -120,8 +120,7 @@ def check_budget(budget: Any) -> float | int:
 
 
 def with_unit(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a file without the unit of their budget, the budget in the kind of number that it asks
-    for.
+    """The values of a file without their `budget_unit`, the budget as a number of that unit.
 
     Raises:
         ValueError: for an unknown unit, or a budget that it does not fit.
@@ -136,9 +135,7 @@ def with_unit(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def divide(total: int, sizes: Sequence[int]) -> list[int]:
-    """`total` tokens over segments of the given sizes as evenly as their sizes allow; earlier ones get the
-    rest.
-    """
+    """`total` tokens over segments, as evenly as `sizes` allow; among equals earlier ones get the rest."""
     counts, left = [0] * len(sizes), total
     order = sorted(range(len(sizes)), key=lambda i: (sizes[i], -i))
     for place, i in enumerate(order):
@@ -148,5 +145,5 @@ def divide(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 def frames_of(segments: Sequence[Segment]) -> int:
-    """How many of the segments are frames of a video."""
+    """Number of segments that are frames of a video."""
     return sum(s.kind == "frame" for s in segments)

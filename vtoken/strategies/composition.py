@@ -19,8 +19,9 @@ REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L
 
 @dataclass
 class Composite(Strategy):
-    """A projector strategy and one that drops inside the LLM, as one strategy; or either with one that acts
-    between frames.
+    """Combination of a projector strategy and one that drops inside the LLM, as one strategy.
+
+    Either of the two may also be combined with a strategy that acts between frames.
 
     How one budget b is shared: the strategy inside the LLM is held to b itself, in its own meaning (what
     remains after its cut, or its average over the layers), of what the unpatched model would feed. The
@@ -93,9 +94,7 @@ class Composite(Strategy):
             raise ValueError(f"All strategies of a combination need the same positions, found {each}.")
 
     def _places(self) -> tuple[list[Strategy], list[Strategy], list[Strategy]]:
-        """The parts that act before the LLM, inside it, and between frames. Raises ValueError for two at one
-        place.
-        """
+        """Parts that act before the LLM, inside it, and between frames; ValueError for two at one place."""
         at_projector = [p for p in self.parts if p.acts_on_projector]
         inside = [p for p in self.parts if p.acts_inside]
         between = [p for p in self.parts if p.acts_between_frames]

@@ -33,8 +33,8 @@ class DivPrune(Strategy):
     The distance of two tokens is `1 - cos(x_i, x_j)` of their projected features. The first token is the one
     whose nearest other token is farthest; each next one maximises the distance to its nearest chosen token,
     until `round(budget * n)` are chosen, halves rounded to even. All tokens of an image or a video compete,
-    crops, frames and image-newline rows
-    alike: newline rows are equal vectors, so that hardly more than one of them survives.
+    crops, frames and image-newline rows alike: newline rows are equal vectors, so that hardly more than one
+    of them survives.
 
     Args:
         protect_newline: keep every image-newline row on top of the budget, which then counts patches; an
@@ -47,9 +47,7 @@ class DivPrune(Strategy):
         return min(n, max(1, round(budget.allowed(n, frames_of(segments)))))
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
-        """Patches kept per segment if all are equally diverse; the sum is exact where the model adds no
-        separator rows.
-        """
+        """Patches kept per segment if all are equally diverse; the sum is exact without separator rows."""
         fed = [s.fed for s in segments]
         return divide(self._total(segments, self.allowance(budget), sum(fed)), fed)
 

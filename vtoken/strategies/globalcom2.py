@@ -1,4 +1,4 @@
-"""GlobalCom2: the thumbnail commands how many, and helps to decide which, tokens of every crop stay."""
+"""GlobalCom2: the thumbnail sets the number of kept tokens per crop and takes part in their ranking."""
 
 from __future__ import annotations
 
@@ -110,9 +110,7 @@ class GlobalCom2(ScoredStrategy):
     def _guided(
         self, tokens: VisualTokens, rows: list[Tensor], local: list[Tensor], thumbnail: int
     ) -> tuple[list[Tensor], list[int]]:
-        """Scores (fed,) of every segment and how many of its tokens stay, under the guidance of the
-        thumbnail.
-        """
+        """Scores (fed,) and number of kept tokens of every segment, from the thumbnail's importance."""
         segments, fed = tokens.segments, sum(map(len, rows))
         ratio = self.allowance().share_of(fed)
         guide = local[thumbnail].mean().repeat(segments[thumbnail].size)  # where the model dropped a patch

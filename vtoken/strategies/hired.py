@@ -68,9 +68,7 @@ class HiRED(ScoredStrategy):
         return attention_needs(self.score, (tower.first_global_layer, tower.layers_up_to_feature(1)[0]))
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
-        """Tokens per segment if the attention were even; the sum is what `select` keeps, up to rounding and
-        padding.
-        """
+        """Tokens per segment at even attention; their sum is that of `select`, up to rounding and padding."""
         total = self._total(segments, budget)
         if segments[0].kind != "thumbnail":
             return self._evenly(segments, total)

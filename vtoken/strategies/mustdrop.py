@@ -112,9 +112,7 @@ class MustDrop(Strategy):
         return Needs(received_attention=(tower.global_layers[-1],))
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
-        """Tokens per segment that enter the LLM at most; how many are merged before is seen in the picture
-        only.
-        """
+        """Upper limit of the tokens per segment that enter the LLM; the picture decides how many merge."""
         return [s.fed for s in segments]
 
     def encoder_layers(self, tower: TowerInfo) -> tuple[int, ...]:
@@ -157,9 +155,7 @@ class MustDrop(Strategy):
         return group
 
     def _representatives(self, tokens: VisualTokens, patches: Tensor, group: Tensor) -> Tensor:
-        """For every patch the most central patch of its group among those that are there, as an index into
-        `patches`.
-        """
+        """For every patch the most central patch of its group, as an index into `patches`."""
         place = torch.cat([_coordinates(s.grid, group.device) for s in tokens.segments])[
             tokens.cells[patches]
         ]

@@ -21,8 +21,11 @@ _registry: dict[str, StrategyInfo] = {}
 
 
 def register(name: str, **metadata: Any) -> Callable[[S], S]:
-    """Class decorator: make a `Strategy` dataclass known as `name`; `metadata` are the fields of
-    `StrategyInfo`.
+    """Class decorator: register a `Strategy` dataclass under `name`.
+
+    Args:
+        name: a lower-case identifier.
+        metadata: fields of `StrategyInfo`; `summary` and `stages` are required.
 
     Raises:
         ValueError: if the name is taken or malformed, or the metadata is incomplete.
@@ -57,9 +60,7 @@ def register(name: str, **metadata: Any) -> Callable[[S], S]:
 
 
 def _adopt(entry: EntryPoint, loaded: Any) -> None:
-    """Raise ValueError unless another package registered a strategy; one that cannot be made to be looked at
-    goes.
-    """
+    """Raise ValueError unless the entry's package registered a strategy; remove one that cannot be made."""
     mine = [n for n, i in _registry.items() if i.cls is loaded or same_package(i.cls, entry)]
     if not mine:
         raise ValueError(
@@ -121,9 +122,7 @@ def split_names(parts: Iterable[Any]) -> list[Any]:
 
 
 def create(name: str, **options: Any) -> Strategy:
-    """Make the strategy called `name` with the given hyper-parameters; ValueError names those it does not
-    have.
-    """
+    """Make the strategy `name` with the given hyper-parameters; ValueError names those it does not have."""
     cls = strategy_info(name).cls
     known = [f.name for f in fields(cls) if f.init]
     unknown = [o for o in options if o not in known]

@@ -30,7 +30,7 @@ class ScoredStrategy(Strategy):
     keep_newline: bool = False
 
     def scores(self, tokens: VisualTokens) -> Scores:
-        """How much each cell is worth.
+        """Scores of the cells.
 
         Returns:
             (segments, cells) in any float dtype, the highest stay and the lower cell among equals. Cells that
@@ -53,9 +53,7 @@ class ScoredStrategy(Strategy):
 
 
 def _check(scores: Tensor, tokens: VisualTokens, name: str) -> None:
-    """Raise ValueError unless there is one row for each segment, with at least as many columns as it has
-    cells.
-    """
+    """Raise ValueError unless `scores` has one row per segment and a column for each of its cells."""
     segments, cells = len(tokens.segments), max(s.size for s in tokens.segments)
     if scores.ndim != 2 or len(scores) != segments or scores.shape[1] < cells:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""SparseVLM and SparseVLM+: pruning inside the LLM by the prompt's words that are about the picture."""
+"""SparseVLM and SparseVLM+: pruning inside the LLM by the attention of words about the picture."""
 
 from __future__ import annotations
 
@@ -233,9 +233,7 @@ class SparseVLM(Strategy):
 
 
 def choose_raters(tokens: PrefillTokens, chunk: int = 512) -> Tensor:
-    """(r,) int64: text tokens whose share of the visual tokens' dot products lies above the mean; all if none
-    does.
-    """
+    """(r,) int64: text tokens with an above-mean share of the visual tokens' products; all if none has."""
     text = tokens.text_rows
     words = tokens.hidden_states[text].float()
     total = torch.zeros(len(text), device=words.device)

@@ -24,8 +24,7 @@ from .stc_pruner import STCPruner
 )
 @dataclass
 class STC(STCPruner):
-    """Streaming Token Compression (arXiv 2512.00891): `stc_cacher` in the tower, `stc_pruner` before the
-    LLM.
+    """Streaming Token Compression (arXiv 2512.00891): `stc_cacher` and, before the LLM, `stc_pruner`.
 
     Args:
         budget: of the pruner.

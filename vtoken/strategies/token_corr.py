@@ -1,6 +1,4 @@
-"""TokenCorr: repetitive crops keep fewer tokens, the others fold into what stays. Parts of the method are not
-published.
-"""
+"""TokenCorr: repetitive crops keep fewer tokens, dropped tokens are averaged into kept ones."""
 
 from __future__ import annotations
 

@@ -35,9 +35,9 @@ FEWER = (6, 4, 2, 1)  # frames of a collage where the video has fewer than asked
 )
 @dataclass
 class TSLLaVA(Strategy):
-    """Thumbnail and sampling (arXiv 2411.11066): training-free video for image models; the images of a prompt
-    are its frames.
+    """Thumbnail and sampling (arXiv 2411.11066): training-free video for image models.
 
+    The images of a prompt are the frames of one video.
     The tokens of all frames, one frame after the other, are sampled at `round(linspace(0, n - 1, S))`,
     across frames and rows alike. The thumbnail is a collage of evenly spaced frames, scaled down to cells of
     one picture, which passes the tower as one more frame of V tokens. `S + V` is the budget. The sample comes
@@ -90,9 +90,7 @@ class TSLLaVA(Strategy):
         return Selection(keep, features=torch.cat(parts[::-1] if self.thumbnail_first else parts))
 
     def _places(self, segments: Sequence[Segment], budget: Budget) -> tuple[Tensor, Tensor]:
-        """Among the tokens of all frames, ascending: those that are sampled, and the places that the
-        thumbnail takes.
-        """
+        """Indices into the tokens of all frames, ascending: the sample's, and the thumbnail's places."""
         sizes = [s.fed for s in segments if _is_frame(s)]
         n, total = sum(sizes), min(sum(sizes), budget.total(segments, sum(s.fed for s in segments)))
         view = sizes[0] if self.thumbnail and len(set(sizes)) == 1 else total

@@ -102,8 +102,7 @@ class VidCom2(ScoredStrategy):
 
 
 def _adjust(counts: Tensor, score: Tensor, target: int) -> Tensor:
-    """Give up the kept tokens with the highest scores, or take the others with the lowest, until `target` are
-    kept.
+    """Drop kept tokens with the highest scores, or add others with the lowest, until `target` are kept.
 
     Args:
         counts: (T,) int64, tokens kept of each frame. score: (T, M).

@@ -24,8 +24,8 @@ from .registry import register
     paper="VisionZip: Longer is Better but Not Necessary in Vision Language Models, arXiv 2412.04467",
     code="github.com/dvlab-research/VisionZip",
     code_licence="Apache-2.0",
-    differs="Merges after the projector, as the public code does for Qwen2.5-VL; its LLaVA code merges in "
-    "front of it and keeps the CLS token, for which one more dominant patch stays here. Contextual tokens "
+    differs="Merges after the projector, as the public code does for Qwen2.5-VL; its LLaVA code merges "
+    "before it and keeps the CLS token, for which one more dominant patch stays here. Contextual tokens "
     "sit at their target's place (layout='reference' puts them last, as the LLaVA code does); cells that "
     "the model unpads are not merged.",
 )
@@ -108,9 +108,7 @@ class VisionZip(Strategy):
         return in_order(selection, key[selection.keep].argsort(stable=True), n)
 
     def _zip(self, scores: Tensor, keys: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Indices of dominant tokens, of targets and of the others, and for each of these its target's
-        number.
-        """
+        """Indices of dominant tokens, of targets and of the others, and the target's number of each other."""
         dominant, contextual = self.split(total)
         first = top_k(scores, dominant)
         rest = torch.ones_like(scores, dtype=torch.bool).index_fill_(0, first, False).nonzero()[:, 0]

@@ -7,11 +7,10 @@ from torch import Tensor
 
 
 def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """DPC-KNN (Du et al. 2016) as SparseVLM uses it: the nearest `clusters` tokens, itself among them, make
-    the density.
+    """Clusters of DPC-KNN (Du et al. 2016) in the form that SparseVLM uses.
 
-    Equal densities, and equal products of density and distance, go to the lower index; the public code draws
-    noise.
+    The density of a token comes from its nearest `clusters` tokens, itself among them. Equal densities, and
+    equal products of density and distance, go to the lower index; the public code draws noise.
 
     Args:
         x: (q, d) features. clusters: number c, 1 to q.

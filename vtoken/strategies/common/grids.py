@@ -24,8 +24,9 @@ def window_of(fed: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
 
 
 def blocks_of(lines: Tensor, blocks: int, size: int) -> tuple[Tensor, Tensor]:
-    """Per line of `size` its block, and its distance from the block's middle; `lines` are divided, others lie
-    in block 0.
+    """Block of every one of `size` lines, and its distance from the block's middle.
+
+    `lines` are divided into blocks; the others lie in block 0.
     """
     block, distance = torch.zeros(2, size, dtype=torch.long, device=lines.device)
     if blocks:
@@ -37,9 +38,7 @@ def blocks_of(lines: Tensor, blocks: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def pooled_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:
-    """Rows and columns of the pooled grid: as square-celled as can be, at most `budget` cells, at least 1 x
-    1.
-    """
+    """Rows and columns of the pooled grid, of nearly square cells: at most `budget`, at least 1 x 1."""
     height, width = grid
     best = (1, 1)
     ideal = math.sqrt(budget * height / width)

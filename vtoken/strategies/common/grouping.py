@@ -1,4 +1,4 @@
-"""What strategies share that work segment by segment, merge tokens or change their order."""
+"""Shared arithmetic of strategies that work per segment, merge tokens or change their order."""
 
 from __future__ import annotations
 
@@ -38,17 +38,16 @@ def unit(x: Tensor) -> Tensor:
 
 
 def gaussian_similarity(y: Tensor, centre: Tensor) -> Tensor:
-    """(...,) sum over the kernel widths w of `exp(-|y - centre|^2 / (2 w))`, for (..., d) and a centre that
-    broadcasts.
+    """(...,) sum over the kernel widths w of `exp(-|y - centre|^2 / (2 w))`.
+
+    y is (..., d); centre broadcasts with it.
     """
     distance = (y - centre).square().sum(-1)
     return sum((torch.exp(distance / (-2 * w)) for w in KERNEL_WIDTHS), torch.zeros_like(distance))
 
 
 def nearest(x: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
-    """Index of the target with the highest cosine, (n,) int64, for the rows of x (n, d); targets (m, d), m at
-    least 1.
-    """
+    """Index of the target with the highest cosine, (n,) int64; x (n, d), targets (m, d), m at least 1."""
     targets, found = unit(targets).mT, []
     for rows in x.split(chunk):
         cosine = unit(rows) @ targets

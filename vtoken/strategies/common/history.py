@@ -1,4 +1,4 @@
-"""The mean of what a strategy noted of the frames of a stream, in the stream's memory."""
+"""Running mean over the frames of a stream, in the stream's memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from torch import Tensor
 
 
 def remember(memory: dict[str, Any], mean: Tensor, window: int | None) -> None:
-    """Note the mean of one frame, (channels,); `window` frames are remembered, or the sum of all if it is
-    None.
-    """
+    """Store the mean (channels,) of one frame: the last `window` are kept, the sum of all if it is None."""
     if window is not None:
         memory["means"] = [*memory.get("means", []), mean.double()][-window:]
         return

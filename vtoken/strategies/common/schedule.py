@@ -1,6 +1,4 @@
-"""How many visual tokens each LLM layer reads, and the arithmetic of budgets that mean an average over the
-layers.
-"""
+"""Visual tokens per LLM layer, and the arithmetic of budgets that are an average over the layers."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ from ..budgets import Budget
 
 
 def after_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Layers before which a method drops that published "after layer l of 32", at the same relative
-    depth.
-    """
+    """Layers before which to drop, at the relative depth of the published "after layer l of 32"."""
     scaled = {round(i * num_layers / REFERENCE_DEPTH) + 1 for i in layers}
     return tuple(sorted(i for i in scaled if i < num_layers))
 
@@ -43,9 +39,7 @@ def wanted(budget: float | int, tokens: PrefillTokens) -> float:
 
 
 def bisect(function: Callable[[float], float], target: float, low: float = 0.0, high: float = 1.0) -> float:
-    """The largest x in [low, high] for which a rising function stays at or below `target`; `low` if there is
-    none.
-    """
+    """The largest x in [low, high] with a rising function at or below `target`; `low` if there is none."""
     if function(high) <= target:
         return high
     for _ in range(60):
@@ -61,8 +55,7 @@ def ratio_for(average: float, spans: Sequence[int]) -> float:
 
 
 def counts_for(entered: int, average: float, spans: Sequence[int], name: str, least: int = 1) -> list[int]:
-    """Visual tokens after every drop, shrinking by one ratio, so that the average over all layers is
-    `average`.
+    """Visual tokens after every drop, shrinking by one ratio, for an average over all layers of `average`.
 
     Args:
         entered: visual tokens before the first drop.
@@ -103,9 +96,7 @@ def refuse_if_unreachable(entered: float, average: float, spans: Sequence[int], 
 
 
 def head_rows(tokens: PrefillTokens, rows: Tensor, chunk: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
-    """Attention of the layer before from query rows to visual tokens, a few rows at a time: (rows, (heads, r,
-    v)).
-    """
+    """Attention of the layer before, from rows to visual tokens, in chunks: (rows (r,), (heads, r, v))."""
     visual = tokens.visual_rows
     for some in rows.split(chunk):
         yield some, tokens.attention_rows(some)[..., visual]

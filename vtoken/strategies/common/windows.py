@@ -10,9 +10,7 @@ from .grouping import unit
 
 
 def window_cells(grid: tuple[int, int], window: int, device: torch.device | str | None = None) -> Tensor:
-    """(windows, window^2) int64: cells of the windows that tile a grid from its top left; what is left over
-    is in none.
-    """
+    """(windows, window^2) int64: cells of the whole windows that tile a grid from its top left."""
     rows, columns = grid
     cells = torch.arange(rows * columns, device=device).view(rows, columns)
     tiles = (
