@@ -29,7 +29,7 @@ def prompt(
     total: int | None = None,
     memory: dict | None = None,
 ) -> PrefillTokens:
-    """Text, images of the given sizes with text between them, text, and drafts behind the prompt.
+    """Text, images of the given sizes with text between them, text, and drafts after the prompt.
 
     `attention` and `preview` (heads, n, n) are causal softmaxed maps, random where not given; `marked` and
     `separators` are indices among the visual tokens.
@@ -75,7 +75,7 @@ def prompt(
 
 
 def after_keeping(tokens: PrefillTokens, keep: Tensor, layer: int, seed: int = 1) -> PrefillTokens:
-    """The same prompt in front of a later layer, with only the chosen visual tokens left."""
+    """The same prompt before a later layer, with only the chosen visual tokens left."""
     stay = ~tokens.visual
     stay[tokens.visual_rows[keep]] = True
     rows = stay.nonzero()[:, 0]

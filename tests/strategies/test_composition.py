@@ -167,7 +167,7 @@ def test_mustdrop_without_its_first_stage_fits():
 
 
 @pytest.mark.parametrize("parts", [["stc_cacher", "random"], ["random", "stc_cacher"]])
-def test_reuse_between_frames_beside_one_other(parts):
+def test_reuse_between_frames_with_one_other(parts):
     both = combine(parts, 0.2, stc_cacher=dict(budget=0.5, interval=3))
     assert isinstance(both.first, Random) and both.first.budget == 0.2 and both.acts_on_projector
     assert both.reuse(both_towers()).interval == 3 and both.between.budget == 0.5
@@ -178,7 +178,7 @@ def test_reuse_between_frames_beside_one_other(parts):
     assert combine(["stc_cacher", "random"], 1.0, stc_cacher=dict(interval=1)).is_identity
 
 
-def test_reuse_between_frames_beside_two_others():
+def test_reuse_between_frames_with_two_others():
     three = combine(["fastv", "stc_cacher", "random"], 0.25)
     assert (three.first.budget, three.then.budget, three.between.budget) == (0.5, 0.25, 0.25)
     assert [p.info.name for p in three.ordered] == ["stc_cacher", "random", "fastv"]

@@ -31,7 +31,7 @@ def test_rounds_half_to_even_as_the_public_code():
     assert [len(FastV(0.5).select_in_prefill(prompt(visual=n)).keep) for n in (5, 7, 9)] == [2, 4, 4]
 
 
-def test_mean_over_the_text_behind_the_image():
+def test_mean_over_the_text_after_the_image():
     tokens = prompt(visual=[6, 6])
     keep = FastV(0.5, query="mean").select_in_prefill(tokens).keep
     text = [i for i in range(3, len(tokens)) if not tokens.visual[i]]

@@ -50,7 +50,7 @@ def test_the_report_tells_what_was_counted(llava, name):
 
 
 def test_logits_read_from_the_tower_are_those_in_front_of_its_softmax(llava):
-    """The CLS row of the last layer, which runs behind the one that makes the features."""
+    """The CLS row of the last layer, which runs after the one that makes the features."""
     seen = {}
 
     def spy(tokens):

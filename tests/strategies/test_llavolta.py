@@ -77,7 +77,7 @@ def test_on_a_model(name):
 
 
 def test_in_front_of_the_llm():
-    """layer=-1 pools the projector's output: the same as pooling the embeddings in front of layer 0."""
+    """layer=-1 pools the projector's output: the same as pooling the embeddings before layer 0."""
     model, inputs = subject("llava"), FAMILIES["llava"].batch("ragged")
     outs = []
     for layer in (-1, 0):

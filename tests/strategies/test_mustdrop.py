@@ -111,8 +111,8 @@ def test_the_least_segment_sets_the_number():
 def merged_tower(
     model, pixels: Tensor, window: int, threshold: float
 ) -> tuple[Tensor, Tensor, list[list[int]]]:
-    """CLIP layer by layer with windows merged behind the first: features in front of the projector spread
-    over all patches (b, n, C), CLS attention of the last layer per merged token (b, m), and per image the
+    """CLIP layer by layer with windows merged after the first: features before the projector spread over
+    all patches (b, n, C), CLS attention of the last layer per merged token (b, m), and per image the
     token of every patch.
     """
     tower = model.model.vision_tower

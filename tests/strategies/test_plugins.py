@@ -192,9 +192,7 @@ print("served")
 
 
 def test_a_plain_script(tmp_path):
-    """As a user has it: no fixture, a fresh process, a strategy of the script itself beside those of
-    packages.
-    """
+    """A user's case: no fixture, a fresh process, a strategy of the script itself and those of packages."""
     install(
         tmp_path,
         "toy_pkg",

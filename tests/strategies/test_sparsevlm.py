@@ -53,8 +53,8 @@ def test_chunks_do_not_matter():
 
 
 # -- numbers -------------------------------------------------------------------------------------------------
-def behind(reads: list[int]) -> list[int]:
-    """The published count: what every layer hands on."""
+def after_layer(reads: list[int]) -> list[int]:
+    """The published count: tokens after every layer."""
     return [*reads[1:], reads[-1]]
 
 
@@ -69,13 +69,13 @@ def test_published_schedule(target, after):
             assert tuple(counts) == TABLES["2.0"][target]
         elif after is not None:
             assert tuple(counts) == after
-        mean = sum(behind(reads)) / 32
+        mean = sum(after_layer(reads)) / 32
         assert abs(mean - target) < (0.5 if version == "1.5" and target == 192 else 12)
 
 
 def test_the_published_average_of_192():
     reads = run_through(SparseVLM(target=192), prompt(visual=576, layer=0, after=8))
-    assert sum(behind(reads)) / 32 == pytest.approx((2 * 576 + 4 * 309 + 9 * 204 + 17 * 113) / 32)
+    assert sum(after_layer(reads)) / 32 == pytest.approx((2 * 576 + 4 * 309 + 9 * 204 + 17 * 113) / 32)
 
 
 @pytest.mark.parametrize("version", ["1.5", "2.0"])
@@ -135,7 +135,7 @@ def asked(strategy: SparseVLM, tokens, keep: int, layer: int = 3):
     return strategy.select_in_prefill(tokens)
 
 
-def test_raters_behind_an_image_rate_it():
+def test_raters_after_an_image_rate_it():
     """Text between two images rates the first one only; the mean is over those that can see the token."""
     tokens = prompt(visual=[6, 6], between=3, after=4)
     answer = asked(SparseVLM(recycle=False), tokens, 5)

@@ -153,7 +153,7 @@ def thumbnail(name: str, inputs: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_on_models(name):
-    """The images of a prompt are a video; the collage is encoded beside what the model encodes."""
+    """The images of a prompt are a video; the collage is encoded in addition to its frames."""
     family, model = FAMILIES[name], FAMILIES[name].build()
     inputs = family.prompt([[0, 1, 2], [1]] if family.modality == "image" else [[0], [1]])
     with patched(model, create("ts_llava", budget=0.3 if name == "llava_next" else 0.6)) as spy:

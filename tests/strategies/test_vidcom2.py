@@ -137,7 +137,7 @@ def test_budget_in_tokens_per_frame():
     assert len(answer(create("vidcom2", budget=99), tokens).keep) == len(tokens)
 
 
-def test_one_frame_and_a_newline_behind_the_video():
+def test_one_frame_and_a_newline_after_the_video():
     tokens = video(1, trailing=1)
     chosen = answer(create("vidcom2", budget=0.5), tokens)
     assert kept_per_segment(tokens, chosen) == [4] and separators_kept(tokens, chosen) == 1
