@@ -89,7 +89,7 @@ def page(info: StrategyInfo) -> str:
     if info.experimental:
         lines += ["**Experimental:** parts of the method are not published.", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
-    lines += ["## Idea", "", about, "", "## Use", "", "```python", example(info, strategy), "```", ""]
+    lines += ["## Idea", "", about or info.summary, "", "## Use", "", "```python", example(info, strategy), "```", ""]
     lines += ["## Options", "", "| option | default | meaning |", "|---|---|---|"]
     for f in fields(info.cls):
         if f.init:
@@ -165,12 +165,17 @@ def parse(cls: type[Strategy]) -> tuple[str, dict[str, str]]:
     """A docstring's text without its sections, and its arguments, those of the base classes included."""
     about, arguments = "", {}
     for owner in (c for c in reversed(cls.__mro__) if issubclass(c, Strategy)):
-        doc = inspect.cleandoc(owner.__doc__ or "")
+        doc = "" if written_by_dataclass(owner) else inspect.cleandoc(owner.__doc__ or "")
         about = re.split(r"^\w+:$", doc, maxsplit=1, flags=re.MULTILINE)[0].strip()
         section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", doc, flags=re.MULTILINE)
         if section:
             arguments |= entries(textwrap.dedent(section[1]))
     return about, arguments
+
+
+def written_by_dataclass(cls: type) -> bool:
+    """Whether the docstring is the signature that `dataclass` writes for a class without one."""
+    return (cls.__doc__ or "").startswith(f"{cls.__name__}(")
 
 
 def entries(text: str) -> dict[str, str]:
