@@ -89,7 +89,8 @@ def page(info: StrategyInfo) -> str:
     if info.experimental:
         lines += ["**Experimental:** parts of the method are not published.", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
-    lines += ["## Idea", "", about or info.summary, "", "## Use", "", "```python", example(info, strategy), "```", ""]
+    lines += ["## Idea", "", about or info.summary, ""]
+    lines += ["## Use", "", "```python", example(info, strategy), "```", ""]
     lines += ["## Options", "", "| option | default | meaning |", "|---|---|---|"]
     for f in fields(info.cls):
         if f.init:
