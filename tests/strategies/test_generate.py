@@ -49,7 +49,7 @@ def test_the_report_tells_what_was_counted(llava, name):
         assert report.tokens_per_layer == [text + report.tokens_out] * 4
 
 
-def test_logits_read_from_the_tower_are_those_in_front_of_its_softmax(llava):
+def test_logits_read_from_the_tower_are_those_before_its_softmax(llava):
     """The CLS row of the last layer, which runs after the one that makes the features."""
     seen = {}
 

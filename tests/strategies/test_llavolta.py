@@ -76,7 +76,7 @@ def test_on_a_model(name):
     assert report.visual_per_layer[0] == report.tokens_in > report.visual_per_layer[1]
 
 
-def test_in_front_of_the_llm():
+def test_before_the_llm():
     """layer=-1 pools the projector's output: the same as pooling the embeddings before layer 0."""
     model, inputs = subject("llava"), FAMILIES["llava"].batch("ragged")
     outs = []
