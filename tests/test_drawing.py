@@ -157,3 +157,8 @@ def test_captions_stand_below_and_fit():
     short, long = (side_by_side([plain(), plain()], [text, ""]) for text in ("kept", "many words " * 6))
     assert bare.width == short.width == long.width and bare.height < short.height < long.height
     assert (np.asarray(short)[60:] < 100).any()
+
+
+def test_arguments_in_the_wrong_order_are_a_sentence():
+    with pytest.raises(TypeError, match=r"found Image in the report's place: write vtoken.visualize"):
+        visualize(object(), Image.new("RGB", (8, 8)))

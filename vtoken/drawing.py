@@ -108,6 +108,7 @@ def visualize(
         below.
 
     Raises:
+        TypeError: if `tokens` has no segments, as when the arguments are in the wrong order.
         ValueError: if a report of several images is given, or the images do not match the segments.
     """
     tokens = _one_image(tokens)
@@ -196,6 +197,11 @@ def _region(image: Image.Image, segment: Any) -> Image.Image:
 def _one_image(tokens: Any) -> Any:
     visuals = getattr(tokens, "visuals", None)
     if visuals is None:
+        if not hasattr(tokens, "segments"):
+            raise TypeError(
+                f"visualize takes an image and a report, found {type(tokens).__name__} in the report's place:"
+                " write vtoken.visualize(image, vtoken.report(model))."
+            )
         return tokens
     if len(visuals) != 1:
         raise ValueError(f"visualize draws one image, the report has {len(visuals)}: pass report.visuals[i].")

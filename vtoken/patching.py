@@ -302,7 +302,8 @@ def applied(model: M, strategy: Any, budget: float | int | None = None, **option
 def disabled(model: M) -> Iterator[M]:
     """Read all visual tokens within a `with` block, in this thread; pruned caches stay usable.
 
-    An `applied` block inside it prunes nevertheless: the innermost block counts.
+    An `applied` block inside it prunes nevertheless: the innermost block counts. `vtoken.report` goes on
+    telling of the last call that was not disabled.
     """
     inner = unwrapped(model)
     if not hasattr(inner, "base_model"):

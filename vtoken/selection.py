@@ -48,6 +48,7 @@ class Selection:
 
     @classmethod
     def everything(cls, n: int, device: torch.device | str | None = None) -> Selection:
+        """All of n tokens."""
         return cls(torch.arange(n, device=device))
 
     @classmethod

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import vtoken
 from vtoken import tiny
@@ -50,9 +51,11 @@ def test_code_runs(monkeypatch, tmp_path):
         "attention_mask": torch.ones_like(ids),
         "pixel_values": torch.rand(1, 3, 96, 96),
     }
+    monkeypatch.chdir(tmp_path)
+    image = Image.new("RGB", (96, 96))
     stream = {"source": "synthetic://0?fps=2&frames=3", "somebody_asks": lambda: True}
-    run("README.md", monkeypatch, model=model, inputs=inputs, folder=tmp_path, **stream)
-    assert vtoken.report is not None and (tmp_path / "vtoken_config.json").is_file()
+    run("README.md", monkeypatch, model=model, inputs=inputs, image=image, folder=tmp_path, **stream)
+    assert (tmp_path / "kept.png").is_file() and (tmp_path / "vtoken_config.json").is_file()
     assert vtoken.patching.patch_of(model).strategy.describe() == "hired(budget=0.2, alpha=0.4)"
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from vtoken.strategies import list_names, strategy_info
+from vtoken.strategies import Random, list_names, strategy_info
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -50,3 +51,15 @@ def test_the_page_says_what_a_reader_needs(name):
     for option, value in info.defaults.items():
         assert f"| `{option}` | `{value!r}` |" in page
     assert f'vtoken.patch(model, "{name}"' in page
+
+
+def test_a_class_without_a_docstring_has_its_summary_for_an_idea():
+    module = generator()
+
+    @dataclass
+    class Bare(Random):
+        kept: int = 0
+
+    assert Bare.__doc__.startswith("Bare(") and module.parse(Bare)[0] == ""
+    info = replace(strategy_info("random"), cls=Bare)
+    assert f"## Idea\n\n{info.summary}\n" in module.page(info)

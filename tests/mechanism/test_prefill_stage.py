@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +18,7 @@ from tests.models import FAMILIES
 from tests.models.common import IMG, text
 from tests.oracle import CACHE, clone, pick
 from vtoken import PrefillTokens, Selection, Strategy, StrategyInfo, strategies
+from vtoken.mechanism.attention_rows import check_projections
 from vtoken.mechanism.logical_cache import physical_length
 
 from .common import EFFECT, PATCHABLE, assert_same, clean, consistent, expected, run, subject
@@ -352,6 +354,26 @@ def test_layers_that_cannot_drop_tokens(monkeypatch):
             vtoken.patch(model, "fastv", layer=1)
     finally:
         layer.self_attn = attention
+
+
+@pytest.mark.parametrize(("kind", "fits"), [("Llama", True), ("Cohere2", False), ("SmolLM3", False)])
+def test_rotary_embeddings_of_another_kind_are_refused(kind, fits):
+    """Cohere turns neighbouring channels, every fourth layer of SmolLM3 none."""
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=4, vocab_size=8, pad_token_id=0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    decoder = getattr(transformers, f"{kind}Model")(config)
+    if fits:
+        check_projections(decoder, "fastv", "llava")
+    else:
+        with pytest.raises(ValueError, match="halves of a head in every layer; the LLM of this llava model"):
+            check_projections(decoder, "fastv", "llava")
+
+
+def test_capped_attention_logits_are_refused():
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, vocab_size=8, head_dim=8)
+    config = transformers.Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    with pytest.raises(ValueError, match="caps its attention logits: use a projector strategy"):
+        check_projections(transformers.Gemma2Model(config), "fastv", "paligemma")
 
 
 def test_a_new_image_on_quantized_keys_is_refused():

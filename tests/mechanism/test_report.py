@@ -112,3 +112,15 @@ def test_it_says_what_the_budget_counts(shipped):
     assert both[1].startswith(
         "  the budget counts random: visual tokens that enter the LLM; pyramiddrop: visual tokens"
     )
+
+
+@pytest.mark.parametrize("strategy", ["vtc_cls", "fastv"])
+def test_a_disabled_call_leaves_the_report_as_it_was(shipped, strategy):
+    model, processor = shipped
+    inputs = prepare(processor, held_out("llava", 1, 3))
+    with torch.inference_mode(), vtoken.applied(model, strategy, budget=0.25):
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        before = vtoken.report(model).to_dict()
+        with vtoken.disabled(model):
+            model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert vtoken.report(model).to_dict() == before

@@ -33,7 +33,9 @@ def test_what_ships_is_bfloat16_and_small():
     files = [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert sum(p.stat().st_size for p in files if p.name not in out_of_the_wheel) < 16e6
     for name in tiny.names():
-        assert {t.dtype for t in load_file(tiny.path(name) / "model.safetensors").values()} == {torch.bfloat16}
+        assert {t.dtype for t in load_file(tiny.path(name) / "model.safetensors").values()} == {
+            torch.bfloat16
+        }
         assert tiny.load(name)[0].dtype == torch.float32
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -12,13 +13,37 @@ from ..kernels import attention_rows
 
 
 def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
-    """Raise ValueError if the attention of this decoder has no `q_proj` and `k_proj`."""
+    """Raise ValueError unless this decoder has `q_proj` and `k_proj` and rotates them as `rotate` does."""
     attention = getattr(decoder.layers[0], "self_attn", None)  # type: ignore[index]
     if not all(hasattr(attention, part) for part in ("q_proj", "k_proj", "head_dim", "scaling")):
         raise ValueError(
             f"{name} reads the LLM's attention, which vtoken recomputes from q_proj and k_proj; the LLM of"
             f" this {kind} model has no such projections: use a projector strategy."
         )
+    modules = [layer.self_attn for layer in decoder.layers]  # type: ignore[union-attr]
+    if not all(getattr(a, "use_rope", True) and _turns_halves(type(a)) for a in modules):
+        raise ValueError(
+            f"{name} reads the LLM's attention, which vtoken recomputes with rotary embeddings that turn the"
+            f" two halves of a head in every layer; the LLM of this {kind} model has others: use a projector"
+            " strategy."
+        )
+    if any(getattr(a, "attn_logit_softcapping", None) is not None for a in modules):
+        raise ValueError(
+            f"{name} reads the LLM's attention, which vtoken recomputes without a soft cap; the LLM of this"
+            f" {kind} model caps its attention logits: use a projector strategy."
+        )
+
+
+def _turns_halves(attention: type) -> bool:
+    """Whether the module in which an attention class was written rotates as `rotate` does, if it tells.
+
+    Cohere and GLM turn neighbouring channels (x[::2], x[1::2]) instead of halves.
+    """
+    for cls in attention.__mro__:
+        rotate_half = getattr(sys.modules.get(cls.__module__), "rotate_half", None)
+        if rotate_half is not None:
+            return rotate_half(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]
+    return True
 
 
 def heads(attention: Any, x: Tensor, which: str) -> Tensor:

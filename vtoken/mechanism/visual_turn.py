@@ -82,12 +82,16 @@ class VisualTurn:
         self._find_real(turn, call)
         run, plan = self._plan(turn, call, cache, visual, kwargs)
         if plan is None and turn.fresh and (not self.schedule.count or self.context.disabled):
-            self.observer.entered(run, turn.real)
+            self._observe(run, turn)
             return None  # nothing to drop
         self._own_cache(turn, run)
         kwargs = self._gather(turn, run, plan, kwargs)
-        self.observer.entered(run, turn.real)
+        self._observe(run, turn)
         return args, kwargs
+
+    def _observe(self, run: Run, turn: Turn) -> None:
+        if not self.context.disabled:  # the report stays that of the call before
+            self.observer.entered(run, turn.real)
 
     def _begin(self, device: torch.device) -> None:
         context = self.context
@@ -247,7 +251,8 @@ class VisualTurn:
         device, context.reading = context.reading, None
         if out is None or device is None:
             return None
-        self.observer.after_prefill(run, device)
+        if not context.disabled:
+            self.observer.after_prefill(run, device)
         if run is None or run.visual is None or run.index is None:
             return None
         self._settle_cache(run, out)
