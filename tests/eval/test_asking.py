@@ -102,8 +102,7 @@ def test_a_family_of_videos_gets_one_video(qwen):
         [Prompt("which digit came first?", clip=some), Prompt("was there a circle?", clip=other)]
     )
     assert inputs["video_grid_thw"].tolist() == [[2, 12, 12], [3, 12, 12]] and "pixel_values" not in inputs
-    # 4 frames, 3 apart, of 6 per second: 4 of the file's 16 make 1.5 per second, a pair of them lasts 2 / 1.5
-    # s
+    # 4 frames, 3 apart, of 6 per second: 4 of the file's 16 make 1.5 per second, a pair lasts 2 / 1.5 s
     assert list(inputs["second_per_grid_ts"]) == pytest.approx([2 / 1.5, 2 / 1.5])
     assert (inputs["input_ids"] == qwen.model.config.video_token_id).sum(1).tolist() == [72, 108]
     frames = np.stack([np.asarray(frame) for frame in some.frames])

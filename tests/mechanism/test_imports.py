@@ -50,8 +50,7 @@ def test_importing_patches_nothing_and_is_quick():
     assert float(out.stdout.split()[0]) < 1.0
 
 
-# Every room from the ground up, and what it may import of the package besides itself. A room is a folder or a
-# file.
+# Every room (a folder or a file) from the ground up, and the other rooms that it may import.
 GROUND = (
     "_json",
     "_threads",

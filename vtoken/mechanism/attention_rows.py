@@ -21,7 +21,8 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
             f" this {kind} model has no such projections: use a projector strategy."
         )
     modules = [layer.self_attn for layer in decoder.layers]  # type: ignore[union-attr]
-    if not all(getattr(a, "use_rope", True) and _turns_halves(type(a)) for a in modules):
+    turned = all(map(_turns_halves, {type(a) for a in modules}))
+    if not turned or not all(getattr(a, "use_rope", True) for a in modules):
         raise ValueError(
             f"{name} reads the LLM's attention, which vtoken recomputes with rotary embeddings that turn the"
             f" two halves of a head in every layer; the LLM of this {kind} model has others: use a projector"

@@ -128,8 +128,7 @@ class Planner:
         beams: int,
     ) -> list[Answered]:
         assert run.ends is not None and run.queries is not None
-        # a picture after the prompt's end, as in the later turns of a training sample, holds no query of the
-        # prompt
+        # a picture after the prompt's end, as in later turns of a training sample, holds no query of it
         queries, answered = torch.where(run.queries < run.ends, run.queries, -1).tolist(), []
         for modality, places_of in self._places(call.visual, beams).items():
             for b, places, items in apart(_assign(places_of, encoded[modality].items), run.first, beams):

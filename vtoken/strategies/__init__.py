@@ -27,8 +27,7 @@ __all__ = [
 ]
 
 for _module in pkgutil.iter_modules(__path__):
-    if _module.name not in ("base", "registry", "scores"):
-        importlib.import_module(f"{__name__}.{_module.name}")
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 for _cls in registered():
     globals()[_cls.__name__] = _cls

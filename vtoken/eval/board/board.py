@@ -114,8 +114,7 @@ def measure(
     tokens = tokens_in = flops = flops_dense = 0.0
     kinds: dict[str, list[int]] = {}
     start = time.process_time()
-    # counts of the dense row come from a patch that keeps everything: the unpatched model, bit for
-    # bit
+    # the dense row is counted by a patch that keeps everything: the unpatched model, bit for bit
     with vtoken.applied(model, strategy or "uniform", budget=budget if strategy else 1.0):
         for batch in batches:
             said = batch.say(model)
