@@ -15,7 +15,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import strategies, video
-    from .accounting import Report
+    from .accounting import EncoderReport, Report
     from .config import VTokenConfig
     from .drawing import visualize
     from .fit import list_strategies
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from .patching import applied, disabled, patch, report, unpatch
     from .resize import resized
     from .selection import Selection
-    from .strategies import Strategy, StrategyInfo, register, strategy_info
+    from .strategies import EncoderStrategy, Strategy, StrategyInfo, register, strategy_info
     from .streaming import StreamSession
     from .streams import FrameTokens, Reuse, StreamState, stream
     from .tokens import Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 
 __all__ = [
+    "EncoderReport",
+    "EncoderStrategy",
     "FrameTokens",
     "Needs",
     "PrefillTokens",
@@ -64,6 +66,7 @@ __all__ = [
 _MODULES = ("strategies", "video")
 _LAZY = {
     "VTokenConfig": "config",
+    "EncoderReport": "accounting",
     "Report": "accounting",
     "list_strategies": "fit",
     "prompt_length": "mechanism.generation",
@@ -71,7 +74,7 @@ _LAZY = {
     "visualize": "drawing",
     "StreamSession": "streaming",
     **dict.fromkeys(("applied", "disabled", "patch", "report", "unpatch"), "patching"),
-    **dict.fromkeys(("Strategy", "StrategyInfo", "register", "strategy_info"), "strategies"),
+    **dict.fromkeys(("EncoderStrategy", "Strategy", "StrategyInfo", "register", "strategy_info"), "strategies"),
     **dict.fromkeys(("FrameTokens", "Reuse", "StreamState", "stream"), "streams"),
     **dict.fromkeys(("Needs", "PrefillTokens", "Segment", "TowerInfo", "VisualTokens"), "tokens"),
     "Selection": "selection",

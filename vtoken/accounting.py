@@ -192,6 +192,68 @@ def _si(x: float) -> str:
     return f"{x:.0f} "
 
 
+@dataclass
+class EncoderReport:
+    """Report on one call of a patched encoder.
+
+    GFLOPs count one per multiply-add of patch embedding and layers, as papers on vision transformers do.
+
+    Attributes:
+        strategy: name and hyper-parameters.
+        images: images of the batch.
+        frames: images that share a sequence after the last layer; 1 unless frames of videos were fused.
+        prefix: tokens of an image that are no patches.
+        patches: patches of an image.
+        tokens_per_layer: per layer, tokens of an image that pass its MLP, prefix included.
+        gflops_dense, gflops: per image, unpatched and as it ran.
+        seconds: measured seconds of the layers, under "encoder"; empty for compiled calls.
+        grid: (rows, columns) of the patches; None for images of another size than the model's own.
+        owner: (images / frames, frames, patches) int64, the token that each patch ended up in, -1 for a dropped
+            patch; None if nothing was merged.
+    """
+
+    strategy: str
+    images: int
+    frames: int
+    prefix: int
+    patches: int
+    tokens_per_layer: list[float]
+    gflops_dense: float
+    gflops: float
+    seconds: dict[str, float]
+    grid: tuple[int, int] | None = None
+    owner: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def tokens_in(self) -> int:
+        """Patch tokens of an image that the unpatched encoder computes."""
+        return self.patches
+
+    @property
+    def tokens_out(self) -> float:
+        """Patch tokens of an image after the last layer; of fused frames their mean."""
+        return self.tokens_per_layer[-1] - self.prefix
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers and strings, for JSON."""
+        names = ("strategy", "images", "frames", "prefix", "patches", "tokens_per_layer", "gflops_dense")
+        return {n: getattr(self, n) for n in (*names, "gflops", "seconds")}
+
+    def __str__(self) -> str:
+        tokens = " ".join(f"{n:g}" for n in self.tokens_per_layer)
+        fused = f", {self.frames} of them in a sequence" if self.frames > 1 else ""
+        lines = [
+            f"vtoken report: {self.strategy}",
+            f"  {self.images} images{fused}: {self.patches} -> {self.tokens_out:g} patch tokens each"
+            f" ({self.tokens_out / self.patches:.1%})",
+            f"  tokens per layer, {self.prefix} of them no patches: {tokens}",
+            f"  per image {self.gflops:.2f} GFLOPs instead of {self.gflops_dense:.2f}"
+            f" ({self.gflops / self.gflops_dense:.1%}), one per multiply-add",
+        ]
+        lines += [f"  time: {name} {1000 * s:.2f} ms" for name, s in self.seconds.items()]
+        return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class LanguageModelShape:
     """The numbers of a decoder config that determine its cost."""

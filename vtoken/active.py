@@ -271,12 +271,18 @@ def patches_of(model: Any) -> Patches | None:
 
 
 @contextmanager
-def patches_for(model: Any) -> Iterator[Patches]:
-    """`patches_of`, made if there are none; they leave no trace if nothing is on the model at the end."""
+def patches_for(model: Any, base: Any = None) -> Iterator[Patches]:
+    """`patches_of`, made if there are none; they leave no trace if nothing is on the model at the end.
+
+    Args:
+        model: the model.
+        base: the module that every call passes through; the `base_model` of a transformers model.
+    """
+    base = model.base_model if base is None else base
     with LOCK:
-        patches = patches_of(model) or Patches(model.base_model)
+        patches = patches_of(model) or patches_of(base) or Patches(base)
         patches.held += 1
-        for owner in (model, model.base_model):
+        for owner in (model, base):
             if owner.__dict__.get(PATCH) is not patches:
                 owner.__dict__[PATCH] = patches
                 patches.owners.append(owner)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .adapters.base import Adapter
-from .adapters.registry import adapter_for
+from .adapters.encoders.encoder import Encoder, encoder_for
+from .adapters.registry import adapter_for, list_families
 from .mechanism.attention_rows import check_projections
 from .mechanism.drop_schedule import DropSchedule
-from .strategies import Strategy, list_names, strategy_info
-from .streams import Reuse
+from .strategies import EncoderStrategy, Strategy, list_names, strategy_info
+from .streams import Reuse, unwrapped
 from .tokens import Needs
 
 
@@ -82,6 +83,11 @@ def modalities_of(name: str) -> tuple[str, ...]:
 def check_fit(adapter: Adapter, strategy: Strategy) -> None:
     """Raise ValueError, in one sentence, if this strategy cannot serve this model."""
     name, kind = strategy.info.name, adapter.config.model_type
+    if not getattr(strategy.in_encoder, "serves_llms", True):
+        raise ValueError(
+            f"{name} is defined for plain encoders, such as CLIP's of open_clip, and {kind} is a"
+            f" vision-language model: use {', '.join(fitting(adapter))}."
+        )
     served = [m for m in adapter.modalities if m in needs_of(adapter, strategy, m).modalities]
     if not served:
         raise ValueError(
@@ -99,6 +105,7 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
                 "received_attention": "attention maps of the tower",
             }
             words |= {"reuse": "layers that can be computed in part", "pixels": "square frames of one size"}
+            words["merging"] = "patches of square images that are the LLM's tokens one by one"
             missing = " and ".join(words.get(x, x.replace("_", " ")) for x in lacking)
             received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
             extension = ' pass score="received" to rank by attention received, or' if received else ""
@@ -125,12 +132,42 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
         check_inside(adapter, strategy)
 
 
+def check_encoder(encoder: Encoder, strategy: Any) -> None:
+    """Raise ValueError, in one sentence, if this strategy cannot serve this plain encoder."""
+    name = type(encoder.model).__name__
+    if not isinstance(strategy, EncoderStrategy):
+        raise ValueError(
+            f"{strategy.info.name} chooses among the visual tokens of an LLM, and {name} is an encoder without"
+            f" one: use {', '.join(fitting_encoder(encoder))}."
+        )
+    if not strategy.is_identity:
+        encoder.check()
+    if strategy.needs_cls and not encoder.has_cls:
+        raise ValueError(
+            f"{strategy.info.name} needs a class token, which {name} does not have: use"
+            f" {', '.join(fitting_encoder(encoder))}."
+        )
+
+
+def fitting_encoder(encoder: Encoder, pattern: str = "*") -> list[str]:
+    """Names of strategies that fit a plain encoder."""
+    classes = {name: strategy_info(name).cls for name in list_names(pattern)}
+    return [
+        name
+        for name, cls in classes.items()
+        if issubclass(cls, EncoderStrategy) and (encoder.has_cls or not cls.needs_cls)
+    ]
+
+
 def lacking_of(adapter: Adapter, strategy: Strategy, modality: str) -> list[str]:
     """The needs of a strategy that this model cannot meet, in words."""
     lacking = adapter.lacking(needs_of(adapter, strategy, modality), modality)
     tower = adapter.towers.get(modality)
-    reuses = strategy.acts_between_frames and (tower is None or not tower.can_reuse)
-    return [*lacking, "reuse"] if reuses else lacking
+    if strategy.acts_between_frames and (tower is None or not tower.can_reuse):
+        lacking = [*lacking, "reuse"]
+    if isinstance(strategy.in_encoder, EncoderStrategy) and (tower is None or not tower.can_merge):
+        lacking = [*lacking, "merging"]
+    return lacking
 
 
 def check_inside(adapter: Adapter, strategy: Strategy) -> None:
@@ -167,7 +204,7 @@ def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
     out = []
     for name in list_names(pattern):
         strategy = strategy_info(name).cls()
-        if any(
+        if getattr(strategy, "serves_llms", True) and any(
             m in needs_of(adapter, strategy, m).modalities and not lacking_of(adapter, strategy, m)
             for m in adapter.modalities
         ) and (not strategy.acts_inside or goes_inside(adapter, strategy)):
@@ -181,4 +218,26 @@ def list_strategies(pattern: str = "*", model: Any = None) -> list[str]:
     Raises:
         TypeError, ValueError: if `model` is no model, or has no adapter.
     """
-    return list_names(pattern) if model is None else fitting(adapter_for(model), pattern)
+    if model is None:
+        return list_names(pattern)
+    encoder = plain_encoder(model)
+    return fitting(adapter_for(model), pattern) if encoder is None else fitting_encoder(encoder, pattern)
+
+
+def plain_encoder(model: Any) -> Encoder | None:
+    """The encoder of a model that is none but an encoder; None for a vision-language model.
+
+    Raises:
+        ValueError: for a model of timm or open_clip that has no layers to merge tokens between.
+    """
+    inner = unwrapped(model)
+    if getattr(getattr(inner, "config", None), "model_type", None) in list_families():
+        return None
+    encoder = encoder_for(inner)
+    library = type(inner).__module__.partition(".")[0]
+    if encoder is None and library in ("timm", "open_clip"):
+        raise ValueError(
+            f"Tokens cannot be merged in {type(inner).__name__} of {library}: it has no sequence of transformer"
+            " blocks of one width; vision transformers (ViT, DeiT, DINOv2, EVA, CLIP, SigLIP) work."
+        )
+    return encoder

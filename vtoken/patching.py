@@ -15,9 +15,11 @@ from torch import Tensor
 from .accounting import Report
 from .active import LOCK, Patches, patches_for, patches_of
 from .adapters.base import Adapter
+from .adapters.encoders.encoder import encoder_for
 from .adapters.registry import adapter_for
 from .config import VTokenConfig
-from .fit import check_fit, design_of, list_strategies, modalities_of
+from .encoder_patching import EncoderPatch
+from .fit import check_fit, design_of, list_strategies, modalities_of, plain_encoder
 from .gate import Gate
 from .hooks import Wrapped
 from .kernels import gather_merge
@@ -73,7 +75,7 @@ class Patch:
             self.gate,
             self.recorder.timer,
             design.merging,
-            strategy.merge_in_encoder,
+            (lambda: strategy.in_encoder) if design.merging else None,
             design.reuse,
             self.recorder.used,
             None if design.wants_text else self._ask,
@@ -227,11 +229,12 @@ def patch(model: M, strategy: Any, budget: float | int | None = None, **options:
         ValueError: for an unknown strategy, a value of a wrong type or out of range, a model without adapter,
             a strategy that does not fit it, or a model that is patched already.
     """
-    adapter = adapter_for(model)
     made = make_strategy(strategy, budget, options)
-    with patches_for(adapter.model) as patches:
+    encoder = plain_encoder(model)
+    adapter: Any = adapter_for(model) if encoder is None else encoder
+    with patches_for(adapter.model, getattr(encoder, "trunk", None)) as patches:
         check_unpatched(patches, adapter)
-        new = Patch(adapter, made, patches)
+        new: Any = Patch(adapter, made, patches) if encoder is None else EncoderPatch(encoder, made, patches)
         with LOCK:
             try:
                 check_unpatched(patches, adapter)  # another thread may have been faster
@@ -292,10 +295,13 @@ def applied(model: M, strategy: Any, budget: float | int | None = None, **option
     only open one, if there is one. Of nested `applied` and `disabled` blocks the innermost counts; they may
     be left in any order.
     """
-    adapter = adapter_for(model)
     made = make_strategy(strategy, budget, options)
-    with patches_for(adapter.model) as patches, patches.scope("applied", Patch(adapter, made, patches)):
-        yield model
+    encoder = plain_encoder(model)
+    adapter: Any = adapter_for(model) if encoder is None else encoder
+    with patches_for(adapter.model, getattr(encoder, "trunk", None)) as patches:
+        new: Any = Patch(adapter, made, patches) if encoder is None else EncoderPatch(encoder, made, patches)
+        with patches.scope("applied", new):
+            yield model
 
 
 @contextmanager
@@ -306,15 +312,19 @@ def disabled(model: M) -> Iterator[M]:
     telling of the last call that was not disabled.
     """
     inner = unwrapped(model)
-    if not hasattr(inner, "base_model"):
+    encoder = encoder_for(inner) if not hasattr(inner, "base_model") else None
+    if encoder is None and not hasattr(inner, "base_model"):
         yield model
         return
-    with patches_for(inner) as patches, patches.scope("disabled", None, disabled=True):
+    with patches_for(inner, getattr(encoder, "trunk", None)) as patches, patches.scope("disabled", None, disabled=True):
         yield model
 
 
-def report(model: Any) -> Report:
+def report(model: Any) -> Any:
     """Report on the last call of a patched model: tokens, FLOPs, KV bytes, times.
+
+    Returns:
+        A `vtoken.Report`, of a plain encoder a `vtoken.EncoderReport`.
 
     Raises:
         ValueError: if the model is not patched, or has not been called with visual tokens since.
@@ -322,6 +332,8 @@ def report(model: Any) -> Report:
     current = patch_of(model)
     if current is None:
         raise ValueError("This model is not patched: call vtoken.patch(model, ...) first.")
+    if isinstance(current, EncoderPatch):
+        return current.report()
     made = current.recorder.report()
     if made is None:
         raise ValueError("This model has not read visual tokens since it was patched: call it first.")

@@ -12,17 +12,42 @@ from torch import Tensor
 
 @dataclass
 class EncoderMerge:
-    """Merge of tokens inside a vision tower; every segment keeps the same number m, as the tower needs.
+    """Merge of tokens inside an encoder; every sequence keeps the same number m, as the encoder needs.
+
+    All numbers count the tokens of a sequence, prefix tokens (CLS) included.
 
     Attributes:
-        keep: (segments, m) int64, ascending: the places that stay, those of merged tokens included.
-        into: (segments, n) int64, the place (0 .. m - 1) that every token ends up in.
-        weight: (segments, n) float32, the share with which it is added there.
+        keep: (rows, m) int64, in the order of the result: the token whose place each result takes.
+        into: (rows, n) int64, the place (0 .. m - 1) that every token ends up in, -1 for a dropped one.
+        weight: (rows, n) float32, the share with which it is added there.
+        sizes: (rows, m) float32, the sizes of the results; None for the sums of the sizes that join.
     """
 
     keep: Tensor
     into: Tensor
     weight: Tensor
+    sizes: Tensor | None = None
+
+    def sizes_of(self, sizes: Tensor) -> Tensor:
+        """(rows, m) float32, the sum of the sizes (rows, n) that join in every result."""
+        m = self.keep.shape[1]
+        column = torch.where(self.into < 0, m, self.into)
+        return sizes.new_zeros(len(sizes), m + 1).scatter_add(1, column, sizes)[:, :m]
+
+    @classmethod
+    def weighted(cls, keep: Tensor, into: Tensor, sizes: Tensor) -> EncoderMerge:
+        """The mean of the tokens that join, weighted by their sizes (rows, n)."""
+        made = cls(keep, into, sizes)
+        made.sizes = made.sizes_of(sizes)
+        made.weight = sizes / made.sizes.gather(1, into.clamp(min=0))
+        return made
+
+    @classmethod
+    def drop(cls, keep: Tensor, n: int) -> EncoderMerge:
+        """Leave out all of n tokens but `keep` (rows, m)."""
+        places = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+        into = keep.new_full((len(keep), n), -1).scatter(1, keep, places)
+        return cls(keep, into, (into >= 0).float())
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,8 +135,8 @@ class VisualTokens:
         tower: facts about the vision tower, None where the model has no transformer tower.
         modality: "image" or "video".
         text_embeddings: (t, d) embeddings of the prompt's text tokens, None unless declared in `Needs`.
-        merged: (num_cells,) int64, which token inside the tower a cell became; cells with one number share
-            their features. None if nothing was merged there.
+        merged: (num_cells,) int64, of a tower that merged tokens the cell in whose place a cell's token stands,
+            -1 if it was dropped; cells with one number share their features. None if the tower merged nothing.
         memory: the strategy's notes on earlier frames of the same stream (see `vtoken.stream`), empty at its
             start and outside of streams. It must stay constant in size and hold only numbers, strings,
             tensors, lists and dicts.
@@ -241,21 +241,72 @@ class VisualTokens:
         return Selection(kept.nonzero()[:, 0])
 
 
-@dataclass
-class EncoderTokens:
-    """All segments of one forward of a vision tower, after one of its layers, prefix tokens (CLS) left out.
+@dataclass(frozen=True)
+class EncoderShape:
+    """The numbers of an encoder and its input on which the plan of a strategy depends.
 
     Attributes:
-        layer: the tower layer that has just run.
-        hidden_states: (segments, n, C).
-        grid: (rows, columns) of the patches before anything was merged.
-        sizes: (segments, n) float32, patches that each token stands for; ones before the first merge.
+        layers: layers that count; of a VLM's tower those up to the one that feeds the projector.
+        patches: patches of an image.
+        prefix: tokens before the patches (class token, registers).
+        attention_macs, mlp_macs: multiply-adds of the linear layers of a layer's halves, per token.
+        width: channels inside the attention, all heads side by side.
+        embedding_macs: multiply-adds of the patch embedding, per patch.
+        drops: whether tokens may be dropped and not only merged.
+    """
+
+    layers: int
+    patches: int
+    prefix: int
+    attention_macs: int = 0
+    mlp_macs: int = 0
+    width: int = 0
+    embedding_macs: int = 0
+    drops: bool = False
+
+    def layer_macs(self, attend: int, feed: int) -> int:
+        """Multiply-adds of one layer in which so many tokens attend and so many pass the MLP."""
+        return attend * self.attention_macs + 2 * attend * attend * self.width + feed * self.mlp_macs
+
+    def macs(self, removed: Sequence[int]) -> int:
+        """Multiply-adds per image if so many tokens go between attention and MLP of every layer."""
+        n, total = self.patches + self.prefix, self.patches * self.embedding_macs
+        for r in removed:
+            total += self.layer_macs(n, n - r)
+            n -= r
+        return total
+
+
+@dataclass
+class EncoderTokens:
+    """All sequences of one forward of an encoder, between attention and MLP of a layer or after a layer.
+
+    Attributes:
+        layer: the layer.
+        hidden_states: (rows, n, C), prefix tokens first.
+        prefix: number of tokens at the start that are no patches (CLS, registers).
+        sizes: (rows, n) float32, patches that each token stands for; ones before the first merge.
+        plan: the strategy's own answer to `encoder_plan`.
+        grid: (rows, columns) of the patches before anything was merged; None where they form no rectangle.
+        keys: () -> (rows, n, head_dim) float32, this layer's attention keys, bias included and before rotary
+            embedding, the mean over heads. Not after a layer.
+        cls_attention: () -> (rows, n) float32, this layer's softmaxed attention of token 0, the mean over
+            heads. Not after a layer.
     """
 
     layer: int
     hidden_states: Tensor
-    grid: tuple[int, int]
+    prefix: int
     sizes: Tensor
+    plan: Any = None
+    grid: tuple[int, int] | None = None
+    keys: Callable[[], Tensor] | None = None
+    cls_attention: Callable[[], Tensor] | None = None
+
+    @property
+    def patches(self) -> Tensor:
+        """(rows, n - prefix, C)."""
+        return self.hidden_states[:, self.prefix :]
 
 
 @dataclass

@@ -20,9 +20,9 @@ from torch import Tensor
 from ..adapters.base import Adapter, Layout
 from ..adapters.towers.capture import Capture, FramePass
 from ..hooks import Hooks, Wrapped, rebuilt
-from ..selection import EncoderMerge, Selection
+from ..selection import Selection
 from ..streams import Reuse, StreamState, TowerUse, current_stream
-from ..tokens import EncoderTokens, Needs, VisualTokens
+from ..tokens import Needs, VisualTokens
 from .forward_context import ENCODED, Admission, ForwardContext
 from .prompt import EncodedVisuals, tensors_of
 from .tower_merging import EncoderMerging
@@ -42,7 +42,7 @@ class VisionHooks:
         gate: tells which calls are this patch's.
         timer: `timer(name)` is a context manager that times a stage.
         merging: per modality, the tower layers after which tokens are merged, if the tower allows it.
-        merge: called after these layers.
+        merging_strategy: asked in these layers.
         reuse: per modality, the tower's reuse between frames.
         used: called with the work of a tower that reuses: `used(modality, TowerUse)`.
         select: `select(VisualTokens) -> Selection`, called once for every frame of a stream, for its memory;
@@ -58,7 +58,7 @@ class VisionHooks:
         gate: Admission,
         timer: Callable[[str], Any],
         merging: dict[str, tuple[int, ...]] | None = None,
-        merge: Callable[[EncoderTokens], EncoderMerge | None] | None = None,
+        merging_strategy: Any = None,
         reuse: dict[str, Reuse] | None = None,
         used: Callable[[str, TowerUse], None] | None = None,
         select: Callable[[VisualTokens], Selection] | None = None,
@@ -79,8 +79,8 @@ class VisionHooks:
                 active = functools.partial(self._active, modality)
                 tower, layers = adapter.towers[modality], self.merging.get(modality, ())
                 self.hooks.append(Hooks(functools.partial(tower.taps, needs[modality], active)))
-                if merge is not None and layers and tower.can_merge:
-                    self.hooks.append(EncoderMerging(tower, layers, merge, active))
+                if merging_strategy is not None and layers and tower.can_merge:
+                    self.hooks.append(EncoderMerging(tower, layers, merging_strategy, active))
 
     def _wrap_towers(self) -> None:
         """Wrap the layers of every tower that reuses, once where images and videos share it."""

@@ -10,11 +10,14 @@ from typing import Any
 from .assembly import combine
 from .base import Strategy, StrategyInfo, top_k
 from .composition import Composite
+from .merging import EncoderStrategy, ScheduledMerging
 from .registry import create, list_names, register, registered, strategy_info
 from .scored import ScoredStrategy
 
 __all__ = [
     "Composite",
+    "EncoderStrategy",
+    "ScheduledMerging",
     "ScoredStrategy",
     "Strategy",
     "StrategyInfo",

@@ -18,12 +18,13 @@ from .budgets import Budget, check_budget
 
 Positions = Literal["original", "renumber"]
 Stage = Literal["encoder", "projector", "prefill", "cache"]
-BudgetMeans = Literal["entrance", "average", "cut", "tower"]
+BudgetMeans = Literal["entrance", "average", "cut", "tower", "encoder"]
 BUDGET_MEANS: dict[str, str] = {
     "entrance": "visual tokens that enter the LLM",
     "average": "visual tokens that an LLM layer reads, the average over all layers",
     "cut": "visual tokens that the LLM reads after the cut",
     "tower": "tokens of a frame that the vision tower computes",
+    "encoder": "patch tokens that are left after the encoder's last layer, the visual tokens of an LLM",
 }
 REFERENCE_DEPTH = 32  # of the LLMs for which layer numbers are published; deep enough for every method
 
@@ -89,7 +90,8 @@ class Strategy(metaclass=_CheckedOptions):
             decide.
         prefill_layers, select_in_prefill: for methods that drop inside the LLM.
         aligned_layers: for methods that shrink the KV cache of earlier layers once the prompt has been read.
-        encoder_layers, merge_in_encoder: for methods that merge inside the vision tower.
+        encoder_layers, merge_in_encoder: for methods that merge inside an encoder; see `EncoderStrategy` for
+            those between attention and MLP.
         reuse: for methods that compute a part of a frame inside the vision tower and reuse an earlier one.
 
     Args:
@@ -177,11 +179,14 @@ class Strategy(metaclass=_CheckedOptions):
         return ()
 
     def encoder_layers(self, tower: TowerInfo) -> tuple[int, ...]:
-        """Ascending tower layers after which `merge_in_encoder` is asked; empty if nothing merges there."""
+        """Ascending tower layers in which `merge_in_encoder` is asked; empty if nothing merges there."""
         return ()
 
     def merge_in_encoder(self, tokens: EncoderTokens) -> EncoderMerge | None:
-        """Merge tokens after tower layer `tokens.layer`, of every segment equally many; None leaves them."""
+        """Merge tokens in encoder layer `tokens.layer`, of every sequence equally many; None leaves them.
+
+        It is asked after the layer, or between attention and MLP if the class is an `EncoderStrategy`.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not act inside the vision tower.")
 
     def reuse(self, tower: TowerInfo) -> Reuse | None:
@@ -193,7 +198,7 @@ class Strategy(metaclass=_CheckedOptions):
 
     def describe(self) -> str:
         """`name(option=value, ...)` with the options that differ from their defaults, and the budget."""
-        options = [f"budget={None if self.budget is None else Budget(self.budget)}"]
+        options = [] if self.budget is None else [f"budget={Budget(self.budget)}"]
         for f in fields(self):
             if f.init and f.name != "budget" and getattr(self, f.name) != f.default:
                 options.append(f"{f.name}={getattr(self, f.name)!r}")
@@ -202,6 +207,11 @@ class Strategy(metaclass=_CheckedOptions):
     def budget_counts(self) -> str:
         """Unit of the budget, in words; empty where the registration does not tell."""
         return self.info.budget_counts
+
+    @property
+    def in_encoder(self) -> Strategy:
+        """The strategy that acts inside the vision tower: itself, or that part of a combination."""
+        return self
 
     @property
     def acts_inside(self) -> bool:

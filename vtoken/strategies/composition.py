@@ -134,6 +134,10 @@ class Composite(Strategy):
         return all(p.is_identity for p in self.ordered)
 
     @property
+    def in_encoder(self) -> Strategy:
+        return self.first
+
+    @property
     def acts_on_projector(self) -> bool:
         return self.first.acts_on_projector
 

@@ -119,7 +119,9 @@ class MustDrop(Strategy):
         return (0,) if self.merging else ()
 
     def merge_in_encoder(self, tokens: EncoderTokens) -> EncoderMerge | None:
-        return merge_windows(tokens.hidden_states, tokens.grid, self.window, self.merge_threshold)
+        if tokens.grid is None:
+            return None
+        return merge_windows(tokens.patches, tokens.grid, self.window, self.merge_threshold, tokens.prefix)
 
     def select(self, tokens: VisualTokens) -> Selection:
         group = (

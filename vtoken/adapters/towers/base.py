@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ...hooks import Hook, rebuilt
 from ...kernels import attention_rows, received_attention
 from ...tokens import Needs, TowerInfo
+from ..encoders.layer import EncoderLayer
+from ..encoders.transformers import TransformersLayer
 from .capture import Capture
 
 if TYPE_CHECKING:
@@ -101,6 +103,10 @@ class Tower:
         """The parts of a layer, for towers whose layers can compute some tokens only."""
         raise NotImplementedError(f"{type(self).__name__} cannot compute a part of the tokens of a layer.")
 
+    def split_layers(self) -> list[EncoderLayer]:
+        """The layers in halves, for towers inside which tokens can be merged between attention and MLP."""
+        return [TransformersLayer(module) for module in self.layers]
+
     def frame_grids(self, args: Any, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
         """(rows, columns) of the patches of every frame of a forward with these arguments."""
         pixels: Tensor = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
@@ -170,7 +176,7 @@ class Tower:
         first = int(self.has_cls)
 
         def cells(value: Tensor) -> Tensor:
-            return self.to_cells(value if capture.merged is None else capture.merged.spread(value))
+            return self.to_cells(value if capture.merged is None else capture.merged.per_patch(value))
 
         if layer in capture.needs.cls_attention:
             rows = attention_rows(query[:, :, :1], key, self.scale(layer))[:, :, 0, 1:]

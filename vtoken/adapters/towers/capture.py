@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...selection import EncoderMerge
 from ...streams import References, StreamState, TowerUse
 from ...tokens import Needs
+from ..encoders.run import EncoderRun
 
 STORED = -1  # a frame whose reference came in an earlier call
 
@@ -106,40 +106,6 @@ class FramePass:
 
 
 @dataclass
-class Merged:
-    """The merged patches of one tower forward.
-
-    Attributes:
-        owner: (segments, patches) int64, the token into which each patch was merged.
-        sizes: (segments, tokens) float32, patches per token.
-        by_count: `owner` after every merge so far, by the number of tokens.
-    """
-
-    owner: Tensor
-    sizes: Tensor
-    by_count: dict[int, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def nothing(cls, patches: Tensor) -> Merged:
-        """The state before the first merge of (segments, patches, C)."""
-        segments, n = patches.shape[:2]
-        owner = torch.arange(n, device=patches.device).repeat(segments, 1)
-        return cls(owner, torch.ones(segments, n, device=patches.device))
-
-    def follow(self, merge: EncoderMerge) -> None:
-        self.owner = merge.into.gather(1, self.owner)
-        self.sizes = torch.zeros(merge.keep.shape, device=self.sizes.device).scatter_add(
-            1, merge.into, self.sizes
-        )
-        self.by_count[merge.keep.shape[1]] = self.owner
-
-    def spread(self, value: Tensor) -> Tensor:
-        """Values per token (segments, ..., tokens) -> per patch (segments, ..., patches)."""
-        index = self.owner.view(len(self.owner), *[1] * (value.ndim - 2), -1)
-        return value.gather(-1, index.expand(*value.shape[:-1], -1))
-
-
-@dataclass
 class Capture:
     """Values that the taps of one `get_*_features` call gathered, chunk by chunk in tower order.
 
@@ -148,9 +114,9 @@ class Capture:
     Attributes:
         modality: the modality being encoded; a tower may serve several.
         needs: the values to read for it.
-        merged: the merged patches, while a tower that merges runs.
-        owners: after it has run, chunk by chunk, (segments, patches) int64, the token into which each patch
-            was merged.
+        merged: the tower's forward, while a tower that merges runs.
+        owners: after it has run, chunk by chunk, (segments, patches) int64, the patch in whose place the
+            token of each patch stands, -1 for a dropped patch.
         frames: the frames of streams that the call encodes, None if nothing is reused between frames.
         pending: values that a tower's hooks hold until they can add them.
     """
@@ -158,7 +124,7 @@ class Capture:
     modality: str
     needs: Needs
     values: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
-    merged: Merged | None = None
+    merged: EncoderRun | None = None
     owners: list[Tensor] = field(default_factory=list)
     frames: FramePass | None = None
     pending: dict[Any, Any] = field(default_factory=dict)
@@ -187,12 +153,13 @@ class Capture:
         return items
 
     def merged_per_item(self, counts: Sequence[int]) -> list[Tensor | None]:
-        """Per image or video (patches,) int64, the token that absorbed each patch; None without merges."""
+        """Per image or video (patches,) int64, see `VisualTokens.merged`; None of a tower that never merges."""
         if not self.owners:
             return [None] * len(counts)
         items = self._split("merged", self.owners, counts)
-        # tokens of a segment follow those of the previous one
-        return [(m + torch.arange(len(m), device=m.device)[:, None] * m.shape[1]).flatten() for m in items]
+        # cells of a segment follow those of the previous one
+        first = [torch.arange(len(m), device=m.device)[:, None] * m.shape[1] for m in items]
+        return [(m + at).where(m >= 0, -1).flatten() for m, at in zip(items, first, strict=True)]
 
     @staticmethod
     def _split(what: str, chunks: list[Tensor], counts: Sequence[int]) -> list[Tensor]:

@@ -26,11 +26,13 @@ def similar_windows(x: Tensor) -> Tensor:
     return (unit(x).sum(-2).square().sum(-1) - m) / (m * (m - 1))
 
 
-def merge_windows(x: Tensor, grid: tuple[int, int], window: int, threshold: float) -> EncoderMerge | None:
+def merge_windows(
+    x: Tensor, grid: tuple[int, int], window: int, threshold: float, prefix: int = 0
+) -> EncoderMerge | None:
     """Replace alike windows of (segments, n, d) by their means; None if a segment has none.
 
     Of every segment the r most alike windows, r being the smallest number that any segment has above the
-    threshold.
+    threshold. `prefix` tokens that stay as they are come before the n in the answer.
     """
     cells = window_cells(grid, window, x.device)
     if not len(cells):
@@ -47,4 +49,9 @@ def merge_windows(x: Tensor, grid: tuple[int, int], window: int, threshold: floa
     kept = owner == torch.arange(n, device=x.device)
     keep = kept.nonzero()[:, 1].view(segments, n - r * (m - 1))
     weight = torch.ones(segments, n, device=x.device).scatter_(1, chosen.flatten(1), 1 / m)
-    return EncoderMerge(keep, (kept.long().cumsum(1) - 1).gather(1, owner), weight)
+    into = (kept.long().cumsum(1) - 1).gather(1, owner)
+    first = torch.arange(prefix, device=x.device).expand(segments, -1)
+    weight = torch.nn.functional.pad(weight, (prefix, 0), value=1.0)
+    return EncoderMerge(
+        torch.cat([first, keep + prefix], 1), torch.cat([first, into + prefix], 1), weight
+    )

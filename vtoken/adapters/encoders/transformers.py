@@ -1,0 +1,154 @@
+"""transformers' vision encoders: CLIP, SigLIP, ViT, DeiT, DINOv2 (with registers) and those built alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .encoder import Encoder, register_encoder
+from .layer import EncoderLayer, Heads, split_heads
+from .run import EncoderRun
+
+# by role, the names that a layer's parts have in one model or another
+ROLES = {
+    "norm1": ("layer_norm1", "layernorm_before", "norm1"),
+    "attention": ("self_attn", "attention"),
+    "norm2": ("layer_norm2", "layernorm_after", "norm2"),
+    "out": ("out_proj", "o_proj"),
+}
+
+
+def _part(module: Any, role: str) -> Any:
+    found = next((getattr(module, n) for n in ROLES[role] if hasattr(module, n)), None)
+    if found is None:
+        raise AttributeError(f"{type(module).__name__} has none of {', '.join(ROLES[role])}")
+    return found
+
+
+class TransformersLayer(EncoderLayer):
+    """A pre-norm layer with one projection each for queries, keys and values."""
+
+    @property
+    def _attention(self) -> Any:
+        return _part(self.module, "attention")
+
+    def _after(self, branch: Tensor, i: int) -> Tensor:
+        """Layer scale, dropout and stochastic depth of half i, where a layer has them."""
+        for name in (f"layer_scale{i}", "dropout", "drop_path"):
+            part = getattr(self.module, name, None)
+            branch = part(branch) if isinstance(part, nn.Module) else branch
+        return branch
+
+    def heads(self, x: Tensor, call: Mapping[str, Any]) -> Heads:
+        a, x = self._attention, _part(self.module, "norm1")(x)
+        parts = (p(x) for p in (a.q_proj, a.k_proj, a.v_proj))
+        query, key, value = (split_heads(p, p.shape[-1] // int(a.head_dim)) for p in parts)
+        return Heads(query, key, value, key)
+
+    def mixed(self, attended: Tensor, heads: Heads) -> Tensor:
+        return self._after(_part(self._attention, "out")(attended), 1)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self._after(self.module.mlp(_part(self.module, "norm2")(x)), 2)
+
+    @property
+    def scale(self) -> float:
+        return float(self._attention.head_dim) ** -0.5
+
+    @property
+    def inner(self) -> int:
+        return int(self._attention.q_proj.out_features)
+
+    @property
+    def attention_dropout(self) -> float:
+        a = self._attention
+        p = getattr(a, "attention_dropout", None) or getattr(a, "dropout", 0.0)
+        return float(p) if a.training else 0.0
+
+    @property
+    def parts(self) -> tuple[nn.Module, nn.Module]:
+        return self._attention, self.module.mlp
+
+
+def _layers_of(trunk: Any) -> list[nn.Module]:
+    """The layers of a vision tower, empty if it has none of the known kind."""
+    for module in trunk.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and _is_layer(module[0]):
+            return list(module)
+    return []
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return all(any(hasattr(module, n) for n in ROLES[role]) for role in ("norm1", "attention", "norm2"))
+
+
+@register_encoder
+class TransformersEncoder(Encoder):
+    """The vision tower of a transformers model."""
+
+    library = "transformers"
+
+    @classmethod
+    def find(cls, model: Any) -> Any:
+        if not hasattr(getattr(model, "config", None), "model_type"):
+            return None
+        for module in model.modules():
+            embeddings = getattr(module, "embeddings", None)
+            if any(hasattr(embeddings, n) for n in ("patch_embedding", "patch_embeddings")) and _layers_of(module):
+                return module
+        return None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return _layers_of(self.trunk)
+
+    def layer(self, module: nn.Module) -> EncoderLayer:
+        return TransformersLayer(module)
+
+    @property
+    def _embeddings(self) -> Any:
+        return self.trunk.embeddings
+
+    @property
+    def has_cls(self) -> bool:
+        return any(isinstance(getattr(self._embeddings, n, None), Tensor) for n in ("class_embedding", "cls_token"))
+
+    @property
+    def prefix(self) -> int:
+        registers = getattr(self._embeddings, "register_tokens", None)
+        distilled = isinstance(getattr(self._embeddings, "distillation_token", None), Tensor)
+        return self.has_cls + distilled + (0 if registers is None else registers.shape[1])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        config = self.trunk.config
+        size, patch = (
+            (n, n) if isinstance(n, int) else tuple(n) for n in (config.image_size, config.patch_size)
+        )
+        return size[0] // patch[0], size[1] // patch[1]
+
+    def refusal(self) -> str | None:
+        if type(self.trunk).__name__.endswith("Backbone"):
+            return "makes maps of its layers, which need all tokens"
+        if any(getattr(m, "gradient_checkpointing", False) for m in self.trunk.modules()):
+            return "has gradient checkpointing on, which computes layers twice: turn it off"
+        return None
+
+    def wrap(self, wrap: Callable[..., None], finished: Callable[[], EncoderRun | None]) -> None:
+        wrap(self.trunk, "forward", HiddenStates(finished))
+
+
+class HiddenStates:
+    """The forward of a tower whose `hidden_states` all have the length of the unpatched tower's."""
+
+    def __init__(self, finished: Callable[[], EncoderRun | None]) -> None:
+        self.finished = finished
+
+    def __call__(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        states, run = getattr(out, "hidden_states", None), self.finished()
+        if states is not None and run is not None:
+            out.hidden_states = tuple(run.spread_by_count(x) for x in states)
+        return out
