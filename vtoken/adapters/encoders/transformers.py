@@ -136,6 +136,9 @@ class TransformersEncoder(Encoder):
             return "has gradient checkpointing on, which computes layers twice: turn it off"
         return None
 
+    def probe(self, tokens: int) -> dict[str, Any]:
+        return {"attention_mask": None}
+
     def wrap(self, wrap: Callable[..., None], finished: Callable[[], EncoderRun | None]) -> None:
         wrap(self.trunk, "forward", HiddenStates(finished))
 
