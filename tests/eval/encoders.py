@@ -71,7 +71,9 @@ def registered():
         def select(self, tokens):
             raise NotImplementedError
 
-    vtoken.register("last_go", summary="Drops the last r tokens after each block.", stages=("encoder",))(LastGo)
+    vtoken.register("last_go", summary="Drops the last r tokens after each block.", stages=("encoder",))(
+        LastGo
+    )
     vtoken.register("last_go_too", summary="The same.", stages=("encoder",), baseline=True)(LastGoToo)
     try:
         yield

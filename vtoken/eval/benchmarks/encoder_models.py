@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ...extras import require
 
@@ -184,3 +185,30 @@ def _weights(path: str) -> str:
 def _unloadable(name: str, error: Exception) -> ValueError:
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return ValueError(f"Cannot load the model {name!r}: {' '.join(lines)[:300]}")
+
+
+def tokenizer_of(encoder: EncoderModel) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of a dual encoder. Raises ValueError for a model that is none."""
+    towers = all(hasattr(encoder.model, name) for name in ("encode_text", "encode_image"))
+    if encoder.tokenizer is None or not towers:
+        raise ValueError(
+            f"{encoder.name!r} has no text tower: give a dual encoder, such as open_clip:ViT-B-32/openai."
+        )
+    return encoder.tokenizer
+
+
+@torch.inference_mode()
+def encode_texts(encoder: EncoderModel, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+    """(n, d) float32 L2-normalised embeddings of texts, by the text tower of a dual encoder.
+
+    Raises:
+        ValueError: if the model has no text tower, or gives values that are not finite.
+    """
+    tokenizer, rows = tokenizer_of(encoder), []
+    for i in range(0, len(texts), batch_size):
+        ids = tokenizer(list(texts[i : i + batch_size])).to(encoder.device)
+        rows.append(normalize(encoder.model.encode_text(ids).float(), dim=-1).cpu())
+    found = torch.cat(rows)
+    if not torch.isfinite(found).all():
+        raise ValueError(f"The text tower of {encoder.name!r} gives values that are not finite.")
+    return found

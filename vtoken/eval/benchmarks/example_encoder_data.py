@@ -6,7 +6,7 @@ The pictures are made of the photographs and shapes of `vtoken.tiny.scenes`, tes
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +27,28 @@ def picture(seed: int, shape: int) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def imagenet(folder: str | Path, images: int = 4) -> Path:
-    """An ImageFolder, `val/<shape>/<seed>.png` with `images` per shape; returns the folder."""
-    folder = Path(folder)
-    for i, shape in enumerate(SHAPES):
-        (folder / "val" / shape).mkdir(parents=True, exist_ok=True)
-        for j in range(images):
-            seed = i * images + j
-            picture(seed, i).save(folder / "val" / shape / f"{seed:05}.png")
-    return folder
+def write_imagenet(
+    folder: str | Path, classes: Sequence[str], pictures: Iterable[tuple[int, Image.Image]]
+) -> Path:
+    """Write an ImageFolder, `val/<index> <class>/<number>.png`; returns the folder.
+
+    Args:
+        folder: made if needed.
+        classes: their names, in the order of the model's outputs; each gets a folder, empty or not.
+        pictures: with the index of the class of each.
+    """
+    folders = [Path(folder) / "val" / f"{i:03} {name}" for i, name in enumerate(classes)]
+    for one in folders:
+        one.mkdir(parents=True, exist_ok=True)
+    for number, (label, image) in enumerate(pictures):
+        image.save(folders[label] / f"{number:05}.png")
+    return Path(folder)
+
+
+def imagenet(folder: str | Path, images: int = 32) -> Path:
+    """An ImageFolder of pictures of one shape each, the shapes in turns; returns the folder."""
+    labels = [i % len(SHAPES) for i in range(images)]
+    return write_imagenet(folder, SHAPES, [(label, picture(i, label)) for i, label in enumerate(labels)])
 
 
 def write_msrvtt(

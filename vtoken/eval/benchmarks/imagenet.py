@@ -22,7 +22,7 @@ HOW = (
     " or the parquet file or files of https://huggingface.co/datasets/ILSVRC/imagenet-1k with the columns"
     " image and label, or use --example."
 )
-TOP = 5
+TOP, SPLIT = 5, "validation"
 
 
 def load(source: str | Path, classes: int, limit: int | None = None) -> list[Sample]:
@@ -44,13 +44,13 @@ def load(source: str | Path, classes: int, limit: int | None = None) -> list[Sam
         raise ValueError(f"There is no data set {str(source)!r}: {HOW}") from FileNotFoundError(source)
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"{str(path)!r} is a file, but no .parquet: {HOW}")
-    found = _parquet(path, classes) if path.is_file() or parquet_files(path) else _folders(path, classes)
+    found = (_parquet if parquet_files(path, SPLIT) else _folders)(path, classes)
     return checked(spread(found, limit))
 
 
 def _parquet(path: Path, classes: int) -> list[Sample]:
     samples = []
-    for row in read_parquet(path, ["image", "label"], HOW, image="image", split="validation"):
+    for row in read_parquet(path, ["image", "label"], HOW, image="image", split=SPLIT):
         label, cell = row["label"], row["open"]
         name = f"{cell.path.name}:{cell.group}:{cell.row}"
         if type(label) is not int or not 0 <= label < classes:

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from ..protocols.retrieval import RECALLS, dual_softmax, scores
 from .datasets import check_columns
-from .encoder_models import EncoderModel
+from .encoder_models import EncoderModel, encode_texts
 from .encoder_task import EncoderTask, Sample, checked, fingerprint, spread
 from .task import Breakdown, Unreadable, one_line
 
@@ -228,25 +228,3 @@ def packed(row: np.ndarray) -> str:
 
 def unpacked(value: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(value, validate=True), "<f4")
-
-
-@torch.inference_mode()
-def encode_texts(encoder: EncoderModel, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-    """(n, d) float32 L2-normalised embeddings of texts, by the text tower of a dual encoder.
-
-    Raises:
-        ValueError: if the model has no text tower, or gives values that are not finite.
-    """
-    tokenizer = encoder.tokenizer
-    if tokenizer is None or not hasattr(encoder.model, "encode_text"):
-        raise ValueError(
-            f"{encoder.name!r} has no text tower: give a dual encoder, such as open_clip:ViT-B-32/openai."
-        )
-    rows = []
-    for i in range(0, len(texts), batch_size):
-        ids = tokenizer(list(texts[i : i + batch_size])).to(encoder.device)
-        rows.append(normalize(encoder.model.encode_text(ids).float(), dim=-1).cpu())
-    found = torch.cat(rows)
-    if not torch.isfinite(found).all():
-        raise ValueError(f"The text tower of {encoder.name!r} gives values that are not finite.")
-    return found
