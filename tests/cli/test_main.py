@@ -360,7 +360,8 @@ assert not heavy, heavy
 
 @pytest.mark.parametrize(
     "command",
-    ["", "list", "info", "demo", "demo stream", "bench", "eval", "eval mme", "eval videomme", "eval tiny"],
+    ["", "list", "info", "demo", "demo stream", "bench", "eval", "eval mme", "eval videomme", "eval tiny"]
+    + ["eval imagenet", "eval retrieval"],
 )
 def test_help_imports_nothing_heavy(command):
     done = subprocess.run(
@@ -374,7 +375,7 @@ def test_every_command_has_a_help_page_that_is_tested():
     commands = {"list", "info", "demo", "bench", "eval"}
     assert set(cli.list_commands(None)) == commands
     assert set(cli.get_command(None, "demo").list_commands(None)) == {"stream"}
-    assert set(cli.get_command(None, "eval").list_commands(None)) == {"mme", "videomme", "tiny"}
+    assert set(cli.get_command(None, "eval").list_commands(None)) == {"mme", "videomme", "tiny", "imagenet", "retrieval"}
 
 
 def test_info_of_two_strategies():

@@ -22,11 +22,15 @@ BASELINES = "random,uniform,pool"
 
 @click.group(
     cls=Group,
-    lazy={"tiny": "vtoken.cli.board:tiny"},
+    lazy={
+        "tiny": "vtoken.cli.board:tiny",
+        "imagenet": "vtoken.cli.evaluate_encoders:imagenet",
+        "retrieval": "vtoken.cli.evaluate_encoders:retrieval",
+    },
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 def evaluate() -> None:
-    """Accuracy against kept visual tokens."""
+    """Accuracy against kept visual tokens, and of plain encoders against GFLOPs."""
 
 
 def common(default_output: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

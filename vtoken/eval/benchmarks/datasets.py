@@ -9,6 +9,7 @@ import base64
 import io
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -46,21 +47,30 @@ def parquet_folder(source: str | Path, how: str) -> Path:
 
 
 def parquet_files(folder: Path, split: str = "test") -> list[Path]:
-    """The parquet files of a split, such as `test-00000-of-00002.parquet`; all if none names a split."""
+    """The parquet files of a split, such as `test-00000-of-00002.parquet`; all if none names a split.
+
+    A single file stands for itself. "validation" is also written "val".
+    """
+    if folder.is_file():
+        return [folder]
     found = sorted(folder.rglob("*.parquet"))
-    named = [f for f in found if f.name.startswith(split) or f.parent.name == split]
-    return named or [f for f in found if not re.match(r"(train|validation|val|dev)\b", f.name)]
+    words = ("validation", "val") if split == "validation" else (split,)
+    named = [f for f in found if f.name.startswith(words) or f.parent.name in words]
+    return named or [f for f in found if not re.match(r"(train|validation|val|dev|test)\b", f.name)]
 
 
-def read_parquet(folder: Path, columns: Sequence[str], how: str, image: str | None = None) -> list[Row]:
-    """Rows: the text columns of a data set, and under "open" a function that opens the row's image.
+def read_parquet(
+    folder: Path, columns: Sequence[str], how: str, image: str | None = None, split: str = "test"
+) -> list[Row]:
+    """Rows: the other columns of a data set, and under "open" an `ImageCell` that opens the row's image.
 
     Args:
-        folder: searched for parquet files of the `test` split.
+        folder: searched for parquet files of the split; or one file.
         columns: must be there; all of them but `image` are read.
         how: for errors, how to get the data set.
         image: a column of Hub images (struct of `bytes` and `path`) or of bytes. Read a row group at a time,
             when asked.
+        split: the name with which its files begin.
 
     Raises:
         ValueError: if there is no file, or a column is missing.
@@ -71,9 +81,9 @@ def read_parquet(folder: Path, columns: Sequence[str], how: str, image: str | No
     except ImportError:
         raise ImportError("Parquet files need pyarrow: pip install 'vtoken[eval]'.") from None
 
-    files = parquet_files(folder)
+    files = parquet_files(folder, split)
     if not files:
-        raise ValueError(f"The folder {str(folder)!r} has no parquet files of a test split: {how}")
+        raise ValueError(f"The folder {str(folder)!r} has no parquet files of a {split} split: {how}")
     rows: list[Row] = []
     for path in files:
         try:
@@ -85,7 +95,7 @@ def read_parquet(folder: Path, columns: Sequence[str], how: str, image: str | No
         for group in range(file.num_row_groups):
             for i, row in enumerate(file.read_row_group(group, columns=text).to_pylist()):
                 if image:
-                    row["open"] = _opener(path, group, i, image)
+                    row["open"] = ImageCell(path, group, i, image)
                 rows.append(row)
     return rows
 
@@ -103,15 +113,25 @@ def _image_group(path: Path, group: int, column: str) -> list[Any]:
     return pq.ParquetFile(path).read_row_group(group, columns=[column]).column(0).to_pylist()
 
 
-def _opener(path: Path, group: int, row: int, column: str) -> Callable[[], Image.Image]:
-    def open_it() -> Image.Image:
-        cell = _image_group(path, group, column)[row]
+@dataclass(frozen=True)
+class ImageCell:
+    """One cell of an image column; called, it opens the image. It can be sent to another process."""
+
+    path: Path
+    group: int
+    row: int
+    column: str
+
+    def read(self) -> io.BytesIO:
+        """The file in the cell. Raises ValueError if there is none."""
+        cell = _image_group(self.path, self.group, self.column)[self.row]
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not data:
-            raise ValueError(f"the column {column!r} has no bytes in this row")
-        return open_image(io.BytesIO(data))
+            raise ValueError(f"the column {self.column!r} has no bytes in this row")
+        return io.BytesIO(data)
 
-    return open_it
+    def __call__(self) -> Image.Image:
+        return open_image(self.read())
 
 
 def read_tsv(path: Path, columns: Sequence[str]) -> list[Row]:

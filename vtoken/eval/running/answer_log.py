@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -73,10 +73,19 @@ def check_settings(folder: Path, settings: dict[str, Any], write: bool) -> None:
             )
 
 
-def read(folder: Path, stem: str, names: Iterable[str]) -> dict[str, Record]:
+def _answered(record: Record) -> bool:
+    """Whether a record has an answer with its cost."""
+    costs = [record.get(f.name) for f in fields(Reply) if f.name != "text"]
+    return isinstance(record.get("answer"), str) and all(type(c) in (int, float) for c in costs)
+
+
+def read(
+    folder: Path, stem: str, names: Iterable[str], answered: Callable[[Record], bool] = _answered
+) -> dict[str, Record]:
     """The records of one run by item, from the files of all processes; a half-written last line is dropped.
 
     An item counts once: of several answers to it the first is read, of an answer and an error the answer.
+    `answered` says whether a record that is no error is complete.
 
     Raises:
         ValueError: naming the file, for a broken line or an item that the data set does not have.
@@ -96,7 +105,7 @@ def read(folder: Path, stem: str, names: Iterable[str]) -> dict[str, Record]:
                 raise ValueError(
                     f"{str(path)!r} has an answer to {found(name)}, which the data set does not ask."
                 )
-            if not _whole(record):
+            if not (isinstance(record["error"], str) if "error" in record else answered(record)):
                 raise ValueError(
                     f"Line {number} of {str(path)!r} is no record: remove it to ask {name!r} again."
                 )
@@ -104,14 +113,6 @@ def read(folder: Path, stem: str, names: Iterable[str]) -> dict[str, Record]:
             if before is None or ("error" in before and "error" not in record):
                 records[name] = record
     return records
-
-
-def _whole(record: Record) -> bool:
-    """Whether a record is complete: an error's sentence, or an answer with its cost."""
-    if "error" in record:
-        return isinstance(record["error"], str)
-    costs = [record.get(f.name) for f in fields(Reply) if f.name != "text"]
-    return isinstance(record.get("answer"), str) and all(type(c) in (int, float) for c in costs)
 
 
 class Writer:

@@ -61,16 +61,17 @@ def markdown(
         "Baselines are marked by a star.",
         "",
     ]
-    lines += _markdown_table(summary(outcomes))
+    lines += markdown_table(summary(outcomes))
     for o in outcomes:
-        lines += ["", f"## {o.run.name}", "", *_markdown_table(o.breakdown.rows)]
+        lines += ["", f"## {o.run.name}", "", *markdown_table(o.breakdown.rows)]
     lines += ["", *(f"Left out: {sentence}" for sentence in left_out)]
     for o in outcomes:
         lines += [f"- {o.run.name}: counted as wrong: {sentence}" for sentence in o.unreadable.values()]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table whose first row is its head."""
     head, *rest = ["| " + " | ".join(row) + " |" for row in rows]
     return [head, "|" + " --- |" * len(rows[0]), *rest]
 
@@ -82,7 +83,7 @@ def show(out: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for i, head in enumerate(rows[0]):
-        table.add_column(escape(head), justify="right" if i else "left", no_wrap=True)
+        table.add_column(escape(head), justify="right" if i else "left", no_wrap=i > 0)
     for row in rows[1:]:
         table.add_row(*map(escape, row))
     out.print(table)
