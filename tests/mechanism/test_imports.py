@@ -83,9 +83,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "active": ("call_frames", "streams"),
     "gate": ("active", "call_frames"),
     "fit": ("adapters", "mechanism", "strategies", "streams", "selection", "tokens"),
+    "encoder_patching": (
+        *("_threads", "accounting", "active", "adapters", "fit", "gate", "hooks", "mechanism", "recorder"),
+        "strategies",
+    ),
     "patching": (
         *(
             "accounting",
+            "encoder_patching",
             "active",
             "adapters",
             "config",

@@ -4,6 +4,7 @@
 from .assembly import combine as combine
 from .base import Strategy as Strategy, StrategyInfo as StrategyInfo, top_k as top_k
 from .composition import Composite as Composite
+from .merging import EncoderStrategy as EncoderStrategy, ScheduledMerging as ScheduledMerging
 from .registry import create as create, list_names as list_names, register as register, registered as registered, strategy_info as strategy_info
 from .scored import ScoredStrategy as ScoredStrategy
 from .cdpruner import CDPruner as CDPruner
@@ -14,13 +15,16 @@ from .hired import HiRED as HiRED
 from .llavolta import LLaVolta as LLaVolta
 from .mustdrop import MustDrop as MustDrop
 from .pool import Pool as Pool
+from .prune_by_norm import PruneByNorm as PruneByNorm
 from .pyramiddrop import PyramidDrop as PyramidDrop
 from .random import Random as Random
+from .random_merge import RandomMerge as RandomMerge
 from .sparsevlm import SparseVLM as SparseVLM
 from .stc import STC as STC
 from .stc_cacher import STCCacher as STCCacher
 from .stc_pruner import STCPruner as STCPruner
 from .token_corr import TokenCorr as TokenCorr
+from .tome import ToMe as ToMe
 from .ts_llava import TSLLaVA as TSLLaVA
 from .uniform import Uniform as Uniform
 from .vidcom2 import VidCom2 as VidCom2

@@ -43,6 +43,6 @@ class PruneByNorm(ScheduledMerging):
         rows, n, _ = tokens.hidden_states.shape
         left = n - tokens.prefix - tokens.plan[tokens.layer]
         norms = tokens.keys()[:, tokens.prefix :].norm(dim=2)
-        best = norms.sort(1, descending=True, stable=True).indices[:, :left].sort(1).values
+        best = norms.sort(dim=1, descending=True, stable=True).indices[:, :left].sort(dim=1).values
         first = torch.arange(tokens.prefix, device=norms.device).expand(rows, -1)
         return EncoderMerge.drop(torch.cat([first, best + tokens.prefix], 1), n)

@@ -40,7 +40,7 @@ class RandomMerge(ScheduledMerging):
         generator = torch.Generator().manual_seed(self.seed * 1000 + tokens.layer)
         order = torch.rand(rows, n - p, generator=generator).argsort(1).to(device) + p
         sources, rest = order.split([tokens.plan[tokens.layer], n - p - tokens.plan[tokens.layer]], 1)
-        targets = rest.sort(1).values
+        targets = rest.sort(dim=1).values
         first = torch.arange(p, device=device).expand(rows, -1)
         keep = torch.cat([first, targets], 1)
         return EncoderMerge.weighted(keep, join(tokens.keys(), sources, targets, keep), tokens.sizes)
