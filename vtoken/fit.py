@@ -97,7 +97,8 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
         )
     for modality in served:
         lacking = lacking_of(adapter, strategy, modality)
-        if lacking:
+        elsewhere = any("merging" not in lacking_of(adapter, strategy, m) for m in served)
+        if lacking and not (lacking == ["merging"] and elsewhere):
             cls = "the attention of a CLS token"
             words = {
                 "cls_attention": cls,

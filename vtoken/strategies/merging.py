@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +13,7 @@ from ..selection import Selection
 from ..tokens import EncoderShape, Segment, TowerInfo, VisualTokens
 from .base import Strategy
 from .budgets import check_budget
+from .common.matching import merge_down
 
 
 @dataclass
@@ -20,11 +21,17 @@ class EncoderStrategy(Strategy):
     """Base of methods inside an encoder: write `encoder_plan` and `merge_in_encoder`.
 
     `merge_in_encoder` is asked in every layer for which `asked` is true, between its attention and its MLP.
-    In a vision-language model one token per merged group enters the LLM, the one in whose place the group
-    stands on the grid. Separators (image-newline) stay.
+    In a vision-language model one token per merged group enters the LLM, in the place on the grid at which
+    the group stands. If more groups are left of a crop than its budget (a model that cuts off padding cuts
+    off whole groups), the most similar of their features are merged until it is met.
+
+    Args:
+        keep_newline: keep image-newline and separator tokens, on top of the budget.
     """
 
     budget: float | int | None = None  # type: ignore[assignment]
+    _: KW_ONLY
+    keep_newline: bool = False
 
     serves_llms: ClassVar[bool] = True  # whether it fits the tower of a vision-language model
     drops: ClassVar[bool] = False  # whether tokens are dropped and not only merged
@@ -60,26 +67,47 @@ class EncoderStrategy(Strategy):
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Upper limit of the tokens per segment that enter the LLM."""
-        return [s.fed for s in segments]
+        budget = self.budget if budget is None else budget
+        return [s.fed for s in segments] if budget is None else self.allowance(budget).tokens(segments)
 
     def select(self, tokens: VisualTokens) -> Selection:
         if tokens.merged is None:
-            raise ValueError(f"{self.info.name} merges inside the vision tower, which merged nothing here.")
-        if isinstance(self.budget, int) and any(s.kind == "crop" for s in tokens.segments):
             raise ValueError(
-                f"{self.info.name} merges equally many tokens in every crop of an image, for which budget="
-                f"{self.budget} is not defined: use a share such as budget=0.25."
+                f"{self.info.name} merges inside the vision tower, where this model cannot shorten its"
+                f" {tokens.modality} input, whose patches are pooled before the LLM: choose another strategy"
+                " for it."
             )
+        place = self._places(tokens, tokens.merged)
+        size = torch.bincount(place[place >= 0], minlength=len(tokens)).float()
+        keep = size.nonzero()[:, 0]
+        owner, weight = torch.full_like(place, -1), torch.ones_like(size)
+        owner[keep] = keep
+        if self.keep_newline:
+            owner[tokens.separator_rows] = tokens.separator_rows
+        segment = tokens.segment_of[keep]
+        for i, limit in enumerate(self.counts(tokens.segments)):
+            mine = keep[segment == i]
+            if len(mine) > limit:
+                owner[mine] = mine[merge_down(tokens.features[mine], size[mine], limit)]
+                total = torch.zeros_like(size).index_add_(0, owner[mine], size[mine])
+                weight[mine] = size[mine] / total[owner[mine]]
+        left = owner[owner >= 0].unique()
+        alone = len(left) == int((owner >= 0).sum())
+        return Selection(left) if alone else Selection.merge(left, owner, weight)
+
+    @staticmethod
+    def _places(tokens: VisualTokens, merged: Tensor) -> Tensor:
+        """(n,) int64, the token in whose place each token's group stands, -1 for dropped and separators.
+
+        A group whose place the model cut off as padding stands at its first token.
+        """
         rows, cells = tokens.patch_rows, tokens.cells[tokens.patch_rows]
-        group = tokens.merged[cells]
+        group = merged[cells]
         rows, cells, group = rows[group >= 0], cells[group >= 0], group[group >= 0]
-        # of a group whose place is not among the tokens (padding that the model cuts off) its first token
         first = torch.full((tokens.num_cells,), len(tokens), device=rows.device)
         first = first.scatter_reduce(0, group, rows, "amin")
-        place = first.index_copy(0, cells[cells == group], rows[cells == group])
-        keep = tokens.cells < 0
-        keep[place[group]] = True
-        return Selection(keep.nonzero()[:, 0])
+        first = first.index_copy(0, cells[cells == group], rows[cells == group])
+        return torch.full((len(tokens),), -1, device=rows.device).index_copy(0, rows, first[group])
 
 
 @dataclass

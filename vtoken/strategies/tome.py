@@ -25,8 +25,8 @@ from .registry import register
     "token), and without prefix the unmerged tokens stay in ascending order unless sort=False. Outputs have "
     "their unpatched length, every patch reading the token that it joined, so that mean and attention pooling "
     "weigh tokens by their sizes. Budgets and FLOPs as goals are ours, as is the use in the tower of a "
-    "vision-language model: one token per group enters the LLM, at the place on the grid that the group "
-    "took; of crops that a model unpads a group may vanish, so that fewer enter than the budget says.",
+    "vision-language model, where one token per group enters the LLM, at the group's place on the grid, and "
+    "crops that a model unpads are merged further, by their features, until the budget is met.",
 )
 @dataclass
 class ToMe(ScheduledMerging):

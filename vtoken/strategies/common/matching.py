@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kernels import bipartite_match, merge_weighted
 from .grouping import unit
 
 
@@ -38,3 +39,22 @@ def kth_match(keys: Tensor, k: int, prefix: int) -> tuple[Tensor, Tensor]:
     keep = torch.cat([places[:prefix], patches[last]]).expand(rows, -1)
     sources, targets = patches[~last].expand(rows, -1), patches[last].expand(rows, -1)
     return keep, join(keys, sources, targets, keep)
+
+
+def merge_down(x: Tensor, size: Tensor, limit: int) -> Tensor:
+    """Bipartite matchings, one after the other, until `limit` tokens are left.
+
+    Args:
+        x: (n, d), compared by cosine; merged tokens are means weighted by `size`.
+        size: (n,) float32, patches that each token stands for.
+
+    Returns:
+        (n,) int64, for every token the one whose group it joins; that one joins itself.
+    """
+    standing = rank = torch.arange(len(x), device=x.device)
+    x, size = x[None], size[None]
+    while x.shape[1] > limit:
+        match = bipartite_match(x, x.shape[1] - limit)
+        x, size = merge_weighted(x, match, size)
+        rank, standing = match.owner[0][rank], standing[match.keep[0]]
+    return standing[rank]
