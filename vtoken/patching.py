@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .accounting import Report
+from .accounting import EncoderReport, Report
 from .active import LOCK, Patches, patches_for, patches_of
 from .adapters.base import Adapter
 from .adapters.encoders.encoder import encoder_for
@@ -320,7 +320,7 @@ def disabled(model: M) -> Iterator[M]:
         yield model
 
 
-def report(model: Any) -> Any:
+def report(model: Any) -> Report | EncoderReport:
     """Report on the last call of a patched model: tokens, FLOPs, KV bytes, times.
 
     Returns:

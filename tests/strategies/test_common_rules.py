@@ -144,6 +144,7 @@ MEANINGS = {
     "average": ["mustdrop", "pyramiddrop", "sparsevlm"],
     "cut": ["fastv", "llavolta"],
     "tower": ["stc_cacher"],
+    "encoder": ["diffrate", "prune_by_norm", "random_merge", "tempme", "tome"],
 }
 
 
