@@ -70,15 +70,28 @@ def gather_merge(
     check_index(into, -1, m, "into")
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         return _merge_with_grad(x, kept, into, weight)
-    for b, column in enumerate(into):
-        used = (column >= 0).nonzero()[:, 0]
-        rows, column = x[b].index_select(0, used).to(compute_dtype(x)), column.index_select(0, used)
-        if weight is not None:
-            rows *= weight[b].index_select(0, used)[:, None]
-        # -0.0 is the only start of a sum that leaves every value, -0.0 too, unchanged.
-        total = torch.full(kept[b].shape, -0.0, dtype=rows.dtype, device=x.device).index_add_(0, column, rows)
-        named = torch.zeros(m, 1, dtype=torch.bool, device=x.device).index_fill_(0, column, True)
-        torch.where(named, total.to(x.dtype), kept[b], out=kept[b])
+    batch, n = into.shape
+    first = torch.arange(batch, device=x.device)[:, None]
+    column, copied = torch.where(into < 0, -1, into + first * m).flatten(), (index + first * n).flatten()
+    summed = column >= 0
+    count = torch.bincount(column[summed], minlength=batch * m)
+    # rows alone in their column are there already: most of them, where few tokens are merged
+    alone = (count.take(column) == 1) & (copied.take(column) == torch.arange(batch * n, device=x.device))
+    if weight is not None:
+        alone &= weight.flatten() == 1
+    moved = (summed & ~alone).nonzero()[:, 0]
+    rows = x.flatten(0, 1).index_select(0, moved).to(compute_dtype(x))
+    if weight is not None:
+        rows *= weight.flatten().index_select(0, moved)[:, None]
+    columns, place, total = column.index_select(0, moved), None, kept.flatten(0, 1)
+    if rows.dtype != kept.dtype:
+        columns, place = columns.unique(return_inverse=True)
+        total = rows.new_empty(len(columns), rows.shape[1])
+    # -0.0 is the only start of a sum that leaves every value, -0.0 too, unchanged.
+    at = columns if place is None else place
+    total.index_fill_(0, at, -0.0).index_add_(0, at, rows)
+    if place is not None:
+        kept.flatten(0, 1).index_copy_(0, columns, total.to(x.dtype))
     return kept
 
 
