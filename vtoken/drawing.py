@@ -91,6 +91,8 @@ def visualize(
 ) -> Image.Image:
     """Draw one image's kept visual tokens, on all its crops or frames.
 
+    A report of a plain encoder is drawn as one patch colour per token, see `draw_groups`.
+
     Tokens that are dropped inside the LLM lose their colour; the earlier the drop, the paler they are. A
     legend names the layers that read each shade. Tokens that the last layer reads are outlined.
 
@@ -109,8 +111,11 @@ def visualize(
 
     Raises:
         TypeError: if `tokens` has no segments, as when the arguments are in the wrong order.
-        ValueError: if a report of several images is given, or the images do not match the segments.
+        ValueError: if a report of several images is given, or the images do not match the segments; of a plain
+            encoder if the images do not match the batch, or its patches form no grid of known size.
     """
+    if hasattr(tokens, "owner"):
+        return _encoder_pictures(image, tokens, cell)
     tokens = _one_image(tokens)
     segments = list(tokens.segments)
     images = [_region(image, s) for s in segments] if isinstance(image, Image.Image) else list(image)
@@ -138,6 +143,52 @@ def visualize(
         blocks.append(_canvas([panels[i] for i in crops], [segments[i].place for i in crops]))
     drawn = side_by_side(blocks) if len(blocks) > 1 else blocks[0]
     return _with_legend(drawn, layers, levels, dim) if len(layers) > 1 else drawn
+
+
+def draw_groups(image: Image.Image, grid: tuple[int, int], owner: Any, *, cell: int = 16) -> Image.Image:
+    """One picture in which every token has one colour, the mean of its patches, and a border.
+
+    Args:
+        image: any PIL image; it is stretched over the grid.
+        grid: (rows, columns).
+        owner: (rows * columns,) int, the token that each patch ended up in; dropped patches (-1) are white.
+        cell: side of a patch in the result, px.
+
+    Returns:
+        An RGB image of (columns * cell, rows * cell) px.
+    """
+    rows, columns = grid
+    owner = _array(owner).reshape(-1)
+    resized = image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
+    patches = np.asarray(resized, np.float64).reshape(rows, cell, columns, cell, 3).mean((1, 3)).reshape(-1, 3)
+    _, group = np.unique(owner, return_inverse=True)
+    sums = np.stack([np.bincount(group, patches[:, i]) for i in range(3)], 1)
+    colours = (sums / np.bincount(group)[:, None])[group]
+    colours[owner < 0] = PAPER
+    drawn = colours.reshape(rows, columns, 3).repeat(cell, 0).repeat(cell, 1)
+    labels = owner.reshape(rows, columns).repeat(cell, 0).repeat(cell, 1)
+    border = np.zeros(labels.shape, bool)
+    border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    border[1:] |= labels[1:] != labels[:-1]
+    drawn[border] = KEPT
+    return Image.fromarray(drawn.round().astype(np.uint8))
+
+
+def _encoder_pictures(image: Image.Image | Sequence[Image.Image], report: Any, cell: int) -> Image.Image:
+    """The images of an encoder's batch side by side, one colour per token."""
+    images = [image] if isinstance(image, Image.Image) else list(image)
+    if report.grid is None:
+        raise ValueError(
+            "visualize draws an encoder's patches on its own grid, and these images have another size: resize"
+            " them as the model's transform does."
+        )
+    if len(images) != report.images:
+        raise ValueError(f"The report is on {report.images} images, found {len(images)} pictures: give all.")
+    count = report.grid[0] * report.grid[1]
+    owner = np.arange(count) if report.owner is None else _array(report.owner)
+    owners = np.broadcast_to(owner, (report.images, count)) if report.owner is None else owner.reshape(-1, count)
+    drawn = [draw_groups(p, report.grid, o, cell=cell // 2) for p, o in zip(images, owners)]
+    return side_by_side(drawn) if len(drawn) > 1 else drawn[0]
 
 
 def _with_legend(picture: Image.Image, layers: Sequence[Any], levels: np.ndarray, dim: float) -> Image.Image:
