@@ -29,7 +29,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
         strategy: a registered name, see `vtoken.list_strategies()`, or several that are applied together.
         budget: a float in (0, 1] is the share of the visual tokens that the unpatched model would feed to the
             LLM; an int is a number of tokens per image or per frame. `1.0` and `1` differ and stay different
-            on disk.
+            on disk. None leaves it to the strategy, as for tome with `options={"r": 8}`.
         positions: "original" or "renumber"; None is the strategy's own default.
         options: the strategy's hyper-parameters by name, JSON values only; of several strategies, one such
             mapping per strategy's name. `vtoken.patch` checks the types and ranges of their values.
@@ -41,7 +41,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
     """
 
     strategy: str | list[str]
-    budget: float | int = 0.2
+    budget: float | int | None = 0.2
     positions: Literal["original", "renumber"] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
@@ -57,7 +57,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
                 f"strategy must be a name such as 'hired' or a list of names, found {found(self.strategy)}."
             )
         self.strategy = names[0] if isinstance(self.strategy, str) else list(names)
-        self.budget = check_budget(self.budget)
+        self.budget = None if self.budget is None else check_budget(self.budget)
         if not isinstance(self.options, dict) or not all(isinstance(k, str) for k in self.options):
             raise ValueError(
                 f"options must map hyper-parameter names to values, found {found(self.options)}."
@@ -89,7 +89,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
             ValueError: for a field that was assigned a wrong value.
         """
         self.__post_init__()
-        return asdict(self) | {UNIT: Budget(self.budget).unit}
+        return asdict(self) | ({} if self.budget is None else {UNIT: Budget(self.budget).unit})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VTokenConfig:

@@ -201,7 +201,7 @@ def _largest(segments: tuple[Segment, ...]) -> int:
 def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
     """A Strategy from a name, a list of names, a strategy object or a VTokenConfig."""
     if isinstance(strategy, VTokenConfig):
-        given = strategy.options | {"budget": strategy.budget}
+        given = strategy.options | ({} if strategy.budget is None else {"budget": strategy.budget})
         if strategy.positions is not None:
             given["positions"] = strategy.positions
         strategy, options = strategy.strategy, given | options

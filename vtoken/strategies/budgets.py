@@ -129,7 +129,7 @@ def with_unit(values: dict[str, Any]) -> dict[str, Any]:
         return values
     unit = fit(UNIT, values[UNIT], Unit)
     values = {k: v for k, v in values.items() if k != UNIT}
-    if "budget" in values:
+    if values.get("budget") is not None:
         values["budget"] = Budget.of(values["budget"], unit).value
     return values
 
