@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .strategies import EncoderStrategy, Strategy, StrategyInfo, register, strategy_info
     from .streaming import StreamSession
     from .streams import FrameTokens, Reuse, StreamState, stream
+    from .videos import video_embeddings
     from .tokens import Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "stream",
     "unpatch",
     "video",
+    "video_embeddings",
     "visualize",
 ]
 
@@ -71,6 +73,7 @@ _LAZY = {
     "list_strategies": "fit",
     "prompt_length": "mechanism.generation",
     "resized": "resize",
+    "video_embeddings": "videos",
     "visualize": "drawing",
     "StreamSession": "streaming",
     **dict.fromkeys(("applied", "disabled", "patch", "report", "unpatch"), "patching"),

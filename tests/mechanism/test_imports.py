@@ -63,6 +63,7 @@ GROUND = (
     "selection",
     "streams",
     "version",
+    "videos",
 )
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(GROUND, ()),
@@ -133,7 +134,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "streaming",
             "streams",
         ),
-        *("drawing", "selection", "tokens", "version", "video"),
+        *("drawing", "selection", "tokens", "version", "video", "videos"),
     ),
     "bench": ("_json", "asking", "checks", "extras", "mechanism", "recorder", "strategies", "tiny", "vtoken"),
     "eval": ("_json", "asking", "checks", "extras", "images", "strategies", "tiny", "video", "vtoken"),

@@ -26,7 +26,8 @@ class EncoderRun:
         fused: images in one sequence; 1 unless neighbouring sequences were fused.
         layer: the next layer.
         sizes: (rows, tokens) float32, patches that each token stands for; None while all are 1.
-        kept: (rows, tokens) int64, the token of the input whose place each token takes; None before a merge.
+        kept: (rows, tokens) int64, the token of its own image whose place each token takes; None before the
+            first change.
         work: per layer that ran its sequences, the tokens of one that attend and that pass the MLP, and how
             many of these are no patches.
         marks: the start and the end, as `Stopwatch.mark` gives them.
@@ -67,6 +68,10 @@ class EncoderRun:
         """The sizes, made if all are 1."""
         return torch.ones(self.rows, self.tokens, device=device) if self.sizes is None else self.sizes
 
+    def _kept(self, device: torch.device) -> Tensor:
+        """`kept`, made if nothing was merged."""
+        return torch.arange(self.tokens, device=device).expand(self.rows, -1) if self.kept is None else self.kept
+
     def fuse(self, x: Tensor, count: int) -> Tensor:
         """Make one sequence of `count` neighbouring ones: all their prefix tokens, then all their patches.
 
@@ -78,11 +83,13 @@ class EncoderRun:
         """
         before = (count, self.prefix, self.tokens)
         index = _fused_order(*before, x.device)
+        places = self._kept(x.device).unflatten(0, (-1, count)).flatten(1, 2)
+        self.kept = places[:, index]
         x = x.unflatten(0, (-1, count)).flatten(1, 2)[:, index]
         if self.sizes is not None:
             self.sizes = self.sizes.unflatten(0, (-1, count)).flatten(1, 2)[:, index]
         self.rows, self.tokens = self.rows // count, self.tokens * count
-        self.prefix, self.fused, self.kept = self.prefix * count, self.fused * count, None
+        self.prefix, self.fused = self.prefix * count, self.fused * count
         self._steps.append((self.layer, before))
         return x
 
@@ -90,11 +97,9 @@ class EncoderRun:
         """Tokens (rows, n, C) after a merge, (rows, m, C); sizes and places follow."""
         sizes = self.ones(x.device)
         self.sizes = merge.sizes_of(sizes) if merge.sizes is None else merge.sizes
-        places = merge.keep if self.kept is None else self.kept.gather(1, merge.keep)
+        self.kept = merge.keep if self.kept is None else self.kept.gather(1, merge.keep)
         self.tokens = merge.keep.shape[1]
         self._steps.append((self.layer, merge.into))
-        if self.fused == 1:
-            self.kept = places
         return gather_merge(x, merge.keep, merge.into, merge.weight)
 
     def owner(self, layer: int | None = None) -> Tensor | None:

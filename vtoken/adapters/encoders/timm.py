@@ -151,7 +151,7 @@ class TimmEncoder(Encoder):
         rope = call.get("rope")
         if rope is None or run.kept is None:
             return call
-        return call | {"rope": rope[run.kept[:, run.prefix :] - run.prefix][:, None]}
+        return call | {"rope": rope[run.kept[:, run.prefix :] - run.shape.prefix][:, None]}
 
     def wrap(self, wrap: Callable[..., None], finished: Callable[[], EncoderRun | None]) -> None:
         if hasattr(self.trunk, "forward_intermediates"):
