@@ -247,7 +247,7 @@ class EncoderReport:
             f"  {self.images} images{fused}: {self.patches} -> {self.tokens_out:g} patch tokens each"
             f" ({self.tokens_out / self.patches:.1%})",
             f"  tokens per layer, {self.prefix} of them no patches: {tokens}",
-            f"  per image {self.gflops:.2f} GFLOPs instead of {self.gflops_dense:.2f}"
+            f"  per image {self.gflops:.3g} GFLOPs instead of {self.gflops_dense:.3g}"
             f" ({self.gflops / self.gflops_dense:.1%}), one per multiply-add",
         ]
         lines += [f"  time: {name} {1000 * s:.2f} ms" for name, s in self.seconds.items()]

@@ -88,6 +88,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("_threads", "accounting", "active", "adapters", "fit", "gate", "hooks", "mechanism", "recorder"),
         "strategies",
     ),
+    "rates": ("adapters", "hooks", "strategies", "tokens"),
     "patching": (
         *(
             "accounting",

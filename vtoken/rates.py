@@ -1,0 +1,235 @@
+"""Learn how many tokens DiffRate keeps in every layer, by gradient, with the encoder's weights frozen.
+
+The published search (DiffRate, arXiv 2305.17997): a softmax over candidates per layer, straight-through masks in
+place of removed tokens, and the squared distance to a number of FLOPs added to the loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapters.encoders.encoder import Encoder, encoder_for
+from .adapters.encoders.layer import EncoderLayer
+from .hooks import Wrapped
+from .strategies import DiffRate  # type: ignore[attr-defined]
+from .strategies.common.grouping import unit
+from .tokens import EncoderShape
+
+EPSILON = 1e-6
+
+
+class KeptTokens(nn.Module):
+    """A whole number of kept tokens that has a gradient.
+
+    Args:
+        patches: of an image.
+        prefix: tokens that are always kept.
+        step: distance between neighbouring candidates; None for the one candidate `patches`.
+    """
+
+    def __init__(self, patches: int, prefix: int, step: int | None) -> None:
+        super().__init__()
+        candidates = [patches] if step is None else list(range(patches, 0, -step))
+        self.register_buffer("candidates", torch.tensor(candidates, dtype=torch.float32))
+        self.logits = nn.Parameter(torch.zeros(len(candidates)))
+        self.prefix = prefix
+
+    def count(self) -> Tensor:
+        """The kept tokens, prefix included; rounded up, with the gradient of the mean."""
+        mean = (self.candidates * self.logits.softmax(0)).sum()
+        return mean + (mean.ceil() - mean).detach() + self.prefix
+
+    def mask(self, tokens: int, alive: int) -> Tensor:
+        """(tokens,) by rank: 1 for those kept, 0 for those of the first `alive` that go, 1 for the rest.
+
+        Its gradient is that of the probability that a rank is kept.
+        """
+        rank = torch.arange(tokens, device=self.logits.device)
+        kept = (self.candidates[None] + self.prefix > rank[:, None]).float() @ self.logits.softmax(0)
+        hard = ((rank < int(self.count().detach())) | (rank >= alive)).float()
+        return hard - kept.detach() + kept
+
+
+@dataclass
+class Search:
+    """The masked forwards of one encoder.
+
+    Attributes:
+        encoder: the encoder.
+        shape: its shape.
+        prune, merge: per layer the kept tokens.
+        flops: multiply-adds of the layers in the latest forward.
+    """
+
+    encoder: Encoder
+    shape: EncoderShape
+    prune: nn.ModuleList
+    merge: nn.ModuleList
+    mask: Tensor = field(default_factory=lambda: torch.empty(0))
+    sizes: Tensor = field(default_factory=lambda: torch.empty(0))
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0))
+    flops: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Run the masked layers inside a `with` block."""
+        wrapped = Wrapped()
+        try:
+            for i, layer in enumerate(self.encoder.layers):
+                wrapped.wrap(layer.module, "forward", functools.partial(self._forward, i, layer))
+            yield
+        finally:
+            wrapped.remove()
+
+    def _forward(self, i: int, layer: EncoderLayer, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = x.transpose(0, 1) if layer.transposed else x
+        if i == 0:
+            self.mask, self.sizes = (torch.ones(x.shape[:2], device=x.device) for _ in range(2))
+            self.tokens = torch.tensor(float(x.shape[1]))
+            self.flops = torch.tensor(float(self.shape.patches * self.shape.embedding_macs))
+        heads = layer.heads(x, layer.arguments(args, kwargs))
+        attention = self._attention(heads.query @ heads.key.mT * layer.scale)
+        attended = (attention.to(x.dtype) @ heads.value).transpose(1, 2).flatten(2)
+        x = self._compressed(i, x + layer.mixed(attended, heads), attention[:, :, 0].mean(1))
+        x = x + layer.mlp(x)
+        return x.transpose(0, 1) if layer.transposed else x
+
+    def _attention(self, logits: Tensor) -> Tensor:
+        """(rows, heads, n, n) float32: masked tokens are seen by themselves only."""
+        logits = logits.float() + self.sizes.clamp(min=EPSILON).log()[:, None, None]
+        n = logits.shape[-1]
+        mask, own = self.mask[:, None, None], torch.eye(n, device=logits.device)
+        weight = (logits - logits.amax(-1, keepdim=True).detach()).exp() * (mask + (1 - mask) * own)
+        return (weight + EPSILON / n) / (weight.sum(-1, keepdim=True) + EPSILON)
+
+    def _compressed(self, i: int, x: Tensor, importance: Tensor) -> Tensor:
+        p, rows = self.shape.prefix, len(x)
+        ranks = importance[:, p:].detach().sort(dim=1, descending=True, stable=True).indices + p
+        order = torch.cat([torch.arange(p, device=x.device).expand(rows, -1), ranks], 1)
+        x = x.gather(1, order[..., None].expand_as(x))
+        self.mask, self.sizes = self.mask.gather(1, order), self.sizes.gather(1, order)
+        before, alive, (prune, merge) = self.tokens, int(self.tokens.detach()), (self.prune[i], self.merge[i])
+        after_prune, after_merge = prune.count(), merge.count()
+        if int(after_prune.detach()) < alive:
+            self.mask = self.mask * prune.mask(x.shape[1], alive)
+            alive = int(after_prune.detach())
+        if int(after_merge.detach()) < alive:
+            x = self._merged(x, int(after_merge.detach()), alive)
+            self.mask = self.mask * merge.mask(x.shape[1], alive)
+            alive = int(after_merge.detach())
+        # the published gradient of the minimum: 1 to both numbers of this layer, 0 to the layers before
+        self.tokens = alive + (after_prune - after_prune.detach()) + (after_merge - after_merge.detach())
+        self.flops = self.flops + before * self.shape.attention_macs + 2 * before**2 * self.shape.width
+        self.flops = self.flops + self.tokens * self.shape.mlp_macs
+        return x
+
+    def _merged(self, x: Tensor, left: int, alive: int) -> Tensor:
+        """Features and sizes after the tokens of rank left..alive joined; these stay in place, to be masked."""
+        p = self.shape.prefix
+        alike = unit(x[:, p:alive].detach().float())
+        best = (alike[:, left - p :] @ alike[:, : left - p].mT).max(2)
+        target = best.indices + p
+        count = torch.ones(x.shape[0], left, device=x.device).scatter_add(1, target, torch.ones_like(best.values))
+        groups = x[:, :left].scatter_add(1, target[..., None].expand(-1, -1, x.shape[2]), x[:, left:alive])
+        moved = (self.sizes[:, left:alive] * best.values).clamp(min=1)
+        self.sizes = torch.cat(
+            [self.sizes[:, :left].scatter_add(1, target, moved), moved, self.sizes[:, alive:]], 1
+        )
+        return torch.cat([(groups / count[..., None]).to(x), x[:, left:]], 1)
+
+    def strategy(self) -> DiffRate:
+        """The present numbers."""
+        extra = self.shape.prefix - 1
+        prune, merge = (
+            tuple(max(2, int(k.count().detach()) - extra) for k in each) for each in (self.prune, self.merge)
+        )
+        return DiffRate(prune=prune, merge=merge)
+
+
+def learn_rates(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    flops: float,
+    *,
+    steps: int,
+    step: int = 4,
+    weight: float = 5.0,
+    lr: float = 0.01,
+    logits: Callable[[Any], Tensor] = lambda out: getattr(out, "logits", out),
+    on_step: Callable[[int, float, float], None] | None = None,
+) -> DiffRate:
+    """Learn DiffRate's kept tokens per layer for a classifier; its weights do not change.
+
+    Args:
+        model: a classifier of timm, open_clip or transformers with a class token, unpatched; in train mode if
+            stochastic depth shall act, as published.
+        batches: at least `steps` pairs of images (b, 3, H, W) and labels, (b,) int64 or (b, classes) shares.
+        flops: share in (0, 1] of the encoder's multiply-adds to aim at.
+        steps: number of updates; the learning rate falls from `lr` to a tenth of it along a cosine.
+        step: distance between candidates, in tokens.
+        weight: of the squared distance to the goal, in GFLOPs, in the loss.
+        logits: reads the logits off the model's output.
+        on_step: called with the step, the classification loss and the GFLOPs of an image.
+
+    Returns:
+        A configured strategy: `vtoken.patch(model, learn_rates(...))`.
+
+    Raises:
+        ValueError: for an encoder that cannot be reduced, a share out of range, or too few batches.
+    """
+    encoder = encoder_for(model)
+    if encoder is None or not encoder.has_cls:
+        raise ValueError(f"learn_rates needs a vision transformer with a class token, found {type(model).__name__}.")
+    if not 0 < flops <= 1:
+        raise ValueError(f"flops must be a share in (0, 1], found {flops}.")
+    encoder.check()
+    search = _search(encoder, step)
+    goal = flops * search.shape.macs([0] * search.shape.layers) / 1e9
+    chosen = nn.ModuleList([search.prune, search.merge])
+    optimiser = torch.optim.AdamW(chosen.parameters(), lr=lr, weight_decay=0.0)
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    done = 0
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        with search.applied(), torch.enable_grad():
+            for images, labels in batches:
+                if done == steps:
+                    break
+                for group in optimiser.param_groups:
+                    group["lr"] = lr * (0.55 + 0.45 * math.cos(math.pi * done / steps))
+                loss = F.cross_entropy(logits(model(images)), labels)
+                gflops = search.flops / 1e9
+                optimiser.zero_grad()
+                (loss + weight * (gflops - goal) ** 2).backward()
+                optimiser.step()
+                done += 1
+                if on_step is not None:
+                    on_step(done, float(loss.detach()), float(gflops.detach()))
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+    if done < steps:
+        raise ValueError(f"learn_rates makes {steps} updates, and there were {done} batches: give more.")
+    return search.strategy()
+
+
+def _search(encoder: Encoder, step: int) -> Search:
+    """A search at its start: all layers but the first may compress."""
+    patches = encoder.grid[0] * encoder.grid[1]
+    shape, device = encoder.shape(patches), next(encoder.trunk.parameters()).device
+
+    def counts() -> nn.ModuleList:
+        each = [KeptTokens(patches, shape.prefix, step if i else None) for i in range(shape.layers)]
+        return nn.ModuleList(each).to(device)
+
+    return Search(encoder, shape, counts(), counts())
