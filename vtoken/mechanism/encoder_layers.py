@@ -126,7 +126,7 @@ class EncoderLayers:
                 i,
                 x,
                 run.prefix,
-                run.ones(x.device),
+                run.ones(x),
                 run.plan,
                 keys=heads.mean_key,
                 cls_attention=functools.partial(heads.first_row, layer.scale, bias),
@@ -183,7 +183,7 @@ class LayersAfter:
         if i in self.asked:
             with torch.no_grad():
                 merge = self.merge(
-                    EncoderTokens(i, hidden, run.prefix, run.ones(hidden.device), grid=_square(run.shape.patches))
+                    EncoderTokens(i, hidden, run.prefix, run.ones(hidden), grid=_square(run.shape.patches))
                 )
             hidden = hidden if merge is None else run.merge(hidden, merge)
         run.work.append((run.rows, attend, attend, run.prefix))

@@ -59,6 +59,10 @@ class ToMe(ScheduledMerging):
             )
 
     @property
+    def drops(self) -> bool:  # type: ignore[override]
+        return self.kth is not None
+
+    @property
     def is_identity(self) -> bool:
         return self.kth is None and super().is_identity
 

@@ -63,9 +63,10 @@ class EncoderRun:
         """(rows, tokens) float32, the logarithms of the sizes; None while all are 1."""
         return None if self.sizes is None else self.sizes.clamp(min=1e-6).log()
 
-    def ones(self, device: torch.device) -> Tensor:
-        """The sizes, made if all are 1."""
-        return torch.ones(self.rows, self.tokens, device=device) if self.sizes is None else self.sizes
+    def ones(self, x: Tensor) -> Tensor:
+        """The sizes, made if all are 1; float64 beside tokens of float64."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return x.new_ones(self.rows, self.tokens, dtype=dtype) if self.sizes is None else self.sizes
 
     def fuse(self, x: Tensor, count: int) -> Tensor:
         """Make one sequence of `count` neighbouring ones: all their prefix tokens, then all their patches.
@@ -88,7 +89,7 @@ class EncoderRun:
 
     def merge(self, x: Tensor, merge: EncoderMerge) -> Tensor:
         """Tokens (rows, n, C) after a merge, (rows, m, C); sizes and places follow."""
-        sizes = self.ones(x.device)
+        sizes = self.ones(x)
         self.sizes = merge.sizes_of(sizes) if merge.sizes is None else merge.sizes
         places = merge.keep if self.kept is None else self.kept.gather(1, merge.keep)
         self.tokens = merge.keep.shape[1]
@@ -166,11 +167,12 @@ class EncoderRun:
         flat = x[..., None] if x.ndim == 2 else x
         out = flat.gather(1, owner.clamp(min=0)[..., None].expand(-1, -1, flat.shape[2]))
         if self.shape.drops:
-            weight = torch.zeros(flat.shape[:2], device=x.device)
-            alive = (owner >= 0).float()
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            weight = flat.new_zeros(flat.shape[:2], dtype=wide)
+            alive = (owner >= 0).to(wide)
             weight = weight.scatter_add(1, owner.clamp(min=0), alive)[..., None]
             weight[:, : out.shape[1] // (self.shape.patches + self.shape.prefix) * self.shape.prefix] = 0
-            mean = (flat.float() * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+            mean = (flat.to(wide) * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
             out = torch.where((owner >= 0)[..., None], out, mean.to(out))
         out = out.reshape(-1, self.shape.patches + self.shape.prefix, flat.shape[2])
         return out[..., 0] if x.ndim == 2 else out
