@@ -25,6 +25,7 @@ class EncoderRun:
         prefix: of these the first ones, which are no patches (class token, registers).
         fused: images in one sequence; 1 unless neighbouring sequences were fused.
         layer: the next layer.
+        ends: layers that this forward has.
         sizes: (rows, tokens) float32, patches that each token stands for; None while all are 1.
         kept: (rows, tokens) int64, the token of the input whose place each token takes; None before a merge.
         work: per layer that ran its sequences, the tokens of one that attend and that pass the MLP, and how
@@ -39,6 +40,7 @@ class EncoderRun:
     prefix: int
     fused: int = 1
     layer: int = 0
+    ends: int = 0
     sizes: Tensor | None = None
     kept: Tensor | None = None
     work: list[tuple[int, int, int, int]] = field(default_factory=list)
@@ -49,6 +51,10 @@ class EncoderRun:
     def images(self) -> int:
         """Images of the batch."""
         return self.rows * self.fused
+
+    def continues(self, layer: int, x: Tensor) -> bool:
+        """Whether a layer that is called on x (rows, n, C) is the next one of this forward."""
+        return layer == self.layer < self.ends and x.shape[:2] == (self.rows, self.tokens)
 
     @property
     def changed(self) -> bool:
