@@ -24,6 +24,14 @@ class _Local(PerThread):
     """State of one thread."""
 
     run: EncoderRun | None = None
+    ends: int = 0
+
+
+class _Traced:
+    """The same while a graph is traced, which knows no threads."""
+
+    run: EncoderRun | None = None
+    ends: int = 0
 
 
 class EncoderRuns:
@@ -37,8 +45,9 @@ class EncoderRuns:
 
     def __init__(self, encoder: Encoder, strategy: EncoderStrategy, gate: Gate) -> None:
         self.encoder, self.strategy, self.gate = encoder, strategy, gate
-        self.local, self.traced = _Local(), None  # type: tuple[_Local, EncoderRun | None]
-        self.plans: dict[int, Any] = {}
+        self.local, self.traced = _Local(), _Traced()
+        self.refused: ValueError | None = None  # for a strategy that changes nothing and may be told to
+        self.plans: dict[tuple[int, int], Any] = {}
         self.options: dict[str, Any] = {}
         self.last: EncoderRun | None = None
 
@@ -46,37 +55,48 @@ class EncoderRuns:
         """The strategy's plan for images of so many patches, with its present options."""
         if not torch.compiler.is_compiling() and self.options != vars(self.strategy):
             self.options, self.plans = dict(vars(self.strategy)), {}
-        if patches not in self.plans:
+        key = patches, len(self.encoder.layers)
+        if key not in self.plans:
             shape = self.encoder.shape(patches, self.strategy.drops)
-            self.plans[patches] = shape, self.strategy.encoder_plan(shape)
-        return self.plans[patches]
+            self.plans[key] = shape, self.strategy.encoder_plan(shape)
+        return self.plans[key]
 
-    def _set(self, run: EncoderRun | None) -> None:
-        if torch.compiler.is_compiling():
-            self.traced = run
-        else:
-            self.local.run = run
+    def __getstate__(self) -> dict[str, Any]:
+        """State for a deep copy or a pickle, which has not read images yet."""
+        return vars(self) | {"last": None, "traced": _Traced()}
+
+    @property
+    def _here(self) -> _Local | _Traced:
+        return self.traced if torch.compiler.is_compiling() else self.local
+
+    def stop_after(self, layers: int | None) -> None:
+        self._here.ends = layers or 0
 
     def begin(self, x: Tensor) -> EncoderRun | None:
-        self._set(None)
+        self._here.run = None
         if not self.gate.forward_begins():
             return None
         if not torch.compiler.is_compiling() and self.gate.disabled():
             self.gate.forward_ended()
             return None
+        if self.strategy.is_identity:
+            self.gate.forward_ended()
+            return None
+        if self.refused is not None:
+            raise self.refused
         rows, n, _ = x.shape
         shape, plan = self.plan(n - self.encoder.prefix)
         if x.requires_grad and (reason := self.encoder.refusal()):
             raise ValueError(f"Tokens cannot be merged in {type(self.encoder.trunk).__name__}: it {reason}.")
-        run = EncoderRun(shape, plan, rows, n, shape.prefix)
+        run = EncoderRun(shape, plan, rows, n, shape.prefix, ends=self._here.ends)
         self.strategy.begin_encoder(run)
         if not torch.compiler.is_compiling():
             run.marks.append(Stopwatch.mark(x.device))
-        self._set(run)
+        self._here.run = run
         return run
 
     def current(self) -> EncoderRun | None:
-        return self.traced if torch.compiler.is_compiling() else self.local.run
+        return self._here.run
 
     def ended(self, run: EncoderRun) -> None:
         if not torch.compiler.is_compiling():
@@ -94,20 +114,24 @@ class EncoderPatch:
         self.adapter, self.strategy, self.gate = encoder, strategy, Gate(patches, self)
         self.runs = EncoderRuns(encoder, strategy, self.gate)
         self.wrapped, self.parts = Wrapped(), []  # type: tuple[Wrapped, list[Any]]
-        if strategy.is_identity:
-            return
         rows, columns = encoder.grid
-        self.runs.plan(rows * columns)
+        if not strategy.is_identity:
+            self.runs.plan(rows * columns)
+        else:
+            self.runs.refused = _refusal(encoder)
         try:
-            layers = EncoderLayers(lambda: encoder.layers, lambda: strategy, self.runs, encoder.follow)
+            layers = EncoderLayers(encoder.present, self._strategy, self.runs, encoder.follow)
             self.parts = [self.wrapped, layers]
-            encoder.wrap(self.wrapped.wrap, self.runs.current)
+            encoder.wrap(self.wrapped.wrap, self.runs)
         except BaseException:
             self.remove()
             raise
 
     def __repr__(self) -> str:
         return f"<vtoken patch {self.strategy.describe()} of a {type(self.adapter.model).__name__}>"
+
+    def _strategy(self) -> Any:
+        return self.strategy
 
     def remove(self) -> None:
         """Take everything off the encoder."""
@@ -130,6 +154,14 @@ class EncoderPatch:
                 + (" (and would read all tokens of them: the strategy changes nothing)." * self.strategy.is_identity or ": call it first.")
             )
         return report_of(run, self.strategy.describe(), self.adapter)
+
+
+def _refusal(encoder: Encoder) -> ValueError | None:
+    try:
+        encoder.check()
+    except ValueError as error:
+        return error
+    return None
 
 
 def report_of(run: EncoderRun, strategy: str, encoder: Encoder) -> EncoderReport:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..adapters.encoders.layer import EncoderLayer
 from ..adapters.encoders.run import EncoderRun
-from ..hooks import Wrapped
+from ..hooks import Wrapped, rebuilt
 from ..selection import EncoderMerge
 from ..tokens import EncoderShape, EncoderTokens
 
@@ -73,42 +73,46 @@ class EncoderLayers:
         follow: Callable[[EncoderRun, dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         self.find, self.strategy, self.runs, self.follow = find, strategy, runs, follow
-        self.wrapped, self.layers = Wrapped(), []  # type: tuple[Wrapped, list[EncoderLayer]]
+        self.wrapped, self.layers, self.removed = Wrapped(), [], False  # type: tuple[Wrapped, list[EncoderLayer], bool]
         self.refresh()
 
     def refresh(self) -> None:
         """Look the layers up again: parts of the model may have been replaced."""
-        now = self.find()
-        if [x.module for x in now] == [x.module for x in self.layers]:
+        if self.removed or not self._rebuilt():
             return
-        self.remove()
-        self.layers = now
-        for i, layer in enumerate(now):
+        self.wrapped.remove()
+        self.layers = self.find()
+        for i, layer in enumerate(self.layers):
             self.wrapped.wrap(layer.module, "forward", functools.partial(self._forward, i))
 
+    def _rebuilt(self) -> bool:
+        return [x.module for x in self.find()] != [x.module for x in self.layers]
+
     def remove(self) -> None:
+        self.removed = True
         self.wrapped.remove()
-        self.wrapped, self.layers = Wrapped(), []
 
     def _forward(self, i: int, original: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if i == 0 and not torch.compiler.is_compiling():
+            self.refresh()
         layer = self.layers[i]
-        if i == 0:
-            run = self.runs.begin(x.transpose(0, 1) if layer.transposed else x)
-        else:
-            run = self.runs.current()
-        if run is None or run.layer != i:  # a layer called on its own
+        rows_first = x.transpose(0, 1) if layer.transposed else x
+        run = self.runs.begin(rows_first) if i == 0 else self.runs.current()
+        if run is not None and i == 0:
+            run.ends = min(run.ends or len(self.layers), len(self.layers))
+        if run is None or not run.continues(i, rows_first):  # a layer called on its own
+            if i and not torch.compiler.is_compiling() and not self.removed and self._rebuilt():
+                raise rebuilt("The layers of this encoder are not those that were patched")
             return original(x, *args, **kwargs)
         acts = self.strategy().asked(i, run.plan)
         if acts or run.changed:
-            call = layer.arguments(args, kwargs)
-            x = x.transpose(0, 1) if layer.transposed else x
-            x = self._reduced(layer, i, run, x, call, acts)
+            x = self._reduced(layer, i, run, rows_first, layer.arguments(args, kwargs), acts)
         else:
             x = original(x, *args, **kwargs)
             run.work.append((run.rows, run.tokens, run.tokens, run.prefix))
             x = x.transpose(0, 1) if layer.transposed else x
         run.layer += 1
-        if run.layer == len(self.layers):
+        if run.layer == run.ends:
             x = run.spread(x)
             self.runs.ended(run)
         return x.transpose(0, 1) if layer.transposed else x
@@ -126,7 +130,7 @@ class EncoderLayers:
                 i,
                 x,
                 run.prefix,
-                run.ones(x.device),
+                run.ones(x),
                 run.plan,
                 keys=heads.mean_key,
                 cls_attention=functools.partial(heads.first_row, layer.scale, bias),
@@ -183,7 +187,7 @@ class LayersAfter:
         if i in self.asked:
             with torch.no_grad():
                 merge = self.merge(
-                    EncoderTokens(i, hidden, run.prefix, run.ones(hidden.device), grid=_square(run.shape.patches))
+                    EncoderTokens(i, hidden, run.prefix, run.ones(hidden), grid=_square(run.shape.patches))
                 )
             hidden = hidden if merge is None else run.merge(hidden, merge)
         run.work.append((run.rows, attend, attend, run.prefix))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
@@ -190,14 +191,17 @@ class ScheduledMerging(EncoderStrategy):
     def _from_budget(self, shape: EncoderShape) -> tuple[int, ...]:
         budget = 0.5 if self.budget is None else check_budget(self.budget)
         left = self.allowance(budget).part(shape.patches)
-        plan = self._even(shape.patches - left, shape)
-        least = shape.patches - sum(plan)
+        removed, most = shape.patches - left, shape.patches * shape.layers
+        least = shape.patches - sum(self._even(most, shape))
         if least > left:
             raise ValueError(
                 f"{self.info.name} cannot go from {shape.patches} patch tokens to {left} in {shape.layers}"
                 f" layers: use a budget that leaves at least {least}."
             )
-        return plan
+        # where the last layers cannot remove their share, all remove more, and the last ones less
+        totals = range(removed, most + 1)
+        plan = self._even(totals[bisect_left(totals, removed, key=lambda t: sum(self._even(t, shape)))], shape)
+        return self._capped([min(r, removed - sum(plan[:i])) for i, r in enumerate(plan)], shape.patches)
 
     def _from_flops(self, shape: EncoderShape, share: float) -> tuple[int, ...]:
         target = share * shape.macs([0] * shape.layers)

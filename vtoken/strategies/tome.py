@@ -59,12 +59,21 @@ class ToMe(ScheduledMerging):
             )
 
     @property
+    def drops(self) -> bool:  # type: ignore[override]
+        return self.kth is not None
+
+    @property
     def is_identity(self) -> bool:
         return self.kth is None and super().is_identity
 
     def encoder_plan(self, shape: EncoderShape) -> tuple[int, ...]:
         if self.kth is None:
             return super().encoder_plan(shape)
+        unknown = [i for i in self.kth_layers if not 0 <= i < shape.layers]
+        if unknown:
+            raise ValueError(
+                f"kth_layers names layer {unknown[0]}, the encoder has layers 0 to {shape.layers - 1} that count."
+            )
         plan, n = [], shape.patches
         for layer in range(shape.layers):
             plan.append(n - n // self.kth if layer in self.kth_layers else 0)

@@ -7,9 +7,10 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ...streams import unwrapped
@@ -18,6 +19,16 @@ from .layer import EncoderLayer, differs, shape_of
 from .run import EncoderRun
 
 _encoders: list[type[Encoder]] = []
+
+
+class Forwards(Protocol):
+    """The forwards of a patched encoder, one per thread."""
+
+    def current(self) -> EncoderRun | None:
+        """The run of this thread's latest forward, None if it was not patched."""
+
+    def stop_after(self, layers: int | None) -> None:
+        """The next forwards of this thread call only so many layers, all if None."""
 
 
 class Encoder(ABC):
@@ -79,10 +90,22 @@ class Encoder(ABC):
         """The arguments of a layer for the tokens that are left, from those for all tokens."""
         return call
 
-    def wrap(self, wrap: Callable[..., None], finished: Callable[[], EncoderRun | None]) -> None:
+    def wrap(self, wrap: Callable[..., None], forwards: Forwards) -> None:
         """Replace the methods that return maps of layers: `wrap(owner, name, instead)`."""
 
     # -- provided --------------------------------------------------------------------------------------------
+    def present(self) -> list[EncoderLayer]:
+        """The layers in halves, looked up again: blocks of the model may have been replaced.
+
+        Raises:
+            ValueError: if new layers cannot be split.
+        """
+        now = self.modules
+        if now != [layer.module for layer in self.layers]:
+            self.layers = [self.layer(module) for module in now]
+            self.check()
+        return self.layers
+
     @property
     def info(self) -> TowerInfo:
         every = len(self.layers)
@@ -159,7 +182,7 @@ class Intermediates:
         layers: number of layers.
         prefix: tokens at the start that are no patches.
         size: (rows, columns) of the patches of a batch of images.
-        finished: the run of this thread's latest forward, None if it was not patched.
+        forwards: the forwards of this encoder.
     """
 
     def __init__(
@@ -167,20 +190,32 @@ class Intermediates:
         layers: int,
         prefix: int,
         size: Callable[[Tensor], tuple[int, int]],
-        finished: Callable[[], EncoderRun | None],
+        forwards: Forwards,
     ) -> None:
-        self.layers, self.prefix, self.size, self.finished = layers, prefix, size, finished
+        self.layers, self.prefix, self.size, self.forwards = layers, prefix, size, forwards
 
     def __call__(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        out = original(**(given | {"output_fmt": "NLC"}))
+        taken = self._taken(given["indices"])
+        self.forwards.stop_after(taken[-1] + 1 if given.get("stop_early") and taken else None)
+        try:
+            out = original(**(given | {"output_fmt": "NLC"}))
+        finally:
+            self.forwards.stop_after(None)
         size = self.size(next(iter(given.values()))) if given["output_fmt"] == "NCHW" else None
-        spread = functools.partial(self._spread, self.finished(), self._taken(given["indices"]), size)
+        spread = functools.partial(self._spread, self.forwards.current(), taken, size)
         if isinstance(out, dict):
-            return out | {"image_intermediates": spread(out["image_intermediates"])}
-        return spread(out) if given["intermediates_only"] else (out[0], spread(out[1]))
+            names = "image_intermediates", "image_intermediates_prefix"
+            maps, first = spread(out[names[0]], out.get(names[1]))
+            return out | {names[0]: maps} | ({names[1]: first} if names[1] in out else {})
+        maps = out if given["intermediates_only"] else out[1]
+        if maps and isinstance(maps[0], tuple):
+            maps = list(zip(*spread(*zip(*maps))))
+        else:
+            maps = spread(maps)[0]
+        return maps if given["intermediates_only"] else (out[0], maps)
 
     def _taken(self, indices: int | list[int] | None) -> list[int]:
         """The layers whose outputs are returned, ascending."""
@@ -189,14 +224,20 @@ class Intermediates:
         return sorted({i % self.layers for i in indices})
 
     def _spread(
-        self, run: EncoderRun | None, layers: list[int], size: tuple[int, int] | None, maps: list[Any]
-    ) -> list[Any]:
-        out = []
-        for each, layer in zip(maps, layers, strict=True):
-            x, extra = each if isinstance(each, tuple) else (each, None)
-            if run is not None:
-                before = run.prefix_after(layer)
-                x = run.spread(nn.functional.pad(x, (0, 0, before, 0)), layer)[:, self.prefix :]
-            x = x if size is None else x.unflatten(1, size).permute(0, 3, 1, 2).contiguous()
-            out.append(x if extra is None else (x, extra))
-        return out
+        self,
+        run: EncoderRun | None,
+        layers: list[int],
+        size: tuple[int, int] | None,
+        maps: Sequence[Tensor],
+        first: Sequence[Tensor] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Patches and prefix tokens of every map, with the unpatched numbers of both."""
+        patches, prefixes = [], []
+        for i, (x, layer) in enumerate(zip(maps, layers, strict=True)):
+            before = x.new_zeros(len(x), self.prefix, x.shape[2]) if first is None else first[i]
+            if run is not None and layer + 1 < run.ends:  # the last one is spread already
+                whole = run.spread(torch.cat([before, x], 1), layer)
+                before, x = whole[:, : self.prefix], whole[:, self.prefix :]
+            patches.append(x if size is None else x.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
+            prefixes.append(before)
+        return patches, prefixes

@@ -8,9 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encoder import Encoder, Intermediates, register_encoder
+from .encoder import Encoder, Forwards, Intermediates, register_encoder
 from .layer import EncoderLayer, Heads, split_heads
-from .run import EncoderRun
 
 
 class OpenClipLayer(EncoderLayer):
@@ -89,11 +88,11 @@ class OpenClipEncoder(Encoder):
             return "drops patches at random while it trains (patch_dropout)"
         return None
 
-    def wrap(self, wrap: Callable[..., None], finished: Callable[[], EncoderRun | None]) -> None:
+    def wrap(self, wrap: Callable[..., None], forwards: Forwards) -> None:
         wrap(
             self.trunk,
             "forward_intermediates",
-            Intermediates(len(self.layers), self.prefix, self._size, finished),
+            Intermediates(len(self.layers), self.prefix, self._size, forwards),
         )
 
     def _size(self, images: Tensor) -> tuple[int, int]:

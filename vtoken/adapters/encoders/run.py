@@ -25,6 +25,7 @@ class EncoderRun:
         prefix: of these the first ones, which are no patches (class token, registers).
         fused: images in one sequence; 1 unless neighbouring sequences were fused.
         layer: the next layer.
+        ends: layers that this forward has.
         sizes: (rows, tokens) float32, patches that each token stands for; None while all are 1.
         kept: (rows, tokens) int64, the token of its own image whose place each token takes; None before the
             first change.
@@ -40,6 +41,7 @@ class EncoderRun:
     prefix: int
     fused: int = 1
     layer: int = 0
+    ends: int = 0
     sizes: Tensor | None = None
     kept: Tensor | None = None
     work: list[tuple[int, int, int, int]] = field(default_factory=list)
@@ -50,6 +52,10 @@ class EncoderRun:
     def images(self) -> int:
         """Images of the batch."""
         return self.rows * self.fused
+
+    def continues(self, layer: int, x: Tensor) -> bool:
+        """Whether a layer that is called on x (rows, n, C) is the next one of this forward."""
+        return layer == self.layer < self.ends and x.shape[:2] == (self.rows, self.tokens)
 
     @property
     def changed(self) -> bool:
@@ -64,9 +70,10 @@ class EncoderRun:
         """(rows, tokens) float32, the logarithms of the sizes; None while all are 1."""
         return None if self.sizes is None else self.sizes.clamp(min=1e-6).log()
 
-    def ones(self, device: torch.device) -> Tensor:
-        """The sizes, made if all are 1."""
-        return torch.ones(self.rows, self.tokens, device=device) if self.sizes is None else self.sizes
+    def ones(self, x: Tensor) -> Tensor:
+        """The sizes, made if all are 1; float64 beside tokens of float64."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return x.new_ones(self.rows, self.tokens, dtype=dtype) if self.sizes is None else self.sizes
 
     def _kept(self, device: torch.device) -> Tensor:
         """`kept`, made if nothing was merged."""
@@ -95,7 +102,7 @@ class EncoderRun:
 
     def merge(self, x: Tensor, merge: EncoderMerge) -> Tensor:
         """Tokens (rows, n, C) after a merge, (rows, m, C); sizes and places follow."""
-        sizes = self.ones(x.device)
+        sizes = self.ones(x)
         self.sizes = merge.sizes_of(sizes) if merge.sizes is None else merge.sizes
         self.kept = merge.keep if self.kept is None else self.kept.gather(1, merge.keep)
         self.tokens = merge.keep.shape[1]
@@ -171,11 +178,12 @@ class EncoderRun:
         flat = x[..., None] if x.ndim == 2 else x
         out = flat.gather(1, owner.clamp(min=0)[..., None].expand(-1, -1, flat.shape[2]))
         if self.shape.drops:
-            weight = torch.zeros(flat.shape[:2], device=x.device)
-            alive = (owner >= 0).float()
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            weight = flat.new_zeros(flat.shape[:2], dtype=wide)
+            alive = (owner >= 0).to(wide)
             weight = weight.scatter_add(1, owner.clamp(min=0), alive)[..., None]
             weight[:, : out.shape[1] // (self.shape.patches + self.shape.prefix) * self.shape.prefix] = 0
-            mean = (flat.float() * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+            mean = (flat.to(wide) * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
             out = torch.where((owner >= 0)[..., None], out, mean.to(out))
         out = out.reshape(-1, self.shape.patches + self.shape.prefix, flat.shape[2])
         return out[..., 0] if x.ndim == 2 else out

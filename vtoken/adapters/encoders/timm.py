@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encoder import Encoder, Intermediates, register_encoder
+from .encoder import Encoder, Forwards, Intermediates, register_encoder
 from .layer import EncoderLayer, Heads
 from .run import EncoderRun
 
@@ -153,12 +153,12 @@ class TimmEncoder(Encoder):
             return call
         return call | {"rope": rope[run.kept[:, run.prefix :] - run.shape.prefix][:, None]}
 
-    def wrap(self, wrap: Callable[..., None], finished: Callable[[], EncoderRun | None]) -> None:
+    def wrap(self, wrap: Callable[..., None], forwards: Forwards) -> None:
         if hasattr(self.trunk, "forward_intermediates"):
             wrap(
                 self.trunk,
                 "forward_intermediates",
-                Intermediates(len(self.layers), self.prefix, self._size, finished),
+                Intermediates(len(self.layers), self.prefix, self._size, forwards),
             )
 
     def _size(self, images: Tensor) -> tuple[int, int]:

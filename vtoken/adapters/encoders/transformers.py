@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .encoder import Encoder, register_encoder
+from .encoder import Encoder, Forwards, register_encoder
 from .layer import EncoderLayer, Heads, split_heads
 from .run import EncoderRun
 
@@ -139,19 +139,31 @@ class TransformersEncoder(Encoder):
     def probe(self, tokens: int) -> dict[str, Any]:
         return {"attention_mask": None}
 
-    def wrap(self, wrap: Callable[..., None], finished: Callable[[], EncoderRun | None]) -> None:
-        wrap(self.trunk, "forward", HiddenStates(finished))
+    def wrap(self, wrap: Callable[..., None], forwards: Forwards) -> None:
+        wrap(self.trunk, "forward", HiddenStates(forwards))
 
 
 class HiddenStates:
     """The forward of a tower whose `hidden_states` all have the length of the unpatched tower's."""
 
-    def __init__(self, finished: Callable[[], EncoderRun | None]) -> None:
-        self.finished = finished
+    def __init__(self, forwards: Forwards) -> None:
+        self.forwards = forwards
 
     def __call__(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        out = original(*args, **kwargs)
-        states, run = getattr(out, "hidden_states", None), self.finished()
-        if states is not None and run is not None:
-            out.hidden_states = tuple(run.spread_by_count(x) for x in states)
+        out, run = original(*args, **kwargs), self.forwards.current()
+        if run is None:
+            return out
+        if isinstance(out, tuple):
+            return tuple(self._spread(run, x) if _are_states(x) else x for x in out)
+        if _are_states(getattr(out, "hidden_states", None)):
+            out.hidden_states = self._spread(run, out.hidden_states)
         return out
+
+    def _spread(self, run: EncoderRun, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the first layer reads, and the output of every layer; the last one is spread already."""
+        inner = (run.spread(x, i) for i, x in enumerate(states[1 : run.ends]))
+        return (states[0], *inner, *states[run.ends :])
+
+
+def _are_states(x: Any) -> bool:
+    return isinstance(x, tuple) and bool(x) and all(isinstance(s, Tensor) and s.ndim == 3 for s in x)
