@@ -96,12 +96,19 @@ def finish(
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", PACKAGES[name])},
         },
-        **recipe.measure(model, preprocess, tokenizer, **({"n": n} if n else {})),
+        **rounded(recipe.measure(model, preprocess, tokenizer, **({"n": n} if n else {}))),
     }
     (out / "training_log.json").write_text(json.dumps({**report, "steps": log}, indent=1) + "\n")
     (out / "README.md").write_text(recipe.card(report, log))
     draw(out / "curve.png", log)
     return report
+
+
+def rounded(value: Any) -> Any:
+    """Figures to four places, in dictionaries of dictionaries."""
+    if isinstance(value, dict):
+        return {name: rounded(v) for name, v in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def main() -> None:
