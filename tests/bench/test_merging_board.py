@@ -60,11 +60,13 @@ def test_speed_compares_with_the_plain_model_in_turns(board, monkeypatch):
     assert calls == [False, True] * 4
 
 
-def test_rows_of_images(board, tmp_path):
+def test_rows_of_images(board, tmp_path, monkeypatch):
     from vtoken.tiny import load_encoder
 
+    monkeypatch.setattr(board, "BATCH", 8)
+    monkeypatch.setattr(board, "IMAGE", ("tome", "random_merge"))
     model, preprocess, _ = load_encoder("vit")
-    rows = board.image_rows(model, preprocess, 64, 1, (0.5, 0.3), **FAKE)
+    rows = board.image_rows(model, preprocess, 24, 1, (0.5, 0.3), **FAKE)
     first, good, refused = rows[:3]
     assert first["strategy"] == "unpatched" and first["gflops"] == 0.2
     assert first["top1"] > 60 > 20 > good["top1"] and good["gflops"] == 0.1 and good["speed"] > 0
@@ -74,9 +76,10 @@ def test_rows_of_images(board, tmp_path):
     assert (tmp_path / "board.png").stat().st_size > 1000
 
 
-def test_rows_of_videos(board, tmp_path):
+def test_rows_of_videos(board, tmp_path, monkeypatch):
     from vtoken.tiny import load_encoder
 
+    monkeypatch.setattr(board, "CLIPS", 4)
     rows = board.video_rows(*load_encoder("clip"), 12, 1, (0.5,), **FAKE)
     assert [row["strategy"] for row in rows] == ["unpatched", "tempme", "tome"]
     assert rows[0]["rsum"] > 400 > rows[1]["rsum"]

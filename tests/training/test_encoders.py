@@ -24,7 +24,7 @@ def small(recipe, seed=0):
     return recipe.build(**SMALL[recipe])
 
 
-def run(recipe, monkeypatch, seed=0, steps=21):
+def run(recipe, monkeypatch, seed=0, steps=2):
     for name, size in (("PLAN", 4), ("FRAMES", 8), ("CLIPS", 4)):
         if hasattr(recipe, name):
             monkeypatch.setitem(getattr(recipe, name), "batch", size)
@@ -35,15 +35,21 @@ def run(recipe, monkeypatch, seed=0, steps=21):
 
 
 @pytest.mark.parametrize("recipe", SMALL)
-def test_a_few_steps_reduce_the_loss_and_depend_on_the_seed_alone(recipe, monkeypatch):
-    model, log = run(recipe, monkeypatch)
-    first = [entry["loss"] for entry in log if entry["stage"] == log[0]["stage"]]
-    assert first[-1] < 0.9 * first[0]
-    assert {entry["stage"] for entry in log} == {"classes"} if recipe is vit else {"frames", "clips"}
-    again, _ = run(recipe, monkeypatch)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    other, _ = run(recipe, monkeypatch, seed=1, steps=2)
-    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+def test_a_few_steps_reduce_the_loss(recipe, monkeypatch):
+    _, log = run(recipe, monkeypatch, steps=41)
+    stages = ["classes"] if recipe is vit else ["frames", "clips"]
+    assert list(dict.fromkeys(entry["stage"] for entry in log)) == stages
+    losses = [entry["loss"] for entry in log if entry["stage"] == stages[0]]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_training_depends_on_the_seed_alone(recipe, monkeypatch):
+    first, again, other = (
+        list(run(recipe, monkeypatch, seed, steps=2)[0].parameters()) for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other))
 
 
 @pytest.mark.parametrize("name", ["vit", "clip"])

@@ -30,7 +30,7 @@ from ..loop import optimise
 from .dense import PatchHeads, moved, start, targets
 
 FRAMES: dict[str, Any] = {"steps": 750, "batch": 80, "rate": 2e-3, "muon_rate": 0.02}
-CLIPS: dict[str, Any] = {"steps": 360, "batch": 40, "rate": 1e-3, "muon_rate": 0.01}
+CLIPS: dict[str, Any] = {"steps": 200, "batch": 40, "rate": 1e-3, "muon_rate": 0.01}
 PATCH = 12
 APART, LATER = 50_000_000, 25_000_000  # pictures of the next seed, and of the second stage
 CHECKS = 7  # the held-out clips along the way are those of this seed; those of the card have seed 0
