@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "images": ("limits",),
     "accounting": ("selection", "tokens", "streams"),
     "drawing": (),
-    "tiny": (),
+    "tiny": ("extras",),
     "asking": ("tiny",),
     "video": ("checks", "images", "limits", "tiny"),
     "strategies": ("checks", "kernels", "plugins", "streams", "selection", "tokens"),

@@ -45,10 +45,10 @@ def plan(chosen: dict[str, Any], log: list[dict], stage: str) -> str:
     )
 
 
-def run(report: dict[str, Any]) -> str:
+def run(report: dict[str, Any], module: str = "training.tiny.train") -> str:
     """The command of a run, its time and its device."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    command = f"python -m training.tiny.train {report['model']} --seed {report['seed']}"
+    command = f"python -m {module} {report['model']} --seed {report['seed']}"
     return (
         f"`{command}`: {report['training_minutes']} minutes of training on {report['machine']}\n({versions})."
     )

@@ -1,0 +1,196 @@
+"""Strategies that merge or drop tokens inside the tiny encoders: accuracy, GFLOPs and speed.
+
+    python benchmarks/merging_board.py                    # docs/board/merging.json and merging.png
+    python benchmarks/merging_board.py --only vit --n 200 --out merging.json
+
+The tiny ViT names the topmost object of held-out scenes (top-1). The tiny CLIP finds held-out clips of 12
+frames by their captions and captions by clips (R-sum, as in TempMe, arXiv:2409.01156). GFLOPs are
+multiply-adds / 1e9. Speed is relative to the unpatched model, measured in turns in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vtoken
+from vtoken.bench.report import machine
+from vtoken.tiny import load_encoder
+from vtoken.tiny.captions import retrieval_set
+from vtoken.tiny.retrieval import recalls, text_embeddings, video_embeddings
+from vtoken.tiny.topmost import labelled
+
+IMAGE = ("tome", "diffrate", "random_merge", "prune_by_norm")
+VIDEO = ("tempme", "tome")  # tome merges within each frame
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # of the unpatched model's multiply-adds
+FRAMES, BATCH, CLIPS = 12, 64, 8
+Row = dict[str, Any]
+Apply = Callable[[Any, str, dict[str, Any]], AbstractContextManager[Any]]
+
+
+def applied(model: Any, strategy: str, options: dict[str, Any]) -> AbstractContextManager[Any]:
+    """A block in which the model is patched."""
+    return vtoken.applied(model, strategy, **options)
+
+
+def settings(strategies: Sequence[str], shares: Sequence[float]) -> list[tuple[str, dict[str, Any]]]:
+    """``(strategy, options)`` of every cell; tempme is told the number of frames of a video."""
+    return [
+        (strategy, {"flops": share, **({"frames": FRAMES} if strategy == "tempme" else {})})
+        for strategy in strategies
+        for share in shares
+    ]
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Time of one call on the wall clock."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def speed(block: Callable[[], AbstractContextManager[Any]], call: Callable[[], Any], repeats: int) -> float:
+    """Speed of a call inside a block relative to the same call outside it: medians of calls in turns.
+
+    The patched model is warm: one call of both comes before.
+    """
+    taken: tuple[list[float], list[float]] = ([], [])
+    for i in range(repeats + 1):
+        for times, where in zip(taken, (nullcontext, block)):
+            with where():
+                spent = seconds(call)
+            if i:
+                times.append(spent)
+    plain, patched = (statistics.median(times) for times in taken)
+    return plain / patched
+
+
+def cells(
+    model: Any,
+    measure: Callable[[], Row],
+    once: Callable[[], Any],
+    chosen: Sequence[tuple[str, dict[str, Any]]],
+    per_item: int,
+    repeats: int,
+    apply: Apply = applied,
+    report: Callable[[Any], Any] = vtoken.report,
+) -> list[Row]:
+    """One row per setting, after the row of the unpatched model.
+
+    Args:
+        model: the encoder.
+        measure: runs the whole task; its figures.
+        once: one batch, for the clock.
+        chosen: from `settings`.
+        per_item: images of a scene (1) or of a clip (its frames); GFLOPs are counted per scene or clip.
+        repeats: turns of the clock.
+        apply, report: how a model is patched and asked; replaced in tests.
+    """
+    rows: list[Row] = [{"strategy": "unpatched", **measure(), "speed": 1.0}]
+    for strategy, options in chosen:
+        row: Row = {"strategy": strategy, **options}
+        try:
+            with apply(model, strategy, options):
+                row |= measure()
+                said = report(model)
+        except ValueError as error:  # a share that a strategy cannot reach
+            rows.append({**row, "refused": str(error)})
+            continue
+        row |= {"gflops": said.gflops * per_item, "tokens_per_layer": list(said.tokens_per_layer)}
+        rows[0]["gflops"] = said.gflops_dense * per_item
+        row["speed"] = speed(lambda s=strategy, o=options: apply(model, s, o), once, repeats)
+        rows.append(row)
+        print({k: v for k, v in row.items() if k != "tokens_per_layer"}, flush=True)
+    return rows
+
+
+@torch.no_grad()
+def image_rows(
+    model: Any, preprocess: Any, n: int, repeats: int, shares: Sequence[float], **how: Any
+) -> list[Row]:
+    """Top-1 of the tiny ViT over ``n`` held-out scenes."""
+    device = next(model.parameters()).device
+    some = [labelled(i, "test") for i in range(n)]
+    pixels = torch.stack([preprocess(scene.image) for scene, _ in some]).to(device)
+    right = torch.tensor([label for _, label in some], device=device)
+
+    def measure() -> Row:
+        said = torch.cat([model(part).argmax(-1) for part in pixels.split(BATCH)])
+        return {"top1": 100 * (said == right).float().mean().item()}
+
+    return cells(model, measure, lambda: model(pixels[:BATCH]), settings(IMAGE, shares), 1, repeats, **how)
+
+
+@torch.no_grad()
+def video_rows(
+    model: Any, preprocess: Any, tokenizer: Any, n: int, repeats: int, shares: Sequence[float], **how: Any
+) -> list[Row]:
+    """Recall of the tiny CLIP between ``n`` held-out clips and their captions."""
+    clips, texts = retrieval_set(n, frames=FRAMES)
+    asked = text_embeddings(model, tokenizer, texts)
+    some = torch.stack([preprocess(frame) for clip in clips[:CLIPS] for frame in clip.media]).to(asked.device)
+
+    def measure() -> Row:
+        return recalls(asked @ video_embeddings(model, preprocess, clips, CLIPS).T)
+
+    chosen = settings(VIDEO, shares)
+    return cells(model, measure, lambda: model.encode_image(some), chosen, FRAMES, repeats, **how)
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """One panel per encoder: its figure over GFLOPs per scene or clip, by strategy."""
+    from matplotlib.figure import Figure
+
+    panels = {"vit": ("top1", "top-1 (%)", "scene"), "clip": ("rsum", "R-sum", "clip")}
+    panels = {name: panel for name, panel in panels.items() if name in report}
+    figure = Figure(figsize=(1 + 4.2 * len(panels), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, (key, label, item)) in zip(axes, panels.items()):
+        rows = [row for row in report[name] if "gflops" in row]
+        for strategy in dict.fromkeys(row["strategy"] for row in rows):
+            own = sorted((row["gflops"], row[key]) for row in rows if row["strategy"] == strategy)
+            if strategy == "unpatched":
+                axis.axhline(own[0][1], color="0.5", lw=0.8, ls=":", zorder=0)
+            axis.plot(*zip(*own), "o-", ms=3.5, lw=1, label=strategy)
+        axis.set(title=f"tiny {name}", xlabel=f"GFLOPs per {item} (multiply-adds)", ylabel=label)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=("vit", "clip"), help="one encoder; both if left out")
+    parser.add_argument("--n", type=int, help="scenes and clips (default: 2000 scenes, 500 clips)")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the multiply-adds")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of the clock")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("docs/board/merging.json"))
+    arguments = parser.parse_args()
+    facts = {k: v for k, v in vars(arguments).items() if k != "out"}
+    report: dict[str, Any] = {"about": facts, "machine": machine(torch.device(arguments.device))}
+    for name, rows, count in (("vit", image_rows, 2000), ("clip", video_rows, 500)):
+        if arguments.only in (None, name):
+            model, *inputs = load_encoder(name)
+            inputs = [part for part in inputs if part is not None]
+            model = model.to(arguments.device)
+            report[name] = rows(model, *inputs, arguments.n or count, arguments.repeats, arguments.shares)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    draw(report, arguments.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

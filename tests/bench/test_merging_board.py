@@ -1,0 +1,87 @@
+"""Parts of benchmarks/merging_board.py, with a fake patch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def board(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("merging_board")
+    sys.modules.pop("merging_board", None)
+
+
+@contextmanager
+def blind(model, strategy, options):
+    """A patch that takes the picture away; tome refuses shares below a half."""
+    if strategy == "tome" and options["flops"] < 0.5:
+        raise ValueError("tome cannot reach this share")
+    hook = (getattr(model, "visual", None) or model).register_forward_pre_hook(
+        lambda module, inputs: (torch.zeros_like(inputs[0]),)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+FAKE = {
+    "apply": blind,
+    "report": lambda model: SimpleNamespace(gflops=0.1, gflops_dense=0.2, tokens_per_layer=[5, 4]),
+}
+
+
+def test_tempme_is_told_the_frames(board):
+    chosen = board.settings(board.VIDEO, (0.5,))
+    assert chosen == [("tempme", {"flops": 0.5, "frames": 12}), ("tome", {"flops": 0.5})]
+
+
+def test_speed_compares_with_the_plain_model_in_turns(board, monkeypatch):
+    inside, calls = [], []
+
+    @contextmanager
+    def block():
+        inside.append(1)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(board, "seconds", lambda call: call() or (1.0 if inside else 3.0))
+    assert board.speed(block, lambda: calls.append(bool(inside)), 3) == 3.0
+    assert calls == [False, True] * 4
+
+
+def test_rows_of_images(board, tmp_path, monkeypatch):
+    from vtoken.tiny import load_encoder
+
+    monkeypatch.setattr(board, "BATCH", 8)
+    monkeypatch.setattr(board, "IMAGE", ("tome", "random_merge"))
+    model, preprocess, _ = load_encoder("vit")
+    rows = board.image_rows(model, preprocess, 24, 1, (0.5, 0.3), **FAKE)
+    first, good, refused = rows[:3]
+    assert first["strategy"] == "unpatched" and first["gflops"] == 0.2
+    assert first["top1"] > 60 > 20 > good["top1"] and good["gflops"] == 0.1 and good["speed"] > 0
+    assert "cannot reach" in refused["refused"] and "gflops" not in refused
+    assert len(rows) == 1 + 2 * len(board.IMAGE)
+    board.draw({"vit": rows}, tmp_path / "board.png")
+    assert (tmp_path / "board.png").stat().st_size > 1000
+
+
+def test_rows_of_videos(board, tmp_path, monkeypatch):
+    from vtoken.tiny import load_encoder
+
+    monkeypatch.setattr(board, "CLIPS", 4)
+    rows = board.video_rows(*load_encoder("clip"), 12, 1, (0.5,), **FAKE)
+    assert [row["strategy"] for row in rows] == ["unpatched", "tempme", "tome"]
+    assert rows[0]["rsum"] > 400 > rows[1]["rsum"]
+    assert rows[0]["gflops"] == pytest.approx(2.4) and rows[1]["gflops"] == pytest.approx(1.2)
+    board.draw({"clip": rows}, tmp_path / "board.png")
