@@ -171,7 +171,7 @@ class TempMe(EncoderStrategy):
             each = torch.cat([clip.repeat_interleave(prefix), clip.repeat_interleave(patches)])
             per_sequence = vectors.view(clips // step.fuse, step.fuse, -1)[:, each]
             x = x + per_sequence.repeat(len(x) // len(per_sequence), 1, 1).to(x)
-        return run.merge(x, EncoderMerge.weighted(keep, into, run.ones(x.device)))
+        return run.merge(x, EncoderMerge.weighted(keep, into, run.ones(x)))
 
     def merge_in_encoder(self, tokens: EncoderTokens) -> EncoderMerge | None:
         after = tokens.plan[tokens.layer].after
