@@ -19,7 +19,7 @@ from tests.mechanism.fixed import patched
 from tests.mechanism.test_turns import first_turn
 from tests.models import FAMILIES
 from vtoken.adapters.registry import adapter_for
-from vtoken.fit import needs_of
+from vtoken.fit import lacking_of, needs_of
 from vtoken.patching import make_strategy
 from vtoken.strategies.registry import list_names
 
@@ -74,6 +74,13 @@ def test_equals_the_oracle_or_refuses(family, row):
         with (
             patched(model, strategy),
             pytest.raises(ValueError, match=f"{row} is not defined for {modality} input.*use"),
+        ):
+            run(model, inputs, 1)
+        return
+    if "merging" in lacking_of(adapter_for(model), strategy, modality):
+        with (
+            patched(model, strategy),
+            pytest.raises(ValueError, match=f"cannot shorten its {modality} input.*choose"),
         ):
             run(model, inputs, 1)
         return

@@ -8,6 +8,7 @@ from .merging import EncoderStrategy as EncoderStrategy, ScheduledMerging as Sch
 from .registry import create as create, list_names as list_names, register as register, registered as registered, strategy_info as strategy_info
 from .scored import ScoredStrategy as ScoredStrategy
 from .cdpruner import CDPruner as CDPruner
+from .diffrate import DiffRate as DiffRate
 from .divprune import DivPrune as DivPrune
 from .fastv import FastV as FastV
 from .globalcom2 import GlobalCom2 as GlobalCom2
@@ -23,6 +24,7 @@ from .sparsevlm import SparseVLM as SparseVLM
 from .stc import STC as STC
 from .stc_cacher import STCCacher as STCCacher
 from .stc_pruner import STCPruner as STCPruner
+from .tempme import TempMe as TempMe
 from .token_corr import TokenCorr as TokenCorr
 from .tome import ToMe as ToMe
 from .ts_llava import TSLLaVA as TSLLaVA
