@@ -11,7 +11,7 @@ import textwrap
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
-from vtoken.strategies import Strategy, StrategyInfo, create, list_names, strategy_info
+from vtoken.strategies import EncoderStrategy, Strategy, StrategyInfo, create, list_names, strategy_info
 from vtoken.tokens import Needs, TowerInfo
 
 FOLDER = Path(__file__).parent / "strategies"
@@ -78,6 +78,8 @@ def page(info: StrategyInfo) -> str:
         "Counts": (
             "known from the grids before anything is encoded"
             if strategy.static_counts
+            else "at most the budget; known before anything is encoded in a plain encoder"
+            if isinstance(strategy, EncoderStrategy)
             else "decided by the content"
         ),
         "Paper": info.paper or ("none: a baseline" if info.baseline else "none"),
@@ -107,6 +109,8 @@ def modalities(info: StrategyInfo) -> tuple[str, ...]:
 def example(info: StrategyInfo, strategy: Strategy) -> str:
     """A call with the default budget."""
     budget = "" if strategy.budget is None else f", budget={strategy.budget}"
+    if isinstance(strategy, EncoderStrategy):
+        return f'vtoken.patch(model, "{info.name}"{budget})\nmodel(images)\nprint(vtoken.report(model))'
     return (
         f'vtoken.patch(model, "{info.name}"{budget})\nmodel.generate(**inputs)\nprint(vtoken.report(model))'
     )
@@ -116,7 +120,7 @@ def reads(strategy: Strategy) -> str:
     """Inputs of a strategy, on towers with and without a CLS token, and its LLM layers."""
     with_cls, without = strategy.needs(CLIP), strategy.needs(SIGLIP)
     parts = []
-    if strategy.acts_on_projector:
+    if strategy.acts_on_projector and not isinstance(strategy, EncoderStrategy):
         parts.append(
             "projected features"
             + ("" if not with_cls.text_embeddings else ", embeddings of the prompt's text")
@@ -138,7 +142,9 @@ def reads(strategy: Strategy) -> str:
     if strategy.reuse(CLIP) is not None:
         parts.append("attention keys of every tower layer, with those of an earlier frame")
     encoder = strategy.encoder_layers(CLIP)
-    if encoder:
+    if isinstance(strategy, EncoderStrategy):
+        parts.append("tokens and attention keys between attention and MLP of the encoder's layers")
+    elif encoder:
         parts.append(f"features after tower {numbers(encoder)}")
     drops = strategy.prefill_layers(DEPTH)
     if drops:

@@ -88,7 +88,9 @@ class EncoderStrategy(Strategy):
         segment = tokens.segment_of[keep]
         for i, limit in enumerate(self.counts(tokens.segments)):
             mine = keep[segment == i]
-            if len(mine) > limit:
+            if not limit:  # a whole number of tokens that is smaller than the number of crops
+                owner[mine] = -1
+            elif len(mine) > limit:
                 owner[mine] = mine[merge_down(tokens.features[mine], size[mine], limit)]
                 total = torch.zeros_like(size).index_add_(0, owner[mine], size[mine])
                 weight[mine] = size[mine] / total[owner[mine]]

@@ -53,7 +53,7 @@ def merge_down(x: Tensor, size: Tensor, limit: int) -> Tensor:
     """
     standing = rank = torch.arange(len(x), device=x.device)
     x, size = x[None], size[None]
-    while x.shape[1] > limit:
+    while x.shape[1] > max(1, limit):
         match = bipartite_match(x, x.shape[1] - limit)
         x, size = merge_weighted(x, match, size)
         rank, standing = match.owner[0][rank], standing[match.keep[0]]
