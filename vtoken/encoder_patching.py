@@ -49,12 +49,17 @@ class EncoderRuns:
         self.refused: ValueError | None = None  # for a strategy that changes nothing and may be told to
         self.plans: dict[tuple[int, int], Any] = {}
         self.options: dict[str, Any] = {}
+        self.idle = False
         self.last: EncoderRun | None = None
+
+    def look(self) -> None:
+        """Read the strategy's options again; a traced forward keeps those of the latest eager call."""
+        if self.options != vars(self.strategy):
+            self.options, self.plans = dict(vars(self.strategy)), {}
+            self.idle = bool(self.strategy.is_identity)
 
     def plan(self, patches: int) -> Any:
         """The strategy's plan for images of so many patches, with its present options."""
-        if not torch.compiler.is_compiling() and self.options != vars(self.strategy):
-            self.options, self.plans = dict(vars(self.strategy)), {}
         key = patches, len(self.encoder.layers)
         if key not in self.plans:
             shape = self.encoder.shape(patches, self.strategy.drops)
@@ -79,7 +84,9 @@ class EncoderRuns:
         if not torch.compiler.is_compiling() and self.gate.disabled():
             self.gate.forward_ended()
             return None
-        if self.strategy.is_identity:
+        if not torch.compiler.is_compiling():
+            self.look()
+        if self.idle:
             self.gate.forward_ended()
             return None
         if self.refused is not None:
@@ -115,7 +122,8 @@ class EncoderPatch:
         self.runs = EncoderRuns(encoder, strategy, self.gate)
         self.wrapped, self.parts = Wrapped(), []  # type: tuple[Wrapped, list[Any]]
         rows, columns = encoder.grid
-        if not strategy.is_identity:
+        self.runs.look()
+        if not self.runs.idle:
             self.runs.plan(rows * columns)
         else:
             self.runs.refused = _refusal(encoder)

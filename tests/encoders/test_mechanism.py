@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
@@ -272,6 +273,8 @@ def test_forward_intermediates(name, indices):
     with torch.no_grad():
         maps = layer_maps(name, model, x)
         taken = range(DEPTH)[-(indices or DEPTH) :] if not isinstance(indices, list) else sorted({i % DEPTH for i in indices})
+        known = inspect.signature(model.forward_intermediates).parameters
+        flags = {k: v for k, v in flags.items() if k in known}
         every = [dict(zip(flags, v)) for v in itertools.product(*flags.values())]
         plain = [model.forward_intermediates(x, indices=indices, **given) for given in every]
         vtoken.patch(model, "tome", r=R)

@@ -102,8 +102,12 @@ class Encoder(ABC):
         """
         now = self.modules
         if now != [layer.module for layer in self.layers]:
-            self.layers = [self.layer(module) for module in now]
-            self.check()
+            known = {type(layer.module) for layer in self.layers}
+            layers = [self.layer(module) for module in now]
+            for layer in layers:
+                if type(layer.module) not in known:
+                    _check_layer(self, layer, type(self.trunk).__name__)
+            self.layers = layers
         return self.layers
 
     @property

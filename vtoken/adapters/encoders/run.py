@@ -55,7 +55,8 @@ class EncoderRun:
 
     def continues(self, layer: int, x: Tensor) -> bool:
         """Whether a layer that is called on x (rows, n, C) is the next one of this forward."""
-        return layer == self.layer < self.ends and x.shape[:2] == (self.rows, self.tokens)
+        rows, tokens = x.shape[:2]
+        return layer == self.layer < self.ends and rows == self.rows and tokens == self.tokens
 
     @property
     def changed(self) -> bool:
