@@ -106,6 +106,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         ),
         *("streams", "selection", "tokens"),
     ),
+    "retrieval_training": ("extras", "patching", "strategies", "streams", "videos"),
     "streaming": (
         *(
             "active",

@@ -10,34 +10,39 @@ from torch import Tensor, nn
 
 from .encoder import Encoder, Forwards, Intermediates, register_encoder
 from .layer import EncoderLayer, Heads, split_heads
+from .low_rank import base_of, packed_weight, unreadable
 
 
 class OpenClipLayer(EncoderLayer):
-    """`ResidualAttentionBlock`, whose attention is torch's own module."""
+    """`ResidualAttentionBlock`, whose attention is torch's own module, also inside peft's LoRA."""
+
+    @property
+    def _attention(self) -> Any:
+        return base_of(self.module.attn)
 
     def heads(self, x: Tensor, call: Mapping[str, Any]) -> Heads:
-        a = self.module.attn
-        qkv = F.linear(self.module.ln_1(x), a.in_proj_weight, a.in_proj_bias)
+        a = self._attention
+        qkv = F.linear(self.module.ln_1(x), packed_weight(self.module.attn), a.in_proj_bias)
         query, key, value = (split_heads(part, a.num_heads) for part in qkv.chunk(3, -1))
         return Heads(query, key, value, key)
 
     def mixed(self, attended: Tensor, heads: Heads) -> Tensor:
-        return self.module.ls_1(self.module.attn.out_proj(attended))
+        return self.module.ls_1(self._attention.out_proj(attended))
 
     def mlp(self, x: Tensor) -> Tensor:
         return self.module.ls_2(self.module.mlp(self.module.ln_2(x)))
 
     @property
     def scale(self) -> float:
-        return float(self.module.attn.head_dim) ** -0.5
+        return float(self._attention.head_dim) ** -0.5
 
     @property
     def inner(self) -> int:
-        return int(self.module.attn.embed_dim)
+        return int(self._attention.embed_dim)
 
     @property
     def attention_dropout(self) -> float:
-        return float(self.module.attn.dropout) if self.module.attn.training else 0.0
+        return float(self._attention.dropout) if self._attention.training else 0.0
 
     @property
     def parts(self) -> tuple[nn.Module, nn.Module]:
@@ -86,6 +91,8 @@ class OpenClipEncoder(Encoder):
             return "has gradient checkpointing on, which computes layers twice: turn it off"
         if not isinstance(getattr(self.trunk, "patch_dropout", nn.Identity()), nn.Identity):
             return "drops patches at random while it trains (patch_dropout)"
+        if kind := next(filter(None, (unreadable(m.attn) for m in self.modules if hasattr(m, "attn"))), None):
+            return f"has its attention wrapped in {kind}, and only LoRA on it can be read: merge it first"
         return None
 
     def wrap(self, wrap: Callable[..., None], forwards: Forwards) -> None:

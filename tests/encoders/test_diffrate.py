@@ -1,0 +1,269 @@
+"""DiffRate (arXiv 2305.17997) against explicit steps, its published numbers, and the search of its rates."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vtoken
+from vtoken.rates import KeptTokens, Search, _search, learn_rates
+from vtoken.strategies.diffrate import DiffRate, published
+from vtoken.tokens import EncoderShape
+
+from . import oracle
+from .models import images, scrambled
+from .oracle import attention, mlp
+
+timm = pytest.importorskip("timm")
+from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+
+from .models import timm_block, timm_head  # noqa: E402
+
+LISTS = {
+    "prune and merge": ([26, 20, 14, 9], [24, 17, 10, 5]),
+    "prune only": ([26, 20, 14, 9], [26, 26, 26, 26]),
+    "merge only": ([26, 26, 26, 26], [22, 17, 9, 4]),
+    "not monotone": ([26, 14, 20, 9], [20, 26, 12, 26]),
+}
+
+
+def vit(**options):
+    made = VisionTransformer(
+        img_size=35, patch_size=7, embed_dim=32, depth=4, num_heads=4, num_classes=6, **options
+    )
+    return scrambled(made)
+
+
+def cls_row(block, x, bias, prefix):
+    """(n,) float64, the attention of token 0, the mean over heads, in explicit steps."""
+    h = block.norm1(x)
+    q, k = block.q(h), block.k(h)
+    d, rows = q.shape[1] // block.heads, []
+    for i in range(block.heads):
+        part = slice(i * d, i * d + d)
+        logits = (k[:, part] @ q[0, part]) / math.sqrt(d) + bias
+        rows.append(logits.softmax(0))
+    return torch.stack(rows).mean(0)
+
+
+def explicit(blocks, x, prune, merge, prefix):
+    """One image: sort by importance, cut, join the most similar; counts include the prefix."""
+    x, sizes = x.double(), torch.ones(len(x), dtype=torch.float64)
+    lengths = []
+    for block, kp, km in zip(blocks, prune, merge):
+        bias = sizes.log()
+        importance = cls_row(block, x, bias, prefix)
+        x = x + attention(block, x, bias)[0]
+        order = [*range(prefix), *sorted(range(prefix, len(x)), key=lambda i: -float(importance[i]))]
+        x, sizes = x[order][:kp], sizes[order][:kp]
+        if km < len(x):
+            joins = {}
+            for i in range(km, len(x)):
+                scores = [float(F.cosine_similarity(x[i], x[j], 0)) for j in range(prefix, km)]
+                joins[i] = prefix + scores.index(max(scores)), max(scores)
+            rows, size = [], []
+            for j in range(km):
+                group = [j, *[i for i, (to, _) in joins.items() if to == j]]
+                rows.append(torch.stack([x[i] for i in group]).mean(0))
+                size.append(sizes[j] + sum(sizes[i] * joins[i][1] for i in group[1:]))
+            x, sizes = torch.stack(rows), torch.stack(size)
+        lengths.append(len(x))
+        x = x + mlp(block, x)
+    return x, sizes, lengths
+
+
+@pytest.mark.parametrize("options", [{}, dict(init_values=0.3, qk_norm=True), dict(reg_tokens=3)], ids=str)
+@pytest.mark.parametrize("kept", LISTS.values(), ids=LISTS)
+def test_equals_explicit_steps(options, kept):
+    model, x, (prune, merge) = vit(**options), images(2), kept
+    extra = model.num_prefix_tokens - 1
+    with torch.no_grad():
+        seen = []
+        handle = model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model(x)
+        handle.remove()
+        with vtoken.applied(model, "diffrate", prune=prune, merge=merge):
+            got, report = model(x), vtoken.report(model)
+        for row, each in zip(got, seen[0], strict=True):
+            blocks = [timm_block(b) for b in model.blocks]
+            tokens, sizes, lengths = explicit(
+                blocks, each, [k + extra for k in prune], [k + extra for k in merge], extra + 1
+            )
+            torch.testing.assert_close(row.double(), timm_head(model, tokens, sizes), rtol=1e-5, atol=1e-5)
+            assert report.tokens_per_layer == lengths
+
+
+def test_double_precision():
+    model, x = vit().double(), images(1).double()
+    with torch.no_grad():
+        entering = []
+        handle = model.blocks[0].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+        model(x)
+        handle.remove()
+        prune, merge = LISTS["prune and merge"]
+        with vtoken.applied(model, "diffrate", prune=prune, merge=merge):
+            got = model(x)[0]
+        tokens, sizes, _ = explicit([timm_block(b) for b in model.blocks], entering[0][0], prune, merge, 1)
+    torch.testing.assert_close(got, timm_head(model, tokens, sizes), rtol=1e-9, atol=1e-9)
+
+
+def test_keeping_all_changes_nothing_but_rounding():
+    model, x = vit(init_values=0.3), images(2)
+    with torch.no_grad():
+        plain = model(x)
+        with vtoken.applied(model, "diffrate", prune=[26] * 4, merge=[26] * 4):
+            torch.testing.assert_close(model(x), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "rates, width, layers, patches, classes, printed",
+    [
+        ("ViT-S-DeiT/2.9", 384, 12, 196, 1000, 2.905),
+        ("ViT-B-DeiT/11.5", 768, 12, 196, 1000, 11.517),
+        ("ViT-L-MAE/42.3", 1024, 24, 196, 1000, 42.290),
+        ("ViT-H-MAE/103.4", 1280, 32, 256, 1000, 103.337),
+    ],
+)
+def test_published_rows_cost_what_is_printed(rates, width, layers, patches, classes, printed):
+    side = 14 if patches == 256 else 16
+    shape = EncoderShape(layers, patches, 1, 4 * width**2, 8 * width**2, width, 3 * side**2 * width)
+    n, removed = patches + 1, []
+    for step in DiffRate(rates=rates).encoder_plan(shape):
+        removed.append(0 if step is None else n - step[1])
+        n -= removed[-1]
+    # the paper charges the embedding of one token more, and the classifier
+    total = shape.macs(removed) + shape.embedding_macs + width * classes
+    assert total / 1e9 == pytest.approx(printed, abs=6e-4)
+
+
+@pytest.mark.parametrize("goal", [dict(flops=0.5), dict(flops=0.8), dict(budget=0.3), dict(budget=5), {}], ids=str)
+@pytest.mark.parametrize("depth", [5, 12, 24])
+def test_goals_are_met(goal, depth):
+    shape = EncoderShape(depth, 100, 1, 4 * 64**2, 8 * 64**2, 64, 1000)
+    plan, n, removed = DiffRate(**goal).encoder_plan(shape), 101, []
+    for step in plan:
+        removed.append(0 if step is None else n - step[1])
+        n -= removed[-1]
+    if "budget" in goal:
+        assert 0.8 * 100 * DiffRate(**goal).allowance().share_of(100) - 1 <= n - 1
+        assert n - 1 <= 100 * DiffRate(**goal).allowance().share_of(100)
+    else:
+        share = goal.get("flops", 0.65)
+        assert share - 0.03 < shape.macs(removed) / shape.macs([0] * depth) <= share
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    {
+        "unknown row": (dict(rates="ViT-S-DeiT/9"), "no published rates"),
+        "two goals": (dict(flops=0.5, budget=0.5), "Give one of"),
+        "half a list": (dict(prune=[5] * 4), "go together"),
+        "nothing left": (dict(prune=[1] * 4, merge=[1] * 4), "at least one patch"),
+        "another depth": (dict(prune=[5] * 3, merge=[5] * 3), "name 3 layers, the encoder has 4"),
+        "another grid": (dict(rates="ViT-S-DeiT/2.9"), "196 patches and 12 layers, this encoder has 25 and 4"),
+    }.values(),
+)
+def test_bad_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        vtoken.patch(vit(), "diffrate", **options)
+
+
+def test_needs_a_class_token():
+    with pytest.raises(ValueError, match="needs a class token"):
+        vtoken.patch(vit(class_token=False, global_pool="avg"), "diffrate")
+
+
+# -- the search ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("step, kept", [(1, 100), (4, 101)])
+def test_a_uniform_start_keeps_about_half(step, kept):
+    assert int(KeptTokens(196, 1, step).count()) == kept  # counts published for DeiT, class token included
+
+
+def test_the_mask_and_its_gradient():
+    proxy = KeptTokens(10, 1, 3)
+    with torch.no_grad():
+        proxy.logits.copy_(torch.tensor([0.1, 0.5, -0.3, 0.2]))
+    assert proxy.candidates.tolist() == [10, 7, 4, 1]
+    share = proxy.logits.softmax(0)
+    alive = 9
+    mask = proxy.mask(11, alive)
+    kept = math.ceil(float((proxy.candidates * share).sum())) + 1
+    assert mask.tolist() == pytest.approx([float(i < kept or i >= alive) for i in range(11)], abs=1e-6)
+    weights = torch.arange(11.0)
+    (got,) = torch.autograd.grad((mask * weights).sum(), proxy.logits)
+    probability = sum(s * weights[: int(c) + 1].sum() for s, c in zip(share, proxy.candidates))
+    (want,) = torch.autograd.grad(probability, proxy.logits)
+    torch.testing.assert_close(got, want)
+
+
+def settled(search: Search, prune, merge):
+    """Every softmax peaks at the given number of patches."""
+    for modules, kept in ((search.prune, prune), (search.merge, merge)):
+        for module, k in zip(modules, kept):
+            if len(module.candidates) > 1:
+                at = (module.candidates - (k - 1)).abs().argmin()
+                module.logits.data = F.one_hot(at, len(module.candidates)).float() * 1e4
+
+
+@pytest.mark.parametrize("kept", ["prune only", "prune and merge"])
+def test_masked_and_shortened_forwards_agree(kept):
+    prune, merge = LISTS[kept]
+    prune, merge = [26, *prune[1:]], [26, *merge[1:]]
+    model, x = vit(), images(2)
+    from vtoken.adapters.encoders.encoder import encoder_for
+
+    search = _search(encoder_for(model), 1)
+    settled(search, prune, merge)
+    with torch.no_grad():
+        with search.applied():
+            masked = model(x)
+        assert search.strategy().prune == tuple(prune) and search.strategy().merge == tuple(merge)
+        with vtoken.applied(model, search.strategy()):
+            short = model(x)
+            cost = vtoken.report(model).gflops
+    if kept == "prune only":  # the training forward clamps sizes of merged tokens to 1
+        torch.testing.assert_close(masked, short, rtol=1e-4, atol=1e-4)
+    assert float(search.flops) / 1e9 == pytest.approx(cost, rel=1e-5)
+
+
+def test_the_search_goes_to_its_goal_and_leaves_the_weights():
+    torch.manual_seed(0)
+    model = vit()
+    batches = [(images(4, seed=i), torch.randint(0, 6, (4,))) for i in range(40)]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    seen = []
+    learned = learn_rates(
+        model, batches, 0.75, steps=40, step=1, lr=0.1, weight=1e7, on_step=lambda *now: seen.append(now[2])
+    )
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    with torch.no_grad(), vtoken.applied(model, learned):
+        model(images(1))
+        share = vtoken.report(model).gflops / vtoken.report(model).gflops_dense
+    assert abs(share - 0.75) < 0.06 and abs(seen[-1] - 0.75 * vtoken_dense(model)) < abs(
+        seen[0] - 0.75 * vtoken_dense(model)
+    )
+
+
+def vtoken_dense(model):
+    from vtoken.adapters.encoders.encoder import encoder_for
+
+    shape = encoder_for(model).shape(25)
+    return shape.macs([0] * shape.layers) / 1e9
+
+
+def test_the_search_says_when_there_are_too_few_batches():
+    with pytest.raises(ValueError, match="makes 3 updates, and there were 1 batches"):
+        learn_rates(vit(), [(images(2), torch.tensor([0, 1]))], 0.5, steps=3)
+
+
+def test_the_published_table_is_whole():
+    rows = published()
+    assert len(rows) == 6 and sum(len(r["rates"]) for r in rows.values()) == 28
+    assert all(
+        len(x) == r["depth"] for r in rows.values() for each in r["rates"].values() for x in each.values()
+    )
+    assert oracle.INF > 0
