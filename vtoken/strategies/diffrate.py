@@ -177,7 +177,7 @@ class DiffRate(EncoderStrategy):
         sizes = tokens.sizes.gather(1, order[:, :left])
         if left < kept:
             index = order[:, p:kept, None].expand(-1, -1, tokens.hidden_states.shape[2])
-            alike = unit(tokens.hidden_states.float().gather(1, index))
+            alike = unit(tokens.hidden_states.gather(1, index))
             best = (alike[:, left - p :] @ alike[:, : left - p].mT).max(2)
             source, target = order[:, left:kept], best.indices + p
             into = into.scatter(1, source, target)

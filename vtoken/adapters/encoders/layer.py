@@ -44,12 +44,12 @@ class Heads:
         return mixed.transpose(1, 2).flatten(2)
 
     def mean_key(self) -> Tensor:
-        """(rows, n, head_dim) float32, the mean over heads of the keys before rotary embedding."""
-        return self.content.float().mean(1)
+        """(rows, n, head_dim) float32 or float64, the mean over heads of the keys before rotary embedding."""
+        return full(self.content).mean(1)
 
     def first_row(self, scale: float, bias: Tensor | None) -> Tensor:
-        """(rows, n) float32, the softmaxed attention of token 0, the mean over heads."""
-        logits = (self.query[:, :, :1].float() * scale) @ self.key.float().mT
+        """(rows, n) float32 or float64, the softmaxed attention of token 0, the mean over heads."""
+        logits = (full(self.query[:, :, :1]) * scale) @ full(self.key).mT
         if bias is not None:
             logits = logits + bias[:, None, None, :]
         return logits.softmax(-1)[:, :, 0].mean(1)
@@ -122,6 +122,11 @@ class EncoderLayer(ABC):
         heads = self.heads(x, call)
         x = x + self.mixed(heads.attend(self.scale, None, self.attention_dropout), heads)
         return x + self.mlp(x)
+
+
+def full(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is that."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def linear_macs(module: nn.Module) -> int:

@@ -121,12 +121,11 @@ class EncoderRun:
             original order. None if nothing was merged, dropped or moved by then.
         """
         steps = [s for at, s in self._steps if layer is None or at <= layer]
-        tensors = [s for s in steps if isinstance(s, Tensor)]
-        if not tensors:
+        if not steps or self.kept is None:
             return None
         n = self.shape.patches + self.shape.prefix
         rows = self.images
-        owner = torch.arange(n, device=tensors[0].device).expand(rows, -1)
+        owner = torch.arange(n, device=self.kept.device).expand(rows, -1)
         for step in steps:
             if isinstance(step, Tensor):
                 owner = step.gather(1, owner.clamp(min=0)).where(owner >= 0, -1)

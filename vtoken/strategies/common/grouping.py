@@ -33,8 +33,8 @@ def local_cells(tokens: VisualTokens, rows: list[Tensor]) -> list[Tensor]:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of length 1 in float32; a zero row stays zero."""
-    return F.normalize(x.float(), dim=-1, eps=1e-12)
+    """Rows of length 1 in float32, in float64 of such; a zero row stays zero."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-12)
 
 
 def gaussian_similarity(y: Tensor, centre: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def join(x: Tensor, sources: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
         keep: (rows, m) int64, all tokens that are no sources.
     """
     rows, n = x.shape[:2]
-    unit_x = unit(x.float())
+    unit_x = unit(x)
     a, b = (unit_x.gather(1, i[..., None].expand(-1, -1, x.shape[2])) for i in (sources, targets))
     best = (a @ b.mT).argmax(-1)
     places = torch.arange(keep.shape[1], device=x.device).expand(rows, -1)
