@@ -108,7 +108,9 @@ def clock(call: Callable[[], Any], device: str, now: Callable[[], float]) -> flo
     return now() - start
 
 
-def measure(field: dict[str, Callable[[], Any]], device: str, repeats: int, now: Any) -> dict[str, list[float]]:
+def measure(
+    field: dict[str, Callable[[], Any]], device: str, repeats: int, now: Any
+) -> dict[str, list[float]]:
     """Seconds of every contestant, in turns, after one turn that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in field}
     for turn in range(repeats + 1):
@@ -147,16 +149,22 @@ def case(shape: str, r: int, args: argparse.Namespace, now: Callable[[], float])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, on a busy CPU")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time, on a busy CPU"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--r", type=lambda s: [int(n) for n in s.split(",")], default=[8, 13])
     parser.add_argument("--only", default="", help="only shapes whose name contains this")
     parser.add_argument("--reference", type=Path, help="checkout of facebookresearch/ToMe")
-    parser.add_argument("--out", type=Path, help="write the results as JSON here; a file that exists gains cases")
+    parser.add_argument(
+        "--out", type=Path, help="write the results as JSON here; a file that exists gains cases"
+    )
     args = parser.parse_args()
     now = time.process_time if args.clock == "cpu" else time.perf_counter
     report: dict[str, Any] = {"machine": machine(torch.device(args.device)), "batch": args.batch, "cases": {}}

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from .strategies import EncoderStrategy, Strategy, StrategyInfo, register, strategy_info
     from .streaming import StreamSession
     from .streams import FrameTokens, Reuse, StreamState, stream
-    from .videos import video_embeddings
     from .tokens import Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
+    from .videos import video_embeddings
 
 __all__ = [
     "EncoderReport",
@@ -77,7 +77,8 @@ _LAZY = {
     "visualize": "drawing",
     "StreamSession": "streaming",
     **dict.fromkeys(("applied", "disabled", "patch", "report", "unpatch"), "patching"),
-    **dict.fromkeys(("EncoderStrategy", "Strategy", "StrategyInfo", "register", "strategy_info"), "strategies"),
+    **dict.fromkeys(("EncoderStrategy", "Strategy", "StrategyInfo"), "strategies"),
+    **dict.fromkeys(("register", "strategy_info"), "strategies"),
     **dict.fromkeys(("FrameTokens", "Reuse", "StreamState", "stream"), "streams"),
     **dict.fromkeys(("Needs", "PrefillTokens", "Segment", "TowerInfo", "VisualTokens"), "tokens"),
     "Selection": "selection",

@@ -208,8 +208,8 @@ class EncoderReport:
         gflops_dense, gflops: per image, unpatched and as it ran.
         seconds: measured seconds of the layers, under "encoder"; empty for compiled calls.
         grid: (rows, columns) of the patches; None for images of another size than the model's own.
-        owner: (images / frames, frames, patches) int64, the token that each patch ended up in, -1 for a dropped
-            patch; None if nothing was merged.
+        owner: (images / frames, frames, patches) int64, the token that each patch ended up in, -1 for a
+            dropped patch; None if nothing was merged.
     """
 
     strategy: str

@@ -111,8 +111,8 @@ def visualize(
 
     Raises:
         TypeError: if `tokens` has no segments, as when the arguments are in the wrong order.
-        ValueError: if a report of several images is given, or the images do not match the segments; of a plain
-            encoder if the images do not match the batch, or its patches form no grid of known size.
+        ValueError: if a report of several images is given, or the images do not match the segments; of a
+            plain encoder if the images do not match the batch, or its patches form no grid of known size.
     """
     if hasattr(tokens, "owner"):
         return _encoder_pictures(image, tokens, cell)
@@ -160,7 +160,8 @@ def draw_groups(image: Image.Image, grid: tuple[int, int], owner: Any, *, cell: 
     rows, columns = grid
     owner = _array(owner).reshape(-1)
     resized = image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
-    patches = np.asarray(resized, np.float64).reshape(rows, cell, columns, cell, 3).mean((1, 3)).reshape(-1, 3)
+    patches = np.asarray(resized, np.float64).reshape(rows, cell, columns, cell, 3).mean((1, 3))
+    patches = patches.reshape(-1, 3)
     _, group = np.unique(owner, return_inverse=True)
     sums = np.stack([np.bincount(group, patches[:, i]) for i in range(3)], 1)
     colours = (sums / np.bincount(group)[:, None])[group]
@@ -186,7 +187,7 @@ def _encoder_pictures(image: Image.Image | Sequence[Image.Image], report: Any, c
         raise ValueError(f"The report is on {report.images} images, found {len(images)} pictures: give all.")
     count = report.grid[0] * report.grid[1]
     owner = np.arange(count) if report.owner is None else _array(report.owner)
-    owners = np.broadcast_to(owner, (report.images, count)) if report.owner is None else owner.reshape(-1, count)
+    owners = np.broadcast_to(owner.reshape(-1, count), (report.images, count))
     drawn = [draw_groups(p, report.grid, o, cell=cell // 2) for p, o in zip(images, owners)]
     return side_by_side(drawn) if len(drawn) > 1 else drawn[0]
 

@@ -159,7 +159,11 @@ class EncoderPatch:
         if run is None:
             raise ValueError(
                 "This encoder has not read images since it was patched"
-                + (" (and would read all tokens of them: the strategy changes nothing)." * self.strategy.is_identity or ": call it first.")
+                + (
+                    " (and would read all tokens of them: the strategy changes nothing)."
+                    * self.strategy.is_identity
+                    or ": call it first."
+                )
             )
         return report_of(run, self.strategy.describe(), self.adapter)
 

@@ -138,7 +138,8 @@ def check_encoder(encoder: Encoder, strategy: Any) -> None:
     name = type(encoder.model).__name__
     if not isinstance(strategy, EncoderStrategy):
         raise ValueError(
-            f"{strategy.info.name} chooses among the visual tokens of an LLM, and {name} is an encoder without"
+            f"{strategy.info.name} chooses among the visual tokens of an LLM, and {name} is an encoder "
+            f"without"
             f" one: use {', '.join(fitting_encoder(encoder))}."
         )
     if not strategy.is_identity:
@@ -238,7 +239,8 @@ def plain_encoder(model: Any) -> Encoder | None:
     library = type(inner).__module__.partition(".")[0]
     if encoder is None and library in ("timm", "open_clip"):
         raise ValueError(
-            f"Tokens cannot be merged in {type(inner).__name__} of {library}: it has no sequence of transformer"
+            f"Tokens cannot be merged in {type(inner).__name__} of {library}: it has no sequence of "
+            f"transformer"
             " blocks of one width; vision transformers (ViT, DeiT, DINOv2, EVA, CLIP, SigLIP) work."
         )
     return encoder

@@ -316,7 +316,10 @@ def disabled(model: M) -> Iterator[M]:
     if encoder is None and not hasattr(inner, "base_model"):
         yield model
         return
-    with patches_for(inner, getattr(encoder, "trunk", None)) as patches, patches.scope("disabled", None, disabled=True):
+    with (
+        patches_for(inner, getattr(encoder, "trunk", None)) as patches,
+        patches.scope("disabled", None, disabled=True),
+    ):
         yield model
 
 

@@ -1,7 +1,7 @@
 """Learn how many tokens DiffRate keeps in every layer, by gradient, with the encoder's weights frozen.
 
-The published search (DiffRate, arXiv 2305.17997): a softmax over candidates per layer, straight-through masks in
-place of removed tokens, and the squared distance to a number of FLOPs added to the loss.
+The published search (DiffRate, arXiv 2305.17997): a softmax over candidates per layer, straight-through
+masks in place of removed tokens, and the squared distance to a number of FLOPs added to the loss.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class KeptTokens(nn.Module):
     def __init__(self, patches: int, prefix: int, step: int | None) -> None:
         super().__init__()
         candidates = [patches] if step is None else list(range(patches, 0, -step))
+        self.candidates: Tensor
         self.register_buffer("candidates", torch.tensor(candidates, dtype=torch.float32))
         self.logits = nn.Parameter(torch.zeros(len(candidates)))
         self.prefix = prefix
@@ -72,8 +73,8 @@ class Search:
 
     encoder: Encoder
     shape: EncoderShape
-    prune: nn.ModuleList
-    merge: nn.ModuleList
+    prune: list[KeptTokens]
+    merge: list[KeptTokens]
     mask: Tensor = field(default_factory=lambda: torch.empty(0))
     sizes: Tensor = field(default_factory=lambda: torch.empty(0))
     tokens: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -90,7 +91,9 @@ class Search:
         finally:
             wrapped.remove()
 
-    def _forward(self, i: int, layer: EncoderLayer, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward(
+        self, i: int, layer: EncoderLayer, original: Any, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         x = x.transpose(0, 1) if layer.transposed else x
         if i == 0:
             self.mask, self.sizes = (torch.ones(x.shape[:2], device=x.device) for _ in range(2))
@@ -133,12 +136,14 @@ class Search:
         return x
 
     def _merged(self, x: Tensor, left: int, alive: int) -> Tensor:
-        """Features and sizes after the tokens of rank left..alive joined; these stay in place, to be masked."""
+        """Features and sizes after tokens of rank left..alive joined; these stay in place, to be masked."""
         p = self.shape.prefix
         alike = unit(x[:, p:alive].detach().float())
         best = (alike[:, left - p :] @ alike[:, : left - p].mT).max(2)
         target = best.indices + p
-        count = torch.ones(x.shape[0], left, device=x.device).scatter_add(1, target, torch.ones_like(best.values))
+        count = torch.ones(x.shape[0], left, device=x.device).scatter_add(
+            1, target, torch.ones_like(best.values)
+        )
         groups = x[:, :left].scatter_add(1, target[..., None].expand(-1, -1, x.shape[2]), x[:, left:alive])
         moved = (self.sizes[:, left:alive] * best.values).clamp(min=1)
         self.sizes = torch.cat(
@@ -188,13 +193,15 @@ def learn_rates(
     """
     encoder = encoder_for(model)
     if encoder is None or not encoder.has_cls:
-        raise ValueError(f"learn_rates needs a vision transformer with a class token, found {type(model).__name__}.")
+        raise ValueError(
+            f"learn_rates needs a vision transformer with a class token, found {type(model).__name__}."
+        )
     if not 0 < flops <= 1:
         raise ValueError(f"flops must be a share in (0, 1], found {flops}.")
     encoder.check()
     search = _search(encoder, step)
     goal = flops * search.shape.macs([0] * search.shape.layers) / 1e9
-    chosen = nn.ModuleList([search.prune, search.merge])
+    chosen = nn.ModuleList([*search.prune, *search.merge])
     optimiser = torch.optim.AdamW(chosen.parameters(), lr=lr, weight_decay=0.0)
     frozen = [p for p in model.parameters() if p.requires_grad]
     done = 0
@@ -228,8 +235,8 @@ def _search(encoder: Encoder, step: int) -> Search:
     patches = encoder.grid[0] * encoder.grid[1]
     shape, device = encoder.shape(patches), next(encoder.trunk.parameters()).device
 
-    def counts() -> nn.ModuleList:
-        each = [KeptTokens(patches, shape.prefix, step if i else None) for i in range(shape.layers)]
-        return nn.ModuleList(each).to(device)
+    def counts() -> list[KeptTokens]:
+        each = range(shape.layers)
+        return [KeptTokens(patches, shape.prefix, step if i else None).to(device) for i in each]
 
     return Search(encoder, shape, counts(), counts())

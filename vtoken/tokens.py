@@ -135,8 +135,9 @@ class VisualTokens:
         tower: facts about the vision tower, None where the model has no transformer tower.
         modality: "image" or "video".
         text_embeddings: (t, d) embeddings of the prompt's text tokens, None unless declared in `Needs`.
-        merged: (num_cells,) int64, of a tower that merged tokens the cell in whose place a cell's token stands,
-            -1 if it was dropped; cells with one number share their features. None if the tower merged nothing.
+        merged: (num_cells,) int64, of a tower that merged tokens the cell in whose place a cell's token
+            stands, -1 if it was dropped; cells with one number share their features. None if the tower merged
+            nothing.
         memory: the strategy's notes on earlier frames of the same stream (see `vtoken.stream`), empty at its
             start and outside of streams. It must stay constant in size and hold only numbers, strings,
             tensors, lists and dicts.

@@ -23,7 +23,9 @@ def scrambled(model: Any, seed: int = 1) -> Any:
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            scale_like = p.ndim == 1 and ("weight" in name or "gamma" in name or "lambda" in name or "ls" in name)
+            scale_like = p.ndim == 1 and (
+                "weight" in name or "gamma" in name or "lambda" in name or "ls" in name
+            )
             if scale_like:
                 p.copy_(0.8 + 0.2 * noise)
             elif p.ndim >= 2 and p.shape[-1] == WIDTH and p.shape[0] == 1:
@@ -84,7 +86,8 @@ class Case:
         rope = None if self.rope is None else self.rope(model)
         x = self.entering(model, images)
         return [
-            oracle.tome(self.blocks(model), each, r, self.prefix, rope=rope, half=self.half, **options) for each in x
+            oracle.tome(self.blocks(model), each, r, self.prefix, rope=rope, half=self.half, **options)
+            for each in x
         ]
 
     def expected(self, model: Any, results: list[oracle.Result]) -> Tensor:
@@ -139,7 +142,9 @@ def timm_block(m: Any) -> Block:
         ls[i - 1] = getattr(getattr(m, f"ls{i}", None), "gamma", ls[i - 1])
     norms = dict(q_norm=norm_of(a.q_norm), k_norm=norm_of(a.k_norm))
     ends = dict(fc1=linear_of(m.mlp.fc1), fc2=linear_of(m.mlp.fc2), heads=a.num_heads, ls1=ls[0], ls2=ls[1])
-    return Block(norm_of(m.norm1), q, k, v, linear_of(a.proj), norm_of(m.norm2), act=act_of(m.mlp.act), **ends, **norms)
+    return Block(
+        norm_of(m.norm1), q, k, v, linear_of(a.proj), norm_of(m.norm2), act=act_of(m.mlp.act), **ends, **norms
+    )
 
 
 def timm_head(model: Any, x: Tensor, sizes: Tensor) -> Tensor:
@@ -168,14 +173,27 @@ def timm_map(pool: Any, x: Tensor, sizes: Tensor) -> Tensor:
 def timm_vit(**options: Any) -> Any:
     timm = pytest.importorskip("timm")
     kind = options.pop("kind", "VisionTransformer")
-    module = timm.models.deit if "Distilled" in kind else timm.models.eva if kind == "Eva" else timm.models.vision_transformer
-    shape = dict(img_size=SIZE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=6)
+    module = (
+        timm.models.deit
+        if "Distilled" in kind
+        else timm.models.eva
+        if kind == "Eva"
+        else timm.models.vision_transformer
+    )
+    shape = dict(
+        img_size=SIZE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=6
+    )
     return scrambled(getattr(module, kind)(**shape, mlp_ratio=2.0, **options))
 
 
 def timm_case(prefix: int, **options: Any) -> Case:
     return Case(
-        lambda: timm_vit(**options), prefix, lambda m, x: m(x), timm_head, lambda m: list(m.blocks), timm_block
+        lambda: timm_vit(**options),
+        prefix,
+        lambda m, x: m(x),
+        timm_head,
+        lambda m: list(m.blocks),
+        timm_block,
     )
 
 
@@ -212,7 +230,9 @@ def clip_block(m: Any) -> Block:
     a = m.attn
     q, k, v = (Linear(w, b) for w, b in zip(a.in_proj_weight.chunk(3), a.in_proj_bias.chunk(3)))
     ls1, ls2 = (getattr(ls, "gamma", None) for ls in (m.ls_1, m.ls_2))
-    ends = dict(fc1=linear_of(m.mlp.c_fc), fc2=linear_of(m.mlp.c_proj), heads=a.num_heads, act=act_of(m.mlp.gelu))
+    ends = dict(
+        fc1=linear_of(m.mlp.c_fc), fc2=linear_of(m.mlp.c_proj), heads=a.num_heads, act=act_of(m.mlp.gelu)
+    )
     return Block(norm_of(m.ln_1), q, k, v, linear_of(a.out_proj), norm_of(m.ln_2), **ends, ls1=ls1, ls2=ls2)
 
 
@@ -222,10 +242,14 @@ def clip_head(model: Any, x: Tensor, sizes: Tensor) -> Tensor:
         pool, keys = v.attn_pool, norm_of(v.attn_pool.ln_k)(x)
         a, q = pool.attn, norm_of(pool.ln_q)(pool.query.double())
         weights = (
-            a.in_proj_weight.chunk(3) if a.q_proj_weight is None else (a.q_proj_weight, a.k_proj_weight, a.v_proj_weight)
+            a.in_proj_weight.chunk(3)
+            if a.q_proj_weight is None
+            else (a.q_proj_weight, a.k_proj_weight, a.v_proj_weight)
         )
         (wq, wk, wv), (bq, bk, bv) = weights, a.in_proj_bias.chunk(3)
-        read = oracle.attention_pool(Linear(wq, bq)(q), Linear(wk, bk)(keys), Linear(wv, bv)(keys), sizes, a.num_heads)
+        read = oracle.attention_pool(
+            Linear(wq, bq)(q), Linear(wk, bk)(keys), Linear(wv, bv)(keys), sizes, a.num_heads
+        )
         x, sizes = norm_of(v.ln_post)(linear_of(a.out_proj)(read)), torch.ones(len(q)).double()
     elif v.final_ln_after_pool:
         pooled = x[0] if v.pool_type == "tok" else oracle.mean_pool(x, sizes, 1)
@@ -238,7 +262,9 @@ def clip_head(model: Any, x: Tensor, sizes: Tensor) -> Tensor:
 def open_clip_model(batch_first: bool = True, quick_gelu: bool = False, **options: Any) -> Any:
     open_clip = pytest.importorskip("open_clip")
     text = dict(context_length=8, vocab_size=50, width=16, heads=2, layers=1)
-    vision = dict(image_size=SIZE, patch_size=PATCH, width=WIDTH, layers=DEPTH, head_width=WIDTH // HEADS, mlp_ratio=2.0)
+    vision = dict(
+        image_size=SIZE, patch_size=PATCH, width=WIDTH, layers=DEPTH, head_width=WIDTH // HEADS, mlp_ratio=2.0
+    )
     model = open_clip.CLIP(16, vision | options, text, quick_gelu=quick_gelu)
     if not batch_first:  # as towers of earlier releases were built
         transformer = model.visual.transformer
@@ -285,7 +311,10 @@ def hf_block(m: Any) -> Block:
         k, v = a.k_proj, a.v_proj
     ls1, ls2 = (getattr(getattr(m, f"layer_scale{i}", None), "lambda1", None) for i in (1, 2))
     ends = dict(fc1=linear_of(m.mlp.fc1), fc2=linear_of(m.mlp.fc2), heads=int(heads), act=act_of(act))
-    norms = (norm_of(first("layer_norm1", "layernorm_before", "norm1")), norm_of(first("layer_norm2", "layernorm_after", "norm2")))
+    norms = (
+        norm_of(first("layer_norm1", "layernorm_before", "norm1")),
+        norm_of(first("layer_norm2", "layernorm_after", "norm2")),
+    )
     return Block(norms[0], *map(linear_of, (q, k, v, out)), norms[1], **ends, ls1=ls1, ls2=ls2)
 
 
@@ -312,8 +341,16 @@ def hf_layers(model: Any) -> list[Any]:
 def hf_model(kind: str, attention: str = "sdpa", **options: Any) -> Any:
     import transformers as tf
 
-    name = kind.replace("Model", "").replace("Vision", "") + ("VisionConfig" if "Vision" in kind else "Config")
-    shape = dict(hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, image_size=SIZE, patch_size=PATCH)
+    name = kind.replace("Model", "").replace("Vision", "") + (
+        "VisionConfig" if "Vision" in kind else "Config"
+    )
+    shape = dict(
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        image_size=SIZE,
+        patch_size=PATCH,
+    )
     mlp = dict(mlp_ratio=2) if "Dinov2" in kind else dict(intermediate_size=2 * WIDTH)
     config = getattr(tf, name)(**shape, **mlp, **options)
     config._attn_implementation = attention
@@ -343,4 +380,8 @@ HF = {
         ("Dinov2WithRegistersModel", 5, {"num_register_tokens": 4}),
     )
 }
-CASES = {f"{name}-{k}": v for name, some in (("timm", TIMM), ("open_clip", OPEN_CLIP), ("hf", HF)) for k, v in some.items()}
+CASES = {
+    f"{name}-{k}": v
+    for name, some in (("timm", TIMM), ("open_clip", OPEN_CLIP), ("hf", HF))
+    for k, v in some.items()
+}

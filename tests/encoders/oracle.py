@@ -81,7 +81,7 @@ class Result:
 
     def spread(self, layer: int = -1) -> Tensor:
         """(N, C): every original token reads the token it is part of; a dropped one the mean of all patches."""
-        x, sizes, source = self.layers[layer]
+        x, _, source = self.layers[layer]
         return torch.stack([x[int(source[:, j].argmax())] for j in range(source.shape[1])])
 
 
@@ -173,9 +173,7 @@ def match(keys: Tensor, r: int, prefix: int, sort: bool) -> Matching:
     return match_split(keys, r, prefix, sort)
 
 
-def merge(
-    x: Tensor, sizes: Tensor, source: Tensor, matching: Matching
-) -> tuple[Tensor, Tensor, Tensor]:
+def merge(x: Tensor, sizes: Tensor, source: Tensor, matching: Matching) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the groups: of s * x and of s, and the greatest membership."""
     order, joins = matching
     rows, size, member = [], [], []
@@ -190,7 +188,7 @@ def merge(
 
 def rotated(x: Tensor, rope: Tensor, half: bool) -> Tensor:
     """(n, d) with channel pairs turned by the angles of (n, 2d) sines and cosines, pair by pair."""
-    n, d = x.shape
+    d = x.shape[1]
     sin, cos = rope[:, :d].double(), rope[:, d:].double()
     pairs = [(c, c + d // 2) for c in range(d // 2)] if half else [(c, c + 1) for c in range(0, d, 2)]
     columns: list[Tensor] = [x[:, 0]] * d
@@ -201,7 +199,12 @@ def rotated(x: Tensor, rope: Tensor, half: bool) -> Tensor:
 
 
 def attention(
-    block: Block, x: Tensor, bias: Tensor | None, rope: Tensor | None = None, half: bool = False, first: int = 0
+    block: Block,
+    x: Tensor,
+    bias: Tensor | None,
+    rope: Tensor | None = None,
+    half: bool = False,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """What attention adds, (n, C), and the keys before rotation, the mean over heads.
 

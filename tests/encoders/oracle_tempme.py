@@ -61,12 +61,16 @@ def fused(clips: Sequence[Clip]) -> Clip:
         heads = [getattr(c, name)[: c.prefix] for c in clips]
         return torch.cat([*heads, *[getattr(c, name)[c.prefix :] for c in clips]])
 
-    places = [p for c in clips for p in c.places[: c.prefix]] + [p for c in clips for p in c.places[c.prefix :]]
+    places = [p for c in clips for p in c.places[: c.prefix]] + [
+        p for c in clips for p in c.places[c.prefix :]
+    ]
     return Clip(joined("x"), joined("sizes"), joined("source"), places, sum(c.prefix for c in clips))
 
 
 def with_positions(clips: Sequence[Clip], vectors: Tensor) -> Tensor:
-    moved = [Clip(c.x + v, c.sizes, c.source, c.places, c.prefix) for c, v in zip(clips, vectors, strict=True)]
+    moved = [
+        Clip(c.x + v, c.sizes, c.source, c.places, c.prefix) for c, v in zip(clips, vectors, strict=True)
+    ]
     return fused(moved).x
 
 

@@ -141,7 +141,9 @@ def test_published_rows_cost_what_is_printed(rates, width, layers, patches, clas
     assert total / 1e9 == pytest.approx(printed, abs=6e-4)
 
 
-@pytest.mark.parametrize("goal", [dict(flops=0.5), dict(flops=0.8), dict(budget=0.3), dict(budget=5), {}], ids=str)
+@pytest.mark.parametrize(
+    "goal", [dict(flops=0.5), dict(flops=0.8), dict(budget=0.3), dict(budget=5), {}], ids=str
+)
 @pytest.mark.parametrize("depth", [5, 12, 24])
 def test_goals_are_met(goal, depth):
     shape = EncoderShape(depth, 100, 1, 4 * 64**2, 8 * 64**2, 64, 1000)
@@ -165,7 +167,10 @@ def test_goals_are_met(goal, depth):
         "half a list": (dict(prune=[5] * 4), "go together"),
         "nothing left": (dict(prune=[1] * 4, merge=[1] * 4), "at least one patch"),
         "another depth": (dict(prune=[5] * 3, merge=[5] * 3), "name 3 layers, the encoder has 4"),
-        "another grid": (dict(rates="ViT-S-DeiT/2.9"), "196 patches and 12 layers, this encoder has 25 and 4"),
+        "another grid": (
+            dict(rates="ViT-S-DeiT/2.9"),
+            "196 patches and 12 layers, this encoder has 25 and 4",
+        ),
     }.values(),
 )
 def test_bad_options(options, words):

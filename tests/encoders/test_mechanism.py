@@ -15,12 +15,35 @@ from torch import nn
 
 import vtoken
 
-from .models import CASES, DEPTH, GRID, HEADS, OPEN_CLIP, PATCH, SIZE, TIMM, WIDTH, images, scrambled, timm_vit
+from .models import (
+    CASES,
+    DEPTH,
+    GRID,
+    HEADS,
+    OPEN_CLIP,
+    PATCH,
+    SIZE,
+    TIMM,
+    WIDTH,
+    images,
+    scrambled,
+    timm_vit,
+)
 
 PATCHES = GRID * GRID
 R = [5, 3, 4, 2]
 FLOAT64 = dict(rtol=0, atol=1e-9)
-SOME = ["timm-plain", "timm-no_cls_map", "timm-registers", "timm-distilled", "timm-eva", "open_clip-tok", "open_clip-coca", "hf-CLIPVisionModel-sdpa", "hf-Dinov2WithRegistersModel-eager"]
+SOME = [
+    "timm-plain",
+    "timm-no_cls_map",
+    "timm-registers",
+    "timm-distilled",
+    "timm-eva",
+    "open_clip-tok",
+    "open_clip-coca",
+    "hf-CLIPVisionModel-sdpa",
+    "hf-Dinov2WithRegistersModel-eager",
+]
 LAYERS = ["timm-plain", "timm-eva", "timm-registers", "timm-no_cls_avg"]
 
 
@@ -49,7 +72,9 @@ def vit():
 
 # -- nothing changes -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("options", [dict(r=0), dict(r=[0, 0]), dict(budget=1.0), dict(flops=1.0), dict(r=[])], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(r=0), dict(r=[0, 0]), dict(budget=1.0), dict(flops=1.0), dict(r=[])], ids=str
+)
 def test_nothing_to_do_changes_no_bit(name, options):
     case = CASES[name]
     model = case.build()
@@ -264,15 +289,28 @@ def layer_maps(name, model, x):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("indices", [None, 1, 2, DEPTH, [0], [3], [-1], [1, 3], [0, 1, 2, 3], [-2, 0]], ids=str)
+@pytest.mark.parametrize(
+    "indices", [None, 1, 2, DEPTH, [0], [3], [-1], [1, 3], [0, 1, 2, 3], [-2, 0]], ids=str
+)
 def test_forward_intermediates(name, indices):
     case = CASES[name]
     model = case.build().double()
     x, p = images().double(), CASES[name].prefix
-    flags = dict(return_prefix_tokens=(False, True), norm=(False, True), stop_early=(False, True), output_fmt=("NCHW", "NLC"), intermediates_only=(False, True), output_dict=(False, True))
+    flags = dict(
+        return_prefix_tokens=(False, True),
+        norm=(False, True),
+        stop_early=(False, True),
+        output_fmt=("NCHW", "NLC"),
+        intermediates_only=(False, True),
+        output_dict=(False, True),
+    )
     with torch.no_grad():
         maps = layer_maps(name, model, x)
-        taken = range(DEPTH)[-(indices or DEPTH) :] if not isinstance(indices, list) else sorted({i % DEPTH for i in indices})
+        taken = (
+            range(DEPTH)[-(indices or DEPTH) :]
+            if not isinstance(indices, list)
+            else sorted({i % DEPTH for i in indices})
+        )
         known = inspect.signature(model.forward_intermediates).parameters
         flags = {k: v for k, v in flags.items() if k in known}
         every = [dict(zip(flags, v)) for v in itertools.product(*flags.values())]
@@ -282,7 +320,12 @@ def test_forward_intermediates(name, indices):
             out = model.forward_intermediates(x, indices=indices, **given)
             want = [model.norm(maps[i]) if given["norm"] else maps[i] for i in taken]
             last = model.norm(maps[max(taken) if given["stop_early"] else DEPTH - 1])
-            spatial = [w[:, p:].unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2) if given["output_fmt"] == "NCHW" else w[:, p:] for w in want]
+            spatial = [
+                w[:, p:].unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
+                if given["output_fmt"] == "NCHW"
+                else w[:, p:]
+                for w in want
+            ]
             first = [w[:, :p] for w in want]
             check_intermediates(out, unpatched, spatial, first, last)
 
@@ -334,7 +377,9 @@ def test_forward_features_and_head(vit):
         results = TIMM["plain"].oracle(model, x, R)
         vtoken.patch(model, "tome", r=R)
         features = model.forward_features(x)
-        torch.testing.assert_close(features, model.norm(torch.stack([a.spread() for a in results])), **FLOAT64)
+        torch.testing.assert_close(
+            features, model.norm(torch.stack([a.spread() for a in results])), **FLOAT64
+        )
         torch.testing.assert_close(model.forward_head(features), model(x), **FLOAT64)
         assert model.forward_head(features, pre_logits=True).shape == (2, WIDTH)
 
@@ -342,7 +387,15 @@ def test_forward_features_and_head(vit):
 @pytest.mark.parametrize("indices", [(0, 2), (1, 3), (3,), (0, 1, 2, 3)])
 def test_features_only(indices):
     timm = pytest.importorskip("timm")
-    shape = dict(img_size=SIZE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=0, mlp_ratio=2.0)
+    shape = dict(
+        img_size=SIZE,
+        patch_size=PATCH,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=HEADS,
+        num_classes=0,
+        mlp_ratio=2.0,
+    )
     model = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=indices, **shape)
     scrambled(model).double()
     x = images().double()
@@ -376,7 +429,13 @@ class _Inner:
 def test_intermediates_of_open_clip(name):
     case = OPEN_CLIP[name]
     model, x = case.build().double(), images().double()
-    flags = dict(stop_early=(False, True), normalize_intermediates=(False, True), intermediates_only=(False, True), output_fmt=("NCHW", "NLC"), output_extra_tokens=(False, True))
+    flags = dict(
+        stop_early=(False, True),
+        normalize_intermediates=(False, True),
+        intermediates_only=(False, True),
+        output_fmt=("NCHW", "NLC"),
+        output_extra_tokens=(False, True),
+    )
     with torch.no_grad():
         results = case.oracle(model, x, R)
         maps = [torch.stack([a.spread(i) for a in results]) for i in range(DEPTH)]
@@ -384,15 +443,29 @@ def test_intermediates_of_open_clip(name):
         vtoken.patch(model, "tome", r=R)
         embedding = case.call(model, x)
         for indices in (None, 1, 2, [0], [-1], [1, 3]):
-            taken = range(DEPTH)[-(indices or DEPTH) :] if not isinstance(indices, list) else sorted({i % DEPTH for i in indices})
+            taken = (
+                range(DEPTH)[-(indices or DEPTH) :]
+                if not isinstance(indices, list)
+                else sorted({i % DEPTH for i in indices})
+            )
             for values in itertools.product(*flags.values()):
                 given = dict(zip(flags, values))
                 out = model.visual.forward_intermediates(x, indices=indices, **given)
-                want = [model.visual.ln_post(maps[i]) if given["normalize_intermediates"] else maps[i] for i in taken]
-                spatial = [w[:, 1:].unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2) if given["output_fmt"] == "NCHW" else w[:, 1:] for w in want]
+                want = [
+                    model.visual.ln_post(maps[i]) if given["normalize_intermediates"] else maps[i]
+                    for i in taken
+                ]
+                spatial = [
+                    w[:, 1:].unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
+                    if given["output_fmt"] == "NCHW"
+                    else w[:, 1:]
+                    for w in want
+                ]
                 torch.testing.assert_close(out["image_intermediates"], spatial, **FLOAT64)
                 if given["output_extra_tokens"]:
-                    torch.testing.assert_close(out["image_intermediates_prefix"], [w[:, :1] for w in want], **FLOAT64)
+                    torch.testing.assert_close(
+                        out["image_intermediates_prefix"], [w[:, :1] for w in want], **FLOAT64
+                    )
                 if not given["intermediates_only"] and not given["stop_early"]:
                     torch.testing.assert_close(out["image_features"], embedding, **FLOAT64)
                 if not given["intermediates_only"] and given["stop_early"]:
@@ -407,7 +480,9 @@ def test_encode_image_normalised_and_text_untouched():
         words = model.encode_text(text)
         vtoken.patch(model, "tome", r=R)
         plain = model.encode_image(x)
-        torch.testing.assert_close(model.encode_image(x, normalize=True), plain / plain.norm(dim=1, keepdim=True), **FLOAT64)
+        torch.testing.assert_close(
+            model.encode_image(x, normalize=True), plain / plain.norm(dim=1, keepdim=True), **FLOAT64
+        )
         assert torch.equal(model.encode_text(text), words)
         features = model(x, text)
         torch.testing.assert_close(features[0], plain / plain.norm(dim=1, keepdim=True), **FLOAT64)
@@ -437,7 +512,9 @@ def test_hidden_states_of_transformers(name, r):
     assert [h.shape for h in out.hidden_states] == [h.shape for h in plain.hidden_states]
     torch.testing.assert_close(out.hidden_states[0], entering, **FLOAT64)
     for i in range(DEPTH):
-        torch.testing.assert_close(out.hidden_states[i + 1], torch.stack([a.spread(i) for a in results]), **off)
+        torch.testing.assert_close(
+            out.hidden_states[i + 1], torch.stack([a.spread(i) for a in results]), **off
+        )
     assert out.last_hidden_state.shape == plain.last_hidden_state.shape
 
 
@@ -455,7 +532,11 @@ def test_transformers_tuple_output_with_hidden_states():
 
 
 # -- sizes and types -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("options,prefix", [(dict(), 1), (dict(reg_tokens=4), 5), (dict(kind="Eva", use_rot_pos_emb=True), 1)], ids=["plain", "registers", "eva"])
+@pytest.mark.parametrize(
+    "options,prefix",
+    [(dict(), 1), (dict(reg_tokens=4), 5), (dict(kind="Eva", use_rot_pos_emb=True), 1)],
+    ids=["plain", "registers", "eva"],
+)
 def test_images_of_other_sizes(options, prefix):
     model = timm_vit(dynamic_img_size=True, **options).double()
     case = copy.copy(TIMM["eva" if "kind" in options else "registers" if prefix == 5 else "plain"])
@@ -589,7 +670,9 @@ def test_compiled_in_one_graph(name):
         trunk = model.visual if name.startswith("open_clip") else model
         compiled = torch.compile(trunk, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(images()), want, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(compiled(images(seed=8)), case.call(model, images(seed=8)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            compiled(images(seed=8)), case.call(model, images(seed=8)), rtol=1e-5, atol=1e-5
+        )
     torch._dynamo.reset()
 
 
@@ -685,11 +768,17 @@ def test_models_without_blocks_are_refused():
     makers = {
         "resnet": lambda: timm.create_model("resnet10t"),
         "swin": lambda: timm.models.swin_transformer.SwinTransformer(**kwargs),
-        "beit": lambda: timm.models.beit.Beit(img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=2, use_rel_pos_bias=True),
-        "beit_shared": lambda: timm.models.beit.Beit(img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=2, use_shared_rel_pos_bias=True),
+        "beit": lambda: timm.models.beit.Beit(
+            img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=2, use_rel_pos_bias=True
+        ),
+        "beit_shared": lambda: timm.models.beit.Beit(
+            img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=2, use_shared_rel_pos_bias=True
+        ),
         "parallel": lambda: timm_vit(block_fn=timm.models.vision_transformer.ParallelThingsBlock),
         "parallel_scaling": lambda: timm_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
-        "mixer": lambda: timm.models.mlp_mixer.MlpMixer(img_size=28, patch_size=7, embed_dim=32, num_blocks=2),
+        "mixer": lambda: timm.models.mlp_mixer.MlpMixer(
+            img_size=28, patch_size=7, embed_dim=32, num_blocks=2
+        ),
         "cait": lambda: timm.models.cait.Cait(img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=2),
         "differential": lambda: timm_vit(attn_layer="diff"),
     }

@@ -117,7 +117,9 @@ def test_the_published_setting():
 def test_settings(options):
     model, results, _ = compare(CASES["open_clip-tok"], options)
     frames = options["frames"]
-    assert vtoken.report(model).tokens_per_layer == pytest.approx([n * c / frames for n, c in results[0].trace])
+    assert vtoken.report(model).tokens_per_layer == pytest.approx(
+        [n * c / frames for n, c in results[0].trace]
+    )
 
 
 def test_gradients_are_the_oracle_s():
@@ -125,7 +127,9 @@ def test_gradients_are_the_oracle_s():
     model, positions = case.build().double(), random_positions(strategy)
     x = images(6).double()
     read = (model.visual.transformer.resblocks[0].attn.in_proj_weight, model.visual.positional_embedding)
-    video = oracle_tempme.tempme(case.blocks(model), case.entering(model, x), 1, {1: 2, 2: 3}, r=3, positions=positions)
+    video = oracle_tempme.tempme(
+        case.blocks(model), case.entering(model, x), 1, {1: 2, 2: 3}, r=3, positions=positions
+    )
     weight = torch.randn(6, PATCHES + 1, 32, generator=torch.Generator().manual_seed(9)).double()
     want = torch.autograd.grad((video.spread(6) * weight).sum(), [*read, *positions])
     vtoken.patch(model, strategy)
@@ -157,7 +161,11 @@ def vit_b(patches, size):
 
 def work(strategy, shape):
     """Multiply-adds per video, and tokens at the end, of the plan."""
-    tokens, clips, total = shape.patches + 1, strategy.frames, strategy.frames * shape.patches * shape.embedding_macs
+    tokens, clips, total = (
+        shape.patches + 1,
+        strategy.frames,
+        strategy.frames * shape.patches * shape.embedding_macs,
+    )
     for step in strategy.encoder_plan(shape):
         clips, attend = clips // step.fuse, tokens * step.fuse - step.before
         tokens = attend - step.after
@@ -297,7 +305,9 @@ def test_videos_do_not_see_each_other():
             torch.testing.assert_close(case.call(model, x[part]), together[part], rtol=1e-4, atol=1e-5)
         order = torch.tensor([2, 0, 1])
         moved = case.call(model, x.unflatten(0, (3, 6))[order].flatten(0, 1))
-        torch.testing.assert_close(moved, together.unflatten(0, (3, 6))[order].flatten(0, 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            moved, together.unflatten(0, (3, 6))[order].flatten(0, 1), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_which_frames_are_neighbours_matters():
@@ -331,7 +341,9 @@ def test_masked_frames_do_not_count():
     found = vtoken.video_embeddings(frames, 3, mask)
     torch.testing.assert_close(found[0], F.normalize(F.normalize(frames[:2], dim=1).mean(0), dim=0))
     assert torch.equal(found[1], torch.zeros(8))
-    assert torch.equal(vtoken.video_embeddings(frames, 3, torch.ones(2, 3)), vtoken.video_embeddings(frames, 3))
+    assert torch.equal(
+        vtoken.video_embeddings(frames, 3, torch.ones(2, 3)), vtoken.video_embeddings(frames, 3)
+    )
     with pytest.raises(ValueError, match=r"takes \(videos \* 4, D\), found \(6, 8\)"):
         vtoken.video_embeddings(frames, 4)
     with pytest.raises(ValueError, match=r"one entry per frame, \(2, 3\), found \(2, 2\)"):

@@ -39,7 +39,11 @@ def compare(name, r, oracle_r=None, dtype=torch.float64, batch=2, patch=None, **
 def test_every_encoder_is_the_oracle_in_float32(name):
     model, results, out = compare(name, R, dtype=torch.float32)
     n = PATCHES + CASES[name].prefix
-    assert vtoken.report(model).tokens_per_layer == [n - 5, n - 8, n - 12, n - 14] == [len(x) for x, _, _ in results[0].layers]
+    assert (
+        vtoken.report(model).tokens_per_layer
+        == [n - 5, n - 8, n - 12, n - 14]
+        == [len(x) for x, _, _ in results[0].layers]
+    )
     vtoken.unpatch(model)
     assert (CASES[name].call(model, images()) - out).abs().max() > 1e-3  # merging matters here
 
@@ -49,7 +53,9 @@ def test_every_encoder_is_the_oracle_in_float64(name):
     compare(name, R)
 
 
-@pytest.mark.parametrize("name", ["timm-plain", "timm-no_cls_map", "timm-eva", "open_clip-coca", "hf-SiglipVisionModel-sdpa"])
+@pytest.mark.parametrize(
+    "name", ["timm-plain", "timm-no_cls_map", "timm-eva", "open_clip-coca", "hf-SiglipVisionModel-sdpa"]
+)
 def test_without_proportional_attention(name):
     case = CASES[name]
     model = case.build().double()
@@ -57,7 +63,9 @@ def test_without_proportional_attention(name):
     with torch.no_grad():
         results = case.oracle(model, x, R, prop_attn=False)
         vtoken.patch(model, "tome", r=R, prop_attn=False)
-        torch.testing.assert_close(case.leaving(model, x), torch.stack([a.spread() for a in results]), **FLOAT64)
+        torch.testing.assert_close(
+            case.leaving(model, x), torch.stack([a.spread() for a in results]), **FLOAT64
+        )
 
 
 @pytest.mark.parametrize("name", ["timm-no_cls_avg", "timm-no_cls_map", "hf-SiglipVisionModel-sdpa"])
@@ -100,13 +108,17 @@ def test_the_published_decreasing_schedule():
     for r in range(1, 14):
         for layers in (1, 2, 5, 12, 24):
             for name, inflect in (("decreasing", -1), ("increasing", 1), ("constant", 0)):
-                got = vtoken.strategies.ToMe(r=r, schedule=name).encoder_plan(vtoken.tokens.EncoderShape(layers, 10**5, 1))
+                got = vtoken.strategies.ToMe(r=r, schedule=name).encoder_plan(
+                    vtoken.tokens.EncoderShape(layers, 10**5, 1)
+                )
                 assert list(got) == oracle.schedule(r, layers, inflect)
 
 
 def test_one_layer_removes_r_with_any_schedule():
     for schedule in ("constant", "increasing", "decreasing"):
-        made = vtoken.strategies.ToMe(r=7, schedule=schedule).encoder_plan(vtoken.tokens.EncoderShape(1, 30, 1))
+        made = vtoken.strategies.ToMe(r=7, schedule=schedule).encoder_plan(
+            vtoken.tokens.EncoderShape(1, 30, 1)
+        )
         assert list(made) == [7]
 
 
@@ -117,7 +129,9 @@ def test_lists(r):
     compare("open_clip-tok", r, oracle.schedule(r, DEPTH))
 
 
-@pytest.mark.parametrize("name", ["timm-plain", "timm-no_cls_avg", "timm-registers", "timm-distilled", "open_clip-avg"])
+@pytest.mark.parametrize(
+    "name", ["timm-plain", "timm-no_cls_avg", "timm-registers", "timm-distilled", "open_clip-avg"]
+)
 @pytest.mark.parametrize("k,layers", [(5, (0,)), (2, (1,)), (5, (0, 2)), (4, (1,)), (2, (0, 1))])
 def test_groups_of_k(name, k, layers):
     """25 patches: groups of 5 leave none over, the others drop the last tokens of the sequence."""
@@ -173,7 +187,10 @@ def test_matching_masked_split_and_kernel_agree(n, prefix):
 
 def test_equal_tokens_are_matched_in_order():
     keys = torch.ones(10, 4).double()
-    assert kernel(keys, 3, 1) == (oracle.match_split(keys, 3, 1)[0], places(oracle.match_split(keys, 3, 1), 10))
+    assert kernel(keys, 3, 1) == (
+        oracle.match_split(keys, 3, 1)[0],
+        places(oracle.match_split(keys, 3, 1), 10),
+    )
 
 
 def test_zero_keys_give_numbers():
@@ -194,7 +211,9 @@ def test_sizes_sum_and_membership():
             assert result.order[:prefix] == list(range(prefix))
 
 
-@pytest.mark.parametrize("name", ["timm-plain", "timm-registers", "timm-distilled", "timm-eva", "open_clip-tok", "timm-no_cls_map"])
+@pytest.mark.parametrize(
+    "name", ["timm-plain", "timm-registers", "timm-distilled", "timm-eva", "open_clip-tok", "timm-no_cls_map"]
+)
 def test_sizes_and_owners_of_the_mechanism(name):
     model, results, _ = compare(name, R, batch=3)
     patches = vtoken.patching.patch_of(model)
@@ -203,14 +222,19 @@ def test_sizes_and_owners_of_the_mechanism(name):
         torch.testing.assert_close(run.sizes[i].double(), result.sizes, rtol=0, atol=0)
         assert run.owner()[i].tolist() == result.source.argmax(0).tolist()
         assert run.kept[i].tolist() == result.order
-        assert run.places()[i].tolist() == [result.order[int(result.source[:, j].argmax())] - prefix for j in range(prefix, prefix + PATCHES)]
+        assert run.places()[i].tolist() == [
+            result.order[int(result.source[:, j].argmax())] - prefix for j in range(prefix, prefix + PATCHES)
+        ]
 
 
 def tiny_block(seed, width=8, heads=2):
     generator = torch.Generator().manual_seed(seed)
 
     def linear(a, b):
-        return Linear(torch.randn(a, b, generator=generator).double() / b**0.5, torch.randn(a, generator=generator).double())
+        return Linear(
+            torch.randn(a, b, generator=generator).double() / b**0.5,
+            torch.randn(a, generator=generator).double(),
+        )
 
     one = Norm(torch.ones(width).double(), None, 1e-6)
     parts = [linear(width, width) for _ in range(4)]
@@ -229,7 +253,12 @@ def test_tokens_with_sizes_attend_as_their_copies():
     torch.testing.assert_close(oracle.mean_pool(x, sizes, 0), copies.mean(0), rtol=0, atol=1e-12)
     q = torch.randn(2, 8, generator=torch.Generator().manual_seed(4)).double()
     weighed = oracle.attention_pool(q, x, x, sizes, 2)
-    torch.testing.assert_close(weighed, oracle.attention_pool(q, copies, copies, torch.ones(len(copies)).double(), 2), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        weighed,
+        oracle.attention_pool(q, copies, copies, torch.ones(len(copies)).double(), 2),
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("kind", ["plain", "registers", "no_cls_avg", "no_cls_map", "layer_scale", "cls_map"])
@@ -253,8 +282,12 @@ PAIR, PAIRS = dict(rtol=0, atol=1e-8), 8  # of a 4 x 4 grid
 
 def _options(kind):
     table = dict(
-        plain={}, registers=dict(reg_tokens=4), layer_scale=dict(init_values=0.3), cls_map=dict(global_pool="map"),
-        no_cls_avg=dict(class_token=False, global_pool="avg"), no_cls_map=dict(class_token=False, global_pool="map"),
+        plain={},
+        registers=dict(reg_tokens=4),
+        layer_scale=dict(init_values=0.3),
+        cls_map=dict(global_pool="map"),
+        no_cls_avg=dict(class_token=False, global_pool="avg"),
+        no_cls_map=dict(class_token=False, global_pool="map"),
     )
     return table[kind]
 
@@ -280,17 +313,23 @@ def test_weighted_mean_is_kept_by_a_merge():
     x = torch.randn(11, 4, generator=torch.Generator().manual_seed(2)).double()
     sizes = torch.arange(1.0, 12).double()
     joined, total, source = oracle.merge(x, sizes, torch.eye(11).double(), oracle.match_split(x, 4, 1))
-    torch.testing.assert_close((joined * total[:, None]).sum(0), (x * sizes[:, None]).sum(0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        (joined * total[:, None]).sum(0), (x * sizes[:, None]).sum(0), rtol=0, atol=1e-12
+    )
     assert total.sum() == sizes.sum() and (source.sum(0) == 1).all()
 
 
-@pytest.mark.parametrize("name", ["timm-plain", "timm-eva", "timm-no_cls_map", "open_clip-tok", "hf-CLIPVisionModel-sdpa"])
+@pytest.mark.parametrize(
+    "name", ["timm-plain", "timm-eva", "timm-no_cls_map", "open_clip-tok", "hf-CLIPVisionModel-sdpa"]
+)
 def test_images_of_a_batch_do_not_meet(name):
     case = CASES[name]
     model = vtoken.patch(case.build().double(), "tome", r=R)
     x = images(3).double()
     with torch.no_grad():
-        torch.testing.assert_close(case.call(model, x), torch.cat([case.call(model, x[i : i + 1]) for i in range(3)]), **FLOAT64)
+        torch.testing.assert_close(
+            case.call(model, x), torch.cat([case.call(model, x[i : i + 1]) for i in range(3)]), **FLOAT64
+        )
 
 
 def test_the_published_plan_of_deit_s():
@@ -306,7 +345,14 @@ def test_the_published_plan_of_deit_s():
     assert abs(shape.macs([0] * 12) / 1e9 - 4.6) < 0.05 and abs(shape.macs(plan) / 1e9 - 2.70) < 0.03
 
 
-@pytest.mark.parametrize("size,width,r,macs,merged,end", [("base", 768, 13, 17.56, 10.37, 41), ("large", 1024, 7, 61.55, 34.71, 29), ("large", 1024, 8, 61.55, 30.96, 7)])
+@pytest.mark.parametrize(
+    "size,width,r,macs,merged,end",
+    [
+        ("base", 768, 13, 17.56, 10.37, 41),
+        ("large", 1024, 7, 61.55, 34.71, 29),
+        ("large", 1024, 8, 61.55, 30.96, 7),
+    ],
+)
 def test_published_work(size, width, r, macs, merged, end):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
@@ -317,7 +363,10 @@ def test_published_work(size, width, r, macs, merged, end):
     shape = plain_encoder(model).shape(196)
     plan = vtoken.strategies.ToMe(r=r).encoder_plan(shape)
     assert 197 - sum(plan) == end and len(plan) == layers
-    assert abs(shape.macs([0] * layers) / 1e9 - macs) < 0.02 * macs and abs(shape.macs(plan) / 1e9 - merged) < 0.02 * merged
+    assert (
+        abs(shape.macs([0] * layers) / 1e9 - macs) < 0.02 * macs
+        and abs(shape.macs(plan) / 1e9 - merged) < 0.02 * merged
+    )
     assert shape.width == width
 
 
@@ -349,7 +398,15 @@ def test_a_share_of_the_work_is_met(share):
 
 
 # -- gradients -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", [*(f"timm-{k}" for k in TIMM if "map" in k or k in ("plain", "eva", "distilled", "qk_norm")), *(f"open_clip-{k}" for k in OPEN_CLIP), "hf-Dinov2Model-sdpa", "hf-SiglipVisionModel-sdpa"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"timm-{k}" for k in TIMM if "map" in k or k in ("plain", "eva", "distilled", "qk_norm")),
+        *(f"open_clip-{k}" for k in OPEN_CLIP),
+        "hf-Dinov2Model-sdpa",
+        "hf-SiglipVisionModel-sdpa",
+    ],
+)
 def test_gradients_are_those_of_the_oracle(name):
     case = CASES[name]
     model = case.build().double().train()
@@ -365,4 +422,3 @@ def test_gradients_are_those_of_the_oracle(name):
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
     assert got[0].abs().max() > 0
-

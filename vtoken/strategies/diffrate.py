@@ -25,7 +25,7 @@ FORMS = {12: ("ViT-B-DeiT", "11.5"), 24: ("ViT-L-MAE", "42.3"), 32: ("ViT-H-MAE"
 
 @functools.cache
 def published() -> dict[str, Any]:
-    """The published rates by model: tokens of an image, depth, and per GFLOPs the tokens kept by every layer."""
+    """The published rates by model: tokens of an image, depth, per GFLOPs the tokens kept by every layer."""
     rows = json.loads(Path(__file__).with_name("diffrate_rates.json").read_text())
     return {name: row for name, row in rows.items() if isinstance(row, dict)}
 
@@ -39,10 +39,12 @@ def published() -> dict[str, Any]:
     paper="DiffRate: Differentiable Compression Rate for Efficient Vision Transformers, arXiv 2305.17997",
     code="github.com/OpenGVLab/DiffRate",
     code_licence="none",
-    differs="All prefix tokens stay in front, are never destinations and are left out of the ranking. Tokens are "
+    differs="All prefix tokens stay in front, are never destinations and are left out of the ranking. Tokens "
+    "are "
     "only sorted by importance where some go. With average pooling a survivor counts by the patches that it "
     "holds, not by its scaled size, and pruned patches read the survivors' mean. budget and flops without "
-    "learned rates are ours: a published row of the nearest depth, its shares raised to a power that meets the "
+    "learned rates are ours: a published row of the nearest depth, its shares raised to a power that meets "
+    "the "
     "goal. Encoders without class token are refused (the published CAFormer variant is left out).",
 )
 @dataclass
@@ -75,11 +77,15 @@ class DiffRate(EncoderStrategy):
         super().__post_init__()
         given = [n for n in ("rates", "prune", "budget", "flops") if getattr(self, n) is not None]
         if len(given) > 1:
-            raise ValueError(f"Give one of rates, prune with merge, budget and flops, found {' and '.join(given)}.")
+            raise ValueError(
+                f"Give one of rates, prune with merge, budget and flops, found {' and '.join(given)}."
+            )
         if (self.prune is None) != (self.merge is None) or len(self.prune or ()) != len(self.merge or ()):
             raise ValueError("prune and merge go together and name equally many layers.")
         if any(k < 2 for k in (*(self.prune or ()), *(self.merge or ()))):
-            raise ValueError("prune and merge keep the class token and at least one patch: 2 or more per layer.")
+            raise ValueError(
+                "prune and merge keep the class token and at least one patch: 2 or more per layer."
+            )
         if self.flops is not None and not 0 < self.flops <= 1:
             raise ValueError(f"flops must be a share in (0, 1], found {self.flops}.")
         if self.rates is not None:
@@ -105,7 +111,8 @@ class DiffRate(EncoderStrategy):
             row = self._row()
             if (row["tokens"] - 1, row["depth"]) != (shape.patches, shape.layers):
                 raise ValueError(
-                    f"The rates {self.rates} are for {row['tokens'] - 1} patches and {row['depth']} layers, this"
+                    f"The rates {self.rates} are for {row['tokens'] - 1} patches and {row['depth']} layers, "
+                    f"this"
                     f" encoder has {shape.patches} and {shape.layers}: use flops=... or learn_rates."
                 )
             prune, merge = row["prune"], row["merge"]
@@ -115,7 +122,9 @@ class DiffRate(EncoderStrategy):
         return self._steps(shape, [k + extra for k in prune], [k + extra for k in merge])
 
     @staticmethod
-    def _steps(shape: EncoderShape, prune: Sequence[int], merge: Sequence[int]) -> list[tuple[int, int] | None]:
+    def _steps(
+        shape: EncoderShape, prune: Sequence[int], merge: Sequence[int]
+    ) -> list[tuple[int, int] | None]:
         """Per layer the tokens kept after pruning and after merging, None where all stay."""
         n, steps = shape.patches + shape.prefix, []
         for after_prune, after_merge in zip(prune, merge, strict=True):
@@ -133,7 +142,9 @@ class DiffRate(EncoderStrategy):
         flops = 0.65 if self.flops is None and self.budget is None else self.flops
 
         def steps(power: float) -> list[tuple[int, int] | None]:
-            return self._steps(shape, *(self._scaled(row[k], row["tokens"], shape, power) for k in ("prune", "merge")))
+            return self._steps(
+                shape, *(self._scaled(row[k], row["tokens"], shape, power) for k in ("prune", "merge"))
+            )
 
         def left(power: float) -> float:
             removed, n = [], shape.patches + shape.prefix
@@ -146,7 +157,10 @@ class DiffRate(EncoderStrategy):
 
         low, high = 0.0, 64.0
         if left(high) > 1:
-            raise ValueError(f"diffrate cannot reduce this encoder to {'flops' if flops else 'budget'}={flops or self.budget}.")
+            raise ValueError(
+                f"diffrate cannot reduce this encoder to {'flops' if flops else 'budget'}="
+                f"{flops or self.budget}."
+            )
         for _ in range(48):
             middle = (low + high) / 2
             low, high = (middle, high) if left(middle) > 1 else (low, middle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,7 +49,7 @@ class EncoderStrategy(Strategy):
         raise NotImplementedError
 
     def begin_encoder(self, run: Any) -> None:
-        """Called before the first layer of a plain encoder. Raises ValueError for a batch that does not fit."""
+        """Called before the first layer of a plain encoder; ValueError for a batch that does not fit."""
 
     def asked(self, layer: int, plan: Any) -> bool:
         """Whether the method acts in this layer."""
@@ -151,7 +152,11 @@ class ScheduledMerging(EncoderStrategy):
     def is_identity(self) -> bool:
         if self.r is not None:
             return not any([self.r] if isinstance(self.r, int) else self.r)
-        return self.flops == 1.0 if self.flops is not None else self.budget == 1.0 and not isinstance(self.budget, int)
+        return (
+            self.flops == 1.0
+            if self.flops is not None
+            else self.budget == 1.0 and not isinstance(self.budget, int)
+        )
 
     def most(self, patches: int) -> int:
         """Tokens that one layer can remove from so many patch tokens."""
@@ -177,7 +182,7 @@ class ScheduledMerging(EncoderStrategy):
         return [int(first + (last - first) / (layers - 1) * i) for i in range(layers)]
 
     def _capped(self, wanted: Sequence[float], patches: int, carry: bool = False) -> tuple[int, ...]:
-        """The numbers, each cut to what its layer can remove; `carry` passes the rest on to the next layers."""
+        """The numbers, each cut to what its layer can remove; `carry` passes the rest on to later layers."""
         plan, debt = [], 0
         for r in wanted:
             debt = int(r) + (debt if carry else 0)
@@ -188,7 +193,7 @@ class ScheduledMerging(EncoderStrategy):
     def _even(self, total: float, shape: EncoderShape) -> tuple[int, ...]:
         """`total` tokens over all layers, equally many in each up to rounding and the cap."""
         at = [int(total * i / shape.layers) for i in range(shape.layers + 1)]
-        return self._capped([b - a for a, b in zip(at, at[1:])], shape.patches, carry=True)
+        return self._capped([b - a for a, b in pairwise(at)], shape.patches, carry=True)
 
     def _from_budget(self, shape: EncoderShape) -> tuple[int, ...]:
         budget = 0.5 if self.budget is None else check_budget(self.budget)
@@ -202,7 +207,9 @@ class ScheduledMerging(EncoderStrategy):
             )
         # where the last layers cannot remove their share, all remove more, and the last ones less
         totals = range(removed, most + 1)
-        plan = self._even(totals[bisect_left(totals, removed, key=lambda t: sum(self._even(t, shape)))], shape)
+        plan = self._even(
+            totals[bisect_left(totals, removed, key=lambda t: sum(self._even(t, shape)))], shape
+        )
         return self._capped([min(r, removed - sum(plan[:i])) for i, r in enumerate(plan)], shape.patches)
 
     def _from_flops(self, shape: EncoderShape, share: float) -> tuple[int, ...]:

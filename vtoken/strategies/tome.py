@@ -21,9 +21,11 @@ from .registry import register
     paper="Token Merging: Your ViT But Faster, arXiv 2210.09461",
     code="github.com/facebookresearch/ToMe",
     code_licence="CC-BY-NC-4.0",
-    differs="All prefix tokens are protected, registers included (the code protects a class and a distillation "
+    differs="All prefix tokens are protected, registers included (the code protects a class and a "
+    "distillation "
     "token), and without prefix the unmerged tokens stay in ascending order unless sort=False. Outputs have "
-    "their unpatched length, every patch reading the token that it joined, so that mean and attention pooling "
+    "their unpatched length, every patch reading the token that it joined, so that mean and attention "
+    "pooling "
     "weigh tokens by their sizes. Budgets and FLOPs as goals are ours, as is the use in the tower of a "
     "vision-language model, where one token per group enters the LLM, at the group's place on the grid, and "
     "crops that a model unpads are merged further, by their features, until the budget is met.",
@@ -39,7 +41,8 @@ class ToMe(ScheduledMerging):
     Args:
         sort: keep unmerged tokens in ascending order; False leaves them by falling similarity where the
             encoder has no prefix tokens, as the published code does.
-        kth: instead of r, every `kth` consecutive patch tokens become one in the layers `kth_layers`: the last
+        kth: instead of r, every `kth` consecutive patch tokens become one in the layers `kth_layers`: the
+            last
             of every group absorbs, the others join their most similar one of these; left-over tokens at the
             end are dropped.
         kth_layers: the layers for `kth`.
@@ -72,7 +75,8 @@ class ToMe(ScheduledMerging):
         unknown = [i for i in self.kth_layers if not 0 <= i < shape.layers]
         if unknown:
             raise ValueError(
-                f"kth_layers names layer {unknown[0]}, the encoder has layers 0 to {shape.layers - 1} that count."
+                f"kth_layers names layer {unknown[0]}, the encoder has layers 0 to {shape.layers - 1} that "
+                f"count."
             )
         plan, n = [], shape.patches
         for layer in range(shape.layers):

@@ -90,7 +90,7 @@ class Encoder(ABC):
         """The arguments of a layer for the tokens that are left, from those for all tokens."""
         return call
 
-    def wrap(self, wrap: Callable[..., None], forwards: Forwards) -> None:
+    def wrap(self, wrap: Callable[..., None], forwards: Forwards) -> None:  # noqa: B027 - often nothing
         """Replace the methods that return maps of layers: `wrap(owner, name, instead)`."""
 
     # -- provided --------------------------------------------------------------------------------------------
@@ -117,7 +117,9 @@ class Encoder(ABC):
 
     def shape(self, patches: int, drops: bool = False) -> EncoderShape:
         """The numbers on which a plan depends, for images of so many patches."""
-        weights = (p for n, p in self.trunk.named_parameters() if p.ndim == 4 and ("patch" in n or "conv1" in n))
+        weights = (
+            p for n, p in self.trunk.named_parameters() if p.ndim == 4 and ("patch" in n or "conv1" in n)
+        )
         embedding = sum(p.numel() for p in weights)
         shape = EncoderShape(len(self.layers), patches, self.prefix, embedding_macs=embedding)
         return shape_of(self.layers[0], shape, drops)
@@ -190,11 +192,7 @@ class Intermediates:
     """
 
     def __init__(
-        self,
-        layers: int,
-        prefix: int,
-        size: Callable[[Tensor], tuple[int, int]],
-        forwards: Forwards,
+        self, layers: int, prefix: int, size: Callable[[Tensor], tuple[int, int]], forwards: Forwards
     ) -> None:
         self.layers, self.prefix, self.size, self.forwards = layers, prefix, size, forwards
 
@@ -216,7 +214,7 @@ class Intermediates:
             return out | {names[0]: maps} | ({names[1]: first} if names[1] in out else {})
         maps = out if given["intermediates_only"] else out[1]
         if maps and isinstance(maps[0], tuple):
-            maps = list(zip(*spread(*zip(*maps))))
+            maps = list(zip(*spread(*zip(*maps))))  # type: ignore[arg-type]
         else:
             maps = spread(maps)[0]
         return maps if given["intermediates_only"] else (out[0], maps)

@@ -112,7 +112,8 @@ class EncoderLayer(ABC):
         masks = [k for k in given if "mask" in k or "causal" in k]
         if masks or any(a is not None for a in args):
             raise ValueError(
-                f"A layer of a patched encoder takes no mask, found {', '.join(masks) or 'one'}: leave it out,"
+                f"A layer of a patched encoder takes no mask, found {', '.join(masks) or 'one'}: leave it "
+                f"out,"
                 " or call the model inside `with vtoken.disabled(model)`."
             )
         return given
@@ -166,7 +167,11 @@ def differs(layer: EncoderLayer, call: Mapping[str, Any], tokens: int) -> float:
         call: further arguments of the layer.
         tokens: length of the sequence.
     """
-    norm = next(m for m in layer.module.modules() if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim == 1)
+    norm = next(
+        m
+        for m in layer.module.modules()
+        if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim == 1
+    )
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, tokens, len(norm.weight), generator=generator).to(norm.weight)
     training = [m for m in layer.module.modules() if m.training]

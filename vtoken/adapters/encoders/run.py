@@ -78,7 +78,9 @@ class EncoderRun:
 
     def _kept(self, device: torch.device) -> Tensor:
         """`kept`, made if nothing was merged."""
-        return torch.arange(self.tokens, device=device).expand(self.rows, -1) if self.kept is None else self.kept
+        return (
+            torch.arange(self.tokens, device=device).expand(self.rows, -1) if self.kept is None else self.kept
+        )
 
     def fuse(self, x: Tensor, count: int) -> Tensor:
         """Make one sequence of `count` neighbouring ones: all their prefix tokens, then all their patches.
@@ -140,7 +142,7 @@ class EncoderRun:
         return owner
 
     def places(self) -> Tensor:
-        """(images, patches) int64: the patch in whose place each patch's token stands, -1 for a dropped one."""
+        """(images, patches) int64: the patch in whose place each patch's token stands, -1 if dropped."""
         owner, first = self.owner(), self.shape.prefix
         if owner is None or self.kept is None:
             return torch.arange(self.shape.patches).expand(self.rows, -1)
@@ -148,12 +150,12 @@ class EncoderRun:
         return (place - first).clamp(min=-1)
 
     def patch_owners(self) -> Tensor | None:
-        """(rows, fused, patches) int64, the token of the last layer in which each patch ended, -1 for none."""
+        """(rows, fused, patches) int64, the last layer's token in which each patch ended, -1 for none."""
         owner = self.owner()
         return None if owner is None else owner.unflatten(1, (self.fused, -1))[..., self.shape.prefix :]
 
     def per_patch(self, value: Tensor) -> Tensor:
-        """Values of the patch tokens at present (rows, ..., tokens - prefix) -> of all patches of the input."""
+        """Values of the patch tokens at present (rows, ..., tokens - prefix) -> of all patches."""
         owner = self.owner()
         if owner is None:
             return value

@@ -142,9 +142,7 @@ class TimmEncoder(Encoder):
 
     def probe(self, tokens: int) -> dict[str, Any]:
         rope = getattr(self.trunk, "rope", None)
-        return {} if rope is None else {
-            "rope": rope.get_embed(shape=self.grid)[: tokens - self.prefix]
-        }
+        return {} if rope is None else {"rope": rope.get_embed(shape=self.grid)[: tokens - self.prefix]}
 
     def follow(self, run: EncoderRun, call: dict[str, Any]) -> dict[str, Any]:
         """The rotary embedding of the patches whose places the tokens take."""

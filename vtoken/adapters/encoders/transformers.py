@@ -65,7 +65,7 @@ class TransformersLayer(EncoderLayer):
     def attention_dropout(self) -> float:
         a = self._attention
         p = getattr(a, "attention_dropout", None) or getattr(a, "dropout", 0.0)
-        return float(p) if a.training else 0.0
+        return float(p or 0.0) if a.training else 0.0
 
     @property
     def parts(self) -> tuple[nn.Module, nn.Module]:
@@ -96,7 +96,9 @@ class TransformersEncoder(Encoder):
             return None
         for module in model.modules():
             embeddings = getattr(module, "embeddings", None)
-            if any(hasattr(embeddings, n) for n in ("patch_embedding", "patch_embeddings")) and _layers_of(module):
+            if any(hasattr(embeddings, n) for n in ("patch_embedding", "patch_embeddings")) and _layers_of(
+                module
+            ):
                 return module
         return None
 
@@ -113,7 +115,9 @@ class TransformersEncoder(Encoder):
 
     @property
     def has_cls(self) -> bool:
-        return any(isinstance(getattr(self._embeddings, n, None), Tensor) for n in ("class_embedding", "cls_token"))
+        return any(
+            isinstance(getattr(self._embeddings, n, None), Tensor) for n in ("class_embedding", "cls_token")
+        )
 
     @property
     def prefix(self) -> int:

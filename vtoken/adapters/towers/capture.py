@@ -153,7 +153,7 @@ class Capture:
         return items
 
     def merged_per_item(self, counts: Sequence[int]) -> list[Tensor | None]:
-        """Per image or video (patches,) int64, see `VisualTokens.merged`; None of a tower that never merges."""
+        """Per image or video (patches,) int64, see `VisualTokens.merged`; None without merges."""
         if not self.owners:
             return [None] * len(counts)
         items = self._split("merged", self.owners, counts)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 def default_factors(frames: int) -> tuple[int, ...]:
     """Clips that each fusing layer makes one: the primes of `frames`, the smallest multiplied to three."""
-    left, factors = frames, []
+    left = frames
+    factors: list[int] = []
     for prime in range(2, frames + 1):
         while left % prime == 0:
             left, factors = left // prime, [*factors, prime]

@@ -52,6 +52,4 @@ def merge_windows(
     into = (kept.long().cumsum(1) - 1).gather(1, owner)
     first = torch.arange(prefix, device=x.device).expand(segments, -1)
     weight = torch.nn.functional.pad(weight, (prefix, 0), value=1.0)
-    return EncoderMerge(
-        torch.cat([first, keep + prefix], 1), torch.cat([first, into + prefix], 1), weight
-    )
+    return EncoderMerge(torch.cat([first, keep + prefix], 1), torch.cat([first, into + prefix], 1), weight)
