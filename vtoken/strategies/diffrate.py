@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,18 +12,9 @@ from ..checks import found
 from ..selection import EncoderMerge
 from ..tokens import EncoderShape, EncoderTokens
 from .common.grouping import unit
+from .common.published_rates import FORMS, published, scaled
 from .merging import EncoderStrategy
 from .registry import register
-
-# for goals without learned rates: by depth, a published row whose form is kept
-FORMS = {12: ("ViT-B-DeiT", "11.5"), 24: ("ViT-L-MAE", "42.3"), 32: ("ViT-H-MAE", "103.4")}
-
-
-@functools.cache
-def published() -> dict[str, Any]:
-    """The published rates by model: tokens of an image, depth, per GFLOPs the tokens kept by every layer."""
-    rows = json.loads(Path(__file__).with_name("diffrate_rates.json").read_text())
-    return {name: row for name, row in rows.items() if isinstance(row, dict)}
 
 
 @register(
@@ -111,9 +98,8 @@ class DiffRate(EncoderStrategy):
             row = self._row()
             if (row["tokens"] - 1, row["depth"]) != (shape.patches, shape.layers):
                 raise ValueError(
-                    f"The rates {self.rates} are for {row['tokens'] - 1} patches and {row['depth']} layers, "
-                    f"this"
-                    f" encoder has {shape.patches} and {shape.layers}: use flops=... or learn_rates."
+                    f"The rates {self.rates} are for {row['tokens'] - 1} patches and {row['depth']} layers,"
+                    f" this encoder has {shape.patches} and {shape.layers}: use flops=... or learn_rates."
                 )
             prune, merge = row["prune"], row["merge"]
         assert prune is not None and merge is not None
@@ -143,7 +129,7 @@ class DiffRate(EncoderStrategy):
 
         def steps(power: float) -> list[tuple[int, int] | None]:
             return self._steps(
-                shape, *(self._scaled(row[k], row["tokens"], shape, power) for k in ("prune", "merge"))
+                shape, *(scaled(row[k], row["tokens"], shape, power) for k in ("prune", "merge"))
             )
 
         def left(power: float) -> float:
@@ -165,17 +151,6 @@ class DiffRate(EncoderStrategy):
             middle = (low + high) / 2
             low, high = (middle, high) if left(middle) > 1 else (low, middle)
         return steps(high)
-
-    @staticmethod
-    def _scaled(kept: Sequence[int], tokens: int, shape: EncoderShape, power: float) -> list[int]:
-        """Kept tokens for another depth and number of patches, their shares raised to a power."""
-        out = []
-        for layer in range(shape.layers):
-            at = layer / max(1, shape.layers - 1) * (len(kept) - 1)
-            below, above = math.floor(at), math.ceil(at)
-            share = (kept[below] + (kept[above] - kept[below]) * (at - below) - 1) / (tokens - 1)
-            out.append(shape.prefix + max(1, round(share**power * shape.patches)))
-        return out
 
     def asked(self, layer: int, plan: Sequence[Any]) -> bool:
         return layer < len(plan) and plan[layer] is not None

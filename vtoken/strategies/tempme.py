@@ -130,11 +130,8 @@ class TempMe(EncoderStrategy):
                 f"tempme leaves between {reached[1]:.3f} and {reached[0]:.3f} of the patch tokens with"
                 f" cross={self.cross} and intra={self.intra}, found budget={self.budget}."
             )
-        low, high = 0, most
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._plan(shape, middle)[1] <= wanted else (middle + 1, high)
-        return self._plan(shape, low)[0]
+        plans = (self._plan(shape, r) for r in range(most + 1))
+        return next(steps for steps, left in plans if left <= wanted)
 
     def _plan(self, shape: EncoderShape, r: int) -> tuple[list[Step], float]:
         """The steps, and the share of the patch tokens that they leave."""
@@ -178,13 +175,11 @@ class TempMe(EncoderStrategy):
 
     def merge_in_encoder(self, tokens: EncoderTokens) -> EncoderMerge | None:
         after = tokens.plan[tokens.layer].after
-        if not after:
+        if not after or tokens.keys is None:
             return None
-        assert tokens.keys is not None
         _, _, keep, into = bipartite_match(tokens.keys(), after, tokens.prefix)
         return EncoderMerge.weighted(keep, into, tokens.sizes)
 
-    # -- frame positions -------------------------------------------------------------------------------------
     @property
     def trained_positions(self) -> nn.ParameterList | None:
         """The frame positions, (clips, width) per fusing layer; None if none were made or loaded."""
