@@ -116,6 +116,19 @@ def test_chosen_frames_stand_for_the_whole_clip():
             assert shown == {w for w in text.split() if w in FORMS}
 
 
+def test_a_frame_drawn_anew_shows_the_same_objects_otherwise():
+    rng = np.random.default_rng(0)
+    made = clip.make_clip(4, "train", 12)
+    frame = made.moments[0].start
+    anew = clip.redrawn(made, frame, clip.Camera(rng, "train"), rng)
+    old = made.scene(frame)
+    assert [(o.shape, o.colour) for o in anew.objects] == [(o.shape, o.colour) for o in old.objects]
+    assert all((a.mask != b.mask).any() for a, b in zip(anew.objects, old.objects))
+    assert anew.image.tobytes() != old.image.tobytes()
+    item = clip.clip_batch(*small(clip)[1:3], 0, 4, "train", 0)
+    assert torch.allclose(item["shares"].sum(1), torch.ones(4)) and len(item["pixels"]) == len(item["which"])
+
+
 def test_a_caption_that_two_images_share_is_right_for_both():
     model, _, tokenizer, _ = small(clip)
     ids, which = clip.distinct(["a 4", "a 5", "a 4"], tokenizer)
