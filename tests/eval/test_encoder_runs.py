@@ -291,8 +291,8 @@ def test_a_video_that_cannot_be_read_ends_with_a_sentence(tmp_path):
 
 @pytest.fixture
 def shipped(monkeypatch):
-    """Tiny encoders "vit", of 8 classes, and "clip", as `vtoken.tiny` ships them."""
-    vit, clip = classifier(8), dual_encoder()
+    """Tiny encoders "vit", of 56 classes, and "clip", as `vtoken.tiny` ships them."""
+    vit, clip = classifier(56), dual_encoder()
     made = {"vit": (vit.model, preprocess, None), "clip": (clip.model, preprocess, clip.tokenizer)}
     monkeypatch.setattr(tiny, "load_encoder", made.__getitem__, raising=False)
 

@@ -1,6 +1,6 @@
 """Small generated data sets for plain encoders, in the exact layout of the real ones.
 
-The pictures are made of the photographs and shapes of `vtoken.tiny.scenes`, test split.
+They are the test splits of the tiny encoders that ship: `vtoken.tiny.topmost` and `vtoken.tiny.captions`.
 """
 
 from __future__ import annotations
@@ -9,22 +9,12 @@ import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from ...tiny.assets import SHAPES
-from ...tiny.scenes import COLOURS, SIZE, Scene, background, generator, make_scene, place_objects
+from ...tiny.captions import retrieval_set
+from ...tiny.topmost import CLASSES, labelled
 from .example_data import write_mp4
 from .msrvtt import COLUMNS, FILE
-
-
-def picture(seed: int, shape: int) -> Image.Image:
-    """A 96 x 96 picture of one shape, by its place in `SHAPES`, of a random colour at a random place."""
-    rng = generator(seed, "test", 7)
-    pixels, _ = background(rng, "test", SIZE, SIZE)
-    x, y = (int(v) for v in rng.integers(16, SIZE - 16, size=2))
-    place_objects(rng, pixels, "test", [shape], [int(rng.integers(len(COLOURS)))], [(x, y)])
-    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def write_imagenet(
@@ -46,9 +36,9 @@ def write_imagenet(
 
 
 def imagenet(folder: str | Path, images: int = 32) -> Path:
-    """An ImageFolder of pictures of one shape each, the shapes in turns; returns the folder."""
-    labels = [i % len(SHAPES) for i in range(images)]
-    return write_imagenet(folder, SHAPES, [(label, picture(i, label)) for i, label in enumerate(labels)])
+    """An ImageFolder of labelled scenes, classified by their topmost object; returns the folder."""
+    scenes = (labelled(i, "test") for i in range(images))
+    return write_imagenet(folder, CLASSES, [(label, scene.image) for scene, label in scenes])
 
 
 def write_msrvtt(
@@ -74,13 +64,9 @@ def write_msrvtt(
     return Path(folder)
 
 
-def caption(scene: Scene) -> str:
-    """The objects of a scene in words: "a red circle and a blue star"."""
-    return " and ".join(f"a {item.colour} {item.shape}" for item in scene.objects)
-
-
 def msrvtt(folder: str | Path, videos: int = 12) -> Path:
-    """Two-second clips, each of one scene that stands still, and what is in it; returns the folder."""
-    scenes = {f"video{7000 + i}": make_scene(200 + i, "test") for i in range(videos)}
-    captions = {video: caption(scene) for video, scene in scenes.items()}
-    return write_msrvtt(folder, captions, {video: [s.image] * 16 for video, s in scenes.items()})
+    """Clips of twelve frames at one frame per second, and what is seen in them; returns the folder."""
+    clips, captions = retrieval_set(videos, "test", 12)
+    names = [f"video{7000 + i}" for i in range(videos)]
+    frames = {name: list(clip.media) for name, clip in zip(names, clips, strict=True)}
+    return write_msrvtt(folder, dict(zip(names, captions, strict=True)), frames, fps=1)
