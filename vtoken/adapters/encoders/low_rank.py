@@ -26,12 +26,23 @@ def base_of(attention: Any) -> Any:
 
 
 def unreadable(attention: Any) -> str | None:
-    """The kind of a wrapper that is no low-rank update of the packed projection; None if there is none."""
+    """What is around an attention and no LoRA on its packed projection, in words; None if nothing else is.
+
+    LoRA of the output projection is refused: peft adds it twice when it writes it into the weights (0.21).
+    """
     for wrapper in _wrappers(attention):
         lora = hasattr(wrapper, "lora_A") and hasattr(wrapper, "get_delta_weight")
         if not lora or getattr(wrapper, "parameter_name", "in_proj_weight") != "in_proj_weight":
-            return type(wrapper).__name__
-    return None
+            return f"{type(wrapper).__name__} around its attention"
+    out = getattr(base_of(attention), "out_proj", None)
+    return (
+        None if next(_wrappers(out), None) is None else f"{type(out).__name__} around its output projection"
+    )
+
+
+READABLE = (
+    "only LoRA with target_parameters=['attn.in_proj_weight'] can be read: use that, or merge_and_unload"
+)
 
 
 def packed_weight(attention: Any) -> Tensor:
@@ -40,11 +51,8 @@ def packed_weight(attention: Any) -> Tensor:
     Raises:
         ValueError: if something else than low-rank updates is around the attention.
     """
-    if kind := unreadable(attention):
-        raise ValueError(
-            f"The attention is wrapped in {kind}, which vtoken cannot read: use LoRA, or merge it into the"
-            " weights first."
-        )
+    if found := unreadable(attention):
+        raise ValueError(f"A patched layer has {found}, and {READABLE} it first.")
     weight: Tensor = base_of(attention).in_proj_weight
     for wrapper in _wrappers(attention):
         if wrapper.disable_adapters:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .encoder import Encoder, Forwards, Intermediates, register_encoder
 from .layer import EncoderLayer, Heads, split_heads
-from .low_rank import base_of, packed_weight, unreadable
+from .low_rank import READABLE, base_of, packed_weight, unreadable
 
 
 class OpenClipLayer(EncoderLayer):
@@ -91,8 +91,9 @@ class OpenClipEncoder(Encoder):
             return "has gradient checkpointing on, which computes layers twice: turn it off"
         if not isinstance(getattr(self.trunk, "patch_dropout", nn.Identity()), nn.Identity):
             return "drops patches at random while it trains (patch_dropout)"
-        if kind := next(filter(None, (unreadable(m.attn) for m in self.modules if hasattr(m, "attn"))), None):
-            return f"has its attention wrapped in {kind}, and only LoRA on it can be read: merge it first"
+        found = (unreadable(m.attn) for m in self.modules if hasattr(m, "attn"))
+        if wrapped := next(filter(None, found), None):
+            return f"has {wrapped}, and {READABLE} it first"
         return None
 
     def wrap(self, wrap: Callable[..., None], forwards: Forwards) -> None:
