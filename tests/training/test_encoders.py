@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.tiny.encoders import clip, vit
+from training.tiny.encoders import clip, clip_data, vit
 from training.tiny.encoders.__main__ import train
 from training.tiny.encoders.dense import FORMS, TINTS, owners, targets
 from vtoken.tiny import encoders
@@ -108,8 +108,8 @@ def test_patches_know_their_object(patch):
 def test_chosen_frames_stand_for_the_whole_clip():
     rng = np.random.default_rng(0)
     for i in range(30):
-        made = clip.make_clip(i, "train", 12)
-        some = clip.chosen(made, rng)
+        made = clip_data.make_clip(i, "train", 12)
+        some = clip_data.chosen(made, rng)
         assert sum(share for _, share, _ in some) == pytest.approx(1)
         for frame, _, text in some:
             shown = {o.shape for o in made.scene(frame).objects}
@@ -118,20 +118,20 @@ def test_chosen_frames_stand_for_the_whole_clip():
 
 def test_a_frame_drawn_anew_shows_the_same_objects_otherwise():
     rng = np.random.default_rng(0)
-    made = clip.make_clip(4, "train", 12)
+    made = clip_data.make_clip(4, "train", 12)
     frame = made.moments[0].start
-    anew = clip.redrawn(made, frame, clip.Camera(rng, "train"), rng)
+    anew = clip_data.redrawn(made, frame, clip_data.Camera(rng, "train"), rng)
     old = made.scene(frame)
     assert [(o.shape, o.colour) for o in anew.objects] == [(o.shape, o.colour) for o in old.objects]
     assert all((a.mask != b.mask).any() for a, b in zip(anew.objects, old.objects))
     assert anew.image.tobytes() != old.image.tobytes()
-    item = clip.clip_batch(*small(clip)[1:3], 0, 4, "train", 0)
+    item = clip_data.clip_batch(*small(clip)[1:3], 0, 4, "train", 0)
     assert torch.allclose(item["shares"].sum(1), torch.ones(4)) and len(item["pixels"]) == len(item["which"])
 
 
 def test_a_caption_that_two_images_share_is_right_for_both():
     model, _, tokenizer, _ = small(clip)
-    ids, which = clip.distinct(["a 4", "a 5", "a 4"], tokenizer)
+    ids, which = clip_data.distinct(["a 4", "a 5", "a 4"], tokenizer)
     assert ids.shape[0] == 2 and which.tolist() == [0, 1, 0]
     texts = model.encode_text(ids, normalize=True)
     loss, right = clip.contrast(model, texts[which], ids, which)

@@ -1,4 +1,4 @@
-"""Recipes of the tiny encoders, one file each: ``python -m training.tiny.encoders vit``.
+"""Recipes of the tiny encoders, ``clip`` and ``vit``: ``python -m training.tiny.encoders vit``.
 
 A recipe has
 

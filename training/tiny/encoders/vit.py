@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
-from vtoken import tiny
 from vtoken.tiny.assets import SHAPES
 from vtoken.tiny.encoders import Preprocess
 from vtoken.tiny.encoders import build as build_from
@@ -24,18 +22,12 @@ from vtoken.tiny.topmost import CLASSES, MARGIN, labelled, topmost
 from ..card import plan, run, table
 from ..loop import optimise
 from .dense import Goal, PatchHeads, moved, owners, start, targets
+from .warm import warm_start
 
 PLAN: dict[str, Any] = {"steps": 240, "batch": 32, "rate": 1e-3, "muon_rate": 0.01}
 PATCH = 8
 SHARES = (0.75, 0.5, 0.25)
 APART = 50_000_000  # the scenes of seed s begin at s times this
-PARTS = {
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "attn.proj": "self_attn.out_proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
 CHECKS = 7_000_000  # the held-out scenes along the way begin here; those of the card at 0
 Batch = tuple[torch.Tensor, torch.Tensor, Goal, torch.Tensor]
 
@@ -61,31 +53,6 @@ def build(
     if width == 128:
         warm_start(model)
     return model, preprocess, None, config
-
-
-@torch.no_grad()
-def warm_start(model: Any) -> None:
-    """Take the weights of the tower of tiny LLaVA, in place; layers beyond its six stay as they are."""
-    prefix = "vision_tower."
-    stored = load_file(tiny.path("llava") / "model.safetensors")
-    tower = {n.removeprefix(prefix): t.float() for n, t in stored.items() if n.startswith(prefix)}
-    state = {
-        "cls_token": tower["embeddings.class_embedding"][None, None],
-        "pos_embed": tower["embeddings.position_embedding.weight"][None],
-        "patch_embed.proj.weight": tower["embeddings.patch_embedding.weight"],
-    }
-    for kind in ("weight", "bias"):
-        state[f"norm_pre.{kind}"] = tower[f"pre_layrnorm.{kind}"]
-        state[f"norm.{kind}"] = tower[f"post_layernorm.{kind}"]
-        for i in range(6):
-            own, theirs = f"blocks.{i}.", f"encoder.layers.{i}."
-            state[f"{own}attn.qkv.{kind}"] = torch.cat(
-                [tower[f"{theirs}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            )
-            for mine, its in PARTS.items():
-                state[f"{own}{mine}.{kind}"] = tower[f"{theirs}{its}.{kind}"]
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and all(n.startswith(("blocks.6.", "blocks.7.", "head.")) for n in missing)
 
 
 def batch(preprocess: Preprocess, first: int, size: int, split: str, step: int) -> Batch:
@@ -226,6 +193,7 @@ merged token.
 
 ```python
 from vtoken import tiny
+
 model, preprocess, _ = tiny.load_encoder("vit")
 logits = model(preprocess(image)[None])  # (1, 56), in the order of vtoken.tiny.topmost.CLASSES
 ```
