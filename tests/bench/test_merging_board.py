@@ -42,8 +42,9 @@ FAKE = {
 
 
 def test_tempme_is_told_the_frames(board):
-    chosen = board.settings(board.VIDEO, (0.5,))
-    assert chosen == [("tempme", {"flops": 0.5, "frames": 12}), ("tome", {"flops": 0.5})]
+    chosen = board.video_settings((0.5,))
+    assert all(options["frames"] == 12 for strategy, options in chosen if strategy == "tempme")
+    assert chosen[0] == ("tempme", {"frames": 12, "r": 0}) and chosen[-1] == ("tome", {"flops": 0.5})
 
 
 def test_speed_compares_with_the_plain_model_in_turns(board, monkeypatch):
@@ -81,7 +82,16 @@ def test_rows_of_videos(board, tmp_path, monkeypatch):
 
     monkeypatch.setattr(board, "CLIPS", 4)
     rows = board.video_rows(*load_encoder("clip"), 12, 1, (0.5,), **FAKE)
-    assert [row["strategy"] for row in rows] == ["unpatched", "tempme", "tome"]
+    assert [row["strategy"] for row in rows] == ["unpatched", *["tempme"] * len(board.TEMPME), "tome"]
     assert rows[0]["rsum"] > 400 > rows[1]["rsum"]
     assert rows[0]["gflops"] == pytest.approx(2.4) and rows[1]["gflops"] == pytest.approx(1.2)
     board.draw({"clip": rows}, tmp_path / "board.png")
+
+
+def test_rows_of_training(board):
+    from vtoken.tiny import load_encoder
+
+    pytest.importorskip("peft")
+    merged, plain = board.trained_rows(*load_encoder("clip"), 4, steps=2, batch=2)
+    assert merged["strategy"] == "tempme, trained" and plain["strategy"] == "unpatched, trained"
+    assert 0 < merged["gflops"] < plain["gflops"] and all(0 <= r["rsum"] <= 600 for r in (merged, plain))
