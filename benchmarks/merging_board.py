@@ -165,7 +165,7 @@ def trained_rows(
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for i in range(0, batch * steps, batch):
             frames = [preprocess(f) for clip in clips[i : i + batch] for f in clip.media]
-            yield torch.stack(frames), tokenizer(texts[i : i + batch])
+            yield torch.stack(frames).unflatten(0, (-1, FRAMES)), tokenizer(texts[i : i + batch])
 
     held_out, asked = retrieval_set(n, frames=FRAMES)
     rows: list[Row] = []
