@@ -205,6 +205,42 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
+def tables(report: dict[str, Any]) -> str:
+    """The rows of both encoders as markdown."""
+    kinds = {
+        "vit": {"top1": "top-1, %", "gflops": "GFLOPs", "share": "share", "speed": "speed"},
+        "clip": {
+            "t2v_r1": "t2v R@1",
+            "v2t_r1": "v2t R@1",
+            "rsum": "R-sum",
+            "gflops": "GFLOPs",
+            "share": "share",
+        }
+        | {"speed": "speed"},
+    }
+    lines = []
+    for name, columns in kinds.items():
+        rows = [row for row in report.get(name, ()) if "gflops" in row]
+        dense = rows[0]["gflops"] if rows else 1.0
+        lines += ["", f"Tiny {name}:", "", f"| method | {' | '.join(columns.values())} |", "|---" * 7 + "|"]
+        lines[-1] = "|---" * (1 + len(columns)) + "|"
+        for row in rows:
+            options = {k: v for k, v in row.items() if k in ("flops", "r", "cross", "intra")}
+            row = row | {"share": f"{row['gflops'] / dense:.0%}"}
+            label = " ".join([row["strategy"], *(f"{k}={v}" for k, v in options.items())])
+            shown = (row.get(key, "-") for key in columns)
+            cells = [v if isinstance(v, str) else f"{v:.3g}" if v < 10 else f"{v:.1f}" for v in shown]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def write_page(report: dict[str, Any], page: Path) -> None:
+    """Put the tables between the marks of a page."""
+    before, rest = page.read_text().split("<!-- tables -->")
+    after = rest.split("<!-- end -->")[1]
+    page.write_text(f"{before}<!-- tables -->\n{tables(report)}\n<!-- end -->{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -216,8 +252,14 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=60, help="steps of training through tempme; 0: none")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("docs/board/merging.json"))
+    parser.add_argument(
+        "--page", type=Path, help="write the tables of what is in --out into this page, run nothing"
+    )
     arguments = parser.parse_args()
-    facts = {k: v for k, v in vars(arguments).items() if k != "out"}
+    if arguments.page:
+        write_page(json.loads(arguments.out.read_text()), arguments.page)
+        return
+    facts = {k: v for k, v in vars(arguments).items() if k not in ("out", "page")}
     report: dict[str, Any] = {"about": facts, "machine": machine(torch.device(arguments.device))}
     for name, rows, count in (("vit", image_rows, 2000), ("clip", video_rows, 500)):
         if arguments.only in (None, name):
