@@ -64,8 +64,7 @@ class LLaVolta(Strategy):
         return self.layer == -1
 
     def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
-        inside = num_layers // 2 if self.layer is None else self.layer
-        return () if inside == -1 else (inside,)
+        return () if self.layer == -1 else (num_layers // 2 if self.layer is None else self.layer,)
 
     def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         if self.layer != -1:

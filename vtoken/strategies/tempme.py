@@ -123,14 +123,13 @@ class TempMe(EncoderStrategy):
         if self.budget is None:
             return self._plan(shape, self.r)[0]
         wanted = self.allowance().share_of(shape.patches)
-        most = shape.patches // 2
-        reached = [self._plan(shape, r)[1] for r in (0, most)]
+        reached = [self._plan(shape, r)[1] for r in (0, shape.patches // 2)]
         if not reached[1] <= wanted <= reached[0]:
             raise ValueError(
                 f"tempme leaves between {reached[1]:.3f} and {reached[0]:.3f} of the patch tokens with"
                 f" cross={self.cross} and intra={self.intra}, found budget={self.budget}."
             )
-        plans = (self._plan(shape, r) for r in range(most + 1))
+        plans = (self._plan(shape, r) for r in range(shape.patches // 2 + 1))
         return next(steps for steps, left in plans if left <= wanted)
 
     def _plan(self, shape: EncoderShape, r: int) -> tuple[list[Step], float]:
