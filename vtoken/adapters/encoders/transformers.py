@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -141,7 +142,9 @@ class TransformersEncoder(Encoder):
         return None
 
     def probe(self, tokens: int) -> dict[str, Any]:
-        return {"attention_mask": None}
+        # an argument without default in some layers, unknown to others
+        named = "attention_mask" in inspect.signature(type(self.modules[0]).forward).parameters
+        return {"attention_mask": None} if named else {}
 
     def wrap(self, wrap: Callable[..., None], forwards: Forwards) -> None:
         wrap(self.trunk, "forward", HiddenStates(forwards))
