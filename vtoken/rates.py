@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from .strategies.common.grouping import unit
 from .tokens import EncoderShape
 
 EPSILON = 1e-6
+ROUNDING = 1e-4
 
 
 class KeptTokens(nn.Module):
@@ -47,7 +48,8 @@ class KeptTokens(nn.Module):
     def count(self) -> Tensor:
         """The kept tokens, prefix included; rounded up, with the gradient of the mean."""
         mean = (self.candidates * self.logits.softmax(0)).sum()
-        return mean + (mean.ceil() - mean).detach() + self.prefix
+        # a mean that is whole but for rounding does not become the next number
+        return mean + ((mean - ROUNDING).ceil() - mean).detach() + self.prefix
 
     def mask(self, tokens: int, alive: int) -> Tensor:
         """(tokens,) by rank: 1 for those kept, 0 for those of the first `alive` that go, 1 for the rest.
@@ -64,10 +66,15 @@ class KeptTokens(nn.Module):
 class Search:
     """The masked forwards of one encoder.
 
+    Tokens keep their places, so that rotary embeddings go on fitting; masks are read by a token's rank.
+
     Attributes:
         encoder: the encoder.
         shape: its shape.
         prune, merge: per layer the kept tokens.
+        mask, sizes: (rows, n), of the tokens of the latest forward.
+        owner: (rows, n) int64, the token that each one joined, -1 for a pruned one.
+        tokens: how many are left.
         flops: multiply-adds of the layers in the latest forward.
     """
 
@@ -77,6 +84,7 @@ class Search:
     merge: list[KeptTokens]
     mask: Tensor = field(default_factory=lambda: torch.empty(0))
     sizes: Tensor = field(default_factory=lambda: torch.empty(0))
+    owner: Tensor = field(default_factory=lambda: torch.empty(0))
     tokens: Tensor = field(default_factory=lambda: torch.empty(0))
     flops: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -96,15 +104,27 @@ class Search:
     ) -> Tensor:
         x = x.transpose(0, 1) if layer.transposed else x
         if i == 0:
-            self.mask, self.sizes = (torch.ones(x.shape[:2], device=x.device) for _ in range(2))
-            self.tokens = torch.tensor(float(x.shape[1]))
-            self.flops = torch.tensor(float(self.shape.patches * self.shape.embedding_macs))
+            self._begin(x)
         heads = layer.heads(x, layer.arguments(args, kwargs))
         attention = self._attention(heads.query @ heads.key.mT * layer.scale)
-        attended = (attention.to(x.dtype) @ heads.value).transpose(1, 2).flatten(2)
-        x = self._compressed(i, x + layer.mixed(attended, heads), attention[:, :, 0].mean(1))
+        dropped = F.dropout(attention, layer.attention_dropout).to(heads.value.dtype)
+        attended = (dropped @ heads.value).transpose(1, 2).flatten(2)
+        x = self._compressed(i, x + layer.mixed(attended, heads), attention[:, :, 0].mean(1).detach())
         x = x + layer.mlp(x)
+        x = self._spread(x) if i == len(self.prune) - 1 else x
         return x.transpose(0, 1) if layer.transposed else x
+
+    def _begin(self, x: Tensor) -> None:
+        rows, n, _ = x.shape
+        if n != self.shape.patches + self.shape.prefix:
+            raise ValueError(
+                f"learn_rates learns for {self.shape.patches} patches, the encoder's own image size, found"
+                f" {n - self.shape.prefix}: resize the images."
+            )
+        self.mask, self.sizes = (torch.ones(rows, n, device=x.device) for _ in range(2))
+        self.owner = torch.arange(n, device=x.device).expand(rows, -1)
+        self.tokens = torch.tensor(float(n))
+        self.flops = torch.tensor(float(self.shape.patches * self.shape.embedding_macs))
 
     def _attention(self, logits: Tensor) -> Tensor:
         """(rows, heads, n, n) float32: masked tokens are seen by themselves only."""
@@ -115,41 +135,60 @@ class Search:
         return (weight + EPSILON / n) / (weight.sum(-1, keepdim=True) + EPSILON)
 
     def _compressed(self, i: int, x: Tensor, importance: Tensor) -> Tensor:
-        p, rows = self.shape.prefix, len(x)
-        ranks = importance[:, p:].detach().sort(dim=1, descending=True, stable=True).indices + p
+        p, (rows, n, _) = self.shape.prefix, x.shape
+        # removed tokens rank last, whatever attention the epsilon leaves them
+        importance = importance.masked_fill(self.mask.detach() < 0.5, -1.0)
+        ranks = importance[:, p:].sort(dim=1, descending=True, stable=True).indices + p
         order = torch.cat([torch.arange(p, device=x.device).expand(rows, -1), ranks], 1)
-        x = x.gather(1, order[..., None].expand_as(x))
-        self.mask, self.sizes = self.mask.gather(1, order), self.sizes.gather(1, order)
+        rank = order.argsort(1)
         before, alive, (prune, merge) = self.tokens, int(self.tokens.detach()), (self.prune[i], self.merge[i])
         after_prune, after_merge = prune.count(), merge.count()
-        if int(after_prune.detach()) < alive:
-            self.mask = self.mask * prune.mask(x.shape[1], alive)
-            alive = int(after_prune.detach())
-        if int(after_merge.detach()) < alive:
-            x = self._merged(x, int(after_merge.detach()), alive)
-            self.mask = self.mask * merge.mask(x.shape[1], alive)
-            alive = int(after_merge.detach())
+        step = torch.arange(n, device=x.device).repeat(rows, 1)
+        if (left := int(after_prune.detach())) < alive:
+            self.mask = self.mask * prune.mask(n, alive)[rank]
+            step, alive = step.scatter(1, order[:, left:alive], -1), left
+        if (left := int(after_merge.detach())) < alive:
+            sources = order[:, left:alive]
+            x, targets = self._merged(x, order[:, p:left], sources)
+            self.mask = self.mask * merge.mask(n, alive)[rank]
+            step, alive = step.scatter(1, sources, targets), left
+        self.owner = step.gather(1, self.owner.clamp(min=0)).where(self.owner >= 0, -1)
         # the published gradient of the minimum: 1 to both numbers of this layer, 0 to the layers before
         self.tokens = alive + (after_prune - after_prune.detach()) + (after_merge - after_merge.detach())
         self.flops = self.flops + before * self.shape.attention_macs + 2 * before**2 * self.shape.width
         self.flops = self.flops + self.tokens * self.shape.mlp_macs
         return x
 
-    def _merged(self, x: Tensor, left: int, alive: int) -> Tensor:
-        """Features and sizes after tokens of rank left..alive joined; these stay in place, to be masked."""
-        p = self.shape.prefix
-        alike = unit(x[:, p:alive].detach().float())
-        best = (alike[:, left - p :] @ alike[:, : left - p].mT).max(2)
-        target = best.indices + p
-        count = torch.ones(x.shape[0], left, device=x.device).scatter_add(
-            1, target, torch.ones_like(best.values)
-        )
-        groups = x[:, :left].scatter_add(1, target[..., None].expand(-1, -1, x.shape[2]), x[:, left:alive])
-        moved = (self.sizes[:, left:alive] * best.values).clamp(min=1)
-        self.sizes = torch.cat(
-            [self.sizes[:, :left].scatter_add(1, target, moved), moved, self.sizes[:, alive:]], 1
-        )
-        return torch.cat([(groups / count[..., None]).to(x), x[:, left:]], 1)
+    def _merged(self, x: Tensor, kept: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
+        """Features after the sources (rows, k) joined, and the tokens that they joined; sizes follow.
+
+        The sources stay in place, to be masked.
+        """
+        alike = unit(x.detach())
+        ours, theirs = (alike.gather(1, _wide(index, x)) for index in (sources, kept))
+        best = (ours @ theirs.mT).max(2)
+        targets = kept.gather(1, best.indices)
+        count = torch.ones_like(self.sizes).scatter_add(1, targets, torch.ones_like(best.values))
+        groups = x.scatter_add(1, _wide(targets, x), x.gather(1, _wide(sources, x)))
+        # at least 1 while training only, as published
+        moved = (self.sizes.gather(1, sources) * best.values).clamp(min=1)
+        self.sizes = self.sizes.scatter_add(1, targets, moved)
+        return (groups / count[..., None]).to(x), targets
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """After the last layer patches read the token that they joined, pruned ones the mean of the others.
+
+        That is what a patched encoder gives to pools and heads. The mean of the patches has the masks'
+        gradient too, which is that of the published mean of a masked sequence.
+        """
+        p, alive = self.shape.prefix, (self.owner >= 0).float()
+        out = x.gather(1, _wide(self.owner.clamp(min=0), x))
+        held = torch.zeros_like(self.sizes).scatter_add(1, self.owner.clamp(min=0), alive)[:, p:, None]
+        held = held / held.sum(1, keepdim=True)
+        mean = (x[:, p:].float() * held).sum(1, keepdim=True)
+        out = torch.where(alive[..., None] > 0, out, mean.to(x))
+        masked = (x[:, p:].detach().float() * held * self.mask[:, p:, None]).sum(1, keepdim=True)
+        return torch.cat([out[:, :p], out[:, p:] + (masked - masked.detach()).to(x)], 1)
 
     def strategy(self) -> DiffRate:
         """The present numbers."""
@@ -158,6 +197,11 @@ class Search:
             tuple(max(2, int(k.count().detach()) - extra) for k in each) for each in (self.prune, self.merge)
         )
         return DiffRate(prune=prune, merge=merge)
+
+
+def _wide(index: Tensor, x: Tensor) -> Tensor:
+    """An index (rows, k) of the tokens x (rows, n, C), for all channels."""
+    return index[..., None].expand(-1, -1, x.shape[2])
 
 
 def learn_rates(
@@ -169,6 +213,7 @@ def learn_rates(
     step: int = 4,
     weight: float = 5.0,
     lr: float = 0.01,
+    whole: Sequence[int] = (0,),
     logits: Callable[[Any], Tensor] = lambda out: getattr(out, "logits", out),
     on_step: Callable[[int, float, float], None] | None = None,
 ) -> DiffRate:
@@ -182,6 +227,8 @@ def learn_rates(
         steps: number of updates; the learning rate falls from `lr` to a tenth of it along a cosine.
         step: distance between candidates, in tokens.
         weight: of the squared distance to the goal, in GFLOPs, in the loss.
+        whole: layers that remove nothing, negative ones from the end; published are (0,) for DeiT and (0, -1)
+            for MAE, which averages the patches.
         logits: reads the logits off the model's output.
         on_step: called with the step, the classification loss and the GFLOPs of an image.
 
@@ -199,7 +246,7 @@ def learn_rates(
     if not 0 < flops <= 1:
         raise ValueError(f"flops must be a share in (0, 1], found {flops}.")
     encoder.check()
-    search = _search(encoder, step)
+    search = _search(encoder, step, whole)
     goal = flops * search.shape.macs([0] * search.shape.layers) / 1e9
     chosen = nn.ModuleList([*search.prune, *search.merge])
     optimiser = torch.optim.AdamW(chosen.parameters(), lr=lr, weight_decay=0.0)
@@ -230,13 +277,14 @@ def learn_rates(
     return search.strategy()
 
 
-def _search(encoder: Encoder, step: int) -> Search:
-    """A search at its start: all layers but the first may compress."""
+def _search(encoder: Encoder, step: int, whole: Sequence[int] = (0,)) -> Search:
+    """A search at its start: all layers but the `whole` ones may compress."""
     patches = encoder.grid[0] * encoder.grid[1]
     shape, device = encoder.shape(patches), next(encoder.trunk.parameters()).device
+    keep = {i % shape.layers for i in whole}
 
     def counts() -> list[KeptTokens]:
         each = range(shape.layers)
-        return [KeptTokens(patches, shape.prefix, step if i else None).to(device) for i in each]
+        return [KeptTokens(patches, shape.prefix, None if i in keep else step).to(device) for i in each]
 
     return Search(encoder, shape, counts(), counts())

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import vtoken
+from vtoken.adapters.encoders.encoder import encoder_for
+from vtoken.adapters.encoders.layer import Heads
 from vtoken.rates import KeptTokens, Search, _search, learn_rates
 from vtoken.strategies.diffrate import DiffRate, published
-from vtoken.tokens import EncoderShape
+from vtoken.tokens import EncoderShape, EncoderTokens
 
-from .models import images, scrambled
+from .models import CASES, images, scrambled
 from .oracle import attention, mlp
 
 timm = pytest.importorskip("timm")
@@ -220,8 +222,6 @@ def test_masked_and_shortened_forwards_agree(kept):
     prune, merge = LISTS[kept]
     prune, merge = [26, *prune[1:]], [26, *merge[1:]]
     model, x = vit(), images(2)
-    from vtoken.adapters.encoders.encoder import encoder_for
-
     search = _search(encoder_for(model), 1)
     settled(search, prune, merge)
     with torch.no_grad():
@@ -256,8 +256,6 @@ def test_the_search_goes_to_its_goal_and_leaves_the_weights():
 
 
 def vtoken_dense(model):
-    from vtoken.adapters.encoders.encoder import encoder_for
-
     shape = encoder_for(model).shape(25)
     return shape.macs([0] * shape.layers) / 1e9
 
@@ -273,3 +271,169 @@ def test_the_published_table_is_whole():
     assert all(
         len(x) == r["depth"] for r in rows.values() for each in r["rates"].values() for x in each.values()
     )
+
+
+# -- one layer on its own ------------------------------------------------------------------------------------
+def layer_tokens(kept, left, prefix=2, n=14, rows=3):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(rows, n, 8, generator=generator, dtype=torch.float64)
+    sizes = torch.cat([torch.ones(rows, prefix), 1 + torch.rand(rows, n - prefix, generator=generator)], 1)
+    row = torch.rand(rows, n, generator=generator)
+    tokens = EncoderTokens(0, x, prefix, sizes.double(), [(kept, left)], cls_attention=lambda: row)
+    return tokens, row
+
+
+def test_pruning_gathers_the_most_attended_and_leaves_sizes():
+    tokens, row = layer_tokens(7, 7)
+    made = DiffRate().merge_in_encoder(tokens)
+    for b in range(3):
+        best = [0, 1, *sorted(range(2, 14), key=lambda i: -float(row[b, i]))[:5]]
+        assert made.keep[b].tolist() == best
+        assert [int(i) for i in (made.into[b] >= 0).nonzero()] == sorted(best)
+        assert torch.equal(made.sizes[b], tokens.sizes[b, best])
+
+
+def test_merging_spares_the_prefix_and_scales_sizes_by_cosines():
+    tokens, row = layer_tokens(14, 5)
+    made, x = DiffRate().merge_in_encoder(tokens), tokens.hidden_states
+    assert torch.equal(made.sizes[:, :2], torch.ones(3, 2).double())
+    for b in range(3):
+        order = [0, 1, *sorted(range(2, 14), key=lambda i: -float(row[b, i]))]
+        assert made.keep[b].tolist() == order[:5]
+        total = sum(float(tokens.sizes[b, i]) for i in order[:5])
+        for i in order[5:]:
+            cosines = [float(F.cosine_similarity(x[b, i], x[b, j], 0)) for j in order[2:5]]
+            assert made.into[b, i] == 2 + cosines.index(max(cosines))
+            total += float(tokens.sizes[b, i]) * max(cosines)
+        assert float(made.sizes[b].sum()) == pytest.approx(total, rel=1e-9)
+        for j in range(5):
+            group = made.into[b] == j
+            assert made.weight[b, group].tolist() == pytest.approx([1 / int(group.sum())] * int(group.sum()))
+
+
+def test_the_class_tokens_row_is_that_of_the_whole_map():
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, 3, 7, 4, generator=generator) for _ in range(3))
+    bias = (1 + 3 * torch.rand(2, 7, generator=generator)).log()
+    whole = (q @ k.mT * 0.5 + bias[:, None, None]).softmax(-1)
+    torch.testing.assert_close(Heads(q, k, v, k).first_row(0.5, bias), whole[:, :, 0].mean(1))
+
+
+def test_numbers_for_more_patches_are_refused():
+    with pytest.raises(ValueError, match=r"keep up to 197 tokens, .*reads only 26"):
+        vtoken.patch(vit(), "diffrate", prune=[197, 190, 50, 3], merge=[197, 180, 40, 3])
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({}, "diffrate(flops=0.65)"),
+        (dict(prop_attn=False), "diffrate(flops=0.65, prop_attn=False)"),
+        (dict(budget=0.5), "diffrate(budget=0.5)"),
+        (dict(prune=[9, 5], merge=[8, 4]), "diffrate(prune=(9, 5), merge=(8, 4))"),
+    ],
+)
+def test_the_description_names_the_goal(options, words):
+    assert DiffRate(**options).describe() == words
+
+
+# -- the search in every kind of encoder ---------------------------------------------------------------------
+def classifier():
+    import transformers as tf
+
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
+    vision = tf.CLIPVisionConfig(image_size=35, patch_size=7, **shape).to_dict()
+    config = tf.CLIPConfig(vision_config=vision, num_labels=5)
+    return scrambled(tf.CLIPForImageClassification(config))
+
+
+KINDS = [
+    *("timm-registers", "timm-distilled", "timm-cls_avg", "timm-eva", "timm-eva_half", "timm-eva_registers"),
+    *("open_clip-tok", "open_clip-avg", "open_clip-sequence_first"),
+    *("hf-CLIPVisionModel-sdpa", "hf-ViTModel-sdpa", "hf-Dinov2WithRegistersModel-eager", "classifier"),
+]
+
+
+@pytest.mark.parametrize("removed", ["prune only", "nothing"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_and_shortened_forwards_agree_in(kind, removed):
+    """Rotary embeddings stay with their patches; means of patches are those of the patches that are left."""
+    case = CASES.get(kind)
+    model = classifier() if case is None else case.build()
+    call = (lambda m, x: m(x).logits) if case is None else case.call
+    search = _search(encoder_for(model), 1)
+    settled(search, [26, *LISTS["prune only"][0][1:]] if removed == "prune only" else [26] * 4, [26] * 4)
+    with torch.no_grad():
+        plain = call(model, images(2))
+        with search.applied():
+            masked = call(model, images(2))
+        with vtoken.applied(model, search.strategy()):
+            short = call(model, images(2))
+    torch.testing.assert_close(masked, short, rtol=1e-4, atol=1e-4)
+    assert ((plain - short).abs().max() > 1e-2) == (removed == "prune only")
+
+
+def test_the_mean_of_the_patches_has_the_masks_gradient():
+    search = _search(encoder_for(vit()), 1)
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(1, 26, 8, generator=generator)
+    owner = torch.arange(26).repeat(1, 1)
+    owner[0, 20:], owner[0, 10] = -1, 5  # six are pruned, one has joined
+    search.mask = (owner == torch.arange(26)).float().requires_grad_(True)
+    search.sizes, search.owner = torch.ones(1, 26), owner
+    mean = search._spread(x)[:, 1:].mean(1)
+    held = torch.tensor([float((owner[0, 1:] == i).sum()) for i in range(1, 26)]) / 19
+    torch.testing.assert_close(mean[0], (held[:, None] * x[0, 1:]).sum(0))
+    (got,) = torch.autograd.grad(mean.sum(), search.mask)
+    torch.testing.assert_close(got[0, 1:], held * x[0, 1:].sum(1))
+    assert float(got[0, 0]) == 0
+
+
+def test_a_mean_that_is_whole_is_not_rounded_up():
+    for patches in range(4, 400):
+        for step in (1, 2, 4):
+            candidates = list(range(patches, 0, -step))
+            want = -(-sum(candidates) // len(candidates)) + 1
+            assert int(KeptTokens(patches, 1, step).count()) == want, (patches, step)
+
+
+def test_layers_that_shall_stay_whole_do():
+    search = _search(encoder_for(vit()), 1, (0, -1))
+    assert (
+        [len(k.candidates) for k in search.prune]
+        == [len(k.candidates) for k in search.merge]
+        == [1, 25, 25, 1]
+    )
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"learns for 25 patches, .*found 36"):
+        learn_rates(vit(dynamic_img_size=True), [(images(2, 42), torch.tensor([0, 1]))], 0.5, steps=1)
+
+
+@pytest.mark.parametrize("kind", ["timm-eva", "timm-cls_avg", "open_clip-tok", "hf-CLIPVisionModel-sdpa"])
+def test_the_search_goes_to_its_goal_in(kind):
+    model, seen = CASES[kind].build(), []
+    batches = [
+        (images(2, seed=i), torch.randint(0, 6, (2,), generator=torch.Generator().manual_seed(i)))
+        for i in range(25)
+    ]
+    goal = 0.75 * encoder_for(model).shape(25).macs([0] * 4) / 1e9
+    learned = learn_rates(
+        model,
+        batches,
+        0.75,
+        steps=25,
+        step=1,
+        lr=0.1,
+        weight=1e8,
+        logits=lambda out: (
+            out if isinstance(out, torch.Tensor) else out[0] if isinstance(out, tuple) else out.pooler_output
+        ),
+        on_step=lambda *now: seen.append(now[2]),
+    )
+    assert abs(seen[-1] - goal) < 0.5 * abs(seen[0] - goal)
+    with torch.no_grad(), vtoken.applied(model, learned):
+        CASES[kind].call(model, images(1))
+        # rates learned last are one update newer than the last measured
+        assert vtoken.report(model).gflops == pytest.approx(goal, rel=0.08)

@@ -422,3 +422,10 @@ def test_gradients_are_those_of_the_oracle(name):
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
     assert got[0].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "options, said", [({"r": (1, 2)}, "tome(r=(1, 2))"), ({}, "tome(budget=0.5)")], ids=str
+)
+def test_description(options, said):
+    assert vtoken.strategies.create("tome", **options).describe() == said

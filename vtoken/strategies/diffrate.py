@@ -105,6 +105,11 @@ class DiffRate(EncoderStrategy):
         assert prune is not None and merge is not None
         if len(prune) != shape.layers:
             raise ValueError(f"prune and merge name {len(prune)} layers, the encoder has {shape.layers}.")
+        if (most := max(*prune, *merge)) > shape.patches + 1:
+            raise ValueError(
+                f"prune and merge keep up to {most} tokens, class token included, this encoder reads only"
+                f" {shape.patches + 1}: the numbers are for more patches; use flops=... or learn_rates."
+            )
         return self._steps(shape, [k + extra for k in prune], [k + extra for k in merge])
 
     @staticmethod
@@ -143,14 +148,20 @@ class DiffRate(EncoderStrategy):
 
         low, high = 0.0, 64.0
         if left(high) > 1:
+            goal, wanted = ("flops", flops) if flops else ("budget", self.budget)
             raise ValueError(
-                f"diffrate cannot reduce this encoder to {'flops' if flops else 'budget'}="
-                f"{flops or self.budget}."
+                f"diffrate cannot reduce this encoder to {goal}={wanted}: it reaches {left(high):.2f} times"
+                " that; use a larger one."
             )
         for _ in range(48):
             middle = (low + high) / 2
             low, high = (middle, high) if left(middle) > 1 else (low, middle)
         return steps(high)
+
+    def describe(self) -> str:
+        given = any(getattr(self, n) is not None for n in ("rates", "prune", "budget", "flops"))
+        named, inside = super().describe()[:-1].split("(", 1)
+        return f"{named}({inside if given else ', '.join(x for x in ('flops=0.65', inside) if x)})"
 
     def asked(self, layer: int, plan: Sequence[Any]) -> bool:
         return layer < len(plan) and plan[layer] is not None

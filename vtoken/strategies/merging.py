@@ -226,6 +226,6 @@ class ScheduledMerging(EncoderStrategy):
         return self._even(high, shape)
 
     def describe(self) -> str:
-        name, inside = super().describe().rstrip(")").split("(", 1)
+        name, inside = super().describe().removesuffix(")").split("(", 1)
         given = any(x is not None for x in (self.budget, self.r, self.flops))
         return f"{name}({inside if given else ', '.join(x for x in ('budget=0.5', inside) if x)})"

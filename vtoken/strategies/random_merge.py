@@ -37,7 +37,7 @@ class RandomMerge(ScheduledMerging):
         assert tokens.keys is not None
         rows, n, _ = tokens.hidden_states.shape
         device, p = tokens.hidden_states.device, tokens.prefix
-        generator = torch.Generator().manual_seed(self.seed * 1000 + tokens.layer)
+        generator = torch.Generator().manual_seed((self.seed * 1000 + tokens.layer) % 2**63)
         order = torch.rand(rows, n - p, generator=generator).argsort(1).to(device) + p
         sources, rest = order.split([tokens.plan[tokens.layer], n - p - tokens.plan[tokens.layer]], 1)
         targets = rest.sort(dim=1).values

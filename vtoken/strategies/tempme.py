@@ -87,8 +87,8 @@ class TempMe(EncoderStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.frames < 1 or self.r < 0:
-            raise ValueError(f"frames is at least 1 and r at least 0, found {self.frames} and {self.r}.")
+        if not 1 <= self.frames <= 65536 or self.r < 0:
+            raise ValueError(f"frames lies in 1..65536 and r is 0 or more, found {self.frames}, {self.r}.")
         if any(not 0 <= share < 1 for share in (self.cross, self.intra)):
             raise ValueError(f"cross and intra lie in [0, 1), found {self.cross} and {self.intra}.")
         factors, layers = self.factors, self.layers
