@@ -72,16 +72,14 @@ def vit():
 
 # -- nothing changes -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(
-    "options", [dict(r=0), dict(r=[0, 0]), dict(budget=1.0), dict(flops=1.0), dict(r=[])], ids=str
-)
-def test_nothing_to_do_changes_no_bit(name, options):
+def test_nothing_to_do_changes_no_bit(name):
     case = CASES[name]
     model = case.build()
     with torch.no_grad():
         want = case.call(model, images())
-        vtoken.patch(model, "tome", **options)
-        assert torch.equal(case.call(model, images()), want)
+        for options in (dict(r=0), dict(r=[0, 0]), dict(budget=1.0), dict(flops=1.0), dict(r=[])):
+            with vtoken.applied(model, "tome", **options):
+                assert torch.equal(case.call(model, images()), want), options
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -529,6 +527,19 @@ def test_transformers_tuple_output_with_hidden_states():
     assert len(out) == len(plain)
     states = next(a for a in out if isinstance(a, tuple))
     assert same(list(states), list(named.hidden_states))
+
+
+@pytest.mark.parametrize("kind", ["CLIPVisionModel", "ViTModel", "Dinov2Model"])
+def test_attention_maps_are_refused(kind):
+    model = CASES[f"hf-{kind}-eager"].build()
+    with torch.no_grad():
+        assert len(model(pixel_values=images(), output_attentions=True).attentions) == DEPTH
+        vtoken.patch(model, "tome", r=[0, 3, 0, 2])
+        with pytest.raises(ValueError) as error:
+            model(pixel_values=images(), output_attentions=True)
+        assert "output_attentions" in one_sentence(error)
+        with vtoken.disabled(model):
+            assert len(model(pixel_values=images(), output_attentions=True).attentions) == DEPTH
 
 
 # -- sizes and types -----------------------------------------------------------------------------------------

@@ -17,7 +17,11 @@ ROLES = {
     "norm1": ("layer_norm1", "layernorm_before", "norm1"),
     "attention": ("self_attn", "attention"),
     "norm2": ("layer_norm2", "layernorm_after", "norm2"),
-    "out": ("out_proj", "o_proj"),
+    "query": ("q_proj", "query"),
+    "key": ("k_proj", "key"),
+    "value": ("v_proj", "value"),
+    "out": ("out_proj", "o_proj", "output"),
+    "head_dim": ("head_dim", "attention_head_size"),
 }
 
 
@@ -35,6 +39,11 @@ class TransformersLayer(EncoderLayer):
     def _attention(self) -> Any:
         return _part(self.module, "attention")
 
+    @property
+    def _inner(self) -> Any:
+        """The module with the projections; DINOv2's attention of older transformers holds it."""
+        return getattr(self._attention, "attention", self._attention)
+
     def _after(self, branch: Tensor, i: int) -> Tensor:
         """Layer scale, dropout and stochastic depth of half i, where a layer has them."""
         for name in (f"layer_scale{i}", "dropout", "drop_path"):
@@ -43,30 +52,32 @@ class TransformersLayer(EncoderLayer):
         return branch
 
     def heads(self, x: Tensor, call: Mapping[str, Any]) -> Heads:
-        a, x = self._attention, _part(self.module, "norm1")(x)
-        parts = (p(x) for p in (a.q_proj, a.k_proj, a.v_proj))
-        query, key, value = (split_heads(p, p.shape[-1] // int(a.head_dim)) for p in parts)
+        a, x = self._inner, _part(self.module, "norm1")(x)
+        parts = (_part(a, role)(x) for role in ("query", "key", "value"))
+        query, key, value = (split_heads(p, p.shape[-1] // int(_part(a, "head_dim"))) for p in parts)
         return Heads(query, key, value, key)
 
     def mixed(self, attended: Tensor, heads: Heads) -> Tensor:
-        return self._after(_part(self._attention, "out")(attended), 1)
+        out = _part(self._attention, "out")
+        return self._after(out.dropout(out.dense(attended)) if hasattr(out, "dense") else out(attended), 1)
 
     def mlp(self, x: Tensor) -> Tensor:
         return self._after(self.module.mlp(_part(self.module, "norm2")(x)), 2)
 
     @property
     def scale(self) -> float:
-        return float(self._attention.head_dim) ** -0.5
+        return float(_part(self._inner, "head_dim")) ** -0.5
 
     @property
     def inner(self) -> int:
-        return int(self._attention.q_proj.out_features)
+        return int(_part(self._inner, "query").out_features)
 
     @property
     def attention_dropout(self) -> float:
-        a = self._attention
-        p = getattr(a, "attention_dropout", None) or getattr(a, "dropout", 0.0)
-        return float(p or 0.0) if a.training else 0.0
+        a = self._inner
+        names = ("attention_dropout", "dropout_prob", "dropout")
+        p = next((getattr(a, n) for n in names if isinstance(getattr(a, n, None), float)), 0.0)
+        return float(p) if a.training else 0.0
 
     @property
     def parts(self) -> tuple[nn.Module, nn.Module]:
@@ -160,6 +171,12 @@ class HiddenStates:
         out, run = original(*args, **kwargs), self.forwards.current()
         if run is None:
             return out
+        maps = getattr(out, "attentions", None)
+        if maps is not None and len(maps) < run.ends:
+            raise ValueError(
+                "Layers that merge tokens make no attention maps: leave output_attentions out, or call the"
+                " model inside `with vtoken.disabled(model)`."
+            )
         if isinstance(out, tuple):
             return tuple(self._spread(run, x) if _are_states(x) else x for x in out)
         if _are_states(getattr(out, "hidden_states", None)):
