@@ -6,7 +6,7 @@ OLDEST_TRANSFORMERS ?= 5.17.0
 NEXT_TRANSFORMERS ?= git+https://github.com/huggingface/transformers
 LMMS_EVAL ?= 0.7.3
 # what depends on transformers
-RELEASE_TESTS ?= tests/mechanism tests/adapters tests/strategies/test_generate.py tests/test_config.py
+RELEASE_TESTS ?= tests/mechanism tests/adapters tests/encoders tests/strategies/test_generate.py tests/test_config.py
 CHEAP = not slow and not soak and not browser and not harness and not product
 JOBS ?= 2
 PYTEST_ARGS ?=

@@ -24,7 +24,7 @@ json_values = st.recursive(
 configs = st.builds(
     VTokenConfig,
     strategy=st.text(min_size=1) | st.lists(st.text(min_size=1), min_size=1, max_size=3),
-    budget=st.integers(1, 10_000) | st.floats(0, 1, exclude_min=True),
+    budget=st.none() | st.integers(1, 10_000) | st.floats(0, 1, exclude_min=True),
     positions=st.sampled_from([None, "original", "renumber"]),
     options=st.dictionaries(st.text(), json_values, max_size=4),
 )

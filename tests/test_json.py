@@ -64,7 +64,7 @@ SHAPES = {
     "strategy is an object": {"strategy": {"name": "hired"}},
     "a list of numbers": {"strategy": [1, 2]},
     "budget is a word": {"strategy": "hired", "budget": "0.2"},
-    "budget is null": {"strategy": "hired", "budget": None},
+    "budget is a boolean": {"strategy": "hired", "budget": True},
     "budget is a list": {"strategy": "hired", "budget": [0.2]},
     "positions unknown": {"strategy": "hired", "positions": "shuffled"},
     "positions is a number": {"strategy": "hired", "positions": 1},
