@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .. import videos
 from .clips import Clip
 
 
@@ -27,8 +28,7 @@ def video_embeddings(
     for first in range(0, len(clips), batch_size):
         some = clips[first : first + batch_size]
         pixels = torch.stack([preprocess(frame) for clip in some for frame in clip.media])
-        frames = F.normalize(model.encode_image(pixels.to(device)).float(), dim=-1)
-        rows.append(F.normalize(frames.unflatten(0, (len(some), -1)).mean(1), dim=-1))
+        rows.append(videos.video_embeddings(model.encode_image(pixels.to(device)).float(), *lengths))
     return torch.cat(rows)
 
 
