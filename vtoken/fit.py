@@ -206,10 +206,14 @@ def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
     out = []
     for name in list_names(pattern):
         strategy = strategy_info(name).cls()
-        if getattr(strategy, "serves_llms", True) and any(
-            m in needs_of(adapter, strategy, m).modalities and not lacking_of(adapter, strategy, m)
-            for m in adapter.modalities
-        ) and (not strategy.acts_inside or goes_inside(adapter, strategy)):
+        if (
+            getattr(strategy, "serves_llms", True)
+            and any(
+                m in needs_of(adapter, strategy, m).modalities and not lacking_of(adapter, strategy, m)
+                for m in adapter.modalities
+            )
+            and (not strategy.acts_inside or goes_inside(adapter, strategy))
+        ):
             out.append(name)
     return out
 

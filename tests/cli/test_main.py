@@ -375,7 +375,13 @@ def test_every_command_has_a_help_page_that_is_tested():
     commands = {"list", "info", "demo", "bench", "eval"}
     assert set(cli.list_commands(None)) == commands
     assert set(cli.get_command(None, "demo").list_commands(None)) == {"stream"}
-    assert set(cli.get_command(None, "eval").list_commands(None)) == {"mme", "videomme", "tiny", "imagenet", "retrieval"}
+    assert set(cli.get_command(None, "eval").list_commands(None)) == {
+        "mme",
+        "videomme",
+        "tiny",
+        "imagenet",
+        "retrieval",
+    }
 
 
 def test_info_of_two_strategies():

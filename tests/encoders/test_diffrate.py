@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import vtoken
 from vtoken.adapters.encoders.encoder import encoder_for
 from vtoken.adapters.encoders.layer import Heads
-from vtoken.rates import KeptTokens, Search, _search, learn_rates
+from vtoken.rates import learn_rates
+from vtoken.rates_search import KeptTokens, Search, start_search
 from vtoken.strategies.diffrate import DiffRate, published
 from vtoken.tokens import EncoderShape, EncoderTokens
 
@@ -222,7 +223,7 @@ def test_masked_and_shortened_forwards_agree(kept):
     prune, merge = LISTS[kept]
     prune, merge = [26, *prune[1:]], [26, *merge[1:]]
     model, x = vit(), images(2)
-    search = _search(encoder_for(model), 1)
+    search = start_search(encoder_for(model), 1)
     settled(search, prune, merge)
     with torch.no_grad():
         with search.applied():
@@ -361,7 +362,7 @@ def test_masked_and_shortened_forwards_agree_in(kind, removed):
     case = CASES.get(kind)
     model = classifier() if case is None else case.build()
     call = (lambda m, x: m(x).logits) if case is None else case.call
-    search = _search(encoder_for(model), 1)
+    search = start_search(encoder_for(model), 1)
     settled(search, [26, *LISTS["prune only"][0][1:]] if removed == "prune only" else [26] * 4, [26] * 4)
     with torch.no_grad():
         plain = call(model, images(2))
@@ -374,7 +375,7 @@ def test_masked_and_shortened_forwards_agree_in(kind, removed):
 
 
 def test_the_mean_of_the_patches_has_the_masks_gradient():
-    search = _search(encoder_for(vit()), 1)
+    search = start_search(encoder_for(vit()), 1)
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(1, 26, 8, generator=generator)
     owner = torch.arange(26).repeat(1, 1)
@@ -398,7 +399,7 @@ def test_a_mean_that_is_whole_is_not_rounded_up():
 
 
 def test_layers_that_shall_stay_whole_do():
-    search = _search(encoder_for(vit()), 1, (0, -1))
+    search = start_search(encoder_for(vit()), 1, (0, -1))
     assert (
         [len(k.candidates) for k in search.prune]
         == [len(k.candidates) for k in search.merge]

@@ -34,8 +34,11 @@ class EncoderMerging:
     """
 
     def __init__(
-        self, tower: Tower, layers: tuple[int, ...], strategy: Callable[[], Any], active: Callable[[],
-            Capture | None]
+        self,
+        tower: Tower,
+        layers: tuple[int, ...],
+        strategy: Callable[[], Any],
+        active: Callable[[], Capture | None],
     ) -> None:
         self.tower, self.strategy, self.active = tower, strategy, active
         self.prefix = int(tower.has_cls)
@@ -43,8 +46,9 @@ class EncoderMerging:
         if self.between:
             self.layers: Any = EncoderLayers(tower.split_layers, strategy, self)
         else:
-            self.layers = LayersAfter(lambda: tower.layers, layers, lambda tokens:
-            self.strategy().merge_in_encoder(tokens), self)
+            self.layers = LayersAfter(
+                lambda: tower.layers, layers, lambda tokens: self.strategy().merge_in_encoder(tokens), self
+            )
         self.hooks = Hooks(lambda: [Hook(self.tower.module, self._after_tower)])
 
     def refresh(self) -> None:
