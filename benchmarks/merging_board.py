@@ -53,14 +53,16 @@ def video_settings(shares: Sequence[float]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Time of one call on the wall clock."""
-    if torch.cuda.is_available():
+    """Time of one call: processor time where torch has one thread, so that other work does not count."""
+    cuda = torch.cuda.is_available()
+    now = time.process_time if torch.get_num_threads() == 1 and not cuda else time.perf_counter
+    if cuda:
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = now()
     call()
-    if torch.cuda.is_available():
+    if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return now() - began
 
 
 def speed(block: Callable[[], AbstractContextManager[Any]], call: Callable[[], Any], repeats: int) -> float:
