@@ -63,6 +63,8 @@ class Selection:
         marked: (k,) bool or None: kept tokens that the strategy wants to recognise inside the LLM.
         features: (k, d) or None: what the LLM reads in the kept tokens' places instead of their own features,
             for methods that encode more than the model does; not together with `into`.
+        scores: (n,) floating point or None: the higher, the sooner a token stays where another number of them
+            has to, see `exactly`.
     """
 
     keep: Tensor
@@ -70,6 +72,7 @@ class Selection:
     weight: Tensor | None = None
     marked: Tensor | None = None
     features: Tensor | None = None
+    scores: Tensor | None = None
 
     @classmethod
     def everything(cls, n: int, device: torch.device | str | None = None) -> Selection:
@@ -145,6 +148,40 @@ class Selection:
             if n and (int(self.into.min()) < -1 or int(self.into.max()) >= len(keep)):
                 raise ValueError(f"Selection.into must lie within [-1, {len(keep)}).")
         return self
+
+    def exactly(self, count: int, n: int) -> Selection:
+        """This choice among n tokens with `count` of them, for a server that has announced so many.
+
+        Too many: those with the lowest scores go. Too few: the others with the highest scores stay as they
+        are. Among equals, and without scores, the lower index stays.
+
+        Raises:
+            ValueError: for a count that is not in 0..n, or features in place of the tokens' own.
+        """
+        if len(self.keep) == count:
+            return self
+        if not 0 <= count <= n:
+            raise ValueError(f"exactly needs a number of tokens in 0..{n}, found {count}.")
+        if self.features is not None:
+            raise ValueError(f"The strategy writes {len(self.keep)} tokens of its own, {count} were asked for.")
+        scores = torch.zeros(n, device=self.keep.device) if self.scores is None else self.scores
+        order = scores.sort(descending=True, stable=True).indices
+        kept = torch.zeros(n, dtype=torch.bool, device=order.device).index_fill_(0, self.keep, True)
+        keep = torch.cat([order[kept[order]], order[~kept[order]]])[:count].sort().values
+        marked = None
+        if self.marked is not None:
+            at = torch.zeros_like(kept).index_copy_(0, self.keep, self.marked)
+            marked = at[keep]
+        if self.into is None or self.weight is None:
+            return Selection(keep, marked=marked, scores=self.scores)
+        owner = torch.where(self.into >= 0, self.keep[self.into.clamp(min=0)], -1)
+        added = keep[~kept[keep]]
+        owner[added] = -1
+        stays = torch.zeros_like(kept).index_fill_(0, keep, True)
+        owner = torch.where((owner >= 0) & stays[owner.clamp(min=0)], owner, -1)
+        made = Selection.merge(keep, owner, self.weight)
+        made.marked, made.scores = marked, self.scores
+        return made
 
     def with_last(self, features: Tensor) -> Selection:
         """This choice among tokens of `features` (n, d) with the last of them kept too, as it is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABCMeta
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -155,6 +155,35 @@ class Strategy(metaclass=_CheckedOptions):
         """Tokens per segment that enter the LLM, from the grids alone: all if the method acts inside it."""
         allowance = self.allowance(budget)
         return allowance.tokens(segments) if self.acts_on_projector else [s.fed for s in segments]
+
+    def total(
+        self, segments: Sequence[Segment], separators: int = 0, budget: float | int | None = None
+    ) -> int | None:
+        """Number of tokens of one image or one video that enter the LLM, known before it is encoded.
+
+        A server needs it: it reserves places in the prompt before the vision tower runs.
+
+        Args:
+            segments: the grids; of a modality that `needs` names.
+            separators: tokens that belong to no cell, such as image-newline rows; counted in the result.
+            budget: in place of the strategy's own.
+
+        Returns:
+            Exactly the length of what `select` keeps, or None where the picture decides it.
+
+        Raises:
+            ValueError: for a budget that is none.
+        """
+        own = self if budget is None else replace(self, budget=budget)
+        if own.is_identity or not own.acts_on_projector:
+            return sum(s.fed for s in segments) + separators
+        return own._total_kept(segments, separators)
+
+    def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
+        """`total` under the strategy's own budget, below 1.0: override it if `counts` does not tell."""
+        if not self.static_counts:
+            return None
+        return sum(self.counts(segments)) + (separators if getattr(self, "keep_newline", False) else 0)
 
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose among the visual tokens of one image or one video."""

@@ -157,6 +157,10 @@ class Composite(Strategy):
             return Composite(budget, self.parts, split=self.split).counts(segments)
         return self._for(sum(s.fed for s in segments), frames_of(segments)).counts(segments)
 
+    def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
+        n = sum(s.fed for s in segments) + separators
+        return self._for(n, frames_of(segments)).total(segments, separators)
+
     def select(self, tokens: VisualTokens) -> Selection:
         first = self._for(len(tokens), frames_of(tokens.segments))
         return (

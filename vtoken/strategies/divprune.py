@@ -46,6 +46,11 @@ class DivPrune(Strategy):
     def _total(self, segments: Sequence[Segment], budget: Budget, n: int) -> int:
         return min(n, max(1, round(budget.allowed(n, frames_of(segments)))))
 
+    def _total_kept(self, segments: Sequence[Segment], separators: int) -> int:
+        on_top = separators if self.protect_newline else 0
+        fed = sum(s.fed for s in segments)
+        return self._total(segments, self.allowance(), fed + separators - on_top) + on_top
+
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Patches kept per segment if all are equally diverse; the sum is exact without separator rows."""
         fed = [s.fed for s in segments]

@@ -80,6 +80,11 @@ class GlobalCom2(ScoredStrategy):
         """Tokens per segment if all crops are equally rich."""
         return self.allowance(budget).tokens(segments)
 
+    def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
+        if len(segments) > 1 and any(s.kind == "thumbnail" for s in segments):
+            return None
+        return sum(self.counts(segments)) + (separators if self.keep_newline else 0)
+
     def scores(self, tokens: VisualTokens) -> tuple[Tensor, list[int]]:
         rows = rows_per_segment(tokens)
         local, counts = self._importance(tokens, rows), self.counts(tokens.segments)

@@ -74,6 +74,10 @@ class HiRED(ScoredStrategy):
             return self._evenly(segments, total)
         return self._divide(self._sizes(segments), total, torch.ones(len(segments) - 1, dtype=torch.float64))
 
+    def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
+        padded = not self._skips_unfed(segments) and any(s.fed < s.size for s in segments)
+        return None if padded or segments[0].kind == "thumbnail" else super()._total_kept(segments, separators)
+
     def scores(self, tokens: VisualTokens) -> tuple[Tensor, list[int]]:
         assert tokens.tower is not None
         segments = tokens.segments

@@ -36,6 +36,10 @@ class Pool(Strategy):
         most = self.allowance(budget).tokens(segments)
         return [math.prod(pooled_grid(s.grid, n)) if n else 0 for s, n in zip(segments, most, strict=True)]
 
+    def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
+        padded = any(s.fed < s.size for s in segments)
+        return None if padded else super()._total_kept(segments, separators)
+
     def select(self, tokens: VisualTokens) -> Selection:
         device = tokens.cells.device
         fed = tokens.fed_cells

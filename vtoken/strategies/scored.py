@@ -47,9 +47,11 @@ class ScoredStrategy(Strategy):
         _check(scores, tokens, type(self).__name__)
         rows = rows_per_segment(tokens)
         kept = [tokens.separator_rows] if self.keep_newline else []
+        of_tokens = scores.new_full((len(tokens),), torch.inf if self.keep_newline else -torch.inf)
         for row, mine, cells, count in zip(scores, rows, local_cells(tokens, rows), counts, strict=True):
             kept.append(mine[top_k(row[cells], count)])
-        return Selection(torch.cat(kept).sort().values)
+            of_tokens[mine] = row[cells]
+        return Selection(torch.cat(kept).sort().values, scores=of_tokens)
 
 
 def _check(scores: Tensor, tokens: VisualTokens, name: str) -> None:

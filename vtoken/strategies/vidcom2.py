@@ -67,6 +67,15 @@ class VidCom2(ScoredStrategy):
         allowance = self.allowance(budget)
         return [max(1, round(allowance.share_of(s.size) * s.size)) for s in segments]
 
+    def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
+        if not self.exact or len({s.fed for s in segments}) != 1:
+            return None
+        kept = self._exactly(len(segments), segments[0].fed)
+        return kept + (separators if self.keep_newline else 0)
+
+    def _exactly(self, frames: int, size: int) -> int:
+        return max(frames, int(frames * size * self.allowance().share_of(size) + 1e-9))
+
     def scores(self, tokens: VisualTokens) -> tuple[Tensor, list[int]]:
         sizes = {s.fed for s in tokens.segments}
         if len(sizes) != 1:
@@ -78,7 +87,7 @@ class VidCom2(ScoredStrategy):
         score, ratio = video + frame, self.allowance().share_of(x.shape[1])
         counts = self._frame_counts(video, ratio)
         if self.exact:
-            counts = _adjust(counts, score, max(len(x), int(score.numel() * ratio + 1e-9)))
+            counts = _adjust(counts, score, self._exactly(*score.shape))
         values = torch.zeros(len(tokens), device=score.device)
         values[tokens.patch_rows] = -score.flatten()
         return tokens.by_cell(values), counts.tolist()

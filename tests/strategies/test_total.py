@@ -1,0 +1,135 @@
+"""`Strategy.total` is what `select` keeps, and `Selection.exactly` meets any other number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vtoken import Selection
+from vtoken.strategies import combine, create, list_names, strategy_info
+from vtoken.tokens import Segment
+
+from .common import answer, anyres, image, video
+
+NAMES = list_names()
+# told for every input that the method serves; the others: None on some
+ALWAYS = ["cdpruner", "divprune", "random", "stc", "stc_pruner", "ts_llava", "uniform", "visionzip", "vtc_cls"]
+OPTIONS = {"vidcom2": {"exact": True}, "mustdrop": {"merging": False}}
+
+sides = st.integers(1, 6)
+images = st.builds(image, sides, sides, seed=st.integers(0, 99))
+videos = st.builds(video, st.integers(1, 5), sides, sides, trailing=st.integers(0, 2), seed=st.integers(0, 99))
+
+
+@st.composite
+def canvases(draw):
+    down, across, side = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(2, 4))
+    top = draw(st.integers(0, (down * side - 1) // 2))
+    left = 0 if top else draw(st.integers(0, (across * side - 1) // 2))
+    return anyres(down, across, side, top, left, draw(st.booleans()), seed=draw(st.integers(0, 99)))
+
+
+budgets = st.floats(0.01, 0.99) | st.integers(1, 200)
+inputs = st.one_of(images, videos, canvases())
+
+
+def told(strategy, tokens, budget=None):
+    return strategy.total(tokens.segments, int((tokens.cells < 0).sum()), budget)
+
+
+def serves(strategy, tokens):
+    return strategy.acts_on_projector and tokens.modality in strategy.needs(tokens.tower).modalities
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=40, deadline=None)
+@given(tokens=inputs, budget=budgets)
+def test_total_is_what_is_kept(name, tokens, budget):
+    strategy = create(name, budget=budget, **OPTIONS.get(name, {}))
+    if serves(strategy, tokens):
+        total = told(strategy, tokens)
+        assert total is not None or name not in ALWAYS
+        if total is not None:
+            assert len(answer(strategy, tokens).keep) == total
+            assert told(create(name, **OPTIONS.get(name, {})), tokens, budget) == total
+    elif not strategy.acts_on_projector:
+        assert told(strategy, tokens) == len(tokens)
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=inputs, budget=budgets)
+def test_total_of_a_combination(tokens, budget):
+    strategy = combine(["visionzip", "fastv"], budget=budget)
+    assert len(answer(strategy, tokens).keep) == told(strategy, tokens)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_total_of_everything(name):
+    strategy = create(name)
+    for tokens in (image(), anyres(2, 2, 4, top=2), video(3, 2, 2)):
+        assert told(strategy, tokens, 1.0) in (len(tokens), None)
+
+
+def test_total_is_not_told_where_the_picture_decides():
+    crops, plain = anyres(2, 2, 4), image()
+    for name in ("hired", "globalcom2", "token_corr"):
+        assert told(create(name), crops) is None
+    for name in ("hired", "globalcom2"):
+        assert told(create(name, budget=0.2), plain) == 3
+    assert told(create("vidcom2"), video()) is None and told(create("mustdrop"), plain) is None
+    assert create("uniform").total([Segment("image", (10, 10))], 7) == 20
+    assert create("vtc_cls").total([Segment("image", (10, 10))], 7) == 27
+    assert create("divprune").total([Segment("image", (10, 10))], 10) == 22
+    with pytest.raises(ValueError, match="budget"):
+        create("uniform").total([Segment("image", (10, 10))], budget=0.0)
+
+
+@pytest.mark.parametrize("name", ["hired", "globalcom2", "vtc_cls", "visionzip"])
+def test_any_number_can_be_met(name):
+    tokens = anyres(2, 2, 4)
+    chosen, n = answer(create(name, budget=0.3), tokens), len(tokens)
+    for count in range(n + 1):
+        made = chosen.exactly(count, n).check(n)
+        assert len(made.keep) == count
+        fewer, more = sorted((set(made.keep.tolist()), set(chosen.keep.tolist())), key=len)
+        assert fewer <= more
+        assert torch.isfinite(made.dense(n)).all()
+
+
+def test_exactly_goes_by_score():
+    scores = torch.tensor([5.0, 1, 4, 2, 3])
+    chosen = Selection(torch.tensor([1, 2, 3]), scores=scores)
+    assert chosen.exactly(2, 5).keep.tolist() == [2, 3]
+    assert chosen.exactly(4, 5).keep.tolist() == [0, 1, 2, 3]
+    assert Selection(torch.tensor([1, 3])).exactly(1, 5).keep.tolist() == [1]
+    assert Selection(torch.tensor([1, 3])).exactly(3, 5).keep.tolist() == [0, 1, 3]
+    with pytest.raises(ValueError, match="0..5, found 6"):
+        chosen.exactly(6, 5)
+    with pytest.raises(ValueError, match="tokens of its own"):
+        Selection(torch.tensor([0]), features=torch.ones(1, 2)).exactly(2, 5)
+
+
+def test_exactly_of_groups():
+    owner = torch.tensor([0, 0, 2, 2, -1])
+    chosen = Selection.merge(torch.tensor([0, 2]), owner)
+    chosen.scores = torch.tensor([1.0, 0, 2, 0, 3])
+    assert chosen.exactly(1, 5).dense(5).tolist() == [[0, 0, 0.5, 0.5, 0]]
+    assert chosen.exactly(3, 5).dense(5).tolist() == [[0.5, 0.5, 0, 0, 0], [0, 0, 0.5, 0.5, 0], [0, 0, 0, 0, 1]]
+    # a token that leaves its group keeps its own value and takes its share along
+    assert chosen.exactly(4, 5).dense(5)[:2].tolist() == [[0.5, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_methods_that_rank_give_their_scores(name):
+    from vtoken.strategies.scored import ScoredStrategy
+
+    if not issubclass(strategy_info(name).cls, ScoredStrategy):
+        return
+    strategy, tokens = create(name, budget=0.5), image() if name != "vidcom2" else video()
+    chosen = answer(strategy, tokens)
+    left = torch.ones(len(tokens), dtype=torch.bool).index_fill_(0, chosen.keep, False)
+    if name != "vidcom2":
+        assert chosen.scores[chosen.keep].min() >= chosen.scores[left].max()
+    assert chosen.scores.shape == (len(tokens),)
