@@ -94,8 +94,25 @@ class PackedTower(Tower):
             return
         query, key = (rotate(x, forward.rotary) for x in self.query_key(layer, forward.outputs))
         forward.outputs = []
+        self.record_packed(capture, layer, query, key, forward.bounds, packing)
+
+    def record_packed(
+        self,
+        capture: Capture,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        bounds: Tensor | None,
+        packing: Packing,
+    ) -> None:
+        """Add the wanted values of one layer.
+
+        Args:
+            query, key: (patches, heads, head_dim) after rotary embedding.
+            bounds: (windows + 1,) int, those of the layer's attention windows, unless `packing` has them.
+        """
         if layer in capture.needs.received_attention:
-            bounds = forward.bounds if packing.bounds is None else packing.bounds
+            bounds = bounds if packing.bounds is None else packing.bounds
             q, k = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
             received = received_attention(q, k, self.scale(layer), bounds)[0]
             self._add(capture, "received_attention", layer, received, packing)

@@ -1,0 +1,137 @@
+"""vLLM answers as transformers does: the same kept tokens, texts and probabilities, for every kind of prompt."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import vtoken
+from vtoken import tiny
+
+from .prompts import NEW, answer, cases, request
+
+vllm = pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+from vtoken.integrations.vllm import overrides  # noqa: E402
+from vtoken.integrations.vllm.reduction import Reduction  # noqa: E402
+
+VIDEO = ("qwen2_5_vl", "llava_onevision")
+SERVED = [
+    ("llava", "hired", 0.2, {}),
+    ("llava", "vtc_cls", 0.25, {"positions": "renumber"}),
+    ("llava", "visionzip", 0.3, {}),
+    ("llava", "divprune", 40, {}),
+    ("qwen2_5_vl", "divprune", 0.3, {}),
+    ("qwen2_5_vl", "vidcom2", 0.25, {"exact": True}),
+    ("qwen2_5_vl", "visionzip", 0.3, {}),
+    ("qwen2_5_vl", "hired", 0.3, {"score": "received"}),
+]
+
+
+@contextmanager
+def engine(name, *wanted, **options):
+    """An engine of a tiny model, whose blocks and steps are so small that chunks and prefix hits end inside images."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    limits = {"image": 2, **({"video": 2} if name in VIDEO else {})}
+    made = vllm.LLM(
+        str(tiny.path(name)),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_seqs=8,
+        block_size=32,
+        max_num_batched_tokens=24,
+        limit_mm_per_prompt=limits,
+        **(overrides(str(tiny.path(name)), *wanted[:2], **wanted[2]) if wanted else options),
+    )
+    try:
+        yield made
+    finally:
+        del made
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def asked(llm, prompts, tokens=NEW):
+    settings = vllm.SamplingParams(temperature=0, max_tokens=tokens, logprobs=20)
+    return llm.generate(prompts, settings, use_tqdm=False)
+
+
+def distance(case, out):
+    """The largest difference of log-probabilities of the first token, among those that are not negligible."""
+    first = out.outputs[0].logprobs[0]
+    return max(abs(p.logprob - float(case.logprobs[t])) for t, p in first.items() if case.logprobs[t] > -12)
+
+
+def spy(monkeypatch):
+    """A list that gains the kept tokens of every image and video that is encoded."""
+    kept, choose = [], Reduction.choose
+
+    def noted(self, tokens, announced):
+        features, keep = choose(self, tokens, announced)
+        kept.append(tuple(range(len(tokens)) if keep is None else keep.tolist()))
+        return features, keep
+
+    monkeypatch.setattr(Reduction, "choose", noted)
+    return kept
+
+
+@pytest.mark.parametrize("name,strategy,budget,options", SERVED)
+def test_as_transformers(name, strategy, budget, options, monkeypatch):
+    model, processor = tiny.load(name)
+    vtoken.patch(model, strategy, budget=budget, **options)
+    expected = [answer(model, processor, c) for c in cases(processor, videos=4 if name in VIDEO else 0)]
+    assert sum(case.kind == "image" for case in expected) >= 40 or strategy == "vidcom2"
+    kept = spy(monkeypatch)
+    with engine(name, strategy, budget, options) as llm:
+        kept.clear()
+        for turn in range(2):  # the second hits the prefix cache
+            outs = asked(llm, [request(case) for case in expected])
+            wrong = Counter(c.kind for c, o in zip(expected, outs) if o.outputs[0].text.strip() != c.text)
+            assert not wrong, (turn, wrong)
+            assert max(map(distance, expected, outs)) < 1e-4
+            lengths = [len(o.prompt_token_ids) for o in outs]
+            assert turn == 0 or sum(o.num_cached_tokens or 0 for o in outs) > 0
+    assert set(kept) == {tuple(k) for case in expected for k in case.kept}
+    bare = [len(processor.tokenizer(c.prompt, add_special_tokens=False).input_ids) for c in expected]
+    pads = [sum(map(len, c.kept)) - len(c.kept) for c in expected]
+    assert [n for n in lengths] == [b + p for b, p in zip(bare, pads)]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_nothing_asked_or_everything_kept(name):
+    model, processor = tiny.load(name)
+    some = [answer(model, processor, c) for c in cases(processor, 4, 2 if name in VIDEO else 0)] if not vtoken.unpatch else [
+        c for c in cases(processor, 4, 2 if name in VIDEO else 0)
+    ]
+    with engine(name, "uniform", 1.0, {}) as llm:
+        ours = asked(llm, [request(c) for c in some])
+    from vtoken.integrations.vllm import MODELS, PREFIX
+
+    architecture = PREFIX + MODELS[model.config.model_type]
+    with engine(name, hf_overrides={"architectures": [architecture]}) as llm:
+        idle = asked(llm, [request(c) for c in some])
+    for a, b in zip(ours, idle):
+        assert a.prompt_token_ids == b.prompt_token_ids
+        assert a.outputs[0].token_ids == b.outputs[0].token_ids
+
+
+def test_budget_of_a_request():
+    _, processor = tiny.load("llava")
+    case = cases(processor, 1)[0]
+    with engine("llava", "hired", 0.2, {}) as llm:
+        lengths = [len(asked(llm, [request(case, b)])[0].prompt_token_ids) for b in (None, 0.1, 0.5, 10, 1.0)]
+        assert lengths[0] < lengths[2] < lengths[4] and lengths[3] == lengths[4] - 144 + 10
+        with pytest.raises(ValueError, match="must lie in"):
+            asked(llm, [request(case, 1.5)])
+        assert len(asked(llm, [request(case)])[0].prompt_token_ids) == lengths[0]
+
+
+def test_torch_version_is_the_engine_s():
+    assert torch.__version__  # the environment is vLLM's own

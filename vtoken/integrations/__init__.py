@@ -1,0 +1,1 @@
+"""Serving engines in which vtoken runs."""

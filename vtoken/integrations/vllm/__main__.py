@@ -1,0 +1,42 @@
+"""Print the `--hf-overrides` of `vllm serve`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from . import overrides
+
+
+def value_of(text: str) -> Any:
+    """A number, a list or a word: as JSON, or as it stands."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@click.command()
+@click.argument("model")
+@click.argument("strategy")
+@click.argument("budget")
+@click.argument("options", nargs=-1, metavar="[OPTION=VALUE]...")
+def main(model: str, strategy: str, budget: str, options: tuple[str, ...]) -> None:
+    """Print the value of `vllm serve MODEL --hf-overrides VALUE` that serves MODEL with STRATEGY.
+
+    BUDGET is 0.2 for a share of the visual tokens, 128 for a number of them; OPTIONs are the strategy's.
+    """
+    if odd := [option for option in options if "=" not in option]:
+        raise click.ClickException(f"Options are written as alpha=0.4, found {odd[0]}.")
+    given = dict(option.split("=", 1) for option in options)
+    try:
+        made = overrides(model, strategy, value_of(budget), **{k: value_of(v) for k, v in given.items()})
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(json.dumps(made["hf_overrides"]))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m vtoken.integrations.vllm")

@@ -1,0 +1,1 @@
+"""One file per model family, named as its `config.model_type`."""

@@ -1,0 +1,51 @@
+"""Grids, token order and vision towers of a model, from its configuration alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...adapters.base import Adapter, Layout
+from ...adapters.registry import adapter_for
+from .positions import line_positions
+
+
+class Geometry:
+    """What vtoken's adapter for transformers knows of a model, taken from one without weights.
+
+    Args:
+        config: of the model; it stays as it is.
+
+    Attributes:
+        adapter: that of the model without weights.
+    """
+
+    def __init__(self, config: Any) -> None:
+        from transformers import AutoModelForImageTextToText
+
+        with torch.device("meta"):
+            empty = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
+        self.adapter: Adapter = adapter_for(empty)
+
+    def layouts(self, modality: str, count: int, arguments: dict[str, Any]) -> list[Layout]:
+        """Segments and cells of `count` images or videos, on the CPU.
+
+        Args:
+            arguments: the outputs of the processor by name, such as `image_sizes` and `image_grid_thw`.
+        """
+        with torch.device("cpu"):
+            sizes = self.sizes(modality, count, arguments)
+            return self.adapter.layouts(modality, [torch.empty(n) for n in sizes], arguments)
+
+    def sizes(self, modality: str, count: int, arguments: dict[str, Any]) -> list[int]:
+        """Features per image or video, for adapters that read the geometry off them; 0 for others."""
+        return [0] * count
+
+    def positions(
+        self, modality: str, layouts: list[Layout], arguments: dict[str, Any]
+    ) -> list[Tensor]:
+        """Per image or video (3, n) int64, the positions of its tokens from its own start."""
+        return [line_positions(len(layout.cells)) for layout in layouts]

@@ -1,0 +1,202 @@
+"""The engine: kept tokens after the vision tower, and their positions before the LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters.base import Layout
+from ...adapters.towers.capture import Capture
+from ...tokens import VisualTokens
+from .geometry import Geometry
+from .positions import announce, attach, detach, line_positions
+from .reduction import MODALITIES, Announced, Reduction, field_of
+from .taps import TowerTap
+
+
+class PrunedModel:
+    """Mixin before a vLLM model: it keeps as many tokens of an image or video as the processor announced.
+
+    It needs nothing of the runner. `get_mrope_input_positions` gives text its final positions and kept tokens
+    the start of their image; `embed_multimodal` appends their own positions as columns, `embed_input_ids`
+    takes the columns off, and `forward` adds them. Nothing is remembered between steps, so chunks of a prompt,
+    hits of the prefix cache and preemption need no care.
+
+    Attributes:
+        reduction: the strategy and the model's geometry.
+        tells_positions: whether kept tokens bring their own positions.
+        one_row: whether the LLM has one-dimensional positions.
+    """
+
+    geometry_class: ClassVar[type[Geometry]] = Geometry
+    supports_mrope: ClassVar[bool] = True  # as vLLM's protocol, whose __init__ would stand before the model's
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        model, config = vllm_config.model_config, vllm_config.model_config.hf_config
+        self.reduction = Reduction(config, self.geometry_class(config))
+        self.tells_positions = bool(model.uses_mrope)
+        self.one_row = "mrope_section" not in (
+            getattr(config.get_text_config(), "rope_parameters", None) or {}
+        )
+        self.largest_batch = int(vllm_config.scheduler_config.max_num_batched_tokens)
+        self.coming: tuple[Tensor, Tensor] | None = None
+        check_engine(vllm_config, self.tells_positions)
+        towers = self.reduction.geometry.adapter.towers
+        layers = {m: self.reduction.needs(m).tower_layers for m in towers}
+        if any(layers.values()):
+            check_tower(vllm_config, self.reduction.strategy.info.name)
+        read = set().union(*layers.values()) if towers else set()
+        self.tap = TowerTap(next(iter(towers.values())), self.attentions(), read) if read else None
+
+    # -- to override -----------------------------------------------------------------------------------------
+    def attentions(self) -> Sequence[nn.Module]:
+        """Per layer of the vision tower, the module that is called with queries and keys."""
+        raise NotImplementedError(f"{type(self).__name__} does not say where its tower's attention is.")
+
+    def part(self, modality: str, arguments: dict[str, Any], first: int, last: int) -> dict[str, Any]:
+        """The arguments of `embed_multimodal` for some of its images or videos."""
+        return {name: value[first:last] for name, value in arguments.items()}
+
+    def tower_arguments(self, modality: str, arguments: dict[str, Any]) -> tuple[Any, ...]:
+        """Positional arguments of the transformers tower, for towers over one packed sequence."""
+        return ()
+
+    def rows(self, modality: str, arguments: dict[str, Any], layouts: list[Layout]) -> list[int]:
+        """Per image or video, the segments that its tower forward has, padding included."""
+        return [len(layout.segments) for layout in layouts]
+
+    # -- encoding --------------------------------------------------------------------------------------------
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        told = {m: kwargs.pop(field_of(m), None) for m in MODALITIES}
+        modality = next((m for m, rows in told.items() if rows is not None), None)
+        if modality is None:  # embeddings instead of pixels, whose tokens all stay
+            features = super().embed_multimodal(**kwargs)  # type: ignore[misc]
+            return [self._with_positions(f, line_positions(len(f))) for f in features]
+        announced = [Announced.of(row) for row in told[modality]]
+        layouts = self.reduction.geometry.layouts(modality, len(announced), kwargs)
+        out: list[Tensor] = []
+        for first, last in self._batches(layouts):
+            arguments = self.part(modality, kwargs, first, last)
+            out += self._encode(modality, arguments, layouts[first:last], announced[first:last])
+        return out
+
+    def _batches(self, layouts: list[Layout]) -> Iterator[tuple[int, int]]:
+        """Stretches of images or videos whose unshortened tokens fit into one step of the scheduler.
+
+        The scheduler counts kept tokens, so it lets in more than the tower's memory has been measured for.
+        """
+        first, size = 0, 0
+        for i, layout in enumerate(layouts):
+            if i > first and size + len(layout.cells) > self.largest_batch:
+                yield first, i
+                first, size = i, 0
+            size += len(layout.cells)
+        yield first, len(layouts)
+
+    def _encode(
+        self,
+        modality: str,
+        arguments: dict[str, Any],
+        layouts: list[Layout],
+        announced: list[Announced],
+    ) -> list[Tensor]:
+        places = self.reduction.geometry.positions(modality, layouts, arguments)
+        capture = self._start(modality, arguments)
+        try:
+            features = super().embed_multimodal(**arguments)  # type: ignore[misc]
+        finally:
+            if self.tap is not None:
+                self.tap.stop()
+        rows = self.rows(modality, arguments, layouts)
+        provided = [{}] * len(layouts) if capture is None else capture.per_item(rows)
+        out = []
+        for f, layout, place, told, values in zip(features, layouts, places, announced, provided, strict=True):
+            f = f.flatten(0, -2)
+            info = self.reduction.geometry.adapter.towers[modality].info
+            values = {key: value[: len(layout.segments)] for key, value in values.items()}
+            cells = layout.cells.to(f.device)
+            tokens = VisualTokens(f, layout.segments, cells, info, modality, provided=values)  # type: ignore[arg-type]
+            kept, keep = self.reduction.choose(tokens, told)
+            out.append(self._with_positions(kept, place if keep is None else place[:, keep.cpu()]))
+        return out
+
+    def _start(self, modality: str, arguments: dict[str, Any]) -> Capture | None:
+        needs = self.reduction.needs(modality)
+        if self.tap is None or not needs.tower_layers or modality not in needs.modalities:
+            return None
+        return self.tap.start(modality, needs, self.tower_arguments(modality, arguments))
+
+    def _with_positions(self, features: Tensor, positions: Tensor) -> Tensor:
+        return attach(features, positions) if self.tells_positions else features
+
+    # -- positions -------------------------------------------------------------------------------------------
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
+        items = []
+        for feature in mm_features:
+            place, field = feature.mm_position, feature.data.get(field_of(feature.modality))
+            reach = place.length if field is None else Announced.of(field.data).extent
+            items.append((place.offset, place.length, reach))
+        return announce(len(input_tokens), items)
+
+    def embed_input_ids(
+        self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
+    ) -> Tensor:
+        self.coming = None
+        if self.tells_positions and multimodal_embeddings is not None and len(multimodal_embeddings):
+            assert is_multimodal is not None
+            parts = [detach(e) for e in multimodal_embeddings]
+            multimodal_embeddings = [features for features, _ in parts]
+            self.coming = is_multimodal.nonzero()[:, 0], torch.cat([p for _, p in parts], 1)
+        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)  # type: ignore[misc]
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self.coming is not None:
+            rows, own = self.coming
+            # in place: the runner fills this buffer anew for every step, and captured graphs read it where it is
+            positions[:, rows.to(positions.device)] += own.to(positions.device, positions.dtype)
+            self.coming = None
+        if self.tells_positions and self.one_row:
+            positions = positions[0]  # of three equal rows, the first is contiguous and stays where it is
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
+
+
+def check_engine(vllm_config: Any, tells_positions: bool) -> None:
+    """Raise ValueError, in one sentence, for settings of the engine under which answers would be wrong."""
+    if vllm_config.model_config.multimodal_config.video_pruning_rate:
+        raise ValueError("vtoken and --video-pruning-rate both drop tokens: choose one.")
+    if not tells_positions:
+        return
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "Original positions are known in the first pipeline stage only: use tensor parallelism, or"
+            " positions='renumber' where the LLM has one-dimensional positions."
+        )
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode is not None and mode.mixed_mode().name == "FULL":
+        raise ValueError(
+            "A full CUDA graph of a prefill leaves out original positions: use cudagraph_mode"
+            " FULL_AND_PIECEWISE, which is vLLM's default."
+        )
+
+
+def check_tower(vllm_config: Any, name: str) -> None:
+    """Raise ValueError, in one sentence, for settings under which the tower's attention cannot be read."""
+    if vllm_config.compilation_config.compile_mm_encoder:
+        raise ValueError(f"{name} reads attention of the vision tower: leave compile_mm_encoder off.")
+    config = vllm_config.model_config.multimodal_config
+    if config.mm_encoder_tp_mode == "data" and vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise ValueError(
+            f"{name} reads attention of the vision tower, which mm_encoder_tp_mode='data' computes on other"
+            " ranks: use mm_encoder_tp_mode='weights'."
+        )

@@ -1,0 +1,107 @@
+"""The front end: how many placeholders an image or video gets in the prompt."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.multimodal.inputs import MultiModalFieldConfig
+
+from .geometry import Geometry
+from .reduction import BUDGET, MODALITIES, Announced, Reduction, field_of
+
+
+def without_budget(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Processor arguments without vtoken's own."""
+    return {k: v for k, v in kwargs.items() if k != BUDGET}
+
+
+class PrunedInfo:
+    """Mixin before a `BaseProcessingInfo`: the transformers processor is not told vtoken's option."""
+
+    def get_hf_processor(self, **kwargs: object) -> Any:
+        return super().get_hf_processor(**without_budget(kwargs))  # type: ignore[misc]
+
+
+class PrunedProcessor:
+    """Mixin before a `BaseMultiModalProcessor` whose replacements repeat one placeholder.
+
+    The number of kept tokens is decided here, once, and travels with the item as a field. A request's own
+    budget is part of the item's hash, so vLLM's caches keep items of different budgets apart.
+    """
+
+    info: Any
+    geometry_class: ClassVar[type[Geometry]] = Geometry
+
+    @functools.cached_property
+    def reduction(self) -> Reduction:
+        """The strategy that the configuration asks for."""
+        config = self.info.get_hf_config()
+        return Reduction(config, self.geometry_class(config))
+
+    def announced(self, modality: str, data: Mapping[str, Any], budget: Any) -> list[Announced]:
+        """Per image or video of a processor's output, what will stay of it.
+
+        Args:
+            budget: the request's own or None.
+        """
+        count = self.count(modality, data)
+        if not count:
+            return []
+        geometry, arguments = self.reduction.geometry, dict(data)
+        layouts = geometry.layouts(modality, count, arguments)
+        places = geometry.positions(modality, layouts, arguments)
+        return [
+            self.reduction.announce(modality, layout, positions, budget)
+            for layout, positions in zip(layouts, places, strict=True)
+        ]
+
+    def count(self, modality: str, data: Mapping[str, Any]) -> int:
+        """Images or videos of a processor's output that came as pixels."""
+        pixels = data.get("pixel_values" if modality == "image" else "pixel_values_videos")
+        return 0 if pixels is None else len(pixels)
+
+    # -- vLLM's own names ------------------------------------------------------------------------------------
+    def _call_hf_processor(self, hf_data: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        return super()._call_hf_processor(hf_data, without_budget(hf_kwargs))  # type: ignore[misc]
+
+    def _postprocess_hf_mm_data(
+        self, mm_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object], processed_data: Any
+    ) -> Any:
+        data = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)  # type: ignore[misc]
+        for modality in MODALITIES:
+            if rows := [a.row() for a in self.announced(modality, data, hf_processor_mm_kwargs.get(BUDGET))]:
+                data[field_of(modality)] = torch.stack(rows)
+        return data
+
+    def _get_mm_fields_config(
+        self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, Any]:
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))  # type: ignore[misc]
+        for modality in MODALITIES:
+            if field_of(modality) in hf_inputs:
+                fields[field_of(modality)] = MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
+        return fields
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
+        return [
+            replace(update, replacement=functools.partial(self._shortened, update, out_mm_kwargs))
+            for update in updates
+        ]
+
+    def _shortened(self, update: Any, out: Any, index: int) -> Any:
+        """The placeholders of one image or video: those of the kept tokens."""
+        full, field = update.replacement(index), out[update.modality][index].get(field_of(update.modality))
+        if field is None:  # it came as embeddings
+            return full
+        return self.shorten(full, Announced.of(field.data))
+
+    def shorten(self, full: Any, announced: Announced) -> Any:
+        """The replacement that the unpatched model gets, with the announced number of placeholders."""
+        return full[:1] * announced.kept

@@ -1,0 +1,143 @@
+"""One strategy as a server needs it: the number of kept tokens is known before anything is encoded."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...adapters.base import Layout
+from ...config import VTokenConfig
+from ...fit import check_fit, needs_of
+from ...kernels import gather_merge
+from ...patching import make_strategy
+from ...strategies import Strategy
+from ...strategies.scored import ScoredStrategy
+from ...tokens import Needs, VisualTokens
+from .geometry import Geometry
+from .positions import extent
+
+BUDGET = "vtoken_budget"  # a request's own budget, among its mm_processor_kwargs
+MODALITIES = ("image", "video")
+
+
+def field_of(modality: str) -> str:
+    """The name under which an item's `Announced` travels from the processor to the model."""
+    return f"vtoken_{modality}"
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What the front end has decided about one image or video.
+
+    Attributes:
+        kept: tokens that enter the LLM.
+        extent: positions that it takes, kept or not.
+        budget: the one that led to it; None if nothing is dropped.
+    """
+
+    kept: int
+    extent: int
+    budget: float | int | None = None
+
+    def row(self) -> Tensor:
+        """(4,) int64, which no change of dtype on the way can round."""
+        share = isinstance(self.budget, float)
+        value = struct.unpack("<q", struct.pack("<d", self.budget))[0] if share else self.budget or 0
+        return torch.tensor([self.kept, self.extent, int(share), value])
+
+    @classmethod
+    def of(cls, row: Tensor) -> Announced:
+        """What `row` wrote."""
+        kept, reach, share, value = row.tolist()
+        budget = struct.unpack("<d", struct.pack("<q", value))[0] if share else value or None
+        return cls(kept, reach, budget)
+
+
+class Reduction:
+    """The strategy that a configuration asks for, on its model.
+
+    Args:
+        config: of the model, with the fields of a `VTokenConfig` under `vtoken`; without them nothing is
+            dropped.
+        geometry: of the model, made from the configuration if None.
+
+    Raises:
+        ValueError: in one sentence, for a strategy that does not fit the model or cannot be served.
+    """
+
+    idle: ClassVar[str] = "uniform"
+
+    def __init__(self, config: Any, geometry: Geometry | None = None) -> None:
+        told = getattr(config, "vtoken", None)
+        self.geometry = Geometry(config) if geometry is None else geometry
+        wanted = VTokenConfig(self.idle, 1.0) if told is None else VTokenConfig.from_dict(dict(told))
+        self.strategy: Strategy = make_strategy(wanted, None, {})
+        check_fit(self.geometry.adapter, self.strategy)
+        if why := self._why_not():
+            raise ValueError(
+                f"{self.strategy.info.name} {why}, which vLLM cannot do: use vtoken.patch on the transformers"
+                " model, or another strategy."
+            )
+
+    def _why_not(self) -> str:
+        """What the strategy does that a server with a paged KV cache and an encoder cache cannot do."""
+        s = self.strategy
+        if s.is_identity:
+            return ""
+        if s.acts_inside:
+            return "drops tokens inside the LLM"
+        if s.acts_between_frames:
+            return "reuses frames of a stream inside the vision tower"
+        if any(s.encoder_layers(tower.info) for tower in self.geometry.adapter.towers.values()):
+            return "merges tokens inside the vision tower"
+        needs = [self.needs(modality) for modality in MODALITIES]
+        if any(n.text_embeddings for n in needs):
+            return "reads the question"
+        if any(n.pixels or n.together for n in needs):
+            return "reads all images of a prompt together"
+        return ""
+
+    def needs(self, modality: str) -> Needs:
+        """What the strategy reads of this modality; nothing if it keeps everything."""
+        return needs_of(self.geometry.adapter, self.strategy, modality)
+
+    def announce(self, modality: str, layout: Layout, positions: Tensor, budget: Any = None) -> Announced:
+        """What will stay of one image or video.
+
+        Args:
+            positions: (3, n), see `Geometry.positions`.
+            budget: the request's own, None for that of the strategy.
+
+        Raises:
+            ValueError: for a budget that is none, or a strategy that cannot tell.
+        """
+        strategy, n = self._with(budget), len(layout.cells)
+        if strategy.is_identity or modality not in self.needs(modality).modalities:
+            return Announced(n, extent(positions))
+        separators = int((layout.cells < 0).sum())
+        kept = strategy.total(layout.segments, separators)
+        if kept is None:
+            if not isinstance(strategy, ScoredStrategy):
+                raise ValueError(
+                    f"{strategy.info.name} cannot tell how many tokens it keeps of this {modality} before it is"
+                    " encoded, which vLLM needs: use another strategy."
+                )
+            kept = sum(strategy.counts(layout.segments)) + (separators if strategy.keep_newline else 0)
+        return Announced(max(1, min(n, kept)), extent(positions), strategy.budget)
+
+    def choose(self, tokens: VisualTokens, announced: Announced) -> tuple[Tensor, Tensor | None]:
+        """The kept features (k, d), and the places of the kept tokens, (k,) int64; None for all."""
+        n = len(tokens)
+        if announced.kept >= n or announced.budget is None:
+            return tokens.features, None
+        selection = self._with(announced.budget).select(tokens).check(n).exactly(announced.kept, n)
+        if selection.features is not None:
+            return selection.features.to(tokens.features), selection.keep
+        return gather_merge(tokens.features, selection.keep, selection.into, selection.weight), selection.keep
+
+    def _with(self, budget: Any) -> Strategy:
+        return self.strategy if budget is None else replace(self.strategy, budget=budget)
