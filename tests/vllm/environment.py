@@ -1,43 +1,18 @@
-"""Make torchvision importable next to a torch of another build; run once with the python of the test environment.
-
-The CPU build of vLLM pins a CPU build of torch, and the package index has torchvision for CUDA only, whose operators
-do not load there. Its transforms, all that is needed, are Python. A module that Python runs at every start waits for
-the import of torchvision and declares the operators that it registers shapes for.
-"""
+"""vLLM, with the settings of a machine without a GPU; tests that import it are skipped where it is not installed."""
 
 from __future__ import annotations
 
-import sysconfig
-from pathlib import Path
+import importlib.util
+import os
 
-STANDIN = '''"""Declares the operators of a torchvision whose binary part does not load."""
+import pytest
 
-import importlib.abc
-import sys
-
-
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name == "torchvision":
-            sys.meta_path.remove(self)
-            import torch
-
-            global library  # the declarations end with it
-            library = torch.library.Library("torchvision", "DEF")
-            for operator in ("nms", "qnms"):
-                library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return None
-
-
-sys.meta_path.insert(0, Finder())
-'''
-
-
-def main() -> None:
-    site = Path(sysconfig.get_path("purelib"))
-    (site / "torchvision_operators.py").write_text(STANDIN)
-    (site / "torchvision_operators.pth").write_text("import torchvision_operators\n")
-
-
-if __name__ == "__main__":
-    main()
+if importlib.util.find_spec("vllm") is not None:
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # tests look into the model
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+vllm = pytest.importorskip("vllm")

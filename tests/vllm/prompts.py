@@ -61,7 +61,7 @@ def cases(processor: Any, shapes: int = 10, videos: int = 4, stretch: Sequence[i
         out.append(Case("clip", chat(["video"], "which digit came first? " * 6), [], [film]))
         out.append(Case("two clips", chat(["video"] * 2, "which digit came first?"), [], [film, other]))
         asked = chat(["image", "video"], "how many digits were shown?")
-        out.append(Case("image and clip", asked, [pictures[i]], [film]))
+        out.append(Case("image and clip", asked, [pictures[i % shapes]], [film]))
     out += [Case("text", chat([], text)) for text in ("how many objects are there?", "is there a red star?")]
     return out
 
@@ -77,8 +77,8 @@ def pixels(film: Any) -> np.ndarray:
 
 
 @torch.no_grad()
-def answer(model: Any, processor: Any, case: Case) -> Case:
-    """The case with what transformers says; kept tokens are those of the patched model's report."""
+def answer(model: Any, processor: Any, case: Case, patched: bool = True) -> Case:
+    """The case with what transformers says, and, of a patched model, the kept tokens of its report."""
     given: dict[str, Any] = {"images": case.images} if case.images else {}
     if case.clips:
         told = [facts(film) for film in case.clips]
@@ -90,8 +90,8 @@ def answer(model: Any, processor: Any, case: Case) -> Case:
     new = out.sequences[0, inputs["input_ids"].shape[1] :]
     case.text = processor.decode(new, skip_special_tokens=True).strip()
     case.logprobs = out.logits[0][0].float().log_softmax(-1)
-    visuals = vtoken.report(model).visuals if case.images or case.clips else []
-    case.kept = [v.keep.tolist() for v in visuals]
+    if patched and (case.images or case.clips):
+        case.kept = [v.keep.tolist() for v in vtoken.report(model).visuals]
     return case
 
 

@@ -50,7 +50,7 @@ class PrunedModel:
         if any(layers.values()):
             check_tower(vllm_config, self.reduction.strategy.info.name)
         read = set().union(*layers.values()) if towers else set()
-        self.tap = TowerTap(next(iter(towers.values())), self.attentions(), read) if read else None
+        self.tap = TowerTap(towers, self.attentions(), read) if read else None
 
     # -- to override -----------------------------------------------------------------------------------------
     def attentions(self) -> Sequence[nn.Module]:
@@ -116,6 +116,11 @@ class PrunedModel:
         out = []
         for f, layout, place, told, values in zip(features, layouts, places, announced, provided, strict=True):
             f = f.flatten(0, -2)
+            if len(f) != len(layout.cells):
+                raise RuntimeError(
+                    f"vLLM makes {len(f)} tokens of a {modality} for which transformers makes"
+                    f" {len(layout.cells)}: vtoken does not know this input."
+                )
             info = self.reduction.geometry.adapter.towers[modality].info
             values = {key: value[: len(layout.segments)] for key, value in values.items()}
             cells = layout.cells.to(f.device)

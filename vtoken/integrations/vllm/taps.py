@@ -23,14 +23,15 @@ class TowerTap:
     are read.
 
     Args:
-        tower: that of the transformers model, for the number of heads and the rules.
+        towers: by modality that of the transformers model, for the number of heads and the rules.
         attentions: per layer, vLLM's module that is called with queries and keys after rotary embedding:
             (images, tokens, heads * head_dim), or (1, tokens, heads, head_dim) with `cu_seqlens`.
         layers: those that are read.
     """
 
-    def __init__(self, tower: Tower, attentions: Sequence[nn.Module], layers: set[int]) -> None:
-        self.tower, self.capture = tower, None
+    def __init__(self, towers: dict[str, Tower], attentions: Sequence[nn.Module], layers: set[int]) -> None:
+        self.towers = towers
+        self.capture: Capture | None = None
         for layer in sorted(layers):
             read = functools.partial(self._read, layer)
             attentions[layer].register_forward_pre_hook(read, with_kwargs=True)
@@ -38,8 +39,9 @@ class TowerTap:
     def start(self, modality: str, needs: Needs, arguments: tuple[Any, ...]) -> Capture:
         """Begin to read a forward of the tower; `arguments` are those of the transformers tower, for packing."""
         self.capture = capture = Capture(modality, needs)
-        if isinstance(self.tower, PackedTower):
-            capture.pending["packing"] = self.tower.packing(arguments, {})
+        tower = self.towers[modality]
+        if isinstance(tower, PackedTower):
+            capture.pending["packing"] = tower.packing(arguments, {})
         return capture
 
     def stop(self) -> None:
@@ -49,26 +51,23 @@ class TowerTap:
         capture = self.capture
         if capture is None or layer not in capture.needs.tower_layers:
             return
-        query, key = (self._heads(kwargs[n] if n in kwargs else args[i], i) for i, n in enumerate(("query", "key")))
+        tower = self.towers[capture.modality]
+        given = (kwargs[name] if name in kwargs else args[i] for i, name in enumerate(("query", "key")))
+        query, key = (_heads(x, tower) for x in given)
         with torch.no_grad():
-            if isinstance(self.tower, PackedTower):
-                self.tower.record_packed(
-                    capture, layer, query[0].transpose(0, 1), key[0].transpose(0, 1), kwargs["cu_seqlens"],
-                    capture.pending["packing"],
-                )
+            if isinstance(tower, PackedTower):
+                query, key = query[0].transpose(0, 1), key[0].transpose(0, 1)
+                packing = capture.pending["packing"]
+                tower.record_packed(capture, layer, query, key, kwargs["cu_seqlens"], packing)
             else:
-                self.tower.record(capture, layer, query, key)
+                tower.record(capture, layer, query, key)
 
-    def _heads(self, x: Tensor, index: int) -> Tensor:
-        """(images, heads, tokens, head_dim) with the heads of all ranks."""
-        heads, ranks = self.tower.info.num_heads, get_tensor_model_parallel_world_size()
-        if x.ndim == 3:
-            head_dim = self._head_dim()
-            x = x.unflatten(-1, (-1, head_dim))
-        x = x.transpose(1, 2)
-        if x.shape[1] < heads and ranks > 1:
-            x = tensor_model_parallel_all_gather(x.contiguous(), dim=1)
-        return x
 
-    def _head_dim(self) -> int:
-        return int(self.tower.attention(0).head_dim)  # type: ignore[arg-type]
+def _heads(x: Tensor, tower: Tower) -> Tensor:
+    """(images, heads, tokens, head_dim) with the heads of all ranks."""
+    if x.ndim == 3:
+        x = x.unflatten(-1, (-1, int(tower.attention(0).head_dim)))  # type: ignore[arg-type]
+    x = x.transpose(1, 2)
+    if x.shape[1] < tower.info.num_heads and get_tensor_model_parallel_world_size() > 1:
+        x = tensor_model_parallel_all_gather(x.contiguous(), dim=1)
+    return x
