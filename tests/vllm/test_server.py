@@ -1,0 +1,99 @@
+"""The OpenAI API on loopback: the plugin found by its entry point, several requests at a time, budgets of requests."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import vtoken
+from vtoken import tiny
+from vtoken.integrations.vllm import overrides
+
+from .environment import vllm  # noqa: F401
+from .prompts import NEW, answer, cases
+
+pytestmark = pytest.mark.vllm
+START = 240  # seconds
+MODEL = str(tiny.path("llava"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(address, log file) of a server of the tiny LLaVA under hired at 0.2."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    told = json.dumps(overrides(MODEL, "hired", 0.2)["hf_overrides"])
+    # `vllm serve` asks for a distribution that is called vllm, which the CPU build is not
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--hf-overrides", told]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--trust-request-mm-kwargs"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as file:
+        running = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(START):
+            assert running.poll() is None, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(address + "/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(1)
+        yield address
+    finally:
+        running.terminate()
+        running.wait(30)
+
+
+def ask(address, case, question, **more):
+    """(text, prompt tokens) of one question about one image."""
+    picture = io.BytesIO()
+    case.images[0].save(picture, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": NEW, "temperature": 0}
+    data = json.dumps(body | more).encode()
+    call = urllib.request.Request(address + "/v1/chat/completions", data, {"Content-Type": "application/json"})
+    said = json.load(urllib.request.urlopen(call, timeout=120))
+    return said["choices"][0]["message"]["content"].strip(), said["usage"]["prompt_tokens"]
+
+
+def test_eight_at_a_time(server):
+    model, processor = tiny.load("llava")
+    vtoken.patch(model, "hired", budget=0.2)
+    some = [answer(model, processor, c) for c in cases(processor, videos=0) if c.kind == "image"]
+    questions = [c.prompt.split("\n", 1)[1].rsplit(" assistant", 1)[0] for c in some]
+    with ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(lambda pair: ask(server, *pair), zip(some, questions)))
+    assert [text for text, _ in said] == [c.text for c in some]
+    assert max(tokens for _, tokens in said) < 60  # 144 patches of an image are 28
+
+
+def test_budgets_of_requests(server):
+    _, processor = tiny.load("llava")
+    case = cases(processor, 1, 0)[0]
+    question = "how many objects are there?"
+
+    def tokens(budget):
+        return ask(server, case, question, mm_processor_kwargs={"vtoken_budget": budget})[1]
+
+    usual = ask(server, case, question)[1]
+    assert tokens(0.1) == usual - 28 + 14 and tokens(0.5) == usual - 28 + 72 and tokens(1.0) == usual - 28 + 144
+    for wrong in (1.5, 0, "many"):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            tokens(wrong)
+        assert caught.value.code == 400 and "udget" in caught.value.read().decode()
+    assert ask(server, case, question)[1] == usual  # it lives
