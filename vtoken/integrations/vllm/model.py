@@ -79,19 +79,19 @@ class PrunedModel:
         announced = [Announced.of(row) for row in told[modality]]
         layouts = self.reduction.geometry.layouts(modality, len(announced), kwargs)
         out: list[Tensor] = []
-        for first, last in self._batches(layouts):
+        for first, last in self._batches(modality, layouts):
             arguments = self.part(modality, kwargs, first, last)
             out += self._encode(modality, arguments, layouts[first:last], announced[first:last])
         return out
 
-    def _batches(self, layouts: list[Layout]) -> Iterator[tuple[int, int]]:
-        """Stretches of images or videos whose unshortened tokens fit into one step of the scheduler.
+    def _batches(self, modality: str, layouts: list[Layout]) -> Iterator[tuple[int, int]]:
+        """Stretches of images whose unshortened tokens fit into one step of the scheduler; videos one by one.
 
         The scheduler counts kept tokens, so it lets in more than the tower's memory has been measured for.
         """
-        first, size = 0, 0
+        first, size, most = 0, 0, self.largest_batch if modality == "image" else 0
         for i, layout in enumerate(layouts):
-            if i > first and size + len(layout.cells) > self.largest_batch:
+            if i > first and size + len(layout.cells) > most:
                 yield first, i
                 first, size = i, 0
             size += len(layout.cells)
