@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..eval.running.encoder_runs import EncoderRun
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="ImageNet: top-1 and top-5 of a classifier.")
 @click.option("--data", help="Folder with a folder per class, or parquet files with image and label.")
 @click.option("--model", help="A classifier: timm:NAME or tiny:vit. [default with --example: tiny:vit]")
 @common("tome", 64, "vtoken-imagenet")
@@ -39,7 +39,7 @@ def imagenet(data: str | None, model: str | None, limit: int | None, **options: 
     run(data, model, "tiny:vit", HOW, example, task, **options)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="MSR-VTT 1k-A: text-video retrieval with a CLIP.")
 @click.option("--data", help="Folder with MSRVTT_JSFUSION_test.csv and the videos.")
 @click.option("--model", help="open_clip:ARCH/TAG, open_clip:ARCH/FILE.safetensors or tiny:clip."
               " [default with --example: tiny:clip]")  # fmt: skip
