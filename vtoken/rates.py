@@ -88,5 +88,5 @@ def learn_rates(
         for p in frozen:
             p.requires_grad_(True)
     if done < steps:
-        raise ValueError(f"learn_rates makes {steps} updates, and there were {done} batches: give more.")
+        raise ValueError(f"learn_rates makes {steps} updates, and the batches ended after {done}: give more.")
     return search.strategy()

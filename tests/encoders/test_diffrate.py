@@ -262,7 +262,7 @@ def vtoken_dense(model):
 
 
 def test_the_search_says_when_there_are_too_few_batches():
-    with pytest.raises(ValueError, match="makes 3 updates, and there were 1 batches"):
+    with pytest.raises(ValueError, match="makes 3 updates, and the batches ended after 1"):
         learn_rates(vit(), [(images(2), torch.tensor([0, 1]))], 0.5, steps=3)
 
 

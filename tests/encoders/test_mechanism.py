@@ -799,6 +799,8 @@ def test_models_without_blocks_are_refused():
         with pytest.raises((ValueError, TypeError)) as error:
             vtoken.patch(model, "tome", r=2)
         assert one_sentence(error).startswith("Tokens cannot be merged in"), name
+        with pytest.raises((ValueError, TypeError), match="Tokens cannot be merged in"):
+            vtoken.list_strategies(model=model)
         assert traces(model) == before, name
 
 
@@ -910,4 +912,5 @@ def test_reports(vit):
         n -= r
         counts.append(n)
     assert report.tokens_per_layer == counts and report.images == 3
+    assert "  tokens per layer, 1 prefix token included: " in str(report) and "  3 images: " in str(report)
     assert report.gflops_dense == pytest.approx(dense / 1e9) and report.gflops == pytest.approx(merged / 1e9)

@@ -106,7 +106,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         ),
         *("streams", "selection", "tokens"),
     ),
-    "retrieval_training": ("extras", "patching", "strategies", "streams", "videos"),
+    "retrieval_training": ("checks", "extras", "patching", "strategies", "streams", "videos"),
     "streaming": (
         *(
             "active",
@@ -136,7 +136,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "streaming",
             "streams",
         ),
-        *("drawing", "selection", "tokens", "version", "video", "videos"),
+        *(
+            "drawing",
+            "rates",
+            "retrieval_training",
+            "selection",
+            "tiny",
+            "tokens",
+            "version",
+            "video",
+            "videos",
+        ),
     ),
     "bench": ("_json", "asking", "checks", "extras", "mechanism", "recorder", "strategies", "tiny", "vtoken"),
     "eval": ("_json", "asking", "checks", "extras", "images", "strategies", "tiny", "video", "vtoken"),
