@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "images": ("limits",),
     "accounting": ("selection", "tokens", "streams"),
     "drawing": (),
-    "tiny": ("extras",),
+    "tiny": ("extras", "videos"),
     "asking": ("tiny",),
     "video": ("checks", "images", "limits", "tiny"),
     "strategies": ("checks", "kernels", "plugins", "streams", "selection", "tokens"),
@@ -88,7 +88,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("_threads", "accounting", "active", "adapters", "fit", "gate", "hooks", "mechanism", "recorder"),
         "strategies",
     ),
-    "rates": ("adapters", "hooks", "strategies", "tokens"),
+    "rates_search": ("adapters", "hooks", "strategies", "tokens"),
+    "rates": ("adapters", "rates_search", "strategies"),
     "patching": (
         *(
             "accounting",
