@@ -539,16 +539,18 @@ def test_transformers_tuple_output_with_hidden_states():
     assert same(list(states), list(named.hidden_states))
 
 
-def test_chosen_hidden_states_of_transformers():
-    """`output_hidden_states` can be a list; the states that it leaves out are None."""
+@pytest.mark.parametrize("chosen", [[1], [2, 3], [1, -2], 3], ids=str)
+def test_chosen_hidden_states_of_transformers(chosen):
+    """`output_hidden_states` can name layers; the states that it leaves out are None."""
     model = CASES["hf-CLIPVisionModel-sdpa"].build()
-    vtoken.patch(model, "tome", r=R)
     with torch.no_grad():
+        plain = model(pixel_values=images(), output_hidden_states=chosen).hidden_states
+        vtoken.patch(model, "tome", r=R)
         every = model(pixel_values=images(), output_hidden_states=True).hidden_states
-        some = model(pixel_values=images(), output_hidden_states=[1, -2]).hidden_states
-    assert len(some) == len(every)
-    assert all(a is None or torch.equal(a, b) for a, b in zip(some, every, strict=True))
-    assert some[1] is not None and some[-2] is not None
+        some = model(pixel_values=images(), output_hidden_states=chosen).hidden_states
+    assert [a is None for a in some] == [a is None for a in plain] and any(a is not None for a in some)
+    for a, b in zip(reversed(some), reversed(every)):  # some releases leave out what the first layer reads
+        assert a is None or torch.equal(a, b)
 
 
 def test_hidden_states_that_a_module_around_the_tower_records():

@@ -192,16 +192,16 @@ class HiddenStates:
         return out
 
     def _spread(self, run: EncoderRun, states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """What the first layer reads, and the output of every layer; None for those that were not asked for.
+        """The output of every layer, preceded by what the first one reads; None for those not asked for.
 
-        The last one is spread already, and all are where a module inside did it.
+        Some releases of transformers leave that first one out where layers are named. The last output is spread
+        already, and all are where a module inside did it.
         """
         whole = run.images, run.shape.patches + run.shape.prefix
-        inner = (
-            x if x is None or x.shape[:2] == whole else run.spread(x, i)
-            for i, x in enumerate(states[1 : run.ends])
+        first = len(states) - run.ends
+        return tuple(
+            x if x is None or x.shape[:2] == whole else run.spread(x, i - first) for i, x in enumerate(states)
         )
-        return (states[0], *inner, *states[run.ends :])
 
 
 def _are_states(x: Any) -> bool:
