@@ -194,7 +194,7 @@ class HiddenStates:
     def _spread(self, run: EncoderRun, states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """The output of every layer, preceded by what the first one reads; None for those not asked for.
 
-        Some releases of transformers leave that first one out where layers are named. The last output is spread
+        Some releases leave that first one out where layers are named. The last output is spread
         already, and all are where a module inside did it.
         """
         whole = run.images, run.shape.patches + run.shape.prefix
