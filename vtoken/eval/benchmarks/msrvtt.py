@@ -72,8 +72,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     check_columns(COLUMNS, columns, path)
     if long := next((row for row in rows if None in row), None):
         raise ValueError(
-            f"{str(path)!r} has a row with more cells than columns, that of {long['video_id']!r}: put a sentence"
-            " with commas into quotes."
+            f"{str(path)!r} has a row with more cells than columns, that of {long['video_id']!r}: put a"
+            " sentence with commas into quotes."
         )
     return rows
 
