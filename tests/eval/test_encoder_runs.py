@@ -364,6 +364,11 @@ def test_captions_are_refused_before_any_video_is_encoded(shipped, tmp_path, mon
         (["imagenet", "--example", "--strategy", "nothing"], "Unknown strategy 'nothing'"),
         (["imagenet", "--example", "--r", "x"], "--r takes whole numbers such as 8,13, found 'x'"),
         (["imagenet", "--example", "--flops", "1.5"], "--flops takes shares above 0"),
+        (["imagenet", "--example", "--strategy", "tome", "--r", "8,0"], "tome r=0 changes nothing"),
+        (
+            ["imagenet", "--example", "--strategy", "tome", "--budget", "1.0"],
+            "tome budget=1.0 changes nothing",
+        ),
         (["imagenet", "--example", "--budget", "0.5", "--budgets", "0.5"], "exclude each other"),
         (["imagenet", "--example", "--option", "x"], "--option takes KEY=VALUE"),
         (["imagenet", "--example", "--option", "r=3"], "--option r=... has an option of its own: give --r"),

@@ -76,7 +76,24 @@ def plan_of(
     options = dict(map(pair, others)) | ({} if prop_attn is None else {"prop_attn": prop_attn})
     if taken := [key for key in ("r", "budget", "flops", "frames") if key in options]:
         raise ValueError(f"--option {taken[0]}=... has an option of its own: give --{taken[0]}.")
-    return plan(strategies, amounts, **options)
+    runs = plan(strategies, amounts, **options)
+    if idle := next(filter(changes_nothing, runs), None):
+        raise ValueError(
+            f"{idle.name} changes nothing: leave it out, the unpatched model is measured beside every run."
+        )
+    return runs
+
+
+def changes_nothing(run: EncoderRun) -> bool:
+    """Whether a run is that of the unpatched model under another name; False for options that are refused."""
+    from ..strategies import strategy_info
+
+    if run.strategy is None or "+" in run.strategy:
+        return False
+    try:
+        return bool(strategy_info(run.strategy).cls(**run.options).is_identity)
+    except (TypeError, ValueError):
+        return False
 
 
 def number(option: str, text: str, kind: type) -> Any:

@@ -134,6 +134,8 @@ class TimmEncoder(Encoder):
         return tuple(self.trunk.patch_embed.grid_size)  # type: ignore[return-value]
 
     def refusal(self) -> str | None:
+        if not hasattr(self.trunk, "patch_embed"):
+            return "packs images of any shape and masks what it pads"
         if getattr(self.trunk, "rope_mixed", False):
             return "has a rotary embedding of its own in every layer"
         if getattr(self.trunk, "grad_checkpointing", False):
@@ -149,7 +151,11 @@ class TimmEncoder(Encoder):
         rope = call.get("rope")
         if rope is None or run.kept is None:
             return call
-        return call | {"rope": rope[run.kept[:, run.prefix :] - run.shape.prefix][:, None]}
+        places = run.kept[:, run.prefix :] - run.shape.prefix
+        if rope.ndim == 2:
+            return call | {"rope": rope[places][:, None]}
+        # one for every image, whose patches are dropped at random while the encoder is trained
+        return call | {"rope": rope.gather(2, places[:, None, :, None].expand(-1, -1, -1, rope.shape[3]))}
 
     def wrap(self, wrap: Callable[..., None], forwards: Forwards) -> None:
         if hasattr(self.trunk, "forward_intermediates"):
