@@ -203,7 +203,7 @@ class LayersAfter:
 def _interfered(layer: int, left: tuple[int, int], x: Tensor) -> ValueError:
     return ValueError(
         f"Layer {layer - 1} of this encoder left {left[0]} sequences of {left[1]} tokens and layer {layer}"
-        f" got {x.shape[0]} of {x.shape[1]}: tokens cannot be merged where something else changes them "
+        f" got {x.shape[0]} of {x.shape[1]}: tokens cannot be merged where something else changes them"
         " between layers; call it inside `with vtoken.disabled(model)`."
     )
 
