@@ -51,8 +51,8 @@ def learn_rates(
         A configured strategy: `vtoken.patch(model, learn_rates(...))`.
 
     Raises:
-        ValueError: for an encoder that cannot be reduced, a number out of range, too few batches, a loss that
-            is not finite, or a call in inference mode.
+        ValueError: for an encoder that cannot be reduced, a number out of range, too few batches, a
+            loss that is not finite, or a call in inference mode.
     """
     encoder = encoder_for(model)
     if encoder is None or not encoder.has_cls:
@@ -81,8 +81,8 @@ def learn_rates(
                 loss = F.cross_entropy(logits(model(images)), labels)
                 if not torch.isfinite(loss.detach()):
                     raise ValueError(
-                        f"The loss of batch {done} is {float(loss)}: look at its images and labels, and at the"
-                        " model's dtype."
+                        f"The loss of batch {done} is {float(loss.detach())}: look at its images and"
+                        " labels, and at the model's dtype."
                     )
                 gflops = search.flops / 1e9
                 optimiser.zero_grad()
