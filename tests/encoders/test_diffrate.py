@@ -285,7 +285,7 @@ def test_the_search_refuses_a_loss_that_is_not_finite_and_inference_mode():
     with pytest.raises(ValueError, match="The loss of batch 0 is nan"):
         learn_rates(model, batches, 0.5, steps=1)
     assert all(p.requires_grad for p in model.parameters())
-    with torch.inference_mode(), pytest.raises(ValueError, match="outside torch.inference_mode"):
+    with torch.inference_mode(), pytest.raises(ValueError, match="needs gradients"):
         learn_rates(model, batches, 0.5, steps=1)
 
 
