@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import vtoken
+from vtoken.adapters.encoders.encoder import encoder_for
 
 from . import oracle
 from .models import (
@@ -998,3 +999,20 @@ def test_reports(vit):
     assert report.tokens_per_layer == counts and report.images == 3
     assert "  tokens per layer, 1 prefix token included: " in str(report) and "  3 images: " in str(report)
     assert report.gflops_dense == pytest.approx(dense / 1e9) and report.gflops == pytest.approx(merged / 1e9)
+
+
+def test_multiply_adds_of_a_stem_of_several_convolutions():
+    timm = pytest.importorskip("timm")
+    model, found = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64).eval(), []
+
+    def count(module, args, out):
+        if isinstance(module, torch.nn.Conv2d):
+            found.append(out[0, 0].numel() * module.weight.numel())
+
+    handles = [module.register_forward_hook(count) for module in model.modules()]
+    with torch.no_grad():
+        model(torch.rand(1, 3, 64, 64))
+    for handle in handles:
+        handle.remove()
+    shape = encoder_for(model).shape(4)
+    assert len(found) > 1 and shape.patches * shape.embedding_macs == pytest.approx(sum(found), rel=1e-3)

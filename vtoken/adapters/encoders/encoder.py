@@ -120,12 +120,15 @@ class Encoder(ABC):
 
     def shape(self, patches: int, drops: bool = False) -> EncoderShape:
         """The numbers on which a plan depends, for images of so many patches."""
+        shape = EncoderShape(len(self.layers), patches, self.prefix, embedding_macs=self.embedding_macs())
+        return shape_of(self.layers[0], shape, drops)
+
+    def embedding_macs(self) -> int:
+        """Multiply-adds of the patch embedding, per patch: its weights are used once for every patch."""
         weights = (
             p for n, p in self.trunk.named_parameters() if p.ndim == 4 and ("patch" in n or "conv1" in n)
         )
-        embedding = sum(p.numel() for p in weights)
-        shape = EncoderShape(len(self.layers), patches, self.prefix, embedding_macs=embedding)
-        return shape_of(self.layers[0], shape, drops)
+        return sum(p.numel() for p in weights)
 
     def check(self) -> None:
         """Raise ValueError, in one sentence, if the sequence cannot become shorter inside this encoder."""

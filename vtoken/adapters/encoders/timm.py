@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .encoder import Encoder, Forwards, Intermediates, register_encoder
 from .layer import EncoderLayer, Heads
@@ -132,6 +134,16 @@ class TimmEncoder(Encoder):
     @property
     def grid(self) -> tuple[int, int]:
         return tuple(self.trunk.patch_embed.grid_size)  # type: ignore[return-value]
+
+    def embedding_macs(self) -> int:
+        if sum(p.ndim == 4 for p in self.trunk.patch_embed.parameters()) < 2:
+            return super().embedding_macs()
+        # a stem of several convolutions, each on a grid of its own
+        stem = copy.deepcopy(self.trunk.patch_embed).to("meta")
+        dtype = next(stem.parameters()).dtype
+        with FlopCounterMode(display=False) as counter:
+            stem(torch.empty(1, 3, *stem.img_size, device="meta", dtype=dtype))
+        return counter.get_total_flops() // 2 // (self.grid[0] * self.grid[1])
 
     def refusal(self) -> str | None:
         if not hasattr(self.trunk, "patch_embed"):
