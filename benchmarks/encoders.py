@@ -139,6 +139,7 @@ def case(shape: str, r: int, args: argparse.Namespace, now: Callable[[], float])
 
     promise = report.gflops_dense / report.gflops
     made = {
+        "batch": args.batch,
         "seconds": {n: statistics.median(t) for n, t in times.items()},
         "promise": promise,
         "speed-up": ratio("unpatched", "tome"),
@@ -167,7 +168,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     now = time.process_time if args.clock == "cpu" else time.perf_counter
-    report: dict[str, Any] = {"machine": machine(torch.device(args.device)), "batch": args.batch, "cases": {}}
+    report: dict[str, Any] = {"machine": machine(torch.device(args.device)), "cases": {}}
     report |= {"dtype": args.dtype, "clock": args.clock}
     if args.out and args.out.exists():
         report["cases"] = json.loads(args.out.read_text())["cases"]

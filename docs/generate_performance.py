@@ -110,6 +110,20 @@ def peers() -> str:
     return markdown(["contestant", "kept tokens", "median"], body)
 
 
+def encoders() -> str:
+    """Speed of merging inside encoders."""
+    report = json.loads((RESULTS / "encoders.json").read_text(encoding="utf-8"))
+    body = []
+    for name, c in report["cases"].items():
+        figures = [f"{c[k]:.2f}" for k in ("promise", "speed-up", "speed-up / promise")]
+        published = f"{c['published / tome']:.2f}" if "published / tome" in c else "-"
+        body.append([name, str(c["batch"]), *figures, f"{c['cost of merging']:.1%}", published])
+    header = ["encoder", "batch", "promised by the multiply-adds", "measured", "measured / promised"]
+    header += ["cost of merging", "published code / vtoken"]
+    where = _where(report["machine"] | {"clock": report["clock"]})
+    return f"{where}, {report['dtype']}.\n\n{markdown(header, body)}"
+
+
 def streaming() -> str:
     """Cost of a frame and of a question, by shape and contestant; a number for each length of the stream."""
     return "\n\n".join(
@@ -164,7 +178,7 @@ def early_facts() -> str:
 
 
 PAGES: dict[Path, tuple[Callable[[], str], ...]] = {
-    ROOT / "docs" / "performance.md": (machine, goals, models, kernels, peers),
+    ROOT / "docs" / "performance.md": (machine, goals, models, kernels, peers, encoders),
     ROOT / "docs" / "streaming.md": (streaming, early_facts),
 }
 

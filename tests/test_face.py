@@ -39,6 +39,7 @@ def test_every_name_is_there_and_dir_shows_it():
     for name in vtoken.__all__:
         assert getattr(vtoken, name) is not None
     assert callable(vtoken.visualize) and callable(vtoken.patch)
+    assert callable(vtoken.rates.learn_rates) and callable(vtoken.retrieval_training.train)
     assert vtoken.Selection is Selection
 
 

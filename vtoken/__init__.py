@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from . import strategies, video
+    from . import rates, retrieval_training, strategies, tiny, video
     from .accounting import EncoderReport, Report
     from .config import VTokenConfig
     from .drawing import visualize
@@ -52,12 +52,15 @@ __all__ = [
     "list_strategies",
     "patch",
     "prompt_length",
+    "rates",
     "register",
     "report",
     "resized",
+    "retrieval_training",
     "strategies",
     "strategy_info",
     "stream",
+    "tiny",
     "unpatch",
     "video",
     "video_embeddings",
@@ -65,7 +68,7 @@ __all__ = [
 ]
 
 # Everything is imported when it is used: `vtoken --help` needs no torch, a strategy no transformers.
-_MODULES = ("strategies", "video")
+_MODULES = ("rates", "retrieval_training", "strategies", "tiny", "video")
 _LAZY = {
     "VTokenConfig": "config",
     "EncoderReport": "accounting",

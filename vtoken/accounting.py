@@ -240,15 +240,17 @@ class EncoderReport:
         return {n: getattr(self, n) for n in (*names, "gflops", "seconds")}
 
     def __str__(self) -> str:
-        tokens = " ".join(f"{n:g}" for n in self.tokens_per_layer)
+        tokens = " ".join(f"{round(n, 2):g}" for n in self.tokens_per_layer)
+        images = f"{self.images} image{'s' * (self.images != 1)}"
+        prefix = f", {self.prefix} prefix token{'s' * (self.prefix > 1)} included" * bool(self.prefix)
         fused = f", {self.frames} of them in a sequence" if self.frames > 1 else ""
         lines = [
             f"vtoken report: {self.strategy}",
-            f"  {self.images} images{fused}: {self.patches} -> {self.tokens_out:g} patch tokens each"
+            f"  {images}{fused}: {self.patches} -> {round(self.tokens_out, 2):g} patch tokens each"
             f" ({self.tokens_out / self.patches:.1%})",
-            f"  tokens per layer, {self.prefix} of them no patches: {tokens}",
+            f"  tokens per layer{prefix}: {tokens}",
             f"  per image {self.gflops:.3g} GFLOPs instead of {self.gflops_dense:.3g}"
-            f" ({self.gflops / self.gflops_dense:.1%}), one per multiply-add",
+            f" ({self.gflops / self.gflops_dense:.1%}), a multiply-add counted once",
         ]
         lines += [f"  time: {name} {1000 * s:.2f} ms" for name, s in self.seconds.items()]
         return "\n".join(lines)

@@ -121,9 +121,9 @@ class EncoderPatch:
         self.adapter, self.strategy, self.gate = encoder, strategy, Gate(patches, self)
         self.runs = EncoderRuns(encoder, strategy, self.gate)
         self.wrapped, self.parts = Wrapped(), []  # type: tuple[Wrapped, list[Any]]
-        rows, columns = encoder.grid
         self.runs.look()
         if not self.runs.idle:
+            rows, columns = encoder.grid
             self.runs.plan(rows * columns)
         else:
             self.runs.refused = _refusal(encoder)
@@ -153,7 +153,7 @@ class EncoderPatch:
         """The report on the last call.
 
         Raises:
-            ValueError: if the encoder has not been called since it was patched.
+            ValueError: if the encoder has not been called since it was patched, or was called without images.
         """
         run = self.runs.last
         if run is None:
@@ -179,6 +179,8 @@ def _refusal(encoder: Encoder) -> ValueError | None:
 def report_of(run: EncoderRun, strategy: str, encoder: Encoder) -> EncoderReport:
     """The report on one finished forward."""
     shape, images = run.shape, run.images
+    if not images:
+        raise ValueError("The last call of this encoder had no images: call it with at least one.")
     embedding = shape.patches * shape.embedding_macs
     work = sum(rows * shape.layer_macs(attend, feed) for rows, attend, feed, _ in run.work)
     seconds = Stopwatch()

@@ -222,12 +222,15 @@ def list_strategies(pattern: str = "*", model: Any = None) -> list[str]:
     """Names of strategies that match a shell pattern, such as "*cls*"; with `model`, those that fit it.
 
     Raises:
-        TypeError, ValueError: if `model` is no model, or has no adapter.
+        TypeError, ValueError: if `model` is no model, or no strategy can serve it.
     """
     if model is None:
         return list_names(pattern)
     encoder = plain_encoder(model)
-    return fitting(adapter_for(model), pattern) if encoder is None else fitting_encoder(encoder, pattern)
+    if encoder is None:
+        return fitting(adapter_for(model), pattern)
+    encoder.check()
+    return fitting_encoder(encoder, pattern)
 
 
 def plain_encoder(model: Any) -> Encoder | None:

@@ -51,7 +51,8 @@ def learn_rates(
         A configured strategy: `vtoken.patch(model, learn_rates(...))`.
 
     Raises:
-        ValueError: for an encoder that cannot be reduced, a share out of range, or too few batches.
+        ValueError: for an encoder that cannot be reduced, a number out of range, too few batches, a
+            loss that is not finite, or a call in inference mode.
     """
     encoder = encoder_for(model)
     if encoder is None or not encoder.has_cls:
@@ -60,6 +61,7 @@ def learn_rates(
         )
     if not 0 < flops <= 1:
         raise ValueError(f"flops must be a share in (0, 1], found {flops}.")
+    _check_numbers(steps, step, whole, len(encoder.layers))
     encoder.check()
     search = start_search(encoder, step, whole)
     goal = flops * search.shape.macs([0] * search.shape.layers) / 1e9
@@ -77,6 +79,11 @@ def learn_rates(
                 for group in optimiser.param_groups:
                     group["lr"] = lr * (0.55 + 0.45 * math.cos(math.pi * done / steps))
                 loss = F.cross_entropy(logits(model(images)), labels)
+                if not torch.isfinite(loss.detach()):
+                    raise ValueError(
+                        f"The loss of batch {done} is {float(loss.detach())}: look at its images and"
+                        " labels, and at the model's dtype."
+                    )
                 gflops = search.flops / 1e9
                 optimiser.zero_grad()
                 (loss + weight * (gflops - goal) ** 2).backward()
@@ -88,5 +95,15 @@ def learn_rates(
         for p in frozen:
             p.requires_grad_(True)
     if done < steps:
-        raise ValueError(f"learn_rates makes {steps} updates, and there were {done} batches: give more.")
+        raise ValueError(f"learn_rates makes {steps} updates, and the batches ended after {done}: give more.")
     return search.strategy()
+
+
+def _check_numbers(steps: int, step: int, whole: Sequence[int], layers: int) -> None:
+    """Raise ValueError, in one sentence, for numbers out of range and in inference mode."""
+    if steps < 1 or step < 1:
+        raise ValueError(f"steps and step are whole numbers of at least 1, found {steps} and {step}.")
+    if unknown := [i for i in whole if not -layers <= i < layers]:
+        raise ValueError(f"whole names layer {unknown[0]}, the encoder has layers 0 to {layers - 1}.")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("learn_rates needs gradients: call it outside torch.inference_mode().")

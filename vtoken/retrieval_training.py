@@ -1,11 +1,13 @@
 """Training of a CLIP model whose image tower merges across the frames of a video, for text-video retrieval.
 
-strategy = vtoken.strategies.TempMe(frames=12)
-tuned = add_lora(clip)
-losses = train(tuned, strategy, batches, steps=1000)
-clip = tuned.merge_and_unload()  # LoRA goes into the weights
-strategy.save_frame_positions("positions.safetensors")
-vtoken.patch(clip, strategy)
+::
+
+    strategy = vtoken.strategies.TempMe(frames=12)
+    tuned = add_lora(clip)
+    losses = train(tuned, strategy, batches, steps=1000)
+    clip = tuned.merge_and_unload()  # LoRA goes into the weights
+    strategy.save_frame_positions("positions.safetensors")
+    vtoken.patch(clip, strategy)
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import found
 from .extras import require
 from .patching import applied
-from .strategies import EncoderStrategy
+from .strategies import TempMe  # type: ignore[attr-defined]
 from .streams import unwrapped
 from .videos import video_embeddings
 
@@ -78,7 +81,7 @@ def retrieval_loss(videos: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
 
 def train(
     model: Any,
-    strategy: EncoderStrategy,
+    strategy: TempMe,
     batches: Iterable[tuple[Tensor, ...]],
     steps: int,
     lr: float = 6e-4,
@@ -93,7 +96,7 @@ def train(
 
     Args:
         model: the result of `add_lora`, or an open_clip model to train whole. A patch on it is suspended.
-        strategy: a `TempMe`; gets frame positions unless it has them.
+        strategy: gets frame positions unless it has them.
         batches: (frames (n, F, 3, H, W), token ids (n, length)), with a third entry a mask (n, F) of the
             frames that count.
         steps: optimiser steps, one batch each.
@@ -106,8 +109,13 @@ def train(
         The loss of every step.
 
     Raises:
+        TypeError: if the strategy is no `TempMe`.
         ValueError: if the batches end early, or a video has another number of frames than the strategy's.
     """
+    if not isinstance(strategy, TempMe):
+        raise TypeError(
+            f"train takes a TempMe, found {found(strategy)}: give vtoken.strategies.TempMe(frames=...)."
+        )
     from transformers import get_cosine_schedule_with_warmup
 
     clip = unwrapped(model)
@@ -122,7 +130,7 @@ def train(
     with applied(model, strategy), torch.enable_grad():
         for _, batch in zip(range(steps), batches):
             optimiser.zero_grad()
-            loss = _loss(clip, strategy.frames, scale, *(part.to(scale.device) for part in batch))  # type: ignore[attr-defined]
+            loss = _loss(clip, strategy.frames, scale, *(part.to(scale.device) for part in batch))
             loss.backward()
             nn.utils.clip_grad_norm_(trained, clip_norm)
             optimiser.step()

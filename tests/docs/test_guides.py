@@ -205,11 +205,14 @@ def test_what_a_guide_names_is_there(page):
     assert not unknown((ROOT / page).read_text(encoding="utf-8"), known)
 
 
-def test_plain_encoders(monkeypatch, capsys):
+def test_plain_encoders(monkeypatch, capsys, tmp_path):
     pytest.importorskip("timm")
     pytest.importorskip("open_clip")
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
     guide = run("docs/encoders.md", monkeypatch)
     assert guide.logits.shape == (2, 1000) and guide.videos.shape == (2, 512)
     assert guide.picture.size[0] > 2 * 224
+    assert len(guide.losses) == 2 and len(guide.learned.prune) == 8
     printed = capsys.readouterr().out
     assert "tome(r=13)" in printed and "12 of them in a sequence" in printed

@@ -262,8 +262,31 @@ def vtoken_dense(model):
 
 
 def test_the_search_says_when_there_are_too_few_batches():
-    with pytest.raises(ValueError, match="makes 3 updates, and there were 1 batches"):
+    with pytest.raises(ValueError, match="makes 3 updates, and the batches ended after 1"):
         learn_rates(vit(), [(images(2), torch.tensor([0, 1]))], 0.5, steps=3)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(step=0), "steps and step are whole numbers of at least 1, found 1 and 0"),
+        (dict(steps=0), "found 0 and 4"),
+        (dict(whole=(9,)), "whole names layer 9, the encoder has layers 0 to 3"),
+    ],
+)
+def test_the_search_refuses_numbers_out_of_range(options, words):
+    with pytest.raises(ValueError, match=words):
+        learn_rates(vit(), [(images(2), torch.tensor([0, 1]))], 0.5, **{"steps": 1, **options})
+
+
+def test_the_search_refuses_a_loss_that_is_not_finite_and_inference_mode():
+    batches = [(images(2) * float("nan"), torch.tensor([0, 1]))]
+    model = vit()
+    with pytest.raises(ValueError, match="The loss of batch 0 is nan"):
+        learn_rates(model, batches, 0.5, steps=1)
+    assert all(p.requires_grad for p in model.parameters())
+    with torch.inference_mode(), pytest.raises(ValueError, match="needs gradients"):
+        learn_rates(model, batches, 0.5, steps=1)
 
 
 def test_the_published_table_is_whole():

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 import vtoken
+from vtoken.adapters.encoders.encoder import encoder_for
 
+from . import oracle
 from .models import (
     CASES,
     DEPTH,
@@ -25,6 +27,7 @@ from .models import (
     SIZE,
     TIMM,
     WIDTH,
+    hf_model,
     images,
     scrambled,
     timm_vit,
@@ -279,6 +282,14 @@ def test_a_block_by_hand_after_one_that_was_stopped(vit, at):
         assert torch.equal(vit.blocks[at](y), want)
 
 
+def test_a_sequence_that_something_else_changes_is_refused(vit):
+    """Merging would end there in silence."""
+    vtoken.patch(vit, "tome", r=[0, 0, 0, 3])
+    vit.blocks[1].register_forward_hook(lambda m, args, out: out[:, :-1])
+    with pytest.raises(ValueError, match="Layer 1 of this encoder left 2 sequences of 26 tokens"):
+        vit(images())
+
+
 # -- maps of layers ------------------------------------------------------------------------------------------
 def layer_maps(name, model, x):
     """Per layer (images, N, C): what every patch reads, by the oracle."""
@@ -529,6 +540,35 @@ def test_transformers_tuple_output_with_hidden_states():
     assert same(list(states), list(named.hidden_states))
 
 
+@pytest.mark.parametrize("chosen", [[1], [2, 3], [1, -2], 3], ids=str)
+def test_chosen_hidden_states_of_transformers(chosen):
+    """`output_hidden_states` can name layers; the states that it leaves out are None."""
+    model = CASES["hf-CLIPVisionModel-sdpa"].build()
+    with torch.no_grad():
+        plain = model(pixel_values=images(), output_hidden_states=chosen).hidden_states
+        vtoken.patch(model, "tome", r=R)
+        every = model(pixel_values=images(), output_hidden_states=True).hidden_states
+        some = model(pixel_values=images(), output_hidden_states=chosen).hidden_states
+    assert [a is None for a in some] == [a is None for a in plain] and any(a is not None for a in some)
+    for a, b in zip(reversed(some), reversed(every)):  # some releases leave out what the first layer reads
+        assert a is None or torch.equal(a, b)
+
+
+def test_hidden_states_that_a_module_around_the_tower_records():
+    model = hf_model("GitVisionModel", "eager")
+    with torch.no_grad():
+        plain = model(pixel_values=images(), output_hidden_states=True)
+        vtoken.patch(model, "tome", r=R)
+        out = model(pixel_values=images(), output_hidden_states=True)
+        direct = model.vision_model(pixel_values=images()).last_hidden_state
+        vtoken.unpatch(model)
+        again = model(pixel_values=images(), output_hidden_states=True)
+    assert [h.shape for h in out.hidden_states] == [h.shape for h in plain.hidden_states]
+    assert torch.equal(out.last_hidden_state, direct)
+    assert len(out.hidden_states[1][0].unique(dim=0)) == plain.hidden_states[1].shape[1] - R[0]
+    assert same(list(plain.hidden_states), list(again.hidden_states))
+
+
 @pytest.mark.parametrize("kind", ["CLIPVisionModel", "ViTModel", "Dinov2Model"])
 def test_attention_maps_are_refused(kind):
     model = CASES[f"hf-{kind}-eager"].build()
@@ -605,6 +645,8 @@ def test_an_empty_batch_and_a_batch_of_one(vit):
     with torch.no_grad():
         assert vit(images()[:1]).shape == (1, 6)
         assert vit(images()[:0]).shape == (0, 6)
+    with pytest.raises(ValueError, match="had no images"):
+        vtoken.report(vit)
 
 
 def test_inference_mode_then_training(vit):
@@ -625,6 +667,23 @@ def test_dropout_and_stochastic_depth_act_in_training():
         assert torch.equal(model(x), model(x))
         model.train()
         assert not torch.equal(model(x), model(x))
+
+
+def test_patches_dropped_in_training_keep_their_rotary_embedding():
+    case = CASES["timm-eva"]
+    model = timm_vit(kind="Eva", use_rot_pos_emb=True, patch_drop_rate=0.25).double().train()
+    seen = []
+    model.blocks[0].register_forward_pre_hook(
+        lambda m, a, k: seen.append((a[0], k["rope"])), with_kwargs=True
+    )
+    vtoken.patch(model, "tome", r=R)
+    out = model(images().double())
+    assert vtoken.report(model).tokens_per_layer == [19 - sum(R[: i + 1]) for i in range(DEPTH)]
+    ((x, ropes),) = seen
+    results = [
+        oracle.tome(case.blocks(model), each, R, case.prefix, rope=rope[0]) for each, rope in zip(x, ropes)
+    ]
+    torch.testing.assert_close(out, case.expected(model, results), **FLOAT64)
 
 
 @pytest.mark.parametrize("options", [dict(attn_drop_rate=0.5), dict(proj_drop_rate=0.5)], ids=str)
@@ -773,6 +832,26 @@ def one_sentence(error):
     return text
 
 
+def small_model(kind, **options):
+    import transformers as tf
+
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    return getattr(tf, f"{kind}Model")(getattr(tf, f"{kind}Config")(**shape, **options))
+
+
+def test_layers_of_one_class_that_are_not_alike_are_refused():
+    """Sapiens2 shares keys among heads in its middle layers alone."""
+    timm = pytest.importorskip("timm")
+    heads = dict(num_heads=4, num_kv_heads=(4, 2, 1, 4), embed_dim=32, depth=4)
+    try:
+        model = timm.create_model("vit_base_patch16_sapiens2", img_size=28, patch_size=7, **heads)
+    except (RuntimeError, TypeError):
+        pytest.skip("an older timm")
+    with pytest.raises(ValueError) as error:
+        vtoken.patch(model, "tome", r=2)
+    assert one_sentence(error).startswith("Tokens cannot be merged in Eva: its layers (EvaBlock)")
+
+
 def test_models_without_blocks_are_refused():
     timm = pytest.importorskip("timm")
     kwargs = dict(img_size=64, patch_size=4, window_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2))
@@ -792,6 +871,12 @@ def test_models_without_blocks_are_refused():
         ),
         "cait": lambda: timm.models.cait.Cait(img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=2),
         "differential": lambda: timm_vit(attn_layer="diff"),
+        "naflex": lambda: timm.create_model(
+            "naflexvit_base_patch16_gap", embed_dim=32, depth=2, num_heads=2, patch_size=7
+        ),
+        "audio": lambda: small_model("AST", num_mel_bins=32, max_length=64),
+        "packed": lambda: small_model("Siglip2Vision", num_patches=16, patch_size=7),
+        "stages": lambda: small_model("GroupViTVision", image_size=32, patch_size=4),
     }
     for name, make in makers.items():
         model = make().eval()
@@ -799,6 +884,8 @@ def test_models_without_blocks_are_refused():
         with pytest.raises((ValueError, TypeError)) as error:
             vtoken.patch(model, "tome", r=2)
         assert one_sentence(error).startswith("Tokens cannot be merged in"), name
+        with pytest.raises((ValueError, TypeError), match="Tokens cannot be merged in"):
+            vtoken.list_strategies(model=model)
         assert traces(model) == before, name
 
 
@@ -910,4 +997,22 @@ def test_reports(vit):
         n -= r
         counts.append(n)
     assert report.tokens_per_layer == counts and report.images == 3
+    assert "  tokens per layer, 1 prefix token included: " in str(report) and "  3 images: " in str(report)
     assert report.gflops_dense == pytest.approx(dense / 1e9) and report.gflops == pytest.approx(merged / 1e9)
+
+
+def test_multiply_adds_of_a_stem_of_several_convolutions():
+    timm = pytest.importorskip("timm")
+    model, found = timm.create_model("vit_tiny_r_s16_p8_224", img_size=64).eval(), []
+
+    def count(module, args, out):
+        if isinstance(module, torch.nn.Conv2d):
+            found.append(out[0, 0].numel() * module.weight.numel())
+
+    handles = [module.register_forward_hook(count) for module in model.modules()]
+    with torch.no_grad():
+        model(torch.rand(1, 3, 64, 64))
+    for handle in handles:
+        handle.remove()
+    shape = encoder_for(model).shape(4)
+    assert len(found) > 1 and shape.patches * shape.embedding_macs == pytest.approx(sum(found), rel=1e-3)

@@ -217,6 +217,11 @@ def test_a_whole_model_may_be_trained_but_for_its_scale():
     assert torch.equal(clip.logit_scale, scale) and not torch.equal(clip.visual.proj, weight)
 
 
+def test_another_strategy_is_refused():
+    with pytest.raises(TypeError, match="train takes a TempMe, found"):
+        train(CASE.build(), vtoken.strategies.ToMe(r=2), [pairs()], 1)
+
+
 def test_batches_that_do_not_fit():
     clip, strategy = CASE.build(), TempMe(**SIX)
     with pytest.raises(ValueError, match="The batches ended after 1 of 3 steps"):

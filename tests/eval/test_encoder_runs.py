@@ -316,6 +316,7 @@ def test_the_command_imagenet(shipped, tmp_path):
         assert len(plot.convert("RGB").getcolors(maxcolors=1 << 20)) > 20
     again = run(*given)
     assert again.exit_code == 0 and "last_go r=5 x=1: 32 values are there already" in again.output
+    assert "0/0" not in again.output
     assert (tmp_path / "results.json").read_text() == json.dumps(stored, indent=1) + "\n"
     other = run(*given, "--dtype", "bfloat16")
     assert other.exit_code == 2 and "under dtype" in " ".join(other.output.split())
@@ -331,6 +332,17 @@ def test_the_command_retrieval(shipped, tmp_path):
     assert stored["settings"]["videos"] == 6 and stored["settings"]["frames"] == 2
     assert stored["runs"][1]["scores"]["temperature"] == 0.05
     assert set(stored["runs"][1]["scores"]) == {"temperature", "plain", "dual softmax"}
+
+
+def test_captions_are_refused_before_any_video_is_encoded(shipped, tmp_path, monkeypatch):
+    def tokenizer(texts):
+        raise ValueError(f"{len(texts)} captions have unknown words.")
+
+    model, preprocess, _ = tiny.load_encoder("clip")
+    monkeypatch.setattr(tiny, "load_encoder", lambda name: (model, preprocess, tokenizer))
+    result = run("retrieval", "--example", "--strategy", "last_go", "--output", tmp_path)
+    assert result.exit_code == 2 and "12 captions have unknown words." in result.output
+    assert not list(tmp_path.glob("*.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -352,6 +364,11 @@ def test_the_command_retrieval(shipped, tmp_path):
         (["imagenet", "--example", "--strategy", "nothing"], "Unknown strategy 'nothing'"),
         (["imagenet", "--example", "--r", "x"], "--r takes whole numbers such as 8,13, found 'x'"),
         (["imagenet", "--example", "--flops", "1.5"], "--flops takes shares above 0"),
+        (["imagenet", "--example", "--strategy", "tome", "--r", "8,0"], "tome r=0 changes nothing"),
+        (
+            ["imagenet", "--example", "--strategy", "tome", "--budget", "1.0"],
+            "tome budget=1.0 changes nothing",
+        ),
         (["imagenet", "--example", "--budget", "0.5", "--budgets", "0.5"], "exclude each other"),
         (["imagenet", "--example", "--option", "x"], "--option takes KEY=VALUE"),
         (["imagenet", "--example", "--option", "r=3"], "--option r=... has an option of its own: give --r"),

@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "images": ("limits",),
     "accounting": ("selection", "tokens", "streams"),
     "drawing": (),
-    "tiny": ("extras",),
+    "tiny": ("extras", "videos"),
     "asking": ("tiny",),
     "video": ("checks", "images", "limits", "tiny"),
     "strategies": ("checks", "kernels", "plugins", "streams", "selection", "tokens"),
@@ -88,7 +88,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("_threads", "accounting", "active", "adapters", "fit", "gate", "hooks", "mechanism", "recorder"),
         "strategies",
     ),
-    "rates": ("adapters", "hooks", "strategies", "tokens"),
+    "rates_search": ("adapters", "hooks", "strategies", "tokens"),
+    "rates": ("adapters", "rates_search", "strategies"),
     "patching": (
         *(
             "accounting",
@@ -106,7 +107,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         ),
         *("streams", "selection", "tokens"),
     ),
-    "retrieval_training": ("extras", "patching", "strategies", "streams", "videos"),
+    "retrieval_training": ("checks", "extras", "patching", "strategies", "streams", "videos"),
     "streaming": (
         *(
             "active",
@@ -136,7 +137,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "streaming",
             "streams",
         ),
-        *("drawing", "selection", "tokens", "version", "video", "videos"),
+        *(
+            "drawing",
+            "rates",
+            "retrieval_training",
+            "selection",
+            "tiny",
+            "tokens",
+            "version",
+            "video",
+            "videos",
+        ),
     ),
     "bench": ("_json", "asking", "checks", "extras", "mechanism", "recorder", "strategies", "tiny", "vtoken"),
     "eval": ("_json", "asking", "checks", "extras", "images", "strategies", "tiny", "video", "vtoken"),

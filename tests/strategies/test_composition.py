@@ -126,6 +126,7 @@ def test_an_average_that_only_a_projector_strategy_makes_possible(inside):
 REFUSED = {
     "two projector strategies": (["hired", "random"], {}, "both act between the tower and the LLM"),
     "two inside": (["fastv", "sparsevlm"], {}, "both act inside the LLM"),
+    "two encoder strategies": (["tome", "diffrate"], {}, "both act inside the encoder"),
     "twice the same": (["fastv", "fastv"], {}, "can be there once"),
     "mustdrop merges itself": (["random", "mustdrop"], {}, "merging=False and key_rate=0"),
     "only one": (["fastv"], {}, "at least two"),

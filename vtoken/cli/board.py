@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..eval.board.tiny import Subject
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="The board of the tiny models that ship with vtoken.")
 @click.option(
     "--model",
     "models",

@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 def common(strategy: str, batch_size: int, output: str) -> Callable[[Callable[..., None]], Any]:
     """The options that both benchmarks have."""
     options = [
-        click.option("--checkpoint", type=click.Path(dir_okay=False), help="Weights: a safetensors file."),
-        click.option("--pretrained", is_flag=True, help="Let timm download its weights."),
+        click.option("--checkpoint", type=click.Path(dir_okay=False), help="Weights, a safetensors file."),
+        click.option("--pretrained", is_flag=True, help="Let timm download its weights; for timm:NAME only."),
         click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32",
                      show_default=True),
         click.option("--strategy", "strategies", callback=separated, default=strategy, show_default=True,
                      help="Names separated by commas."),
         click.option("--r", "removed", callback=separated,
-                     help="Tokens to merge per layer, several separated by commas: 8,13,16."),
-        click.option("--budget", type=Budget(), help="One budget, such as 0.6."),
-        click.option("--budgets", callback=separated, help="Several budgets, such as 0.8,0.6."),
+                     help="Tokens removed per layer; several are several runs: 8,13,16."),
+        click.option("--budget", type=Budget(),
+                     help="Share (or number) of patch tokens left after the last layer: 0.6."),
+        click.option("--budgets", callback=separated, help="Several budgets, separated by commas: 0.8,0.6."),
         click.option("--flops", callback=separated,
-                     help="Shares of the unpatched model's FLOPs, such as 0.8,0.6."),
+                     help="Shares of the unpatched model's FLOPs: 0.8,0.6."),
         click.option("--prop-attn/--no-prop-attn", default=None,
                      help="Whether attention counts merged tokens by their size."),
         click.option("--option", "others", multiple=True, metavar="KEY=VALUE",
@@ -75,7 +76,24 @@ def plan_of(
     options = dict(map(pair, others)) | ({} if prop_attn is None else {"prop_attn": prop_attn})
     if taken := [key for key in ("r", "budget", "flops", "frames") if key in options]:
         raise ValueError(f"--option {taken[0]}=... has an option of its own: give --{taken[0]}.")
-    return plan(strategies, amounts, **options)
+    runs = plan(strategies, amounts, **options)
+    if idle := next(filter(changes_nothing, runs), None):
+        raise ValueError(
+            f"{idle.name} changes nothing: leave it out, the unpatched model is measured beside every run."
+        )
+    return runs
+
+
+def changes_nothing(run: EncoderRun) -> bool:
+    """Whether a run is that of the unpatched model under another name; False for options that are refused."""
+    from ..strategies import strategy_info
+
+    if run.strategy is None or "+" in run.strategy:
+        return False
+    try:
+        return bool(strategy_info(run.strategy).cls(**run.options).is_identity)
+    except (TypeError, ValueError):
+        return False
 
 
 def number(option: str, text: str, kind: type) -> Any:

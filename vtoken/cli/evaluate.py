@@ -22,6 +22,7 @@ BASELINES = "random,uniform,pool"
 
 @click.group(
     cls=Group,
+    short_help="Accuracy against visual tokens or GFLOPs.",
     lazy={
         "tiny": "vtoken.cli.board:tiny",
         "imagenet": "vtoken.cli.evaluate_encoders:imagenet",
@@ -62,7 +63,7 @@ def common(default_output: str) -> Callable[[Callable[..., None]], Callable[...,
     return decorate
 
 
-@evaluate.command(cls=Command)
+@evaluate.command(cls=Command, short_help="MME: yes-or-no questions about images.")
 @click.option(
     "--data",
     help="Folder with MME's parquet files, VLMEvalKit's MME.tsv, or a Hub id. [default: lmms-lab/MME]",
@@ -82,7 +83,7 @@ def mme(data: str | None, protocol: str, **options: Any) -> None:
     run(tasks, **options)
 
 
-@evaluate.command(cls=Command)
+@evaluate.command(cls=Command, short_help="Video-MME: multiple-choice questions on videos.")
 @click.option("--data", help="Folder with Video-MME's parquet file, data/*.mp4 and subtitle/*.srt.")
 @click.option("--frames", type=click.IntRange(min=1), help="Per video; default: the protocol's number.")
 @click.option(

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from ..eval.running.encoder_runs import EncoderRun
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="ImageNet: top-1 and top-5 of a classifier.")
 @click.option("--data", help="Folder with a folder per class, or parquet files with image and label.")
-@click.option("--model", help="timm:NAME or tiny:NAME. [default with --example: tiny:vit]")
+@click.option("--model", help="A classifier: timm:NAME or tiny:vit. [default with --example: tiny:vit]")
 @common("tome", 64, "vtoken-imagenet")
 def imagenet(data: str | None, model: str | None, limit: int | None, **options: Any) -> None:
     """ImageNet: top-1, top-5, GFLOPs and images per second of a classifier."""
@@ -39,14 +39,18 @@ def imagenet(data: str | None, model: str | None, limit: int | None, **options: 
     run(data, model, "tiny:vit", HOW, example, task, **options)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="MSR-VTT 1k-A: text-video retrieval with a CLIP.")
 @click.option("--data", help="Folder with MSRVTT_JSFUSION_test.csv and the videos.")
-@click.option("--model", help="open_clip:ARCH/TAG, open_clip:ARCH/FILE.safetensors or tiny:NAME."
+@click.option("--model", help="open_clip:ARCH/TAG, open_clip:ARCH/FILE.safetensors or tiny:clip."
               " [default with --example: tiny:clip]")  # fmt: skip
-@click.option("--frames", type=click.IntRange(min=1), default=12, show_default=True, help="Per video.")
+@click.option(
+    "--frames", type=click.IntRange(min=1), default=12, show_default=True, help="Frames read of a video."
+)
 @click.option("--dual-softmax", type=click.Choice(["off", "on", "both"]), default="off", show_default=True,
               help="Weigh similarities by a softmax over all queries.")  # fmt: skip
-@click.option("--temperature", type=float, default=0.01, show_default=True, help="Of dual softmax.")
+@click.option(
+    "--temperature", type=float, default=0.01, show_default=True, help="Divides the cosines in dual softmax."
+)
 @common("tempme", 8, "vtoken-retrieval")
 def retrieval(
     data: str | None,
@@ -66,8 +70,10 @@ def retrieval(
     duals = {"off": [False], "on": [True], "both": [False, True]}[dual_softmax]
 
     def task(source: str | Path, encoder: EncoderModel) -> EncoderTask:
-        tokenizer_of(encoder)  # refuses a model without texts before any work
-        return MSRVTT(load(source, limit), encoder.preprocess, frames, duals, temperature)
+        tokenizer = tokenizer_of(encoder)  # refuses a model without texts, and texts, before any work
+        samples = load(source, limit)
+        tokenizer([sample.truth for sample in samples])
+        return MSRVTT(samples, encoder.preprocess, frames, duals, temperature)
 
     run(data, model, "tiny:clip", HOW, example_encoder_data.msrvtt, task, **options)
 
@@ -92,7 +98,8 @@ def run(
     if example == bool(data):
         raise ValueError(f"Data come from one place: {how}")
     if not (model := model or (tiny if example else None)):
-        raise ValueError("Name a model: --model timm:NAME, open_clip:ARCH/TAG or tiny:NAME.")
+        names = "timm:NAME" if tiny == "tiny:vit" else "open_clip:ARCH/TAG"
+        raise ValueError(f"Name a model: --model {names}.")
     require("matplotlib", extra="eval")
     runs = plan_of(**amounts)
     quiet()
@@ -126,7 +133,7 @@ def evaluated(
 
     out, main, settings = console(), processes.index == 0, settings_of(encoder)
     with progress(out, shown=main) as bar:
-        line = bar.add_task(task.title, total=0)
+        line = bar.add_task(task.title, total=0, visible=False)
         evaluation = EncoderEvaluation(
             task,
             encoder,
@@ -138,7 +145,7 @@ def evaluated(
             lambda done: bar.update(line, advance=done),
         )
         there, left = evaluation.progress(runs)
-        bar.update(line, total=left)
+        bar.update(line, total=left, visible=left > 0)
         for name, n in there.items():
             if n and main:
                 bar.console.print(f"{name}: {n} values are there already", highlight=False)

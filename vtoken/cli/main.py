@@ -19,7 +19,7 @@ def cli() -> None:
     """Vision-language models that read fewer visual tokens."""
 
 
-@cli.command("list")
+@cli.command("list", short_help="The strategies.")
 @click.argument("pattern", default="*")
 @click.option("--names", is_flag=True, help="Only the names, one a line.")
 def list_command(pattern: str, names: bool) -> None:
@@ -41,7 +41,7 @@ def list_command(pattern: str, names: bool) -> None:
     console().print(table)
 
 
-@cli.command()
+@cli.command(short_help="Facts about a strategy.")
 @click.argument("name")
 def info(name: str) -> None:
     """Facts about a strategy: paper, code, hyper-parameters with defaults; two are joined by +."""
@@ -86,7 +86,11 @@ def show_info(name: str) -> None:
     out.print(table)
 
 
-@cli.group(invoke_without_command=True, lazy={"stream": "vtoken.cli.stream:stream_command"})
+@cli.group(
+    invoke_without_command=True,
+    short_help="Ask a model with all visual tokens and with fewer.",
+    lazy={"stream": "vtoken.cli.stream:stream_command"},
+)
 @click.option("--image", type=click.Path(), help="Ask about this image instead of a generated scene.")
 @click.option("--question", help="The question; needed with --image unless the tiny model answers.")
 @click.option(
@@ -111,7 +115,7 @@ def demo(context: click.Context, **options: Any) -> None:
     run(console(), **options)
 
 
-@cli.command()
+@cli.command(short_help="Time every stage with and without a strategy.")
 @click.option(
     "--shape",
     "shapes",

@@ -103,6 +103,8 @@ class EncoderLayers:
         if run is None or not run.continues(i, rows_first):  # a layer called on its own
             if i and not torch.compiler.is_compiling() and not self.removed and self._rebuilt():
                 raise rebuilt("The layers of this encoder are not those that were patched")
+            if run is not None and 0 < i == run.layer < run.ends:
+                raise _interfered(i, (run.rows, run.tokens), rows_first)
             return original(x, *args, **kwargs)
         acts = self.strategy().asked(i, run.plan)
         if acts or run.changed:
@@ -196,6 +198,14 @@ class LayersAfter:
             hidden = run.spread(hidden)
             self.runs.ended(run)
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+
+def _interfered(layer: int, left: tuple[int, int], x: Tensor) -> ValueError:
+    return ValueError(
+        f"Layer {layer - 1} of this encoder left {left[0]} sequences of {left[1]} tokens and layer {layer}"
+        f" got {x.shape[0]} of {x.shape[1]}: tokens cannot be merged where something else changes them"
+        " between layers; call it inside `with vtoken.disabled(model)`."
+    )
 
 
 def _square(patches: int) -> tuple[int, int] | None:

@@ -39,7 +39,7 @@ class StrategyInfo:
         stages: where it acts: "encoder", "projector", "prefill", "cache".
         paper: title and arXiv id, empty for a baseline.
         code: the published reference implementation.
-        code_licence: its licence, "none" where it has none.
+        code_licence: its licence, "no licence stated" where the code names none.
         differs: what differs from the reference, in words.
         baseline: whether it exists to be compared with.
         experimental: whether parts of the method are not published.

@@ -13,6 +13,7 @@ from ..streams import Reuse
 from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 from .base import Positions, Strategy, StrategyInfo
 from .budgets import Budget, frames_of
+from .merging import EncoderStrategy
 
 REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L
 
@@ -111,6 +112,8 @@ class Composite(Strategy):
         }
         for where, rivals in places.items():
             if len(rivals) > 1:
+                if all(isinstance(p, EncoderStrategy) for p in rivals):
+                    where = "inside the encoder"
                 names_found = " and ".join(p.info.name for p in rivals)
                 twice = "mustdrop" in names_found and len(inside) == 1
                 off = ", or give mustdrop merging=False and key_rate=0" if twice else ""

@@ -25,7 +25,7 @@ from .registry import register
     budget_means="encoder",
     paper="DiffRate: Differentiable Compression Rate for Efficient Vision Transformers, arXiv 2305.17997",
     code="github.com/OpenGVLab/DiffRate",
-    code_licence="none",
+    code_licence="no licence stated",
     differs="All prefix tokens stay in front, are never destinations and are left out of the ranking. Tokens "
     "are "
     "only sorted by importance where some go. With average pooling a survivor counts by the patches that it "
@@ -44,7 +44,8 @@ class DiffRate(EncoderStrategy):
 
     Args:
         rates: a published row by model and GFLOPs, such as "ViT-S-DeiT/2.9".
-        prune, merge: tokens that every layer keeps after pruning and after merging, class token included.
+        prune: per layer, tokens that are left after pruning, class token included; goes with `merge`.
+        merge: per layer, tokens that are left after merging, class token included.
         budget: share of the patch tokens that is left after the last layer.
         flops: share in (0, 1] of the encoder's multiply-adds.
         prop_attn: add the logarithm of a token's size to the attention logits of its key.

@@ -22,7 +22,7 @@ from .registry import register
     budget_means="cut",
     paper="An Image is Worth 1/2 Tokens After Layer 2, arXiv 2403.06764",
     code="github.com/pkunlp-icler/FastV",
-    code_licence="none stated",
+    code_licence="no licence stated",
     differs="Ranks per prompt, with the union of its images as candidates; the public code uses the first "
     "prompt's choice for the whole batch and knows one image. Padding stays masked after the cut.",
 )

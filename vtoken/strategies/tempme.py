@@ -67,8 +67,9 @@ class TempMe(EncoderStrategy):
             factors, one apart in 12 layers, two apart in 24.
         fuse: clips that each of them fuses; by default the factors of `frames`, three at most (2, 2, 3 of
             12).
-        cross, intra: shares of the tokens that merges across clips and inside a clip remove;
-            0.4 and 0.2 with r=10 bring CLIP ViT-B/16 to the published 5% of tokens.
+        cross: share of the tokens that a merge across clips removes; 0.4, with intra=0.2 and r=10, brings
+            CLIP ViT-B/16 to the published 5% of tokens.
+        intra: share of the tokens that a merge inside a clip removes.
         prop_attn: add the logarithm of a token's size to the attention logits of its key.
         frame_positions: safetensors file of trained frame positions, see `save_frame_positions`.
     """

@@ -36,15 +36,15 @@ class ToMe(ScheduledMerging):
 
     In every layer the patch tokens at even positions each find their most similar token at an odd position,
     by the cosine of the attention keys averaged over heads; the r most similar pairs become their means,
-    weighted by sizes. At most half of the tokens go in a layer.
+    weighted by sizes. At most half of the tokens go in a layer. Give one of `budget`, `r`, `flops` and `kth`;
+    without any, half of the patch tokens are left after the last layer.
 
     Args:
         sort: keep unmerged tokens in ascending order; False leaves them by falling similarity where the
             encoder has no prefix tokens, as the published code does.
         kth: instead of r, every `kth` consecutive patch tokens become one in the layers `kth_layers`: the
-            last
-            of every group absorbs, the others join their most similar one of these; left-over tokens at the
-            end are dropped.
+            last of every group absorbs, the others join their most similar one of these; left-over tokens at
+            the end are dropped.
         kth_layers: the layers for `kth`.
     """
 

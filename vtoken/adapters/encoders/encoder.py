@@ -19,6 +19,9 @@ from .layer import EncoderLayer, differs, shape_of
 from .run import EncoderRun
 
 _encoders: list[type[Encoder]] = []
+SETTINGS = (bool, int, float, str, tuple, list, type(None))
+# attributes that tell where a layer stands or how it is used at present
+PLACES = ("layer_idx", "layer_id", "training", "drop_prob", "p")
 
 
 class Forwards(Protocol):
@@ -102,10 +105,10 @@ class Encoder(ABC):
         """
         now = self.modules
         if now != [layer.module for layer in self.layers]:
-            known = {type(layer.module) for layer in self.layers}
+            known = {_kind(layer.module) for layer in self.layers}
             layers = [self.layer(module) for module in now]
             for layer in layers:
-                if type(layer.module) not in known:
+                if _kind(layer.module) not in known:
                     _check_layer(self, layer, type(self.trunk).__name__)
             self.layers = layers
         return self.layers
@@ -117,20 +120,32 @@ class Encoder(ABC):
 
     def shape(self, patches: int, drops: bool = False) -> EncoderShape:
         """The numbers on which a plan depends, for images of so many patches."""
+        shape = EncoderShape(len(self.layers), patches, self.prefix, embedding_macs=self.embedding_macs())
+        return shape_of(self.layers[0], shape, drops)
+
+    def embedding_macs(self) -> int:
+        """Multiply-adds of the patch embedding, per patch: its weights are used once for every patch."""
         weights = (
             p for n, p in self.trunk.named_parameters() if p.ndim == 4 and ("patch" in n or "conv1" in n)
         )
-        embedding = sum(p.numel() for p in weights)
-        shape = EncoderShape(len(self.layers), patches, self.prefix, embedding_macs=embedding)
-        return shape_of(self.layers[0], shape, drops)
+        return sum(p.numel() for p in weights)
 
     def check(self) -> None:
         """Raise ValueError, in one sentence, if the sequence cannot become shorter inside this encoder."""
         name = type(self.trunk).__name__
         if reason := self.refusal():
             raise ValueError(f"Tokens cannot be merged in {name}: it {reason}.")
-        for layer in {type(m): layer for m, layer in zip(self.modules, self.layers)}.values():
+        for layer in {_kind(layer.module): layer for layer in self.layers}.values():
             _check_layer(self, layer, name)
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    """Equal for layers that differ in the values of their weights alone."""
+    parts = []
+    for name, part in module.named_modules():
+        plain = (k for k, v in vars(part).items() if isinstance(v, SETTINGS) and k not in PLACES)
+        parts.append((name, type(part), *((k, repr(getattr(part, k))) for k in plain)))
+    return (*parts, *((name, p.shape) for name, p in module.named_parameters()))
 
 
 def _check_layer(encoder: Encoder, layer: EncoderLayer, name: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .encoder import Encoder, Forwards, Intermediates, register_encoder
 from .layer import EncoderLayer, Heads
@@ -133,7 +135,19 @@ class TimmEncoder(Encoder):
     def grid(self) -> tuple[int, int]:
         return tuple(self.trunk.patch_embed.grid_size)  # type: ignore[return-value]
 
+    def embedding_macs(self) -> int:
+        if sum(p.ndim == 4 for p in self.trunk.patch_embed.parameters()) < 2:
+            return super().embedding_macs()
+        # a stem of several convolutions, each on a grid of its own
+        stem = copy.deepcopy(self.trunk.patch_embed).to("meta")
+        dtype = next(stem.parameters()).dtype
+        with FlopCounterMode(display=False) as counter:
+            stem(torch.empty(1, 3, *stem.img_size, device="meta", dtype=dtype))
+        return counter.get_total_flops() // 2 // (self.grid[0] * self.grid[1])
+
     def refusal(self) -> str | None:
+        if not hasattr(self.trunk, "patch_embed"):
+            return "packs images of any shape and masks what it pads"
         if getattr(self.trunk, "rope_mixed", False):
             return "has a rotary embedding of its own in every layer"
         if getattr(self.trunk, "grad_checkpointing", False):
@@ -149,7 +163,11 @@ class TimmEncoder(Encoder):
         rope = call.get("rope")
         if rope is None or run.kept is None:
             return call
-        return call | {"rope": rope[run.kept[:, run.prefix :] - run.shape.prefix][:, None]}
+        places = run.kept[:, run.prefix :] - run.shape.prefix
+        if rope.ndim == 2:
+            return call | {"rope": rope[places][:, None]}
+        # one for every image, whose patches are dropped at random while the encoder is trained
+        return call | {"rope": rope.gather(2, places[:, None, :, None].expand(-1, -1, -1, rope.shape[3]))}
 
     def wrap(self, wrap: Callable[..., None], forwards: Forwards) -> None:
         if hasattr(self.trunk, "forward_intermediates"):

@@ -148,6 +148,10 @@ class TransformersEncoder(Encoder):
     def refusal(self) -> str | None:
         if type(self.trunk).__name__.endswith("Backbone"):
             return "makes maps of its layers, which need all tokens"
+        if any(not hasattr(self.trunk.config, n) for n in ("image_size", "patch_size")):
+            return "does not read images of one size cut into patches"
+        if sum(map(_is_layer, self.trunk.modules())) > len(self.layers):
+            return "has more than one sequence of layers"
         if any(getattr(m, "gradient_checkpointing", False) for m in self.trunk.modules()):
             return "has gradient checkpointing on, which computes layers twice: turn it off"
         return None
@@ -158,7 +162,11 @@ class TransformersEncoder(Encoder):
         return {"attention_mask": None} if named else {}
 
     def wrap(self, wrap: Callable[..., None], forwards: Forwards) -> None:
-        wrap(self.trunk, "forward", HiddenStates(forwards))
+        # some towers leave the hidden states to a module around them, which shares their configuration
+        for module in self.model.modules():
+            around = getattr(module, "config", None) is self.trunk.config
+            if module is self.trunk or (around and any(m is self.trunk for m in module.modules())):
+                wrap(module, "forward", HiddenStates(forwards))
 
 
 class HiddenStates:
@@ -183,11 +191,22 @@ class HiddenStates:
             out.hidden_states = self._spread(run, out.hidden_states)
         return out
 
-    def _spread(self, run: EncoderRun, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What the first layer reads, and the output of every layer; the last one is spread already."""
-        inner = (run.spread(x, i) for i, x in enumerate(states[1 : run.ends]))
-        return (states[0], *inner, *states[run.ends :])
+    def _spread(self, run: EncoderRun, states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """The output of every layer, preceded by what the first one reads; None for those not asked for.
+
+        Some releases leave that first one out where layers are named. The last output is spread
+        already, and all are where a module inside did it.
+        """
+        whole = run.images, run.shape.patches + run.shape.prefix
+        first = len(states) - run.ends
+        return tuple(
+            x if x is None or x.shape[:2] == whole else run.spread(x, i - first) for i, x in enumerate(states)
+        )
 
 
 def _are_states(x: Any) -> bool:
-    return isinstance(x, tuple) and bool(x) and all(isinstance(s, Tensor) and s.ndim == 3 for s in x)
+    return (
+        isinstance(x, tuple)
+        and any(s is not None for s in x)
+        and all(s is None or (isinstance(s, Tensor) and s.ndim == 3) for s in x)
+    )

@@ -129,8 +129,9 @@ def _open_clip(name: str, rest: str, checkpoint: str | None, pretrained: bool) -
     tags = list_pretrained_tags_by_model(arch)
     if bool(source) == bool(checkpoint):
         raise ValueError(
-            f"{name!r} needs its weights from one place: give open_clip:{arch}/TAG with one of"
-            f" {', '.join(tags) or 'no tags'}, or open_clip:{arch}/FILE.safetensors."
+            f"{name!r} needs its weights from one place: give "
+            + f"open_clip:{arch}/TAG with one of {', '.join(tags)}, or " * bool(tags)
+            + f"open_clip:{arch}/FILE.safetensors."
         )
     file = checkpoint or (source if source not in tags else None)
     if file and source and not source.endswith(".safetensors"):

@@ -40,8 +40,8 @@ def load(source: str | Path, limit: int | None = None) -> list[Sample]:
         limit: pairs, in equal steps over the file; all if None.
 
     Raises:
-        ValueError: if the folder, the CSV, a column or a video is missing, a caption is empty, or a video
-            has two captions. The sentence names it.
+        ValueError: if the folder, the CSV, a column or a video is missing, a caption is empty or cut at a
+            comma without quotes, or a video has two captions. The sentence names it.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -65,11 +65,16 @@ def load(source: str | Path, limit: int | None = None) -> list[Sample]:
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
+            reader = csv.DictReader(file, strict=True)  # a quote that nobody closes would swallow rows
+            rows, columns = list(reader), list(reader.fieldnames or ())
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{str(path)!r} is no CSV that can be read: {one_line(error)}") from None
-    check_columns(COLUMNS, list(reader.fieldnames or ()), path)
+    check_columns(COLUMNS, columns, path)
+    if long := next((row for row in rows if None in row), None):
+        raise ValueError(
+            f"{str(path)!r} has a row with more cells than columns, that of {long['video_id']!r}: put a"
+            " sentence with commas into quotes."
+        )
     return rows
 
 
