@@ -60,10 +60,19 @@ def build(name: str, folder: Path) -> None:
     if getattr(text, "layer_types", None):
         text.layer_types = ["full_attention"] * LLM["num_hidden_layers"]
     if name == "llava":
-        changed = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 7, "num_attention_heads": 6}
+        changed = {
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 7,
+            "num_attention_heads": 6,
+        }
         changed |= {"image_size": 336, "patch_size": 14}
         images = processor.image_processor
-        images.size, images.crop_size, processor.patch_size = {"shortest_edge": 336}, {"height": 336, "width": 336}, 14
+        images.size, images.crop_size, processor.patch_size = (
+            {"shortest_edge": 336},
+            {"height": 336, "width": 336},
+            14,
+        )
     else:
         changed = {"hidden_size": 384, "intermediate_size": 1024, "depth": 6, "num_heads": 6}
         changed |= {"out_hidden_size": LLM["hidden_size"], "fullatt_block_indexes": [2, 5]}
@@ -102,7 +111,9 @@ def requests(name: str, folder: Path, count: int, seed: int) -> list[dict[str, A
         if kind == "image":
             media: Any = Image.fromarray(random.integers(0, 256, (336, 336, 3), np.uint8))
         else:
-            frames = random.integers(0, 256, (16, 8 * 2 * tokens_patch(folder), 8 * 2 * tokens_patch(folder), 3), np.uint8)
+            frames = random.integers(
+                0, 256, (16, 8 * 2 * tokens_patch(folder), 8 * 2 * tokens_patch(folder), 3), np.uint8
+            )
             about = {"total_num_frames": 16, "fps": 2.0, "frames_indices": list(range(16))}
             media = (frames, about | {"video_backend": "opencv", "do_sample_frames": False})
         out.append({"prompt": prompt, "multi_modal_data": {kind: media}})
@@ -202,7 +213,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=sorted(CONTESTANTS), help="one model; both if left out")
     parser.add_argument("--requests", type=int, default=12, help="per engine, all at once")
     parser.add_argument("--new", type=int, default=8, help="generated tokens")

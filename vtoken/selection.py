@@ -163,7 +163,9 @@ class Selection:
         if not 0 <= count <= n:
             raise ValueError(f"exactly needs a number of tokens in 0..{n}, found {count}.")
         if self.features is not None:
-            raise ValueError(f"The strategy writes {len(self.keep)} tokens of its own, {count} were asked for.")
+            raise ValueError(
+                f"The strategy writes {len(self.keep)} tokens of its own, {count} were asked for."
+            )
         scores = torch.zeros(n, device=self.keep.device) if self.scores is None else self.scores
         order = scores.sort(descending=True, stable=True).indices
         kept = torch.zeros(n, dtype=torch.bool, device=order.device).index_fill_(0, self.keep, True)

@@ -107,6 +107,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         ),
         *("streams", "selection", "tokens"),
     ),
+    "integrations": ("adapters", "config", "fit", "kernels", "patching", "strategies", "tokens"),
     "retrieval_training": ("checks", "extras", "patching", "strategies", "streams", "videos"),
     "streaming": (
         *(

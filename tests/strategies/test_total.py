@@ -15,12 +15,24 @@ from .common import answer, anyres, image, video
 
 NAMES = list_names()
 # told for every input that the method serves; the others: None on some
-ALWAYS = ["cdpruner", "divprune", "random", "stc", "stc_pruner", "ts_llava", "uniform", "visionzip", "vtc_cls"]
+ALWAYS = [
+    "cdpruner",
+    "divprune",
+    "random",
+    "stc",
+    "stc_pruner",
+    "ts_llava",
+    "uniform",
+    "visionzip",
+    "vtc_cls",
+]
 OPTIONS = {"vidcom2": {"exact": True}, "mustdrop": {"merging": False}}
 
 sides = st.integers(1, 6)
 images = st.builds(image, sides, sides, seed=st.integers(0, 99))
-videos = st.builds(video, st.integers(1, 5), sides, sides, trailing=st.integers(0, 2), seed=st.integers(0, 99))
+videos = st.builds(
+    video, st.integers(1, 5), sides, sides, trailing=st.integers(0, 2), seed=st.integers(0, 99)
+)
 
 
 @st.composite
@@ -116,7 +128,11 @@ def test_exactly_of_groups():
     chosen = Selection.merge(torch.tensor([0, 2]), owner)
     chosen.scores = torch.tensor([1.0, 0, 2, 0, 3])
     assert chosen.exactly(1, 5).dense(5).tolist() == [[0, 0, 0.5, 0.5, 0]]
-    assert chosen.exactly(3, 5).dense(5).tolist() == [[0.5, 0.5, 0, 0, 0], [0, 0, 0.5, 0.5, 0], [0, 0, 0, 0, 1]]
+    assert chosen.exactly(3, 5).dense(5).tolist() == [
+        [0.5, 0.5, 0, 0, 0],
+        [0, 0, 0.5, 0.5, 0],
+        [0, 0, 0, 0, 1],
+    ]
     # a token that leaves its group keeps its own value and takes its share along
     assert chosen.exactly(4, 5).dense(5)[:2].tolist() == [[0.5, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
 

@@ -33,7 +33,9 @@ class Case:
     logprobs: Any = None
 
 
-def cases(processor: Any, shapes: int = 10, videos: int = 4, stretch: Sequence[int] | None = None) -> list[Case]:
+def cases(
+    processor: Any, shapes: int = 10, videos: int = 4, stretch: Sequence[int] | None = None
+) -> list[Case]:
     """One image, two images, a clip, two clips, an image and a clip, and text alone.
 
     Args:
@@ -43,7 +45,9 @@ def cases(processor: Any, shapes: int = 10, videos: int = 4, stretch: Sequence[i
 
     def chat(kinds: list[str], text: str) -> str:
         content = [{"type": k} for k in kinds] + [{"type": "text", "text": text}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
 
     shown = [scenes.make_scene(500 + i, "test") for i in range(shapes)]
     pictures = [s.image if stretch is None else s.image.resize(tuple(stretch)) for s in shown]
@@ -82,7 +86,11 @@ def answer(model: Any, processor: Any, case: Case, patched: bool = True) -> Case
     given: dict[str, Any] = {"images": case.images} if case.images else {}
     if case.clips:
         told = [facts(film) for film in case.clips]
-        given |= {"videos": [pixels(f) for f in case.clips], "video_metadata": told, "do_sample_frames": False}
+        given |= {
+            "videos": [pixels(f) for f in case.clips],
+            "video_metadata": told,
+            "do_sample_frames": False,
+        }
     inputs = processor(text=[case.prompt], return_tensors="pt", **given)
     out = model.generate(
         **inputs, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True

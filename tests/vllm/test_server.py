@@ -36,7 +36,15 @@ def server(tmp_path_factory):
         port = s.getsockname()[1]
     told = json.dumps(overrides(MODEL, "hired", 0.2)["hf_overrides"])
     # `vllm serve` asks for a distribution that is called vllm, which the CPU build is not
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--hf-overrides", told]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        MODEL,
+        "--hf-overrides",
+        told,
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--trust-request-mm-kwargs"]
     log = tmp_path_factory.mktemp("server") / "log"
@@ -64,9 +72,16 @@ def ask(address, case, question, **more):
     case.images[0].save(picture, "PNG")
     url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    body = {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": NEW, "temperature": 0}
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": NEW,
+        "temperature": 0,
+    }
     data = json.dumps(body | more).encode()
-    call = urllib.request.Request(address + "/v1/chat/completions", data, {"Content-Type": "application/json"})
+    call = urllib.request.Request(
+        address + "/v1/chat/completions", data, {"Content-Type": "application/json"}
+    )
     said = json.load(urllib.request.urlopen(call, timeout=120))
     return said["choices"][0]["message"]["content"].strip(), said["usage"]["prompt_tokens"]
 
@@ -91,7 +106,9 @@ def test_budgets_of_requests(server):
         return ask(server, case, question, mm_processor_kwargs={"vtoken_budget": budget})[1]
 
     usual = ask(server, case, question)[1]
-    assert tokens(0.1) == usual - 28 + 14 and tokens(0.5) == usual - 28 + 72 and tokens(1.0) == usual - 28 + 144
+    assert (
+        tokens(0.1) == usual - 28 + 14 and tokens(0.5) == usual - 28 + 72 and tokens(1.0) == usual - 28 + 144
+    )
     for wrong in (1.5, 0, "many"):
         with pytest.raises(urllib.error.HTTPError) as caught:
             tokens(wrong)

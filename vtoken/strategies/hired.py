@@ -76,7 +76,9 @@ class HiRED(ScoredStrategy):
 
     def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
         padded = not self._skips_unfed(segments) and any(s.fed < s.size for s in segments)
-        return None if padded or segments[0].kind == "thumbnail" else super()._total_kept(segments, separators)
+        return (
+            None if padded or segments[0].kind == "thumbnail" else super()._total_kept(segments, separators)
+        )
 
     def scores(self, tokens: VisualTokens) -> tuple[Tensor, list[int]]:
         assert tokens.tower is not None

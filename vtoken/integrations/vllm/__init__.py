@@ -37,9 +37,7 @@ def register() -> None:
             ModelRegistry.register_model(PREFIX + architecture, path)
 
 
-def overrides(
-    model: Any, strategy: Any, budget: float | int | None = None, **options: Any
-) -> dict[str, Any]:
+def overrides(model: Any, strategy: Any, budget: float | int | None = None, **options: Any) -> dict[str, Any]:
     """Arguments of `vllm.LLM` that serve a model with a strategy: `{"hf_overrides": {...}}`, JSON values.
 
     Args:

@@ -44,8 +44,6 @@ class Geometry:
         """Features per image or video, for adapters that read the geometry off them; 0 for others."""
         return [0] * count
 
-    def positions(
-        self, modality: str, layouts: list[Layout], arguments: dict[str, Any]
-    ) -> list[Tensor]:
+    def positions(self, modality: str, layouts: list[Layout], arguments: dict[str, Any]) -> list[Tensor]:
         """Per image or video (3, n) int64, the positions of its tokens from its own start."""
         return [line_positions(len(layout.cells)) for layout in layouts]

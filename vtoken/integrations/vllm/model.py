@@ -98,11 +98,7 @@ class PrunedModel:
         yield first, len(layouts)
 
     def _encode(
-        self,
-        modality: str,
-        arguments: dict[str, Any],
-        layouts: list[Layout],
-        announced: list[Announced],
+        self, modality: str, arguments: dict[str, Any], layouts: list[Layout], announced: list[Announced]
     ) -> list[Tensor]:
         places = self.reduction.geometry.positions(modality, layouts, arguments)
         capture = self._start(modality, arguments)
@@ -114,7 +110,9 @@ class PrunedModel:
         rows = self.rows(modality, arguments, layouts)
         provided = [{}] * len(layouts) if capture is None else capture.per_item(rows)
         out = []
-        for f, layout, place, told, values in zip(features, layouts, places, announced, provided, strict=True):
+        for f, layout, place, told, values in zip(
+            features, layouts, places, announced, provided, strict=True
+        ):
             f = f.flatten(0, -2)
             if len(f) != len(layout.cells):
                 raise RuntimeError(
@@ -139,7 +137,9 @@ class PrunedModel:
         return attach(features, positions) if self.tells_positions else features
 
     # -- positions -------------------------------------------------------------------------------------------
-    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[Any]
+    ) -> tuple[Tensor, int]:
         items = []
         for feature in mm_features:
             place, field = feature.mm_position, feature.data.get(field_of(feature.modality))

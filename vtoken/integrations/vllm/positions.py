@@ -44,7 +44,9 @@ def attach(features: Tensor, positions: Tensor) -> Tensor:
     """
     p = positions.to(features.device).T
     if p.numel() and int(positions.max()) > LARGEST:
-        raise ValueError(f"An image or video has {int(positions.max()) + 1} positions, at most {LARGEST + 1} fit.")
+        raise ValueError(
+            f"An image or video has {int(positions.max()) + 1} positions, at most {LARGEST + 1} fit."
+        )
     return torch.cat([features, (p // DIGIT).to(features.dtype), (p % DIGIT).to(features.dtype)], 1)
 
 

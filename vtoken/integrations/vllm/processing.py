@@ -12,6 +12,9 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from .geometry import Geometry
 from .reduction import BUDGET, MODALITIES, Announced, Reduction, field_of
+from .vllm_names import check_names
+
+check_names()
 
 
 def without_budget(kwargs: Mapping[str, object]) -> dict[str, object]:
