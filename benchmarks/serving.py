@@ -1,13 +1,13 @@
 """Serving with vLLM: vtoken against plain vLLM and vLLM's own pruning of videos, with random weights.
 
-    python benchmarks/serving.py --out serving.json                 # the shapes of a CPU, in the environment of vLLM
+    python benchmarks/serving.py --out serving.json       # the shapes of a CPU, in the environment of vLLM
     python benchmarks/serving.py --only llava --requests 16 --turns 3
 
-Every contestant has engines in processes of its own, which take turns (A B C A B C). All requests of an engine arrive at
-once, with pictures of their own; prefix and processor caches are off. Reported are medians over the turns of requests/s,
-by the wall clock and by processor time, which other work on the machine disturbs less, of the time to the first token,
-of prompt tokens and of KV blocks; and the ratios to plain vLLM. On the CPU vLLM's runner does not switch its pruning of
-videos on, so this script sets that flag.
+Every contestant has engines in processes of its own, which take turns (A B C A B C). All requests of an
+engine arrive at once, with pictures of their own; prefix and processor caches are off. Reported are medians
+over the turns of requests/s, by the wall clock and by processor time, which other work on the machine
+disturbs less, of the time to the first token, of prompt tokens and of KV blocks; and the ratios to plain
+vLLM. On the CPU vLLM's runner does not switch its pruning of videos on, so this script sets that flag.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def requests(name: str, folder: Path, count: int, seed: int) -> list[dict[str, A
             media: Any = Image.fromarray(random.integers(0, 256, (336, 336, 3), np.uint8))
         else:
             frames = random.integers(
-                0, 256, (16, 8 * 2 * tokens_patch(folder), 8 * 2 * tokens_patch(folder), 3), np.uint8
+                0, 256, (16, 8 * 2 * patch_size(folder), 8 * 2 * patch_size(folder), 3), np.uint8
             )
             about = {"total_num_frames": 16, "fps": 2.0, "frames_indices": list(range(16))}
             media = (frames, about | {"video_backend": "opencv", "do_sample_frames": False})
@@ -120,7 +120,7 @@ def requests(name: str, folder: Path, count: int, seed: int) -> list[dict[str, A
     return out
 
 
-def tokens_patch(folder: Path) -> int:
+def patch_size(folder: Path) -> int:
     """Side of a patch of Qwen2.5-VL's tower, px."""
     return int(json.loads((folder / "config.json").read_text())["vision_config"]["patch_size"])
 

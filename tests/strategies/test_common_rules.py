@@ -11,8 +11,8 @@ import torch
 
 import vtoken
 from vtoken.strategies import combine, create, list_names, strategy_info
-from vtoken.strategies.base import BUDGET_MEANS
 from vtoken.strategies.budgets import Budget, divide
+from vtoken.strategies.info import BUDGET_MEANS
 from vtoken.tokens import Segment
 
 from .common import answer, anyres, build, edge_cases, image, kept_per_segment, tower, video

@@ -117,7 +117,7 @@ def test_exactly_goes_by_score():
     assert chosen.exactly(4, 5).keep.tolist() == [0, 1, 2, 3]
     assert Selection(torch.tensor([1, 3])).exactly(1, 5).keep.tolist() == [1]
     assert Selection(torch.tensor([1, 3])).exactly(3, 5).keep.tolist() == [0, 1, 3]
-    with pytest.raises(ValueError, match="0..5, found 6"):
+    with pytest.raises(ValueError, match=r"0\.\.5, found 6"):
         chosen.exactly(6, 5)
     with pytest.raises(ValueError, match="tokens of its own"):
         Selection(torch.tensor([0]), features=torch.ones(1, 2)).exactly(2, 5)

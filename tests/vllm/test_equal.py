@@ -112,7 +112,7 @@ def test_as_transformers(name, strategy, budget, options, monkeypatch):
     assert set(kept) == {tuple(k) for case in expected for k in case.kept}
     bare = [len(processor.tokenizer(c.prompt, add_special_tokens=False).input_ids) for c in expected]
     pads = [sum(map(len, c.kept)) - len(c.kept) for c in expected]
-    assert [n for n in lengths] == [b + p for b, p in zip(bare, pads)]
+    assert lengths == [b + p for b, p in zip(bare, pads)]
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

@@ -127,7 +127,7 @@ def test_what_cannot_be_served_is_one_sentence(model, strategy, options, words):
 def test_models_that_are_not_served():
     from transformers import CLIPVisionConfig
 
-    with pytest.raises(ValueError, match="vtoken serves llava, .* in vLLM, found clip_vision_model"):
+    with pytest.raises(ValueError, match=r"vtoken serves llava, .* in vLLM, found clip_vision_model"):
         overrides(CLIPVisionConfig(), "hired")
 
 

@@ -8,8 +8,9 @@ import warnings
 from typing import Any
 
 from .assembly import combine
-from .base import Strategy, StrategyInfo, top_k
+from .base import Strategy, top_k
 from .composition import Composite
+from .info import StrategyInfo
 from .merging import EncoderStrategy, ScheduledMerging
 from .registry import create, list_names, register, registered, strategy_info
 from .scored import ScoredStrategy

@@ -2,8 +2,9 @@
 
 # written by docs/generate_stub.py
 from .assembly import combine as combine
-from .base import Strategy as Strategy, StrategyInfo as StrategyInfo, top_k as top_k
+from .base import Strategy as Strategy, top_k as top_k
 from .composition import Composite as Composite
+from .info import StrategyInfo as StrategyInfo
 from .merging import EncoderStrategy as EncoderStrategy, ScheduledMerging as ScheduledMerging
 from .registry import create as create, list_names as list_names, register as register, registered as registered, strategy_info as strategy_info
 from .scored import ScoredStrategy as ScoredStrategy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABCMeta
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -15,59 +15,10 @@ from ..selection import EncoderMerge, Selection
 from ..streams import Reuse
 from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 from .budgets import Budget, check_budget
+from .info import StrategyInfo
 
 Positions = Literal["original", "renumber"]
-Stage = Literal["encoder", "projector", "prefill", "cache"]
-BudgetMeans = Literal["entrance", "average", "cut", "tower", "encoder"]
-BUDGET_MEANS: dict[str, str] = {
-    "entrance": "visual tokens that enter the LLM",
-    "average": "visual tokens that an LLM layer reads, the average over all layers",
-    "cut": "visual tokens that the LLM reads after the cut",
-    "tower": "tokens of a frame that the vision tower computes",
-    "encoder": "patch tokens that are left after the encoder's last layer, the visual tokens of an LLM",
-}
 REFERENCE_DEPTH = 32  # of the LLMs for which layer numbers are published; deep enough for every method
-
-
-@dataclass(frozen=True)
-class StrategyInfo:
-    """Metadata of a strategy in the registry.
-
-    Attributes:
-        name: the name that `vtoken.patch` takes.
-        summary: one sentence.
-        stages: where it acts: "encoder", "projector", "prefill", "cache".
-        paper: title and arXiv id, empty for a baseline.
-        code: the published reference implementation.
-        code_licence: its licence, "no licence stated" where the code names none.
-        differs: what differs from the reference, in words.
-        baseline: whether it exists to be compared with.
-        experimental: whether parts of the method are not published.
-        budget_means: what a budget counts, see `BUDGET_MEANS`; None where it is not told.
-        cls: the dataclass.
-    """
-
-    name: str
-    summary: str
-    stages: tuple[Stage, ...]
-    paper: str = ""
-    code: str = ""
-    code_licence: str = ""
-    differs: str = ""
-    baseline: bool = False
-    experimental: bool = False
-    budget_means: BudgetMeans | None = None
-    cls: type[Strategy] = field(default=None, repr=False)  # type: ignore[assignment]
-
-    @property
-    def budget_counts(self) -> str:
-        """Unit of a budget, in words; empty where it is not told."""
-        return "" if self.budget_means is None else BUDGET_MEANS[self.budget_means]
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Hyper-parameters with their defaults."""
-        return {f.name: f.default for f in fields(self.cls)}
 
 
 class _CheckedOptions(ABCMeta):

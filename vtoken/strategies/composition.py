@@ -11,8 +11,9 @@ from ..checks import found
 from ..selection import EncoderMerge, Selection
 from ..streams import Reuse
 from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
-from .base import Positions, Strategy, StrategyInfo
+from .base import Positions, Strategy
 from .budgets import Budget, frames_of
+from .info import StrategyInfo
 from .merging import EncoderStrategy
 
 REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from ..checks import fit, found
 from ..plugins import Plugins, same_package
-from .base import BudgetMeans, Stage, Strategy, StrategyInfo
+from .base import Strategy
+from .info import BudgetMeans, Stage, StrategyInfo
 
 S = TypeVar("S", bound=type[Strategy])
 

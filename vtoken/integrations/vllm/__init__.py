@@ -44,7 +44,8 @@ def overrides(model: Any, strategy: Any, budget: float | int | None = None, **op
         model: name or folder of the model, as for `transformers.AutoConfig`, or its configuration.
         strategy: as for `vtoken.patch`: a registered name or a `VTokenConfig`.
         budget: share of the visual tokens in (0, 1], or a whole number of tokens per image or frame; the
-            strategy's default if None. A request can bring its own, `mm_processor_kwargs={"vtoken_budget": 0.5}`.
+            strategy's default if None. A request can bring its own as `vtoken_budget`, among its
+            `mm_processor_kwargs`.
         options: further hyper-parameters of the strategy.
 
     Raises:

@@ -22,8 +22,8 @@ class PrunedModel:
 
     It needs nothing of the runner. `get_mrope_input_positions` gives text its final positions and kept tokens
     the start of their image; `embed_multimodal` appends their own positions as columns, `embed_input_ids`
-    takes the columns off, and `forward` adds them. Nothing is remembered between steps, so chunks of a prompt,
-    hits of the prefix cache and preemption need no care.
+    takes the columns off, and `forward` adds them. Nothing is remembered between steps, so chunks of a
+    prompt, hits of the prefix cache and preemption need no care.
 
     Attributes:
         reduction: the strategy and the model's geometry.
@@ -168,7 +168,7 @@ class PrunedModel:
     ) -> Any:
         if self.coming is not None:
             rows, own = self.coming
-            # in place: the runner fills this buffer anew for every step, and captured graphs read it where it is
+            # in place: the runner fills this buffer anew for every step, captured graphs read it where it is
             positions[:, rows.to(positions.device)] += own.to(positions.device, positions.dtype)
             self.coming = None
         if self.tells_positions and self.one_row:

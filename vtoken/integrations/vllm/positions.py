@@ -1,7 +1,7 @@
 """Positions of kept tokens.
 
-Which tokens stay is known after the vision tower, so their positions travel as columns of their embeddings. Text has
-its final positions before, because the extent of an image does not depend on what is dropped.
+Which tokens stay is known after the vision tower, so their positions travel as columns of their embeddings.
+Text has its final positions before, because the extent of an image does not depend on what is dropped.
 """
 
 from __future__ import annotations

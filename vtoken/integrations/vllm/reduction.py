@@ -123,8 +123,8 @@ class Reduction:
         if kept is None:
             if not isinstance(strategy, ScoredStrategy):
                 raise ValueError(
-                    f"{strategy.info.name} cannot tell how many tokens it keeps of this {modality} before it is"
-                    " encoded, which vLLM needs: use another strategy."
+                    f"{strategy.info.name} cannot tell how many tokens it keeps of this {modality} before"
+                    " it is encoded, which vLLM needs: use another strategy."
                 )
             kept = sum(strategy.counts(layout.segments)) + (separators if strategy.keep_newline else 0)
         return Announced(max(1, min(n, kept)), extent(positions), strategy.budget)

@@ -37,7 +37,11 @@ class TowerTap:
             attentions[layer].register_forward_pre_hook(read, with_kwargs=True)
 
     def start(self, modality: str, needs: Needs, arguments: tuple[Any, ...]) -> Capture:
-        """Begin to read a forward of the tower; `arguments` are those of the transformers tower, for packing."""
+        """Begin to read a forward of the tower.
+
+        Args:
+            arguments: those of the transformers tower, for towers over one packed sequence.
+        """
         self.capture = capture = Capture(modality, needs)
         tower = self.towers[modality]
         if isinstance(tower, PackedTower):

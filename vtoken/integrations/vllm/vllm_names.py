@@ -5,18 +5,19 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+Methods = dict[str, tuple[str, ...]]
 WANTED = ">=0.32,<0.34"
-PROCESSOR = {
+PROCESSOR: Methods = {
     "_call_hf_processor": ("hf_data", "hf_kwargs"),
     "_postprocess_hf_mm_data": ("mm_inputs", "hf_processor_mm_kwargs", "processed_data"),
     "_get_mm_fields_config": ("hf_inputs", "hf_processor_mm_kwargs"),
     "_get_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
 }
-MODEL = {
+MODEL: Methods = {
     "embed_multimodal": ("kwargs",),
     "embed_input_ids": ("input_ids", "multimodal_embeddings", "is_multimodal"),
 }
-POSITIONS = {"get_mrope_input_positions": ("input_tokens", "mm_features")}
+POSITIONS: Methods = {"get_mrope_input_positions": ("input_tokens", "mm_features")}
 
 
 def check_names() -> None:
@@ -25,7 +26,7 @@ def check_names() -> None:
     from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModal
     from vllm.multimodal.processing.processor import BaseMultiModalProcessor
 
-    places: tuple[tuple[Any, dict[str, tuple[str, ...]]], ...] = (
+    places: tuple[tuple[Any, Methods], ...] = (
         (BaseMultiModalProcessor, PROCESSOR),
         (SupportsMultiModal, MODEL),
         (SupportsMRoPE, POSITIONS),
@@ -34,8 +35,8 @@ def check_names() -> None:
         for name, parameters in methods.items():
             if (found := lacking(owner, name, parameters)) is not None:
                 raise ImportError(
-                    f"vtoken works with vllm{WANTED}; in the installed {vllm.__version__} {owner.__name__}.{name}"
-                    f" {found}: install another release of vLLM or of vtoken."
+                    f"vtoken works with vllm{WANTED}; in the installed {vllm.__version__}"
+                    f" {owner.__name__}.{name} {found}: install another release of vLLM or of vtoken."
                 )
 
 
