@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from .base import Strategy
+from typing import Any, Literal
 
 Stage = Literal["encoder", "projector", "prefill", "cache"]
 BudgetMeans = Literal["entrance", "average", "cut", "tower", "encoder"]
@@ -47,7 +44,7 @@ class StrategyInfo:
     baseline: bool = False
     experimental: bool = False
     budget_means: BudgetMeans | None = None
-    cls: type[Strategy] = field(default=None, repr=False)  # type: ignore[assignment]
+    cls: type[Any] = field(default=None, repr=False)  # type: ignore[assignment]
 
     @property
     def budget_counts(self) -> str:
