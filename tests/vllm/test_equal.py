@@ -9,16 +9,16 @@ from contextlib import contextmanager
 import pytest
 
 import vtoken
-from vtoken import tiny
 from vtoken.integrations.vllm import MODELS, PREFIX, overrides
 from vtoken.integrations.vllm.reduction import Reduction
 
 from .environment import vllm
 from .prompts import NEW, answer, cases, request
+from .random_models import load, path
 
 pytestmark = pytest.mark.vllm
 
-VIDEO = ("qwen2_5_vl", "llava_onevision")
+VIDEO = ("qwen2_5_vl", "llava_onevision", "qwen2_vl")
 SERVED = [
     ("llava_next", "vtc_cls", 0.2, {}),
     ("llava_next", "divprune", 0.2, {}),
@@ -32,6 +32,8 @@ SERVED = [
     ("qwen2_5_vl", "vidcom2", 0.25, {"exact": True}),
     ("qwen2_5_vl", "visionzip", 0.3, {}),
     ("qwen2_5_vl", "hired", 0.3, {"score": "received"}),
+    ("qwen2_vl", "divprune", 0.3, {}),
+    ("qwen2_vl", "hired", 0.3, {"score": "received"}),
 ]
 
 
@@ -42,7 +44,7 @@ def engine(name, *wanted, step=24, **options):
 
     limits = {"image": 2, **({"video": 2} if name in VIDEO else {})}
     made = vllm.LLM(
-        str(tiny.path(name)),
+        str(path(name)),
         dtype="float32",
         enforce_eager=True,
         max_model_len=1024,
@@ -50,7 +52,7 @@ def engine(name, *wanted, step=24, **options):
         block_size=32,
         max_num_batched_tokens=step,
         limit_mm_per_prompt=limits,
-        **(overrides(str(tiny.path(name)), *wanted[:2], **wanted[2]) if wanted else options),
+        **(overrides(str(path(name)), *wanted[:2], **wanted[2]) if wanted else options),
     )
     try:
         yield made
@@ -92,7 +94,7 @@ def spy(monkeypatch):
 
 @pytest.mark.parametrize("name,strategy,budget,options", SERVED)
 def test_as_transformers(name, strategy, budget, options, monkeypatch):
-    model, processor = tiny.load(name)
+    model, processor = load(name)
     vtoken.patch(model, strategy, budget=budget, **options)
     some = cases(processor, videos=4 if name in VIDEO else 0)
     if strategy == "vidcom2":  # of videos only
@@ -110,14 +112,12 @@ def test_as_transformers(name, strategy, budget, options, monkeypatch):
             lengths = [len(o.prompt_token_ids) for o in outs]
             assert turn == 0 or sum(o.num_cached_tokens or 0 for o in outs) > 0
     assert set(kept) == {tuple(k) for case in expected for k in case.kept}
-    bare = [len(processor.tokenizer(c.prompt, add_special_tokens=False).input_ids) for c in expected]
-    pads = [sum(map(len, c.kept)) - len(c.kept) for c in expected]
-    assert [n for n in lengths] == [b + p for b, p in zip(bare, pads)]
+    assert lengths == [case.length for case in expected]
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_nothing_asked_or_everything_kept(name):
-    model, processor = tiny.load(name)
+    model, processor = load(name)
     some = [answer(model, processor, c, False) for c in cases(processor, 4, 2 if name in VIDEO else 0)]
     architecture = PREFIX + MODELS[model.config.model_type]
     idle = answers(some, name, hf_overrides={"architectures": [architecture]})
@@ -129,7 +129,7 @@ def test_nothing_asked_or_everything_kept(name):
 
 
 def test_budget_of_a_request():
-    _, processor = tiny.load("llava")
+    _, processor = load("llava")
     case = cases(processor, 1, 0)[0]
     with engine("llava", "hired", 0.2, {}, step=256) as llm:
         lengths = [len(asked(llm, [request(case, b)])[0].prompt_token_ids) for b in (None, 0.1, 0.5, 10, 1.0)]

@@ -31,7 +31,6 @@ NEWER_NAMES = WeightsMapper(
 def tower_attentions(tower: Any) -> Sequence[nn.Module]:
     """The attention kernels of vLLM's CLIP and SigLIP towers."""
 
-    geometry_class = LlavaGeometry
     return [layer.self_attn.attn for layer in tower.vision_model.encoder.layers]
 
 
