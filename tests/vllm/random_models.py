@@ -22,6 +22,7 @@ LM = {
     "intermediate_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,  # of 32, the smallest that vLLM serves on a CPU
+    "head_dim": 32,
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
     "bos_token_id": 1,
@@ -81,7 +82,7 @@ def _qwen(vision: dict[str, Any], prefix: str, rope: dict[str, Any]) -> tuple[An
     )
     films = parts.video_processor
     if prefix == "Qwen3VL":
-        size = dict.fromkeys(("shortest_edge", "longest_edge"), 16 * 9216)
+        size = dict.fromkeys(("shortest_edge", "longest_edge"), 8 * 9216)
         films = tf.Qwen3VLVideoProcessor(**films.to_dict() | {"size": size, "video_processor_type": None})
     processor = getattr(tf, f"{prefix}Processor")(
         image_processor=parts.image_processor,

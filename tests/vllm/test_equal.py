@@ -18,7 +18,7 @@ from .random_models import load, path
 
 pytestmark = pytest.mark.vllm
 
-VIDEO = ("qwen2_5_vl", "llava_onevision", "qwen2_vl")
+VIDEO = ("qwen2_5_vl", "llava_onevision", "qwen2_vl", "qwen3_vl")
 SERVED = [
     ("llava_next", "vtc_cls", 0.2, {}),
     ("llava_next", "divprune", 0.2, {}),
@@ -34,15 +34,24 @@ SERVED = [
     ("qwen2_5_vl", "hired", 0.3, {"score": "received"}),
     ("qwen2_vl", "divprune", 0.3, {}),
     ("qwen2_vl", "hired", 0.3, {"score": "received"}),
+    ("qwen3_vl", "stc_pruner", 0.3, {"score": "dual_anchor"}),
+    ("qwen3_vl", "divprune", 0.3, {}),
+    ("qwen3_vl", "hired", 9, {"score": "received"}),
+    ("qwen3_vl", "visionzip", 0.3, {}),
 ]
 
 
+def reads_clips(name, strategy="uniform"):
+    """Whether a model is served with clips; frames of Qwen3-VL have to know how many of their tokens stay."""
+    return name in VIDEO and (name, strategy) != ("qwen3_vl", "divprune")
+
+
 @contextmanager
-def engine(name, *wanted, step=24, **options):
+def engine(name, *wanted, step=24, clips=None, **options):
     """An engine of a tiny model, whose blocks and steps are so small that chunks and prefix hits end inside images."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    limits = {"image": 2, **({"video": 2} if name in VIDEO else {})}
+    clips = 2 * reads_clips(name, *wanted[:1]) if clips is None else clips
     made = vllm.LLM(
         str(path(name)),
         dtype="float32",
@@ -51,7 +60,7 @@ def engine(name, *wanted, step=24, **options):
         max_num_seqs=8,
         block_size=32,
         max_num_batched_tokens=step,
-        limit_mm_per_prompt=limits,
+        limit_mm_per_prompt={"image": 2, "video": clips},
         **(overrides(str(path(name)), *wanted[:2], **wanted[2]) if wanted else options),
     )
     try:
@@ -96,7 +105,7 @@ def spy(monkeypatch):
 def test_as_transformers(name, strategy, budget, options, monkeypatch):
     model, processor = load(name)
     vtoken.patch(model, strategy, budget=budget, **options)
-    some = cases(processor, videos=4 if name in VIDEO else 0)
+    some = cases(processor, videos=4 if reads_clips(name, strategy) else 0)
     if strategy == "vidcom2":  # of videos only
         some = [c for c in cases(processor, videos=20) if not c.images]
     expected = [answer(model, processor, c) for c in some]
@@ -126,6 +135,18 @@ def test_nothing_asked_or_everything_kept(name):
         assert a.prompt_token_ids == b.prompt_token_ids
         assert a.outputs[0].token_ids == b.outputs[0].token_ids
         assert a.outputs[0].text.strip() == case.text and distance(case, a) < 1e-4
+
+
+def test_frames_of_unknown_size_are_refused():
+    _, processor = load("qwen3_vl")
+    clip, picture = cases(processor, 1, 1)[-3], cases(processor, 1, 0)[0]
+    assert clip.kind == "image and clip"
+    with engine("qwen3_vl", "divprune", 0.2, {}, clips=2) as llm:
+        with pytest.raises(ValueError, match=r"divprune cannot tell how many tokens .* part of this video"):
+            asked(llm, [request(clip)])
+        assert asked(llm, [request(picture)])[0].outputs[0].text
+        whole = asked(llm, [request(clip, 1.0)])[0]
+    assert len(whole.prompt_token_ids) == answer(*load("qwen3_vl"), clip, False).length
 
 
 def test_budget_of_a_request():

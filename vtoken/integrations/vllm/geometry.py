@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,10 @@ class Geometry:
 
     Attributes:
         adapter: that of the model without weights.
+        apart: modalities whose segments stand apart in the prompt, with text between them.
     """
+
+    apart: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:
         from transformers import AutoModelForImageTextToText
@@ -47,5 +50,5 @@ class Geometry:
     def positions(
         self, modality: str, layouts: list[Layout], arguments: dict[str, Any]
     ) -> list[Tensor]:
-        """Per image or video (3, n) int64, the positions of its tokens from its own start."""
+        """Per image or video (3, n) int64, its tokens' positions from its start, or from their segment's."""
         return [line_positions(len(layout.cells)) for layout in layouts]

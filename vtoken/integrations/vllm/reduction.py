@@ -37,24 +37,31 @@ class Announced:
         kept: tokens that enter the LLM.
         extent: positions that it takes, kept or not.
         budget: the one that led to it; None if nothing is dropped.
+        parts: the same two numbers of every segment, where text stands between them.
     """
 
     kept: int
     extent: int
     budget: float | int | None = None
+    parts: tuple[tuple[int, int], ...] = ()
 
     def row(self) -> Tensor:
-        """(4,) int64, which no change of dtype on the way can round."""
+        """(4 + 2 * parts,) int64, which no change of dtype on the way can round."""
         share = isinstance(self.budget, float)
         value = struct.unpack("<q", struct.pack("<d", self.budget))[0] if share else self.budget or 0
-        return torch.tensor([self.kept, self.extent, int(share), value])
+        parts = [number for part in self.parts for number in part]
+        return torch.tensor([self.kept, self.extent, int(share), value, *parts])
 
     @classmethod
     def of(cls, row: Tensor) -> Announced:
         """What `row` wrote."""
-        kept, reach, share, value = row.tolist()
+        kept, reach, share, value, *parts = row.tolist()
         budget = struct.unpack("<d", struct.pack("<q", value))[0] if share else value or None
-        return cls(kept, reach, budget)
+        return cls(kept, reach, budget, tuple(zip(parts[::2], parts[1::2], strict=True)))
+
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Tokens and extent of every run of placeholders."""
+        return self.parts or ((self.kept, self.extent),)
 
 
 class Reduction:
@@ -116,7 +123,10 @@ class Reduction:
             ValueError: for a budget that is none, or a strategy that cannot tell.
         """
         strategy, n = self._with(budget), len(layout.cells)
-        if strategy.is_identity or modality not in self.needs(modality).modalities:
+        whole = strategy.is_identity or modality not in self.needs(modality).modalities
+        if modality in self.geometry.apart:
+            return self._announce_parts(modality, layout, positions, None if whole else strategy)
+        if whole:
             return Announced(n, extent(positions))
         separators = int((layout.cells < 0).sum())
         kept = strategy.total(layout.segments, separators)
@@ -129,12 +139,33 @@ class Reduction:
             kept = sum(strategy.counts(layout.segments)) + (separators if strategy.keep_newline else 0)
         return Announced(max(1, min(n, kept)), extent(positions), strategy.budget)
 
+    def _announce_parts(
+        self, modality: str, layout: Layout, positions: Tensor, strategy: Strategy | None
+    ) -> Announced:
+        """`announce` where text stands between the segments; `strategy` is None if everything stays."""
+        sizes = [s.fed for s in layout.segments]
+        counts = sizes if strategy is None else strategy.per_segment(layout.segments)
+        if counts is None or not all(counts):
+            why, instead = "would keep no token", "a larger budget"
+            if counts is None:
+                why, instead = "cannot tell how many tokens it keeps", "another strategy"
+            raise ValueError(
+                f"{self.strategy.info.name} {why} of every part of this {modality}, which vLLM needs where"
+                f" text stands between them: use {instead}, or serve no {modality} with"
+                f" limit_mm_per_prompt={{'{modality}': 0}}."
+            )
+        reach = [extent(p) for p in positions.split(sizes, 1)]
+        budget = None if strategy is None else strategy.budget
+        return Announced(sum(counts), sum(reach), budget, tuple(zip(counts, reach, strict=True)))
+
     def choose(self, tokens: VisualTokens, announced: Announced) -> tuple[Tensor, Tensor | None]:
         """The kept features (k, d), and the places of the kept tokens, (k,) int64; None for all."""
         n = len(tokens)
         if announced.kept >= n or announced.budget is None:
             return tokens.features, None
-        selection = self._with(announced.budget).select(tokens).check(n).exactly(announced.kept, n)
+        selection = self._with(announced.budget).select(tokens).check(n)
+        parts = tokens.segment_of if announced.parts else None
+        selection = selection.exactly([count for count, _ in announced.runs()], n, parts)
         if selection.features is not None:
             return selection.features.to(tokens.features), selection.keep
         return gather_merge(tokens.features, selection.keep, selection.into, selection.weight), selection.keep
