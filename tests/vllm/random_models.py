@@ -54,7 +54,7 @@ def _written(name: str) -> Path:
 
 @torch.no_grad()
 def save(name: str, folder: Path) -> Path:
-    """Write a small random model of a family, `qwen2_vl` or `qwen3_vl`, with its processor; returns the folder."""
+    """Write a small random model of a family, a name of FAMILIES, and its processor; returns the folder."""
     config, processor = FAMILIES[name]()
     torch.manual_seed(0)
     model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -104,4 +104,36 @@ def qwen3_vl() -> tuple[Any, Any]:
     return _qwen(vision, "Qwen3VL", ROPE | {"mrope_interleaved": True})
 
 
-FAMILIES = {"qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl}
+def internvl() -> tuple[Any, Any]:
+    """Tiles of 16 tokens; up to four and the whole image."""
+    parts = tf.AutoProcessor.from_pretrained(tiny.path("qwen2_5_vl"))
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    text = tf.AutoTokenizer.from_pretrained(
+        tiny.path("qwen2_5_vl"), extra_special_tokens=named | {"video_token": "<video>"}
+    )
+    template = parts.chat_template
+    for kind, token in (("image", text.context_image_token), ("video", text.video_token)):
+        template = template.replace(f"<|vision_start|><|{kind}_pad|><|vision_end|>", token)
+    size = {"height": 48, "width": 48}
+    processor = tf.InternVLProcessor(
+        image_processor=tf.GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=4),
+        tokenizer=text,
+        video_processor=tf.InternVLVideoProcessor(size=size),
+        image_seq_length=16,
+        chat_template=template,
+    )
+    vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4}
+    vision |= {"image_size": [48, 48], "patch_size": [6, 6], "initializer_range": SPREAD}
+    lm = tf.Qwen2Config(**LM | {"vocab_size": len(text), "tie_word_embeddings": False})
+    config = tf.InternVLConfig(
+        text_config=lm,
+        vision_config=vision,
+        image_token_id=text.context_image_token_id,
+        image_seq_length=16,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    return config, processor
+
+
+FAMILIES = {"internvl": internvl, "qwen2_vl": qwen2_vl, "qwen3_vl": qwen3_vl}

@@ -32,6 +32,10 @@ SERVED = [
     ("qwen2_5_vl", "vidcom2", 0.25, {"exact": True}),
     ("qwen2_5_vl", "visionzip", 0.3, {}),
     ("qwen2_5_vl", "hired", 0.3, {"score": "received"}),
+    ("internvl", "hired", 0.2, {}),
+    ("internvl", "vtc_cls", 0.25, {"positions": "renumber"}),
+    ("internvl", "visionzip", 0.3, {}),
+    ("internvl", "divprune", 40, {}),
     ("qwen2_vl", "divprune", 0.3, {}),
     ("qwen2_vl", "hired", 0.3, {"score": "received"}),
     ("qwen3_vl", "stc_pruner", 0.3, {"score": "dual_anchor"}),
@@ -124,7 +128,7 @@ def test_as_transformers(name, strategy, budget, options, monkeypatch):
     assert lengths == [case.length for case in expected]
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_5_vl", "qwen3_vl"])
 def test_nothing_asked_or_everything_kept(name):
     model, processor = load(name)
     some = [answer(model, processor, c, False) for c in cases(processor, 4, 2 if name in VIDEO else 0)]
@@ -149,12 +153,13 @@ def test_frames_of_unknown_size_are_refused():
     assert len(whole.prompt_token_ids) == answer(*load("qwen3_vl"), clip, False).length
 
 
-def test_budget_of_a_request():
-    _, processor = load("llava")
+@pytest.mark.parametrize("name,strategy,tokens", [("llava", "hired", 144), ("internvl", "divprune", 80)])
+def test_budget_of_a_request(name, strategy, tokens):
+    _, processor = load(name)
     case = cases(processor, 1, 0)[0]
-    with engine("llava", "hired", 0.2, {}, step=256) as llm:
+    with engine(name, strategy, 0.2, {}, step=256) as llm:
         lengths = [len(asked(llm, [request(case, b)])[0].prompt_token_ids) for b in (None, 0.1, 0.5, 10, 1.0)]
-        assert lengths[0] < lengths[2] < lengths[4] and lengths[3] == lengths[4] - 144 + 10
+        assert lengths[0] < lengths[2] < lengths[4] and lengths[3] == lengths[4] - tokens + 10
         with pytest.raises(ValueError, match="must lie in"):
             asked(llm, [request(case, 1.5)])
         assert len(asked(llm, [request(case)])[0].prompt_token_ids) == lengths[0]

@@ -98,7 +98,7 @@ def test_what_is_announced_is_kept(budget, own):
         provided |= {("keys", i): torch.randn(1, n, tower.num_heads * 4) for i in needs.keys}
         tokens = VisualTokens(torch.randn(n, 16), layout.segments, layout.cells, tower, provided=provided)
         kept, keep = made.choose(tokens, announced)
-        assert len(kept) == announced.kept == len(keep)
+        assert len(kept) == announced.kept == (n if keep is None else len(keep))
         assert announced.extent == n
 
 

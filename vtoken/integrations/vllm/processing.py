@@ -27,9 +27,6 @@ class PrunedInfo:
     def get_hf_processor(self, **kwargs: object) -> Any:
         return super().get_hf_processor(**without_budget(kwargs))  # type: ignore[misc]
 
-    def _merge_and_resolve_mm_processor_kwargs(self, mm_kwargs: Mapping[str, object]) -> dict[str, Any]:
-        return super()._merge_and_resolve_mm_processor_kwargs(without_budget(mm_kwargs))  # type: ignore[misc]
-
 
 class PrunedProcessor:
     """Mixin before a `BaseMultiModalProcessor` whose replacements repeat a placeholder, in one run or more.
@@ -70,15 +67,10 @@ class PrunedProcessor:
         return 0 if pixels is None else len(pixels)
 
     # -- vLLM's own names ------------------------------------------------------------------------------------
-    def _call_hf_processor(self, hf_data: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        return super()._call_hf_processor(hf_data, without_budget(hf_kwargs))  # type: ignore[misc]
-
-    def _postprocess_hf_mm_data(
-        self, mm_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object], processed_data: Any
-    ) -> Any:
-        data = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)  # type: ignore[misc]
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        data = super()._apply_hf_processor_main(mm_items, without_budget(hf_kwargs))  # type: ignore[misc]
         for modality in MODALITIES:
-            if rows := [a.row() for a in self.announced(modality, data, hf_processor_mm_kwargs.get(BUDGET))]:
+            if rows := [a.row() for a in self.announced(modality, data, hf_kwargs.get(BUDGET))]:
                 data[field_of(modality)] = rows
         return data
 
