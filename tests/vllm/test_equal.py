@@ -18,7 +18,7 @@ from .random_models import load, path
 
 pytestmark = pytest.mark.vllm
 
-VIDEO = ("qwen2_5_vl", "llava_onevision", "qwen2_vl", "qwen3_vl")
+VIDEO = ("qwen2_5_vl", "llava_onevision", "internvl", "qwen2_vl", "qwen3_vl")
 SERVED = [
     ("llava_next", "vtc_cls", 0.2, {}),
     ("llava_next", "divprune", 0.2, {}),
@@ -35,7 +35,7 @@ SERVED = [
     ("internvl", "hired", 0.2, {}),
     ("internvl", "vtc_cls", 0.25, {"positions": "renumber"}),
     ("internvl", "visionzip", 0.3, {}),
-    ("internvl", "divprune", 40, {}),
+    ("internvl", "divprune", 10, {}),
     ("qwen2_vl", "divprune", 0.3, {}),
     ("qwen2_vl", "hired", 0.3, {"score": "received"}),
     ("qwen3_vl", "stc_pruner", 0.3, {"score": "dual_anchor"}),
@@ -94,14 +94,14 @@ def distance(case, out):
 
 def spy(monkeypatch):
     """A list that gains the kept tokens of every image and video that is encoded."""
-    kept, choose = [], Reduction.choose
+    kept, choose = [], Reduction.choose_one
 
     def noted(self, tokens, announced):
         features, keep = choose(self, tokens, announced)
         kept.append(tuple(range(len(tokens)) if keep is None else keep.tolist()))
         return features, keep
 
-    monkeypatch.setattr(Reduction, "choose", noted)
+    monkeypatch.setattr(Reduction, "choose_one", noted)
     return kept
 
 

@@ -138,6 +138,30 @@ def test_what_frames_announce():
     assert torch.bincount(tokens.segment_of[made.choose(tokens, uneven)[1]]).tolist() == [20, 15, 1]
 
 
+class Alone(Apart):
+    """As where a model reads the frames of a video as images."""
+
+    alone = ("video",)
+
+
+def test_frames_that_are_images():
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(QWEN)
+    config.vtoken = overrides(QWEN, "divprune", 0.5)["hf_overrides"]["vtoken"]
+    made, grids = Reduction(config, Alone(config)), {"video_grid_thw": torch.tensor([[3, 8, 12]])}
+    layout = made.geometry.layouts("video", 1, grids)[0]
+    place = made.geometry.positions("video", [layout], grids)[0]
+    announced = made.announce("video", layout, place)
+    assert announced == Announced(36, 18, 0.5, ((12, 6),) * 3)
+    assert made.announce("video", layout, place, 1.0) == Announced(72, 18, None, ((24, 6),) * 3)
+    tower, features = made.geometry.adapter.towers["video"].info, torch.randn(72, 16)
+    kept, keep = made.choose(VisualTokens(features, layout.segments, layout.cells, tower, "video"), announced)
+    second = VisualTokens(features[24:48], layout.segments[:1], torch.arange(24), tower, "image")
+    assert (keep[12:24] - 24).tolist() == made.strategy.select(second).keep.tolist()
+    assert torch.equal(kept, features[keep])
+
+
 def test_overrides_say_what_is_served():
     told = overrides(LLAVA, "hired", 0.2)["hf_overrides"]
     assert told["architectures"] == [PREFIX + MODELS["llava"]]

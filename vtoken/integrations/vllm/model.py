@@ -109,7 +109,8 @@ class PrunedModel:
         announced: list[Announced],
     ) -> list[Tensor]:
         places = self.reduction.geometry.positions(modality, layouts, arguments)
-        capture = self._start(modality, arguments)
+        seen = self.reduction.geometry.seen_as(modality)
+        capture = self._start(seen, arguments)
         try:
             features = super().embed_multimodal(**arguments)  # type: ignore[misc]
         finally:
@@ -127,7 +128,7 @@ class PrunedModel:
                     f"vLLM makes {len(f)} tokens of a {modality} for which transformers makes"
                     f" {len(layout.cells)}: vtoken does not know this input."
                 )
-            info = self.reduction.geometry.adapter.towers[modality].info
+            info = self.reduction.geometry.adapter.towers[seen].info
             values = {key: value[: len(layout.segments)] for key, value in values.items()}
             cells = layout.cells.to(f.device)
             width = self.read_width() or f.shape[1]

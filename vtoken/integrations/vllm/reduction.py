@@ -122,6 +122,8 @@ class Reduction:
         Raises:
             ValueError: for a budget that is none, or a strategy that cannot tell.
         """
+        if modality in self.geometry.alone:
+            return self._announce_alone(layout, positions, budget)
         strategy, n = self._with(budget), len(layout.cells)
         whole = strategy.is_identity or modality not in self.needs(modality).modalities
         if modality in self.geometry.apart:
@@ -158,8 +160,34 @@ class Reduction:
         budget = None if strategy is None else strategy.budget
         return Announced(sum(counts), sum(reach), budget, tuple(zip(counts, reach, strict=True)))
 
+    def _announce_alone(self, layout: Layout, positions: Tensor, budget: Any) -> Announced:
+        """`announce` where every segment is an image to the strategy."""
+        sizes = [s.fed for s in layout.segments]
+        told = [
+            self.announce("image", Layout.plain([segment], positions.device), place, budget)
+            for segment, place in zip(layout.segments, positions.split(sizes, 1), strict=True)
+        ]
+        parts = tuple((one.kept, one.extent) for one in told)
+        return Announced(sum(k for k, _ in parts), sum(e for _, e in parts), told[0].budget, parts)
+
     def choose(self, tokens: VisualTokens, announced: Announced) -> tuple[Tensor, Tensor | None]:
         """The kept features (k, d), and the places of the kept tokens, (k,) int64; None for all."""
+        if tokens.modality not in self.geometry.alone:
+            return self.choose_one(tokens, announced)
+        features, places, start = [], [], 0
+        for i, (segment, (kept, reach)) in enumerate(zip(tokens.segments, announced.parts, strict=True)):
+            cells = torch.arange(segment.fed, device=tokens.cells.device)
+            read = tokens.features[start : start + segment.fed]
+            values: dict[Any, Any] = {key: tokens._get(*key)[i : i + 1] for key in tokens.provided}
+            one = VisualTokens(read, (segment,), cells, tokens.tower, "image", provided=values)
+            some, keep = self.choose_one(one, Announced(kept, reach, announced.budget))
+            features.append(some)
+            places.append(start + (cells if keep is None else keep))
+            start += segment.fed
+        return torch.cat(features), torch.cat(places)
+
+    def choose_one(self, tokens: VisualTokens, announced: Announced) -> tuple[Tensor, Tensor | None]:
+        """`choose` for what the strategy sees at once."""
         n = len(tokens)
         if announced.kept >= n or announced.budget is None:
             return tokens.features, None

@@ -1,10 +1,11 @@
-"""InternVL in the format of transformers, in vLLM: images as tiles, without marks between them."""
+"""InternVL in the format of transformers, in vLLM: tiles without marks between them, frames as images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from vllm.model_executor.models.interns1 import (
     InternS1DummyInputsBuilder,
@@ -20,23 +21,26 @@ from ..geometry import Geometry
 from ..model import PrunedModel
 from ..processing import PrunedInfo, PrunedProcessor
 
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
 
 class Tiles(Geometry):
-    """Square tiles of one size; where they lie on the image is not known."""
+    """Tiles of one size without a place on the image; text stands between the frames of a video."""
+
+    apart: ClassVar[tuple[str, ...]] = ("video",)
+    alone: ClassVar[tuple[str, ...]] = ("video",)
 
     def layouts(self, modality: str, count: int, arguments: dict[str, Any]) -> list[Layout]:
         config = self.adapter.config
         vision, shrink = config.vision_config, config.downsample_ratio
         grid = tuple(int(n // p * shrink) for n, p in zip(vision.image_size, vision.patch_size, strict=True))
         tile = Segment("image", grid)  # type: ignore[arg-type]
-        return [Layout.plain([tile] * int(n), "cpu") for n in arguments["image_num_patches"]]
+        cpu = torch.device("cpu")
+        return [Layout.plain([tile] * int(n), cpu) for n in arguments[f"{modality}_num_patches"]]
 
 
 class Info(PrunedInfo, InternS1ProcessingInfo):
-    """`InternS1ProcessingInfo` of vLLM, without videos: vtoken knows their frames as images only."""
-
-    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"image": None}
+    """`InternS1ProcessingInfo` of vLLM."""
 
 
 class Processor(PrunedProcessor, InternS1MultiModalProcessor):
@@ -45,7 +49,7 @@ class Processor(PrunedProcessor, InternS1MultiModalProcessor):
     geometry_class = Tiles
 
     def count(self, modality: str, data: Mapping[str, Any]) -> int:
-        return len(data["image_num_patches"]) if modality == "image" and "pixel_values" in data else 0
+        return len(data[f"{modality}_num_patches"]) if PIXELS[modality] in data else 0
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=InternS1DummyInputsBuilder)
@@ -58,7 +62,7 @@ class VTokenInternVLForConditionalGeneration(PrunedModel, InternS1ForConditional
         return [layer.attention.attn for layer in self.vision_tower.encoder.layer]
 
     def part(self, modality: str, arguments: dict[str, Any], first: int, last: int) -> dict[str, Any]:
-        tiles = arguments["image_num_patches"]
+        count, pixels = f"{modality}_num_patches", PIXELS[modality]
+        tiles = arguments[count]
         start, stop = int(tiles[:first].sum()), int(tiles[:last].sum())
-        pixels = arguments["pixel_values"][start:stop]
-        return arguments | {"image_num_patches": tiles[first:last], "pixel_values": pixels}
+        return arguments | {count: tiles[first:last], pixels: arguments[pixels][start:stop]}
