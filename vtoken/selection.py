@@ -149,19 +149,26 @@ class Selection:
                 raise ValueError(f"Selection.into must lie within [-1, {len(keep)}).")
         return self
 
-    def exactly(self, count: int, n: int) -> Selection:
+    def exactly(self, count: int | Sequence[int], n: int, part_of: Tensor | None = None) -> Selection:
         """This choice among n tokens with `count` of them, for a server that has announced so many.
 
         Too many: those with the lowest scores go. Too few: the others with the highest scores stay as they
         are. Among equals, and without scores, the lower index stays.
 
+        Args:
+            count: of all tokens, or a number for each part, such as the frames of a video.
+            part_of: (n,) int64, the part that a token belongs to; None if there is one.
+
         Raises:
             ValueError: for a count that is not in 0..n, or features in place of the tokens' own.
         """
-        if len(self.keep) == count:
+        counts = [count] if isinstance(count, int) else list(count)
+        part = torch.zeros(n, dtype=torch.int64, device=self.keep.device) if part_of is None else part_of
+        if torch.bincount(part[self.keep], minlength=len(counts)).tolist() == counts:
             return self
-        if not 0 <= count <= n:
-            raise ValueError(f"exactly needs a number of tokens in 0..{n}, found {count}.")
+        for most, some in zip(torch.bincount(part, minlength=len(counts)).tolist(), counts, strict=True):
+            if not 0 <= some <= most:
+                raise ValueError(f"exactly needs a number of tokens in 0..{most}, found {some}.")
         if self.features is not None:
             raise ValueError(
                 f"The strategy writes {len(self.keep)} tokens of its own, {count} were asked for."
@@ -169,7 +176,8 @@ class Selection:
         scores = torch.zeros(n, device=self.keep.device) if self.scores is None else self.scores
         order = scores.sort(descending=True, stable=True).indices
         kept = torch.zeros(n, dtype=torch.bool, device=order.device).index_fill_(0, self.keep, True)
-        keep = torch.cat([order[kept[order]], order[~kept[order]]])[:count].sort().values
+        order = torch.cat([order[kept[order]], order[~kept[order]]])
+        keep = torch.cat([order[part[order] == i][:some] for i, some in enumerate(counts)]).sort().values
         marked = None
         if self.marked is not None:
             at = torch.zeros_like(kept).index_copy_(0, self.keep, self.marked)

@@ -70,6 +70,33 @@ def test_total_is_what_is_kept(name, tokens, budget):
         assert told(strategy, tokens) == len(tokens)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.one_of(images, videos), budget=budgets)
+def test_what_every_frame_keeps(name, tokens, budget):
+    strategy, frames = create(name, budget=budget, **OPTIONS.get(name, {})), len(tokens.segments)
+    if not serves(strategy, tokens) or bool((tokens.cells < 0).any()):
+        return
+    counts = strategy.per_segment(tokens.segments)
+    assert counts is not None or name not in ALWAYS or frames > 1
+    if counts is not None:
+        kept = tokens.segment_of[answer(strategy, tokens).keep]
+        assert torch.bincount(kept, minlength=frames).tolist() == counts
+
+
+def test_frames_are_told_where_each_has_its_own_budget():
+    segments = [Segment("frame", (6, 6))] * 3
+    told = {name: create(name).per_segment(segments, 0.5) for name in ("uniform", "stc_pruner", "visionzip")}
+    assert told == dict.fromkeys(told, [18] * 3)
+    assert combine(["visionzip", "fastv"], budget=0.25).per_segment(segments) == [18] * 3
+    assert combine(["divprune", "fastv"], budget=0.25).per_segment(segments) is None
+    assert (
+        create("divprune").per_segment(segments) is None and create("vidcom2").per_segment(segments) is None
+    )
+    assert create("divprune").per_segment(segments[:1], 0.5) == [18]
+    assert create("divprune").per_segment(segments, 1.0) == [36] * 3
+
+
 @settings(max_examples=40, deadline=None)
 @given(tokens=inputs, budget=budgets)
 def test_total_of_a_combination(tokens, budget):
@@ -121,6 +148,16 @@ def test_exactly_goes_by_score():
         chosen.exactly(6, 5)
     with pytest.raises(ValueError, match="tokens of its own"):
         Selection(torch.tensor([0]), features=torch.ones(1, 2)).exactly(2, 5)
+
+
+def test_exactly_in_parts():
+    chosen = Selection(torch.tensor([0, 1, 2]), scores=torch.tensor([5.0, 1, 4, 2, 3, 6]))
+    part = torch.tensor([0, 0, 0, 1, 1, 1])
+    assert chosen.exactly([3, 0], 6, part) is chosen
+    assert chosen.exactly([2, 1], 6, part).keep.tolist() == [0, 2, 5]
+    assert chosen.exactly([0, 2], 6, part).keep.tolist() == [4, 5]
+    with pytest.raises(ValueError, match=r"in 0\.\.3, found 4"):
+        chosen.exactly([4, 0], 6, part)
 
 
 def test_exactly_of_groups():

@@ -21,6 +21,7 @@ class Case:
 
     Attributes:
         kept: per picture the indices of the kept tokens.
+        length: tokens of the prompt, dropped ones left out.
         logprobs: (vocabulary,) of the first token of the answer.
     """
 
@@ -30,6 +31,7 @@ class Case:
     clips: list[Any] = field(default_factory=list)
     text: str = ""
     kept: list[list[int]] = field(default_factory=list)
+    length: int = 0
     logprobs: Any = None
 
 
@@ -95,11 +97,14 @@ def answer(model: Any, processor: Any, case: Case, patched: bool = True) -> Case
     out = model.generate(
         **inputs, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
-    new = out.sequences[0, inputs["input_ids"].shape[1] :]
+    case.length = inputs["input_ids"].shape[1]
+    new = out.sequences[0, case.length :]
     case.text = processor.decode(new, skip_special_tokens=True).strip()
     case.logprobs = out.logits[0][0].float().log_softmax(-1)
     if patched and (case.images or case.clips):
-        case.kept = [v.keep.tolist() for v in vtoken.report(model).visuals]
+        visuals = vtoken.report(model).visuals
+        case.kept = [v.keep.tolist() for v in visuals]
+        case.length -= sum(v.tokens_in - v.tokens_out for v in visuals)
     return case
 
 

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 import pytest
 
 import vtoken
-from vtoken import tiny
 from vtoken.integrations.vllm import MODELS, PREFIX, overrides
 from vtoken.integrations.vllm.reduction import Reduction
 
 from .environment import vllm
 from .prompts import NEW, answer, cases, request
+from .random_models import load, path
 
 pytestmark = pytest.mark.vllm
 
-VIDEO = ("qwen2_5_vl", "llava_onevision")
+VIDEO = ("qwen2_5_vl", "llava_onevision", "internvl", "qwen2_vl", "qwen3_vl")
 SERVED = [
     ("llava_next", "vtc_cls", 0.2, {}),
     ("llava_next", "divprune", 0.2, {}),
@@ -32,25 +32,40 @@ SERVED = [
     ("qwen2_5_vl", "vidcom2", 0.25, {"exact": True}),
     ("qwen2_5_vl", "visionzip", 0.3, {}),
     ("qwen2_5_vl", "hired", 0.3, {"score": "received"}),
+    ("internvl", "hired", 0.2, {}),
+    ("internvl", "vtc_cls", 0.25, {"positions": "renumber"}),
+    ("internvl", "visionzip", 0.3, {}),
+    ("internvl", "divprune", 10, {}),
+    ("qwen2_vl", "divprune", 0.3, {}),
+    ("qwen2_vl", "hired", 0.3, {"score": "received"}),
+    ("qwen3_vl", "stc_pruner", 0.3, {"score": "dual_anchor"}),
+    ("qwen3_vl", "divprune", 0.3, {}),
+    ("qwen3_vl", "hired", 9, {"score": "received"}),
+    ("qwen3_vl", "visionzip", 0.3, {}),
 ]
 
 
+def reads_clips(name, strategy="uniform"):
+    """Whether a model is served with clips; frames of Qwen3-VL have to know how many of their tokens stay."""
+    return name in VIDEO and (name, strategy) != ("qwen3_vl", "divprune")
+
+
 @contextmanager
-def engine(name, *wanted, step=24, **options):
+def engine(name, *wanted, step=24, clips=None, **options):
     """An engine of a tiny model, whose blocks and steps are so small that chunks and prefix hits end inside images."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    limits = {"image": 2, **({"video": 2} if name in VIDEO else {})}
+    clips = 2 * reads_clips(name, *wanted[:1]) if clips is None else clips
     made = vllm.LLM(
-        str(tiny.path(name)),
+        str(path(name)),
         dtype="float32",
         enforce_eager=True,
         max_model_len=1024,
         max_num_seqs=8,
         block_size=32,
         max_num_batched_tokens=step,
-        limit_mm_per_prompt=limits,
-        **(overrides(str(tiny.path(name)), *wanted[:2], **wanted[2]) if wanted else options),
+        limit_mm_per_prompt={"image": 2, "video": clips},
+        **(overrides(str(path(name)), *wanted[:2], **wanted[2]) if wanted else options),
     )
     try:
         yield made
@@ -79,22 +94,22 @@ def distance(case, out):
 
 def spy(monkeypatch):
     """A list that gains the kept tokens of every image and video that is encoded."""
-    kept, choose = [], Reduction.choose
+    kept, choose = [], Reduction.choose_one
 
     def noted(self, tokens, announced):
         features, keep = choose(self, tokens, announced)
         kept.append(tuple(range(len(tokens)) if keep is None else keep.tolist()))
         return features, keep
 
-    monkeypatch.setattr(Reduction, "choose", noted)
+    monkeypatch.setattr(Reduction, "choose_one", noted)
     return kept
 
 
 @pytest.mark.parametrize("name,strategy,budget,options", SERVED)
 def test_as_transformers(name, strategy, budget, options, monkeypatch):
-    model, processor = tiny.load(name)
+    model, processor = load(name)
     vtoken.patch(model, strategy, budget=budget, **options)
-    some = cases(processor, videos=4 if name in VIDEO else 0)
+    some = cases(processor, videos=4 if reads_clips(name, strategy) else 0)
     if strategy == "vidcom2":  # of videos only
         some = [c for c in cases(processor, videos=20) if not c.images]
     expected = [answer(model, processor, c) for c in some]
@@ -110,14 +125,12 @@ def test_as_transformers(name, strategy, budget, options, monkeypatch):
             lengths = [len(o.prompt_token_ids) for o in outs]
             assert turn == 0 or sum(o.num_cached_tokens or 0 for o in outs) > 0
     assert set(kept) == {tuple(k) for case in expected for k in case.kept}
-    bare = [len(processor.tokenizer(c.prompt, add_special_tokens=False).input_ids) for c in expected]
-    pads = [sum(map(len, c.kept)) - len(c.kept) for c in expected]
-    assert lengths == [b + p for b, p in zip(bare, pads)]
+    assert lengths == [case.length for case in expected]
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_5_vl", "qwen3_vl"])
 def test_nothing_asked_or_everything_kept(name):
-    model, processor = tiny.load(name)
+    model, processor = load(name)
     some = [answer(model, processor, c, False) for c in cases(processor, 4, 2 if name in VIDEO else 0)]
     architecture = PREFIX + MODELS[model.config.model_type]
     idle = answers(some, name, hf_overrides={"architectures": [architecture]})
@@ -128,12 +141,25 @@ def test_nothing_asked_or_everything_kept(name):
         assert a.outputs[0].text.strip() == case.text and distance(case, a) < 1e-4
 
 
-def test_budget_of_a_request():
-    _, processor = tiny.load("llava")
+def test_frames_of_unknown_size_are_refused():
+    _, processor = load("qwen3_vl")
+    clip, picture = cases(processor, 1, 1)[-3], cases(processor, 1, 0)[0]
+    assert clip.kind == "image and clip"
+    with engine("qwen3_vl", "divprune", 0.2, {}, clips=2) as llm:
+        with pytest.raises(ValueError, match=r"divprune cannot tell how many tokens .* part of this video"):
+            asked(llm, [request(clip)])
+        assert asked(llm, [request(picture)])[0].outputs[0].text
+        whole = asked(llm, [request(clip, 1.0)])[0]
+    assert len(whole.prompt_token_ids) == answer(*load("qwen3_vl"), clip, False).length
+
+
+@pytest.mark.parametrize("name,strategy,tokens", [("llava", "hired", 144), ("internvl", "divprune", 80)])
+def test_budget_of_a_request(name, strategy, tokens):
+    _, processor = load(name)
     case = cases(processor, 1, 0)[0]
-    with engine("llava", "hired", 0.2, {}, step=256) as llm:
+    with engine(name, strategy, 0.2, {}, step=256) as llm:
         lengths = [len(asked(llm, [request(case, b)])[0].prompt_token_ids) for b in (None, 0.1, 0.5, 10, 1.0)]
-        assert lengths[0] < lengths[2] < lengths[4] and lengths[3] == lengths[4] - 144 + 10
+        assert lengths[0] < lengths[2] < lengths[4] and lengths[3] == lengths[4] - tokens + 10
         with pytest.raises(ValueError, match="must lie in"):
             asked(llm, [request(case, 1.5)])
         assert len(asked(llm, [request(case)])[0].prompt_token_ids) == lengths[0]

@@ -14,6 +14,7 @@ import vtoken
 from vtoken import tiny
 from vtoken.integrations.vllm import MODELS, PREFIX, overrides
 from vtoken.integrations.vllm.__main__ import main
+from vtoken.integrations.vllm.geometry import Geometry
 from vtoken.integrations.vllm.positions import (
     LARGEST,
     announce,
@@ -22,6 +23,7 @@ from vtoken.integrations.vllm.positions import (
     extent,
     grid_positions,
     line_positions,
+    runs_of,
 )
 from vtoken.integrations.vllm.reduction import Announced, Reduction
 from vtoken.tokens import VisualTokens
@@ -55,13 +57,23 @@ def test_announced_prompt():
     assert ends_with_image[1] == 17  # the first generated token stands at 4 + 17
 
 
+def test_runs():
+    assert runs_of(torch.tensor([1, 0, 1, 1, 0, 1]).bool()) == [(0, 1), (2, 4), (5, 6)]
+    assert runs_of(torch.zeros(3).bool()) == runs_of(torch.zeros(0).bool()) == []
+
+
 budgets = st.none() | st.integers(1, 2**40) | st.floats(1e-6, 1.0)
 
 
-@given(st.integers(1, 2**31), st.integers(1, 2**31), budgets)
-def test_announced_round_trip(kept, reach, budget):
-    back = Announced.of(Announced(kept, reach, budget).row())
-    assert back == Announced(kept, reach, budget) and type(back.budget) is type(budget)
+numbers = st.integers(1, 2**31)
+
+
+@given(numbers, numbers, budgets, st.lists(st.tuples(numbers, numbers), max_size=3))
+def test_announced_round_trip(kept, reach, budget, parts):
+    made = Announced(kept, reach, budget, tuple(parts))
+    back = Announced.of(made.row())
+    assert back == made and type(back.budget) is type(budget)
+    assert back.runs() == (tuple(parts) or ((kept, reach),))
 
 
 def reduction(model, strategy, budget=None, **options):
@@ -86,8 +98,68 @@ def test_what_is_announced_is_kept(budget, own):
         provided |= {("keys", i): torch.randn(1, n, tower.num_heads * 4) for i in needs.keys}
         tokens = VisualTokens(torch.randn(n, 16), layout.segments, layout.cells, tower, provided=provided)
         kept, keep = made.choose(tokens, announced)
-        assert len(kept) == announced.kept == len(keep)
+        assert len(kept) == announced.kept == (n if keep is None else len(keep))
         assert announced.extent == n
+
+
+class Apart(Geometry):
+    """As where text stands between the frames of a video."""
+
+    apart = ("video",)
+
+    def positions(self, modality, layouts, arguments):
+        return [grid_positions(len(x.segments), *x.segments[0].grid, 0.0) for x in layouts]
+
+
+def test_what_frames_announce():
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(QWEN)
+
+    def told(strategy, budget, own=None, **options):
+        config.vtoken = overrides(QWEN, strategy, budget, **options)["hf_overrides"]["vtoken"]
+        made = Reduction(config, Apart(config))
+        grids = {"video_grid_thw": torch.tensor([[3, 8, 12]])}
+        layout = made.geometry.layouts("video", 1, grids)[0]
+        place = made.geometry.positions("video", [layout], grids)[0]
+        return made, layout, made.announce("video", layout, place, own)
+
+    made, layout, announced = told("hired", 5, score="received")
+    assert announced == Announced(15, 18, 5, ((5, 6),) * 3)
+    assert told("divprune", 0.5, 1.0)[2] == Announced(72, 18, None, ((24, 6),) * 3)
+    with pytest.raises(ValueError, match="divprune cannot tell how many tokens it keeps of every part"):
+        told("divprune", 0.5)
+    made, layout, announced = told("stc_pruner", 0.5)
+    tower = made.geometry.adapter.towers["video"].info
+    tokens = VisualTokens(torch.randn(72, 16), layout.segments, layout.cells, tower, "video")
+    _, keep = made.choose(tokens, announced)
+    assert torch.bincount(tokens.segment_of[keep]).tolist() == [12, 12, 12]
+    uneven = Announced(36, 18, 0.5, ((20, 6), (15, 6), (1, 6)))
+    assert torch.bincount(tokens.segment_of[made.choose(tokens, uneven)[1]]).tolist() == [20, 15, 1]
+
+
+class Alone(Apart):
+    """As where a model reads the frames of a video as images."""
+
+    alone = ("video",)
+
+
+def test_frames_that_are_images():
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(QWEN)
+    config.vtoken = overrides(QWEN, "divprune", 0.5)["hf_overrides"]["vtoken"]
+    made, grids = Reduction(config, Alone(config)), {"video_grid_thw": torch.tensor([[3, 8, 12]])}
+    layout = made.geometry.layouts("video", 1, grids)[0]
+    place = made.geometry.positions("video", [layout], grids)[0]
+    announced = made.announce("video", layout, place)
+    assert announced == Announced(36, 18, 0.5, ((12, 6),) * 3)
+    assert made.announce("video", layout, place, 1.0) == Announced(72, 18, None, ((24, 6),) * 3)
+    tower, features = made.geometry.adapter.towers["video"].info, torch.randn(72, 16)
+    kept, keep = made.choose(VisualTokens(features, layout.segments, layout.cells, tower, "video"), announced)
+    second = VisualTokens(features[24:48], layout.segments[:1], torch.arange(24), tower, "image")
+    assert (keep[12:24] - 24).tolist() == made.strategy.select(second).keep.tolist()
+    assert torch.equal(kept, features[keep])
 
 
 def test_overrides_say_what_is_served():

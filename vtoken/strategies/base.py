@@ -136,6 +136,34 @@ class Strategy(metaclass=_CheckedOptions):
             return None
         return sum(self.counts(segments)) + (separators if getattr(self, "keep_newline", False) else 0)
 
+    def per_segment(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int] | None:
+        """Tokens of each segment that enter the LLM, known before the image or video is encoded.
+
+        A server needs them where text stands between the frames of a video.
+
+        Args:
+            segments: the grids; of a modality that `needs` names.
+            budget: in place of the strategy's own.
+
+        Returns:
+            Exactly the numbers that `select` keeps of an item without separators, or None where the picture
+            decides them.
+
+        Raises:
+            ValueError: for a budget that is none.
+        """
+        own = self if budget is None else replace(self, budget=budget)
+        if own.is_identity or not own.acts_on_projector:
+            return [s.fed for s in segments]
+        return own._kept_per_segment(segments)
+
+    def _kept_per_segment(self, segments: Sequence[Segment]) -> list[int] | None:
+        """`per_segment` under the strategy's own budget, below 1.0: override it if `counts` does not tell."""
+        total = self._total_kept(segments, 0)
+        if total is None or len(segments) == 1:
+            return None if total is None else [total]
+        return self.counts(segments) if self.static_counts else None
+
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose among the visual tokens of one image or one video."""
         raise NotImplementedError(f"{type(self).__name__} does not act between the vision tower and the LLM.")

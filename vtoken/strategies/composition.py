@@ -165,6 +165,9 @@ class Composite(Strategy):
         n = sum(s.fed for s in segments) + separators
         return self._for(n, frames_of(segments)).total(segments, separators)
 
+    def _kept_per_segment(self, segments: Sequence[Segment]) -> list[int] | None:
+        return self._for(sum(s.fed for s in segments), frames_of(segments)).per_segment(segments)
+
     def select(self, tokens: VisualTokens) -> Selection:
         first = self._for(len(tokens), frames_of(tokens.segments))
         return (

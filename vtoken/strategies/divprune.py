@@ -51,6 +51,9 @@ class DivPrune(Strategy):
         fed = sum(s.fed for s in segments)
         return self._total(segments, self.allowance(), fed + separators - on_top) + on_top
 
+    def _kept_per_segment(self, segments: Sequence[Segment]) -> list[int] | None:
+        return super()._kept_per_segment(segments) if len(segments) == 1 else None
+
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Patches kept per segment if all are equally diverse; the sum is exact without separator rows."""
         fed = [s.fed for s in segments]

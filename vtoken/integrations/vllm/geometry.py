@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,12 @@ class Geometry:
 
     Attributes:
         adapter: that of the model without weights.
+        apart: modalities whose segments stand apart in the prompt, with text between them.
+        alone: those of them whose segments reach the strategy one by one, as images.
     """
+
+    apart: ClassVar[tuple[str, ...]] = ()
+    alone: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:
         from transformers import AutoModelForImageTextToText
@@ -45,5 +50,13 @@ class Geometry:
         return [0] * count
 
     def positions(self, modality: str, layouts: list[Layout], arguments: dict[str, Any]) -> list[Tensor]:
-        """Per image or video (3, n) int64, the positions of its tokens from its own start."""
-        return [line_positions(len(layout.cells)) for layout in layouts]
+        """Per image or video (3, n) int64, its tokens' positions from its start, or from their segment's."""
+        runs = [
+            [s.fed for s in layout.segments] if modality in self.apart else [len(layout.cells)]
+            for layout in layouts
+        ]
+        return [torch.cat([line_positions(n) for n in sizes], 1) for sizes in runs]
+
+    def seen_as(self, modality: str) -> str:
+        """The modality under which the strategy meets what came as `modality`."""
+        return "image" if modality in self.alone else modality

@@ -12,7 +12,7 @@ from ...adapters.base import Layout
 from ...adapters.towers.capture import Capture
 from ...tokens import VisualTokens
 from .geometry import Geometry
-from .positions import announce, attach, detach, line_positions
+from .positions import announce, attach, detach, line_positions, runs_of
 from .reduction import MODALITIES, Announced, Reduction, field_of
 from .taps import TowerTap
 
@@ -69,6 +69,10 @@ class PrunedModel:
         """Per image or video, the segments that its tower forward has, padding included."""
         return [len(layout.segments) for layout in layouts]
 
+    def read_width(self) -> int | None:
+        """Columns of a feature read at its entrance, DeepStack has further ones; None for all."""
+        return None
+
     # -- encoding --------------------------------------------------------------------------------------------
     def embed_multimodal(self, **kwargs: Any) -> Any:
         told = {m: kwargs.pop(field_of(m), None) for m in MODALITIES}
@@ -101,7 +105,8 @@ class PrunedModel:
         self, modality: str, arguments: dict[str, Any], layouts: list[Layout], announced: list[Announced]
     ) -> list[Tensor]:
         places = self.reduction.geometry.positions(modality, layouts, arguments)
-        capture = self._start(modality, arguments)
+        seen = self.reduction.geometry.seen_as(modality)
+        capture = self._start(seen, arguments)
         try:
             features = super().embed_multimodal(**arguments)  # type: ignore[misc]
         finally:
@@ -119,11 +124,14 @@ class PrunedModel:
                     f"vLLM makes {len(f)} tokens of a {modality} for which transformers makes"
                     f" {len(layout.cells)}: vtoken does not know this input."
                 )
-            info = self.reduction.geometry.adapter.towers[modality].info
+            info = self.reduction.geometry.adapter.towers[seen].info
             values = {key: value[: len(layout.segments)] for key, value in values.items()}
             cells = layout.cells.to(f.device)
-            tokens = VisualTokens(f, layout.segments, cells, info, modality, provided=values)  # type: ignore[arg-type]
+            width = self.read_width() or f.shape[1]
+            read, ride = f[:, :width], f[:, width:]
+            tokens = VisualTokens(read, layout.segments, cells, info, modality, provided=values)  # type: ignore[arg-type]
             kept, keep = self.reduction.choose(tokens, told)
+            kept = torch.cat([kept, ride if keep is None else ride[keep]], 1)
             out.append(self._with_positions(kept, place if keep is None else place[:, keep.cpu()]))
         return out
 
@@ -143,8 +151,10 @@ class PrunedModel:
         items = []
         for feature in mm_features:
             place, field = feature.mm_position, feature.data.get(field_of(feature.modality))
-            reach = place.length if field is None else Announced.of(field.data).extent
-            items.append((place.offset, place.length, reach))
+            runs = [(0, place.length)] if place.is_embed is None else runs_of(place.is_embed)
+            told = [(b - a, b - a) for a, b in runs] if field is None else Announced.of(field.data).runs()
+            for (first, last), (_, reach) in zip(runs, told, strict=True):
+                items.append((place.offset + first, last - first, reach))
         return announce(len(input_tokens), items)
 
     def embed_input_ids(

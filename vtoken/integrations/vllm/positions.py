@@ -56,6 +56,13 @@ def detach(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     return embeddings[:, :-COLUMNS], digits[:3] * DIGIT + digits[3:]
 
 
+def runs_of(marked: Tensor) -> list[tuple[int, int]]:
+    """First and one past the last place of every run of True in a mask (n,)."""
+    steps = marked.int().diff(prepend=torch.zeros(1).int(), append=torch.zeros(1).int())
+    firsts, lasts = ((steps == s).nonzero()[:, 0].tolist() for s in (1, -1))
+    return list(zip(firsts, lasts, strict=True))
+
+
 def announce(n: int, items: Iterable[tuple[int, int, int]]) -> tuple[Tensor, int]:
     """Positions (3, n) of a prompt before anything is encoded, and the distance to those of later tokens.
 
@@ -63,7 +70,7 @@ def announce(n: int, items: Iterable[tuple[int, int, int]]) -> tuple[Tensor, int
 
     Args:
         n: tokens of the shortened prompt.
-        items: per image or video its first token, its kept tokens and its extent.
+        items: per run of kept tokens its first one, their number and the positions that they take.
 
     Returns:
         The positions, and what the position of a generated token exceeds its place in the sequence by.

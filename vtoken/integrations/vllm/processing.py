@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing.processor import PromptUpdateDetails
 
+from . import uses_mrope
 from .geometry import Geometry
+from .positions import runs_of
 from .reduction import BUDGET, MODALITIES, Announced, Reduction, field_of
 from .vllm_names import check_names
 
@@ -30,7 +32,7 @@ class PrunedInfo:
 
 
 class PrunedProcessor:
-    """Mixin before a `BaseMultiModalProcessor` whose replacements repeat one placeholder.
+    """Mixin before a `BaseMultiModalProcessor` whose replacements repeat a placeholder, in one run or more.
 
     The number of kept tokens is decided here, once, and travels with the item as a field. A request's own
     budget is part of the item's hash, so vLLM's caches keep items of different budgets apart.
@@ -68,16 +70,11 @@ class PrunedProcessor:
         return 0 if pixels is None else len(pixels)
 
     # -- vLLM's own names ------------------------------------------------------------------------------------
-    def _call_hf_processor(self, hf_data: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        return super()._call_hf_processor(hf_data, without_budget(hf_kwargs))  # type: ignore[misc]
-
-    def _postprocess_hf_mm_data(
-        self, mm_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object], processed_data: Any
-    ) -> Any:
-        data = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)  # type: ignore[misc]
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        data = super()._apply_hf_processor_main(mm_items, without_budget(hf_kwargs))  # type: ignore[misc]
         for modality in MODALITIES:
-            if rows := [a.row() for a in self.announced(modality, data, hf_processor_mm_kwargs.get(BUDGET))]:
-                data[field_of(modality)] = torch.stack(rows)
+            if rows := [a.row() for a in self.announced(modality, data, hf_kwargs.get(BUDGET))]:
+                data[field_of(modality)] = rows
         return data
 
     def _get_mm_fields_config(
@@ -102,9 +99,22 @@ class PrunedProcessor:
         """The placeholders of one image or video: those of the kept tokens."""
         full, field = update.replacement(index), out[update.modality][index].get(field_of(update.modality))
         if field is None:  # it came as embeddings
+            if uses_mrope(self.info.get_hf_config()):
+                raise ValueError(
+                    f"vtoken does not know the positions of {update.modality} embeddings under multimodal"
+                    " rope: pass pixels, or serve the model without vtoken."
+                )
             return full
         return self.shorten(full, Announced.of(field.data))
 
     def shorten(self, full: Any, announced: Announced) -> Any:
         """The replacement that the unpatched model gets, with the announced number of placeholders."""
-        return full[:1] * announced.kept
+        if not isinstance(full, PromptUpdateDetails):
+            return full[:1] * announced.kept
+        if full.is_embed is None:
+            return replace(full, full=full.full[:1] * announced.kept)
+        ids, at = [], 0
+        for (first, last), (kept, _) in zip(runs_of(full.is_embed(full.full)), announced.runs(), strict=True):
+            ids += full.full[at : first + kept]
+            at = last
+        return replace(full, full=ids + full.full[at:])

@@ -37,24 +37,31 @@ class Announced:
         kept: tokens that enter the LLM.
         extent: positions that it takes, kept or not.
         budget: the one that led to it; None if nothing is dropped.
+        parts: the same two numbers of every segment, where text stands between them.
     """
 
     kept: int
     extent: int
     budget: float | int | None = None
+    parts: tuple[tuple[int, int], ...] = ()
 
     def row(self) -> Tensor:
-        """(4,) int64, which no change of dtype on the way can round."""
+        """(4 + 2 * parts,) int64, which no change of dtype on the way can round."""
         share = isinstance(self.budget, float)
         value = struct.unpack("<q", struct.pack("<d", self.budget))[0] if share else self.budget or 0
-        return torch.tensor([self.kept, self.extent, int(share), value])
+        parts = [number for part in self.parts for number in part]
+        return torch.tensor([self.kept, self.extent, int(share), value, *parts])
 
     @classmethod
     def of(cls, row: Tensor) -> Announced:
         """What `row` wrote."""
-        kept, reach, share, value = row.tolist()
+        kept, reach, share, value, *parts = row.tolist()
         budget = struct.unpack("<d", struct.pack("<q", value))[0] if share else value or None
-        return cls(kept, reach, budget)
+        return cls(kept, reach, budget, tuple(zip(parts[::2], parts[1::2], strict=True)))
+
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Tokens and extent of every run of placeholders."""
+        return self.parts or ((self.kept, self.extent),)
 
 
 class Reduction:
@@ -115,8 +122,13 @@ class Reduction:
         Raises:
             ValueError: for a budget that is none, or a strategy that cannot tell.
         """
+        if modality in self.geometry.alone:
+            return self._announce_alone(layout, positions, budget)
         strategy, n = self._with(budget), len(layout.cells)
-        if strategy.is_identity or modality not in self.needs(modality).modalities:
+        whole = strategy.is_identity or modality not in self.needs(modality).modalities
+        if modality in self.geometry.apart:
+            return self._announce_parts(modality, layout, positions, None if whole else strategy)
+        if whole:
             return Announced(n, extent(positions))
         separators = int((layout.cells < 0).sum())
         kept = strategy.total(layout.segments, separators)
@@ -129,12 +141,59 @@ class Reduction:
             kept = sum(strategy.counts(layout.segments)) + (separators if strategy.keep_newline else 0)
         return Announced(max(1, min(n, kept)), extent(positions), strategy.budget)
 
+    def _announce_parts(
+        self, modality: str, layout: Layout, positions: Tensor, strategy: Strategy | None
+    ) -> Announced:
+        """`announce` where text stands between the segments; `strategy` is None if everything stays."""
+        sizes = [s.fed for s in layout.segments]
+        counts = sizes if strategy is None else strategy.per_segment(layout.segments)
+        if counts is None or not all(counts):
+            why, instead = "would keep no token", "a larger budget"
+            if counts is None:
+                why, instead = "cannot tell how many tokens it keeps", "another strategy"
+            raise ValueError(
+                f"{self.strategy.info.name} {why} of every part of this {modality}, which vLLM needs where"
+                f" text stands between them: use {instead}, or serve no {modality} with"
+                f" limit_mm_per_prompt={{'{modality}': 0}}."
+            )
+        reach = [extent(p) for p in positions.split(sizes, 1)]
+        budget = None if strategy is None else strategy.budget
+        return Announced(sum(counts), sum(reach), budget, tuple(zip(counts, reach, strict=True)))
+
+    def _announce_alone(self, layout: Layout, positions: Tensor, budget: Any) -> Announced:
+        """`announce` where every segment is an image to the strategy."""
+        sizes = [s.fed for s in layout.segments]
+        told = [
+            self.announce("image", Layout.plain([segment], positions.device), place, budget)
+            for segment, place in zip(layout.segments, positions.split(sizes, 1), strict=True)
+        ]
+        parts = tuple((one.kept, one.extent) for one in told)
+        return Announced(sum(k for k, _ in parts), sum(e for _, e in parts), told[0].budget, parts)
+
     def choose(self, tokens: VisualTokens, announced: Announced) -> tuple[Tensor, Tensor | None]:
         """The kept features (k, d), and the places of the kept tokens, (k,) int64; None for all."""
+        if tokens.modality not in self.geometry.alone:
+            return self.choose_one(tokens, announced)
+        features, places, start = [], [], 0
+        for i, (segment, (kept, reach)) in enumerate(zip(tokens.segments, announced.parts, strict=True)):
+            cells = torch.arange(segment.fed, device=tokens.cells.device)
+            read = tokens.features[start : start + segment.fed]
+            values: dict[Any, Any] = {key: tokens._get(*key)[i : i + 1] for key in tokens.provided}
+            one = VisualTokens(read, (segment,), cells, tokens.tower, "image", provided=values)
+            some, keep = self.choose_one(one, Announced(kept, reach, announced.budget))
+            features.append(some)
+            places.append(start + (cells if keep is None else keep))
+            start += segment.fed
+        return torch.cat(features), torch.cat(places)
+
+    def choose_one(self, tokens: VisualTokens, announced: Announced) -> tuple[Tensor, Tensor | None]:
+        """`choose` for what the strategy sees at once."""
         n = len(tokens)
         if announced.kept >= n or announced.budget is None:
             return tokens.features, None
-        selection = self._with(announced.budget).select(tokens).check(n).exactly(announced.kept, n)
+        selection = self._with(announced.budget).select(tokens).check(n)
+        parts = tokens.segment_of if announced.parts else None
+        selection = selection.exactly([count for count, _ in announced.runs()], n, parts)
         if selection.features is not None:
             return selection.features.to(tokens.features), selection.keep
         return gather_merge(tokens.features, selection.keep, selection.into, selection.weight), selection.keep
