@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections import Counter
 from contextlib import contextmanager
 
@@ -51,7 +52,7 @@ def reads_clips(name, strategy="uniform"):
 
 
 @contextmanager
-def engine(name, *wanted, step=24, clips=None, **options):
+def engine(name, *wanted, step=24, images=2, clips=None, **options):
     """An engine of a tiny model, whose blocks and steps are so small that chunks and prefix hits end inside images."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -64,7 +65,7 @@ def engine(name, *wanted, step=24, clips=None, **options):
         max_num_seqs=8,
         block_size=32,
         max_num_batched_tokens=step,
-        limit_mm_per_prompt={"image": 2, "video": clips},
+        limit_mm_per_prompt={"image": images, "video": clips},
         **(overrides(str(path(name)), *wanted[:2], **wanted[2]) if wanted else options),
     )
     try:
@@ -163,3 +164,27 @@ def test_budget_of_a_request(name, strategy, tokens):
         with pytest.raises(ValueError, match="must lie in"):
             asked(llm, [request(case, 1.5)])
         assert len(asked(llm, [request(case)])[0].prompt_token_ids) == lengths[0]
+
+
+def test_positions_beyond_those_that_the_llm_knows():
+    """The tiny LLaVA has 2,048 positions; an image takes 144 of them, whatever is kept."""
+    _, processor = load("llava")
+    scene = cases(processor, 1, 0)[0].images[0]
+    pictures = [scene.rotate(3 * i) for i in range(16)]
+    content = [{"type": "image"}] * 16 + [{"type": "text", "text": "how many objects are there?"}]
+
+    def prompt(count):
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content[16 - count :]}], add_generation_prompt=True
+        )
+        return {"prompt": text, "multi_modal_data": {"image": pictures[:count]}}
+
+    with engine("llava", "hired", 0.1, {}, step=256, images=16) as llm:
+        settings = vllm.SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logprobs=1)
+        out = llm.generate(prompt(14), settings, use_tqdm=False)[0].outputs[0]
+        assert len(out.token_ids) == 60  # the last ones at positions from 2,048 on
+        assert all(math.isfinite(p.logprob) for step in out.logprobs for p in step.values())
+        for _ in range(2):  # the second time from vLLM's cache
+            with pytest.raises(ValueError, match=r"end at 23\d\d, the LLM knows 2048"):
+                llm.generate(prompt(16), settings, use_tqdm=False)
+        assert llm.generate(prompt(1), settings, use_tqdm=False)[0].outputs[0].token_ids

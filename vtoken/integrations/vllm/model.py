@@ -14,6 +14,7 @@ from ...tokens import VisualTokens
 from .geometry import Geometry
 from .positions import announce, attach, detach, line_positions, runs_of
 from .reduction import MODALITIES, Announced, Reduction, field_of
+from .rope import extend_rope
 from .taps import TowerTap
 
 
@@ -45,6 +46,9 @@ class PrunedModel:
         self.largest_batch = int(vllm_config.scheduler_config.max_num_batched_tokens)
         self.coming: tuple[Tensor, Tensor] | None = None
         check_engine(vllm_config, self.tells_positions)
+        if self.tells_positions:  # the front end admits prompts up to the LLM's length, answers come on top
+            rows = config.get_text_config().max_position_embeddings + model.max_model_len
+            extend_rope(self.language_model, rows)  # type: ignore[attr-defined]
         towers = self.reduction.geometry.adapter.towers
         layers = {m: self.reduction.needs(m).tower_layers for m in towers}
         if any(layers.values()):

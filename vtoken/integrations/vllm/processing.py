@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -17,6 +18,9 @@ from .reduction import BUDGET, MODALITIES, Announced, Reduction, field_of
 from .vllm_names import check_names
 
 check_names()
+
+
+REMEMBERED = 2**16  # images and videos
 
 
 def without_budget(kwargs: Mapping[str, object]) -> dict[str, object]:
@@ -69,7 +73,42 @@ class PrunedProcessor:
         pixels = data.get("pixel_values" if modality == "image" else "pixel_values_videos")
         return 0 if pixels is None else len(pixels)
 
+    @functools.cached_property
+    def dropped(self) -> OrderedDict[str, int]:
+        """By hash of a recent image or video, the positions that it takes beyond its kept tokens."""
+        return OrderedDict()
+
+    def check_positions(self, made: Mapping[str, Any]) -> None:
+        """Raise ValueError for a prompt whose original positions end after those that the LLM knows.
+
+        Args:
+            made: the output of `apply`; an image or video that vLLM has cached comes without its fields.
+        """
+        last = len(made["prompt_token_ids"])
+        for modality, hashes in made["mm_hashes"].items():
+            for key, item in zip(hashes, made["mm_kwargs"][modality], strict=True):
+                if item is not None and (field := item.get(field_of(modality))) is not None:
+                    told = Announced.of(field.data)
+                    self.dropped[key] = told.extent - told.kept
+                    self.dropped.move_to_end(key)
+                last += self.dropped.get(key, 0)
+        while len(self.dropped) > REMEMBERED:
+            self.dropped.popitem(last=False)
+        most = self.info.get_hf_config().get_text_config().max_position_embeddings
+        if last > most:
+            raise ValueError(
+                f"The original positions of this prompt end at {last}, the LLM knows {most}: send fewer"
+                " images or videos, or serve with positions='renumber' where the LLM has one-dimensional"
+                " positions."
+            )
+
     # -- vLLM's own names ------------------------------------------------------------------------------------
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        if self.info.ctx.model_config.uses_mrope:
+            self.check_positions(made)
+        return made
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         data = super()._apply_hf_processor_main(mm_items, without_budget(hf_kwargs))  # type: ignore[misc]
         for modality in MODALITIES:
