@@ -1,4 +1,4 @@
-"""Fill the tables of performance.md and streaming.md from benchmarks/results.
+"""Fill the tables of performance.md, serving.md and streaming.md from benchmarks/results.
 
 python docs/generate_performance.py
 """
@@ -124,6 +124,28 @@ def encoders() -> str:
     return f"{where}, {report['dtype']}.\n\n{markdown(header, body)}"
 
 
+def serving() -> str:
+    """vtoken in vLLM against plain vLLM."""
+    report = json.loads((RESULTS / "serving_cpu.json").read_text(encoding="utf-8"))
+    m, body = report["machine"], []
+    for name, contestants in report["models"].items():
+        for label, row in contestants.items():
+            ratios = [
+                f"{row[f'{key}, ratio']:.2f}" for key in ("requests/s", "requests per processor second")
+            ]
+            first = f"{row['first token s p50']:.1f} / {row['first token s p95']:.1f}"
+            figures = [f"{row['prompt tokens']:.0f}", *ratios, first, f"{row['KV blocks']:.0f}"]
+            body.append([name, label, *figures])
+    header = ["model", "", "prompt tokens", "requests/s, ratio", "requests per processor second, ratio"]
+    header += ["first token, s, p50 / p95", "KV blocks"]
+    told = ", ".join(
+        f"{name} {a['requests']} requests at once in {a['turns']} turns"
+        for name, a in report["about"].items()
+    )
+    where = f"{m['device']}, {m['threads']} thread(s), torch {m['torch']}, float32, random weights"
+    return f"{where}; {told}.\n\n{markdown(header, body)}"
+
+
 def streaming() -> str:
     """Cost of a frame and of a question, by shape and contestant; a number for each length of the stream."""
     return "\n\n".join(
@@ -179,6 +201,7 @@ def early_facts() -> str:
 
 PAGES: dict[Path, tuple[Callable[[], str], ...]] = {
     ROOT / "docs" / "performance.md": (machine, goals, models, kernels, peers, encoders),
+    ROOT / "docs" / "serving.md": (serving,),
     ROOT / "docs" / "streaming.md": (streaming, early_facts),
 }
 

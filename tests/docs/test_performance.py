@@ -10,6 +10,7 @@ from .test_guides import ROOT
 
 SHOWN = {
     "performance": ("| hired | 0.1 |", "| farthest_point |", "| vtoken visionzip |"),
+    "serving": ("| llava | vLLM |", "| qwen2_5_vl | divprune 0.25 |"),
     "streaming": ("| session, stc |", "| sampled frames |", "| only the latest half |"),
 }
 
