@@ -243,7 +243,7 @@ def main() -> None:
     names = [arguments.only] if arguments.only else list(CONTESTANTS)
     facts = {"requests": arguments.requests, "new tokens": arguments.new, "turns": arguments.turns}
     report: dict[str, Any] = {"machine": machine(torch.device(arguments.device))}
-    report["about"] = {name: facts for name in names}
+    report["about"] = dict.fromkeys(names, facts)
     report["models"] = {name: run(name, arguments) for name in names}
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
