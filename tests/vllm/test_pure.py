@@ -196,6 +196,16 @@ def test_what_cannot_be_served_is_one_sentence(model, strategy, options, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_budget_without_a_strategy():
+    from transformers import AutoConfig
+
+    made = Reduction(AutoConfig.from_pretrained(LLAVA))
+    layout = made.geometry.adapter.layouts("image", [torch.empty(144)], {})[0]
+    assert made.announce("image", layout, line_positions(144)).kept == 144
+    with pytest.raises(ValueError, match="served without a strategy"):
+        made.announce("image", layout, line_positions(144), 0.5)
+
+
 def test_models_that_are_not_served():
     from transformers import CLIPVisionConfig
 

@@ -80,6 +80,7 @@ class Reduction:
 
     def __init__(self, config: Any, geometry: Geometry | None = None) -> None:
         told = getattr(config, "vtoken", None)
+        self.asked = told is not None
         self.geometry = Geometry(config) if geometry is None else geometry
         wanted = VTokenConfig(self.idle, 1.0) if told is None else VTokenConfig.from_dict(dict(told))
         self.strategy: Strategy = make_strategy(wanted, None, {})
@@ -199,4 +200,9 @@ class Reduction:
         return gather_merge(tokens.features, selection.keep, selection.into, selection.weight), selection.keep
 
     def _with(self, budget: Any) -> Strategy:
+        if budget is not None and not self.asked:
+            raise ValueError(
+                f"This model is served without a strategy, so {BUDGET} has no meaning: start it with the"
+                " overrides of vtoken.integrations.vllm."
+            )
         return self.strategy if budget is None else replace(self.strategy, budget=budget)
