@@ -38,7 +38,7 @@ def test_positions_travel_exactly(dtype):
     features = torch.randn(200, 8).to(dtype)
     back, told = detach(attach(features, positions))
     assert torch.equal(back, features) and torch.equal(told, positions)
-    with pytest.raises(ValueError, match="16385 positions, at most 16384"):
+    with pytest.raises(ValueError, match="2097153 positions, at most 2097152"):
         attach(features[:1], torch.full((3, 1), LARGEST + 1))
 
 
@@ -194,6 +194,20 @@ def test_what_cannot_be_served_is_one_sentence(model, strategy, options, words):
     with pytest.raises(ValueError, match=words) as caught:
         overrides(model, strategy, 0.3, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_budgets_of_requests_whose_bytes_could_be_alike():
+    made = reduction(LLAVA, "uniform", 0.5)
+    layout = made.geometry.adapter.layouts("image", [torch.empty(144)], {})[0]
+    for odd in (1e-300, 2**40):
+        with pytest.raises(ValueError, match="A request's budget is a share of at least"):
+            made.announce("image", layout, line_positions(144), odd)
+
+
+@pytest.mark.parametrize("strategy", ["ts_llava", "cdpruner", "tome"])
+def test_a_strategy_that_cannot_be_served_is_refused_at_budget_one_too(strategy):
+    with pytest.raises(ValueError, match="which vLLM cannot do"):
+        overrides(LLAVA, strategy, 1.0)
 
 
 def test_a_budget_without_a_strategy():

@@ -194,8 +194,25 @@ def check_engine(vllm_config: Any, tells_positions: bool) -> None:
     """Raise ValueError, in one sentence, for settings of the engine under which answers would be wrong."""
     if vllm_config.model_config.multimodal_config.video_pruning_rate:
         raise ValueError("vtoken and --video-pruning-rate both drop tokens: choose one.")
+    lora = vllm_config.lora_config
+    if lora is not None and lora.enable_tower_connector_lora:
+        raise ValueError(
+            "vLLM counts kept tokens for LoRA on the vision tower: leave enable_tower_connector_lora off."
+        )
     if not tells_positions:
         return
+    multimodal = vllm_config.model_config.multimodal_config
+    off = {
+        "enable_prompt_embeds": vllm_config.model_config.enable_prompt_embeds,
+        "enable_dbo": vllm_config.parallel_config.enable_dbo,
+        "mm_processor_cache_type='shm'": vllm_config.model_config.multimodal_config.mm_processor_cache_type
+        == "shm",
+    }
+    if wrong := [name for name, on in off.items() if on]:
+        raise ValueError(
+            f"{wrong[0]} does not go with original positions: leave it off, or use positions='renumber' where the"
+            " LLM has one-dimensional positions."
+        )
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError(
             "Original positions are known in the first pipeline stage only: use tensor parallelism, or"

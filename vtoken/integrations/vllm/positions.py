@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 DIGIT = 128  # numbers below it are exact in bfloat16, whole positions above 256 are not
-COLUMNS = 6  # two digits for each of three rows
-LARGEST = DIGIT * DIGIT - 1
+DIGITS = 3
+COLUMNS = 3 * DIGITS  # of three rows
+LARGEST = DIGIT**DIGITS - 1
 
 
 def line_positions(n: int) -> Tensor:
@@ -37,7 +38,7 @@ def extent(positions: Tensor) -> int:
 
 
 def attach(features: Tensor, positions: Tensor) -> Tensor:
-    """(k, d + COLUMNS): features (k, d) with positions (3, k) as columns, in two digits each.
+    """(k, d + COLUMNS): features (k, d) with positions (3, k) as columns, in three digits each.
 
     Raises:
         ValueError: for a position above LARGEST.
@@ -47,13 +48,15 @@ def attach(features: Tensor, positions: Tensor) -> Tensor:
         raise ValueError(
             f"An image or video has {int(positions.max()) + 1} positions, at most {LARGEST + 1} fit."
         )
-    return torch.cat([features, (p // DIGIT).to(features.dtype), (p % DIGIT).to(features.dtype)], 1)
+    digits = [(p // DIGIT**i % DIGIT).to(features.dtype) for i in range(DIGITS)]
+    return torch.cat([features, *digits], 1)
 
 
 def detach(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """Features (k, d) and positions (3, k) of what `attach` joined."""
     digits = embeddings[:, -COLUMNS:].float().round().long().T
-    return embeddings[:, :-COLUMNS], digits[:3] * DIGIT + digits[3:]
+    positions = sum(digits[3 * i : 3 * i + 3] * DIGIT**i for i in range(DIGITS))
+    return embeddings[:, :-COLUMNS], positions  # type: ignore[return-value]
 
 
 def runs_of(marked: Tensor) -> list[tuple[int, int]]:

@@ -49,6 +49,8 @@ class PrunedProcessor:
     def reduction(self) -> Reduction:
         """The strategy that the configuration asks for."""
         config = self.info.get_hf_config()
+        if BUDGET in (self.info.ctx.model_config.multimodal_config.mm_processor_kwargs or {}):
+            raise ValueError(f"{BUDGET} is for requests: give the server's budget in the overrides.")
         return Reduction(config, self.geometry_class(config))
 
     def announced(self, modality: str, data: Mapping[str, Any], budget: Any) -> list[Announced]:
@@ -90,6 +92,7 @@ class PrunedProcessor:
                 if item is not None and (field := item.get(field_of(modality))) is not None:
                     told = Announced.of(field.data)
                     self.dropped[key] = told.extent - told.kept
+                if key in self.dropped:
                     self.dropped.move_to_end(key)
                 last += self.dropped.get(key, 0)
         while len(self.dropped) > REMEMBERED:

@@ -22,6 +22,7 @@ from .positions import extent
 
 BUDGET = "vtoken_budget"  # a request's own budget, among its mm_processor_kwargs
 MODALITIES = ("image", "video")
+LEAST, MOST = 1e-6, 2**31  # budgets of requests
 
 
 def field_of(modality: str) -> str:
@@ -95,7 +96,9 @@ class Reduction:
         """What the strategy does that a server with a paged KV cache and an encoder cache cannot do."""
         s = self.strategy
         if s.is_identity:
-            return ""
+            if not self.asked or s.budget != 1.0:
+                return ""
+            s = replace(s, budget=0.5)  # as a request may ask
         if s.acts_inside:
             return "drops tokens inside the LLM"
         if s.acts_between_frames:
@@ -205,4 +208,15 @@ class Reduction:
                 f"This model is served without a strategy, so {BUDGET} has no meaning: start it with the"
                 " overrides of vtoken.integrations.vllm."
             )
-        return self.strategy if budget is None else replace(self.strategy, budget=budget)
+        if budget is None:
+            return self.strategy
+        made = replace(self.strategy, budget=budget)
+        # vLLM's hash of a request reads the bytes of a number and not its type: ranges that share none
+        if (isinstance(made.budget, float) and made.budget < LEAST) or (
+            isinstance(made.budget, int) and made.budget > MOST
+        ):
+            raise ValueError(
+                f"A request's budget is a share of at least {LEAST} or a number of tokens up to {MOST}, found"
+                f" {made.budget}."
+            )
+        return made

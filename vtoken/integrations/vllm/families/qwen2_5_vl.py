@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -27,7 +28,12 @@ class TimedGeometry(QwenGeometry):
         if seconds is None:
             return super().steps(modality, count, arguments)
         speed = float(getattr(self.adapter.config.vision_config, "tokens_per_second", 1.0))
-        return [float(s) * speed for s in seconds]
+        steps = [float(s) * speed for s in seconds]
+        if odd := [step for step in steps if not 0 <= step < math.inf]:
+            raise ValueError(
+                f"The frames of a video must be a positive time apart, found {odd[0] / speed} s."
+            )
+        return steps
 
 
 class Info(PrunedInfo, Qwen2_5_VLProcessingInfo):
