@@ -205,13 +205,12 @@ def check_engine(vllm_config: Any, tells_positions: bool) -> None:
     off = {
         "enable_prompt_embeds": vllm_config.model_config.enable_prompt_embeds,
         "enable_dbo": vllm_config.parallel_config.enable_dbo,
-        "mm_processor_cache_type='shm'": vllm_config.model_config.multimodal_config.mm_processor_cache_type
-        == "shm",
+        "mm_processor_cache_type='shm'": multimodal.mm_processor_cache_type == "shm",
     }
     if wrong := [name for name, on in off.items() if on]:
         raise ValueError(
-            f"{wrong[0]} does not go with original positions: leave it off, or use positions='renumber' where the"
-            " LLM has one-dimensional positions."
+            f"{wrong[0]} does not go with original positions: leave it off, or use positions='renumber' where"
+            " the LLM has one-dimensional positions."
         )
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError(
