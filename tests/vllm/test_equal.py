@@ -52,7 +52,7 @@ def reads_clips(name, strategy="uniform"):
 
 
 @contextmanager
-def engine(name, *wanted, step=24, images=2, clips=None, **options):
+def engine(name, *wanted, step=24, images=2, clips=None, length=1024, **options):
     """An engine of a tiny model, whose blocks and steps are so small that chunks and prefix hits end inside images."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -61,7 +61,7 @@ def engine(name, *wanted, step=24, images=2, clips=None, **options):
         str(path(name)),
         dtype="float32",
         enforce_eager=True,
-        max_model_len=1024,
+        max_model_len=length,
         max_num_seqs=8,
         block_size=32,
         max_num_batched_tokens=step,
@@ -188,3 +188,16 @@ def test_positions_beyond_those_that_the_llm_knows():
             with pytest.raises(ValueError, match=r"end at 23\d\d, the LLM knows 2048"):
                 llm.generate(prompt(16), settings, use_tqdm=False)
         assert llm.generate(prompt(1), settings, use_tqdm=False)[0].outputs[0].token_ids
+
+
+def test_a_small_budget_does_not_admit_a_larger_picture():
+    _, processor = load("llava")
+    case = cases(processor, 1, 0)[0]
+    with engine("llava", "hired", 1.0, {}, step=1024, length=150) as llm:
+        assert asked(llm, [request(case, 0.1)], 1)
+    words = "144 tokens at the server's own budget, more than the 100"
+    with (
+        engine("llava", "hired", 1.0, {}, step=1024, length=100) as llm,
+        pytest.raises(ValueError, match=words),
+    ):
+        asked(llm, [request(case, 0.1)], 1)

@@ -65,10 +65,25 @@ class PrunedProcessor:
         geometry, arguments = self.reduction.geometry, dict(data)
         layouts = geometry.layouts(modality, count, arguments)
         places = geometry.positions(modality, layouts, arguments)
-        return [
-            self.reduction.announce(modality, layout, positions, budget)
-            for layout, positions in zip(layouts, places, strict=True)
-        ]
+        told = []
+        for layout, positions in zip(layouts, places, strict=True):
+            told.append(self.reduction.announce(modality, layout, positions, budget))
+            if budget is not None:
+                self.check_size(modality, self.reduction.announce(modality, layout, positions))
+        return told
+
+    def check_size(self, modality: str, usual: Announced) -> None:
+        """Raise ValueError for an image or video that would not fit at the server's own budget.
+
+        A request's small budget shortens the prompt, not the work of the vision tower.
+        """
+        most = self.info.ctx.model_config.max_model_len
+        if usual.kept > most:
+            raise ValueError(
+                f"This {modality} has {usual.kept} tokens at the server's own budget, more than the {most} of"
+                f" its longest prompt, and {BUDGET} does not make it smaller for the vision tower: send a"
+                " smaller one."
+            )
 
     def count(self, modality: str, data: Mapping[str, Any]) -> int:
         """Images or videos of a processor's output that came as pixels."""
