@@ -7,7 +7,8 @@ masks in place of removed tokens, and the squared distance to a number of FLOPs 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,36 +68,42 @@ def learn_rates(
     goal = flops * search.shape.macs([0] * search.shape.layers) / 1e9
     chosen = nn.ModuleList([*search.prune, *search.merge])
     optimiser = torch.optim.AdamW(chosen.parameters(), lr=lr, weight_decay=0.0)
-    frozen = [p for p in model.parameters() if p.requires_grad]
     done = 0
-    for p in frozen:
-        p.requires_grad_(False)
-    try:
-        with search.applied(), torch.enable_grad():
-            for images, labels in batches:
-                if done == steps:
-                    break
-                for group in optimiser.param_groups:
-                    group["lr"] = lr * (0.55 + 0.45 * math.cos(math.pi * done / steps))
-                loss = F.cross_entropy(logits(model(images)), labels)
-                if not torch.isfinite(loss.detach()):
-                    raise ValueError(
-                        f"The loss of batch {done} is {float(loss.detach())}: look at its images and"
-                        " labels, and at the model's dtype."
-                    )
-                gflops = search.flops / 1e9
-                optimiser.zero_grad()
-                (loss + weight * (gflops - goal) ** 2).backward()
-                optimiser.step()
-                done += 1
-                if on_step is not None:
-                    on_step(done, float(loss.detach()), float(gflops.detach()))
-    finally:
-        for p in frozen:
-            p.requires_grad_(True)
+    with _frozen(model), search.applied(), torch.enable_grad():
+        for images, labels in batches:
+            if done == steps:
+                break
+            for group in optimiser.param_groups:
+                group["lr"] = lr * (0.55 + 0.45 * math.cos(math.pi * done / steps))
+            loss = F.cross_entropy(logits(model(images)), labels)
+            if not torch.isfinite(loss.detach()):
+                raise ValueError(
+                    f"The loss of batch {done} is {float(loss.detach())}: look at its images and"
+                    " labels, and at the model's dtype."
+                )
+            gflops = search.flops / 1e9
+            optimiser.zero_grad()
+            (loss + weight * (gflops - goal) ** 2).backward()
+            optimiser.step()
+            done += 1
+            if on_step is not None:
+                on_step(done, float(loss.detach()), float(gflops.detach()))
     if done < steps:
         raise ValueError(f"learn_rates makes {steps} updates, and the batches ended after {done}: give more.")
     return search.strategy()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The weights of a model need no gradient inside a `with` block."""
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
 
 
 def _check_numbers(steps: int, step: int, whole: Sequence[int], layers: int) -> None:

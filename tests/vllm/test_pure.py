@@ -17,12 +17,12 @@ from vtoken.integrations.vllm.__main__ import main
 from vtoken.integrations.vllm.geometry import Geometry
 from vtoken.integrations.vllm.positions import (
     LARGEST,
-    announce,
     attach,
     detach,
     extent,
     grid_positions,
     line_positions,
+    prompt_positions,
     runs_of,
 )
 from vtoken.integrations.vllm.reduction import Announced, Reduction
@@ -49,11 +49,11 @@ def test_positions_of_grids():
 
 
 def test_announced_prompt():
-    positions, delta = announce(9, [(2, 3, 10), (6, 1, 4)])
+    positions, delta = prompt_positions(9, [(2, 3, 10), (6, 1, 4)])
     assert positions[0].tolist() == [0, 1, 2, 2, 2, 12, 13, 17, 18] and delta == 10
     assert torch.equal(positions[0], positions[1]) and torch.equal(positions[0], positions[2])
-    assert announce(3, [])[0][0].tolist() == [0, 1, 2] and announce(3, [])[1] == 0
-    ends_with_image = announce(4, [(1, 3, 20)])
+    assert prompt_positions(3, [])[0][0].tolist() == [0, 1, 2] and prompt_positions(3, [])[1] == 0
+    ends_with_image = prompt_positions(4, [(1, 3, 20)])
     assert ends_with_image[1] == 17  # the first generated token stands at 4 + 17
 
 

@@ -132,8 +132,10 @@ class Strategy(metaclass=_CheckedOptions):
 
     def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
         """`total` under the strategy's own budget, below 1.0: override it if `counts` does not tell."""
-        if not self.static_counts:
-            return None
+        return self.ceiling(segments, separators) if self.static_counts else None
+
+    def ceiling(self, segments: Sequence[Segment], separators: int = 0) -> int:
+        """The sum of `counts`, and the separators that stay: a number to announce where `total` is None."""
         return sum(self.counts(segments)) + (separators if getattr(self, "keep_newline", False) else 0)
 
     def per_segment(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int] | None:

@@ -83,7 +83,7 @@ class GlobalCom2(ScoredStrategy):
     def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
         if len(segments) > 1 and any(s.kind == "thumbnail" for s in segments):
             return None
-        return sum(self.counts(segments)) + (separators if self.keep_newline else 0)
+        return self.ceiling(segments, separators)
 
     def scores(self, tokens: VisualTokens) -> tuple[Tensor, list[int]]:
         rows = rows_per_segment(tokens)

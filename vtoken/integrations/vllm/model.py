@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ...adapters.base import Layout
 from ...adapters.towers.capture import Capture
 from ...tokens import VisualTokens
+from . import uses_mrope
 from .geometry import Geometry
-from .positions import announce, attach, detach, line_positions, runs_of
+from .positions import attach, detach, line_positions, prompt_positions, runs_of
 from .reduction import MODALITIES, Announced, Reduction, field_of
 from .rope import extend_rope
 from .taps import TowerTap
@@ -40,9 +41,7 @@ class PrunedModel:
         model, config = vllm_config.model_config, vllm_config.model_config.hf_config
         self.reduction = Reduction(config, self.geometry_class(config))
         self.tells_positions = bool(model.uses_mrope)
-        self.one_row = "mrope_section" not in (
-            getattr(config.get_text_config(), "rope_parameters", None) or {}
-        )
+        self.one_row = not uses_mrope(config)
         self.largest_batch = int(vllm_config.scheduler_config.max_num_batched_tokens)
         self.coming: tuple[Tensor, Tensor] | None = None
         check_engine(vllm_config, self.tells_positions)
@@ -159,7 +158,7 @@ class PrunedModel:
             told = [(b - a, b - a) for a, b in runs] if field is None else Announced.of(field.data).runs()
             for (first, last), (_, reach) in zip(runs, told, strict=True):
                 items.append((place.offset + first, last - first, reach))
-        return announce(len(input_tokens), items)
+        return prompt_positions(len(input_tokens), items)
 
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None

@@ -66,7 +66,7 @@ def runs_of(marked: Tensor) -> list[tuple[int, int]]:
     return list(zip(firsts, lasts, strict=True))
 
 
-def announce(n: int, items: Iterable[tuple[int, int, int]]) -> tuple[Tensor, int]:
+def prompt_positions(n: int, items: Iterable[tuple[int, int, int]]) -> tuple[Tensor, int]:
     """Positions (3, n) of a prompt before anything is encoded, and the distance to those of later tokens.
 
     The kept tokens of an image or video have the position at which it starts.
@@ -76,7 +76,7 @@ def announce(n: int, items: Iterable[tuple[int, int, int]]) -> tuple[Tensor, int
         items: per run of kept tokens its first one, their number and the positions that they take.
 
     Returns:
-        The positions, and what the position of a generated token exceeds its place in the sequence by.
+        The positions, and the number to add to the index of a later token for its position.
     """
     positions, at, start = torch.empty(n, dtype=torch.int64), 0, 0
     for offset, kept, reach in sorted(items):

@@ -14,7 +14,7 @@ from vllm.multimodal.processing.processor import PromptUpdateDetails
 from . import uses_mrope
 from .geometry import Geometry
 from .positions import runs_of
-from .reduction import BUDGET, MODALITIES, Announced, Reduction, field_of
+from .reduction import BUDGET, MODALITIES, PIXELS, Announced, Reduction, field_of
 from .vllm_names import check_names
 
 check_names()
@@ -87,7 +87,7 @@ class PrunedProcessor:
 
     def count(self, modality: str, data: Mapping[str, Any]) -> int:
         """Images or videos of a processor's output that came as pixels."""
-        pixels = data.get("pixel_values" if modality == "image" else "pixel_values_videos")
+        pixels = data.get(PIXELS[modality])
         return 0 if pixels is None else len(pixels)
 
     @functools.cached_property

@@ -21,7 +21,8 @@ from .geometry import Geometry
 from .positions import extent
 
 BUDGET = "vtoken_budget"  # a request's own budget, among its mm_processor_kwargs
-MODALITIES = ("image", "video")
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # names of a processor's outputs
+MODALITIES = tuple(PIXELS)
 LEAST, MOST = 1e-6, 2**31  # budgets of requests
 
 
@@ -103,9 +104,10 @@ class Reduction:
             return "drops tokens inside the LLM"
         if s.acts_between_frames:
             return "reuses frames of a stream inside the vision tower"
-        if any(s.encoder_layers(tower.info) for tower in self.geometry.adapter.towers.values()):
+        adapter = self.geometry.adapter
+        if any(s.encoder_layers(tower.info) for tower in adapter.towers.values()):
             return "merges tokens inside the vision tower"
-        needs = [self.needs(modality) for modality in MODALITIES]
+        needs = [needs_of(adapter, s, modality) for modality in MODALITIES]
         if any(n.text_embeddings for n in needs):
             return "reads the question"
         if any(n.pixels or n.together for n in needs):
@@ -142,7 +144,7 @@ class Reduction:
                     f"{strategy.info.name} cannot tell how many tokens it keeps of this {modality} before"
                     " it is encoded, which vLLM needs: use another strategy."
                 )
-            kept = sum(strategy.counts(layout.segments)) + (separators if strategy.keep_newline else 0)
+            kept = strategy.ceiling(layout.segments, separators)
         return Announced(max(1, min(n, kept)), extent(positions), strategy.budget)
 
     def _announce_parts(

@@ -20,8 +20,7 @@ from ....tokens import Segment
 from ..geometry import Geometry
 from ..model import PrunedModel
 from ..processing import PrunedInfo, PrunedProcessor
-
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+from ..reduction import PIXELS
 
 
 class Tiles(Geometry):

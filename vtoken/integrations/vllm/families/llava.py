@@ -28,9 +28,13 @@ NEWER_NAMES = WeightsMapper(
 )
 
 
-def tower_attentions(tower: Any) -> Sequence[nn.Module]:
-    """The attention kernels of vLLM's CLIP and SigLIP towers."""
-    return [layer.self_attn.attn for layer in tower.vision_model.encoder.layers]
+class TowerModel(PrunedModel):
+    """Mixin for models with vLLM's CLIP or SigLIP tower."""
+
+    vision_tower: Any
+
+    def attentions(self) -> Sequence[nn.Module]:
+        return [layer.self_attn.attn for layer in self.vision_tower.vision_model.encoder.layers]
 
 
 class LlavaGeometry(Geometry):
@@ -54,12 +58,8 @@ class Processor(PrunedProcessor, LlavaMultiModalProcessor):
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)
-class VTokenLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGeneration):
+class VTokenLlavaForConditionalGeneration(TowerModel, LlavaForConditionalGeneration):
     """`LlavaForConditionalGeneration` of vLLM, with fewer visual tokens; CLIP and SigLIP towers."""
 
     geometry_class = LlavaGeometry
-
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | NEWER_NAMES
-
-    def attentions(self) -> Sequence[nn.Module]:
-        return tower_attentions(self.vision_tower)

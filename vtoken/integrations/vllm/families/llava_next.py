@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.model_executor.models.llava_next import (
     LlavaNextForConditionalGeneration,
@@ -15,22 +13,16 @@ from vllm.model_executor.models.llava_next import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ....adapters.base import Layout
-from ..model import PrunedModel
 from ..processing import PrunedInfo, PrunedProcessor
-from .llava import NEWER_NAMES, tower_attentions
+from ..reduction import PIXELS
+from .llava import NEWER_NAMES, TowerModel
 
 
-class CropsModel(PrunedModel):
+class CropsModel(TowerModel):
     """Mixin for models that read an image as a thumbnail and crops."""
 
-    vision_tower: Any
-
-    def attentions(self) -> Sequence[nn.Module]:
-        return tower_attentions(self.vision_tower)
-
     def rows(self, modality: str, arguments: dict[str, Any], layouts: list[Layout]) -> list[int]:
-        pixels = arguments["pixel_values" if modality == "image" else "pixel_values_videos"]
-        return [len(tiles) for tiles in pixels]
+        return [len(tiles) for tiles in arguments[PIXELS[modality]]]
 
 
 class Info(PrunedInfo, LlavaNextProcessingInfo):

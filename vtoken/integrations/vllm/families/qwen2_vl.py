@@ -21,8 +21,7 @@ from ..geometry import Geometry
 from ..model import PrunedModel
 from ..positions import grid_positions
 from ..processing import PrunedInfo, PrunedProcessor
-
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+from ..reduction import PIXELS
 
 
 class QwenGeometry(Geometry):
