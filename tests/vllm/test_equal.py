@@ -52,7 +52,7 @@ def reads_clips(name, strategy="uniform"):
 
 
 @contextmanager
-def engine(name, *wanted, step=24, images=2, clips=None, length=1024, **options):
+def engine(name, *wanted, step=24, images=2, clips=None, length=1024, settings=None, **options):
     """An engine of a tiny model, whose blocks and steps are so small that chunks and prefix hits end inside images."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -67,6 +67,7 @@ def engine(name, *wanted, step=24, images=2, clips=None, length=1024, **options)
         max_num_batched_tokens=step,
         limit_mm_per_prompt={"image": images, "video": clips},
         **(overrides(str(path(name)), *wanted[:2], **wanted[2]) if wanted else options),
+        **(settings or {}),
     )
     try:
         yield made

@@ -68,9 +68,9 @@ budgets = st.none() | st.integers(1, 2**40) | st.floats(1e-6, 1.0)
 numbers = st.integers(1, 2**31)
 
 
-@given(numbers, numbers, budgets, st.lists(st.tuples(numbers, numbers), max_size=3))
-def test_announced_round_trip(kept, reach, budget, parts):
-    made = Announced(kept, reach, budget, tuple(parts))
+@given(numbers, numbers, numbers, budgets, st.lists(st.tuples(numbers, numbers), max_size=3))
+def test_announced_round_trip(tokens, kept, reach, budget, parts):
+    made = Announced(tokens, kept, reach, budget, tuple(parts))
     back = Announced.of(made.row())
     assert back == made and type(back.budget) is type(budget)
     assert back.runs() == (tuple(parts) or ((kept, reach),))
@@ -125,8 +125,8 @@ def test_what_frames_announce():
         return made, layout, made.announce("video", layout, place, own)
 
     made, layout, announced = told("hired", 5, score="received")
-    assert announced == Announced(15, 18, 5, ((5, 6),) * 3)
-    assert told("divprune", 0.5, 1.0)[2] == Announced(72, 18, None, ((24, 6),) * 3)
+    assert announced == Announced(72, 15, 18, 5, ((5, 6),) * 3)
+    assert told("divprune", 0.5, 1.0)[2] == Announced(72, 72, 18, None, ((24, 6),) * 3)
     with pytest.raises(ValueError, match="divprune cannot tell how many tokens it keeps of every part"):
         told("divprune", 0.5)
     made, layout, announced = told("stc_pruner", 0.5)
@@ -134,7 +134,7 @@ def test_what_frames_announce():
     tokens = VisualTokens(torch.randn(72, 16), layout.segments, layout.cells, tower, "video")
     _, keep = made.choose(tokens, announced)
     assert torch.bincount(tokens.segment_of[keep]).tolist() == [12, 12, 12]
-    uneven = Announced(36, 18, 0.5, ((20, 6), (15, 6), (1, 6)))
+    uneven = Announced(72, 36, 18, 0.5, ((20, 6), (15, 6), (1, 6)))
     assert torch.bincount(tokens.segment_of[made.choose(tokens, uneven)[1]]).tolist() == [20, 15, 1]
 
 
@@ -153,8 +153,8 @@ def test_frames_that_are_images():
     layout = made.geometry.layouts("video", 1, grids)[0]
     place = made.geometry.positions("video", [layout], grids)[0]
     announced = made.announce("video", layout, place)
-    assert announced == Announced(36, 18, 0.5, ((12, 6),) * 3)
-    assert made.announce("video", layout, place, 1.0) == Announced(72, 18, None, ((24, 6),) * 3)
+    assert announced == Announced(72, 36, 18, 0.5, ((12, 6),) * 3)
+    assert made.announce("video", layout, place, 1.0) == Announced(72, 72, 18, None, ((24, 6),) * 3)
     tower, features = made.geometry.adapter.towers["video"].info, torch.randn(72, 16)
     kept, keep = made.choose(VisualTokens(features, layout.segments, layout.cells, tower, "video"), announced)
     second = VisualTokens(features[24:48], layout.segments[:1], torch.arange(24), tower, "image")

@@ -18,6 +18,8 @@ from .reduction import MODALITIES, Announced, Reduction, field_of
 from .rope import extend_rope
 from .taps import TowerTap
 
+WITHOUT_DRAFTER = ("ngram", "ngram_gpu", "suffix")  # vLLM's speculation that reads token ids alone
+
 
 class PrunedModel:
     """Mixin before a vLLM model: it keeps as many tokens of an image or video as the processor announced.
@@ -25,15 +27,18 @@ class PrunedModel:
     It needs nothing of the runner. `get_mrope_input_positions` gives text its final positions and kept tokens
     the start of their image; `embed_multimodal` appends their own positions as columns, `embed_input_ids`
     takes the columns off, and `forward` adds them. Nothing is remembered between steps, so chunks of a
-    prompt, hits of the prefix cache and preemption need no care.
+    prompt, hits of the prefix cache and preemption need no care. The positions to add stand in a buffer that
+    never moves, so captured graphs of `forward` add them too.
 
     Attributes:
         reduction: the strategy and the model's geometry.
         tells_positions: whether kept tokens bring their own positions.
         one_row: whether the LLM has one-dimensional positions.
+        own_positions: (3, tokens of a step) int64, to add in the coming forward.
     """
 
     geometry_class: ClassVar[type[Geometry]] = Geometry
+    own_positions: Tensor
     supports_mrope: ClassVar[bool] = True  # as vLLM's protocol, whose __init__ would stand before the model's
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -43,12 +48,15 @@ class PrunedModel:
         self.tells_positions = bool(model.uses_mrope)
         self.one_row = not uses_mrope(config)
         self.largest_batch = int(vllm_config.scheduler_config.max_num_batched_tokens)
-        self.coming: tuple[Tensor, Tensor] | None = None
+        rows = self.largest_batch if self.tells_positions else 0
+        # a buffer, because vLLM restores those after a deep sleep
+        self.register_buffer("own_positions", torch.zeros(3, rows, dtype=torch.int64), persistent=False)  # type: ignore[attr-defined]
         check_engine(vllm_config, self.tells_positions)
         if self.tells_positions:  # the front end admits prompts up to the LLM's length, answers come on top
             rows = config.get_text_config().max_position_embeddings + model.max_model_len
             extend_rope(self.language_model, rows)  # type: ignore[attr-defined]
-        towers = self.reduction.geometry.adapter.towers
+        limit = model.multimodal_config.get_limit_per_prompt
+        towers = self.reduction.geometry.adapter.towers if any(limit(m) for m in MODALITIES) else {}
         layers = {m: self.reduction.needs(m).tower_layers for m in towers}
         if any(layers.values()):
             check_tower(vllm_config, self.reduction.strategy.info.name)
@@ -163,12 +171,12 @@ class PrunedModel:
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
     ) -> Tensor:
-        self.coming = None
         if self.tells_positions and multimodal_embeddings is not None and len(multimodal_embeddings):
             assert is_multimodal is not None
             parts = [detach(e) for e in multimodal_embeddings]
             multimodal_embeddings = [features for features, _ in parts]
-            self.coming = is_multimodal.nonzero()[:, 0], torch.cat([p for _, p in parts], 1)
+            places = is_multimodal.nonzero()[:, 0].to(self.own_positions.device)
+            self.own_positions[:, places] = torch.cat([p for _, p in parts], 1).to(self.own_positions)
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)  # type: ignore[misc]
 
     def forward(
@@ -179,11 +187,11 @@ class PrunedModel:
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if self.coming is not None:
-            rows, own = self.coming
+        if self.tells_positions:
+            own = self.own_positions[:, : positions.shape[1]]
             # in place: the runner fills this buffer anew for every step, captured graphs read it where it is
-            positions[:, rows.to(positions.device)] += own.to(positions.device, positions.dtype)
-            self.coming = None
+            positions += own
+            own.zero_()  # once: vLLM's dummy runs follow without an embed_input_ids
         if self.tells_positions and self.one_row:
             positions = positions[0]  # of three equal rows, the first is contiguous and stays where it is
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
@@ -200,11 +208,9 @@ def check_engine(vllm_config: Any, tells_positions: bool) -> None:
         )
     if not tells_positions:
         return
-    multimodal = vllm_config.model_config.multimodal_config
     off = {
         "enable_prompt_embeds": vllm_config.model_config.enable_prompt_embeds,
         "enable_dbo": vllm_config.parallel_config.enable_dbo,
-        "mm_processor_cache_type='shm'": multimodal.mm_processor_cache_type == "shm",
     }
     if wrong := [name for name, on in off.items() if on]:
         raise ValueError(
@@ -216,11 +222,12 @@ def check_engine(vllm_config: Any, tells_positions: bool) -> None:
             "Original positions are known in the first pipeline stage only: use tensor parallelism, or"
             " positions='renumber' where the LLM has one-dimensional positions."
         )
-    mode = vllm_config.compilation_config.cudagraph_mode
-    if mode is not None and mode.mixed_mode().name == "FULL":
+    drafter = vllm_config.speculative_config
+    if drafter is not None and drafter.method not in WITHOUT_DRAFTER:
         raise ValueError(
-            "A full CUDA graph of a prefill leaves out original positions: use cudagraph_mode"
-            " FULL_AND_PIECEWISE, which is vLLM's default."
+            f"Embeddings that carry original positions do not fit the drafter of {drafter.method}: speculate"
+            f" with {' or '.join(WITHOUT_DRAFTER)}, or use positions='renumber' where the LLM has"
+            " one-dimensional positions."
         )
 
 

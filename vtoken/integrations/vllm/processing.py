@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
@@ -20,12 +22,35 @@ from .vllm_names import check_names
 check_names()
 
 
-REMEMBERED = 2**16  # images and videos
+@dataclass
+class Shortened(PromptUpdateDetails):
+    """The placeholders of one image or video; vLLM caches them, so they are known where its pixels are not.
+
+    Attributes:
+        dropped: positions that it takes beyond its kept tokens.
+    """
+
+    dropped: int = 0
 
 
 def without_budget(kwargs: Mapping[str, object]) -> dict[str, object]:
     """Processor arguments without vtoken's own."""
     return {k: v for k, v in kwargs.items() if k != BUDGET}
+
+
+def budget_of(kwargs: Mapping[str, object]) -> Any:
+    """A request's own budget, None if it has none.
+
+    Raises:
+        ValueError: for one among the arguments of a single modality, where nobody would read it.
+    """
+    for name, value in kwargs.items():
+        if isinstance(value, Mapping) and BUDGET in value:
+            raise ValueError(
+                f"{BUDGET} is one number for the whole request, found in {name}: give it directly in"
+                " mm_processor_kwargs."
+            )
+    return kwargs.get(BUDGET)
 
 
 class PrunedInfo:
@@ -38,8 +63,9 @@ class PrunedInfo:
 class PrunedProcessor:
     """Mixin before a `BaseMultiModalProcessor` whose replacements repeat a placeholder, in one run or more.
 
-    The number of kept tokens is decided here, once, and travels with the item as a field. A request's own
-    budget is part of the item's hash, so vLLM's caches keep items of different budgets apart.
+    The number of kept tokens is decided here, once, and travels with the item as a field. The item's hash
+    contains the request's budget and the server's settings, so vLLM's caches keep items of different budgets
+    apart.
     """
 
     info: Any
@@ -52,6 +78,12 @@ class PrunedProcessor:
         if BUDGET in (self.info.ctx.model_config.multimodal_config.mm_processor_kwargs or {}):
             raise ValueError(f"{BUDGET} is for requests: give the server's budget in the overrides.")
         return Reduction(config, self.geometry_class(config))
+
+    @functools.cached_property
+    def mark(self) -> str:
+        """Eight letters that differ between strategies and settings."""
+        told = json.dumps(self.info.get_hf_config().vtoken, sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:8]
 
     def announced(self, modality: str, data: Mapping[str, Any], budget: Any) -> list[Announced]:
         """Per image or video of a processor's output, what will stay of it.
@@ -90,28 +122,15 @@ class PrunedProcessor:
         pixels = data.get(PIXELS[modality])
         return 0 if pixels is None else len(pixels)
 
-    @functools.cached_property
-    def dropped(self) -> OrderedDict[str, int]:
-        """By hash of a recent image or video, the positions that it takes beyond its kept tokens."""
-        return OrderedDict()
-
-    def check_positions(self, made: Mapping[str, Any]) -> None:
+    def check_positions(self, tokens: int, updates: Mapping[str, Any]) -> None:
         """Raise ValueError for a prompt whose original positions end after those that the LLM knows.
 
         Args:
-            made: the output of `apply`; an image or video that vLLM has cached comes without its fields.
+            tokens: of the shortened prompt.
+            updates: per modality the updates of every image or video, cached or not.
         """
-        last = len(made["prompt_token_ids"])
-        for modality, hashes in made["mm_hashes"].items():
-            for key, item in zip(hashes, made["mm_kwargs"][modality], strict=True):
-                if item is not None and (field := item.get(field_of(modality))) is not None:
-                    told = Announced.of(field.data)
-                    self.dropped[key] = told.extent - told.kept
-                if key in self.dropped:
-                    self.dropped.move_to_end(key)
-                last += self.dropped.get(key, 0)
-        while len(self.dropped) > REMEMBERED:
-            self.dropped.popitem(last=False)
+        contents = [one.content for items in updates.values() for item in items for one in item]
+        last = tokens + sum(content.dropped for content in contents if isinstance(content, Shortened))
         most = self.info.get_hf_config().get_text_config().max_position_embeddings
         if last > most:
             raise ValueError(
@@ -122,15 +141,33 @@ class PrunedProcessor:
 
     # -- vLLM's own names ------------------------------------------------------------------------------------
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        try:
+            return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        except ValueError:
+            if inputs.cache is not None:  # it takes the items of a refused prompt for sent
+                for hashes in self._get_mm_hashes(inputs).values():
+                    for one in hashes:
+                        inputs.cache.invalidate(one)
+            raise
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        if not self.reduction.asked:
+            return hashes
+        # stores of features and keys outlive a server, and the next one may have another strategy
+        return {modality: [f"{one}-{self.mark}" for one in ones] for modality, ones in hashes.items()}
+
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+        made = super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
         if self.info.ctx.model_config.uses_mrope:
-            self.check_positions(made)
+            self.check_positions(len(made[0]), mm_res.prompt_updates)
         return made
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        budget = budget_of(hf_kwargs)
         data = super()._apply_hf_processor_main(mm_items, without_budget(hf_kwargs))  # type: ignore[misc]
         for modality in MODALITIES:
-            if rows := [a.row() for a in self.announced(modality, data, hf_kwargs.get(BUDGET))]:
+            if rows := [a.row() for a in self.announced(modality, data, budget)]:
                 data[field_of(modality)] = rows
         return data
 
@@ -162,16 +199,25 @@ class PrunedProcessor:
                     " rope: pass pixels, or serve the model without vtoken."
                 )
             return full
-        return self.shorten(full, Announced.of(field.data))
+        return self.shorten(update.modality, full, Announced.of(field.data))
 
-    def shorten(self, full: Any, announced: Announced) -> Any:
-        """The replacement that the unpatched model gets, with the announced number of placeholders."""
+    def shorten(self, modality: str, full: Any, announced: Announced) -> Shortened:
+        """The replacement that the unpatched model gets, with the announced number of placeholders.
+
+        Raises:
+            ValueError: if vLLM and transformers disagree about the size of this image or video.
+        """
         if not isinstance(full, PromptUpdateDetails):
-            return full[:1] * announced.kept
-        if full.is_embed is None:
-            return replace(full, full=full.full[:1] * announced.kept)
-        ids, at = [], 0
-        for (first, last), (kept, _) in zip(runs_of(full.is_embed(full.full)), announced.runs(), strict=True):
-            ids += full.full[at : first + kept]
+            full = PromptUpdateDetails.from_seq(full)
+        ids = full.full
+        marked = torch.ones(len(ids), dtype=torch.bool) if full.is_embed is None else full.is_embed(ids)
+        if int(marked.sum()) != announced.tokens:
+            raise ValueError(
+                f"vLLM makes {int(marked.sum())} tokens of this {modality}, transformers makes"
+                f" {announced.tokens}: vtoken does not know this size, send another one."
+            )
+        left, at = [], 0
+        for (first, last), (kept, _) in zip(runs_of(marked), announced.runs(), strict=True):
+            left += ids[at : first + kept]
             at = last
-        return replace(full, full=ids + full.full[at:])
+        return Shortened(left + ids[at:], full.is_embed, dropped=announced.extent - announced.kept)

@@ -36,30 +36,32 @@ class Announced:
     """What the front end has decided about one image or video.
 
     Attributes:
-        kept: tokens that enter the LLM.
+        tokens: before anything is dropped.
+        kept: those that enter the LLM.
         extent: positions that it takes, kept or not.
         budget: the one that led to it; None if nothing is dropped.
-        parts: the same two numbers of every segment, where text stands between them.
+        parts: kept tokens and extent of every segment, where text stands between them.
     """
 
+    tokens: int
     kept: int
     extent: int
     budget: float | int | None = None
     parts: tuple[tuple[int, int], ...] = ()
 
     def row(self) -> Tensor:
-        """(4 + 2 * parts,) int64, which no change of dtype on the way can round."""
+        """(5 + 2 * parts,) int64, which no change of dtype on the way can round."""
         share = isinstance(self.budget, float)
         value = struct.unpack("<q", struct.pack("<d", self.budget))[0] if share else self.budget or 0
         parts = [number for part in self.parts for number in part]
-        return torch.tensor([self.kept, self.extent, int(share), value, *parts])
+        return torch.tensor([self.tokens, self.kept, self.extent, int(share), value, *parts])
 
     @classmethod
     def of(cls, row: Tensor) -> Announced:
         """What `row` wrote."""
-        kept, reach, share, value, *parts = row.tolist()
+        tokens, kept, reach, share, value, *parts = row.tolist()
         budget = struct.unpack("<d", struct.pack("<q", value))[0] if share else value or None
-        return cls(kept, reach, budget, tuple(zip(parts[::2], parts[1::2], strict=True)))
+        return cls(tokens, kept, reach, budget, tuple(zip(parts[::2], parts[1::2], strict=True)))
 
     def runs(self) -> tuple[tuple[int, int], ...]:
         """Tokens and extent of every run of placeholders."""
@@ -135,7 +137,7 @@ class Reduction:
         if modality in self.geometry.apart:
             return self._announce_parts(modality, layout, positions, None if whole else strategy)
         if whole:
-            return Announced(n, extent(positions))
+            return Announced(n, n, extent(positions))
         separators = int((layout.cells < 0).sum())
         kept = strategy.total(layout.segments, separators)
         if kept is None:
@@ -145,7 +147,7 @@ class Reduction:
                     " it is encoded, which vLLM needs: use another strategy."
                 )
             kept = strategy.ceiling(layout.segments, separators)
-        return Announced(max(1, min(n, kept)), extent(positions), strategy.budget)
+        return Announced(n, max(1, min(n, kept)), extent(positions), strategy.budget)
 
     def _announce_parts(
         self, modality: str, layout: Layout, positions: Tensor, strategy: Strategy | None
@@ -164,7 +166,8 @@ class Reduction:
             )
         reach = [extent(p) for p in positions.split(sizes, 1)]
         budget = None if strategy is None else strategy.budget
-        return Announced(sum(counts), sum(reach), budget, tuple(zip(counts, reach, strict=True)))
+        parts = tuple(zip(counts, reach, strict=True))
+        return Announced(sum(sizes), sum(counts), sum(reach), budget, parts)
 
     def _announce_alone(self, layout: Layout, positions: Tensor, budget: Any) -> Announced:
         """`announce` where every segment is an image to the strategy."""
@@ -174,7 +177,8 @@ class Reduction:
             for segment, place in zip(layout.segments, positions.split(sizes, 1), strict=True)
         ]
         parts = tuple((one.kept, one.extent) for one in told)
-        return Announced(sum(k for k, _ in parts), sum(e for _, e in parts), told[0].budget, parts)
+        kept, reach = (sum(numbers) for numbers in zip(*parts, strict=True))
+        return Announced(sum(sizes), kept, reach, told[0].budget, parts)
 
     def choose(self, tokens: VisualTokens, announced: Announced) -> tuple[Tensor, Tensor | None]:
         """The kept features (k, d), and the places of the kept tokens, (k,) int64; None for all."""
@@ -186,7 +190,7 @@ class Reduction:
             read = tokens.features[start : start + segment.fed]
             values: dict[Any, Any] = {key: tokens._get(*key)[i : i + 1] for key in tokens.provided}
             one = VisualTokens(read, (segment,), cells, tokens.tower, "image", provided=values)
-            some, keep = self.choose_one(one, Announced(kept, reach, announced.budget))
+            some, keep = self.choose_one(one, Announced(segment.fed, kept, reach, announced.budget))
             features.append(some)
             places.append(start + (cells if keep is None else keep))
             start += segment.fed

@@ -10,6 +10,8 @@ WANTED = ">=0.32,<0.34"
 PROCESSOR: Methods = {
     "apply": ("inputs", "timing_ctx"),
     "_apply_hf_processor_main": ("mm_items", "hf_kwargs"),
+    "_get_mm_hashes": ("inputs",),
+    "_maybe_apply_prompt_updates": ("mm_items", "mm_res"),
     "_get_mm_fields_config": ("hf_inputs", "hf_processor_mm_kwargs"),
     "_get_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
 }
