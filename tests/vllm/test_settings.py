@@ -77,6 +77,6 @@ def test_budget_in_the_wrong_place():
     (case, *_) = patched("llava", "hired", 0.2, {}, 1)
     wrong = request(case) | {"mm_processor_kwargs": {"images_kwargs": {"vtoken_budget": 0.5}}}
     with engine("llava", "hired", 0.2, {}) as llm:
-        with pytest.raises(ValueError, match="vtoken_budget is one number .* found in images_kwargs"):
+        with pytest.raises(ValueError, match=r"vtoken_budget is one number .* found in images_kwargs"):
             asked(llm, [wrong])
         check([case], asked(llm, [request(case)]))

@@ -13,6 +13,7 @@ import torch
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
+from ...adapters.base import Layout
 from . import uses_mrope
 from .geometry import Geometry
 from .positions import runs_of
@@ -101,15 +102,19 @@ class PrunedProcessor:
         for layout, positions in zip(layouts, places, strict=True):
             told.append(self.reduction.announce(modality, layout, positions, budget))
             if budget is not None:
-                self.check_size(modality, self.reduction.announce(modality, layout, positions))
+                self.check_size(modality, layout, positions)
         return told
 
-    def check_size(self, modality: str, usual: Announced) -> None:
+    def check_size(self, modality: str, layout: Layout, positions: torch.Tensor) -> None:
         """Raise ValueError for an image or video that would not fit at the server's own budget.
 
         A request's small budget shortens the prompt, not the work of the vision tower.
         """
         most = self.info.ctx.model_config.max_model_len
+        try:
+            usual = self.reduction.announce(modality, layout, positions)
+        except ValueError:  # the server's budget does not serve it at any size
+            usual = self.reduction.announce(modality, layout, positions, 1.0)
         if usual.kept > most:
             raise ValueError(
                 f"This {modality} has {usual.kept} tokens at the server's own budget, more than the {most} of"
