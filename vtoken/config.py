@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +16,13 @@ from huggingface_hub.errors import HFValidationError
 
 from ._json import check_depth, read
 from .checks import fit_field, found
+from .strategies import Strategy
 from .strategies.budgets import UNIT, Budget, check_budget, with_unit
+from .strategies.registry import registered
+from .strategies.trained import TrainedStrategy
 
 CONFIG_FILE = "vtoken_config.json"
+WEIGHTS_FILE = "vtoken_strategy.safetensors"  # of strategies that are trained, in the same folder
 FORMAT_VERSION = 1
 LARGEST = 2**20  # bytes of the file
 
@@ -92,6 +98,31 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
         return asdict(self) | ({} if self.budget is None else {UNIT: Budget(self.budget).unit})
 
     @classmethod
+    def of(cls, strategy: Strategy) -> VTokenConfig:
+        """The config of a strategy or a combination; options that have their defaults are left out.
+
+        Raises:
+            ValueError: for options that JSON cannot hold.
+        """
+        parts: Sequence[Strategy] = getattr(strategy, "parts", ())
+        if not parts:
+            return cls(strategy.info.name, strategy.budget, strategy.positions, _options(strategy))
+        own = strategy.budget is None
+        options: dict[str, Any] = {
+            p.info.name: _options(p) | ({"budget": p.budget} if own and p.budget is not None else {})
+            for p in parts
+        }
+        options = {name: given for name, given in options.items() if given}
+        if strategy.split != type(strategy).split:  # type: ignore[attr-defined]
+            options["split"] = strategy.split  # type: ignore[attr-defined]
+        return cls([p.info.name for p in parts], strategy.budget, strategy.positions, options)
+
+    @property
+    def weights(self) -> Path | None:
+        """The file with trained weights that `from_pretrained` found with the config."""
+        return self.__dict__.get("_weights")
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VTokenConfig:
         """Build a config from `to_dict`'s output; a warning names unknown keys, which are ignored.
 
@@ -163,7 +194,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
                 than 1 MiB, or of another shape.
         """
         source = os.fsdecode(pretrained_model_name_or_path)
-        path = Path(source)
+        path, fetch = Path(source), None
         if path.is_dir():
             path = path / CONFIG_FILE
             if not path.exists():
@@ -172,22 +203,37 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
                     f"write one with VTokenConfig(...).save_pretrained({source!r})."
                 )
         elif not path.is_file():
+            fetch = functools.partial(
+                hf_hub_download,
+                source,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
             try:
-                path = Path(
-                    hf_hub_download(
-                        source,
-                        CONFIG_FILE,
-                        revision=revision,
-                        token=token,
-                        cache_dir=cache_dir,
-                        force_download=force_download,
-                        local_files_only=local_files_only,
-                    )
-                )
+                path = Path(fetch(CONFIG_FILE))
             except (HFValidationError, OSError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise OSError(
                     f"No {CONFIG_FILE} found for {source!r}: it is neither a folder nor a file here, "
                     f"and the Hub answered {type(error).__name__} ({reason})."
                 ) from error
-        return cls.from_dict(read(path, LARGEST))
+        config = cls.from_dict(read(path, LARGEST))
+        if _is_trained(config.strategy):
+            config.__dict__["_weights"] = Path(fetch(WEIGHTS_FILE)) if fetch else path.parent / WEIGHTS_FILE
+        return config
+
+
+def _options(strategy: Strategy) -> dict[str, Any]:
+    """The options of a strategy that differ from their defaults, without budget and positions."""
+    each = ((f.name, f.default, getattr(strategy, f.name)) for f in fields(strategy) if f.init)
+    return {n: value for n, default, value in each if n not in ("budget", "positions") and value != default}
+
+
+def _is_trained(names: str | list[str]) -> bool:
+    """Whether a strategy of these names has weights; False for names that are not known."""
+    known = {cls.info.name: cls for cls in registered()}
+    some = [names] if isinstance(names, str) else names
+    return any(issubclass(known[name], TrainedStrategy) for name in some if name in known)

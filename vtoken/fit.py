@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .adapters.base import Adapter
@@ -12,6 +12,7 @@ from .mechanism.attention_rows import check_projections
 from .mechanism.drop_schedule import DropSchedule
 from .strategies import EncoderStrategy, Strategy, list_names, strategy_info
 from .streams import Reuse, unwrapped
+from .temporal import Temporal
 from .tokens import Needs
 
 
@@ -24,6 +25,7 @@ class Design:
         needs: by modality, the values read for the strategy.
         merging: by modality, the tower layers after which tokens are merged.
         reuse: by modality, the tower's reuse between frames.
+        temporal: by modality, the strategy's attention across frames inside the tower.
         positions: "original" or "renumber".
     """
 
@@ -32,6 +34,7 @@ class Design:
     merging: dict[str, tuple[int, ...]]
     reuse: dict[str, Reuse]
     positions: str
+    temporal: dict[str, Temporal] = field(default_factory=dict)
 
     @property
     def wants_text(self) -> bool:
@@ -53,7 +56,13 @@ def design_of(adapter: Adapter, strategy: Strategy, layers: int) -> Design:
     drops = tuple(strategy.prefill_layers(layers))
     schedule = DropSchedule(layers, drops, tuple(strategy.aligned_layers(layers)) if drops else ())
     merging, reuse = merging_layers(adapter, strategy), reuse_of(adapter, strategy)
-    return Design(schedule, needs, merging, reuse, strategy.positions)
+    return Design(schedule, needs, merging, reuse, strategy.positions, temporal_of(adapter, strategy))
+
+
+def temporal_of(adapter: Adapter, strategy: Strategy) -> dict[str, Temporal]:
+    """By modality, the strategy's attention across frames inside the tower."""
+    declared = {m: strategy.temporal(t.info) for m, t in adapter.towers.items() if t.rows_are_frames}
+    return {m: temporal for m, temporal in declared.items() if temporal is not None and temporal.layers}
 
 
 def merging_layers(adapter: Adapter, strategy: Strategy) -> dict[str, tuple[int, ...]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -23,6 +24,7 @@ from .fit import check_fit, design_of, list_strategies, modalities_of, plain_enc
 from .gate import Gate
 from .hooks import Wrapped
 from .kernels import gather_merge
+from .mechanism.added_modules import AddedModule
 from .mechanism.entrance_hooks import EntranceHooks
 from .mechanism.forward_context import ENCODED, ForwardContext
 from .mechanism.generation import generating
@@ -36,8 +38,11 @@ from .recorder import Recorder
 from .selection import Selection, concat_selections
 from .strategies import Strategy
 from .strategies.assembly import assemble
+from .strategies.trained import trained_part
 from .streams import unwrapped
+from .temporal import Temporal
 from .tokens import Segment, VisualTokens
+from .trained_weights import make_module
 
 M = TypeVar("M")
 
@@ -56,7 +61,9 @@ class Patch:
         self.recorder = Recorder(adapter.model, adapter.decoder.config, self.design.schedule)
         self.wrapped = Wrapped()
         self.parts: list[Any] = [self.wrapped]
+        self.trained = trained_part(strategy)
         try:
+            self._add_module()
             vision = self._vision_hooks()
             self.parts.append(vision)
             self.parts.append(EntranceHooks(adapter, self._turn(), self.unread, vision.read))
@@ -65,6 +72,19 @@ class Patch:
         except BaseException:
             self.remove()
             raise
+
+    def _add_module(self) -> None:
+        """Put the weights of a strategy that has some on the model."""
+        part = self.trained
+        if part is None:
+            return
+        if part.attached:
+            raise ValueError(
+                f"This {type(part).__name__} object is on another model: give each model one of its own."
+            )
+        module = make_module(self.adapter, part)
+        self.parts.append(AddedModule(self.adapter.model, module))
+        part.attach(module)
 
     def _vision_hooks(self) -> VisionHooks:
         design, strategy = self.design, self.strategy
@@ -80,7 +100,14 @@ class Patch:
             self.recorder.used,
             None if design.wants_text else self._ask,
             None if self.unread is None else self.unread.note,
+            {m: functools.partial(self._temporal, m) for m in design.temporal},
         )
+
+    def _temporal(self, modality: str) -> Temporal:
+        """The strategy's attention across frames, with its present options."""
+        made = self.strategy.temporal(self.adapter.towers[modality].info)
+        assert made is not None
+        return made
 
     def _turn(self) -> VisualTurn:
         adapter, design, context = self.adapter, self.design, self.context
@@ -99,6 +126,8 @@ class Patch:
         """Take all hooks off the model."""
         for part in self.parts:
             part.remove()
+        if self.trained is not None:
+            self.trained.attach(None)
 
     def check(self) -> None:
         """Raise RuntimeError if an option has been assigned since that needs other hooks."""
@@ -144,7 +173,8 @@ class Patch:
 
     def _select(self, tokens: VisualTokens) -> Selection:
         """The strategy's answer on a copy of the stream's memory, so that the next answer is the same."""
-        return self._ask(replace(tokens, memory=copy.deepcopy(tokens.memory)))
+        with nullcontext() if self.trained is not None else torch.no_grad():
+            return self._ask(replace(tokens, memory=copy.deepcopy(tokens.memory)))
 
     def _ask(self, tokens: VisualTokens) -> Selection:
         if tokens.modality not in self.strategy.needs(tokens.tower).modalities:
@@ -200,12 +230,17 @@ def _largest(segments: tuple[Segment, ...]) -> int:
 
 def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
     """A Strategy from a name, a list of names, a strategy object or a VTokenConfig."""
+    weights = strategy.weights if isinstance(strategy, VTokenConfig) else None
     if isinstance(strategy, VTokenConfig):
         given = strategy.options | ({} if strategy.budget is None else {"budget": strategy.budget})
         if strategy.positions is not None:
             given["positions"] = strategy.positions
         strategy, options = strategy.strategy, given | options
-    return assemble(strategy, budget, options)
+    made = assemble(strategy, budget, options)
+    part = trained_part(made)
+    if part is not None and weights is not None:
+        part.source = weights
+    return made
 
 
 def patch(model: M, strategy: Any, budget: float | int | None = None, **options: Any) -> M:

@@ -104,6 +104,8 @@ class StreamState:
     Attributes:
         memory: the strategy's own, see `VisualTokens.memory`.
         references: the tower's reference frame, None before the first.
+        past: by tower layer, what the frames so far left for a strategy that attends across frames.
+        steps: frames that such a strategy has read.
         frames: frames that the tower has read since the last reset.
         tokens, recomputed: their tokens in the tower, and the number of these that were computed.
         flops_dense, flops: FLOPs of the tower's layers, unpatched and as they ran.
@@ -119,6 +121,8 @@ class StreamState:
         self.key: str | None = None
         self.memory: dict[str, Any] = {}
         self.references: References | None = None
+        self.past: dict[int, tuple[Tensor, ...]] = {}
+        self.steps = 0
         self.frames = self.tokens = self.recomputed = 0
         self.flops_dense = self.flops = 0.0
         self.last: TowerUse | None = None
@@ -154,7 +158,7 @@ class StreamState:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that are kept."""
-        return _nbytes([self.memory, None if self.references is None else self.references.layers])
+        return _nbytes([self.memory, self.past, None if self.references is None else self.references.layers])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}

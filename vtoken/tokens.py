@@ -98,6 +98,7 @@ class Needs:
         cls_logits: tower layers whose CLS row is read before the softmax.
         received_attention: tower layers whose received attention is read.
         keys: tower layers whose attention keys are read.
+        states: tower layers whose output is read.
         text_embeddings: whether the prompt's text embeddings are read.
         pixels: whether the frames' pixels are read, and further frames encoded.
         together: whether the images of one prompt are seen as the frames of one video.
@@ -108,6 +109,7 @@ class Needs:
     cls_logits: tuple[int, ...] = ()
     received_attention: tuple[int, ...] = ()
     keys: tuple[int, ...] = ()
+    states: tuple[int, ...] = ()
     text_embeddings: bool = False
     pixels: bool = False
     together: bool = False
@@ -116,7 +118,8 @@ class Needs:
     @property
     def tower_layers(self) -> set[int]:
         """Tower layers of which something is read."""
-        return {*self.cls_attention, *self.cls_logits, *self.received_attention, *self.keys}
+        kinds = (self.cls_attention, self.cls_logits, self.received_attention, self.keys, self.states)
+        return {layer for layers in kinds for layer in layers}
 
 
 class NotProvided(RuntimeError):
@@ -205,6 +208,13 @@ class VisualTokens:
     def keys(self, layer: int) -> Tensor:
         """Attention keys of a tower layer, heads side by side: (segments, cells, heads * head_dim)."""
         return self._get("keys", layer)
+
+    def states(self, layer: int) -> Tensor:
+        """Output of a tower layer, prefix tokens left out: (segments, frames, patches, C), the model's dtype.
+
+        A segment has one frame, an image that is read as a static video several (`Temporal.repeats`).
+        """
+        return self._get("states", layer)
 
     def _get(self, what: str, layer: int) -> Tensor:
         if (what, layer) not in self.provided:

@@ -129,14 +129,15 @@ class Adapter:
         return {m: input_ids == getattr(self.config, f"{m}_token_id") for m in self.modalities}
 
     def provides(self, modality: str) -> frozenset[str]:
-        """Available needs: cls_attention, cls_logits, received_attention, keys, text_embeddings, pixels."""
+        """Names of the fields of `Needs` that can be read here."""
         tower = self.towers.get(modality)
         own = {"text_embeddings", "pixels"} if modality in self.square_frames else {"text_embeddings"}
         return frozenset(own) | (tower.provides if tower is not None else frozenset())
 
     def lacking(self, needs: Needs, modality: str) -> list[str]:
         """The needs that this model cannot meet for a modality."""
-        kinds = ("cls_attention", "cls_logits", "received_attention", "keys", "text_embeddings", "pixels")
+        kinds = ("cls_attention", "cls_logits", "received_attention", "keys", "states")
+        kinds = (*kinds, "text_embeddings", "pixels")
         asked = [kind for kind in kinds if getattr(needs, kind)]
         return [kind for kind in asked if kind not in self.provides(modality)]
 

@@ -172,8 +172,7 @@ class Planner:
     def _select(self, item: VisualTokens, text: Tensor | None) -> Selection:
         if text is not None:
             item = replace(item, text_embeddings=text.to(item.features.device))
-        with torch.no_grad():
-            return self.select(item)
+        return self.select(item)
 
     @staticmethod
     def _text(call: Call, run: Run, b: int, real: Tensor) -> Tensor:

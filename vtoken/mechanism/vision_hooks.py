@@ -22,14 +22,16 @@ from ..adapters.towers.capture import Capture, FramePass
 from ..hooks import Hooks, Wrapped, rebuilt
 from ..selection import Selection
 from ..streams import Reuse, StreamState, TowerUse, current_stream
+from ..temporal import Temporal, TemporalPass
 from ..tokens import Needs, VisualTokens
 from .forward_context import ENCODED, Admission, ForwardContext
 from .prompt import EncodedVisuals, tensors_of
 from .tower_merging import EncoderMerging
+from .tower_frames import TowerFrames
 from .tower_reuse import FrameReuse
 from .transformers_names import check_features
 
-TOWER_NEEDS = ("cls_attention", "cls_logits", "received_attention", "keys")
+TOWER_NEEDS = ("cls_attention", "cls_logits", "received_attention", "keys", "states")
 
 
 class VisionHooks:
@@ -44,6 +46,7 @@ class VisionHooks:
         merging: per modality, the tower layers after which tokens are merged, if the tower allows it.
         merging_strategy: asked in these layers.
         reuse: per modality, the tower's reuse between frames.
+        temporal: per modality, () -> the strategy's attention across frames.
         used: called with the work of a tower that reuses: `used(modality, TowerUse)`.
         select: `select(VisualTokens) -> Selection`, called once for every frame of a stream, for its memory;
             None for a strategy that cannot choose before the prompt is known.
@@ -63,6 +66,7 @@ class VisionHooks:
         used: Callable[[str, TowerUse], None] | None = None,
         select: Callable[[VisualTokens], Selection] | None = None,
         handed_out: Callable[[EncodedVisuals], None] | None = None,
+        temporal: dict[str, Callable[[], Temporal]] | None = None,
     ) -> None:
         self.adapter, self.needs, self.context, self.gate, self.timer = adapter, needs, context, gate, timer
         self.reuse, self.used, self.select, self.handed_out = reuse or {}, used, select, handed_out
@@ -70,6 +74,7 @@ class VisionHooks:
         self.wrapped = Wrapped()
         self.hooks: list[Any] = []  # each has refresh() and remove()
         self.merging = merging or {}
+        self.temporal = temporal or {}
         self._wrap_towers()
         for modality in adapter.modalities:
             name = f"get_{modality}_features"
@@ -81,6 +86,8 @@ class VisionHooks:
                 self.hooks.append(Hooks(functools.partial(tower.taps, needs[modality], active)))
                 if merging_strategy is not None and layers and tower.can_merge:
                     self.hooks.append(EncoderMerging(tower, layers, merging_strategy, active))
+                if modality in self.temporal:
+                    self.hooks.append(TowerFrames(tower, self.temporal[modality], active))
 
     def _wrap_towers(self) -> None:
         """Wrap the layers of every tower that reuses, once where images and videos share it."""
@@ -159,6 +166,7 @@ class VisionHooks:
         context.capture = capture = Capture(
             modality, self.needs[modality], frames=self._frames(modality, given, stream)
         )
+        capture.temporal = self._temporal_pass(modality, given, stream)
         try:
             with self.timer("tower"):
                 output = original(*args, **kwargs)
@@ -174,6 +182,8 @@ class VisionHooks:
             capture.frames.commit()
             if self.used is not None:
                 self.used(modality, capture.frames.use)
+        if capture.temporal is not None:
+            capture.temporal.commit()
         if isinstance(output, tuple):  # return_dict=False: not a call of generate() or forward()
             return output
         encoded = self._encode(modality, output, given, capture)
@@ -242,6 +252,23 @@ class VisionHooks:
         if not frames:
             return None
         return FramePass(frames if stream is None else [sum(frames)], stream)
+
+    def _temporal_pass(
+        self, modality: str, given: dict[str, Any], stream: StreamState | None
+    ) -> TemporalPass | None:
+        """The frames of a call with attention across them: a video, or what continues a stream."""
+        if modality not in self.temporal:
+            return None
+        first = min(self.temporal[modality]().layers)
+        if stream is None and modality == "image":
+            return TemporalPass(None, None, first)
+        frames = self.adapter.frames(modality, given)
+        if stream is not None and modality == "video" and len(frames) > 1:
+            raise ValueError(
+                f"A stream goes on with one video per call, found {len(frames)}: give each video a"
+                " vtoken.stream of its own."
+            )
+        return TemporalPass(frames if stream is None else [sum(frames)], stream, first)
 
     def _encode_frames(
         self, modality: str, original: Callable[..., Any], like: dict[str, Any], pixels: Tensor

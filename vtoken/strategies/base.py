@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checks import fit_field, has_field
 from ..selection import EncoderMerge, Selection
 from ..streams import Reuse
+from ..temporal import Temporal
 from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 from .budgets import Budget, check_budget
 from .info import StrategyInfo
@@ -202,6 +203,14 @@ class Strategy(metaclass=_CheckedOptions):
     def reuse(self, tower: TowerInfo) -> Reuse | None:
         """Reuse between frames in the vision tower; None for methods that compute every frame in full."""
         return None
+
+    def temporal(self, tower: TowerInfo) -> Temporal | None:
+        """Attention across frames in the vision tower; None for methods that leave frames apart."""
+        return None
+
+    def with_budget(self, budget: float | int) -> Strategy:
+        """The same strategy under another budget."""
+        return replace(self, budget=budget)
 
     def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         """Raise ValueError if the method cannot serve an LLM of this many layers with this budget."""

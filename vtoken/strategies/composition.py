@@ -10,6 +10,7 @@ from typing import Any
 from ..checks import found
 from ..selection import EncoderMerge, Selection
 from ..streams import Reuse
+from ..temporal import Temporal
 from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 from .base import Positions, Strategy
 from .budgets import Budget, frames_of
@@ -63,7 +64,7 @@ class Composite(Strategy):
         if self.budget is not None:
             shared = self.budget**self.split if both and self.allowance().is_share else self.budget
             if self.first not in only:
-                self.first = replace(self.first, budget=shared)
+                self.first = self.first.with_budget(shared)
             if self.then not in only:
                 self.then = replace(self.then, budget=self.budget)
         self.entering = self.first.budget if both and isinstance(self.first.budget, float) else 1.0
@@ -152,6 +153,9 @@ class Composite(Strategy):
     def reuse(self, tower: TowerInfo) -> Reuse | None:
         return None if self.between is None or self.between.is_identity else self.between.reuse(tower)
 
+    def temporal(self, tower: TowerInfo) -> Temporal | None:
+        return None if self.first.is_identity else self.first.temporal(tower)
+
     def needs(self, tower: TowerInfo | None) -> Needs:
         return self.first.needs(tower)
 
@@ -181,7 +185,7 @@ class Composite(Strategy):
         if self.budget is None or self.allowance().is_share or n == 0:
             return self.first
         share = min(1.0, self.allowance().allowed(n, frames) / n) ** self.split
-        return replace(self.first, budget=float(share))
+        return self.first.with_budget(float(share))
 
     def encoder_layers(self, tower: TowerInfo) -> tuple[int, ...]:
         return () if self.first.is_identity else self.first.encoder_layers(tower)

@@ -11,7 +11,8 @@ import torch
 from ..selection import Selection
 from ..tokens import Segment, VisualTokens
 from .base import Strategy
-from .common.grids import blocks_of, pooled_grid, window_of
+from .common.grids import pooled_grid
+from .common.pooling import pooled
 from .registry import register
 
 
@@ -41,31 +42,7 @@ class Pool(Strategy):
         return None if padded else super()._total_kept(segments, separators)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        device = tokens.cells.device
-        fed = tokens.fed_cells
-        group_of_cell, centre, groups, start = [], [], 0, 0
-        for segment, most in zip(tokens.segments, self.allowance().tokens(tokens.segments), strict=True):
-            down, across = window_of(fed[start : start + segment.size].view(segment.grid), segment)
-            rows, columns = pooled_grid((len(down), len(across)), most) if most else (0, 0)
-            (y, dy), (x, dx) = (
-                blocks_of(down, rows, segment.grid[0]),
-                blocks_of(across, columns, segment.grid[1]),
-            )
-            block = (y[:, None] * columns + x[None]).flatten() + groups
-            group_of_cell.append(block if most else torch.full_like(block, -1))
-            centre.append((dy[:, None] ** 2 + dx[None] ** 2).flatten())
-            groups, start = groups + rows * columns, start + segment.size
-        patches = tokens.patch_rows
-        group = torch.full((len(tokens),), -1, device=device)
-        group[patches] = torch.cat(group_of_cell)[tokens.cells[patches]]
-        patches = patches[group[patches] >= 0]
-        distance = torch.cat(centre)[tokens.cells[patches]]
-        # the most central surviving cell of every group, the lowest row among equals
-        order = torch.argsort(group[patches] * (int(distance.max()) + 1) + distance, stable=True)
-        sorted_group = group[patches][order]
-        first = torch.ones_like(sorted_group, dtype=torch.bool)
-        first[1:] = sorted_group[1:] != sorted_group[:-1]
-        centre_of = torch.full((groups,), -1, device=device)
-        centre_of[sorted_group[first]] = patches[order[first]]
-        owner = torch.where(group >= 0, centre_of[group.clamp(min=0)], -1)
-        return Selection.merge(patches[order[first]].sort().values, owner)
+        parts = pooled(tokens, self.allowance().tokens(tokens.segments))
+        centres = parts.centres()
+        owner = torch.where(parts.group >= 0, centres[parts.group.clamp(min=0)], -1)
+        return Selection.merge(centres[centres >= 0].sort().values, owner)

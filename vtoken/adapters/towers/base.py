@@ -33,6 +33,7 @@ class Tower:
     """
 
     has_cls = False
+    rows_are_frames = False  # whether a layer reads (frames, tokens, C)
     equal_grids = False  # whether one forward is a batch of square grids of one size
 
     def __init__(
@@ -126,13 +127,19 @@ class Tower:
         return type(self).block is not Tower.block
 
     @property
+    def width(self) -> int:
+        """Channels of the layers."""
+        config: Any = self.module.config
+        return int(getattr(config, "embed_dim", None) or config.hidden_size)
+
+    @property
     def can_merge(self) -> bool:
         """Whether tokens may be merged inside: a patch is a cell, and all segments have one length."""
         return self.equal_grids and self.pool is None and type(self).to_cells is Tower.to_cells
 
     @property
     def provides(self) -> frozenset[str]:
-        kinds = {"received_attention", "keys"}
+        kinds = {"received_attention", "keys"} | ({"states"} if self.rows_are_frames else set())
         return frozenset(kinds | {"cls_attention", "cls_logits"} if self.has_cls else kinds)
 
     def taps(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Hook]:
@@ -142,7 +149,19 @@ class Tower:
             query, key = self.projections(layer)
             hooks.append(Hook(query, functools.partial(self._on_query, active, layer)))
             hooks.append(Hook(key, functools.partial(self._on_key, active, layer)))
+        hooks += [
+            Hook(self.layers[i], functools.partial(self._on_output, active, i))
+            for i in sorted(set(needs.states))
+        ]
         return hooks
+
+    def _on_output(
+        self, active: Callable[[], Capture | None], layer: int, module: Any, args: Any, out: Any
+    ) -> None:
+        capture = active()
+        if capture is not None and (capture.temporal is None or layer < capture.temporal.first):
+            hidden = out[0] if isinstance(out, tuple) else out
+            capture.add("states", layer, hidden[:, None, int(self.has_cls) :])
 
     def _on_query(
         self, active: Callable[[], Capture | None], layer: int, module: Any, args: Any, out: Any

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...streams import References, StreamState, TowerUse
+from ...temporal import TemporalPass
 from ...tokens import Needs
 from ..encoders.run import EncoderRun
 
@@ -118,6 +119,7 @@ class Capture:
         owners: after it has run, chunk by chunk, (segments, patches) int64, the patch in whose place the
             token of each patch stands, -1 for a dropped patch.
         frames: the frames of streams that the call encodes, None if nothing is reused between frames.
+        temporal: the frames of the call, if a strategy attends across them inside the tower.
         pending: values that a tower's hooks hold until they can add them.
     """
 
@@ -127,6 +129,7 @@ class Capture:
     merged: EncoderRun | None = None
     owners: list[Tensor] = field(default_factory=list)
     frames: FramePass | None = None
+    temporal: TemporalPass | None = None
     pending: dict[Any, Any] = field(default_factory=dict)
 
     def add(self, what: str, layer: int, value: Tensor) -> None:
@@ -135,7 +138,7 @@ class Capture:
     @property
     def missing(self) -> list[tuple[str, int]]:
         """The values that were wanted and not read."""
-        kinds = ("cls_attention", "cls_logits", "received_attention", "keys")
+        kinds = ("cls_attention", "cls_logits", "received_attention", "keys", "states")
         wanted = [(kind, layer) for kind in kinds for layer in getattr(self.needs, kind)]
         return [each for each in wanted if each not in self.values]
 

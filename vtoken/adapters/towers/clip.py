@@ -10,6 +10,7 @@ class SiglipTower(Tower):
     """SigLIP vision transformer: patches only."""
 
     equal_grids = True
+    rows_are_frames = True
 
     def block(self, layer: int) -> Block:
         return SplitBlock(self.layers[layer])

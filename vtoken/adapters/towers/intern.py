@@ -13,6 +13,7 @@ class InternTower(Tower):
     """InternVL vision transformer: token 0 is the class token."""
 
     has_cls = True
+    rows_are_frames = True
 
     def find_layers(self) -> list[nn.Module]:
         return list(self.module.encoder.layer)  # type: ignore[union-attr, arg-type]

@@ -1,0 +1,100 @@
+"""Visual tokens divided into the nearly equal rectangles of a smaller grid per segment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...tokens import VisualTokens
+from .grids import blocks_of, pooled_grid, window_of
+
+
+@dataclass
+class Pooled:
+    """Rectangles of the grids of all segments, numbered segment by segment in raster order.
+
+    Attributes:
+        grids: (rows, columns) of rectangles per segment; (0, 0) for a segment that gets none.
+        group: (n,) int64, the rectangle of every token; -1 for separators and tokens of no rectangle.
+        order: (p,) int64, the tokens that have one, sorted by rectangle and inside it by distance from its
+            centre; the lower index wins among equals.
+        windows: per segment, its part that is divided: first row and column, and one past the last, as shares
+            of the grid.
+    """
+
+    grids: list[tuple[int, int]]
+    group: Tensor
+    order: Tensor
+    windows: list[tuple[float, float, float, float]]
+
+    @property
+    def sizes(self) -> Tensor:
+        """(rectangles,) int64, tokens of every rectangle."""
+        return torch.bincount(self.group[self.order], minlength=sum(r * c for r, c in self.grids))
+
+    def rank(self) -> Tensor:
+        """(p,) int64, the place of each token of `order` inside its rectangle, 0 for the most central."""
+        sizes = self.sizes
+        first = (sizes.cumsum(0) - sizes)[self.group[self.order]]
+        return torch.arange(len(self.order), device=first.device) - first
+
+    def centres(self) -> Tensor:
+        """(rectangles,) int64, the most central token of every rectangle; -1 where there is none."""
+        central = self.order[self.rank() == 0]
+        out = torch.full_like(self.sizes, -1)
+        out[self.group[central]] = central
+        return out
+
+    def means(self, features: Tensor) -> Tensor:
+        """(rectangles, d), the mean of the features (n, d) of each rectangle; zeros where there is no token."""
+        total = features.new_zeros(len(self.sizes), features.shape[1], dtype=torch.float32)
+        total = total.index_add(0, self.group[self.order], features[self.order].float())
+        return (total / self.sizes.clamp(min=1)[:, None]).to(features.dtype)
+
+    def map_of(self, segment: int, states: Tensor) -> Tensor:
+        """The part of a square map (t, patches, C) that is divided, (t, h, w, C)."""
+        side = math.isqrt(states.shape[1])
+        top, left, bottom, right = (round(share * side) for share in self.windows[segment])
+        return states.unflatten(1, (side, side))[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+
+    def places(self, counts: Sequence[int]) -> Tensor:
+        """(sum of counts,) int64, ascending: per segment so many tokens, the most central of their rectangles."""
+        rank, first, chosen = self.rank(), 0, []
+        for (rows, columns), count in zip(self.grids, counts, strict=True):
+            group = self.group[self.order]
+            mine = ((group >= first) & (group < first + rows * columns)).nonzero()[:, 0]
+            chosen.append(self.order[mine[rank[mine].argsort(stable=True)[:count]]])
+            first += rows * columns
+        return torch.cat(chosen).sort().values
+
+
+def pooled(tokens: VisualTokens, most: Sequence[int]) -> Pooled:
+    """Divide every segment's grid into at most so many rectangles; of a padded crop only what is fed."""
+    fed = tokens.fed_cells
+    group_of_cell, distance, grids, windows, groups, start = [], [], [], [], 0, 0
+    for segment, count in zip(tokens.segments, most, strict=True):
+        down, across = window_of(fed[start : start + segment.size].view(segment.grid), segment)
+        rows, columns = pooled_grid((len(down), len(across)), count) if count else (0, 0)
+        y, dy = blocks_of(down, rows, segment.grid[0])
+        x, dx = blocks_of(across, columns, segment.grid[1])
+        block = (y[:, None] * columns + x[None]).flatten() + groups
+        group_of_cell.append(block if count else torch.full_like(block, -1))
+        distance.append((dy[:, None] ** 2 + dx[None] ** 2).flatten())
+        grids.append((rows, columns))
+        ends = [
+            (int(x[0]) / n, (int(x[-1]) + 1) / n) if len(x) else (0.0, 1.0)
+            for x, n in zip((down, across), segment.grid, strict=True)
+        ]
+        windows.append((ends[0][0], ends[1][0], ends[0][1], ends[1][1]))
+        groups, start = groups + rows * columns, start + segment.size
+    patches = tokens.patch_rows
+    group = torch.full((len(tokens),), -1, device=tokens.cells.device)
+    group[patches] = torch.cat(group_of_cell)[tokens.cells[patches]]
+    patches = patches[group[patches] >= 0]
+    away = torch.cat(distance)[tokens.cells[patches]]
+    order = torch.argsort(group[patches] * (int(away.max()) + 1 if len(away) else 1) + away, stable=True)
+    return Pooled(grids, group, patches[order], windows)

@@ -1,0 +1,204 @@
+"""PVC: causal attention across frames in the vision tower, and a connector that compresses each frame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..selection import Selection
+from ..temporal import FrameSteps, Temporal
+from ..tokens import Needs, Segment, TowerInfo, VisualTokens
+from .common.grids import pooled_grid
+from .common.pooling import pooled
+from .common.time_steps import Connector, TemporalAttention, TimeEmbedding
+from .registry import register
+from .trained import ModelShape, TrainedStrategy
+
+
+class Weights(nn.Module):
+    """The weights of PVC: temporal layers, their time embeddings, the connector."""
+
+    def __init__(self, strategy: PVC, model: ModelShape) -> None:
+        super().__init__()
+        assert model.tower is not None
+        layers, wide = strategy.layers_of(model.tower), strategy.te_dim
+        make = (model.tower_width, model.tower.num_heads, wide, strategy.gate, strategy.window)
+        self.layers = nn.ModuleDict({str(i): TemporalAttention(*make) for i in layers})
+        times = ["all"] if strategy.te_shared else list(self.layers)
+        self.times = nn.ModuleDict({name: TimeEmbedding(wide) for name in times})
+        known = wide if strategy.connector_adaln else None
+        self.connector = Connector(model.tower_width, strategy.side, model.width, known)
+
+    def time(self, layer: int, steps: Tensor) -> Tensor:
+        return self.times["all" if "all" in self.times else str(layer)](steps)
+
+
+@register(
+    "pvc",
+    summary="Let frames attend to earlier ones in the vision tower, and compress each with a trained connector.",
+    stages=("encoder", "projector"),
+    paper="PVC: Progressive Visual Token Compression for Unified Image and Video Processing in Large"
+    " Vision-Language Models (arXiv 2412.09613)",
+    code="https://github.com/OpenGVLab/PVC",
+    code_licence="MIT",
+    differs="The published weights and the code of the modules could not be had: what the abstract and the"
+    " repository do not say is an option with our choice as default. The connector is added to the average of the"
+    " model's own features, so that at the start the model answers as with pool; the published one replaces it.",
+    experimental=True,
+)
+@dataclass
+class PVC(TrainedStrategy):
+    """Progressive compression: a frame encodes what earlier frames did not.
+
+    In the last layers of the tower every token attends to the tokens at its place in its own and earlier
+    frames, after a norm that is conditioned on the time step. The connector divides the frame into a grid of
+    rectangles and makes one token of each. An image is a static video of `image_repeats` frames, whose tokens
+    all enter the LLM. Temporal attention adds nothing and the connector adds nothing before training.
+
+    Args:
+        budget: share of the visual tokens, or tokens per image or frame; the frames of an image share it.
+        tokens_per_frame: in place of a budget, tokens of every frame, also of each of an image's.
+        image_repeats: frames of the static video that an image becomes.
+        side: the connector reads side x side places of the tower's map per token.
+        temporal_layers: tower layers; the last half of those before the projector if None.
+        temporal_position: "before" the layer, or "after" its attention.
+        te_shared: one time embedding for all layers, else one each.
+        te_dim: width of the time embeddings.
+        tau_kind: the time step is the "index" of the frame, or the "fraction" of the video before it.
+        gate: trained factor on the temporal attention: a "vector", a "scalar" or "none".
+        window: frames that a frame attends to, itself included; None for all, which a stream cannot have.
+        include_cls: whether the class token attends too.
+        connector_adaln: whether the connector knows the time step.
+    """
+
+    budget: float | int | None = None  # type: ignore[assignment]
+    _: KW_ONLY
+    tokens_per_frame: int | None = None
+    image_repeats: int = 4
+    side: int = 4
+    temporal_layers: tuple[int, ...] | None = None
+    temporal_position: Literal["before", "after"] = "before"
+    te_shared: bool = True
+    te_dim: int = 256
+    tau_kind: Literal["index", "fraction"] = "index"
+    gate: Literal["vector", "scalar", "none"] = "vector"
+    window: int | None = 96
+    include_cls: bool = True
+    connector_adaln: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None and self.tokens_per_frame is not None:
+            raise ValueError(
+                f"Give pvc a budget or tokens_per_frame, found {self.budget} and {self.tokens_per_frame}."
+            )
+        for name in ("tokens_per_frame", "image_repeats", "side", "te_dim", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}.")
+
+    # -- what it adds to a model -----------------------------------------------------------------------------
+    def build(self, model: ModelShape) -> nn.Module:
+        return Weights(self, model)
+
+    def layers_of(self, tower: TowerInfo) -> tuple[int, ...]:
+        """The tower layers with temporal attention. Raises ValueError for those that the tower lacks."""
+        count = tower.feature_layer + 1
+        if self.temporal_layers is None:
+            return tuple(range(count - max(1, count // 2), count))
+        layers = tuple(sorted(set(self.temporal_layers)))
+        if not layers or not 0 <= layers[0] <= layers[-1] < count:
+            raise ValueError(
+                f"temporal_layers names some of the tower's layers 0..{count - 1}, found {self.temporal_layers}."
+            )
+        return layers
+
+    def temporal(self, tower: TowerInfo) -> Temporal | None:
+        after = self.temporal_position == "after"
+        return Temporal(self.layers_of(tower), self.mix, after, self.image_repeats)
+
+    def needs(self, tower: TowerInfo | None) -> Needs:
+        return Needs() if tower is None else Needs(states=(tower.feature_layer,))
+
+    # -- tokens ----------------------------------------------------------------------------------------------
+    def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
+        """Tokens per segment, those of all frames of an image together."""
+        return [
+            steps * math.prod(pooled_grid(s.grid, most)) if most else 0
+            for s, (steps, most) in zip(segments, self._shares(segments, budget), strict=True)
+        ]
+
+    def _shares(
+        self, segments: Sequence[Segment], budget: float | int | None = None
+    ) -> list[tuple[int, int]]:
+        """Per segment the frames whose tokens enter the LLM, and at most so many tokens of each."""
+        budget, out = self.budget if budget is None else budget, []
+        fixed = self.tokens_per_frame if budget is None else None
+        allowed = self.allowance(0.25 if budget is None else budget).tokens(segments)
+        for segment, n in zip(segments, allowed, strict=True):
+            repeats = 1 if segment.kind == "frame" else self.image_repeats
+            if fixed is None:
+                frames = max(1, min(repeats, n))
+                out.append((frames, n // frames))
+            else:
+                each = min(fixed, segment.fed)
+                out.append((min(repeats, segment.fed // each) if each else 1, each))
+        return out
+
+    def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
+        padded = any(s.fed < s.size for s in segments)
+        return None if padded else super()._total_kept(segments, separators)
+
+    def mix(self, layer: int, x: Tensor, steps: FrameSteps) -> Tensor:
+        """Temporal attention before or in a layer: the frames (t, n, C) of all sequences."""
+        if steps.streams and (self.window is None or self.tau_kind != "index"):
+            raise ValueError("A stream of pvc needs a window and tau_kind='index': its end is not known.")
+        block, out = self.module.layers[str(layer)], []
+        for frames in x.split(steps.lengths):
+            tau = torch.arange(len(frames), device=x.device) + steps.start
+            time = self.module.time(layer, tau / len(frames) if self.tau_kind == "fraction" else tau)
+            some = frames if self.include_cls else frames[:, steps.prefix :]
+            mixed, steps.left[layer] = block(some, time, steps.past.get(layer, ()))
+            out.append(mixed if self.include_cls else torch.cat([frames[:, : steps.prefix], mixed], 1))
+        return torch.cat(out)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        assert tokens.tower is not None
+        states, shares = tokens.states(tokens.tower.feature_layer), self._shares(tokens.segments)
+        parts = pooled(tokens, [most for _, most in shares])
+        sizes = [rows * columns for rows, columns in parts.grids]
+        base, full = parts.means(tokens.features).split(sizes), (parts.sizes > 0).split(sizes)
+        start, streamed = tokens.memory.get("frames", 0), states.shape[1] < self.image_repeats
+        groups: dict[tuple[int, ...], list[tuple[int, Tensor, Tensor]]] = {}
+        for i, (segment, (frames, _)) in enumerate(zip(tokens.segments, shares, strict=True)):
+            frames = min(frames, states.shape[1])
+            tau = torch.arange(states.shape[1], device=states.device)[-frames:]
+            if segment.kind == "frame" or streamed:
+                tau = tau + start + i
+            if self.tau_kind == "fraction":
+                tau = tau / (len(tokens.segments) if segment.kind == "frame" else states.shape[1])
+            maps = parts.map_of(i, states[i, -frames:])
+            groups.setdefault((*parts.grids[i], *maps.shape[1:3]), []).append((i, maps, tau))
+        tokens.memory["frames"] = start + len(tokens.segments)
+        made = self._connected(groups, base)
+        some = [m[:, here] for m, here in zip(made, full, strict=True)]
+        keep = parts.places([m.shape[0] * m.shape[1] for m in some])
+        return Selection(keep, features=torch.cat([m.flatten(0, 1) for m in some]))
+
+    def _connected(
+        self, groups: dict[tuple[int, ...], list[tuple[int, Tensor, Tensor]]], base: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Per segment (frames, rectangles, d): pooled features, and what the connector adds to them."""
+        out: list[Tensor] = [x[None] for x in base]
+        for (rows, columns, *_), members in groups.items():
+            if rows:
+                maps, taus = (torch.cat([member[k] for member in members]) for k in (1, 2))
+                added = self.module.connector(maps, taus, (rows, columns)).split([len(m[1]) for m in members])
+                for (i, _, _), some in zip(members, added, strict=True):
+                    out[i] = base[i] + some.to(base[i])
+        return out

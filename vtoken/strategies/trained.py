@@ -1,0 +1,86 @@
+"""Base of strategies with weights of their own, which are trained while the model stays as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..tokens import TowerInfo
+from .base import Strategy
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Facts about a model on which the shapes of a strategy's weights depend.
+
+    Attributes:
+        tower: of the vision tower; None where the model has no transformer tower.
+        tower_width: channels C of the tower's layers.
+        width: channels d of the features that the LLM reads.
+    """
+
+    tower: TowerInfo | None
+    tower_width: int
+    width: int
+
+
+@dataclass
+class TrainedStrategy(Strategy):
+    """Base of strategies with weights: write `build`, and use `self.module` in `select`.
+
+    `vtoken.patch` puts the module on the model, freezes all other parameters, and loads weights if the
+    strategy came from a folder with some. Gradients flow through `select` and `temporal`.
+    """
+
+    def build(self, model: ModelShape) -> nn.Module:
+        """A new module with the weights of this strategy, all of them parameters, for a model.
+
+        At the start the patched model should answer as nearly as it can like a model without such weights.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must build its module.")
+
+    @property
+    def module(self) -> Any:
+        """The module on the model.
+
+        Raises:
+            RuntimeError: if the strategy is on no model.
+        """
+        found = self.__dict__.get("_module")
+        if found is None:
+            raise RuntimeError(
+                f"{self.info.name} has weights, which vtoken.patch puts on a model: patch one first."
+            )
+        return found
+
+    def attach(self, module: nn.Module | None) -> None:
+        """Use this module from now on; None for none."""
+        self.__dict__["_module"] = module
+
+    @property
+    def attached(self) -> bool:
+        """Whether the strategy is on a model."""
+        return self.__dict__.get("_module") is not None
+
+    @property
+    def source(self) -> Path | None:
+        """The file with the weights to begin with, None to begin with new ones."""
+        return self.__dict__.get("_source")
+
+    @source.setter
+    def source(self, path: Path | None) -> None:
+        self.__dict__["_source"] = path
+
+    def with_budget(self, budget: float | int) -> TrainedStrategy:
+        made = replace(self, budget=budget)
+        made.__dict__.update({k: v for k, v in self.__dict__.items() if k in ("_module", "_source")})
+        return made
+
+
+def trained_part(strategy: Strategy) -> TrainedStrategy | None:
+    """The part of a strategy or a combination that has weights."""
+    part = strategy.in_encoder
+    return part if isinstance(part, TrainedStrategy) else None

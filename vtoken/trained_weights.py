@@ -1,0 +1,78 @@
+"""Weights of strategies that are trained: made for a model, written to a file, read again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .adapters.base import Adapter
+from .strategies.trained import ModelShape, TrainedStrategy
+
+ORIGIN = "vtoken"  # the entry of the file's metadata that tells the model
+
+
+def shape_of(adapter: Adapter) -> ModelShape:
+    """The facts about a model on which the shapes of such weights depend."""
+    tower = next(iter(adapter.towers.values()), None)
+    width = int(adapter.decoder.config.hidden_size)
+    return ModelShape(None, 0, width) if tower is None else ModelShape(tower.info, tower.width, width)
+
+
+def make_module(adapter: Adapter, strategy: TrainedStrategy) -> nn.Module:
+    """The module of a strategy for a model, on the device of its vision tower and in the model's dtype.
+
+    Raises:
+        ValueError: if the weights that the strategy came with do not fit the model.
+    """
+    where = next((p for t in adapter.towers.values() for p in t.module.parameters()), None)
+    device = "cpu" if where is None else where.device
+    shape, source = shape_of(adapter), strategy.source
+    if source is None:
+        with torch.device(device):
+            return strategy.build(shape).to(adapter.model.dtype)
+    with torch.device("meta"):  # nothing is allocated before the shapes in the file are known to be right
+        module = strategy.build(shape)
+    _check(module, source, strategy.info.name, shape)
+    module.load_state_dict(load_file(source), assign=True)
+    return module.to(device=device, dtype=adapter.model.dtype)
+
+
+def _check(module: nn.Module, source: Path, name: str, shape: ModelShape) -> None:
+    """Raise ValueError, in one sentence, unless a file holds exactly the weights of a module."""
+    try:
+        with safe_open(source, "pt") as file:
+            have = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            origin = (file.metadata() or {}).get(ORIGIN, "")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(source)!r} cannot be read as a safetensors file: {error}.") from None
+    want = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    wrong = [key for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key)]
+    if wrong:
+        key, found = wrong[0], have.get(wrong[0], "none")
+        raise ValueError(
+            f"The {name} weights in {str(source)!r}{_made_for(origin)} do not fit this model, whose vision tower has"
+            f" {shape.tower_width} channels and whose LLM has {shape.width}: {len(wrong)} differ, the first is"
+            f" {key} of shape {found} where {want.get(key, 'none')} is needed."
+        )
+
+
+def _made_for(origin: str) -> str:
+    try:
+        told = json.loads(origin)
+        return f", trained for {str(told['model_type'])[:40]},"
+    except (ValueError, TypeError, KeyError):
+        return ""
+
+
+def write_weights(adapter: Adapter, strategy: TrainedStrategy, path: Path) -> None:
+    """Write the weights of a strategy that is on a model to a safetensors file."""
+    told = {"model_type": adapter.config.model_type, "strategy": strategy.info.name}
+    told |= {k: v for k, v in asdict(shape_of(adapter)).items() if k != "tower"}
+    state = {key: value.detach().contiguous() for key, value in strategy.module.state_dict().items()}
+    save_file(state, path, {"format": "pt", ORIGIN: json.dumps(told)})
