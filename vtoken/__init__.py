@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .mechanism.generation import prompt_length
     from .patching import applied, disabled, patch, report, unpatch
     from .resize import resized
+    from .saving import save_strategy
     from .selection import Selection
     from .strategies import EncoderStrategy, Strategy, StrategyInfo, register, strategy_info
     from .streaming import StreamSession
@@ -57,6 +58,7 @@ __all__ = [
     "report",
     "resized",
     "retrieval_training",
+    "save_strategy",
     "strategies",
     "strategy_info",
     "stream",
@@ -77,6 +79,7 @@ _LAZY = {
     "prompt_length": "mechanism.generation",
     "resized": "resize",
     "video_embeddings": "videos",
+    "save_strategy": "saving",
     "visualize": "drawing",
     "StreamSession": "streaming",
     **dict.fromkeys(("applied", "disabled", "patch", "report", "unpatch"), "patching"),

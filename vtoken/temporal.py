@@ -1,4 +1,4 @@
-"""Attention across frames inside a vision tower: the declaration of a strategy, and the frames of one call."""
+"""Attention across frames inside a vision tower: a strategy's declaration, and the frames of one call."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class TemporalPass:
         lengths = [repeats] * rows if self.lengths is None else self.lengths
         if self.lengths is not None and sum(lengths) != rows:
             raise RuntimeError(
-                f"The tower was given {rows} frames but the call has {sum(lengths)}: the adapter does not know"
-                " this kind of input."
+                f"The tower was given {rows} frames but the call has {sum(lengths)}: the adapter does not"
+                " know this kind of input."
             )
         if self.state is None:
             return FrameSteps(lengths, prefix=prefix)

@@ -45,6 +45,11 @@ def make_module(adapter: Adapter, strategy: TrainedStrategy) -> nn.Module:
 
 def _check(module: nn.Module, source: Path, name: str, shape: ModelShape) -> None:
     """Raise ValueError, in one sentence, unless a file holds exactly the weights of a module."""
+    if not source.exists():
+        raise ValueError(
+            f"The folder {str(source.parent)!r} has no {source.name} with the weights of {name}: write it with"
+            " vtoken.save_strategy, or name the strategy and its options to begin with new weights."
+        )
     try:
         with safe_open(source, "pt") as file:
             have = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -56,9 +61,9 @@ def _check(module: nn.Module, source: Path, name: str, shape: ModelShape) -> Non
     if wrong:
         key, found = wrong[0], have.get(wrong[0], "none")
         raise ValueError(
-            f"The {name} weights in {str(source)!r}{_made_for(origin)} do not fit this model, whose vision tower has"
-            f" {shape.tower_width} channels and whose LLM has {shape.width}: {len(wrong)} differ, the first is"
-            f" {key} of shape {found} where {want.get(key, 'none')} is needed."
+            f"The {name} weights in {str(source)!r}{_made_for(origin)} do not fit this model, whose vision"
+            f" tower has {shape.tower_width} channels and whose LLM has {shape.width}: {len(wrong)} differ,"
+            f" the first is {key} of shape {found} where {want.get(key, 'none')} is needed."
         )
 
 

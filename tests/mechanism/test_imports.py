@@ -108,7 +108,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "recorder",
             "strategies",
         ),
-        *("streams", "selection", "tokens"),
+        *("streams", "selection", "temporal", "tokens", "trained_weights"),
     ),
     "integrations": ("adapters", "config", "fit", "kernels", "patching", "strategies", "tokens"),
     "retrieval_training": ("checks", "extras", "patching", "strategies", "streams", "videos"),

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vtoken import Segment, Selection, Strategy, TowerInfo, VisualTokens
+from vtoken.strategies.trained import ModelShape, TrainedStrategy, trained_part
 
-LAYERS, HEADS, WIDTH, DIM = 6, 2, 8, 16
+LAYERS, HEADS, WIDTH, DIM, PATCHES = 6, 2, 8, 16, 36
 
 
 def tower(
@@ -48,6 +49,9 @@ def build(
         provided["received_attention", layer] = randn(count, size).softmax(-1).float()
         provided["keys", layer] = randn(count, size, HEADS * WIDTH).to(dtype)
     features = randn(len(cells), DIM)
+    frames = 1 if modality == "video" else 4  # of the static video that an image may be read as
+    states = randn(count, frames, PATCHES, HEADS * WIDTH).to(dtype)
+    provided |= {("states", layer): states for layer in range(info.num_layers)}
     features[cells < 0] = features[cells < 0][:1]  # image-newline rows are one learned vector
     return VisualTokens(
         features=features.to(dtype),
@@ -114,9 +118,12 @@ def separators_kept(tokens: VisualTokens, selection: Selection) -> int:
 def answer(strategy: Strategy, tokens: VisualTokens, memory: dict | None = None) -> Selection:
     """A checked answer to tokens that provide only what was declared; `memory` is that of a stream going on."""
     needs = strategy.needs(tokens.tower)
-    declared = {(what, layer) for what in ("cls_attention", "cls_logits", "received_attention", "keys")
+    declared = {(what, layer) for what in ("cls_attention", "cls_logits", "received_attention", "keys", "states")
                 for layer in getattr(needs, what)}  # fmt: skip
     assert tokens.modality in needs.modalities
+    part = trained_part(strategy)
+    if part is not None and not part.attached:
+        part.attach(weights(part, tokens.tower))
     given = replace(
         tokens,
         memory={} if memory is None else memory,
@@ -126,6 +133,16 @@ def answer(strategy: Strategy, tokens: VisualTokens, memory: dict | None = None)
         provided={key: value for key, value in tokens.provided.items() if key in declared},
     )
     return strategy.select(given).check(len(tokens))
+
+
+def weights(strategy: TrainedStrategy, info: TowerInfo | None, seed: int = 0) -> torch.nn.Module:
+    """A module of the strategy whose weights are all random."""
+    module = strategy.build(ModelShape(info, HEADS * WIDTH, DIM))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    return module
 
 
 def outputs(tokens: VisualTokens, selection: Selection) -> Tensor:

@@ -136,8 +136,8 @@ class Adapter:
 
     def lacking(self, needs: Needs, modality: str) -> list[str]:
         """The needs that this model cannot meet for a modality."""
-        kinds = ("cls_attention", "cls_logits", "received_attention", "keys", "states")
-        kinds = (*kinds, "text_embeddings", "pixels")
+        inside = ("cls_attention", "cls_logits", "received_attention", "keys", "states")
+        kinds = (*inside, "text_embeddings", "pixels")
         asked = [kind for kind in kinds if getattr(needs, kind)]
         return [kind for kind in asked if kind not in self.provides(modality)]
 

@@ -23,8 +23,8 @@ class AddedModule:
     def __init__(self, model: nn.Module, module: nn.Module) -> None:
         if hasattr(model, ATTRIBUTE):
             raise ValueError(
-                f"This {type(model).__name__} has the weights of another strategy, which a patch put there: call"
-                " vtoken.unpatch(model) first."
+                f"This {type(model).__name__} has the weights of another strategy, which a patch put there:"
+                " call vtoken.unpatch(model) first."
             )
         self.model, self.module = model, module
         self.trainable = [p for p in model.parameters() if p.requires_grad]

@@ -7,7 +7,8 @@ may have: the layers pass on the last of them, and the states of all go to the s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -64,17 +65,9 @@ class TowerFrames:
         run.steps, run.layer = None, self.first
         # In the backward pass there is no call to which a layer belongs, so that layers are not checkpointed
         # from outside but in `_plain`.
-        ours = [
-            x for x in self.now[self.first : self.last + 1] if getattr(x, "gradient_checkpointing", False)
-        ]
-        for layer in ours:
-            layer.gradient_checkpointing = False
-        run.checkpointed = bool(ours)
-        try:
+        with unchecked(self.now[self.first : self.last + 1]) as checkpointed:
+            run.checkpointed = checkpointed
             return original(*args, **kwargs)
-        finally:
-            for layer in ours:
-                layer.gradient_checkpointing = True
 
     def _layer(self, i: int, original: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         run, capture = self._running(), self.active()
@@ -112,9 +105,14 @@ class TowerFrames:
         args: Any,
         kwargs: dict[str, Any],
     ) -> Any:
-        if layer.training and checkpointed:
-            return layer._gradient_checkpointing_func(functools.partial(original, **kwargs), x, *args)
-        return original(x, *args, **kwargs)
+        if not (layer.training and checkpointed):
+            return original(x, *args, **kwargs)
+
+        def again(x: Tensor, *args: Any) -> Any:
+            with unchecked([layer]):  # also when it is computed again
+                return original(x, *args, **kwargs)
+
+        return layer._gradient_checkpointing_func(again, x, *args)
 
     def _between(
         self, i: int, x: Tensor, temporal: Temporal, steps: FrameSteps, args: Any, kwargs: dict[str, Any]
@@ -125,3 +123,16 @@ class TowerFrames:
         x = x + layer.mixed(heads.attend(layer.scale, None, layer.attention_dropout), heads)
         x = temporal.mix(i, x, steps)
         return x + layer.mlp(x)
+
+
+@contextmanager
+def unchecked(layers: list[Any]) -> Iterator[bool]:
+    """Turn the gradient checkpointing of layers off for a while; yields whether any had it on."""
+    on = [layer for layer in layers if getattr(layer, "gradient_checkpointing", False)]
+    for layer in on:
+        layer.gradient_checkpointing = False
+    try:
+        yield bool(on)
+    finally:
+        for layer in on:
+            layer.gradient_checkpointing = True

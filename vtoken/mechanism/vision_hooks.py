@@ -26,8 +26,8 @@ from ..temporal import Temporal, TemporalPass
 from ..tokens import Needs, VisualTokens
 from .forward_context import ENCODED, Admission, ForwardContext
 from .prompt import EncodedVisuals, tensors_of
-from .tower_merging import EncoderMerging
 from .tower_frames import TowerFrames
+from .tower_merging import EncoderMerging
 from .tower_reuse import FrameReuse
 from .transformers_names import check_features
 

@@ -18,6 +18,7 @@ from .llavolta import LLaVolta as LLaVolta
 from .mustdrop import MustDrop as MustDrop
 from .pool import Pool as Pool
 from .prune_by_norm import PruneByNorm as PruneByNorm
+from .pvc import PVC as PVC
 from .pyramiddrop import PyramidDrop as PyramidDrop
 from .random import Random as Random
 from .random_merge import RandomMerge as RandomMerge

@@ -42,8 +42,8 @@ class Strategy(metaclass=_CheckedOptions):
             decide.
         prefill_layers, select_in_prefill: for methods that drop inside the LLM.
         aligned_layers: for methods that shrink the KV cache of earlier layers once the prompt has been read.
-        encoder_layers, merge_in_encoder: for methods that merge inside an encoder; see `EncoderStrategy` for
-            those between attention and MLP.
+        encoder_layers, merge_in_encoder: for methods that merge after layers of an encoder; `EncoderStrategy`
+            is for those between attention and MLP.
         reuse: for methods that compute a part of a frame inside the vision tower and reuse an earlier one.
 
     Args:
@@ -140,9 +140,7 @@ class Strategy(metaclass=_CheckedOptions):
         return sum(self.counts(segments)) + (separators if getattr(self, "keep_newline", False) else 0)
 
     def per_segment(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int] | None:
-        """Tokens of each segment that enter the LLM, known before the image or video is encoded.
-
-        A server needs them where text stands between the frames of a video.
+        """Tokens of each segment that enter the LLM, for servers, where text stands between frames.
 
         Args:
             segments: the grids; of a modality that `needs` names.
@@ -194,10 +192,7 @@ class Strategy(metaclass=_CheckedOptions):
         return ()
 
     def merge_in_encoder(self, tokens: EncoderTokens) -> EncoderMerge | None:
-        """Merge tokens in encoder layer `tokens.layer`, of every sequence equally many; None leaves them.
-
-        It is asked after the layer, or between attention and MLP if the class is an `EncoderStrategy`.
-        """
+        """Merge tokens in a layer, of every sequence equally many; None leaves them."""
         raise NotImplementedError(f"{type(self).__name__} does not act inside the vision tower.")
 
     def reuse(self, tower: TowerInfo) -> Reuse | None:

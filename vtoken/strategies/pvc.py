@@ -40,15 +40,17 @@ class Weights(nn.Module):
 
 @register(
     "pvc",
-    summary="Let frames attend to earlier ones in the vision tower, and compress each with a trained connector.",
+    summary="Let frames attend to earlier ones in the vision tower; a trained connector compresses each.",
     stages=("encoder", "projector"),
     paper="PVC: Progressive Visual Token Compression for Unified Image and Video Processing in Large"
     " Vision-Language Models (arXiv 2412.09613)",
     code="https://github.com/OpenGVLab/PVC",
     code_licence="MIT",
+    budget_means="entrance",
     differs="The published weights and the code of the modules could not be had: what the abstract and the"
-    " repository do not say is an option with our choice as default. The connector is added to the average of the"
-    " model's own features, so that at the start the model answers as with pool; the published one replaces it.",
+    " repository do not say is an option with our choice as default. The connector is added to the average of"
+    " the model's own features, so that an untrained model answers as with pool; the published one takes"
+    " their place.",
     experimental=True,
 )
 @dataclass
@@ -114,7 +116,8 @@ class PVC(TrainedStrategy):
         layers = tuple(sorted(set(self.temporal_layers)))
         if not layers or not 0 <= layers[0] <= layers[-1] < count:
             raise ValueError(
-                f"temporal_layers names some of the tower's layers 0..{count - 1}, found {self.temporal_layers}."
+                f"temporal_layers names some of the tower's layers 0..{count - 1}, found"
+                f" {self.temporal_layers}."
             )
         return layers
 
@@ -142,12 +145,11 @@ class PVC(TrainedStrategy):
         allowed = self.allowance(0.25 if budget is None else budget).tokens(segments)
         for segment, n in zip(segments, allowed, strict=True):
             repeats = 1 if segment.kind == "frame" else self.image_repeats
-            if fixed is None:
-                frames = max(1, min(repeats, n))
-                out.append((frames, n // frames))
-            else:
-                each = min(fixed, segment.fed)
-                out.append((min(repeats, segment.fed // each) if each else 1, each))
+            each = n // max(1, min(repeats, n)) if fixed is None else min(fixed, segment.fed)
+            rows, columns = pooled_grid(segment.grid, each) if each else (1, 1)
+            # every frame of an image has a place of its own in each rectangle
+            room = (segment.grid[0] // rows) * (segment.grid[1] // columns)
+            out.append((min(repeats, room) if each else 1, each))
         return out
 
     def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
@@ -172,33 +174,35 @@ class PVC(TrainedStrategy):
         states, shares = tokens.states(tokens.tower.feature_layer), self._shares(tokens.segments)
         parts = pooled(tokens, [most for _, most in shares])
         sizes = [rows * columns for rows, columns in parts.grids]
-        base, full = parts.means(tokens.features).split(sizes), (parts.sizes > 0).split(sizes)
-        start, streamed = tokens.memory.get("frames", 0), states.shape[1] < self.image_repeats
+        base, counts = parts.means(tokens.features).split(sizes), parts.sizes.split(sizes)
+        start = tokens.memory.get("frames", 0)  # above 0 in a stream only
         groups: dict[tuple[int, ...], list[tuple[int, Tensor, Tensor]]] = {}
         for i, (segment, (frames, _)) in enumerate(zip(tokens.segments, shares, strict=True)):
-            frames = min(frames, states.shape[1])
-            tau = torch.arange(states.shape[1], device=states.device)[-frames:]
-            if segment.kind == "frame" or streamed:
-                tau = tau + start + i
+            filled = counts[i][counts[i] > 0]  # a crop can be partly padding
+            frames = min(frames, states.shape[1], int(filled.min()) if len(filled) else 1)
+            tau = torch.arange(states.shape[1], device=states.device)[-frames:] + start
+            tau = tau + i if segment.kind == "frame" else tau
             if self.tau_kind == "fraction":
                 tau = tau / (len(tokens.segments) if segment.kind == "frame" else states.shape[1])
             maps = parts.map_of(i, states[i, -frames:])
             groups.setdefault((*parts.grids[i], *maps.shape[1:3]), []).append((i, maps, tau))
         tokens.memory["frames"] = start + len(tokens.segments)
         made = self._connected(groups, base)
-        some = [m[:, here] for m, here in zip(made, full, strict=True)]
-        keep = parts.places([m.shape[0] * m.shape[1] for m in some])
-        return Selection(keep, features=torch.cat([m.flatten(0, 1) for m in some]))
+        tables = parts.table().split(sizes)
+        places = torch.cat([t[:, : len(m)].flatten() for t, m in zip(tables, made, strict=True)])
+        features = torch.cat([m.transpose(0, 1).flatten(0, 1) for m in made])
+        order = places.argsort()[(places < 0).sum() :]
+        return Selection(places[order], features=features[order])
 
     def _connected(
         self, groups: dict[tuple[int, ...], list[tuple[int, Tensor, Tensor]]], base: Sequence[Tensor]
     ) -> list[Tensor]:
         """Per segment (frames, rectangles, d): pooled features, and what the connector adds to them."""
-        out: list[Tensor] = [x[None] for x in base]
+        out = [x[None] for x in base]
         for (rows, columns, *_), members in groups.items():
             if rows:
-                maps, taus = (torch.cat([member[k] for member in members]) for k in (1, 2))
-                added = self.module.connector(maps, taus, (rows, columns)).split([len(m[1]) for m in members])
-                for (i, _, _), some in zip(members, added, strict=True):
+                each, maps, taus = zip(*members, strict=True)
+                added = self.module.connector(torch.cat(maps), torch.cat(taus), (rows, columns))
+                for i, some in zip(each, added.split([len(m) for m in maps]), strict=True):
                     out[i] = base[i] + some.to(base[i])
         return out

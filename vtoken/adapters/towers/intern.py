@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..encoders.layer import EncoderLayer, Heads, split_heads
+from ..encoders.transformers import TransformersLayer
 from .base import Tower
+
+
+class InternLayer(TransformersLayer):
+    """A layer with norms after the q/k projections, and layer scales."""
+
+    def heads(self, x: Tensor, call: Mapping[str, Any]) -> Heads:
+        a, x = self.module.attention, self.module.layernorm_before(x)
+        parts = a.q_norm(a.q_proj(x)), a.k_norm(a.k_proj(x)), a.v_proj(x)
+        query, key, value = (split_heads(p, int(a.num_heads)) for p in parts)
+        return Heads(query, key, value, key)
+
+    def mixed(self, attended: Tensor, heads: Heads) -> Tensor:
+        a = self.module.attention
+        return self.module.lambda_1 * a.projection_dropout(a.projection_layer(attended))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.module.lambda_2 * self.module.dropout(self.module.mlp(self.module.layernorm_after(x)))
 
 
 class InternTower(Tower):
@@ -17,6 +37,9 @@ class InternTower(Tower):
 
     def find_layers(self) -> list[nn.Module]:
         return list(self.module.encoder.layer)  # type: ignore[union-attr, arg-type]
+
+    def split_layers(self) -> list[EncoderLayer]:
+        return [InternLayer(module) for module in self.layers]
 
     def attention(self, layer: int) -> nn.Module:
         return self.layers[layer].attention  # type: ignore[return-value]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kernels import gather_merge
 from ...tokens import VisualTokens
 from .grids import blocks_of, pooled_grid, window_of
 
@@ -44,16 +45,13 @@ class Pooled:
 
     def centres(self) -> Tensor:
         """(rectangles,) int64, the most central token of every rectangle; -1 where there is none."""
-        central = self.order[self.rank() == 0]
-        out = torch.full_like(self.sizes, -1)
-        out[self.group[central]] = central
-        return out
+        table = self.table()
+        return table[:, 0] if table.shape[1] else torch.full_like(self.sizes, -1)
 
     def means(self, features: Tensor) -> Tensor:
-        """(rectangles, d), the mean of the features (n, d) of each rectangle; zeros where there is no token."""
-        total = features.new_zeros(len(self.sizes), features.shape[1], dtype=torch.float32)
-        total = total.index_add(0, self.group[self.order], features[self.order].float())
-        return (total / self.sizes.clamp(min=1)[:, None]).to(features.dtype)
+        """(rectangles, d), the mean of the features (n, d) of each rectangle; of an empty one anything."""
+        weight = torch.where(self.group >= 0, 1 / self.sizes[self.group.clamp(min=0)], 0.0)
+        return gather_merge(features, self.centres().clamp(min=0), self.group, weight)
 
     def map_of(self, segment: int, states: Tensor) -> Tensor:
         """The part of a square map (t, patches, C) that is divided, (t, h, w, C)."""
@@ -61,15 +59,12 @@ class Pooled:
         top, left, bottom, right = (round(share * side) for share in self.windows[segment])
         return states.unflatten(1, (side, side))[:, top : max(bottom, top + 1), left : max(right, left + 1)]
 
-    def places(self, counts: Sequence[int]) -> Tensor:
-        """(sum of counts,) int64, ascending: per segment so many tokens, the most central of their rectangles."""
-        rank, first, chosen = self.rank(), 0, []
-        for (rows, columns), count in zip(self.grids, counts, strict=True):
-            group = self.group[self.order]
-            mine = ((group >= first) & (group < first + rows * columns)).nonzero()[:, 0]
-            chosen.append(self.order[mine[rank[mine].argsort(stable=True)[:count]]])
-            first += rows * columns
-        return torch.cat(chosen).sort().values
+    def table(self) -> Tensor:
+        """(rectangles, tokens of the largest) int64: the tokens of each, central ones first, then -1."""
+        rank = self.rank()
+        out = self.order.new_full((len(self.sizes), int(rank.max()) + 1 if len(rank) else 0), -1)
+        out[self.group[self.order], rank] = self.order
+        return out
 
 
 def pooled(tokens: VisualTokens, most: Sequence[int]) -> Pooled:

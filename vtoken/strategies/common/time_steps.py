@@ -60,10 +60,8 @@ class TemporalAttention(nn.Module):
         self.heads, self.window = heads, window
         self.norm = ModulatedNorm(width, time_width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        if gate != "none":
-            self.gate = nn.Parameter(torch.zeros(width if gate == "vector" else 1))
-        else:
-            self.gate = None
+        size = {"vector": width, "scalar": 1, "none": 0}[gate]
+        self.gate = nn.Parameter(torch.zeros(size)) if size else None
 
     def forward(
         self, x: Tensor, time: Tensor, past: tuple[Tensor, ...] = ()

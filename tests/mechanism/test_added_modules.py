@@ -1,0 +1,182 @@
+"""Weights of a strategy on a model: where they live, what the model's own files hold, training, saving, loading."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vtoken
+from tests.models import FAMILIES
+from tests.oracle import clone
+from vtoken.config import WEIGHTS_FILE
+
+NAME = "llava"
+
+
+def patched(name=NAME, **options):
+    torch.manual_seed(0)
+    return vtoken.patch(FAMILIES[name].build(), "pvc", **({"budget": 0.3, "side": 2} | options))
+
+
+def randomise(model):
+    with torch.no_grad():
+        for parameter in model.vtoken_strategy.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 3)
+    return model
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**clone(inputs)).logits
+
+
+def test_the_model_s_own_weights_are_what_they_were(tmp_path):
+    model = FAMILIES[NAME].build()
+    before, trainable = model.state_dict(), [p.requires_grad for p in model.parameters()]
+    vtoken.patch(model, "pvc")
+    own = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert own and all(n.startswith("vtoken_strategy.") for n in own)
+    assert list(model.state_dict()) == list(before)
+    model.load_state_dict(before)  # strict
+    model.save_pretrained(tmp_path)
+    assert not [k for k in load_file(tmp_path / "model.safetensors") if "vtoken" in k]
+    vtoken.unpatch(model)
+    assert not hasattr(model, "vtoken_strategy") and not [m for m in model.modules() if "pvc" in str(type(m))]
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert list(model.state_dict()) == list(before) and not model._state_dict_hooks
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "checkpointed"])
+@pytest.mark.parametrize("name", ["llava", "llava_onevision/video", "internvl"])
+def test_gradients_reach_every_added_weight_and_no_other(name, checkpointing):
+    model, inputs = randomise(patched(name)), FAMILIES[name].batch("one")
+    labels = inputs["input_ids"]
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    model.train()
+    model(**clone(inputs), labels=labels).loss.backward()
+    missing = [
+        n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert not missing
+    assert not [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
+    if checkpointing is not None:
+        plain = randomise(patched(name)).train()
+        plain(**clone(inputs), labels=labels).loss.backward()
+        for (n, a), (_, b) in zip(model.named_parameters(), plain.named_parameters()):
+            assert a.grad is None or torch.allclose(a.grad, b.grad, atol=1e-6), n
+
+
+def test_training_lowers_the_loss_and_survives_a_round_trip(tmp_path):
+    model, inputs = patched(), FAMILIES[NAME].batch("ragged")
+    optimiser = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), 3e-3)
+    losses = []
+    for _ in range(8):
+        loss = model(**clone(inputs), labels=inputs["input_ids"]).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    trained = logits(model, inputs)
+    vtoken.save_strategy(model, tmp_path)
+    config = vtoken.VTokenConfig.from_pretrained(tmp_path)
+    assert (
+        config.strategy == "pvc"
+        and config.options == {"side": 2}
+        and config.weights == tmp_path / WEIGHTS_FILE
+    )
+    other = vtoken.patch(FAMILIES[NAME].build(), config)
+    assert torch.equal(logits(other, inputs), trained)
+    again = tmp_path / "again"
+    vtoken.save_strategy(other, again)
+    a, b = load_file(tmp_path / WEIGHTS_FILE), load_file(again / WEIGHTS_FILE)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_copies_pickles_and_casts_carry_the_weights():
+    model, inputs = randomise(patched()), FAMILIES[NAME].batch("one")
+    pickled = pickle.dumps(model)  # transformers' own hooks of a first call cannot be
+    answer = logits(model, inputs)
+    for other in (copy.deepcopy(model), pickle.loads(pickled)):
+        assert torch.equal(logits(other, inputs), answer)
+        mine, theirs = model.vtoken_strategy, other.vtoken_strategy
+        assert mine is not theirs
+        with torch.no_grad():
+            theirs.connector.fc2.bias.add_(1.0)
+        assert not torch.equal(logits(other, inputs), answer) and torch.equal(logits(model, inputs), answer)
+        vtoken.unpatch(other)
+        assert not hasattr(other, "vtoken_strategy")
+    model.double()
+    assert all(p.dtype == torch.float64 for p in model.vtoken_strategy.parameters())
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in clone(inputs).items()}
+    assert torch.allclose(logits(model, wide).float(), answer, atol=1e-4)
+
+
+def test_a_folder_of_another_architecture_is_refused(tmp_path):
+    vtoken.save_strategy(patched("llava_next"), tmp_path)
+    config = vtoken.VTokenConfig.from_pretrained(tmp_path)
+    model = FAMILIES["llava_onevision"].build()
+    names = [n for n, _ in model.named_parameters()]
+    state = load_file(tmp_path / WEIGHTS_FILE)
+    save_file({k: v for k, v in state.items() if "fc1" not in k}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(ValueError, match=r"pvc weights in .* do not fit this model, .* where \("):
+        vtoken.patch(model, config)
+    assert [n for n, _ in model.named_parameters()] == names and vtoken.patching.patch_of(model) is None
+    (tmp_path / WEIGHTS_FILE).write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="cannot be read as a safetensors file"):
+        vtoken.patch(model, config)
+    (tmp_path / WEIGHTS_FILE).unlink()
+    with pytest.raises(ValueError, match=r"has no vtoken_strategy\.safetensors"):
+        vtoken.patch(model, vtoken.VTokenConfig.from_pretrained(tmp_path))
+
+
+def test_sizes_in_a_config_allocate_nothing(tmp_path):
+    vtoken.save_strategy(patched(), tmp_path)
+    path = tmp_path / "vtoken_config.json"
+    told = json.loads(path.read_text())
+    told["options"]["te_dim"] = 10**7
+    path.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="do not fit this model"):
+        vtoken.patch(FAMILIES[NAME].build(), vtoken.VTokenConfig.from_pretrained(tmp_path))
+
+
+def test_an_object_serves_one_model():
+    strategy = vtoken.strategies.PVC(budget=0.3)
+    model = vtoken.patch(FAMILIES[NAME].build(), strategy)
+    with pytest.raises(ValueError, match="is on another model"):
+        vtoken.patch(FAMILIES[NAME].build(), strategy)
+    vtoken.unpatch(model)
+    with pytest.raises(RuntimeError, match=r"vtoken\.patch puts on a model"):
+        strategy.module  # noqa: B018
+    vtoken.patch(FAMILIES[NAME].build(), strategy)
+    other = patched()
+    with pytest.raises(ValueError, match="weights of another strategy"), vtoken.applied(other, "pvc"):
+        pass
+
+
+def test_with_a_strategy_inside_the_llm():
+    model, inputs = FAMILIES[NAME].build(), FAMILIES[NAME].batch("ragged")
+    vtoken.patch(model, ["pvc", "fastv"], budget=0.4, pvc={"side": 2}, fastv={"layer": 2})
+    randomise(model)
+    answer = logits(model, inputs)
+    with vtoken.disabled(model):
+        assert not torch.equal(logits(model, inputs), answer)
+
+
+def test_configs_of_strategies():
+    of = vtoken.VTokenConfig.of
+    made = vtoken.strategies.create("hired", budget=0.3, alpha=0.4)
+    assert of(made) == vtoken.VTokenConfig("hired", 0.3, "original", {"alpha": 0.4})
+    both = vtoken.strategies.combine(["hired", "fastv"], 0.3, split=0.4, fastv={"layer": 3})
+    told = of(both)
+    assert told.strategy == ["hired", "fastv"] and told.options == {"fastv": {"layer": 3}, "split": 0.4}
+    model = vtoken.patch(FAMILIES[NAME].build(), told)
+    assert vtoken.patching.patch_of(model).strategy.describe() == both.describe()
+    with pytest.raises(ValueError, match="not patched"):
+        vtoken.save_strategy(FAMILIES[NAME].build(), "nowhere")
