@@ -50,6 +50,14 @@ def read(path: Path, most: int = LARGEST) -> Any:
         raise ValueError(f"{str(path)!r} is not JSON: {error}.") from None
 
 
+def value_of(text: str) -> Any:
+    """A value on the command line, a number, a list or a word: as JSON, or as it stands."""
+    try:
+        return parse(text)
+    except ValueError:
+        return text
+
+
 def compact(value: Any, deep: int = 2) -> str:
     """A short JSON text with one line per entry down to `deep` levels, so that two versions compare."""
     if not deep or not isinstance(value, dict | list) or not value:

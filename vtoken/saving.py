@@ -9,7 +9,7 @@ from typing import Any
 from .config import WEIGHTS_FILE, VTokenConfig
 from .patching import patch_of
 from .strategies.trained import trained_part
-from .trained_weights import write_weights
+from .trained_weights import load_into, write_weights
 
 
 def save_strategy(model: Any, save_directory: str | os.PathLike[str], **kwargs: Any) -> str | None:
@@ -37,3 +37,16 @@ def save_strategy(model: Any, save_directory: str | os.PathLike[str], **kwargs: 
     if part is not None:
         write_weights(patch.adapter, part, folder / WEIGHTS_FILE)
     return config.save_pretrained(folder, **kwargs)
+
+
+def load_weights(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Load the weights that `save_strategy` wrote into the strategy that is on a model.
+
+    Raises:
+        ValueError: if the model has no strategy with weights, or those of the folder do not fit it.
+    """
+    patch = patch_of(model)
+    part = None if patch is None else trained_part(patch.strategy)
+    if patch is None or part is None:
+        raise ValueError("This model has no strategy with weights: call vtoken.patch(model, ...) first.")
+    load_into(patch.adapter, part, Path(folder) / WEIGHTS_FILE)

@@ -43,12 +43,22 @@ def make_module(adapter: Adapter, strategy: TrainedStrategy) -> nn.Module:
     return module.to(device=device, dtype=adapter.model.dtype)
 
 
+def load_into(adapter: Adapter, strategy: TrainedStrategy, source: Path) -> None:
+    """Load a file's weights into the module of a strategy that is on a model.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    _check(strategy.module, source, strategy.info.name, shape_of(adapter))
+    strategy.module.load_state_dict(load_file(source))
+
+
 def _check(module: nn.Module, source: Path, name: str, shape: ModelShape) -> None:
     """Raise ValueError, in one sentence, unless a file holds exactly the weights of a module."""
     if not source.exists():
         raise ValueError(
-            f"The folder {str(source.parent)!r} has no {source.name} with the weights of {name}: write it with"
-            " vtoken.save_strategy, or name the strategy and its options to begin with new weights."
+            f"The folder {str(source.parent)!r} has no {source.name} with the weights of {name}: write it"
+            " with vtoken.save_strategy, or name the strategy and its options to begin with new weights."
         )
     try:
         with safe_open(source, "pt") as file:

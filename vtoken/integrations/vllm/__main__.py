@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import click
 
+from ..._json import value_of
 from . import overrides
-
-
-def value_of(text: str) -> Any:
-    """A number, a list or a word: as JSON, or as it stands."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 @click.command()

@@ -1,0 +1,1 @@
+"""Training of strategies that have weights, on conversations about images and videos."""
