@@ -180,5 +180,5 @@ def test_a_stream_equals_the_whole_video():
 
 def encoded(model, patch, pixels):
     """What a session would keep of a video's frames."""
-    output = model.get_video_features(pixel_values_videos=pixels)
+    output = model.get_video_features(pixels)  # named otherwise in older releases
     return patch.encode(output, torch.cat([f.flatten(0, -2) for f in output.pooler_output]))[1]

@@ -1,0 +1,1 @@
+"""Recipes for the strategies with weights that ship for the tiny models."""

@@ -1,0 +1,130 @@
+"""Trains a strategy's weights for a tiny model: ``python -m training.compressors.train pvc llava_onevision``.
+
+The model stays as it is. Every step draws a budget, so that one set of weights serves them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+import vtoken
+from training.tiny.card import draw
+from training.tiny.loop import optimise
+from training.tiny.recipes import llava_onevision
+from training.tiny.train import cores
+from vtoken import tiny
+from vtoken.patching import patch_of
+from vtoken.strategies.trained import trained_part
+from vtoken.tiny.questions import answers, held_out, score
+
+from .packed import compressed, loss_of_questions
+
+BUDGETS = (0.25, 0.125, 0.0625)
+PLAN: dict[str, Any] = {"steps": 1500, "batch": 8, "rate": 2e-3, "muon_rate": 0.01}
+OPTIONS: dict[str, dict[str, Any]] = {"pvc": {"side": 2, "te_dim": 64, "image_repeats": 2}}
+FIRST = 90_000_000  # scenes that the model has not seen
+
+
+def make(processor: Any, step: int) -> tuple[Any, float]:
+    """The packed questions of a step about images or clips, and its budget."""
+    batch = llava_onevision.language_batch(processor, FIRST, PLAN["batch"], "train", step)
+    return batch, float(np.random.Generator(np.random.PCG64([FIRST, step])).choice(BUDGETS))
+
+
+def train(
+    strategy: str,
+    name: str = "llava_onevision",
+    out: str | Path = "compressor",
+    minutes: float | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    questions: int = 500,
+) -> dict[str, Any]:
+    """Train, measure and save the weights of a strategy for a tiny model.
+
+    Args:
+        strategy: a key of OPTIONS.
+        name: the tiny model.
+        out: folder for the config, the weights, the log, the curve; ``out/stages`` keeps the state.
+        minutes: upper limit of the training time; the schedule shrinks to fit.
+        seed: of the first weights.
+        resume: go on from the state of an interrupted run.
+        questions: held-out ones of the final measurement.
+
+    Returns:
+        The report that is also written to ``training_log.json`` (without the step log).
+    """
+    folder = Path(out)
+    keep = folder / "stages"
+    keep.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        for state in keep.glob("*.safetensors"):
+            state.unlink()
+    torch.manual_seed(seed)
+    model, processor = tiny.load(name)
+    vtoken.patch(model, strategy, budget=BUDGETS[-1], **OPTIONS[strategy])
+    part = trained_part(patch_of(model).strategy)
+    vocabulary, log = processor.tokenizer.get_vocab(), []
+    user = [vocabulary["user"], vocabulary[":"]]
+
+    def loss_of(item: Any, done: float) -> tuple[torch.Tensor, dict[str, float]]:
+        ((pixels, sizes), (ids, labels), *_), part.budget = item
+        seen = compressed(model, pixels, sizes)
+        loss, right = loss_of_questions(model, seen, ids, labels, user, llava_onevision.WIDTH)
+        return loss, {"answers": right.item(), "budget": part.budget}
+
+    limits = {"keep": keep, "seconds": minutes and minutes * 60}
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimise(strategy, parameters, partial(make, processor), loss_of, PLAN, log, **limits)
+    vtoken.save_strategy(model, folder)
+    pairs, accuracy = held_out(name, questions), {}
+    for budget in BUDGETS:
+        part.budget = budget
+        accuracy[str(budget)] = score(pairs, answers(model, processor, pairs))
+    report = {
+        "strategy": strategy,
+        "model": name,
+        "seed": seed,
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "training_minutes": round(max(entry["seconds"] for entry in log) / 60, 1),
+        "machine": cores(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "questions": questions,
+        "accuracy": accuracy,
+        "recipe": PLAN | {"budgets": BUDGETS},
+    }
+    (folder / "training_log.json").write_text(json.dumps({**report, "steps": log}, indent=1) + "\n")
+    draw(folder / "curve.png", log)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.compressors.train", description=train.__doc__.splitlines()[0]
+    )
+    parser.add_argument("strategy", choices=OPTIONS)
+    parser.add_argument("name", choices=["llava_onevision"], help="tiny model")
+    parser.add_argument("--out", default=None, help="folder to write (default: NAME-STRATEGY)")
+    parser.add_argument("--minutes", type=float, default=None, help="upper limit of the training time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from what an interrupted run left")
+    a = parser.parse_args()
+    report = train(a.strategy, a.name, a.out or f"{a.name}-{a.strategy}", a.minutes, a.seed, a.resume)
+    print(json.dumps({k: report[k] for k in ("accuracy", "training_minutes")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
