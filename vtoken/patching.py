@@ -186,9 +186,22 @@ class Patch:
                 f" has: use {fit}."
             )
         self._warn_of_one_token(tokens)
+        self._warn_of_new_weights()
         if self.strategy.is_identity or not self.strategy.acts_on_projector:
             return Selection.everything(len(tokens), tokens.cells.device)
         return self.strategy.select(tokens).check(len(tokens))
+
+    def _warn_of_new_weights(self) -> None:
+        """Warn once if a model answers with weights that were never trained."""
+        part = self.trained
+        if part is None or self.warned or torch.is_grad_enabled() or part.is_identity or not part.untrained:
+            return
+        self.warned = True
+        warnings.warn(
+            f"The weights of {part.info.name} are new: train them, or patch with"
+            " vtoken.VTokenConfig.from_pretrained(folder) of trained ones.",
+            stacklevel=2,
+        )
 
     def _warn_of_one_token(self, tokens: VisualTokens) -> None:
         """Warn once if a budget of 1, one token, may have been meant as 1.0, all tokens."""

@@ -29,7 +29,8 @@ def compressed(model: Any, pixels: Tensor, sizes: Tensor | None) -> tuple[Tensor
         output = model.model.get_image_features(pixels, sizes, **_features(model))
     patch, items = patch_of(model), getattr(output, ENCODED).items
     picks = [patch._select(item) for item in items]  # type: ignore[union-attr]
-    return torch.stack([p.features for p in picks]), picks[0].keep, len(items[0])
+    features = [p.features for p in picks if p.features is not None]
+    return torch.stack(features), picks[0].keep, len(items[0])
 
 
 def _features(model: Any) -> dict[str, Any]:

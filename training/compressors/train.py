@@ -72,9 +72,11 @@ def train(
     torch.manual_seed(seed)
     model, processor = tiny.load(name)
     vtoken.patch(model, strategy, budget=BUDGETS[-1], **OPTIONS[strategy])
-    part = trained_part(patch_of(model).strategy)
-    vocabulary, log = processor.tokenizer.get_vocab(), []
-    user = [vocabulary["user"], vocabulary[":"]]
+    patch = patch_of(model)
+    part = None if patch is None else trained_part(patch.strategy)
+    assert part is not None
+    vocabulary = processor.tokenizer.get_vocab()
+    user, log = [vocabulary["user"], vocabulary[":"]], list[dict[str, Any]]()
 
     def loss_of(item: Any, done: float) -> tuple[torch.Tensor, dict[str, float]]:
         ((pixels, sizes), (ids, labels), *_), part.budget = item
@@ -82,9 +84,9 @@ def train(
         loss, right = loss_of_questions(model, seen, ids, labels, user, llava_onevision.WIDTH)
         return loss, {"answers": right.item(), "budget": part.budget}
 
-    limits = {"keep": keep, "seconds": minutes and minutes * 60}
+    seconds = minutes and minutes * 60
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimise(strategy, parameters, partial(make, processor), loss_of, PLAN, log, **limits)
+    optimise(strategy, parameters, partial(make, processor), loss_of, PLAN, log, seconds=seconds, keep=keep)
     vtoken.save_strategy(model, folder)
     pairs, accuracy = held_out(name, questions), {}
     for budget in BUDGETS:

@@ -58,12 +58,18 @@ class TrainedStrategy(Strategy):
 
     def attach(self, module: nn.Module | None) -> None:
         """Use this module from now on; None for none."""
-        self.__dict__["_module"] = module
+        self.__dict__.update(_module=module, _made_at=None if module is None else _versions(module))
 
     @property
     def attached(self) -> bool:
         """Whether the strategy is on a model."""
         return self.__dict__.get("_module") is not None
+
+    @property
+    def untrained(self) -> bool:
+        """Whether its weights are new, as `build` made them."""
+        made = self.__dict__.get("_made_at")
+        return self.attached and self.source is None and made == _versions(self.module)
 
     @property
     def source(self) -> Path | None:
@@ -76,8 +82,14 @@ class TrainedStrategy(Strategy):
 
     def with_budget(self, budget: float | int) -> TrainedStrategy:
         made = replace(self, budget=budget)
-        made.__dict__.update({k: v for k, v in self.__dict__.items() if k in ("_module", "_source")})
+        kept = ("_module", "_made_at", "_source")
+        made.__dict__.update({k: v for k, v in self.__dict__.items() if k in kept})
         return made
+
+
+def _versions(module: nn.Module) -> list[int]:
+    """A number per parameter that rises whenever it is written."""
+    return [parameter._version for parameter in module.parameters()]
 
 
 def trained_part(strategy: Strategy) -> TrainedStrategy | None:
