@@ -32,6 +32,7 @@ KINDS = {
     "cls_logits": "attention logits of the CLS token",
     "received_attention": "attention received",
     "keys": "attention keys",
+    "states": "outputs",
 }
 
 

@@ -43,7 +43,7 @@ class Weights(nn.Module):
     summary="Let frames attend to earlier ones in the vision tower; a trained connector compresses each.",
     stages=("encoder", "projector"),
     paper="PVC: Progressive Visual Token Compression for Unified Image and Video Processing in Large"
-    " Vision-Language Models (arXiv 2412.09613)",
+    " Vision-Language Models, arXiv 2412.09613",
     code="https://github.com/OpenGVLab/PVC",
     code_licence="MIT",
     budget_means="entrance",

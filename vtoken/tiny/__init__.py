@@ -36,6 +36,11 @@ def path(name: str = "llava") -> Path:
     return HERE / name
 
 
+def trained(name: str) -> dict[str, Path]:
+    """By name of a strategy with weights, the folder with those that ship for a model, for `VTokenConfig`."""
+    return {file.parent.name: file.parent for file in sorted(path(name).glob("*/vtoken_config.json"))}
+
+
 def load(name: str = "llava", **kwargs: Any) -> tuple[Any, Any]:
     """A shipped model in eval mode and its processor, without network access.
 

@@ -97,6 +97,7 @@ def measure(
     strategy: str | None,
     budget: float | int = 1.0,
     step: Callable[[int], None] = lambda asked: None,
+    given: Any = None,
 ) -> Cell:
     """Ask all questions under one strategy.
 
@@ -106,6 +107,7 @@ def measure(
         strategy: registered name, or several joined by "+"; None asks the unpatched model.
         budget: as for `vtoken.patch`.
         step: called with the number of questions after each batch.
+        given: for `vtoken.patch` in place of the name, for a strategy with weights.
     """
     import time
 
@@ -115,7 +117,8 @@ def measure(
     kinds: dict[str, list[int]] = {}
     start = time.process_time()
     # the dense row is counted by a patch that keeps everything: the unpatched model, bit for bit
-    with vtoken.applied(model, strategy or "uniform", budget=budget if strategy else 1.0):
+    given = (given or strategy) if strategy else "uniform"
+    with vtoken.applied(model, given, budget=budget if strategy else 1.0):
         for batch in batches:
             said = batch.say(model)
             report = vtoken.report(model)

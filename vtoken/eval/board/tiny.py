@@ -40,11 +40,25 @@ class Subject:
         """Stem of the subject's file names."""
         return self.name if self.only else f"{self.name}_{self.medium}"
 
+    def given(self, name: str | None) -> Any:
+        """What `vtoken.patch` is given for a strategy: its name, or the weights that ship for this model."""
+        from ... import tiny
+        from ...config import VTokenConfig
+
+        folder = tiny.trained(self.name).get(name or "")
+        return name if folder is None else VTokenConfig.from_pretrained(folder)
+
     def fitting(self) -> list[str]:
-        """Strategies that fit the model at budget 0.5 and the medium; for images none about frames."""
+        """Strategies that fit the model at budget 0.5 and the medium; for images none about frames.
+
+        Those with weights are among them if some ship for this model.
+        """
         import vtoken
 
-        names = [name for name in vtoken.list_strategies() if not refusal(self.model, name, LARGEST)]
+        from ... import tiny
+
+        known = [n for n in vtoken.list_strategies() if n in tiny.trained(self.name) or not _is_trained(n)]
+        names = [n for n in known if not refusal(self.model, self.given(n), LARGEST)]
         made = {name: vtoken.strategy_info(name).cls() for name in names}
         if self.medium == "image":
             made = {name: strategy for name, strategy in made.items() if not strategy.acts_between_frames}
@@ -158,13 +172,14 @@ def tiny_board(
             step("taken over", questions)
             continue
         what = f"{named} at {budget}" if named else "all visual tokens"
-        if sentence := refusal(subject.model, named, budget):
+        given = subject.given(named)
+        if sentence := refusal(subject.model, given, budget):
             refused(f"{what}: {sentence}")
             step(what, questions)
             continue
         try:
             done[place] = measure(
-                subject.model, subject.batches, named, budget, functools.partial(step, what)
+                subject.model, subject.batches, named, budget, functools.partial(step, what), given
             )
         except ValueError as error:  # an input that the strategy refuses
             refused(f"{what}: {error}")
@@ -174,7 +189,14 @@ def tiny_board(
     return board
 
 
-def refusal(model: Any, strategy: str | None, budget: float | int) -> str:
+def _is_trained(name: str) -> bool:
+    from ...strategies import strategy_info
+    from ...strategies.trained import TrainedStrategy
+
+    return issubclass(strategy_info(name).cls, TrainedStrategy)
+
+
+def refusal(model: Any, strategy: Any, budget: float | int) -> str:
     """The sentence with which `vtoken.patch` refuses strategy and budget on this model; empty if it fits."""
     import vtoken
 
