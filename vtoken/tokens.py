@@ -210,7 +210,7 @@ class VisualTokens:
         return self._get("keys", layer)
 
     def states(self, layer: int) -> Tensor:
-        """Output of a tower layer, prefix tokens left out: (segments, frames, patches, C), the model's dtype.
+        """Output of a tower layer at the patches: (segments, frames, rows, columns, C), the model's dtype.
 
         A segment has one frame, an image that is read as a static video several (`Temporal.repeats`).
         """

@@ -12,7 +12,7 @@ from torch import Tensor
 from vtoken import Segment, Selection, Strategy, TowerInfo, VisualTokens
 from vtoken.strategies.trained import ModelShape, TrainedStrategy, trained_part
 
-LAYERS, HEADS, WIDTH, DIM, PATCHES = 6, 2, 8, 16, 36
+LAYERS, HEADS, WIDTH, DIM, PATCHES = 6, 2, 8, 16, (6, 6)
 
 
 def tower(
@@ -50,7 +50,7 @@ def build(
         provided["keys", layer] = randn(count, size, HEADS * WIDTH).to(dtype)
     features = randn(len(cells), DIM)
     frames = 1 if modality == "video" else 4  # of the static video that an image may be read as
-    states = randn(count, frames, PATCHES, HEADS * WIDTH).to(dtype)
+    states = randn(count, frames, *PATCHES, HEADS * WIDTH).to(dtype)
     provided |= {("states", layer): states for layer in range(info.num_layers)}
     features[cells < 0] = features[cells < 0][:1]  # image-newline rows are one learned vector
     return VisualTokens(

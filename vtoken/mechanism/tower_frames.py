@@ -91,7 +91,7 @@ class TowerFrames:
         run.frames, run.layer = (frames, i + 1) if i < self.last else (None, -1)
         if i in capture.needs.states:
             count = 1 if run.lengths is not None else temporal.repeats
-            capture.add("states", i, frames[:, self.prefix :].unflatten(0, (-1, count)))
+            capture.add("states", i, self.tower.maps(frames.unflatten(0, (-1, count))))
         if run.lengths is None:
             frames = frames[temporal.repeats - 1 :: temporal.repeats]
         return (frames, *out[1:]) if isinstance(out, tuple) else frames

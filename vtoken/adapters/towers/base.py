@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,15 @@ class Tower:
         capture = active()
         if capture is not None and (capture.temporal is None or layer < capture.temporal.first):
             hidden = out[0] if isinstance(out, tuple) else out
-            capture.add("states", layer, hidden[:, None, int(self.has_cls) :])
+            capture.add("states", layer, self.maps(hidden[:, None]))
+
+    def maps(self, hidden: Tensor) -> Tensor:
+        """Hidden states (segments, frames, tokens, C) as square maps (segments, frames, rows, columns, C)."""
+        patches = hidden[:, :, int(self.has_cls) :]
+        side = math.isqrt(patches.shape[2])
+        if side * side != patches.shape[2]:
+            raise rebuilt(f"The vision tower has {patches.shape[2]} patches, which are no square")
+        return patches.unflatten(2, (side, side))
 
     def _on_query(
         self, active: Callable[[], Capture | None], layer: int, module: Any, args: Any, out: Any

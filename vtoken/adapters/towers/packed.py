@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +25,14 @@ class Packing:
     Attributes:
         items: per image or video its segments (images, frames) and the cells of each.
         patches: (cells, patches per cell) int64, the places of every cell's patches in the tower's sequence.
+        grids: per image or video (rows, columns) of the cells of a segment.
         bounds: (windows + 1,) int, bounds of the attention windows; None if each attention module is given
             them (`cu_seqlens`).
     """
 
     items: list[tuple[int, int]]
     patches: Tensor
+    grids: list[tuple[int, int]]
     bounds: Tensor | None = None
 
 
@@ -46,9 +49,13 @@ class PackedTower(Tower):
         raise NotImplementedError
 
     # -- provided --------------------------------------------------------------------------------------------
+    @property
+    def provides(self) -> frozenset[str]:
+        return super().provides | {"states"}
+
     def taps(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Hook]:
-        layers = sorted({*needs.received_attention, *needs.keys})
-        if not layers:
+        layers, states = sorted({*needs.received_attention, *needs.keys}), sorted(set(needs.states))
+        if not layers and not states:
             return []
         hooks = [Hook(self.module, functools.partial(self._before_tower, active), before=True, kwargs=True)]
         for layer in layers:
@@ -56,7 +63,23 @@ class PackedTower(Tower):
             hooks.append(Hook(self.attention(layer), note, before=True, kwargs=True))
             for projection in self.projections(layer):
                 hooks.append(Hook(projection, functools.partial(self._on_projection, active, layer)))
-        return hooks
+        return hooks + [Hook(self.layers[i], functools.partial(self._on_output, active, i)) for i in states]
+
+    def _on_output(
+        self, active: Callable[[], Capture | None], layer: int, module: Any, args: Any, out: Any
+    ) -> None:
+        capture = active()
+        forward = _forward(capture)
+        if capture is None or forward is None:
+            return
+        packing = forward.packing
+        hidden = out[0] if isinstance(out, tuple) else out
+        cells = hidden.reshape(-1, hidden.shape[-1])[packing.patches.to(hidden.device)]
+        side = math.isqrt(cells.shape[1])
+        each = cells.split([a * b for a, b in packing.items])
+        for item, (count, _), (rows, columns) in zip(each, packing.items, packing.grids, strict=True):
+            maps = item.view(count, rows, columns, side, side, -1).transpose(2, 3)
+            capture.add("states", layer, maps.reshape(count, 1, rows * side, columns * side, -1))
 
     def _before_tower(
         self,

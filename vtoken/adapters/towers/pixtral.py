@@ -44,7 +44,9 @@ class PixtralTower(PackedTower):
         bounds = torch.tensor([0] + [h * w for h, w in grids]).cumsum(0)
         patches = [merged_patches(h, w, self.merge_size) for h, w in grids]
         index = torch.cat([p + start for p, start in zip(patches, bounds[:-1], strict=True)])
-        return Packing([(1, len(p)) for p in patches], index.to(pixels.device), bounds.to(pixels.device))
+        cells = [(h // self.merge_size, w // self.merge_size) for h, w in grids]
+        items = [(1, len(p)) for p in patches]
+        return Packing(items, index.to(pixels.device), cells, bounds.to(pixels.device))
 
     def query_key(self, layer: int, outputs: list[Tensor]) -> Iterable[Tensor]:
         return (x[0].unflatten(-1, (-1, int(self.attention(layer).head_dim))) for x in outputs)  # type: ignore[arg-type]

@@ -41,7 +41,8 @@ class QwenTower(PackedTower):
             )
             order = torch.argsort(windows[0])
         unit = merge * merge
-        return Packing(items, order[:, None] * unit + torch.arange(unit, device=order.device))
+        patches = order[:, None] * unit + torch.arange(unit, device=order.device)
+        return Packing(items, patches, [(h // merge, w // merge) for _, h, w in grid.tolist()])
 
     def projections(self, layer: int) -> tuple[nn.Module, ...]:
         return (self.attention(layer).qkv,)  # type: ignore[return-value]

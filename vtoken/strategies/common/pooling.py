@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,14 +22,14 @@ class Pooled:
         group: (n,) int64, the rectangle of every token; -1 for separators and tokens of no rectangle.
         order: (p,) int64, the tokens that have one, sorted by rectangle and inside it by distance from its
             centre; the lower index wins among equals.
-        windows: per segment, its part that is divided: first row and column, and one past the last, as shares
-            of the grid.
+        windows: per segment the rows, and the columns, that are divided: the first and one past the last, as
+            shares of the grid.
     """
 
     grids: list[tuple[int, int]]
     group: Tensor
     order: Tensor
-    windows: list[tuple[float, float, float, float]]
+    windows: list[tuple[tuple[float, float], ...]]
 
     @property
     def sizes(self) -> Tensor:
@@ -54,10 +53,12 @@ class Pooled:
         return gather_merge(features, self.centres().clamp(min=0), self.group, weight)
 
     def map_of(self, segment: int, states: Tensor) -> Tensor:
-        """The part of a square map (t, patches, C) that is divided, (t, h, w, C)."""
-        side = math.isqrt(states.shape[1])
-        top, left, bottom, right = (round(share * side) for share in self.windows[segment])
-        return states.unflatten(1, (side, side))[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+        """The part of a map (t, rows, columns, C) of a segment that is divided, (t, h, w, C)."""
+        (top, bottom), (left, right) = (
+            (round(first * n), max(round(last * n), round(first * n) + 1))
+            for (first, last), n in zip(self.windows[segment], states.shape[1:3], strict=True)
+        )
+        return states[:, top:bottom, left:right]
 
     def table(self) -> Tensor:
         """(rectangles, tokens of the largest) int64: the tokens of each, central ones first, then -1."""
@@ -80,11 +81,10 @@ def pooled(tokens: VisualTokens, most: Sequence[int]) -> Pooled:
         group_of_cell.append(block if count else torch.full_like(block, -1))
         distance.append((dy[:, None] ** 2 + dx[None] ** 2).flatten())
         grids.append((rows, columns))
-        ends = [
-            (int(x[0]) / n, (int(x[-1]) + 1) / n) if len(x) else (0.0, 1.0)
-            for x, n in zip((down, across), segment.grid, strict=True)
-        ]
-        windows.append((ends[0][0], ends[1][0], ends[0][1], ends[1][1]))
+        lines = zip((down, across), segment.grid, strict=True)
+        windows.append(
+            tuple((int(x[0]) / n, (int(x[-1]) + 1) / n) if len(x) else (0.0, 1.0) for x, n in lines)
+        )
         groups, start = groups + rows * columns, start + segment.size
     patches = tokens.patch_rows
     group = torch.full((len(tokens),), -1, device=tokens.cells.device)
