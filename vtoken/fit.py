@@ -115,6 +115,7 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
                 "received_attention": "attention maps of the tower",
             }
             words |= {"reuse": "layers that can be computed in part", "pixels": "square frames of one size"}
+            words |= {"states": "outputs of tower layers", "temporal": "a tower with one row per frame"}
             words["merging"] = "patches of square images that are the LLM's tokens one by one"
             missing = " and ".join(words.get(x, x.replace("_", " ")) for x in lacking)
             received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
@@ -176,6 +177,9 @@ def lacking_of(adapter: Adapter, strategy: Strategy, modality: str) -> list[str]
     tower = adapter.towers.get(modality)
     if strategy.acts_between_frames and (tower is None or not tower.can_reuse):
         lacking = [*lacking, "reuse"]
+    across = tower is not None and strategy.in_encoder.temporal(tower.info) is not None
+    if across and not tower.rows_are_frames:  # type: ignore[union-attr]
+        lacking = [*lacking, "temporal"]
     if isinstance(strategy.in_encoder, EncoderStrategy) and (tower is None or not tower.can_merge):
         lacking = [*lacking, "merging"]
     return lacking

@@ -51,7 +51,7 @@ def test_maps_lie_as_the_patches_do(name):
         return SEEN[0]
 
     before = maps(clone(inputs))
-    segments, frames, rows, columns, _ = before.shape
+    _, frames, _, columns, _ = before.shape
     assert frames == 1
     key = next(k for k in inputs if k.startswith("pixel_values"))
     places = set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
@@ -10,14 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..selection import Selection
 from ..temporal import FrameSteps, Temporal
-from ..tokens import Needs, Segment, TowerInfo, VisualTokens
-from .common.grids import pooled_grid
-from .common.pooling import pooled
+from ..tokens import TowerInfo, VisualTokens
 from .common.time_steps import Connector, TemporalAttention, TimeEmbedding
+from .grid_compressor import GridCompressor
 from .registry import register
-from .trained import ModelShape, TrainedStrategy
+from .trained import ModelShape
 
 
 class Weights(nn.Module):
@@ -54,7 +51,7 @@ class Weights(nn.Module):
     experimental=True,
 )
 @dataclass
-class PVC(TrainedStrategy):
+class PVC(GridCompressor):
     """Progressive compression: a frame encodes what earlier frames did not.
 
     In the last layers of the tower every token attends to the tokens at its place in its own and earlier
@@ -78,9 +75,7 @@ class PVC(TrainedStrategy):
         connector_adaln: whether the connector knows the time step.
     """
 
-    budget: float | int | None = None  # type: ignore[assignment]
     _: KW_ONLY
-    tokens_per_frame: int | None = None
     image_repeats: int = 4
     side: int = 4
     temporal_layers: tuple[int, ...] | None = None
@@ -95,14 +90,7 @@ class PVC(TrainedStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget is not None and self.tokens_per_frame is not None:
-            raise ValueError(
-                f"Give pvc a budget or tokens_per_frame, found {self.budget} and {self.tokens_per_frame}."
-            )
-        for name in ("tokens_per_frame", "image_repeats", "side", "te_dim", "window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, found {value}.")
+        self.check_sizes("image_repeats", "side", "te_dim", "window")
 
     # -- what it adds to a model -----------------------------------------------------------------------------
     def build(self, model: ModelShape) -> nn.Module:
@@ -125,36 +113,9 @@ class PVC(TrainedStrategy):
         after = self.temporal_position == "after"
         return Temporal(self.layers_of(tower), self.mix, after, self.image_repeats)
 
-    def needs(self, tower: TowerInfo | None) -> Needs:
-        return Needs() if tower is None else Needs(states=(tower.feature_layer,))
-
-    # -- tokens ----------------------------------------------------------------------------------------------
-    def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
-        """Tokens per segment, those of all frames of an image together."""
-        return [
-            steps * math.prod(pooled_grid(s.grid, most)) if most else 0
-            for s, (steps, most) in zip(segments, self._shares(segments, budget), strict=True)
-        ]
-
-    def _shares(
-        self, segments: Sequence[Segment], budget: float | int | None = None
-    ) -> list[tuple[int, int]]:
-        """Per segment the frames whose tokens enter the LLM, and at most so many tokens of each."""
-        budget, out = self.budget if budget is None else budget, []
-        fixed = self.tokens_per_frame if budget is None else None
-        allowed = self.allowance(0.25 if budget is None else budget).tokens(segments)
-        for segment, n in zip(segments, allowed, strict=True):
-            repeats = 1 if segment.kind == "frame" else self.image_repeats
-            each = n // max(1, min(repeats, n)) if fixed is None else min(fixed, segment.fed)
-            rows, columns = pooled_grid(segment.grid, each) if each else (1, 1)
-            # every frame of an image has a place of its own in each rectangle
-            room = (segment.grid[0] // rows) * (segment.grid[1] // columns)
-            out.append((min(repeats, room) if each else 1, each))
-        return out
-
-    def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
-        padded = any(s.fed < s.size for s in segments)
-        return None if padded else super()._total_kept(segments, separators)
+    @property
+    def repeats(self) -> int:
+        return self.image_repeats
 
     def mix(self, layer: int, x: Tensor, steps: FrameSteps) -> Tensor:
         """Temporal attention before or in a layer: the frames (t, n, C) of all sequences."""
@@ -169,40 +130,11 @@ class PVC(TrainedStrategy):
             out.append(mixed if self.include_cls else torch.cat([frames[:, : steps.prefix], mixed], 1))
         return torch.cat(out)
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        assert tokens.tower is not None
-        states, shares = tokens.states(tokens.tower.feature_layer), self._shares(tokens.segments)
-        parts = pooled(tokens, [most for _, most in shares])
-        sizes = [rows * columns for rows, columns in parts.grids]
-        base, counts = parts.means(tokens.features).split(sizes), parts.sizes.split(sizes)
-        start = tokens.memory.get("frames", 0)  # above 0 in a stream only
-        groups: dict[tuple[int, ...], list[tuple[int, Tensor, Tensor]]] = {}
-        for i, (segment, (frames, _)) in enumerate(zip(tokens.segments, shares, strict=True)):
-            filled = counts[i][counts[i] > 0]  # a crop can be partly padding
-            frames = min(frames, states.shape[1], int(filled.min()) if len(filled) else 1)
-            tau = torch.arange(states.shape[1], device=states.device)[-frames:] + start
-            tau = tau + i if segment.kind == "frame" else tau
-            if self.tau_kind == "fraction":
-                tau = tau / (len(tokens.segments) if segment.kind == "frame" else states.shape[1])
-            maps = parts.map_of(i, states[i, -frames:])
-            groups.setdefault((*parts.grids[i], *maps.shape[1:3]), []).append((i, maps, tau))
-        tokens.memory["frames"] = start + len(tokens.segments)
-        made = self._connected(groups, base)
-        tables = parts.table().split(sizes)
-        places = torch.cat([t[:, : len(m)].flatten() for t, m in zip(tables, made, strict=True)])
-        features = torch.cat([m.transpose(0, 1).flatten(0, 1) for m in made])
-        order = places.argsort()[(places < 0).sum() :]
-        return Selection(places[order], features=features[order])
+    def time_steps(self, step: int, of: int, frames: int) -> Tensor:
+        steps = super().time_steps(step, of, frames)
+        return steps / of if self.tau_kind == "fraction" else steps
 
-    def _connected(
-        self, groups: dict[tuple[int, ...], list[tuple[int, Tensor, Tensor]]], base: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Per segment (frames, rectangles, d): pooled features, and what the connector adds to them."""
-        out = [x[None] for x in base]
-        for (rows, columns, *_), members in groups.items():
-            if rows:
-                each, maps, taus = zip(*members, strict=True)
-                added = self.module.connector(torch.cat(maps), torch.cat(taus), (rows, columns))
-                for i, some in zip(each, added.split([len(m) for m in maps]), strict=True):
-                    out[i] = base[i] + some.to(base[i])
-        return out
+    def connect(
+        self, maps: Sequence[Tensor], steps: Tensor, grid: tuple[int, int], tokens: VisualTokens
+    ) -> Tensor:
+        return self.module.connector(maps[-1], steps, grid)

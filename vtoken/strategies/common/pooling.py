@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import gather_merge
+from ...selection import Selection
 from ...tokens import VisualTokens
 from .grids import blocks_of, pooled_grid, window_of
 
@@ -66,6 +67,18 @@ class Pooled:
         out = self.order.new_full((len(self.sizes), int(rank.max()) + 1 if len(rank) else 0), -1)
         out[self.group[self.order], rank] = self.order
         return out
+
+    def selection(self, features: Sequence[Tensor]) -> Selection:
+        """The tokens of all rectangles at their central tokens; of several frames each at one of its own.
+
+        Args:
+            features: per segment (frames, rectangles, d).
+        """
+        tables = self.table().split([rows * columns for rows, columns in self.grids])
+        places = torch.cat([t[:, : len(f)].flatten() for t, f in zip(tables, features, strict=True)])
+        order = places.argsort()[int((places < 0).sum()) :]
+        flat = torch.cat([f.transpose(0, 1).flatten(0, 1) for f in features])
+        return Selection(places[order], features=flat[order])
 
 
 def pooled(tokens: VisualTokens, most: Sequence[int]) -> Pooled:
