@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...adapters.base import Layout
 from ...adapters.towers.capture import Capture
 from ...tokens import VisualTokens
-from . import uses_mrope
+from . import known_positions, uses_mrope
 from .geometry import Geometry
 from .positions import attach, detach, line_positions, prompt_positions, runs_of
 from .reduction import MODALITIES, Announced, Reduction, field_of
@@ -52,8 +52,10 @@ class PrunedModel:
         # a buffer, because vLLM restores those after a deep sleep
         self.register_buffer("own_positions", torch.zeros(3, rows, dtype=torch.int64), persistent=False)  # type: ignore[attr-defined]
         check_engine(vllm_config, self.tells_positions)
+        if self.reduction.asked:
+            check_positions(self.reduction.strategy.positions, self.tells_positions)
         if self.tells_positions:  # the front end admits prompts up to the LLM's length, answers come on top
-            rows = config.get_text_config().max_position_embeddings + model.max_model_len
+            rows = known_positions(model) + model.max_model_len
             extend_rope(self.language_model, rows)  # type: ignore[attr-defined]
         limit = model.multimodal_config.get_limit_per_prompt
         towers = self.reduction.geometry.adapter.towers if any(limit(m) for m in MODALITIES) else {}
@@ -228,6 +230,16 @@ def check_engine(vllm_config: Any, tells_positions: bool) -> None:
             f"Embeddings that carry original positions do not fit the drafter of {drafter.method}: speculate"
             f" with {' or '.join(WITHOUT_DRAFTER)}, or use positions='renumber' where the LLM has"
             " one-dimensional positions."
+        )
+
+
+def check_positions(wanted: str, told: bool) -> None:
+    """Raise ValueError if the strategy's positions are not those that vLLM's configuration leads to."""
+    if (wanted == "original") != told:
+        raise ValueError(
+            f"The overrides want {wanted} positions and their rope_parameters lead to the others: take"
+            " architectures, vtoken and rope_parameters together from vtoken.integrations.vllm.overrides, and"
+            " scale rope in text_config."
         )
 
 

@@ -14,7 +14,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from ...adapters.base import Layout
-from . import uses_mrope
+from . import known_positions, uses_mrope
 from .geometry import Geometry
 from .positions import runs_of
 from .reduction import BUDGET, MODALITIES, PIXELS, Announced, Reduction, field_of
@@ -136,7 +136,7 @@ class PrunedProcessor:
         """
         contents = [one.content for items in updates.values() for item in items for one in item]
         last = tokens + sum(content.dropped for content in contents if isinstance(content, Shortened))
-        most = self.info.get_hf_config().get_text_config().max_position_embeddings
+        most = known_positions(self.info.ctx.model_config)
         if last > most:
             raise ValueError(
                 f"The original positions of this prompt end at {last}, the LLM knows {most}: send fewer"

@@ -16,7 +16,7 @@ from ...kernels import gather_merge
 from ...patching import make_strategy
 from ...strategies import Strategy
 from ...strategies.scored import ScoredStrategy
-from ...tokens import Needs, VisualTokens
+from ...tokens import Needs, Segment, VisualTokens
 from .geometry import Geometry
 from .positions import extent
 
@@ -86,7 +86,7 @@ class Reduction:
         told = getattr(config, "vtoken", None)
         self.asked = told is not None
         self.geometry = Geometry(config) if geometry is None else geometry
-        wanted = VTokenConfig(self.idle, 1.0) if told is None else VTokenConfig.from_dict(dict(told))
+        wanted = VTokenConfig(self.idle, 1.0) if told is None else VTokenConfig.from_dict(told)
         self.strategy: Strategy = make_strategy(wanted, None, {})
         check_fit(self.geometry.adapter, self.strategy)
         if why := self._why_not():
@@ -114,6 +114,8 @@ class Reduction:
             return "reads the question"
         if any(n.pixels or n.together for n in needs):
             return "reads all images of a prompt together"
+        if not isinstance(s, ScoredStrategy) and s.total([Segment("image", (8, 8))]) is None:
+            return "lets the picture decide how many tokens stay"
         return ""
 
     def needs(self, modality: str) -> Needs:
