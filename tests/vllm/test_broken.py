@@ -17,7 +17,7 @@ from vtoken.tiny import scenes
 from .environment import vllm
 from .prompts import Case, answer, cases, request
 from .random_models import load, path
-from .test_equal import asked, distance
+from .test_equal import asked, distance, engine
 from .test_pure import LLAVA, reduction
 
 pytestmark = pytest.mark.vllm
@@ -111,6 +111,19 @@ def test_hired_announces_no_fewer_tokens_than_it_chooses():
         (places,) = geometry.positions("image", [layout], dict(pixels))
         segments = len(layout.segments)
         assert 0 <= made.announce("image", layout, places).kept - len(kept) < segments
+
+
+def test_a_prompt_without_a_place_for_its_picture_leaves_no_trace(monkeypatch):
+    """vLLM refuses it with an AssertionError; the picture is sent again."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    model, processor = load("llava")
+    vtoken.patch(model, "hired", budget=0.2)
+    case = answer(model, processor, cases(processor, 1, 0)[0])
+    with engine("llava", "hired", 0.2, {}, step=256) as llm:
+        with pytest.raises(AssertionError, match="prompt replacement"):
+            asked(llm, [request(case) | {"prompt": "how many objects are there?"}])
+        check(case, asked(llm, [request(case)])[0])
 
 
 @pytest.mark.parametrize("section", ["hired", ["hired"]])
