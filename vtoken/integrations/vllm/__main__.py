@@ -18,7 +18,7 @@ def value_of(text: str) -> Any:
         return text
 
 
-@click.command()
+@click.command(context_settings={"ignore_unknown_options": True})  # -1 is a wrong budget, not an option
 @click.argument("model")
 @click.argument("strategy")
 @click.argument("budget")

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from vllm.logger import init_logger
 
 from ...adapters.base import Layout
 from ...adapters.towers.capture import Capture
@@ -54,6 +55,7 @@ class PrunedModel:
         check_engine(vllm_config, self.tells_positions)
         if self.reduction.asked:
             check_positions(self.reduction.strategy.positions, self.tells_positions)
+        tell(self.reduction)
         if self.tells_positions:  # the front end admits prompts up to the LLM's length, answers come on top
             rows = known_positions(model) + model.max_model_len
             extend_rope(self.language_model, rows)  # type: ignore[attr-defined]
@@ -197,6 +199,16 @@ class PrunedModel:
         if self.tells_positions and self.one_row:
             positions = positions[0]  # of three equal rows, the first is contiguous and stays where it is
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
+
+
+def tell(reduction: Reduction) -> None:
+    """Write to vLLM's log what this model is served with."""
+    log = init_logger("vllm.vtoken")
+    strategy = reduction.strategy
+    if reduction.asked:
+        log.info("vtoken: %s, %s positions", strategy.describe(), strategy.positions)
+    else:
+        log.warning("vtoken: the configuration names no strategy, so that all visual tokens are read")
 
 
 def check_engine(vllm_config: Any, tells_positions: bool) -> None:

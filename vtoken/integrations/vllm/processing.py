@@ -43,9 +43,12 @@ def budget_of(kwargs: Mapping[str, object]) -> Any:
     """A request's own budget, None if it has none.
 
     Raises:
-        ValueError: for one among the arguments of a single modality, where nobody would read it.
+        ValueError: for another argument of vtoken's, or one among the arguments of a single modality, where
+            nobody would read it.
     """
     for name, value in kwargs.items():
+        if name.startswith("vtoken") and name != BUDGET:
+            raise ValueError(f"vtoken has no argument {name} of requests: it takes {BUDGET}.")
         if isinstance(value, Mapping) and BUDGET in value:
             raise ValueError(
                 f"{BUDGET} is one number for the whole request, found in {name}: give it directly in"
