@@ -1,0 +1,61 @@
+"""Engines under the conditions of service: a KV cache that is too small."""
+
+from __future__ import annotations
+
+import pytest
+
+import vtoken
+
+from .engines import asked, distance, engine, reads_clips
+from .environment import vllm  # noqa: F401
+from .prompts import answer, cases, request
+from .random_models import load
+
+pytestmark = pytest.mark.vllm
+
+LONG = 100  # tokens of an answer
+
+
+def expectations(name, strategy, budget, options, tokens=None):
+    """Cases of every kind with their answers, of `tokens` tokens whatever they are."""
+    model, processor = load(name)
+    vtoken.patch(model, strategy, budget=budget, **options)
+    settings = {}
+    if tokens is not None:
+        model.generation_config.eos_token_id = None
+        settings = {"max_new_tokens": tokens}
+    some = cases(processor, 3, 2 if reads_clips(name, strategy) else 0)
+    return [answer(model, processor, c, **settings) for c in some]
+
+
+def deviation(case, out):
+    """The largest difference of log-probabilities of an answer's tokens."""
+    said = out.outputs[0]
+    pairs = zip(case.sure, said.token_ids, said.logprobs, strict=True)
+    return max(abs(sure - step[token].logprob) for sure, token, step in pairs)
+
+
+def assert_equal(expected, outs):
+    assert len(expected) >= 8
+    assert [list(out.outputs[0].token_ids) for out in outs] == [case.tokens for case in expected]
+    assert [out.outputs[0].text.strip() for out in outs] == [case.text for case in expected]
+    assert [len(out.prompt_token_ids) for out in outs] == [case.length for case in expected]
+    assert max(map(distance, expected, outs)) < 1e-4
+    assert max(map(deviation, expected, outs)) < 1e-4
+
+
+@pytest.mark.parametrize("prefixes", [True, False])
+@pytest.mark.parametrize("name,strategy,budget", [("llava", "hired", 0.2), ("qwen2_5_vl", "divprune", 0.3)])
+def test_preemption(name, strategy, budget, prefixes):
+    """Requests that lose their part of the KV cache while they answer read images and positions anew."""
+    expected = expectations(name, strategy, budget, {}, LONG)
+    # a request grows to 6 blocks of the cache's 13
+    small = {"num_gpu_blocks_override": 14, "length": 384, "step": 64}
+    others = {"enable_prefix_caching": prefixes, "disable_log_stats": False}
+    with engine(name, strategy, budget, {}, **small, **others) as llm:
+        outs = asked(llm, [request(c) for c in expected], LONG, ignore_eos=True)
+        count = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    assert count > 8
+    preempted = {case.kind for case, out in zip(expected, outs) if out.metrics.num_preemptions}
+    assert preempted >= {case.kind for case in expected if case.images or case.clips}
+    assert_equal(expected, outs)
