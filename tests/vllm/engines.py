@@ -20,17 +20,18 @@ def reads_clips(name, strategy="uniform"):
 
 
 @contextmanager
-def engine(name, *wanted, step=24, images=2, clips=None, length=1024, **options):
+def engine(name, *wanted, step=24, images=2, clips=None, length=1024, settings=None, **options):
     """An engine of a tiny model, whose blocks and steps are so small that chunks and prefix hits end inside images.
 
     Args:
         wanted: strategy, budget and options of the overrides, none for a model that is served as it is.
-        options: further arguments of `vllm.LLM`; they replace those that are written here.
+        settings: further arguments of `vllm.LLM`; they replace those that are written here.
+        options: in place of overrides where nothing is wanted.
     """
     from vllm.distributed import cleanup_dist_env_and_memory
 
     clips = 2 * reads_clips(name, *wanted[:1]) if clips is None else clips
-    settings = {
+    given = {
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": length,
@@ -39,9 +40,8 @@ def engine(name, *wanted, step=24, images=2, clips=None, length=1024, **options)
         "max_num_batched_tokens": step,
         "limit_mm_per_prompt": {"image": images, "video": clips},
     }
-    if wanted:
-        settings |= overrides(str(path(name)), *wanted[:2], **wanted[2])
-    made = vllm.LLM(str(path(name)), **settings | options)
+    options = overrides(str(path(name)), *wanted[:2], **wanted[2]) if wanted else options
+    made = vllm.LLM(str(path(name)), **given | options | (settings or {}))
     try:
         yield made
     finally:

@@ -1,4 +1,4 @@
-"""Engines under the conditions of service: a KV cache that is too small."""
+"""Engines under the conditions of service: a KV cache that is too small, a compiled LLM."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .random_models import load
 pytestmark = pytest.mark.vllm
 
 LONG = 100  # tokens of an answer
+HIRED = [("llava", "hired", 0.2, {}), ("qwen2_5_vl", "hired", 0.3, {"score": "received"})]
 
 
 def expectations(name, strategy, budget, options, tokens=None):
@@ -50,12 +51,30 @@ def test_preemption(name, strategy, budget, prefixes):
     """Requests that lose their part of the KV cache while they answer read images and positions anew."""
     expected = expectations(name, strategy, budget, {}, LONG)
     # a request grows to 6 blocks of the cache's 13
-    small = {"num_gpu_blocks_override": 14, "length": 384, "step": 64}
-    others = {"enable_prefix_caching": prefixes, "disable_log_stats": False}
-    with engine(name, strategy, budget, {}, **small, **others) as llm:
+    small = {"num_gpu_blocks_override": 14, "enable_prefix_caching": prefixes, "disable_log_stats": False}
+    with engine(name, strategy, budget, {}, length=384, step=64, settings=small) as llm:
         outs = asked(llm, [request(c) for c in expected], LONG, ignore_eos=True)
         count = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
     assert count > 8
     preempted = {case.kind for case, out in zip(expected, outs) if out.metrics.num_preemptions}
     assert preempted >= {case.kind for case in expected if case.images or case.clips}
+    assert_equal(expected, outs)
+
+
+@pytest.mark.parametrize("name,strategy,budget,options", HIRED)
+def test_compiled(name, strategy, budget, options, tmp_path, monkeypatch):
+    """vLLM's default, in which torch.compile makes one graph of the LLM for steps of every length."""
+    from vllm.compilation.counter import compilation_counter
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # vLLM sets it, monkeypatch puts it back
+    before, called = compilation_counter.clone(), []
+    expected = expectations(name, strategy, budget, options, 20)
+    with engine(name, strategy, budget, options, settings={"enforce_eager": False}) as llm:
+        assert compilation_counter.num_models_seen == before.num_models_seen + 1
+        assert compilation_counter.num_aot_compiles == before.num_aot_compiles + 1
+        layer = llm.apply_model(lambda model: model.language_model.model.layers[0])[0]
+        layer.register_forward_pre_hook(lambda *_: called.append(1))
+        outs = asked(llm, [request(c) for c in expected], 20, ignore_eos=True)
+    assert not called  # a graph leaves out the Python of a layer
     assert_equal(expected, outs)
