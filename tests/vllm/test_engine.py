@@ -1,6 +1,10 @@
-"""Engines under the conditions of service: a KV cache that is too small, a compiled LLM."""
+"""Engines under the conditions of service: a KV cache that is too small, a compiled LLM, two engines."""
 
 from __future__ import annotations
+
+import re
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -10,6 +14,7 @@ from .engines import asked, distance, engine, reads_clips
 from .environment import vllm  # noqa: F401
 from .prompts import answer, cases, request
 from .random_models import load
+from .test_server import completion, question_of, serving
 
 pytestmark = pytest.mark.vllm
 
@@ -78,3 +83,31 @@ def test_compiled(name, strategy, budget, options, tmp_path, monkeypatch):
         outs = asked(llm, [request(c) for c in expected], 20, ignore_eos=True)
     assert not called  # a graph leaves out the Python of a layer
     assert_equal(expected, outs)
+
+
+def test_data_parallel(tmp_path):
+    """Requests to one address are divided between two engines."""
+    model, processor = load("llava")
+    vtoken.patch(model, "hired", budget=0.2)
+    some = [answer(model, processor, c) for c in cases(processor, videos=0) if c.kind == "image"]
+    engines = [None, None, 0, 1] * 10  # the server divides by load, so the smaller part has no lower bound
+    assert len(some) == len(engines)
+    with serving(tmp_path / "log", "--data-parallel-size", "2") as address:
+
+        def ask(case, engine):
+            return completion(address, case, question_of(case), engine, logprobs=True)
+
+        with ThreadPoolExecutor(8) as pool:
+            outs = list(pool.map(ask, some, engines))
+        with urllib.request.urlopen(address + "/metrics", timeout=60) as page:
+            told = page.read().decode()
+    for case, out in zip(some, outs, strict=True):
+        said = out["choices"][0]
+        assert said["message"]["content"].strip() == case.text
+        assert out["usage"]["prompt_tokens"] == case.length
+        assert abs(said["logprobs"]["content"][0]["logprob"] - case.sure[0]) < 1e-4
+    served = re.findall(
+        r'^vllm:request_success_total{engine="(.)",finished_reason="stop".* (.+)$', told, re.M
+    )
+    counts = {int(engine): float(count) for engine, count in served}
+    assert set(counts) == {0, 1} and min(counts.values()) >= 10 and sum(counts.values()) == len(some)
