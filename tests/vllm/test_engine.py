@@ -22,16 +22,13 @@ LONG = 100  # tokens of an answer
 HIRED = [("llava", "hired", 0.2, {}), ("qwen2_5_vl", "hired", 0.3, {"score": "received"})]
 
 
-def expectations(name, strategy, budget, options, tokens=None):
+def expectations(name, strategy, budget, options, tokens):
     """Cases of every kind with their answers, of `tokens` tokens whatever they are."""
     model, processor = load(name)
     vtoken.patch(model, strategy, budget=budget, **options)
-    settings = {}
-    if tokens is not None:
-        model.generation_config.eos_token_id = None
-        settings = {"max_new_tokens": tokens}
+    model.generation_config.eos_token_id = None
     some = cases(processor, 3, 2 if reads_clips(name, strategy) else 0)
-    return [answer(model, processor, c, **settings) for c in some]
+    return [answer(model, processor, c, max_new_tokens=tokens) for c in some]
 
 
 def deviation(case, out):
@@ -53,7 +50,7 @@ def assert_equal(expected, outs):
 @pytest.mark.parametrize("prefixes", [True, False])
 @pytest.mark.parametrize("name,strategy,budget", [("llava", "hired", 0.2), ("qwen2_5_vl", "divprune", 0.3)])
 def test_preemption(name, strategy, budget, prefixes):
-    """Requests that lose their part of the KV cache while they answer read images and positions anew."""
+    """Requests that lose their part of the KV cache while they answer compute their prompts anew."""
     expected = expectations(name, strategy, budget, {}, LONG)
     # a request grows to 6 blocks of the cache's 13
     small = {"num_gpu_blocks_override": 14, "enable_prefix_caching": prefixes, "disable_log_stats": False}
