@@ -14,10 +14,10 @@ from vtoken.integrations.vllm.__main__ import main
 from vtoken.patching import make_strategy
 from vtoken.tiny import scenes
 
+from .engines import asked, distance, engine
 from .environment import vllm
 from .prompts import Case, answer, cases, request
 from .random_models import load, path
-from .test_equal import asked, distance, engine
 from .test_pure import LLAVA, reduction
 
 pytestmark = pytest.mark.vllm
