@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,20 +90,27 @@ def modalities_of(name: str) -> tuple[str, ...]:
     return strategy_info(name).cls().needs(None).modalities
 
 
-def check_fit(adapter: Adapter, strategy: Strategy) -> None:
-    """Raise ValueError, in one sentence, if this strategy cannot serve this model."""
+def check_fit(
+    adapter: Adapter, strategy: Strategy, others: Callable[[Adapter], list[str]] | None = None
+) -> None:
+    """Raise ValueError, in one sentence, if this strategy cannot serve this model.
+
+    Args:
+        others: the names to recommend instead; None for all that fit the model.
+    """
+    others = others or fitting
     name, kind = strategy.info.name, adapter.config.model_type
     if not getattr(strategy.in_encoder, "serves_llms", True):
         raise ValueError(
             f"{name} is defined for plain encoders, such as CLIP's of open_clip, and {kind} is a"
-            f" vision-language model: use {', '.join(fitting(adapter))}."
+            f" vision-language model: use {', '.join(others(adapter))}."
         )
     served = [m for m in adapter.modalities if m in needs_of(adapter, strategy, m).modalities]
     if not served:
         raise ValueError(
             f"{name} is defined for"
             f" {' and '.join(needs_of(adapter, strategy, adapter.modalities[0]).modalities)} input, {kind}"
-            f" models read {' and '.join(adapter.modalities)}: use {', '.join(fitting(adapter))}."
+            f" models read {' and '.join(adapter.modalities)}: use {', '.join(others(adapter))}."
         )
     for modality in served:
         lacking = lacking_of(adapter, strategy, modality)
@@ -127,7 +135,7 @@ def check_fit(adapter: Adapter, strategy: Strategy) -> None:
             )
             raise ValueError(
                 f"{name} needs {missing}, which the vision tower of this {kind} model does not"
-                f" have:{extension} use {', '.join(fitting(adapter))}."
+                f" have:{extension} use {', '.join(others(adapter))}."
             )
     if strategy.positions == "renumber" and hasattr(adapter.base, "rope_deltas"):
         raise ValueError(

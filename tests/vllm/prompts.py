@@ -20,6 +20,7 @@ class Case:
     """A prompt, its pictures, and what transformers answers.
 
     Attributes:
+        tokens: those of the answer. sure: their log-probabilities.
         kept: per picture the indices of the kept tokens.
         length: tokens of the prompt, dropped ones left out.
         logprobs: (vocabulary,) of the first token of the answer.
@@ -30,6 +31,8 @@ class Case:
     images: list[Any] = field(default_factory=list)
     clips: list[Any] = field(default_factory=list)
     text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    sure: list[float] = field(default_factory=list)
     kept: list[list[int]] = field(default_factory=list)
     length: int = 0
     logprobs: Any = None
@@ -83,8 +86,12 @@ def pixels(film: Any) -> np.ndarray:
 
 
 @torch.no_grad()
-def answer(model: Any, processor: Any, case: Case, patched: bool = True) -> Case:
-    """The case with what transformers says, and, of a patched model, the kept tokens of its report."""
+def answer(model: Any, processor: Any, case: Case, patched: bool = True, **settings: Any) -> Case:
+    """The case with what transformers says, and, of a patched model, the kept tokens of its report.
+
+    Args:
+        settings: further ones of `generate`; they replace those that are written here.
+    """
     given: dict[str, Any] = {"images": case.images} if case.images else {}
     if case.clips:
         told = [facts(film) for film in case.clips]
@@ -94,13 +101,15 @@ def answer(model: Any, processor: Any, case: Case, patched: bool = True) -> Case
             "do_sample_frames": False,
         }
     inputs = processor(text=[case.prompt], return_tensors="pt", **given)
-    out = model.generate(
-        **inputs, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True
-    )
+    settings = {"max_new_tokens": NEW, "do_sample": False} | settings
+    out = model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **settings)
     case.length = inputs["input_ids"].shape[1]
     new = out.sequences[0, case.length :]
+    case.tokens = new.tolist()
     case.text = processor.decode(new, skip_special_tokens=True).strip()
-    case.logprobs = out.logits[0][0].float().log_softmax(-1)
+    steps = torch.cat(out.logits).float().log_softmax(-1)
+    case.logprobs = steps[0]
+    case.sure = steps.gather(1, new[:, None])[:, 0].tolist()
     if patched and (case.images or case.clips):
         visuals = vtoken.report(model).visuals
         case.kept = [v.keep.tolist() for v in visuals]

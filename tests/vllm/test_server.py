@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
@@ -30,7 +31,17 @@ MODEL = str(tiny.path("llava"))
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """(address, log file) of a server of the tiny LLaVA under hired at 0.2."""
+    with serving(tmp_path_factory.mktemp("server") / "log") as address:
+        yield address
+
+
+@contextmanager
+def serving(log, *more):
+    """The address of a server of the tiny LLaVA under hired at 0.2.
+
+    Args:
+        log: file. more: further arguments of the command.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -46,8 +57,7 @@ def server(tmp_path_factory):
         told,
     ]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--trust-request-mm-kwargs"]
-    log = tmp_path_factory.mktemp("server") / "log"
+    command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--trust-request-mm-kwargs", *more]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as file:
         running = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
@@ -66,8 +76,19 @@ def server(tmp_path_factory):
         running.wait(30)
 
 
+def question_of(case):
+    """The text that the template wrote into a prompt of one image."""
+    return case.prompt.split("\n", 1)[1].rsplit(" assistant", 1)[0]
+
+
 def ask(address, case, question, **more):
     """(text, prompt tokens) of one question about one image."""
+    said = completion(address, case, question, **more)
+    return said["choices"][0]["message"]["content"].strip(), said["usage"]["prompt_tokens"]
+
+
+def completion(address, case, question, engine=None, **more):
+    """The server's whole answer; of one of its engines, or of that which the server chooses."""
     picture = io.BytesIO()
     case.images[0].save(picture, "PNG")
     url = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
@@ -79,20 +100,19 @@ def ask(address, case, question, **more):
         "temperature": 0,
     }
     data = json.dumps(body | more).encode()
-    call = urllib.request.Request(
-        address + "/v1/chat/completions", data, {"Content-Type": "application/json"}
-    )
-    said = json.load(urllib.request.urlopen(call, timeout=120))
-    return said["choices"][0]["message"]["content"].strip(), said["usage"]["prompt_tokens"]
+    headers = {"Content-Type": "application/json"}
+    if engine is not None:
+        headers["X-data-parallel-rank"] = str(engine)
+    call = urllib.request.Request(address + "/v1/chat/completions", data, headers)
+    return json.load(urllib.request.urlopen(call, timeout=120))
 
 
 def test_eight_at_a_time(server):
     model, processor = tiny.load("llava")
     vtoken.patch(model, "hired", budget=0.2)
     some = [answer(model, processor, c) for c in cases(processor, videos=0) if c.kind == "image"]
-    questions = [c.prompt.split("\n", 1)[1].rsplit(" assistant", 1)[0] for c in some]
     with ThreadPoolExecutor(8) as pool:
-        said = list(pool.map(lambda pair: ask(server, *pair), zip(some, questions)))
+        said = list(pool.map(lambda case: ask(server, case, question_of(case)), some))
     assert [text for text, _ in said] == [c.text for c in some]
     assert max(tokens for _, tokens in said) < 60  # 144 patches of an image are 28
 

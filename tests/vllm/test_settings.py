@@ -6,10 +6,10 @@ import pytest
 
 import vtoken
 
+from .engines import asked, distance, engine
 from .environment import vllm  # noqa: F401
 from .prompts import answer, cases, request
 from .random_models import load
-from .test_equal import asked, distance, engine
 
 pytestmark = pytest.mark.vllm
 

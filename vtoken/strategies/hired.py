@@ -80,6 +80,15 @@ class HiRED(ScoredStrategy):
             None if padded or segments[0].kind == "thumbnail" else super()._total_kept(segments, separators)
         )
 
+    def ceiling(self, segments: Sequence[Segment], separators: int = 0) -> int:
+        """The most that `select` keeps, of crops also where attention is uneven and rounding takes less."""
+        if segments[0].kind != "thumbnail":
+            return super().ceiling(segments, separators)
+        sizes, total = self._sizes(segments), self._total(segments)
+        full = min(int(total * self.alpha), sizes[0])
+        most = max(1, full + min(total - full, sum(sizes[1:])))
+        return most + (separators if self.keep_newline else 0)
+
     def scores(self, tokens: VisualTokens) -> tuple[Tensor, list[int]]:
         assert tokens.tower is not None
         segments = tokens.segments

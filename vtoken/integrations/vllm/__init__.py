@@ -70,6 +70,8 @@ def overrides(model: Any, strategy: Any, budget: float | int | None = None, **op
         # Told at the top of the configuration only: vLLM's runner then asks the model for positions, and the
         # LLM, built from text_config, still turns by one row of them.
         chosen["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 1]}
+    elif getattr(config, "rope_parameters", None) and not uses_mrope(config):
+        chosen["rope_parameters"] = None  # written into the model's file by overrides with original positions
     return {"hf_overrides": chosen}
 
 
@@ -77,6 +79,12 @@ def uses_mrope(config: Any) -> bool:
     """Whether the LLM of a configuration has multimodal rope, positions of three rows."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return "mrope_section" in rope
+
+
+def known_positions(model_config: Any) -> int:
+    """Positions that the LLM knows; where rope is scaled, vLLM admits more than the model's file says."""
+    own = model_config.hf_config.get_text_config().max_position_embeddings
+    return int(max(own, model_config.max_model_len))
 
 
 def _load_config(model: Any) -> Any:
@@ -91,4 +99,6 @@ def _settings(strategy: Any, budget: float | int | None, options: dict[str, Any]
         strategy = VTokenConfig(strategy, budget, positions, options)
     elif budget is not None or options:
         raise ValueError("A VTokenConfig brings its budget and options along: give them there.")
-    return {key: value for key, value in strategy.to_dict().items() if value not in (None, {})}
+    told = strategy.to_dict()
+    # a budget of None stays: one that is missing would be read as VTokenConfig's default
+    return {key: value for key, value in told.items() if key == "budget" or value not in (None, {})}

@@ -10,7 +10,7 @@ from ..._json import value_of
 from . import overrides
 
 
-@click.command()
+@click.command(context_settings={"ignore_unknown_options": True})  # -1 is a wrong budget, not an option
 @click.argument("model")
 @click.argument("strategy")
 @click.argument("budget")
@@ -22,7 +22,15 @@ def main(model: str, strategy: str, budget: str, options: tuple[str, ...]) -> No
     """
     if odd := [option for option in options if "=" not in option]:
         raise click.ClickException(f"Options are written as alpha=0.4, found {odd[0]}.")
-    given = dict(option.split("=", 1) for option in options)
+    given: dict[str, str] = {}
+    for name, text in (option.split("=", 1) for option in options):
+        if name in given:
+            raise click.ClickException(f"{name} is given twice: give it once.")
+        if name in ("model", "strategy", "budget"):
+            raise click.ClickException(
+                f"{name} is told by its place, as MODEL STRATEGY BUDGET: leave {name}= out."
+            )
+        given[name] = text
     try:
         made = overrides(model, strategy, value_of(budget), **{k: value_of(v) for k, v in given.items()})
     except (ValueError, OSError) as error:

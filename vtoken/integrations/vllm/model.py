@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from vllm.logger import init_logger
 
 from ...adapters.base import Layout
 from ...adapters.towers.capture import Capture
 from ...tokens import VisualTokens
-from . import uses_mrope
+from . import known_positions, uses_mrope
 from .geometry import Geometry
 from .positions import attach, detach, line_positions, prompt_positions, runs_of
 from .reduction import MODALITIES, Announced, Reduction, field_of
@@ -52,8 +53,11 @@ class PrunedModel:
         # a buffer, because vLLM restores those after a deep sleep
         self.register_buffer("own_positions", torch.zeros(3, rows, dtype=torch.int64), persistent=False)  # type: ignore[attr-defined]
         check_engine(vllm_config, self.tells_positions)
+        if self.reduction.asked:
+            check_positions(self.reduction.strategy.positions, self.tells_positions)
+        tell(self.reduction)
         if self.tells_positions:  # the front end admits prompts up to the LLM's length, answers come on top
-            rows = config.get_text_config().max_position_embeddings + model.max_model_len
+            rows = known_positions(model) + model.max_model_len
             extend_rope(self.language_model, rows)  # type: ignore[attr-defined]
         limit = model.multimodal_config.get_limit_per_prompt
         towers = self.reduction.geometry.adapter.towers if any(limit(m) for m in MODALITIES) else {}
@@ -197,6 +201,16 @@ class PrunedModel:
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
 
 
+def tell(reduction: Reduction) -> None:
+    """Write to vLLM's log what this model is served with."""
+    log = init_logger("vllm.vtoken")
+    strategy = reduction.strategy
+    if reduction.asked:
+        log.info("vtoken: %s, %s positions", strategy.describe(), strategy.positions)
+    else:
+        log.warning("vtoken: the configuration names no strategy, so that all visual tokens are read")
+
+
 def check_engine(vllm_config: Any, tells_positions: bool) -> None:
     """Raise ValueError, in one sentence, for settings of the engine under which answers would be wrong."""
     if vllm_config.model_config.multimodal_config.video_pruning_rate:
@@ -228,6 +242,16 @@ def check_engine(vllm_config: Any, tells_positions: bool) -> None:
             f"Embeddings that carry original positions do not fit the drafter of {drafter.method}: speculate"
             f" with {' or '.join(WITHOUT_DRAFTER)}, or use positions='renumber' where the LLM has"
             " one-dimensional positions."
+        )
+
+
+def check_positions(wanted: str, told: bool) -> None:
+    """Raise ValueError if the strategy's positions are not those that vLLM's configuration leads to."""
+    if (wanted == "original") != told:
+        raise ValueError(
+            f"The overrides want {wanted} positions and their rope_parameters lead to the others: take"
+            " architectures, vtoken and rope_parameters together from vtoken.integrations.vllm.overrides, and"
+            " scale rope in text_config."
         )
 
 

@@ -14,7 +14,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing.processor import PromptUpdateDetails
 
 from ...adapters.base import Layout
-from . import uses_mrope
+from . import known_positions, uses_mrope
 from .geometry import Geometry
 from .positions import runs_of
 from .reduction import BUDGET, MODALITIES, PIXELS, Announced, Reduction, field_of
@@ -43,9 +43,12 @@ def budget_of(kwargs: Mapping[str, object]) -> Any:
     """A request's own budget, None if it has none.
 
     Raises:
-        ValueError: for one among the arguments of a single modality, where nobody would read it.
+        ValueError: for another argument of vtoken's, or one among the arguments of a single modality, where
+            nobody would read it.
     """
     for name, value in kwargs.items():
+        if name.startswith("vtoken") and name != BUDGET:
+            raise ValueError(f"vtoken has no argument {name} of requests: it takes {BUDGET}.")
         if isinstance(value, Mapping) and BUDGET in value:
             raise ValueError(
                 f"{BUDGET} is one number for the whole request, found in {name}: give it directly in"
@@ -136,7 +139,7 @@ class PrunedProcessor:
         """
         contents = [one.content for items in updates.values() for item in items for one in item]
         last = tokens + sum(content.dropped for content in contents if isinstance(content, Shortened))
-        most = self.info.get_hf_config().get_text_config().max_position_embeddings
+        most = known_positions(self.info.ctx.model_config)
         if last > most:
             raise ValueError(
                 f"The original positions of this prompt end at {last}, the LLM knows {most}: send fewer"
@@ -148,7 +151,7 @@ class PrunedProcessor:
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         try:
             return super().apply(inputs, timing_ctx)  # type: ignore[misc]
-        except ValueError:
+        except Exception:  # vLLM asserts that every image has a placeholder
             if inputs.cache is not None:  # it takes the items of a refused prompt for sent
                 for hashes in self._get_mm_hashes(inputs).values():
                     for one in hashes:

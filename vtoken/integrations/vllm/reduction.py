@@ -9,14 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...adapters.base import Layout
+from ...adapters.base import Adapter, Layout
 from ...config import VTokenConfig
-from ...fit import check_fit, needs_of
+from ...fit import check_fit, fitting, needs_of
 from ...kernels import gather_merge
 from ...patching import make_strategy
-from ...strategies import Strategy
+from ...strategies import Strategy, strategy_info
 from ...strategies.scored import ScoredStrategy
-from ...tokens import Needs, VisualTokens
+from ...strategies.trained import trained_part
+from ...tokens import Needs, Segment, VisualTokens
 from .geometry import Geometry
 from .positions import extent
 
@@ -86,35 +87,18 @@ class Reduction:
         told = getattr(config, "vtoken", None)
         self.asked = told is not None
         self.geometry = Geometry(config) if geometry is None else geometry
-        wanted = VTokenConfig(self.idle, 1.0) if told is None else VTokenConfig.from_dict(dict(told))
+        wanted = VTokenConfig(self.idle, 1.0) if told is None else VTokenConfig.from_dict(told)
         self.strategy: Strategy = make_strategy(wanted, None, {})
-        check_fit(self.geometry.adapter, self.strategy)
-        if why := self._why_not():
-            raise ValueError(
-                f"{self.strategy.info.name} {why}, which vLLM cannot do: use vtoken.patch on the transformers"
-                " model, or another strategy."
-            )
-
-    def _why_not(self) -> str:
-        """What the strategy does that a server with a paged KV cache and an encoder cache cannot do."""
-        s = self.strategy
-        if s.is_identity:
-            if not self.asked or s.budget != 1.0:
-                return ""
-            s = replace(s, budget=0.5)  # as a request may ask
-        if s.acts_inside:
-            return "drops tokens inside the LLM"
-        if s.acts_between_frames:
-            return "reuses frames of a stream inside the vision tower"
         adapter = self.geometry.adapter
-        if any(s.encoder_layers(tower.info) for tower in adapter.towers.values()):
-            return "merges tokens inside the vision tower"
-        needs = [needs_of(adapter, s, modality) for modality in MODALITIES]
-        if any(n.text_embeddings for n in needs):
-            return "reads the question"
-        if any(n.pixels or n.together for n in needs):
-            return "reads all images of a prompt together"
-        return ""
+        check_fit(adapter, self.strategy, servable)
+        s = self.strategy
+        if s.is_identity and self.asked and s.budget == 1.0:
+            s = replace(s, budget=0.5)  # as a request may ask
+        if not s.is_identity and (why := why_not(adapter, s)):
+            raise ValueError(
+                f"{s.info.name} {why}, which vLLM cannot do: use {', '.join(servable(adapter))}, or"
+                " vtoken.patch on the transformers model."
+            )
 
     def needs(self, modality: str) -> Needs:
         """What the strategy reads of this modality; nothing if it keeps everything."""
@@ -217,6 +201,11 @@ class Reduction:
         if budget is None:
             return self.strategy
         made = replace(self.strategy, budget=budget)
+        if isinstance(made.budget, int) and made.budget == 1:
+            raise ValueError(
+                f"{BUDGET}=1 is one token, and many JSON writers write 1.0, all tokens, as well: send 2 or"
+                " more tokens, a share below 1, or a number as large as the picture for all of it."
+            )
         # vLLM's hash of a request reads the bytes of a number and not its type: ranges that share none
         if (isinstance(made.budget, float) and made.budget < LEAST) or (
             isinstance(made.budget, int) and made.budget > MOST
@@ -226,3 +215,28 @@ class Reduction:
                 f" {made.budget}."
             )
         return made
+
+
+def why_not(adapter: Adapter, strategy: Strategy) -> str:
+    """What a strategy does that a server with a paged KV cache and an encoder cache cannot do, in words."""
+    if trained_part(strategy) is not None:
+        return "has weights of its own"
+    if strategy.acts_inside:
+        return "drops tokens inside the LLM"
+    if strategy.acts_between_frames:
+        return "reuses frames of a stream inside the vision tower"
+    if any(strategy.encoder_layers(tower.info) for tower in adapter.towers.values()):
+        return "merges tokens inside the vision tower"
+    needs = [needs_of(adapter, strategy, modality) for modality in MODALITIES]
+    if any(n.text_embeddings for n in needs):
+        return "reads the question"
+    if any(n.pixels or n.together for n in needs):
+        return "reads all images of a prompt together"
+    if not isinstance(strategy, ScoredStrategy) and strategy.total([Segment("image", (8, 8))]) is None:
+        return "lets the picture decide how many tokens stay"
+    return ""
+
+
+def servable(adapter: Adapter) -> list[str]:
+    """Names of the strategies that serve a model in vLLM."""
+    return [name for name in fitting(adapter) if not why_not(adapter, strategy_info(name).cls())]
