@@ -129,7 +129,7 @@ def test_budgets_of_requests(server):
     assert (
         tokens(0.1) == usual - 28 + 14 and tokens(0.5) == usual - 28 + 72 and tokens(1.0) == usual - 28 + 144
     )
-    for wrong in (1.5, 0, "many"):
+    for wrong in (1.5, 0, "many", 1):
         with pytest.raises(urllib.error.HTTPError) as caught:
             tokens(wrong)
         assert caught.value.code == 400 and "udget" in caught.value.read().decode()

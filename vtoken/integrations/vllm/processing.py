@@ -43,8 +43,8 @@ def budget_of(kwargs: Mapping[str, object]) -> Any:
     """A request's own budget, None if it has none.
 
     Raises:
-        ValueError: for another argument of vtoken's, or one among the arguments of a single modality, where
-            nobody would read it.
+        ValueError: for another argument of vtoken's, one among the arguments of a single modality, where nobody
+            would read it, and 1, which is one token.
     """
     for name, value in kwargs.items():
         if name.startswith("vtoken") and name != BUDGET:
@@ -54,7 +54,13 @@ def budget_of(kwargs: Mapping[str, object]) -> Any:
                 f"{BUDGET} is one number for the whole request, found in {name}: give it directly in"
                 " mm_processor_kwargs."
             )
-    return kwargs.get(BUDGET)
+    budget = kwargs.get(BUDGET)
+    if isinstance(budget, int) and budget == 1:
+        raise ValueError(
+            f"{BUDGET}=1 is one token, and many JSON writers write 1.0, all tokens, as well: send 2 or more"
+            " tokens, a share below 1, or a number as large as the picture for all of it."
+        )
+    return budget
 
 
 class PrunedInfo:

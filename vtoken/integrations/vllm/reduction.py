@@ -201,11 +201,6 @@ class Reduction:
         if budget is None:
             return self.strategy
         made = replace(self.strategy, budget=budget)
-        if isinstance(made.budget, int) and made.budget == 1:
-            raise ValueError(
-                f"{BUDGET}=1 is one token, and many JSON writers write 1.0, all tokens, as well: send 2 or"
-                " more tokens, a share below 1, or a number as large as the picture for all of it."
-            )
         # vLLM's hash of a request reads the bytes of a number and not its type: ranges that share none
         if (isinstance(made.budget, float) and made.budget < LEAST) or (
             isinstance(made.budget, int) and made.budget > MOST
