@@ -43,8 +43,8 @@ def budget_of(kwargs: Mapping[str, object]) -> Any:
     """A request's own budget, None if it has none.
 
     Raises:
-        ValueError: for another argument of vtoken's, one among the arguments of a single modality, where nobody
-            would read it, and 1, which is one token.
+        ValueError: for another argument of vtoken's, one among the arguments of a single modality, where
+            nobody would read it, and 1, which is one token.
     """
     for name, value in kwargs.items():
         if name.startswith("vtoken") and name != BUDGET:
