@@ -81,6 +81,13 @@ def test_adding_a_strategy(registries, monkeypatch, capsys):
     with pytest.raises(ValueError, match="back must be"):
         vtoken.strategies.create("odd_keys_below", back=-1)
 
+    def logits(name):
+        with vtoken.applied(guide.model, name, budget=0.25), torch.no_grad():
+            return guide.model(input_ids=ids, pixel_values=pixels).logits
+
+    with pytest.warns(UserWarning, match="The weights of mapped are new"):
+        assert torch.equal(logits("mapped"), logits("pool"))
+
 
 def test_adding_a_model(registries, monkeypatch, capsys):
     guide = run("docs/adding-a-model.md", monkeypatch)
