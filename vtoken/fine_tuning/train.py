@@ -116,6 +116,7 @@ def train_strategy(
             bf16=plan.bf16,
             gradient_checkpointing=plan.checkpointing,
             dataloader_num_workers=plan.workers,
+            dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False,
             report_to=[],
             disable_tqdm=step is not None,
