@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -122,6 +123,10 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
         """The file with trained weights that `from_pretrained` found with the config."""
         return self.__dict__.get("_weights")
 
+    @weights.setter
+    def weights(self, path: Path | None) -> None:
+        self.__dict__["_weights"] = path
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VTokenConfig:
         """Build a config from `to_dict`'s output; a warning names unknown keys, which are ignored.
@@ -155,6 +160,8 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
     ) -> str | None:
         """Write `vtoken_config.json` into a folder, made if needed; its other files stay as they are.
 
+        Trained weights that were found with the config are copied along.
+
         Args:
             save_directory: the folder, for instance the one that holds the model.
             push_to_hub: also call `push_to_hub(**kwargs)`; `repo_id` defaults to the folder's name.
@@ -167,6 +174,10 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
             raise ValueError(f"save_pretrained writes into a folder, but {str(folder)!r} is a file.")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        target = folder / WEIGHTS_FILE
+        trained = self.weights if _is_trained(self.strategy) else None
+        if trained is not None and trained.is_file() and trained.resolve() != target.resolve():
+            shutil.copyfile(trained, target)
         if push_to_hub:
             return self.push_to_hub(kwargs.pop("repo_id", None) or folder.resolve().name, **kwargs)
         return None
@@ -222,7 +233,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
                 ) from error
         config = cls.from_dict(read(path, LARGEST))
         if _is_trained(config.strategy):
-            config.__dict__["_weights"] = Path(fetch(WEIGHTS_FILE)) if fetch else path.parent / WEIGHTS_FILE
+            config.weights = Path(fetch(WEIGHTS_FILE)) if fetch else path.parent / WEIGHTS_FILE
         return config
 
 
@@ -235,5 +246,5 @@ def _options(strategy: Strategy) -> dict[str, Any]:
 def _is_trained(names: str | list[str]) -> bool:
     """Whether a strategy of these names has weights; False for names that are not known."""
     known = {cls.info.name: cls for cls in registered()}
-    some = [names] if isinstance(names, str) else names
-    return any(issubclass(known[name], TrainedStrategy) for name in some if name in known)
+    some = names.split("+") if isinstance(names, str) else names
+    return any(issubclass(known[name], TrainedStrategy) for name in map(str.strip, some) if name in known)

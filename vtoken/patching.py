@@ -131,6 +131,12 @@ class Patch:
 
     def check(self) -> None:
         """Raise RuntimeError if an option has been assigned since that needs other hooks."""
+        part = trained_part(self.strategy)
+        if part is not None and self.trained is not None and part is not self.trained:
+            part.share(self.trained)  # a combination makes its parts anew for another budget
+            self.trained = part
+        if part is not None:
+            part.check_built()
         if design_of(self.adapter, self.strategy, self.design.schedule.layers) != self.design:
             raise RuntimeError(
                 f"{self.strategy.info.name} was given options after it was patched that need other hooks on"
@@ -163,6 +169,8 @@ class Patch:
         picks = encoded.picks or [self._select(item) for item in encoded.items]
         selection = concat_selections(picks, [len(item) for item in encoded.items])
         keep = selection.keep.to(rows.device)
+        if selection.features is not None:
+            return keep, selection.features.to(rows)
         into, weight = selection.into, selection.weight
         if into is None or weight is None:
             return keep, rows[keep]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters.base import Adapter
 from .strategies.trained import ModelShape, TrainedStrategy
@@ -30,17 +30,42 @@ def make_module(adapter: Adapter, strategy: TrainedStrategy) -> nn.Module:
     Raises:
         ValueError: if the weights that the strategy came with do not fit the model.
     """
-    where = next((p for t in adapter.towers.values() for p in t.module.parameters()), None)
-    device = "cpu" if where is None else where.device
+    devices = (_device(tower.module) for tower in adapter.towers.values())
+    device = next((d for d in devices if d is not None), "cpu")
     shape, source = shape_of(adapter), strategy.source
-    if source is None:
-        with torch.device(device):
-            return strategy.build(shape).to(adapter.model.dtype)
-    with torch.device("meta"):  # nothing is allocated before the shapes in the file are known to be right
-        module = strategy.build(shape)
-    _check(module, source, strategy.info.name, shape)
-    module.load_state_dict(load_file(source), assign=True)
-    return module.to(device=device, dtype=adapter.model.dtype)
+    with torch.inference_mode(False):  # weights made inside it could not be trained
+        if source is None:
+            with torch.device(device):
+                return strategy.build(shape).to(adapter.model.dtype)
+        module = _hollow(strategy, shape)
+        _check(module, source, strategy.info.name, shape)
+        module.load_state_dict(_read(source, strategy.info.name), assign=True)
+        return module.to(device=device, dtype=adapter.model.dtype)
+
+
+def _hollow(strategy: TrainedStrategy, shape: ModelShape) -> nn.Module:
+    """The module without memory for its weights: shapes in a file are compared before any is allocated."""
+    with torch.device("meta"):
+        return strategy.build(shape)
+
+
+def _device(module: nn.Module) -> torch.device | str | int | None:
+    """The device on which a module runs, also where accelerate keeps its weights elsewhere; None for none."""
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            hook = getattr(part, "_hf_hook", None)
+            return getattr(hook, "execution_device", None) if parameter.is_meta else parameter.device
+    return None
+
+
+def _read(source: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a file. Raises ValueError for those that are no finite floating-point numbers."""
+    state = load_file(source)
+    for key, value in state.items():
+        if not value.is_floating_point() or not bool(value.float().isfinite().all()):
+            kind = "values that are not finite" if value.is_floating_point() else f"{value.dtype} numbers"
+            raise ValueError(f"The {name} weights in {str(source)!r} cannot be used: {key} has {kind}.")
+    return state
 
 
 def load_into(adapter: Adapter, strategy: TrainedStrategy, source: Path) -> None:
@@ -50,7 +75,7 @@ def load_into(adapter: Adapter, strategy: TrainedStrategy, source: Path) -> None
         ValueError: if they do not fit.
     """
     _check(strategy.module, source, strategy.info.name, shape_of(adapter))
-    strategy.module.load_state_dict(load_file(source))
+    strategy.module.load_state_dict(_read(source, strategy.info.name))
 
 
 def _check(module: nn.Module, source: Path, name: str, shape: ModelShape) -> None:
@@ -86,7 +111,18 @@ def _made_for(origin: str) -> str:
 
 
 def write_weights(adapter: Adapter, strategy: TrainedStrategy, path: Path) -> None:
-    """Write the weights of a strategy that is on a model to a safetensors file."""
+    """Write the weights of a strategy that is on a model to a safetensors file.
+
+    Raises:
+        ValueError: for weights that could not be loaded again, as other libraries have replaced layers.
+    """
+    want = _hollow(strategy, shape_of(adapter)).state_dict().keys()
+    if odd := sorted(want ^ strategy.module.state_dict().keys()):
+        raise ValueError(
+            f"The layers of {strategy.info.name} were replaced after it was patched, as the weight {odd[0]}"
+            " tells: merge adapters of peft into them first, or make them with"
+            " exclude_modules='.*vtoken_strategy.*'."
+        )
     told = {"model_type": adapter.config.model_type, "strategy": strategy.info.name}
     told |= {k: v for k, v in asdict(shape_of(adapter)).items() if k != "tower"}
     state = {key: value.detach().contiguous() for key, value in strategy.module.state_dict().items()}

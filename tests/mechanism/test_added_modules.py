@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 import vtoken
 from tests.models import FAMILIES
 from tests.oracle import clone
-from vtoken.config import WEIGHTS_FILE
+from vtoken.config import CONFIG_FILE, WEIGHTS_FILE
 
 NAME = "llava"
 
@@ -180,3 +182,129 @@ def test_configs_of_strategies():
     assert vtoken.patching.patch_of(model).strategy.describe() == both.describe()
     with pytest.raises(ValueError, match="not patched"):
         vtoken.save_strategy(FAMILIES[NAME].build(), "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("side", 3), ("window", 1), ("gate", "scalar"), ("tau_kind", "fraction")]
+)
+def test_options_that_the_weights_were_made_for_stay(option, value, tmp_path):
+    model, inputs = randomise(patched()), FAMILIES[NAME].batch("one")
+    answer, strategy = logits(model, inputs), vtoken.patching.patch_of(model).strategy
+    was = getattr(strategy, option)
+    setattr(strategy, option, value)
+    with pytest.raises(RuntimeError, match=f"made for {option}={was!r}, .* set to {value!r}"):
+        logits(model, inputs)
+    with pytest.raises(RuntimeError, match=f"made for {option}="):
+        vtoken.save_strategy(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    setattr(strategy, option, was)
+    assert torch.equal(logits(model, inputs), answer)
+
+
+def test_weights_are_not_loaded_into_a_strategy_with_other_options(tmp_path):
+    vtoken.save_strategy(patched(window=3), tmp_path)
+    with pytest.raises(ValueError, match="other options, the first is window: 3 there and 2 on the model"):
+        vtoken.saving.load_weights(patched(window=2), tmp_path)
+    vtoken.saving.load_weights(patched(window=3, budget=0.5), tmp_path)
+
+
+def test_a_budget_assigned_to_a_combination_keeps_the_weights():
+    def made(budget):
+        model = FAMILIES[NAME].build()
+        vtoken.patch(model, ["pvc", "fastv"], budget=budget, pvc={"side": 2}, fastv={"layer": 2})
+        torch.manual_seed(1)
+        return randomise(model)
+
+    model, inputs = made(0.6), FAMILIES[NAME].batch("ragged")
+    logits(model, inputs)
+    vtoken.patching.patch_of(model).strategy.budget = 0.3
+    assert torch.equal(logits(model, inputs), logits(made(0.3), inputs))
+    vtoken.unpatch(model)
+    assert not hasattr(model, "vtoken_strategy")
+
+
+def test_pushed_and_copied_configs_take_the_weights_along(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, repo_id, **k: type("Url", (), {"repo_id": repo_id})
+    )
+    seen = lambda self, **k: pushed.append({p.name for p in k["folder_path"].iterdir()})  # noqa: E731
+    monkeypatch.setattr(HfApi, "upload_folder", seen)
+    model, inputs = randomise(patched()), FAMILIES[NAME].batch("one")
+    vtoken.save_strategy(model, tmp_path / "a", push_to_hub=True, repo_id="me/pvc")
+    assert pushed == [{CONFIG_FILE, WEIGHTS_FILE}]
+    vtoken.VTokenConfig.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    other = vtoken.patch(FAMILIES[NAME].build(), vtoken.VTokenConfig.from_pretrained(tmp_path / "b"))
+    assert torch.equal(logits(other, inputs), logits(model, inputs))
+
+
+def test_a_combination_named_with_a_plus_finds_its_weights(tmp_path):
+    model, inputs = FAMILIES[NAME].build(), FAMILIES[NAME].batch("one")
+    randomise(vtoken.patch(model, "pvc+fastv", budget=0.4, fastv={"layer": 2}))
+    vtoken.save_strategy(model, tmp_path)
+    path = tmp_path / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"strategy": "pvc + fastv"}))
+    other = vtoken.patch(FAMILIES[NAME].build(), vtoken.VTokenConfig.from_pretrained(tmp_path))
+    assert torch.equal(logits(other, inputs), logits(model, inputs))
+
+
+def test_a_model_patched_in_inference_mode_can_be_trained():
+    model, inputs = FAMILIES[NAME].build(), FAMILIES[NAME].batch("one")
+    with torch.inference_mode():
+        vtoken.patch(model, "pvc", budget=0.3, side=2)
+        model(**clone(inputs))
+    model(**clone(inputs), labels=inputs["input_ids"]).loss.backward()
+    assert model.vtoken_strategy.connector.fc2.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: torch.full_like(x, float("nan")), "has values that are not finite"),
+        (lambda x: x.to(torch.int64), "has torch.int64 numbers"),
+        (lambda x: x.to(torch.complex64), "has torch.complex64 numbers"),
+    ],
+)
+def test_weights_that_are_no_numbers(change, words, tmp_path):
+    vtoken.save_strategy(patched(), tmp_path)
+    state = load_file(tmp_path / WEIGHTS_FILE)
+    save_file({k: change(v) for k, v in state.items()}, tmp_path / WEIGHTS_FILE)
+    model = FAMILIES[NAME].build()
+    trainable = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=words):
+        vtoken.patch(model, vtoken.VTokenConfig.from_pretrained(tmp_path))
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert not hasattr(model, "vtoken_strategy")
+
+
+def test_weights_go_where_an_offloaded_tower_runs():
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = FAMILIES[NAME].build(), FAMILIES[NAME].batch("one")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    vtoken.patch(model, "pvc", budget=0.3, side=2)
+    assert logits(model, inputs).isfinite().all()
+
+
+def test_layers_replaced_by_peft_are_not_saved(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = patched()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["fc1", "fc2"]))
+    with pytest.raises(ValueError, match="merge adapters of peft"):
+        vtoken.save_strategy(wrapped, tmp_path)
+    vtoken.save_strategy(wrapped.merge_and_unload(), tmp_path)
+    vtoken.patch(FAMILIES[NAME].build(), vtoken.VTokenConfig.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("then", ["uniform", "pvc"])
+def test_features_with_attention_across_frames_serve_their_patch_alone(then):
+    model, inputs = randomise(patched()), FAMILIES[NAME].batch("one")
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this release takes no features")
+    text = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        given = {"image": model.get_image_features(inputs["pixel_values"])}
+    assert torch.equal(logits(model, text | {"mm_encoder_outputs": given}), logits(model, inputs))
+    vtoken.unpatch(model)
+    vtoken.patch(model, then, budget=0.3)
+    with pytest.raises(ValueError, match="encoded under another strategy"):
+        logits(model, text | {"mm_encoder_outputs": given})

@@ -182,3 +182,35 @@ def encoded(model, patch, pixels):
     """What a session would keep of a video's frames."""
     output = model.get_video_features(pixels)  # named otherwise in older releases
     return patch.encode(output, torch.cat([f.flatten(0, -2) for f in output.pooler_output]))[1]
+
+
+def test_a_session_keeps_what_the_strategy_writes():
+    name = "llava_next_video/video"
+    inputs = doubled(FAMILIES[name].batch("one"))
+    model = patched(name, budget=0.3, side=2)
+    ((written, _),) = features(model, inputs)
+    with torch.no_grad():
+        kept = encoded(model, vtoken.patching.patch_of(model), inputs["pixel_values_videos"])
+    assert torch.allclose(kept, written, atol=1e-9)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 0.01])
+def test_frames_of_an_image_share_a_small_budget(budget):
+    inputs = doubled(FAMILIES["llava"].batch("ragged"))
+    model = patched("llava", budget=budget, image_repeats=4)
+    logits(model, inputs)
+    for item in vtoken.report(model).visuals:
+        assert item.tokens_out <= max(1, budget if budget >= 1 else int(budget * item.tokens_in))
+
+
+def test_an_image_in_a_stream_is_one_frame():
+    inputs = doubled(FAMILIES["llava"].batch("one"))
+    model = patched("llava", budget=0.5, side=2)
+    with torch.no_grad(), vtoken.stream(model):
+        for _ in range(2):
+            output = model.get_image_features(inputs["pixel_values"])
+            rows = torch.cat([f.flatten(0, -2) for f in output.pooler_output])
+            assert len(vtoken.patching.patch_of(model).encode(output, rows)[0]) == len(rows) // 2
+    model, inputs = patched("llava_next", budget=0.5), doubled(FAMILIES["llava_next"].batch("one"))
+    with torch.no_grad(), vtoken.stream(model), pytest.raises(ValueError, match="cuts into crops"):
+        model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])

@@ -68,6 +68,8 @@ def write(folder, entries, name="data.json"):
         ([{"image": "a.png", "conversations": [{"from": "human", "value": "x"}]}], "take turns"),
         ([{"image": "a.png", "conversations": [{"from": "system", "value": "x"}]}], "from human or gpt"),
         ([{"image": 3, "question": "a", "answer": "b"}], "a file name is a string"),
+        ([{"image": "a.png", "conversations": 5}], "Entry 1 .* a list of turns, found int"),
+        ([{"image": "a.png", "conversations": [{"from": ["human"]}]}], "Entry 1 .* from human or gpt"),
     ],
 )
 def test_a_folder_that_cannot_be_read(entries, words, tmp_path):
@@ -78,6 +80,18 @@ def test_a_folder_that_cannot_be_read(entries, words, tmp_path):
         Conversations(write(tmp_path / "inside", entries))
     assert str(caught.value).count("\n") == 0
     with pytest.raises(ValueError, match=r"has no data\.json and no data\.jsonl"):
+        Conversations(tmp_path)
+
+
+def test_texts_keep_their_words_and_lines(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    entry = {"image": "a.png", "question": "Look at <image> and tell", "answer": "<image>\na\u2028b"}
+    lines = json.dumps(entry, ensure_ascii=False) + "\r\n\n" + json.dumps(entry)
+    (tmp_path / "data.jsonl").write_text(lines, encoding="utf-8")
+    for conversation in Conversations(tmp_path):
+        assert conversation.turns == (("user", "Look at and tell"), ("assistant", "a\u2028b"))
+    (tmp_path / "data.jsonl").write_bytes(b"\xff{}")
+    with pytest.raises(ValueError, match="is not JSON"):
         Conversations(tmp_path)
 
 

@@ -80,9 +80,13 @@ class Conversations(Dataset[Conversation]):
         if not isinstance(entry, dict):
             raise ValueError(f"an entry is an object, found {type(entry).__name__}.")
         if "conversations" in entry:
-            turns = [_turn(each) for each in entry["conversations"]]
+            said = entry["conversations"]
+            if not isinstance(said, list):
+                raise ValueError(f"conversations is a list of turns, found {type(said).__name__}.")
+            turns = [_turn(each) for each in said]
         elif {"question", "answer"} <= entry.keys():
-            turns = [("user", _text(entry["question"])), ("assistant", _text(entry["answer"]))]
+            turns = [_turn({"from": "human", "value": entry["question"]})]
+            turns.append(_turn({"from": "gpt", "value": entry["answer"]}))
         else:
             raise ValueError(f"it needs conversations, or question and answer, found {', '.join(entry)}.")
         roles = [role for role, _ in turns]
@@ -108,10 +112,10 @@ class Conversations(Dataset[Conversation]):
 
 def _entries(path: Path) -> Iterator[tuple[int, Any]]:
     """The objects of a file, counted from 1."""
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            lines = [line for line in text.splitlines() if line.strip()]
+            lines = [line for line in text.split("\n") if line.strip()]  # U+2028 ends no line here
             yield from enumerate(map(parse, lines), 1)
             return
         entries = parse(text)
@@ -124,12 +128,18 @@ def _entries(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _turn(turn: Any) -> tuple[str, str]:
     role = turn.get("from") if isinstance(turn, dict) else None
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"a turn is from human or gpt, found {str(role)[:40]!r}.")
-    return ROLES[role], _text(turn.get("value"))
+    return ROLES[role], MARKS.sub(_gap, _text(turn.get("value")))
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"a text or a file name is a string, found {type(value).__name__}.")
-    return MARKS.sub("", value)
+    return value
+
+
+def _gap(mark: re.Match[str]) -> str:
+    """The space between the words around a picture's mark; none at the ends of a text."""
+    inside = mark.start() > 0 and mark.end() < len(mark.string)
+    return ("\n" if "\n" in mark.group() else " ") if inside else ""

@@ -18,7 +18,7 @@ class EncodedVisuals:
 
     `picks` are the strategy's answers, given when the frames of a stream were pushed; None outside of a
     stream. `needs` are the values read from the tower, `merging` the tower layers after which tokens were
-    merged.
+    merged, `mixed_by` the patch whose strategy let frames attend to each other in the tower, if one did.
     """
 
     modality: str
@@ -26,6 +26,7 @@ class EncodedVisuals:
     needs: Needs
     merging: tuple[int, ...] = ()
     picks: list[Selection] | None = None
+    mixed_by: str | None = None
 
     @property
     def total(self) -> int:

@@ -221,7 +221,8 @@ class VisionHooks:
             any(set(getattr(mine, x)) - set(getattr(theirs, x)) for x in TOWER_NEEDS)
             or mine.pixels > theirs.pixels
         )
-        if lacking or encoded.merging != self.merging.get(modality, ()):
+        mixed_by = self.key if modality in self.temporal else None
+        if lacking or encoded.merging != self.merging.get(modality, ()) or encoded.mixed_by != mixed_by:
             raise ValueError(
                 f"These {modality} features were encoded under another strategy, which reads or merges other"
                 f" things in the vision tower than the present one: call get_{modality}_features again."
@@ -268,6 +269,11 @@ class VisionHooks:
                 f"A stream goes on with one video per call, found {len(frames)}: give each video a"
                 " vtoken.stream of its own."
             )
+        if stream is not None and not frames:
+            raise ValueError(
+                "Images that the model cuts into crops are no frames of a stream for a strategy with"
+                " attention across frames: give them outside of vtoken.stream, or use another strategy."
+            )
         return TemporalPass(frames if stream is None else [sum(frames)], stream, first)
 
     def _encode_frames(
@@ -307,7 +313,9 @@ class VisionHooks:
         parts = zip(features, layouts, capture.per_item(counts), capture.merged_per_item(counts), strict=True)
         tower = self.adapter.towers.get(modality)
         items = [self._tokens(modality, *part, tower) for part in parts]
-        return EncodedVisuals(modality, items, self.needs[modality], self.merging.get(modality, ()))
+        mixed_by = self.key if modality in self.temporal else None
+        merging = self.merging.get(modality, ())
+        return EncodedVisuals(modality, items, self.needs[modality], merging, mixed_by=mixed_by)
 
     @staticmethod
     def _tokens(

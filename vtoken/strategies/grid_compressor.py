@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class GridCompressor(TrainedStrategy):
         budget: share of the visual tokens, or tokens per image or frame; the frames of an image share it.
         tokens_per_frame: in place of a budget, tokens of every frame, also of each of an image's.
     """
+
+    free: ClassVar[tuple[str, ...]] = ("budget", "positions", "tokens_per_frame")
 
     budget: float | int | None = None  # type: ignore[assignment]
     _: KW_ONLY
@@ -85,19 +88,25 @@ class GridCompressor(TrainedStrategy):
         ]
 
     def _shares(
-        self, segments: Sequence[Segment], budget: float | int | None = None
+        self, segments: Sequence[Segment], budget: float | int | None = None, most: int | None = None
     ) -> list[tuple[int, int]]:
-        """Per segment the frames whose tokens enter the LLM, and at most so many tokens of each."""
+        """Per segment the frames whose tokens enter the LLM, and at most so many tokens of each.
+
+        Args:
+            most: frames that the tower made of an image: one where it is a frame of a stream.
+        """
+        most = self.repeats if most is None else min(self.repeats, most)
         budget, out = self.budget if budget is None else budget, []
         fixed = self.tokens_per_frame if budget is None else None
         allowed = self.allowance(SHARE if budget is None else budget).tokens(segments)
         for segment, n in zip(segments, allowed, strict=True):
-            repeats = 1 if segment.kind == "frame" else self.repeats
+            repeats = 1 if segment.kind == "frame" else most
             each = n // max(1, min(repeats, n)) if fixed is None else min(fixed, segment.fed)
             rows, columns = pooled_grid(segment.grid, each) if each else (1, 1)
             # every frame of an image has a place of its own in each rectangle
             room = (segment.grid[0] // rows) * (segment.grid[1] // columns)
-            out.append((min(repeats, room) if each else 1, each))
+            frames = min(repeats, room) if fixed is not None else min(repeats, room, n)
+            out.append((frames if each else 1, each))
         return out
 
     def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
@@ -110,9 +119,10 @@ class GridCompressor(TrainedStrategy):
 
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.tower is not None
-        layers, shares = self.layers_read(tokens.tower), self._shares(tokens.segments)
-        states = [tokens.states(layer) for layer in layers]
-        parts, have = pooled(tokens, [most for _, most in shares]), states[-1].shape[1]
+        states = [tokens.states(layer) for layer in self.layers_read(tokens.tower)]
+        have = states[-1].shape[1]
+        shares = self._shares(tokens.segments, most=have)
+        parts = pooled(tokens, [most for _, most in shares])
         sizes = [rows * columns for rows, columns in parts.grids]
         base, counts = parts.means(tokens.features).split(sizes), parts.sizes.split(sizes)
         start = tokens.memory.get("frames", 0)  # above 0 in a stream only

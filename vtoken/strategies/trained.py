@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -33,7 +33,13 @@ class TrainedStrategy(Strategy):
 
     `vtoken.patch` puts the module on the model, freezes all other parameters, and loads weights if the
     strategy came from a folder with some. Gradients flow through `select` and `temporal`.
+
+    Attributes:
+        free: options that can be assigned while the strategy is on a model; its weights are made for the
+            others.
     """
+
+    free: ClassVar[tuple[str, ...]] = ("budget", "positions")
 
     def build(self, model: ModelShape) -> nn.Module:
         """A new module with the weights of this strategy, all of them parameters, for a model.
@@ -58,7 +64,27 @@ class TrainedStrategy(Strategy):
 
     def attach(self, module: nn.Module | None) -> None:
         """Use this module from now on; None for none."""
-        self.__dict__.update(_module=module, _made_at=None if module is None else _versions(module))
+        made_at, built = (None, None) if module is None else (_versions(module), self._fixed())
+        self.__dict__.update(_module=module, _made_at=made_at, _built=built)
+
+    def share(self, other: TrainedStrategy) -> None:
+        """Use the module of another object of this strategy."""
+        kept = ("_module", "_made_at", "_source", "_built")
+        self.__dict__.update({k: v for k, v in other.__dict__.items() if k in kept})
+
+    def _fixed(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in self.free}
+
+    def check_built(self) -> None:
+        """Raise RuntimeError if an option has been assigned for which the weights were not made."""
+        now = self._fixed()
+        built = self.__dict__.get("_built") or now
+        if changed := [name for name in now if now[name] != built[name]]:
+            name = changed[0]
+            raise RuntimeError(
+                f"The weights of {self.info.name} on the model were made for {name}={built[name]!r}, which"
+                f" has been set to {now[name]!r} since: call vtoken.unpatch(model) and vtoken.patch again."
+            )
 
     @property
     def attached(self) -> bool:
@@ -82,8 +108,7 @@ class TrainedStrategy(Strategy):
 
     def with_budget(self, budget: float | int) -> TrainedStrategy:
         made = replace(self, budget=budget)
-        kept = ("_module", "_made_at", "_source")
-        made.__dict__.update({k: v for k, v in self.__dict__.items() if k in kept})
+        made.share(self)
         return made
 
 
