@@ -88,7 +88,6 @@ def train_strategy(
         ValueError: for a strategy without weights, or one that does not fit the model.
     """
     require("accelerate", extra="eval")
-    from transformers import TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
     folder = Path(output)
@@ -100,27 +99,7 @@ def train_strategy(
             raise ValueError(
                 f"{strategy.strategy} has no weights to train: choose one of {', '.join(trainable())}."
             )
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=plan.steps,
-            per_device_train_batch_size=plan.batch_size,
-            gradient_accumulation_steps=plan.accumulate,
-            learning_rate=plan.rate,
-            warmup_steps=max(1, round(plan.warm_up * plan.steps)),
-            weight_decay=plan.decay,
-            lr_scheduler_type="cosine",
-            logging_steps=max(1, min(10, plan.steps // 10)),
-            save_steps=plan.save_every,
-            save_total_limit=2,
-            seed=plan.seed,
-            bf16=plan.bf16,
-            gradient_checkpointing=plan.checkpointing,
-            dataloader_num_workers=plan.workers,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,
-            report_to=[],
-            disable_tqdm=step is not None,
-        )
+        arguments = _arguments(plan, folder, quiet=step is not None)
         trainer = trainer_class()(
             model=model, args=arguments, train_dataset=data, data_collator=Collator(processor, frames)
         )
@@ -136,6 +115,33 @@ def train_strategy(
     (folder / LOG).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     draw_curve(log, folder / CURVE)
     return log
+
+
+def _arguments(plan: Plan, folder: Path, quiet: bool) -> Any:
+    """The plan as `transformers.TrainingArguments`; `quiet` leaves the progress bar out."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.batch_size,
+        gradient_accumulation_steps=plan.accumulate,
+        learning_rate=plan.rate,
+        warmup_steps=max(1, round(plan.warm_up * plan.steps)),
+        weight_decay=plan.decay,
+        lr_scheduler_type="cosine",
+        logging_steps=max(1, min(10, plan.steps // 10)),
+        save_steps=plan.save_every,
+        save_total_limit=2,
+        seed=plan.seed,
+        bf16=plan.bf16,
+        gradient_checkpointing=plan.checkpointing,
+        dataloader_num_workers=plan.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=quiet,
+    )
 
 
 def trainable() -> list[str]:
