@@ -19,8 +19,7 @@ from ._json import check_depth, read
 from .checks import fit_field, found
 from .strategies import Strategy
 from .strategies.budgets import UNIT, Budget, check_budget, with_unit
-from .strategies.registry import registered
-from .strategies.trained import TrainedStrategy
+from .strategies.trained import trained_names
 
 CONFIG_FILE = "vtoken_config.json"
 WEIGHTS_FILE = "vtoken_strategy.safetensors"  # of strategies that are trained, in the same folder
@@ -245,6 +244,5 @@ def _options(strategy: Strategy) -> dict[str, Any]:
 
 def _is_trained(names: str | list[str]) -> bool:
     """Whether a strategy of these names has weights; False for names that are not known."""
-    known = {cls.info.name: cls for cls in registered()}
     some = names.split("+") if isinstance(names, str) else names
-    return any(issubclass(known[name], TrainedStrategy) for name in map(str.strip, some) if name in known)
+    return not set(trained_names()).isdisjoint(map(str.strip, some))

@@ -118,8 +118,10 @@ class Needs:
     @property
     def tower_layers(self) -> set[int]:
         """Tower layers of which something is read."""
-        kinds = (self.cls_attention, self.cls_logits, self.received_attention, self.keys, self.states)
-        return {layer for layers in kinds for layer in layers}
+        return {layer for kind in TOWER_NEEDS for layer in getattr(self, kind)}
+
+
+TOWER_NEEDS = ("cls_attention", "cls_logits", "received_attention", "keys", "states")  # fields of Needs
 
 
 class NotProvided(RuntimeError):

@@ -13,7 +13,8 @@ from vtoken import tiny
 from vtoken.cli.main import cli
 from vtoken.fine_tuning.collate import IGNORED, Collator
 from vtoken.fine_tuning.conversations import Conversations
-from vtoken.fine_tuning.train import Plan, train_strategy, trainable
+from vtoken.fine_tuning.train import Plan, train_strategy
+from vtoken.strategies.trained import trained_names
 from vtoken.tiny import scenes
 
 
@@ -149,6 +150,6 @@ def test_the_command_line(folder, tmp_path):
         failed = CliRunner().invoke(cli, arguments + wrong)
         assert failed.exit_code == 2 and words in failed.output
     failed = CliRunner().invoke(cli, ["train", "hired", *arguments[2:]])
-    assert failed.exit_code == 2 and f"choose one of {', '.join(trainable())}" in " ".join(
+    assert failed.exit_code == 2 and f"choose one of {', '.join(trained_names())}" in " ".join(
         failed.output.split()
     )

@@ -1,4 +1,4 @@
-"""Many questions about one picture in a sequence, behind the tokens that a strategy makes of it."""
+"""Several questions about a picture in one sequence, after the tokens that a strategy makes of it."""
 
 from __future__ import annotations
 

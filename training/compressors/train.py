@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 import vtoken
 from training.tiny.card import draw
 from training.tiny.loop import optimise
 from training.tiny.recipes import llava_onevision
-from training.tiny.train import cores
+from training.tiny.train import cores, stages, versions
 from vtoken import tiny
 from vtoken.patching import patch_of
 from vtoken.strategies.trained import trained_part
@@ -65,11 +63,7 @@ def train(
         The report that is also written to ``training_log.json`` (without the step log).
     """
     folder = Path(out)
-    keep = folder / "stages"
-    keep.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        for state in keep.glob("*.safetensors"):
-            state.unlink()
+    keep = stages(folder, resume)
     torch.manual_seed(seed)
     model, processor = tiny.load(name)
     vtoken.patch(model, strategy, budget=min(BUDGETS), **OPTIONS[strategy])
@@ -100,11 +94,7 @@ def train(
         "parameters": sum(p.numel() for p in parameters.values()),
         "training_minutes": round(max(entry["seconds"] for entry in log) / 60, 1),
         "machine": cores(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "questions": questions,
         "accuracy": accuracy,
         "recipe": PLAN | {"budgets": [*BUDGETS.items()]},

@@ -50,11 +50,7 @@ def train(
     recipe = recipes.recipe(name)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    keep = Path(out) / "stages"
-    keep.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        for state in keep.glob("*.safetensors"):
-            state.unlink()
+    keep = stages(Path(out), resume)
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high" if device == "cuda" else "highest")
     workers = min(8, os.cpu_count() or 1) if device == "cuda" else 0
@@ -75,8 +71,8 @@ def finish(
     model.load_state_dict(state)
     model.save_pretrained(out, state_dict=state)
     processor.save_pretrained(out)
-    stages = list(dict.fromkeys(entry["stage"] for entry in log))
-    spent = {stage: max(e["seconds"] for e in log if e["stage"] == stage) for stage in stages}
+    trained = list(dict.fromkeys(entry["stage"] for entry in log))
+    spent = {stage: max(e["seconds"] for e in log if e["stage"] == stage) for stage in trained}
     name = recipe.__name__.rpartition(".")[2]
     pairs = held_out(name, questions)
     report = {
@@ -85,11 +81,7 @@ def finish(
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_minutes": round(sum(spent.values()) / 60, 1),
         "machine": torch.cuda.get_device_name() if model.device.type == "cuda" else cores(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "questions": questions,
         "accuracy": score(pairs, answers(model, processor, pairs)),
         **recipe.measure(model, processor, questions),
@@ -98,6 +90,25 @@ def finish(
     (out / "README.md").write_text(recipe.card(report, log))
     draw(out / "curve.png", log)
     return report
+
+
+def stages(out: Path, resume: bool) -> Path:
+    """The folder ``out/stages`` for the state of a run, made if missing; emptied unless a run goes on."""
+    keep = out / "stages"
+    keep.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        for state in keep.glob("*.safetensors"):
+            state.unlink()
+    return keep
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that train."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def cores() -> str:

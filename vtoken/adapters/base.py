@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..tokens import Needs, Segment, VisualTokens
+from ..tokens import TOWER_NEEDS, Needs, Segment, VisualTokens
 from .towers.base import Tower
 
 
@@ -136,9 +136,7 @@ class Adapter:
 
     def lacking(self, needs: Needs, modality: str) -> list[str]:
         """The needs that this model cannot meet for a modality."""
-        inside = ("cls_attention", "cls_logits", "received_attention", "keys", "states")
-        kinds = (*inside, "text_embeddings", "pixels")
-        asked = [kind for kind in kinds if getattr(needs, kind)]
+        asked = [kind for kind in (*TOWER_NEEDS, "text_embeddings", "pixels") if getattr(needs, kind)]
         return [kind for kind in asked if kind not in self.provides(modality)]
 
 

@@ -15,7 +15,7 @@ from ..config import VTokenConfig
 from ..extras import require
 from ..patching import patch, patch_of, unpatch
 from ..saving import load_weights, save_strategy
-from ..strategies.trained import trained_part
+from ..strategies.trained import trained_names, trained_part
 from .collate import Collator
 from .conversations import Conversation
 
@@ -97,7 +97,7 @@ def train_strategy(
         part = trained_part(patch_of(model).strategy)  # type: ignore[union-attr]
         if part is None:
             raise ValueError(
-                f"{strategy.strategy} has no weights to train: choose one of {', '.join(trainable())}."
+                f"{strategy.strategy} has no weights to train: choose one of {', '.join(trained_names())}."
             )
         arguments = _arguments(plan, folder, quiet=step is not None)
         trainer = trainer_class()(
@@ -142,14 +142,6 @@ def _arguments(plan: Plan, folder: Path, quiet: bool) -> Any:
         report_to=[],
         disable_tqdm=quiet,
     )
-
-
-def trainable() -> list[str]:
-    """Names of the strategies that have weights."""
-    from ..strategies.registry import registered
-    from ..strategies.trained import TrainedStrategy
-
-    return [cls.info.name for cls in registered() if issubclass(cls, TrainedStrategy)]
 
 
 def trainer_class() -> type:

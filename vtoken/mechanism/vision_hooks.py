@@ -23,15 +23,13 @@ from ..hooks import Hooks, Wrapped, rebuilt
 from ..selection import Selection
 from ..streams import Reuse, StreamState, TowerUse, current_stream
 from ..temporal import Temporal, TemporalPass
-from ..tokens import Needs, VisualTokens
+from ..tokens import TOWER_NEEDS, Needs, VisualTokens
 from .forward_context import ENCODED, Admission, ForwardContext
 from .prompt import EncodedVisuals, tensors_of
 from .tower_frames import TowerFrames
 from .tower_merging import EncoderMerging
 from .tower_reuse import FrameReuse
 from .transformers_names import check_features
-
-TOWER_NEEDS = ("cls_attention", "cls_logits", "received_attention", "keys", "states")
 
 
 class VisionHooks:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..tokens import TowerInfo
 from .base import Strategy
+from .registry import registered
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,11 @@ class TrainedStrategy(Strategy):
 def _versions(module: nn.Module) -> list[int]:
     """A number per parameter that rises whenever it is written."""
     return [parameter._version for parameter in module.parameters()]
+
+
+def trained_names() -> list[str]:
+    """Names of the known strategies that have weights; other packages are not asked."""
+    return [cls.info.name for cls in registered() if issubclass(cls, TrainedStrategy)]
 
 
 def trained_part(strategy: Strategy) -> TrainedStrategy | None:

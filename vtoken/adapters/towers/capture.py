@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...streams import References, StreamState, TowerUse
 from ...temporal import TemporalPass
-from ...tokens import Needs
+from ...tokens import TOWER_NEEDS, Needs
 from ..encoders.run import EncoderRun
 
 STORED = -1  # a frame whose reference came in an earlier call
@@ -138,8 +138,7 @@ class Capture:
     @property
     def missing(self) -> list[tuple[str, int]]:
         """The values that were wanted and not read."""
-        kinds = ("cls_attention", "cls_logits", "received_attention", "keys", "states")
-        wanted = [(kind, layer) for kind in kinds for layer in getattr(self.needs, kind)]
+        wanted = [(kind, layer) for kind in TOWER_NEEDS for layer in getattr(self.needs, kind)]
         return [each for each in wanted if each not in self.values]
 
     def per_item(self, counts: Sequence[int]) -> list[dict[tuple[str, int], Tensor]]:

@@ -56,9 +56,11 @@ class Subject:
         import vtoken
 
         from ... import tiny
+        from ...strategies.trained import trained_names
 
-        known = [n for n in vtoken.list_strategies() if n in tiny.trained(self.name) or not _is_trained(n)]
-        names = [n for n in known if not refusal(self.model, self.given(n), LARGEST)]
+        known = vtoken.list_strategies()
+        lacking = set(trained_names()) - tiny.trained(self.name).keys()
+        names = [n for n in known if n not in lacking and not refusal(self.model, self.given(n), LARGEST)]
         made = {name: vtoken.strategy_info(name).cls() for name in names}
         if self.medium == "image":
             made = {name: strategy for name, strategy in made.items() if not strategy.acts_between_frames}
@@ -187,13 +189,6 @@ def tiny_board(
         board.cells = [done[at] for at in keys if at in done]
         cell_done(board, done[place])
     return board
-
-
-def _is_trained(name: str) -> bool:
-    from ...strategies import strategy_info
-    from ...strategies.trained import TrainedStrategy
-
-    return issubclass(strategy_info(name).cls, TrainedStrategy)
 
 
 def refusal(model: Any, strategy: Any, budget: float | int) -> str:
