@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ._threads import PerThread
-from .accounting import LanguageModelShape, LayersRead, Report, VisualReport
+from .accounting import LayersRead, Report, VisualReport
+from .llm_shape import LanguageModelShape
 from .mechanism.drop_schedule import DropSchedule
 from .mechanism.forward_context import Run
 from .mechanism.planner import Chosen

@@ -1,0 +1,45 @@
+"""The numbers of a language model that determine its cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LanguageModelShape:
+    """The numbers of a decoder config that determine its cost."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+
+    @classmethod
+    def of(cls, config: Any) -> LanguageModelShape:
+        """Read a transformers text config; for a mixture of experts, the experts that one token activates."""
+        heads = config.num_attention_heads
+        intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
+        experts = getattr(config, "num_experts_per_tok", None)
+        if experts and getattr(config, "moe_intermediate_size", None):
+            intermediate = experts * config.moe_intermediate_size
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            intermediate=intermediate,
+        )
+
+    def layer_flops(self, tokens: float, past: float = 0) -> float:
+        """FLOPs of a gated-MLP layer on `tokens` after `past`: 2 per multiply-add, half the square map."""
+        projections = 2 * self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        mlp = 6 * self.hidden * self.intermediate
+        return tokens * (projections + mlp) + 4 * tokens * (past + tokens / 2) * self.heads * self.head_dim
+
+    def kv_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of one layer's keys and values."""
+        return 2 * tokens * self.kv_heads * self.head_dim * itemsize
