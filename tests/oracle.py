@@ -69,8 +69,9 @@ class Inside:
     ``drop[k]`` is a bool (m,) over the first m tokens: those that are False are seen by nobody from layer k
     on. ``mix[k]`` is a float (m, m) matrix that replaces the first m hidden states in front of layer k.
     ``evict[i]`` is a bool (m,): what later forwards still find in the cache of layer i; the prompt that was
-    read in the first forward ends before column ``read``. ``renumber`` closes the gaps in the positions
-    behind every drop.
+    read in the first forward ends before column ``read``. ``hide`` is a bool (m, m): the first m tokens that
+    each of them must not see in any layer; those after them see what the last of them sees. ``renumber``
+    closes the gaps in the positions behind every drop.
     """
 
     drop: dict[int, Tensor] = field(default_factory=dict)
@@ -78,6 +79,7 @@ class Inside:
     evict: dict[int, Tensor] = field(default_factory=dict)
     read: int = 0
     renumber: bool = False
+    hide: Tensor | None = None
 
 
 def clone(inputs: dict) -> dict:
@@ -151,6 +153,11 @@ def _layer_by_layer(lm, prompt: Prompt, inside: Inside) -> Tensor:
     itself = torch.eye(n, dtype=torch.bool)
     lowest = torch.finfo(torch.float32 if h.dtype == torch.float64 else h.dtype).min
     allowed = torch.ones(n, n, dtype=torch.bool).tril() if prompt.allowed is None else prompt.allowed
+    if inside.hide is not None:
+        m = len(inside.hide)
+        hide = torch.zeros(n, n, dtype=torch.bool)
+        hide[:m, :m], hide[m:, :m] = inside.hide, inside.hide[-1]
+        allowed = allowed & ~hide
     alive, later = torch.ones(n, dtype=torch.bool), prompt.index >= inside.read
     for i, layer in enumerate(lm.layers):
         if i in inside.mix:
@@ -243,12 +250,14 @@ def generate(
     read: int | None = None,
     renumber: bool = False,
     forced: Tensor | None = None,
+    hide: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Greedy decoding -> ids (batch, steps) and logits (steps, batch, vocabulary).
 
     ``drop`` and ``evict`` map a layer to a bool (batch, L), ``mix`` holds for each row ``{layer: matrix}``,
     ``read`` is L unless some of the columns were said later (see ``Inside``); ``forced`` (batch, steps) are
-    the ids to be scored instead of the greedy ones. For the others see ``shortened``.
+    the ids to be scored instead of the greedy ones, ``hide`` a bool (batch, L, L). For the others see
+    ``shortened``.
     """
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
     ids, logits = [], []
@@ -256,10 +265,11 @@ def generate(
         shortened(model, inputs, keep, merge, features, renumber, deepstack=deepstack)
     ):
         inside = None
-        if drop or evict or any(mix or ()):
+        if drop or evict or any(mix or ()) or hide is not None:
             cuts = [{k: d[b, prompt.index] for k, d in (of or {}).items()} for of in (drop, evict)]
             length = inputs["input_ids"].shape[1] if read is None else read
-            inside = Inside(cuts[0], mix[b] if mix else {}, cuts[1], length, renumber)
+            hidden_here = None if hide is None else hide[b, prompt.index][:, prompt.index]
+            inside = Inside(cuts[0], mix[b] if mix else {}, cuts[1], length, renumber, hidden_here)
         row_ids, row_logits = [], []
         for t in range(steps):
             out = head(hidden(model, prompt, inside)[-1])

@@ -12,6 +12,7 @@ from .adapters.registry import adapter_for, list_families
 from .mechanism.attention_rows import check_projections
 from .mechanism.drop_schedule import DropSchedule
 from .strategies import EncoderStrategy, Strategy, list_names, strategy_info
+from .strategies.trained import trained_part
 from .streams import Reuse, unwrapped
 from .temporal import Temporal
 from .tokens import Needs
@@ -27,6 +28,7 @@ class Design:
         merging: by modality, the tower layers after which tokens are merged.
         reuse: by modality, the tower's reuse between frames.
         temporal: by modality, the strategy's attention across frames inside the tower.
+        fuses_text: whether the prompt's text embeddings are replaced.
         positions: "original" or "renumber".
     """
 
@@ -36,11 +38,12 @@ class Design:
     reuse: dict[str, Reuse]
     positions: str
     temporal: dict[str, Temporal] = field(default_factory=dict)
+    fuses_text: bool = False
 
     @property
     def wants_text(self) -> bool:
         """Whether the strategy reads the prompt's text before the LLM."""
-        return any(n.text_embeddings for n in self.needs.values())
+        return self.fuses_text or any(n.text for n in self.needs.values())
 
     @property
     def together(self) -> bool:
@@ -55,9 +58,12 @@ def design_of(adapter: Adapter, strategy: Strategy, layers: int) -> Design:
         idle = {m: Needs(modalities=n.modalities) for m, n in needs.items()}
         return Design(DropSchedule(layers), idle, {}, {}, strategy.positions)
     drops = tuple(strategy.prefill_layers(layers))
-    schedule = DropSchedule(layers, drops, tuple(strategy.aligned_layers(layers)) if drops else ())
+    part = trained_part(strategy)
+    aligned = tuple(strategy.aligned_layers(layers)) if drops else ()
+    schedule = DropSchedule(layers, drops, aligned, part is not None and part.hides_pictures)
     merging, reuse = merging_layers(adapter, strategy), reuse_of(adapter, strategy)
-    return Design(schedule, needs, merging, reuse, strategy.positions, temporal_of(adapter, strategy))
+    fuses = part is not None and part.fuses_text
+    return Design(schedule, needs, merging, reuse, strategy.positions, temporal_of(adapter, strategy), fuses)
 
 
 def temporal_of(adapter: Adapter, strategy: Strategy) -> dict[str, Temporal]:
@@ -142,13 +148,20 @@ def check_fit(
             f"positions='renumber' has no meaning for the multimodal rope of {kind}: use"
             " positions='original'."
         )
-    if "flex" in (getattr(adapter.decoder.config, "_attn_implementation", None) or ""):
+    attention = getattr(adapter.decoder.config, "_attn_implementation", None) or ""
+    if "flex" in attention:
         raise ValueError(
             "flex_attention masks cannot be cut: load the model with attn_implementation='sdpa', 'eager' or "
             "'flash_attention_2'."
         )
     if not strategy.is_identity and strategy.acts_inside:
         check_inside(adapter, strategy)
+    part = trained_part(strategy)
+    if part is not None and part.hides_pictures and "flash" in attention:
+        raise ValueError(
+            f"{name} hides pictures from what follows them, which flash attention cannot: load the model with"
+            " attn_implementation='sdpa'."
+        )
 
 
 def check_encoder(encoder: Encoder, strategy: Any) -> None:

@@ -31,6 +31,7 @@ from .mechanism.generation import generating
 from .mechanism.layer_hooks import LayerHooks
 from .mechanism.planner import Chosen, Planner
 from .mechanism.prompt import EncodedVisuals
+from .mechanism.text_reading import TextReading
 from .mechanism.unread_features import Unread
 from .mechanism.vision_hooks import VisionHooks
 from .mechanism.visual_turn import VisualTurn
@@ -114,10 +115,26 @@ class Patch:
         schedule, positions = design.schedule, design.positions
         inside = schedule.count > 0
         planner = Planner(
-            adapter, self._select, context, self._chosen, design.wants_text, inside, design.together
+            adapter, self._select, context, self._chosen, self._text_reading(), inside, design.together
         )
-        layers = LayerHooks(adapter.decoder, schedule, self.strategy.select_in_prefill, context, positions)
+        select = self.strategy.select_in_prefill
+        adapt = self._adapt if schedule.hides else None
+        layers = LayerHooks(adapter.decoder, schedule, select, context, positions, adapt)
         return VisualTurn(adapter, planner, layers, positions, context, self.gate, self.recorder)
+
+    def _text_reading(self) -> TextReading | None:
+        if not self.design.wants_text:
+            return None
+        question = any(n.question for n in self.design.needs.values())
+        return TextReading(self.adapter.decoder, question, self._fuse if self.design.fuses_text else None)
+
+    def _fuse(self, embeddings: Tensor, visual: Tensor) -> Tensor:
+        assert self.trained is not None
+        return self.trained.fuse_text(embeddings, visual)
+
+    def _adapt(self, layer: int, hidden: Tensor) -> Tensor:
+        assert self.trained is not None
+        return self.trained.adapt(layer, hidden)
 
     def __repr__(self) -> str:
         return f"<vtoken patch {self.strategy.describe()} of a {type(self.adapter.model).__name__}>"

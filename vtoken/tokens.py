@@ -100,6 +100,7 @@ class Needs:
         keys: tower layers whose attention keys are read.
         states: tower layers whose output is read.
         text_embeddings: whether the prompt's text embeddings are read.
+        question: whether the LLM's state after the prompt's text is read.
         pixels: whether the frames' pixels are read, and further frames encoded.
         together: whether the images of one prompt are seen as the frames of one video.
         modalities: the kinds of input the method is defined for.
@@ -111,9 +112,15 @@ class Needs:
     keys: tuple[int, ...] = ()
     states: tuple[int, ...] = ()
     text_embeddings: bool = False
+    question: bool = False
     pixels: bool = False
     together: bool = False
     modalities: tuple[str, ...] = ("image", "video")
+
+    @property
+    def text(self) -> bool:
+        """Whether the prompt's text is read."""
+        return self.text_embeddings or self.question
 
     @property
     def tower_layers(self) -> set[int]:
@@ -140,6 +147,8 @@ class VisualTokens:
         tower: facts about the vision tower, None where the model has no transformer tower.
         modality: "image" or "video".
         text_embeddings: (t, d) embeddings of the prompt's text tokens, None unless declared in `Needs`.
+        question: (d,) the LLM's output at the last token of the prompt's text, read without the picture; None
+            unless declared.
         merged: (num_cells,) int64, of a tower that merged tokens the cell in whose place a cell's token
             stands, -1 if it was dropped; cells with one number share their features. None if the tower merged
             nothing.
@@ -158,6 +167,7 @@ class VisualTokens:
     tower: TowerInfo | None = None
     modality: str = "image"
     text_embeddings: Tensor | None = None
+    question: Tensor | None = None
     merged: Tensor | None = None
     provided: dict[tuple[str, int], Tensor | Callable[[], Tensor]] = field(default_factory=dict, repr=False)
     memory: dict[str, Any] = field(default_factory=dict, repr=False)

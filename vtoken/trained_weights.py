@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .adapters.base import Adapter
+from .llm_shape import LanguageModelShape
 from .strategies.trained import ModelShape, TrainedStrategy
 
 ORIGIN = "vtoken"  # the entry of the file's metadata that tells the model
@@ -20,8 +21,8 @@ ORIGIN = "vtoken"  # the entry of the file's metadata that tells the model
 def shape_of(adapter: Adapter) -> ModelShape:
     """The facts about a model on which the shapes of such weights depend."""
     tower = next(iter(adapter.towers.values()), None)
-    width = int(adapter.decoder.config.hidden_size)
-    return ModelShape(None, 0, width) if tower is None else ModelShape(tower.info, tower.width, width)
+    llm = LanguageModelShape.of(adapter.decoder.config)
+    return ModelShape(None, 0, llm) if tower is None else ModelShape(tower.info, tower.width, llm)
 
 
 def make_module(adapter: Adapter, strategy: TrainedStrategy) -> nn.Module:

@@ -108,7 +108,9 @@ def expected(
     drop, mix = spy.inside(family, inputs, everything if keep is None else keep)
     alive = functools.reduce(torch.logical_and, drop.values(), everything)
     evict = dict.fromkeys(spy.strategy.aligned_layers(4), alive) if drop else {}
-    return oracle.generate(model, inputs, keep, steps, merge=merge, drop=drop, mix=mix, evict=evict, **kwargs)
+    hide = spy.hidden(family, inputs) if getattr(spy.strategy, "hides_pictures", False) else None
+    inside = dict(drop=drop, mix=mix, evict=evict, hide=hide)
+    return oracle.generate(model, inputs, keep, steps, merge=merge, **inside, **kwargs)
 
 
 def consistent(name: str, inputs: dict, **kwargs) -> bool:

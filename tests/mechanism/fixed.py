@@ -145,6 +145,19 @@ class Spy:
         assert next(items, None) is None
         return keep, merge
 
+    def hidden(self, family: Family, inputs: dict) -> Tensor:
+        """Bool (batch, L, L): tokens after a picture do not see those of its tokens that are not marked."""
+        visual, items = family.visual(inputs), iter(self.items)
+        out = torch.zeros(*visual.shape, visual.shape[1], dtype=torch.bool)
+        for b, row in enumerate(visual):
+            places = row.nonzero()[:, 0].tolist()
+            while places:
+                n, answer = next(items)
+                mine, places = places[:n], places[n:]
+                for token, marked in zip(mine, answer.marked.tolist(), strict=True):
+                    out[b, mine[-1] + 1 :, token] = not marked
+        return out
+
     def by_row(self, family: Family, inputs: dict) -> list[Tensor]:
         """The features of every row's visual tokens, as the strategy saw them or wrote them."""
         counts = family.visual(inputs).sum(1).tolist()

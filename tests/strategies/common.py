@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtoken import Segment, Selection, Strategy, TowerInfo, VisualTokens
+from vtoken.llm_shape import LanguageModelShape
 from vtoken.strategies.trained import ModelShape, TrainedStrategy, trained_part
 
 LAYERS, HEADS, WIDTH, DIM, PATCHES = 6, 2, 8, 16, (6, 6)
@@ -60,6 +61,7 @@ def build(
         tower=info,
         modality=modality,
         text_embeddings=randn(text, DIM).to(dtype) if text else None,
+        question=randn(DIM).to(dtype) if text else None,
         provided=provided,
         pixels=randn(count, 3, 12, 12).to(dtype),
         encode=lambda pixels: pixels.mean((1, 2, 3))[:, None, None].expand(-1, size, DIM),
@@ -128,6 +130,7 @@ def answer(strategy: Strategy, tokens: VisualTokens, memory: dict | None = None)
         tokens,
         memory={} if memory is None else memory,
         text_embeddings=tokens.text_embeddings if needs.text_embeddings else None,
+        question=tokens.question if needs.question else None,
         pixels=tokens.pixels if needs.pixels else None,
         encode=tokens.encode if needs.pixels else None,
         provided={key: value for key, value in tokens.provided.items() if key in declared},
@@ -137,7 +140,8 @@ def answer(strategy: Strategy, tokens: VisualTokens, memory: dict | None = None)
 
 def weights(strategy: TrainedStrategy, info: TowerInfo | None, seed: int = 0) -> torch.nn.Module:
     """A module of the strategy whose weights are all random."""
-    module = strategy.build(ModelShape(info, HEADS * WIDTH, DIM))
+    llm = LanguageModelShape(2, DIM, 2, 1, 8, 24)
+    module = strategy.build(ModelShape(info, HEADS * WIDTH, llm))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import vtoken
 from tests.models import FAMILIES
 from tests.oracle import clone
+from tests.strategies.trained import doubled, logits, randomise
 from vtoken.strategies.common.time_steps import TemporalAttention, TimeEmbedding, shuffled
 from vtoken.strategies.trained import trained_part
 
@@ -17,21 +18,7 @@ CLIPS = ["llava_onevision/video", "llava_next_video/video", "video_llava/video"]
 
 def patched(name, **options):
     """A model in float64 with random PVC weights."""
-    torch.manual_seed(3)
-    model = vtoken.patch(FAMILIES[name].build().double(), "pvc", **options)
-    with torch.no_grad():
-        for parameter in model.vtoken_strategy.parameters():
-            parameter.copy_(torch.randn_like(parameter) / 3)
-    return model
-
-
-def logits(model, inputs):
-    with torch.no_grad():
-        return model(**clone(inputs)).logits
-
-
-def doubled(inputs):
-    return {k: v.double() if v.is_floating_point() else v for k, v in clone(inputs).items()}
+    return randomise(vtoken.patch(FAMILIES[name].build().double(), "pvc", **options))
 
 
 def features(model, inputs, modality="video"):

@@ -17,24 +17,30 @@ import torch
 import vtoken
 from training.tiny.card import draw
 from training.tiny.loop import optimise
-from training.tiny.recipes import llava_onevision
 from training.tiny.train import cores, stages, versions
 from vtoken import tiny
 from vtoken.patching import patch_of
 from vtoken.strategies.trained import trained_part
 from vtoken.tiny.questions import answers, held_out, score
 
-from .packed import compressed, loss_of_questions
+from .batches import Batch, assembled, examples, loss_of
 
 BUDGETS = {0.25: 0.2, 0.125: 0.3, 0.0625: 0.5}  # and the share of the steps
-PLAN: dict[str, Any] = {"steps": 2400, "batch": 10, "rate": 2e-3, "muon_rate": 0.01}
-OPTIONS: dict[str, dict[str, Any]] = {"pvc": {"side": 2, "te_dim": 64, "image_repeats": 1}}
-FIRST = 90_000_000  # scenes that the model has not seen
+PLAN: dict[str, Any] = {"steps": 2400, "batch": 8, "questions": 8, "rate": 2e-3, "muon_rate": 0.01}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "pvc": {"side": 2, "te_dim": 64, "image_repeats": 1},
+    "quecc": {"side": 4, "heads": 4},
+    "llava_mini": {"prefusion_layers": 2, "heads": 4},
+    "voco": {"rank": 128},
+}
+PLANS: dict[str, dict[str, Any]] = {name: {"questions": 4} for name in ("quecc", "llava_mini", "voco")}
+MODELS = {"llava_onevision": 1 / 3, "qwen2_5_vl": 1 / 2}  # and the share of the steps that have images
+FIRST = 90_000_000  # scenes that the models have not seen
 
 
-def make(processor: Any, step: int) -> tuple[Any, float]:
-    """The packed questions of a step about images or clips, and its budget."""
-    batch = llava_onevision.language_batch(processor, FIRST, PLAN["batch"], "train", step)
+def make(processor: Any, name: str, plan: dict[str, Any], step: int) -> tuple[Batch, float]:
+    """The questions of a step about images or clips, and its budget."""
+    batch = assembled(processor, *examples(name, FIRST, plan["batch"], plan["questions"], step, MODELS[name]))
     drawn = np.random.Generator(np.random.PCG64([FIRST, step])).choice([*BUDGETS], p=[*BUDGETS.values()])
     return batch, float(drawn)
 
@@ -70,18 +76,18 @@ def train(
     patch = patch_of(model)
     part = None if patch is None else trained_part(patch.strategy)
     assert part is not None
-    vocabulary = processor.tokenizer.get_vocab()
-    user, log = [vocabulary["user"], vocabulary[":"]], list[dict[str, Any]]()
+    plan, log = PLAN | PLANS.get(strategy, {}), list[dict[str, Any]]()
+    in_tower, asks = bool(patch.design.temporal), patch.design.wants_text
 
-    def loss_of(item: Any, done: float) -> tuple[torch.Tensor, dict[str, float]]:
-        ((pixels, sizes), (ids, labels), *_), part.budget = item
-        seen = compressed(model, pixels, sizes)
-        loss, right = loss_of_questions(model, seen, ids, labels, user, llava_onevision.WIDTH)
+    def measured(item: tuple[Batch, float], done: float) -> tuple[torch.Tensor, dict[str, float]]:
+        batch, part.budget = item
+        loss, right = loss_of(model, batch, in_tower, asks)
         return loss, {"answers": right.item(), "budget": part.budget}
 
     seconds = minutes and minutes * 60
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimise(strategy, parameters, partial(make, processor), loss_of, PLAN, log, seconds=seconds, keep=keep)
+    draw_step = partial(make, processor, name, plan)
+    optimise(strategy, parameters, draw_step, measured, plan, log, seconds=seconds, keep=keep)
     vtoken.save_strategy(model, folder)
     pairs, accuracy = held_out(name, questions), {}
     for budget in BUDGETS:
@@ -97,7 +103,7 @@ def train(
         "versions": versions(),
         "questions": questions,
         "accuracy": accuracy,
-        "recipe": PLAN | {"budgets": [*BUDGETS.items()]},
+        "recipe": plan | {"budgets": [*BUDGETS.items()]},
     }
     (folder / "training_log.json").write_text(json.dumps({**report, "steps": log}, indent=1) + "\n")
     draw(folder / "curve.png", log)
@@ -109,7 +115,7 @@ def main() -> None:
         prog="python -m training.compressors.train", description=train.__doc__.splitlines()[0]
     )
     parser.add_argument("strategy", choices=OPTIONS)
-    parser.add_argument("name", choices=["llava_onevision"], help="tiny model")
+    parser.add_argument("name", choices=MODELS, help="tiny model")
     parser.add_argument("--out", default=None, help="folder to write (default: NAME-STRATEGY)")
     parser.add_argument("--minutes", type=float, default=None, help="upper limit of the training time")
     parser.add_argument("--seed", type=int, default=0)

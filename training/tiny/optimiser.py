@@ -14,7 +14,5 @@ def optimisers(
     matrices, others = [], []
     for name, p in named:
         (matrices if p.ndim == 2 and ".layers." in name else others).append(p)
-    return [
-        torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=rate, weight_decay=0.01, betas=(0.9, 0.98)),
-    ]
+    adam = torch.optim.AdamW(others, lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
+    return [torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.01), adam] if matrices else [adam]

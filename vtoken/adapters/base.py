@@ -131,13 +131,13 @@ class Adapter:
     def provides(self, modality: str) -> frozenset[str]:
         """Names of the fields of `Needs` that can be read here."""
         tower = self.towers.get(modality)
-        own = {"text_embeddings", "pixels"} if modality in self.square_frames else {"text_embeddings"}
+        own = {"text_embeddings", "question"} | ({"pixels"} if modality in self.square_frames else set())
         return frozenset(own) | (tower.provides if tower is not None else frozenset())
 
     def lacking(self, needs: Needs, modality: str) -> list[str]:
         """The needs that this model cannot meet for a modality."""
-        asked = [kind for kind in (*TOWER_NEEDS, "text_embeddings", "pixels") if getattr(needs, kind)]
-        return [kind for kind in asked if kind not in self.provides(modality)]
+        kinds, provided = (*TOWER_NEEDS, "text_embeddings", "question", "pixels"), self.provides(modality)
+        return [kind for kind in kinds if getattr(needs, kind) and kind not in provided]
 
 
 def feature_layer_of(config: Any, num_layers: int, default: int = -1) -> int:

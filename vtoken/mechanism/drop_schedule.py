@@ -10,15 +10,19 @@ from dataclasses import dataclass, field
 class DropSchedule:
     """The drops inside an LLM. Stage 0 enters it; the s-th drop leaves stage s.
 
+    A drop before layer `layers` comes after the last one: it shortens the KV cache of aligned layers only.
+
     Attributes:
         layers: number of LLM layers.
         drops: layers before which tokens are dropped, ascending.
         aligned: layers whose KV cache is cut to the tokens of the last drop, once the prompt has been read.
+        hides: whether, in every layer, tokens after a picture see only those of its tokens that are marked.
     """
 
     layers: int
     drops: tuple[int, ...] = ()
     aligned: tuple[int, ...] = ()
+    hides: bool = False
     # made once: torch.compile reads them in every decode step
     _reads: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _stores: tuple[int, ...] = field(init=False, repr=False, compare=False)
@@ -33,6 +37,16 @@ class DropSchedule:
     def count(self) -> int:
         """The number of drops."""
         return len(self.drops)
+
+    @property
+    def last(self) -> int:
+        """The stage that the last layer reads."""
+        return self._reads[-1] if self._reads else 0
+
+    @property
+    def drops_at_end(self) -> bool:
+        """Whether there is a drop after the last layer."""
+        return self.layers in self.drops
 
     def reads(self, layer: int) -> int:
         """The stage whose tokens a layer reads; 0 for an LLM whose layers cannot be seen."""

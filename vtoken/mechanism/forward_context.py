@@ -60,7 +60,7 @@ class Plan:
             if self.source is None:
                 self.source = torch.full_like(self.keep, -1, dtype=torch.long)
             self.source[rows, places[kept]] = torch.arange(len(kept), device=places.device) + len(before)
-            self.features = torch.cat([before, selection.features])
+            self.features = torch.cat([before, selection.features.to(before)])
         if selection.into is None or selection.weight is None:
             return
         if self.into is None or self.weight is None:

@@ -23,6 +23,7 @@ from ..tokens import PrefillTokens
 from .cache_alignment import align_cache
 from .drop_schedule import DropSchedule
 from .forward_context import ForwardContext, Plan, Run
+from .hidden_pictures import adapted, hidden_now, hide
 from .layer_views import LayerViews
 from .logical_cache import Ledger, settle
 from .masks import WINDOW_FULL, cut_mask
@@ -42,6 +43,7 @@ class LayerHooks:
         select: `select(PrefillTokens) -> Selection` over the visual tokens of a prompt, called at every drop.
         context: shared with the other hooks.
         positions: "original" or "renumber".
+        adapt: `adapt(layer, hidden (m, d)) -> (m, d)` of the marked tokens, if pictures are hidden.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class LayerHooks:
         select: Callable[[PrefillTokens], Selection],
         context: ForwardContext,
         positions: str = "original",
+        adapt: Callable[[int, Tensor], Tensor] | None = None,
     ) -> None:
         self.decoder, self.schedule, self.select, self.context = decoder, schedule, select, context
+        self.adapt = adapt
         self.renumber = positions == "renumber"
         self.views = LayerViews(decoder, schedule)
         kinds = getattr(decoder.config, "layer_types", None)
@@ -142,7 +146,11 @@ class LayerHooks:
         if self.flash:
             # rope uses position_embeddings; flash attention would read the gaps as packed sequences
             kwargs = kwargs | {"position_ids": run.ranks}
-        if table == 0 or (stage == 0 and not run.past_slots and not self._evicts(run, i)):
+        hides = self.schedule.hides and run.layout is not None and not self.context.disabled
+        if hides and self.adapt is not None:
+            args = (adapted(run, i, args[0], self.adapt), *args[1:])
+        same = stage == 0 and not run.past_slots and not hides
+        if table == 0 or (same and not self._evicts(run, i)):
             return args, kwargs
         if len(run.now) == stage:
             before = self._rotary(run, i, stage - 1, kwargs, args[0])
@@ -217,14 +225,30 @@ class LayerHooks:
         run.ragged.append(not bool(sub_valid.all()))
         return take_merged(hidden, sub, sub_valid, plan.into, plan.weight)
 
+    def finish(self, run: Run, hidden: Tensor) -> None:
+        """The drop after the last layer, of whose tokens the output (B, n, d) has them all."""
+        if self.schedule.drops_at_end and run.index is not None and len(run.now) == self.schedule.count:
+            self._enter(run, self.schedule.count, hidden, self.decoder.layers[-1], None, None)
+
     # -- masks -----------------------------------------------------------------------------------------------
     def _mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
         # not id(mask): torch.compile would guard on the object
         key = "mask", self.schedule.reads(i), self.schedule.stores(i), self.kind[i]
         if key not in run.memo:
             made = self._make_mask(run, i, mask, hidden)
+            if self.schedule.hides and run.layout is not None and not self.context.disabled:
+                made = self._without_pictures(run, key[2], made)
             run.memo[key] = self._evicted(run, i, made) if self._evicts(run, i) else made
         return run.memo[key]
+
+    def _without_pictures(self, run: Run, table: int, mask: Any) -> Tensor:
+        """A mask of stage 0 in which tokens after a picture see only its marked tokens."""
+        if self.flash:
+            raise NotImplementedError(
+                "Flash attention cannot hide a picture from what follows it: load the model with"
+                " attn_implementation='sdpa'."
+            )
+        return hide(mask, hidden_now(run), run.ledger.slots[table].shape[1])
 
     def _evicts(self, run: Run, i: int) -> bool:
         """Whether a mask must hide dropped tokens from generated ones here, as there is no cache to cut."""

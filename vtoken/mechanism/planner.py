@@ -15,6 +15,7 @@ from ..tokens import VisualTokens
 from .forward_context import Call, ForwardContext, Plan, PromptLayout, Run
 from .packed_rows import apart
 from .prompt import Answered, Choice, EncodedVisuals, Prompt
+from .text_reading import TextReading
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Planner:
         select: `select(VisualTokens) -> Selection`.
         context: state with the prompt of a running `generate()`.
         chosen: called once per prompt batch with the choices and the number of beams per prompt row.
-        wants_text: whether the strategy reads the prompt's text embeddings.
+        text: reads the prompt's text for the strategy; None if it reads none.
         inside: whether tokens will be dropped inside the LLM, which needs each token's item and kind.
         together: whether the strategy sees the images of a prompt as one video.
     """
@@ -59,17 +60,17 @@ class Planner:
         select: Callable[[VisualTokens], Selection],
         context: ForwardContext,
         chosen: Callable[[list[Chosen], int], None],
-        wants_text: bool,
+        text: TextReading | None,
         inside: bool = False,
         together: bool = False,
     ) -> None:
         self.adapter, self.select, self.context, self.chosen = adapter, select, context, chosen
-        self.wants_text, self.inside, self.together = wants_text, inside, together
+        self.text, self.inside, self.together = text, inside, together
 
     def __call__(self, call: Call, run: Run, embeds: Tensor, real: Tensor) -> Plan | None:
         if self.context.disabled:
             return None
-        if run.first is not None and self.wants_text:
+        if run.first is not None and self.text is not None:
             raise NotImplementedError(
                 "A strategy that reads the text reads one prompt per row, found rows whose positions start"
                 " again: give each prompt a row of its own, or use a strategy that does not read the text."
@@ -115,6 +116,8 @@ class Planner:
             if self.inside:
                 self._lay_out(run, rows, a.places, a.items, a.picks)
             plan.follow(rows, a.places, concat_selections(a.picks, [len(item) for item in a.items]))
+        if self.text is not None and self.text.fuse is not None and not self.context.disabled:
+            self._fuse(plan, self.text, call, run, embeds, real, beams)
         self.chosen(chosen, beams)
         return None if plan.into is None and plan.source is None and bool(plan.keep.all()) else plan
 
@@ -134,8 +137,10 @@ class Planner:
             for b, places, items in apart(_assign(places_of, encoded[modality].items), run.first, beams):
                 ids = None if call.input_ids is None else call.input_ids[b * beams]
                 items = self._join(modality, items, ids, places)
-                text = embeds[b * beams][self._text(call, run, b * beams, real)] if self.wants_text else None
-                picks = complete([self._select(item, text) for item in items], items)
+                if self.text is not None:
+                    text = embeds[b * beams][self._text(call, run, b * beams, real)]
+                    items = self.text.told(items, text)
+                picks = complete([self.select(item) for item in items], items)
                 answered.append(
                     Answered(b, places, items, keep_query(picks, items, places, queries[b * beams]))
                 )
@@ -169,10 +174,19 @@ class Planner:
                 layout.units[b] += max(1, frames)
             start += len(item)
 
-    def _select(self, item: VisualTokens, text: Tensor | None) -> Selection:
-        if text is not None:
-            item = replace(item, text_embeddings=text.to(item.features.device))
-        return self.select(item)
+    def _fuse(
+        self, plan: Plan, text: TextReading, call: Call, run: Run, embeds: Tensor, real: Tensor, beams: int
+    ) -> None:
+        """Enter the text embeddings that have read the pictures, of the rows that have some."""
+        assert run.visual is not None and run.ends is not None
+        for first in range(0, len(embeds), beams):
+            if not bool(run.visual[first].any()):
+                continue
+            prompt = real[first] & (torch.arange(real.shape[1], device=real.device) < run.ends[first])
+            fused = text.fused(embeds[first][prompt], run.visual[first][prompt])
+            places = self._text(call, run, first, real).nonzero()[:, 0]
+            keep = torch.arange(len(places), device=places.device)
+            plan.follow(slice(first, first + beams), places, Selection(keep, features=fused))
 
     @staticmethod
     def _text(call: Call, run: Run, b: int, real: Tensor) -> Tensor:
@@ -210,7 +224,7 @@ class Planner:
     # -- chunked prefill -------------------------------------------------------------------------------------
     def _first_chunk(self, call: Call, run: Run, prompt: Prompt, embeds: Tensor) -> Plan:
         ids, encoded = prompt.input_ids, prompt.encoded
-        if ids is None or self.wants_text or run.cache is None:
+        if ids is None or self.text is not None or run.cache is None:
             raise NotImplementedError(
                 "A chunked prefill needs input_ids, a cache and a strategy that does not read the text: "
                 "leave out prefill_chunk_size."
@@ -225,7 +239,7 @@ class Planner:
             keep = torch.ones(ids.shape[0], longest, dtype=torch.bool, device=embeds.device)
             for b, places, items in _assign(places_of, encoded[modality].items):
                 items = self._join(modality, items, ids[b], places)
-                picks = complete([self._select(item, None) for item in items], items)
+                picks = complete([self.select(item) for item in items], items)
                 picks = keep_query(picks, items, places, last[b])
                 selection = concat_selections(picks, [len(item) for item in items])
                 if selection.into is not None or selection.features is not None:

@@ -154,7 +154,7 @@ def check_prompt(run: Run, schedule: DropSchedule, tokens: int) -> None:
     if len(run.now) <= schedule.count:
         raise changed(f"{len(run.now) - 1} of {schedule.count} drops inside the LLM took place")
     planned = [index.shape[1] for index, _ in run.now]
-    check_length("The language model answered for", tokens, planned[-1])
+    check_length("The language model answered for", tokens, planned[schedule.last])
     for i, layer in enumerate([] if run.cache is None else run.cache.layers[: schedule.layers]):
         if isinstance(layer, DynamicLayer | StaticLayer):  # other classes count in ways of their own
             stored = physical_length(layer) if layer.is_initialized else 0

@@ -251,6 +251,8 @@ class VisualTurn:
         device, context.reading = context.reading, None
         if out is None or device is None:
             return None
+        if run is not None and run.visual is not None and run.index is not None:
+            self.layers.finish(run, hidden_states_of(out))
         if not context.disabled:
             self.observer.after_prefill(run, device)
         if run is None or run.visual is None or run.index is None:
@@ -259,11 +261,13 @@ class VisualTurn:
         check_prompt(run, self.schedule, hidden_states_of(out).shape[1])
         if run.cache is not None:
             self.layers.store(run)
-        index, valid = run.now[-1]
-        final = run.index.gather(1, index)
         if run.choice is not None and run.choice.survivors is None:
-            left = torch.zeros_like(run.visual, dtype=torch.long).scatter_add_(1, final, valid.long())
+            index, valid = run.now[-1]
+            left = torch.zeros_like(run.visual, dtype=torch.long)
+            left.scatter_add_(1, run.index.gather(1, index), valid.long())
             run.choice.survivors = left > 0
+        index, valid = run.now[self.schedule.last]
+        final = run.index.gather(1, index)
         column = _stretched(run, final, valid)
         if isinstance(out, tuple):
             return (take(out[0], column), *out[1:])

@@ -14,12 +14,14 @@ from .divprune import DivPrune as DivPrune
 from .fastv import FastV as FastV
 from .globalcom2 import GlobalCom2 as GlobalCom2
 from .hired import HiRED as HiRED
+from .llava_mini import LLaVAMini as LLaVAMini
 from .llavolta import LLaVolta as LLaVolta
 from .mustdrop import MustDrop as MustDrop
 from .pool import Pool as Pool
 from .prune_by_norm import PruneByNorm as PruneByNorm
 from .pvc import PVC as PVC
 from .pyramiddrop import PyramidDrop as PyramidDrop
+from .quecc import QueCC as QueCC
 from .random import Random as Random
 from .random_merge import RandomMerge as RandomMerge
 from .sparsevlm import SparseVLM as SparseVLM
@@ -33,4 +35,5 @@ from .ts_llava import TSLLaVA as TSLLaVA
 from .uniform import Uniform as Uniform
 from .vidcom2 import VidCom2 as VidCom2
 from .visionzip import VisionZip as VisionZip
+from .voco import VoCo as VoCo
 from .vtc_cls import VTCCLS as VTCCLS

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..selection import Selection
 from ..tokens import Needs, Segment, TowerInfo, VisualTokens
@@ -17,6 +17,14 @@ from .common.pooling import pooled
 from .trained import TrainedStrategy
 
 SHARE = 0.25  # of the visual tokens, where neither a budget nor a number of tokens is given
+
+
+def added_mlp(inner: int, width: int) -> nn.Sequential:
+    """An MLP whose answer is 0 at the start."""
+    last = nn.Linear(width, width)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(inner, width), nn.GELU(), last)
 
 
 @dataclass

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 Stage = Literal["encoder", "projector", "prefill", "cache"]
-BudgetMeans = Literal["entrance", "average", "cut", "tower", "encoder"]
+BudgetMeans = Literal["entrance", "average", "cut", "tower", "encoder", "cache"]
 BUDGET_MEANS: dict[str, str] = {
     "entrance": "visual tokens that enter the LLM",
     "average": "visual tokens that an LLM layer reads, the average over all layers",
     "cut": "visual tokens that the LLM reads after the cut",
     "tower": "tokens of a frame that the vision tower computes",
+    "cache": "visual tokens that the KV cache keeps; the LLM reads them all once",
     "encoder": "patch tokens that are left after the encoder's last layer, the visual tokens of an LLM",
 }
 

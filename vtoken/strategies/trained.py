@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..llm_shape import LanguageModelShape
 from ..tokens import TowerInfo
 from .base import Strategy
 from .registry import registered
@@ -20,12 +21,25 @@ class ModelShape:
     Attributes:
         tower: of the vision tower; None where the model has no transformer tower.
         tower_width: channels C of the tower's layers.
-        width: channels d of the features that the LLM reads.
+        llm: numbers of the language model; its `hidden` are the channels d of the features that it reads.
     """
 
     tower: TowerInfo | None
     tower_width: int
-    width: int
+    llm: LanguageModelShape
+
+    @property
+    def width(self) -> int:
+        return self.llm.hidden
+
+    def check_heads(self, heads: int) -> None:
+        """Raise ValueError for a number of attention heads that does not divide the tower's channels."""
+        if self.tower_width % heads:
+            fit = ", ".join(str(n) for n in (1, 2, 4, 8, 12, 16) if self.tower_width % n == 0)
+            raise ValueError(
+                f"heads must divide the tower's {self.tower_width} channels, found {heads}: take one of"
+                f" {fit}."
+            )
 
 
 @dataclass
@@ -38,9 +52,12 @@ class TrainedStrategy(Strategy):
     Attributes:
         free: options that can be assigned while the strategy is on a model; its weights are made for the
             others.
+        hides_pictures: whether, in every LLM layer, tokens after a picture see only those of its tokens that
+            `select` marks. The KV cache keeps what `select_in_prefill` answers.
     """
 
     free: ClassVar[tuple[str, ...]] = ("budget", "positions")
+    hides_pictures: ClassVar[bool] = False
 
     def build(self, model: ModelShape) -> nn.Module:
         """A new module with the weights of this strategy, all of them parameters, for a model.
@@ -48,6 +65,26 @@ class TrainedStrategy(Strategy):
         At the start the patched model should answer as nearly as it can like a model without such weights.
         """
         raise NotImplementedError(f"{type(self).__name__} must build its module.")
+
+    def fuse_text(self, embeddings: Tensor, visual: Tensor) -> Tensor:
+        """Text embeddings that have read the pictures, for methods that replace those of the prompt.
+
+        Args:
+            embeddings: (n, d) of the prompt in order, with all visual tokens of the unpatched model.
+            visual: (n,) bool, the visual tokens.
+
+        Returns:
+            (n - v, d), of the text tokens in order.
+        """
+        raise NotImplementedError(f"{type(self).__name__} leaves the text as it is.")
+
+    @property
+    def fuses_text(self) -> bool:
+        return type(self).fuse_text is not TrainedStrategy.fuse_text
+
+    def adapt(self, layer: int, hidden: Tensor) -> Tensor:
+        """The hidden states (m, d) of the marked tokens before an LLM layer, if pictures are hidden."""
+        return hidden
 
     @property
     def module(self) -> Any:

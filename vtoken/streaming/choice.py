@@ -7,7 +7,6 @@ from typing import Any
 
 from ..active import LOCK, patches_of
 from ..adapters.base import Adapter
-from ..fit import needs_of
 from ..patching import Patch, make_strategy, patch, patch_of, unpatch
 from ..strategies import Strategy
 from .layers import Layers
@@ -145,7 +144,7 @@ class SharedPatch:
         if current is None or current.strategy.is_identity:
             return
         strategy = current.strategy
-        if any(needs_of(self.adapter, strategy, m).text_embeddings for m in self.adapter.modalities):
+        if current.design.wants_text:
             raise ValueError(
                 f"{strategy.info.name} reads the question when it chooses, and a stream is pruned before"
                 " there is one: use a strategy that does not read the text."

@@ -223,7 +223,7 @@ def why_not(adapter: Adapter, strategy: Strategy) -> str:
     if any(strategy.encoder_layers(tower.info) for tower in adapter.towers.values()):
         return "merges tokens inside the vision tower"
     needs = [needs_of(adapter, strategy, modality) for modality in MODALITIES]
-    if any(n.text_embeddings for n in needs):
+    if any(n.text for n in needs):
         return "reads the question"
     if any(n.pixels or n.together for n in needs):
         return "reads all images of a prompt together"

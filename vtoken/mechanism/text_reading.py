@@ -1,0 +1,56 @@
+"""Read a prompt's text for a strategy: embeddings, the LLM's state after them, and others in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tokens import VisualTokens
+from .transformers_names import hidden_states_of
+
+
+@dataclass
+class TextReading:
+    """Reads the text of prompts for one patch.
+
+    Attributes:
+        decoder: the language model.
+        question: whether the strategy reads the LLM's state after the text.
+        fuse: `fuse(embeddings (n, d), visual (n,) bool) -> (n - v, d)`, embeddings in place of those of the
+            text; None if the text stays as it is.
+    """
+
+    decoder: Any
+    question: bool = False
+    fuse: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def told(self, items: list[VisualTokens], text: Tensor) -> list[VisualTokens]:
+        """The images or videos of a prompt, with its text (t, d) for the strategy."""
+        state = self.state(text) if self.question and len(text) else None
+        out = []
+        for item in items:
+            device = item.features.device
+            question = None if state is None else state.to(device)
+            out.append(replace(item, text_embeddings=text.to(device), question=question))
+        return out
+
+    @torch.no_grad()
+    def state(self, text: Tensor) -> Tensor:
+        """(d,) the language model's output at the last token of a text (t, d) that it reads alone."""
+        # `forward` and not a call: hooks on the language model belong to the prompt that is being read
+        out = self.decoder.forward(inputs_embeds=text[None], use_cache=False)
+        return hidden_states_of(out)[0, -1]
+
+    def fused(self, embeddings: Tensor, visual: Tensor) -> Tensor:
+        """The strategy's answer for one prompt. Raises ValueError for one of another shape."""
+        assert self.fuse is not None
+        out, wanted = self.fuse(embeddings, visual), (int((~visual).sum()), embeddings.shape[1])
+        if tuple(out.shape) != wanted:
+            raise ValueError(
+                f"fuse_text must give {wanted}, an embedding per text token, found {tuple(out.shape)}."
+            )
+        return out
