@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training.tiny import qwen_language
-from training.tiny.language import pack
+from training.tiny.language import layout, pack
 from training.tiny.recipes import llava_onevision
 from vtoken.mechanism.forward_context import ENCODED
 from vtoken.tiny import clips
@@ -30,19 +30,16 @@ class Batch:
     Attributes:
         kind: "image" or "video".
         inputs: of the processor, a row per picture.
-        rows: (pictures * questions, n) int64, prompts with their answers, padded on the right.
-        labels: of the same shape, -100 where nothing is learnt.
+        before: (p,) int64, the prompt up to the question, its visual tokens included.
+        asked, labels: (pictures, questions, WIDTH) int64, questions with their answers; -100 where nothing is
+            learnt.
     """
 
     kind: str
     inputs: dict[str, Any]
-    rows: Tensor
+    before: Tensor
+    asked: Tensor
     labels: Tensor
-
-    @property
-    def questions(self) -> int:
-        """Questions per picture."""
-        return len(self.rows) // len(self.inputs["input_ids"])
 
 
 def examples(
@@ -75,21 +72,47 @@ def examples(
 
 def assembled(processor: Any, pictures: Sequence[Any], asked: list[list[Question]]) -> Batch:
     """The batch of pictures with questions."""
-    vocabulary, inputs = (
-        processor.tokenizer.get_vocab(),
-        prepare(processor, [(p, q[0]) for p, q in zip(pictures, asked)]),
-    )
-    ids, labels = (x.view(-1, WIDTH) for x in pack(list(asked), vocabulary, len(asked[0]), WIDTH))
-    told = int((ids[0] != vocabulary["<pad>"]).sum()) - len(
-        asked[0][0].answer.split()
-    )  # question and "assistant :"
-    row = inputs["input_ids"][0][inputs["attention_mask"][0].bool()]
-    before = row[: len(row) - told].expand(len(ids), -1)
-    end = ids.new_full((len(ids), 1), vocabulary["<pad>"])
-    rows = torch.cat([before, ids, end], 1)
-    shifted = torch.cat([torch.full_like(before, IGNORED), torch.full_like(end, IGNORED), labels], 1)
+    vocabulary = processor.tokenizer.get_vocab()
+    inputs = dict(prepare(processor, [(p, q[0]) for p, q in zip(pictures, asked)]))
+    shape = len(asked), len(asked[0]), WIDTH
+    ids, labels = (x.view(shape) for x in pack(asked, vocabulary, len(asked[0]), WIDTH))
+    row, first = inputs["input_ids"][0][inputs["attention_mask"][0].bool()], asked[0][0]
+    told = int((ids[0, 0] != vocabulary["<pad>"]).sum()) - len(first.answer.split())
+    labels = labels.roll(
+        1, -1
+    )  # transformers counts a label at the token itself; the last place is a spare one
     kind = "video" if any(key.endswith("videos") for key in inputs) else "image"
-    return Batch(kind, dict(inputs), rows, shifted)
+    return Batch(kind, inputs, row[: len(row) - told], ids, labels)
+
+
+def apart(batch: Batch) -> dict[str, Any]:
+    """A row for every question."""
+    ids, labels = batch.asked.flatten(0, 1), batch.labels.flatten(0, 1)
+    before = batch.before.expand(len(ids), -1)
+    rows = torch.cat([before, ids], 1)
+    told = torch.cat([torch.full_like(before, IGNORED), labels], 1)
+    return {"input_ids": rows, "labels": told, "attention_mask": torch.ones_like(rows)}
+
+
+def together(model: Any, batch: Batch, grids: dict[str, Any]) -> dict[str, Any]:
+    """A row for every picture, of whose questions each sees the picture and itself only, at its positions."""
+    pictures, questions, width = batch.asked.shape
+    before = batch.before.expand(pictures, -1)
+    rows = torch.cat([before, batch.asked.flatten(1)], 1)
+    told = torch.cat([torch.full_like(before, IGNORED), batch.labels.flatten(1)], 1)
+    start, one = before.shape[1], torch.cat([before, batch.asked[:, 0]], 1)
+    where = torch.arange(one.shape[1]).expand(pictures, -1)
+    if hasattr(model.model, "get_rope_index"):
+        where = model.model.get_rope_index(one, **types_of(model, batch.kind, one), **grids)[0]
+    where = torch.cat([where[..., :start], where[..., start:].repeat(*[1] * (where.ndim - 1), questions)], -1)
+    mask = layout(0, start, questions, width)[0].expand(pictures, -1, -1, -1)
+    return {"input_ids": rows, "labels": told, "attention_mask": mask, "position_ids": where}
+
+
+def types_of(model: Any, kind: str, rows: Tensor) -> dict[str, Tensor]:
+    """The kind of every token, for models that ask for it."""
+    visual = rows == getattr(model.config, f"{kind}_token_id")
+    return {"mm_token_type_ids": visual.int() * (2 if kind == "video" else 1)}
 
 
 def loss_of(model: Any, batch: Batch, in_tower: bool, asks: bool) -> tuple[Tensor, Tensor]:
@@ -97,32 +120,25 @@ def loss_of(model: Any, batch: Batch, in_tower: bool, asks: bool) -> tuple[Tenso
 
     Args:
         in_tower: whether weights inside the vision tower are trained.
-        asks: whether the strategy reads the text, and is asked for every question and not once per picture.
+        asks: whether the strategy reads the text: it gets a prompt per question, else all in one sequence.
     """
-    grids = {k: v for k, v in batch.inputs.items() if k.endswith(("grid_thw", "second_per_grid_ts"))}
+    told = {k: v for k, v in batch.inputs.items() if k.endswith(("grid_thw", "second_per_grid_ts"))}
     pixels = {k: v for k, v in batch.inputs.items() if k.startswith(("pixel_values", "image_sizes"))}
-    encode = getattr(model.model, f"get_{batch.kind}_features")
     names = ("vision_feature_layer", "vision_feature_select_strategy")
     chosen = {n: getattr(model.config, n) for n in names if hasattr(model.config, n)}
-    thw = {k: v for k, v in grids.items() if k.endswith("grid_thw")}
+    grids = {k: v for k, v in told.items() if k.endswith("grid_thw")}
     with torch.set_grad_enabled(in_tower):
-        output = encode(**pixels, **thw, **chosen)
-    types = {}
-    if "mm_token_type_ids" in batch.inputs:
-        visual = batch.rows == getattr(model.config, f"{batch.kind}_token_id")
-        types = {"mm_token_type_ids": visual.int() * (2 if batch.kind == "video" else 1)}
-    made = model(
-        input_ids=batch.rows,
-        attention_mask=torch.ones_like(batch.rows),
-        labels=batch.labels,
-        mm_encoder_outputs={batch.kind: repeated(output, batch.questions, asks)},
-        use_cache=False,
-        **{k: repeat(v, batch.questions) for k, v in grids.items()},
-        **types,
-    )
-    told = batch.labels[:, 1:] != IGNORED
-    right = made.logits[:, :-1].argmax(-1)[told] == batch.labels[:, 1:][told]
-    return made.loss, right.float().mean()
+        output = getattr(model.model, f"get_{batch.kind}_features")(**pixels, **grids, **chosen)
+    times = batch.asked.shape[1] if asks else 1
+    given = apart(batch) if asks else together(model, batch, told)
+    if hasattr(model.model, "get_rope_index"):
+        given |= {k: repeat(v, times) for k, v in told.items()}
+        given |= types_of(model, batch.kind, given["input_ids"])
+    features = {batch.kind: repeated(output, times)}
+    made = model(**given, mm_encoder_outputs=features, use_cache=False)
+    labels = given["labels"][:, 1:]
+    counts = labels != IGNORED
+    return made.loss, (made.logits[:, :-1].argmax(-1) == labels)[counts].float().mean()
 
 
 def repeat(values: Any, times: int) -> Any:
@@ -132,12 +148,8 @@ def repeat(values: Any, times: int) -> Any:
     return [value for value in values for _ in range(times)]
 
 
-def repeated(output: Any, times: int, asks: bool) -> Any:
-    """The features of pictures for so many prompts each.
-
-    With `asks` the strategy chooses anew for every prompt, else once, as for the beams of a search.
-    """
-    out = type(output)(pooler_output=repeat(output.pooler_output, times))
-    encoded = getattr(output, ENCODED)
-    setattr(out, ENCODED, replace(encoded, items=repeat(encoded.items, times)) if asks else encoded)
+def repeated(output: Any, times: int) -> Any:
+    """The features of pictures for so many prompts each, of which the strategy is asked one by one."""
+    out, encoded = type(output)(pooler_output=repeat(output.pooler_output, times)), getattr(output, ENCODED)
+    setattr(out, ENCODED, replace(encoded, items=repeat(encoded.items, times)))
     return out

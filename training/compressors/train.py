@@ -20,20 +20,26 @@ from training.tiny.loop import optimise
 from training.tiny.train import cores, stages, versions
 from vtoken import tiny
 from vtoken.patching import patch_of
-from vtoken.strategies.trained import trained_part
+from vtoken.strategies.trained import TrainedStrategy
 from vtoken.tiny.questions import answers, held_out, score
 
 from .batches import Batch, assembled, examples, loss_of
 
 BUDGETS = {0.25: 0.2, 0.125: 0.3, 0.0625: 0.5}  # and the share of the steps
-PLAN: dict[str, Any] = {"steps": 2400, "batch": 8, "questions": 8, "rate": 2e-3, "muon_rate": 0.01}
+PLAN: dict[str, Any] = {"steps": 2400, "batch": 8, "questions": 16, "rate": 2e-3, "muon_rate": 0.01}
+ASKED: dict[str, Any] = {
+    "steps": 1200,
+    "questions": 4,
+}  # of a stage in which every question has its own prompt
 OPTIONS: dict[str, dict[str, Any]] = {
     "pvc": {"side": 2, "te_dim": 64, "image_repeats": 1},
     "quecc": {"side": 4, "heads": 4},
     "llava_mini": {"prefusion_layers": 2, "heads": 4},
     "voco": {"rank": 128},
 }
-PLANS: dict[str, dict[str, Any]] = {name: {"questions": 4} for name in ("quecc", "llava_mini", "voco")}
+# The first stage of strategies that read the question goes without it: many questions fit in a sequence then.
+BLIND = {"quecc": {"conditioned": False}, "llava_mini": {"prefusion_layers": 0}}
+BLIND_SHARE = 0.6  # of the time
 MODELS = {"llava_onevision": 1 / 3, "qwen2_5_vl": 1 / 2}  # and the share of the steps that have images
 FIRST = 90_000_000  # scenes that the models have not seen
 
@@ -43,6 +49,37 @@ def make(processor: Any, name: str, plan: dict[str, Any], step: int) -> tuple[Ba
     batch = assembled(processor, *examples(name, FIRST, plan["batch"], plan["questions"], step, MODELS[name]))
     drawn = np.random.Generator(np.random.PCG64([FIRST, step])).choice([*BUDGETS], p=[*BUDGETS.values()])
     return batch, float(drawn)
+
+
+def run_stage(
+    stage: str,
+    model: Any,
+    processor: Any,
+    name: str,
+    strategy: str,
+    options: dict[str, Any],
+    log: list[dict[str, Any]],
+    seconds: float | None,
+    keep: Path,
+    known: dict[str, torch.Tensor] | None = None,
+) -> TrainedStrategy:
+    """Patch the model and train; returns the strategy. `known` are weights of an earlier stage."""
+    vtoken.patch(model, strategy, budget=min(BUDGETS), **options)
+    patch = patch_of(model)
+    assert patch is not None and patch.trained is not None
+    part, asks = patch.trained, patch.design.wants_text
+    part.module.load_state_dict(known or {}, strict=False)
+    plan = PLAN | (ASKED if asks else {})
+
+    def measured(item: tuple[Batch, float], done: float) -> tuple[torch.Tensor, dict[str, float]]:
+        batch, part.budget = item
+        loss, right = loss_of(model, batch, bool(patch.design.temporal), asks)
+        return loss, {"answers": right.item(), "budget": part.budget}
+
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    draw_step = partial(make, processor, name, plan)
+    optimise(stage, parameters, draw_step, measured, plan, log, seconds=seconds, keep=keep)
+    return part
 
 
 def train(
@@ -72,38 +109,35 @@ def train(
     keep = stages(folder, resume)
     torch.manual_seed(seed)
     model, processor = tiny.load(name)
-    vtoken.patch(model, strategy, budget=min(BUDGETS), **OPTIONS[strategy])
-    patch = patch_of(model)
-    part = None if patch is None else trained_part(patch.strategy)
-    assert part is not None
-    plan, log = PLAN | PLANS.get(strategy, {}), list[dict[str, Any]]()
-    in_tower, asks = bool(patch.design.temporal), patch.design.wants_text
-
-    def measured(item: tuple[Batch, float], done: float) -> tuple[torch.Tensor, dict[str, float]]:
-        batch, part.budget = item
-        loss, right = loss_of(model, batch, in_tower, asks)
-        return loss, {"answers": right.item(), "budget": part.budget}
-
-    seconds = minutes and minutes * 60
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    draw_step = partial(make, processor, name, plan)
-    optimise(strategy, parameters, draw_step, measured, plan, log, seconds=seconds, keep=keep)
+    log, seconds, options = list[dict[str, Any]](), minutes and minutes * 60, OPTIONS[strategy]
+    if strategy in BLIND:
+        limit = seconds and seconds * BLIND_SHARE
+        run_stage(
+            f"{strategy} blind", model, processor, name, strategy, options | BLIND[strategy], log, limit, keep
+        )
+        known = model.vtoken_strategy.state_dict()
+        vtoken.unpatch(model)
+        seconds = seconds and seconds * (1 - BLIND_SHARE)
+    else:
+        known = {}
+    part = run_stage(strategy, model, processor, name, strategy, options, log, seconds, keep, known)
     vtoken.save_strategy(model, folder)
     pairs, accuracy = held_out(name, questions), {}
     for budget in BUDGETS:
         part.budget = budget
         accuracy[str(budget)] = score(pairs, answers(model, processor, pairs))
+    spent = {entry["stage"]: entry["seconds"] for entry in log}
     report = {
         "strategy": strategy,
         "model": name,
         "seed": seed,
-        "parameters": sum(p.numel() for p in parameters.values()),
-        "training_minutes": round(max(entry["seconds"] for entry in log) / 60, 1),
+        "parameters": sum(p.numel() for p in part.module.parameters()),
+        "training_minutes": round(sum(spent.values()) / 60, 1),
         "machine": cores(),
         "versions": versions(),
         "questions": questions,
         "accuracy": accuracy,
-        "recipe": plan | {"budgets": [*BUDGETS.items()]},
+        "recipe": PLAN | {"asked": ASKED, "budgets": [*BUDGETS.items()]},
     }
     (folder / "training_log.json").write_text(json.dumps({**report, "steps": log}, indent=1) + "\n")
     draw(folder / "curve.png", log)

@@ -25,12 +25,17 @@ def normed_mlp(inner: int, width: int) -> nn.Sequential:
 class Weights(nn.Module):
     """The weights of QueCC: projections of text, queries, keys and values, and attention within cells."""
 
+    text: nn.Sequential | None
+
     def __init__(self, strategy: QueCC, model: ModelShape) -> None:
         super().__init__()
         assert model.tower is not None
         width, side = model.tower_width, strategy.side
         inner = width * len(strategy.layers_read(model.tower))
-        self.text = nn.Sequential(nn.Linear(model.width, width), nn.LayerNorm(width, 1e-6))
+        self.text = None
+        if strategy.conditioned:
+            self.text = nn.Sequential(nn.Linear(model.width, width), nn.LayerNorm(width, 1e-6))
+            nn.init.zeros_(self.text[1].weight)
         self.query, self.key, self.value = (normed_mlp(n, width) for n in (width, inner, inner))
         self.down = nn.Conv2d(width, width, side, side, groups=width)
         self.attention = nn.MultiheadAttention(width, strategy.heads, batch_first=True)
@@ -41,7 +46,9 @@ class Weights(nn.Module):
         side, like = self.down.kernel_size[0], self.down.weight
         cells = [shuffled(m.to(like), *grid, side).unflatten(-1, (side * side, -1)) for m in maps]
         cells = [c.flatten(0, 1) for c in cells]  # (t * rows * columns, side * side, C)
-        asked = cells[-1] if question is None else cells[-1] + self.text(question.to(like))
+        asked = cells[-1]
+        if self.text is not None and question is not None:
+            asked = asked + self.text(question.to(like))
         squares = self.query(asked).transpose(1, 2).unflatten(-1, (side, side))
         query, every = self.down(squares).flatten(2).transpose(1, 2), torch.cat(cells, -1)
         mixed = self.attention(query, self.key(every), self.value(every), need_weights=False)[0]
@@ -74,12 +81,14 @@ class QueCC(GridCompressor):
         side: a token is made of side x side places of the tower's map.
         layers: tower layers that keys and values read; four between the middle and the projector's if None.
         heads: attention heads; they divide the channels of the tower.
+        conditioned: whether the question is read.
     """
 
     _: KW_ONLY
     side: int = 4
     layers: tuple[int, ...] | None = None
     heads: int = 8
+    conditioned: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,7 +106,7 @@ class QueCC(GridCompressor):
         return tuple(sorted(layers))
 
     def needs(self, tower: TowerInfo | None) -> Needs:
-        return replace(super().needs(tower), question=True)
+        return replace(super().needs(tower), question=self.conditioned)
 
     def connect(
         self, maps: Sequence[Tensor], steps: Tensor, grid: tuple[int, int], tokens: VisualTokens
