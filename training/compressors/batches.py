@@ -50,7 +50,8 @@ def examples(
     Args:
         name: the tiny model.
         first: number of the first picture of all.
-        size, questions: pictures, and questions about each.
+        size: number of pictures.
+        questions: about each, fewer where a picture of the step has not as many.
         step: of the training.
         images: share of the steps that have images.
     """
@@ -67,7 +68,8 @@ def examples(
         numbers = [start + canvas + i * stride if wide else start + i for i in range(size)]
         seen = [make_wide(n, "train", LARGE) if wide else make_scene(n, "train") for n in numbers]
         asked = [qwen_language.choose_about_scene(scene, rng) for scene in seen]
-    return seen, [[some[i] for i in rng.permutation(len(some))[:questions]] for some in asked]
+    most = min(questions, *map(len, asked))
+    return seen, [[some[i] for i in rng.permutation(len(some))[:most]] for some in asked]
 
 
 def assembled(processor: Any, pictures: Sequence[Any], asked: list[list[Question]]) -> Batch:
