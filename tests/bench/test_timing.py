@@ -149,6 +149,14 @@ def test_a_cell_computes_ratios_of_neighbours_and_promises_by_the_split(work):
     assert out["decode"]["median"] == 4.0 and out["end_to_end"]["median"] == 2.0
 
 
+def test_equal_caches_share_decode_steps_and_not_the_prefill(work):
+    quick, slow = cells.Cell(work, "uniform", 0.5), cells.Cell(work, "random", 0.5)
+    quick.short, slow.short = [{"total": 2.0}], [{"total": 7.0}]
+    quick.decoding = [({"decode": 4.0, "total": 12.0}, {"decode": 3.0, "total": 5.0})]
+    slow.decode_like(quick)
+    assert slow.decoding == [({"decode": 4.0, "total": 12.0}, {"decode": 3.0, "total": 10.0})]
+
+
 def test_measure_covers_every_cell_and_says_what_it_left_out(work):
     found = cells.measure(
         work, ["uniform", "fastv", "visionzip+fastv", "vidcom2"], [0.5, 1.0], repeats=1, steps=2

@@ -85,6 +85,14 @@ class Cell:
         with self.applied():
             self.decoding.append((dense, decode(self.work, steps)))
 
+    def decode_like(self, other: Cell) -> None:
+        """Take over the decode steps of a cell whose cache holds as much, with the prefill of this one."""
+        own, theirs = (
+            statistics.median(t["total"] for t in c.short) if c.short else 0.0 for c in (self, other)
+        )
+        more = own - theirs
+        self.decoding += [(d, s | {"total": s["total"] + more}) for d, s in other.decoding]
+
     def result(self) -> dict[str, Any]:
         """Plain numbers: medians in ms, speed-ups with their spread over the pairs, promised ones."""
         out: dict[str, Any] = {"strategy": self.strategy, "budget": self.budget}
@@ -138,7 +146,8 @@ def measure(
 
     A turn is the unpatched model, then up to three cells: A B C D A E F G. What cannot differ is measured
     once: budget 1.0 is the unpatched model whatever the strategy; decode steps depend only on how much the
-    cache holds; so does the LLM alone on the number of its tokens, within a round.
+    cache holds, and end to end their time is added to each cell's own prefill; the LLM alone depends on the
+    number of its tokens, within a round.
 
     Args:
         work: the model, which must not be patched, and its prompt.
@@ -186,5 +195,7 @@ def measure(
                 progress(f"generating {cell.strategy} {cell.budget}, {i + 1}")
                 cell.decode_turn(steps)
     for cell in timed:
-        cell.decoding += leads[cell.facts["kv_bytes"][1]].decoding if cell not in leads.values() else []
+        lead = leads[cell.facts["kv_bytes"][1]]
+        if cell is not lead:
+            cell.decode_like(lead)
     return [cell.result() for cell in cells]
