@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,12 @@ import vtoken
 from tests.models import FAMILIES
 from tests.oracle import clone
 from tests.strategies.trained import doubled, logits, randomise
+from vtoken.strategies.common.pooling import RepeatOrder, pooled
 from vtoken.strategies.common.time_steps import TemporalAttention, TimeEmbedding, shuffled
 from vtoken.strategies.trained import trained_part
+from vtoken.tokens import Segment
+
+from .common import build
 
 CLIPS = ["llava_onevision/video", "llava_next_video/video", "video_llava/video"]
 
@@ -201,3 +207,19 @@ def test_an_image_in_a_stream_is_one_frame():
     model, inputs = patched("llava_next", budget=0.5), doubled(FAMILIES["llava_next"].batch("one"))
     with torch.no_grad(), vtoken.stream(model), pytest.raises(ValueError, match="cuts into crops"):
         model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+
+
+def test_repeats_are_ordered_by_place_tile_or_repeat():
+    """Two tiles of 2 x 4 cells, read as two and three static frames, in one row of two rectangles each."""
+    tokens = build([Segment("crop", (2, 4)), Segment("crop", (2, 4), (0, 1))])
+    parts = pooled(tokens, [2, 2])
+    made = [torch.arange(2 * n).view(n, 2, 1) + 100.0 * i for i, n in enumerate((2, 3))]
+    found = {order: parts.selection(made, order) for order in get_args(RepeatOrder)}
+    for selection in found.values():
+        assert selection.keep.tolist() == found["place"].keep.tolist() == sorted(selection.keep.tolist())
+    read = {order: selection.features[:, 0].tolist() for order, selection in found.items()}
+    assert read["tile"] == [0, 1, 2, 3, 100, 101, 102, 103, 104, 105]
+    assert read["repeat"] == [0, 1, 100, 101, 2, 3, 102, 103, 104, 105]
+    assert sorted(read["place"]) == sorted(read["tile"])
+    groups = parts.group[found["place"].keep].tolist()
+    assert [g % 2 for g in groups] == [int(x) % 2 for x in read["place"]]

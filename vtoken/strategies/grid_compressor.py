@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..selection import Selection
 from ..tokens import Needs, Segment, TowerInfo, VisualTokens
 from .common.grids import pooled_grid
-from .common.pooling import pooled
+from .common.pooling import RepeatOrder, pooled
 from .trained import TrainedStrategy
 
 SHARE = 0.25  # of the visual tokens, where neither a budget nor a number of tokens is given
@@ -84,6 +84,11 @@ class GridCompressor(TrainedStrategy):
     def repeats(self) -> int:
         return 1
 
+    @property
+    def order(self) -> RepeatOrder:
+        """Order of the tokens of an image's frames."""
+        return "place"
+
     # -- provided --------------------------------------------------------------------------------------------
     def needs(self, tower: TowerInfo | None) -> Needs:
         return Needs() if tower is None else Needs(states=self.layers_read(tower))
@@ -152,4 +157,4 @@ class GridCompressor(TrainedStrategy):
                 added = self.connect(joined, torch.cat(steps_of), (rows, columns), tokens)
                 for i, some in zip(each, added.split([len(s) for s in steps_of]), strict=True):
                     out[i] = base[i] + some.to(base[i])
-        return parts.selection(out)
+        return parts.selection(out, self.order)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..temporal import FrameSteps, Temporal
 from ..tokens import TowerInfo, VisualTokens
+from .common.pooling import RepeatOrder
 from .common.time_steps import Connector, TemporalAttention, TimeEmbedding
 from .grid_compressor import GridCompressor
 from .registry import register
@@ -73,6 +74,8 @@ class PVC(GridCompressor):
         window: frames that a frame attends to, itself included; None for all, which a stream cannot have.
         include_cls: whether the class token attends too.
         connector_adaln: whether the connector knows the time step.
+        repeat_order: order of an image's tokens: all frames of a "tile" (crop) before the next, all tiles of
+            a "repeat" before the next one, or the frames of a rectangle at their "place" in the picture.
     """
 
     _: KW_ONLY
@@ -87,6 +90,7 @@ class PVC(GridCompressor):
     window: int | None = 96
     include_cls: bool = True
     connector_adaln: bool = True
+    repeat_order: RepeatOrder = "tile"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,6 +120,10 @@ class PVC(GridCompressor):
     @property
     def repeats(self) -> int:
         return self.image_repeats
+
+    @property
+    def order(self) -> RepeatOrder:
+        return self.repeat_order
 
     def mix(self, layer: int, x: Tensor, steps: FrameSteps) -> Tensor:
         """Temporal attention before or in a layer: the frames (t, n, C) of all sequences."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from ...kernels import gather_merge
 from ...selection import Selection
 from ...tokens import VisualTokens
 from .grids import blocks_of, pooled_grid, window_of
+
+RepeatOrder = Literal["place", "tile", "repeat"]
 
 
 @dataclass
@@ -68,17 +71,31 @@ class Pooled:
         out[self.group[self.order], rank] = self.order
         return out
 
-    def selection(self, features: Sequence[Tensor]) -> Selection:
+    def selection(self, features: Sequence[Tensor], order: RepeatOrder = "place") -> Selection:
         """The tokens of all rectangles at their central tokens; of several frames each at one of its own.
 
         Args:
             features: per segment (frames, rectangles, d).
+            order: "place" puts the frames of a rectangle side by side. The others divide the places anew:
+                "tile" puts one frame of a segment after the other, "repeat" the first frame of all segments
+                before the second ones.
         """
         tables = self.table().split([rows * columns for rows, columns in self.grids])
-        places = torch.cat([t[:, : len(f)].flatten() for t, f in zip(tables, features, strict=True)])
-        order = places.argsort()[int((places < 0).sum()) :]
-        flat = torch.cat([f.transpose(0, 1).flatten(0, 1) for f in features])
-        return Selection(places[order], features=flat[order])
+        at = [t[:, : len(f)].T for t, f in zip(tables, features, strict=True)]  # (frames, rectangles)
+        places, filled = torch.cat([p[p >= 0] for p in at]), [p >= 0 for p in at]
+        if order == "repeat":
+            frames = range(max(map(len, at), default=0))
+            rows = [f[i][m[i]] for i in frames for f, m in zip(features, filled, strict=True) if i < len(f)]
+        else:
+            rows = [f[m] for f, m in zip(features, filled, strict=True)]
+        if order == "place":
+            by_place = places.argsort()
+            return Selection(places[by_place], features=torch.cat(rows)[by_place])
+        if order == "tile":
+            places = torch.cat([p[p >= 0].sort().values for p in at])
+            by_place = places.argsort()
+            return Selection(places[by_place], features=torch.cat(rows)[by_place])
+        return Selection(places.sort().values, features=torch.cat(rows))
 
 
 def pooled(tokens: VisualTokens, most: Sequence[int]) -> Pooled:
