@@ -40,6 +40,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
         options: the strategy's hyper-parameters by name, JSON values only; of several strategies, one such
             mapping per strategy's name. `vtoken.patch` checks the types and ranges of their values.
         version: format of the file.
+        weights: the file with trained weights that `from_pretrained` found with the config; no part of it.
 
     Raises:
         ValueError: for an empty strategy, a budget out of range, a value of another type than its field's, or
@@ -51,6 +52,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
     positions: Literal["original", "renumber"] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
+    weights: Path | None = field(default=None, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         names = [self.strategy] if isinstance(self.strategy, str) else self.strategy
@@ -95,7 +97,8 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
             ValueError: for a field that was assigned a wrong value.
         """
         self.__post_init__()
-        return asdict(self) | ({} if self.budget is None else {UNIT: Budget(self.budget).unit})
+        told = {name: value for name, value in asdict(self).items() if name != "weights"}
+        return told | ({} if self.budget is None else {UNIT: Budget(self.budget).unit})
 
     @classmethod
     def of(cls, strategy: Strategy) -> VTokenConfig:
@@ -117,15 +120,6 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
             options["split"] = strategy.split  # type: ignore[attr-defined]
         return cls([p.info.name for p in parts], strategy.budget, strategy.positions, options)
 
-    @property
-    def weights(self) -> Path | None:
-        """The file with trained weights that `from_pretrained` found with the config."""
-        return self.__dict__.get("_weights")
-
-    @weights.setter
-    def weights(self, path: Path | None) -> None:
-        self.__dict__["_weights"] = path
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VTokenConfig:
         """Build a config from `to_dict`'s output; a warning names unknown keys, which are ignored.
@@ -137,7 +131,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
             raise ValueError(
                 f"A vtoken config is a JSON object with at least the key 'strategy', found {found(values)}."
             )
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls) if f.name != "weights"}  # a file names no file to read
         values = with_unit(values)
         if unknown := sorted(set(values) - known, key=str):
             keys = ", ".join(map(found, unknown[:8])) + ", ..." * (len(unknown) > 8)

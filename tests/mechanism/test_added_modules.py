@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import json
 import pickle
@@ -228,6 +229,21 @@ def test_pushed_and_copied_configs_take_the_weights_along(tmp_path, monkeypatch)
     vtoken.VTokenConfig.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     other = vtoken.patch(FAMILIES[NAME].build(), vtoken.VTokenConfig.from_pretrained(tmp_path / "b"))
     assert torch.equal(logits(other, inputs), logits(model, inputs))
+
+
+def test_a_config_keeps_its_weights_when_it_is_changed_and_a_file_names_none(tmp_path):
+    model, inputs = randomise(patched(NAME)), FAMILIES[NAME].batch("one")
+    vtoken.save_strategy(model, tmp_path)
+    config = dataclasses.replace(vtoken.VTokenConfig.from_pretrained(tmp_path), budget=0.3)
+    other = vtoken.patch(FAMILIES[NAME].build(), config)
+    assert torch.equal(logits(other, inputs), logits(model, inputs))
+    path = tmp_path / CONFIG_FILE
+    told = json.loads(path.read_text())
+    assert "weights" not in told
+    path.write_text(json.dumps(told | {"weights": "/etc/passwd"}))
+    with pytest.warns(UserWarning, match="unknown config key.*weights"):
+        again = vtoken.VTokenConfig.from_pretrained(tmp_path)
+    assert again.weights == tmp_path / WEIGHTS_FILE
 
 
 def test_a_combination_named_with_a_plus_finds_its_weights(tmp_path):

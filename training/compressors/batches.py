@@ -60,8 +60,8 @@ def examples(
     recipe: Any = llava_onevision if wide else qwen_language
     if rng.random() >= images:
         frames = int(rng.choice(recipe.LENGTHS))
-        rates = {} if wide else {"fps": float(rng.choice(qwen_language.RATES))}
-        seen = [clips.make_clip(start + i, "train", frames, **rates) for i in range(size)]
+        rates: dict[str, Any] = {} if wide else {"fps": float(rng.choice(qwen_language.RATES))}
+        seen: list[Any] = [clips.make_clip(start + i, "train", frames, **rates) for i in range(size)]
         asked = [qwen_language.choose_about_clip(clip, rng, recipe.SLOTS) for clip in seen]
     else:
         canvas, stride = int(rng.integers(len(LARGE.canvases))), len(LARGE.canvases)

@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "voco": {"rank": 128},
 }
 # The first stage of strategies that read the question goes without it: many questions fit in a sequence then.
-BLIND = {"quecc": {"conditioned": False}, "llava_mini": {"prefusion_layers": 0}}
+BLIND: dict[str, dict[str, Any]] = {"quecc": {"conditioned": False}, "llava_mini": {"prefusion_layers": 0}}
 BLIND_SHARE = 0.6  # of the time
 MODELS = {"llava_onevision": 1 / 3, "qwen2_5_vl": 1 / 2}  # and the share of the steps that have images
 FIRST = 90_000_000  # scenes that the models have not seen
