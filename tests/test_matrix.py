@@ -2,19 +2,31 @@
 
 One batch holds it all: rows of different lengths, several images in one prompt, a row without images; then a
 second turn on the same cache. A new strategy joins by being registered (with a line in OPTIONS if its
-defaults do not fit four layers and a few dozen tokens), a new family by its row in tests/models.
+defaults do not fit four layers and a few dozen tokens), a new family by its row in tests/models. Families of
+`PRODUCT` run every strategy, the others one of each stage; the rest has the marker `product`.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
 
 import vtoken
 from tests import oracle
-from tests.mechanism.common import EFFECT, PATCHABLE, assert_close, assert_same, clean, expected, run, subject
+from tests.mechanism.common import (
+    EFFECT,
+    PATCHABLE,
+    PRODUCT,
+    assert_close,
+    assert_same,
+    clean,
+    expected,
+    run,
+    subject,
+)
 from tests.mechanism.fixed import patched
 from tests.mechanism.test_turns import first_turn
 from tests.models import FAMILIES
@@ -26,6 +38,9 @@ from vtoken.strategies.registry import list_names
 OPTIONS: dict[str, dict] = {}
 COMBINED = {"visionzip + fastv": ["visionzip", "fastv"]}
 ROWS = {name: name for name in list_names()} | COMBINED
+# one of each stage and mechanism: features, merging, the tower, weights, drops inside, a cut cache
+STAGES = ("divprune", "visionzip", "pool", "tome", "stc_cacher", "quecc", "fastv", "mustdrop", "voco")
+WHOLE = [name for name in PATCHABLE if name.partition("/")[0] in PRODUCT]
 
 
 def make(row: str):
@@ -56,8 +71,20 @@ def converses(family: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("family", PATCHABLE)
+def cells() -> list[Any]:
+    return [
+        pytest.param(
+            family,
+            row,
+            id=f"{family}-{row}",
+            marks=() if row in STAGES or family in WHOLE else pytest.mark.product,
+        )
+        for family in PATCHABLE
+        for row in ROWS
+    ]
+
+
+@pytest.mark.parametrize(("family", "row"), cells())
 def test_equals_the_oracle_or_refuses(family, row):
     model, inputs, strategy = subject(family), batch(family), make(row)
     parts = ROWS[row] if isinstance(ROWS[row], list) else [row]
