@@ -24,6 +24,7 @@ from vtoken.strategies.trained import TrainedStrategy
 from vtoken.tiny.questions import answers, held_out, score
 
 from .batches import Batch, assembled, examples, loss_of
+from .card import card
 
 BUDGETS = {0.25: 0.2, 0.125: 0.3, 0.0625: 0.5}  # and the share of the steps
 PLAN: dict[str, Any] = {"steps": 2400, "batch": 8, "questions": 16, "rate": 2e-3, "muon_rate": 0.01}
@@ -121,7 +122,9 @@ def train(
     else:
         known = {}
     part = run_stage(strategy, model, processor, name, strategy, options, log, seconds, keep, known)
+    part.module.to(torch.bfloat16)  # half the size; what is measured is what ships
     vtoken.save_strategy(model, folder)
+    part.module.to(model.dtype)
     pairs, accuracy = held_out(name, questions), {}
     for budget in BUDGETS:
         part.budget = budget
@@ -130,6 +133,7 @@ def train(
     report = {
         "strategy": strategy,
         "model": name,
+        "options": options,
         "seed": seed,
         "parameters": sum(p.numel() for p in part.module.parameters()),
         "training_minutes": round(sum(spent.values()) / 60, 1),
@@ -139,9 +143,15 @@ def train(
         "accuracy": accuracy,
         "recipe": PLAN | {"asked": ASKED, "budgets": [*BUDGETS.items()]},
     }
+    write(folder, report, log)
+    return report
+
+
+def write(folder: Path, report: dict[str, Any], log: list[dict[str, Any]]) -> None:
+    """Write the log, the curve and the card beside the weights."""
     (folder / "training_log.json").write_text(json.dumps({**report, "steps": log}, indent=1) + "\n")
     draw(folder / "curve.png", log)
-    return report
+    (folder / "README.md").write_text(card(report, log))
 
 
 def main() -> None:
