@@ -27,7 +27,7 @@ from .batches import Batch, assembled, examples, loss_of
 from .card import card
 
 BUDGETS = {0.25: 0.2, 0.125: 0.3, 0.0625: 0.5}  # and the share of the steps
-PLAN: dict[str, Any] = {"steps": 2400, "batch": 8, "questions": 16, "rate": 2e-3, "muon_rate": 0.01}
+PLAN: dict[str, Any] = {"steps": 2400, "batch": 8, "questions": 16, "rate": 2e-3, "muon_rate": 0.02}
 ASKED: dict[str, Any] = {
     "steps": 1200,
     "questions": 4,

@@ -10,9 +10,13 @@ import torch
 def optimisers(
     named: Iterable[tuple[str, torch.nn.Parameter]], rate: float, muon_rate: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for linear layers of transformer blocks, AdamW (``rate``) for every other parameter."""
+    """Muon for linear layers of transformer blocks, AdamW (``rate``) for every other parameter.
+
+    All matrices of a strategy's weights count as such layers.
+    """
     matrices, others = [], []
     for name, p in named:
-        (matrices if p.ndim == 2 and ".layers." in name else others).append(p)
+        inside = ".layers." in name or name.startswith("vtoken_strategy.")
+        (matrices if p.ndim == 2 and inside else others).append(p)
     adam = torch.optim.AdamW(others, lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
     return [torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.01), adam] if matrices else [adam]
