@@ -200,7 +200,8 @@ class LayerHooks:
         index, valid = run.now[stage - 1]
         check_length(f"Layer {self.schedule.drops[stage - 1]} was given", hidden.shape[1], index.shape[1])
         prompt_index = run.index.gather(1, index)
-        candidates = run.candidates
+        # a hidden query has been read when it is dropped, and must not be seen afterwards either
+        candidates = run.visual if self.schedule.hides else run.candidates
         visual = candidates.gather(1, prompt_index) & valid
         plan = Plan(valid.clone())
         for b in range(0 if self.context.disabled else hidden.shape[0]):
