@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 import vtoken
+from tests.mechanism.common import assert_close, run
 from tests.models import FAMILIES
 from tests.oracle import clone
 from vtoken import tiny
@@ -388,3 +389,31 @@ def test_options_out_of_range(strategy, options, words):
     with pytest.raises(ValueError, match=words):
         vtoken.patch(model, strategy, **options)
     assert not hasattr(model, "vtoken_strategy")
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "gemma3"])
+def test_voco_writes_into_a_static_cache_what_it_writes_into_another(name):
+    """One row without padding has no mask, and the keys of a static cache are longer than the prompt."""
+    model, inputs = randomise(patched(name, "voco")), FAMILIES[name].batch("one")
+    plain = run(model, inputs, 3)
+    static = run(model, inputs, 3, cache_implementation="static", disable_compile=True)
+    assert_close(torch.stack(static.logits), torch.stack(plain.logits))
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "llava_onevision/video"])
+def test_voco_hides_the_query_of_a_prompt_that_ends_in_a_picture(name):
+    """The query is the picture's last token, a separator: decoding must not see it, with a cache or without."""
+    model, inputs = randomise(patched(name, "voco")), FAMILIES[name].batch("one")
+    visual = FAMILIES[name].visual(inputs)[0]
+    end = int(visual.nonzero()[-1]) + 1
+    inputs |= {k: inputs[k][:, :end] for k in ("input_ids", "attention_mask")}
+    cached = run(model, inputs, 3)
+    assert all(n == end - int(visual.sum()) + marked_of(model) for n in vtoken.report(model).tokens_per_layer)
+    assert_close(torch.stack(run(model, inputs, 3, use_cache=False).logits), torch.stack(cached.logits))
+
+
+def marked_of(model):
+    """The compression tokens of the last call."""
+    report, strategy = vtoken.report(model), trained_of(model)
+    counts = [strategy.allowance().tokens(v.segments) for v in report.visuals]
+    return sum(sum(c) for c in counts)
