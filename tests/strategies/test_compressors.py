@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -417,3 +419,49 @@ def marked_of(model):
     report, strategy = vtoken.report(model), trained_of(model)
     counts = [strategy.allowance().tokens(v.segments) for v in report.visuals]
     return sum(sum(c) for c in counts)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "option"),
+    [("quecc", {"heads": 4}), ("llava_mini", {"heads": 4}), ("quecc", {"layers": (0, 2)})],
+)
+def test_saved_weights_do_not_serve_other_options(strategy, option, tmp_path):
+    """Also where their shapes are the same."""
+    vtoken.save_strategy(randomise(patched("llava", strategy)), tmp_path)
+    config = vtoken.VTokenConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"saved weights of {strategy} were made for {next(iter(option))}="):
+        vtoken.patch(FAMILIES["llava"].build(), config, **option)
+    vtoken.patch(FAMILIES["llava"].build(), config, 0.5, positions="renumber")
+
+
+def test_saved_weights_of_a_combination_do_not_serve_other_options(tmp_path):
+    names = ["quecc", "fastv"]
+    model = vtoken.patch(FAMILIES["llava"].build(), names, 0.4, quecc={"heads": 2}, fastv={"layer": 2})
+    vtoken.save_strategy(model, tmp_path)
+    config = vtoken.VTokenConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="saved weights of quecc were made for heads=2, found heads=4"):
+        vtoken.patch(FAMILIES["llava"].build(), config, quecc={"heads": 4})
+    other = vtoken.patch(FAMILIES["llava"].build(), config, fastv={"layer": 3})
+    assert vtoken.patching.patch_of(other).strategy.budget == 0.4
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("strategy", ["quecc", "llava_mini", "voco"])
+def test_the_llm_can_have_another_dtype_than_the_model(name, strategy):
+    model, inputs = randomise(patched(name, strategy)), FAMILIES[name].batch("one")
+    for part in (model.get_decoder(), model.lm_head):
+        part.to(torch.bfloat16)
+    assert logits(model, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("strategy,option", [
+    ("quecc", "side"), ("llava_mini", "size"), ("llava_mini", "prefusion_layers"), ("voco", "rank"),
+])  # fmt: skip
+def test_a_config_cannot_ask_for_weights_without_end(strategy, option, tmp_path):
+    vtoken.save_strategy(patched("llava", strategy), tmp_path)
+    path = tmp_path / "vtoken_config.json"
+    told = json.loads(path.read_text())
+    told["options"][option] = 10**10
+    path.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=f"{option} must be .*at most"):
+        vtoken.patch(FAMILIES["llava"].build(), vtoken.VTokenConfig.from_pretrained(tmp_path))
