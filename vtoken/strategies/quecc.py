@@ -34,8 +34,9 @@ class Weights(nn.Module):
         inner = width * len(strategy.layers_read(model.tower))
         self.text = None
         if strategy.conditioned:
-            self.text = nn.Sequential(nn.Linear(model.width, width), nn.LayerNorm(width, 1e-6))
-            nn.init.zeros_(self.text[1].weight)
+            norm = nn.LayerNorm(width, 1e-6)
+            nn.init.zeros_(norm.weight)
+            self.text = nn.Sequential(nn.Linear(model.width, width), norm)
         self.query, self.key, self.value = (normed_mlp(n, width) for n in (width, inner, inner))
         self.down = nn.Conv2d(width, width, side, side, groups=width)
         self.attention = nn.MultiheadAttention(width, strategy.heads, batch_first=True)
