@@ -465,3 +465,28 @@ def test_a_config_cannot_ask_for_weights_without_end(strategy, option, tmp_path)
     path.write_text(json.dumps(told))
     with pytest.raises(ValueError, match=f"{option} must be .*at most"):
         vtoken.patch(FAMILIES["llava"].build(), vtoken.VTokenConfig.from_pretrained(tmp_path))
+
+
+def test_text_before_the_turn_with_the_picture_stays_as_it_is():
+    """As in `generate()`: the first answer of a training sample is read from a prompt without a picture."""
+    model, inputs = randomise(patched("llava", "llava_mini")), FAMILIES["llava"].batch("one")
+    first = int(FAMILIES["llava"].visual(inputs)[0].nonzero()[0])
+    assert first > 2
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, first - 1] = inputs["input_ids"][:, first - 1]
+    seen = []
+    layer = model.get_decoder().layers[0]
+    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**clone(inputs), labels=labels)
+        handle.remove()
+        text = model.get_input_embeddings()(inputs["input_ids"][:, :first])
+    assert torch.equal(seen[-1][:, :first], text)
+
+
+def test_a_window_that_cannot_hold_the_prompt_is_told():
+    model, inputs = FAMILIES["gemma3"].build(), FAMILIES["gemma3"].batch("one")
+    model.config.text_config.sliding_window = 12
+    vtoken.patch(model, "voco", rank=4)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="sliding-window layer whose window is"):
+        model(**inputs, use_cache=True)
