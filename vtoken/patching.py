@@ -268,15 +268,19 @@ def _largest(segments: tuple[Segment, ...]) -> int:
 
 def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
     """A Strategy from a name, a list of names, a strategy object or a VTokenConfig."""
-    weights = strategy.weights if isinstance(strategy, VTokenConfig) else None
+    weights, told = None, None
     if isinstance(strategy, VTokenConfig):
+        weights = strategy.weights
         given = strategy.options | ({} if strategy.budget is None else {"budget": strategy.budget})
         if strategy.positions is not None:
             given["positions"] = strategy.positions
+        told = trained_part(assemble(strategy.strategy, None, {**given})) if options else None
         strategy, options = strategy.strategy, given | options
     made = assemble(strategy, budget, options)
     part = trained_part(made)
     if part is not None and weights is not None:
+        if told is not None:
+            told.check_shared(part)
         part.source = weights
     return made
 

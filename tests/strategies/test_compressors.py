@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 import vtoken
+from tests.mechanism.common import assert_close, run
 from tests.models import FAMILIES
 from tests.oracle import clone
 from vtoken import tiny
@@ -388,3 +391,102 @@ def test_options_out_of_range(strategy, options, words):
     with pytest.raises(ValueError, match=words):
         vtoken.patch(model, strategy, **options)
     assert not hasattr(model, "vtoken_strategy")
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "gemma3"])
+def test_voco_writes_into_a_static_cache_what_it_writes_into_another(name):
+    """One row without padding has no mask, and the keys of a static cache are longer than the prompt."""
+    model, inputs = randomise(patched(name, "voco")), FAMILIES[name].batch("one")
+    plain = run(model, inputs, 3)
+    static = run(model, inputs, 3, cache_implementation="static", disable_compile=True)
+    assert_close(torch.stack(static.logits), torch.stack(plain.logits))
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "llava_onevision/video"])
+def test_voco_hides_the_query_of_a_prompt_that_ends_in_a_picture(name):
+    """The query is the picture's last token, a separator: decoding must not see it, with a cache or without."""
+    model, inputs = randomise(patched(name, "voco")), FAMILIES[name].batch("one")
+    visual = FAMILIES[name].visual(inputs)[0]
+    end = int(visual.nonzero()[-1]) + 1
+    inputs |= {k: inputs[k][:, :end] for k in ("input_ids", "attention_mask")}
+    cached = run(model, inputs, 3)
+    assert all(n == end - int(visual.sum()) + marked_of(model) for n in vtoken.report(model).tokens_per_layer)
+    assert_close(torch.stack(run(model, inputs, 3, use_cache=False).logits), torch.stack(cached.logits))
+
+
+def marked_of(model):
+    """The compression tokens of the last call."""
+    report, strategy = vtoken.report(model), trained_of(model)
+    counts = [strategy.allowance().tokens(v.segments) for v in report.visuals]
+    return sum(sum(c) for c in counts)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "option"),
+    [("quecc", {"heads": 4}), ("llava_mini", {"heads": 4}), ("quecc", {"layers": (0, 2)})],
+)
+def test_saved_weights_do_not_serve_other_options(strategy, option, tmp_path):
+    """Also where their shapes are the same."""
+    vtoken.save_strategy(randomise(patched("llava", strategy)), tmp_path)
+    config = vtoken.VTokenConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"saved weights of {strategy} were made for {next(iter(option))}="):
+        vtoken.patch(FAMILIES["llava"].build(), config, **option)
+    vtoken.patch(FAMILIES["llava"].build(), config, 0.5, positions="renumber")
+
+
+def test_saved_weights_of_a_combination_do_not_serve_other_options(tmp_path):
+    names = ["quecc", "fastv"]
+    model = vtoken.patch(FAMILIES["llava"].build(), names, 0.4, quecc={"heads": 2}, fastv={"layer": 2})
+    vtoken.save_strategy(model, tmp_path)
+    config = vtoken.VTokenConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="saved weights of quecc were made for heads=2, found heads=4"):
+        vtoken.patch(FAMILIES["llava"].build(), config, quecc={"heads": 4})
+    other = vtoken.patch(FAMILIES["llava"].build(), config, fastv={"layer": 3})
+    assert vtoken.patching.patch_of(other).strategy.budget == 0.4
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("strategy", ["quecc", "llava_mini", "voco"])
+def test_the_llm_can_have_another_dtype_than_the_model(name, strategy):
+    model, inputs = randomise(patched(name, strategy)), FAMILIES[name].batch("one")
+    for part in (model.get_decoder(), model.lm_head):
+        part.to(torch.bfloat16)
+    assert logits(model, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("strategy,option", [
+    ("quecc", "side"), ("llava_mini", "size"), ("llava_mini", "prefusion_layers"), ("voco", "rank"),
+])  # fmt: skip
+def test_a_config_cannot_ask_for_weights_without_end(strategy, option, tmp_path):
+    vtoken.save_strategy(patched("llava", strategy), tmp_path)
+    path = tmp_path / "vtoken_config.json"
+    told = json.loads(path.read_text())
+    told["options"][option] = 10**10
+    path.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=f"{option} must be .*at most"):
+        vtoken.patch(FAMILIES["llava"].build(), vtoken.VTokenConfig.from_pretrained(tmp_path))
+
+
+def test_text_before_the_turn_with_the_picture_stays_as_it_is():
+    """As in `generate()`: the first answer of a training sample is read from a prompt without a picture."""
+    model, inputs = randomise(patched("llava", "llava_mini")), FAMILIES["llava"].batch("one")
+    first = int(FAMILIES["llava"].visual(inputs)[0].nonzero()[0])
+    assert first > 2
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, first - 1] = inputs["input_ids"][:, first - 1]
+    seen = []
+    layer = model.get_decoder().layers[0]
+    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**clone(inputs), labels=labels)
+        handle.remove()
+        text = model.get_input_embeddings()(inputs["input_ids"][:, :first])
+    assert torch.equal(seen[-1][:, :first], text)
+
+
+def test_a_window_that_cannot_hold_the_prompt_is_told():
+    model, inputs = FAMILIES["gemma3"].build(), FAMILIES["gemma3"].batch("one")
+    model.config.text_config.sliding_window = 12
+    vtoken.patch(model, "voco", rank=4)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="sliding-window layer whose window is"):
+        model(**inputs, use_cache=True)

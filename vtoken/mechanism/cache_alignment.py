@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels import kv_compact
 from .drop_schedule import DropSchedule
 from .forward_context import Run
+from .masks import WINDOW_FULL
 
 
 def align_cache(run: Run, schedule: DropSchedule) -> None:
@@ -25,6 +26,8 @@ def align_cache(run: Run, schedule: DropSchedule) -> None:
             continue
         index = _columns(run, stage, final, past)
         group = [run.cache.layers[i] for i in schedule.aligned if schedule.reads(i) == stage]
+        if any(layer.keys.shape[2] < past + run.now[stage][0].shape[1] for layer in group):
+            raise NotImplementedError(WINDOW_FULL)
         for device in {layer.keys.device for layer in group}:
             here = [layer for layer in group if layer.keys.device == device]
             cut_layers(here, index.to(device), inplace=run.static and not run.ragged[final])

@@ -27,16 +27,17 @@ def hidden_now(run: Run) -> Tensor:
     return lost[:, None] & (run.index[:, :, None] > last.gather(1, own + 1)[:, None])
 
 
-def hide(mask: Tensor | None, hidden: Tensor, past: int) -> Tensor:
+def hide(mask: Tensor | None, hidden: Tensor, past: int, keys: int) -> Tensor:
     """An attention mask (B or 1, heads or 1, n, keys) in which some tokens do not see others.
 
     Args:
         mask: bool, True where a token sees a key, or additive; None for a causal one.
         hidden: (B, n, n) bool, on the keys after the first `past` ones.
+        keys: of a causal mask.
     """
     rows = hidden.shape[1]
     if mask is None:
-        mask = torch.ones(rows, past + rows, dtype=torch.bool, device=hidden.device).tril(past)[None, None]
+        mask = torch.ones(rows, keys, dtype=torch.bool, device=hidden.device).tril(past)[None, None]
     hidden = torch.nn.functional.pad(hidden, (past, mask.shape[-1] - past - rows))[:, None].to(mask.device)
     off = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return torch.where(hidden, torch.tensor(off, dtype=mask.dtype, device=mask.device), mask)

@@ -200,7 +200,8 @@ class LayerHooks:
         index, valid = run.now[stage - 1]
         check_length(f"Layer {self.schedule.drops[stage - 1]} was given", hidden.shape[1], index.shape[1])
         prompt_index = run.index.gather(1, index)
-        candidates = run.candidates
+        # a hidden query has been read when it is dropped, and must not be seen afterwards either
+        candidates = run.visual if self.schedule.hides else run.candidates
         visual = candidates.gather(1, prompt_index) & valid
         plan = Plan(valid.clone())
         for b in range(0 if self.context.disabled else hidden.shape[0]):
@@ -237,18 +238,21 @@ class LayerHooks:
         if key not in run.memo:
             made = self._make_mask(run, i, mask, hidden)
             if self.schedule.hides and run.layout is not None and not self.context.disabled:
-                made = self._without_pictures(run, key[2], made)
+                made = self._without_pictures(run, i, made)
             run.memo[key] = self._evicted(run, i, made) if self._evicts(run, i) else made
         return run.memo[key]
 
-    def _without_pictures(self, run: Run, table: int, mask: Any) -> Tensor:
+    def _without_pictures(self, run: Run, i: int, mask: Any) -> Tensor:
         """A mask of stage 0 in which tokens after a picture see only its marked tokens."""
         if self.flash:
             raise NotImplementedError(
                 "Flash attention cannot hide a picture from what follows it: load the model with"
                 " attn_implementation='sdpa'."
             )
-        return hide(mask, hidden_now(run), run.ledger.slots[table].shape[1])
+        hidden, past = hidden_now(run), run.ledger.slots[self.schedule.stores(i)].shape[1]
+        # static keys have the length of the cache
+        keys = run.cache.layers[i].max_cache_len if run.static else past + hidden.shape[1]
+        return hide(mask, hidden, past, keys)
 
     def _evicts(self, run: Run, i: int) -> bool:
         """Whether a mask must hide dropped tokens from generated ones here, as there is no cache to cut."""

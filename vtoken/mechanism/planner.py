@@ -180,9 +180,9 @@ class Planner:
         """Enter the text embeddings that have read the pictures, of the rows that have some."""
         assert run.visual is not None and run.ends is not None
         for first in range(0, len(embeds), beams):
-            if not bool(run.visual[first].any()):
-                continue
             prompt = real[first] & (torch.arange(real.shape[1], device=real.device) < run.ends[first])
+            if not bool(run.visual[first][prompt].any()):
+                continue  # the picture comes with a later turn
             fused = text.fused(embeds[first][prompt], run.visual[first][prompt])
             places = self._text(call, run, first, real).nonzero()[:, 0]
             keep = torch.arange(len(places), device=places.device)

@@ -16,6 +16,7 @@ from .common.grids import pooled_grid
 from .common.pooling import RepeatOrder, pooled
 from .trained import TrainedStrategy
 
+MOST_PLACES = 1024  # along a side, so that a config from elsewhere cannot ask for weights without end
 SHARE = 0.25  # of the visual tokens, where neither a budget nor a number of tokens is given
 
 
@@ -56,12 +57,14 @@ class GridCompressor(TrainedStrategy):
             )
         self.check_sizes("tokens_per_frame")
 
-    def check_sizes(self, *names: str) -> None:
-        """Raise ValueError for an option below 1 that is not None."""
+    def check_sizes(self, *names: str, most: int | None = None) -> None:
+        """Raise ValueError for an option below 1, or above `most`, that is not None."""
         for name in names:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}.")
+            if value is not None and most is not None and value > most:
+                raise ValueError(f"{name} must be at most {most}, found {value}.")
 
     # -- to override -----------------------------------------------------------------------------------------
     def connect(

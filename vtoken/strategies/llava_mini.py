@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..tokens import VisualTokens
 from .common.decoder_block import DecoderBlock
-from .grid_compressor import GridCompressor, added_mlp
+from .grid_compressor import MOST_PLACES, GridCompressor, added_mlp
 from .registry import register
 from .trained import ModelShape
 
+MOST_LAYERS = 128  # more than an LLM has; a config from elsewhere cannot ask for weights without end
 SPAN = 24  # sides of the grid of CLIP-L at 336 pixels, on whose scale places are told
 
 
@@ -100,9 +101,13 @@ class LLaVAMini(GridCompressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_sizes("size", "heads")
-        if self.prefusion_layers < 0:
-            raise ValueError(f"prefusion_layers must be at least 0, found {self.prefusion_layers}.")
+        self.check_sizes("heads")
+        self.check_sizes("size", most=MOST_PLACES)
+        if not 0 <= self.prefusion_layers <= MOST_LAYERS:
+            raise ValueError(
+                f"prefusion_layers must be at least 0 and at most {MOST_LAYERS}, found"
+                f" {self.prefusion_layers}."
+            )
 
     def build(self, model: ModelShape) -> nn.Module:
         model.check_heads(self.heads)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..tokens import Needs, TowerInfo, VisualTokens
 from .common.time_steps import shuffled
-from .grid_compressor import GridCompressor, added_mlp
+from .grid_compressor import MOST_PLACES, GridCompressor, added_mlp
 from .registry import register
 from .trained import ModelShape
 
@@ -93,7 +93,8 @@ class QueCC(GridCompressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_sizes("side", "heads")
+        self.check_sizes("heads")
+        self.check_sizes("side", most=MOST_PLACES)
 
     def build(self, model: ModelShape) -> nn.Module:
         model.check_heads(self.heads)

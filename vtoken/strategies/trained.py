@@ -124,6 +124,16 @@ class TrainedStrategy(Strategy):
                 f" has been set to {now[name]!r} since: call vtoken.unpatch(model) and vtoken.patch again."
             )
 
+    def check_shared(self, other: TrainedStrategy) -> None:
+        """Raise ValueError unless this strategy's weights were made for the options of another object."""
+        made, now = self._fixed(), other._fixed()
+        if changed := [name for name in now if now[name] != made[name]]:
+            name = changed[0]
+            raise ValueError(
+                f"The saved weights of {self.info.name} were made for {name}={made[name]!r}, found"
+                f" {name}={now[name]!r}: leave it out, or name the strategy to begin with new weights."
+            )
+
     @property
     def attached(self) -> bool:
         """Whether the strategy is on a model."""

@@ -15,6 +15,8 @@ from ..tokens import PrefillTokens, Segment, VisualTokens
 from .registry import register
 from .trained import ModelShape, TrainedStrategy
 
+MOST_CHANNELS = 2**16  # so that a config from elsewhere cannot ask for weights without end
+
 
 class Adapter(nn.Module):
     """What is added to the hidden states of compression tokens before a layer; nothing at the start."""
@@ -74,8 +76,8 @@ class VoCo(TrainedStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 0:
-            raise ValueError(f"rank must be at least 0, found {self.rank}.")
+        if not 0 <= self.rank <= MOST_CHANNELS:
+            raise ValueError(f"rank must be at least 0 and at most {MOST_CHANNELS}, found {self.rank}.")
 
     def build(self, model: ModelShape) -> nn.Module:
         return Weights(self, model)
@@ -104,7 +106,10 @@ class VoCo(TrainedStrategy):
         return Selection(keep, marked=marked, features=features)
 
     def adapt(self, layer: int, hidden: Tensor) -> Tensor:
-        return self.module.layers[layer](hidden) if self.rank else hidden
+        if not self.rank:
+            return hidden
+        # the LLM can be on other devices, and in another dtype, than the weights of a strategy
+        return self.module.layers[layer](hidden.to(self.module.embedding))
 
     def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
         return (num_layers,)
