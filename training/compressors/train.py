@@ -28,10 +28,8 @@ from .card import card
 
 BUDGETS = {0.25: 0.2, 0.125: 0.3, 0.0625: 0.5}  # and the share of the steps
 PLAN: dict[str, Any] = {"steps": 2400, "batch": 8, "questions": 16, "rate": 2e-3, "muon_rate": 0.02}
-ASKED: dict[str, Any] = {
-    "steps": 1200,
-    "questions": 4,
-}  # of a stage in which every question has its own prompt
+# of a stage in which every question has its own prompt: fewer questions, so lower rates
+ASKED: dict[str, Any] = {"steps": 1200, "questions": 4, "rate": 5e-4, "muon_rate": 0.004}
 OPTIONS: dict[str, dict[str, Any]] = {
     "pvc": {"side": 2, "te_dim": 64, "image_repeats": 1},
     "quecc": {"side": 4, "heads": 4},
