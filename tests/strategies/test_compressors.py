@@ -245,6 +245,16 @@ def test_the_answer_is_not_read_with_the_prompt(name, strategy):
     assert torch.equal(again, ids)
 
 
+@pytest.mark.parametrize("strategy", ["quecc", "llava_mini"])
+def test_labels_that_leave_no_prompt_are_refused(strategy):
+    model, inputs = patched("llava", strategy), FAMILIES["llava"].batch("ragged")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    with pytest.raises(ValueError, match="set the labels of the prompt to -100"):
+        model(**clone(inputs), labels=labels)
+    with vtoken.disabled(model):
+        model(**clone(inputs), labels=labels)
+
+
 def test_rows_of_a_batch_do_not_know_each_other():
     model, inputs = randomise(patched("llava", "llava_mini")), FAMILIES["llava"].batch("ragged")
     whole = logits(model, inputs)

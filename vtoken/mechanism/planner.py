@@ -15,7 +15,7 @@ from ..tokens import VisualTokens
 from .forward_context import Call, ForwardContext, Plan, PromptLayout, Run
 from .packed_rows import apart
 from .prompt import Answered, Choice, EncodedVisuals, Prompt
-from .text_reading import TextReading
+from .text_reading import TextReading, check_labels
 
 
 @dataclass
@@ -131,6 +131,8 @@ class Planner:
         beams: int,
     ) -> list[Answered]:
         assert run.ends is not None and run.queries is not None
+        if self.text is not None and not self.context.disabled:
+            check_labels(run, real)
         # a picture after the prompt's end, as in later turns of a training sample, holds no query of it
         queries, answered = torch.where(run.queries < run.ends, run.queries, -1).tolist(), []
         for modality, places_of in self._places(call.visual, beams).items():

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 
 from ..tokens import VisualTokens
+from .forward_context import Run
 from .transformers_names import hidden_states_of
+
+
+def check_labels(run: Run, real: Tensor) -> None:
+    """Raise ValueError for a row with pictures whose labels leave no prompt; `real` is (B, q) bool."""
+    assert run.ends is not None and run.visual is not None
+    before = real & (torch.arange(real.shape[1], device=real.device) < run.ends[:, None])
+    if bool((run.visual.any(1) & ~before.any(1)).any()):
+        raise ValueError(
+            "A strategy that reads the text found labels that count from the first token on: set the labels of"
+            " the prompt to -100."
+        )
 
 
 @dataclass
