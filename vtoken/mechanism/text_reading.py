@@ -20,7 +20,7 @@ def check_labels(run: Run, real: Tensor) -> None:
     before = real & (torch.arange(real.shape[1], device=real.device) < run.ends[:, None])
     if bool((run.visual.any(1) & ~before.any(1)).any()):
         raise ValueError(
-            "A strategy that reads the text found labels that count from the first token on: set the labels of"
+            "A strategy that reads the text found labels that count from the first token: set the labels of"
             " the prompt to -100."
         )
 
