@@ -28,8 +28,8 @@ from .card import card
 
 BUDGETS = {0.25: 0.2, 0.125: 0.3, 0.0625: 0.5}  # and the share of the steps
 PLAN: dict[str, Any] = {"steps": 2400, "batch": 8, "questions": 16, "rate": 2e-3, "muon_rate": 0.02}
-# Of a stage in which every question has its own prompt: it sees few questions, and Muon, whose steps are of one size
-# however weak the signal, spoils there what new layers read.
+# Of a stage in which every question has its own prompt: it sees few questions, and Muon, whose steps are of
+# one size however weak the signal is, spoils there what new layers read.
 ASKED: dict[str, Any] = {"steps": 1200, "questions": 4, "rate": 3e-4, "muon_rate": 0.0}
 OPTIONS: dict[str, dict[str, Any]] = {
     "pvc": {"side": 2, "te_dim": 64, "image_repeats": 1},
