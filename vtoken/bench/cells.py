@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import vtoken
@@ -29,9 +31,13 @@ class Cell:
         self.facts: dict[str, Any] = {}
         self.even: int | None = None  # tokens that every layer reads, if they are equally many
 
-    def applied(self) -> Any:
+    @contextmanager
+    def applied(self) -> Iterator[None]:
         names = self.strategy.split("+")
-        return vtoken.applied(self.work.model, names if len(names) > 1 else names[0], budget=self.budget)
+        given = names if len(names) > 1 else names[0]
+        with warnings.catch_warnings(), vtoken.applied(self.work.model, given, budget=self.budget):
+            warnings.filterwarnings("ignore", "The weights of")  # new ones take the same time as trained ones
+            yield
 
     def look(self, dense: tuple[int, int]) -> None:
         """One untimed call: counts, bytes, promised FLOPs, or the sentence of a refusing strategy.
