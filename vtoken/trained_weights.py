@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def make_module(adapter: Adapter, strategy: TrainedStrategy) -> nn.Module:
             with torch.device(device):
                 return strategy.build(shape).to(adapter.model.dtype)
         module = _hollow(strategy, shape)
-        _check(module, source, strategy.info.name, shape)
+        _check(module, source, strategy.info.name, adapter)
         module.load_state_dict(_read(source, strategy.info.name), assign=True)
         return module.to(device=device, dtype=adapter.model.dtype)
 
@@ -75,11 +76,11 @@ def load_into(adapter: Adapter, strategy: TrainedStrategy, source: Path) -> None
     Raises:
         ValueError: if they do not fit.
     """
-    _check(strategy.module, source, strategy.info.name, shape_of(adapter))
+    _check(strategy.module, source, strategy.info.name, adapter)
     strategy.module.load_state_dict(_read(source, strategy.info.name))
 
 
-def _check(module: nn.Module, source: Path, name: str, shape: ModelShape) -> None:
+def _check(module: nn.Module, source: Path, name: str, adapter: Adapter) -> None:
     """Raise ValueError, in one sentence, unless a file holds exactly the weights of a module."""
     if not source.exists():
         raise ValueError(
@@ -92,21 +93,27 @@ def _check(module: nn.Module, source: Path, name: str, shape: ModelShape) -> Non
             origin = (file.metadata() or {}).get(ORIGIN, "")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{str(source)!r} cannot be read as a safetensors file: {error}.") from None
+    theirs, own, shape = _made_for(origin), str(adapter.config.model_type), shape_of(adapter)
+    if theirs not in ("", own):
+        raise ValueError(
+            f"The {name} weights in {str(source)!r} were trained for {theirs}, and this model is {own}: train"
+            " weights for it, or take a model of that type."
+        )
     want = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     wrong = [key for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key)]
     if wrong:
         key, found = wrong[0], have.get(wrong[0], "none")
         raise ValueError(
-            f"The {name} weights in {str(source)!r}{_made_for(origin)} do not fit this model, whose vision"
+            f"The {name} weights in {str(source)!r} do not fit this model, whose vision"
             f" tower has {shape.tower_width} channels and whose LLM has {shape.width}: {len(wrong)} differ,"
             f" the first is {key} of shape {found} where {want.get(key, 'none')} is needed."
         )
 
 
 def _made_for(origin: str) -> str:
+    """The model type in a file's metadata; empty if there is none."""
     try:
-        told = json.loads(origin)
-        return f", trained for {str(told['model_type'])[:40]},"
+        return str(json.loads(origin)["model_type"])[:40]
     except (ValueError, TypeError, KeyError):
         return ""
 
@@ -128,3 +135,6 @@ def write_weights(adapter: Adapter, strategy: TrainedStrategy, path: Path) -> No
     told |= {k: v for k, v in asdict(shape_of(adapter)).items() if k != "tower"}
     state = {key: value.detach().contiguous() for key, value in strategy.module.state_dict().items()}
     save_file(state, path, {"format": "pt", ORIGIN: json.dumps(told)})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors makes files that nobody else can read

@@ -70,9 +70,10 @@ def test_gradients_reach_every_added_weight_and_no_other(name, strategy, checkpo
 def test_training_lowers_the_loss_and_survives_a_round_trip(strategy, tmp_path):
     model, inputs = patched(NAME, strategy), FAMILIES[NAME].batch("ragged")
     optimiser = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), 3e-3)
-    losses = []
+    losses, labels = [], inputs["input_ids"].clone()
+    labels[:, :-2] = -100
     for _ in range(8):
-        loss = model(**clone(inputs), labels=inputs["input_ids"]).loss
+        loss = model(**clone(inputs), labels=labels).loss
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -129,6 +130,16 @@ def test_a_folder_of_another_architecture_is_refused(tmp_path):
     (tmp_path / WEIGHTS_FILE).unlink()
     with pytest.raises(ValueError, match=r"has no vtoken_strategy\.safetensors"):
         vtoken.patch(model, vtoken.VTokenConfig.from_pretrained(tmp_path))
+
+
+def test_weights_of_another_family_of_the_same_widths_are_refused(tmp_path):
+    vtoken.save_strategy(patched("llava", "voco"), tmp_path)
+    mode = (tmp_path / WEIGHTS_FILE).stat().st_mode
+    assert mode == (tmp_path / CONFIG_FILE).stat().st_mode
+    other = FAMILIES["vipllava"].build()
+    with pytest.raises(ValueError, match="were trained for llava, and this model is vipllava"):
+        vtoken.patch(other, vtoken.VTokenConfig.from_pretrained(tmp_path))
+    assert not hasattr(other, "vtoken_strategy")
 
 
 def test_sizes_in_a_config_allocate_nothing(tmp_path):

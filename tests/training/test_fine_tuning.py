@@ -149,6 +149,12 @@ def test_the_command_line(folder, tmp_path):
     ):
         failed = CliRunner().invoke(cli, arguments + wrong)
         assert failed.exit_code == 2 and words in failed.output
+    for wrong, words in (
+        (more, "checkpoints of an earlier training"),
+        (["--budget", "1.0"], "all visual tokens"),
+    ):
+        failed = CliRunner().invoke(cli, arguments + wrong)
+        assert failed.exit_code == 2 and words in " ".join(failed.output.split())
     failed = CliRunner().invoke(cli, ["train", "hired", *arguments[2:]])
     assert failed.exit_code == 2 and f"choose one of {', '.join(trained_names())}" in " ".join(
         failed.output.split()

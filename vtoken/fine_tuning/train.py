@@ -85,19 +85,32 @@ def train_strategy(
 
     Raises:
         ImportError: without accelerate.
-        ValueError: for a strategy without weights, or one that does not fit the model.
+        ValueError: for a strategy without weights, one that does not fit the model, a budget that reads all
+            tokens, or a folder with checkpoints if `resume` is False.
     """
     require("accelerate", extra="eval")
     from transformers.trainer_utils import get_last_checkpoint
 
     folder = Path(output)
+    names = strategy.strategy.split("+") if isinstance(strategy.strategy, str) else strategy.strategy
+    if set(trained_names()).isdisjoint(map(str.strip, names)):
+        raise ValueError(
+            f"{strategy.strategy} has no weights to train: choose one of {', '.join(trained_names())}."
+        )
     torch.manual_seed(plan.seed)
     patch(model, strategy)
     try:
         part = trained_part(patch_of(model).strategy)  # type: ignore[union-attr]
-        if part is None:
+        if part is None or part.is_identity:
             raise ValueError(
-                f"{strategy.strategy} has no weights to train: choose one of {', '.join(trained_names())}."
+                f"A budget of {strategy.budget} reads all visual tokens, without the weights of"
+                f" {strategy.strategy}: train with a smaller one, such as 0.1."
+            )
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last is not None and not resume:
+            raise ValueError(
+                f"{str(folder)!r} has checkpoints of an earlier training: go on from them with resume"
+                " (--resume), or name another folder."
             )
         arguments = _arguments(plan, folder, quiet=step is not None)
         trainer = trainer_class()(
@@ -105,7 +118,6 @@ def train_strategy(
         )
         if step is not None:
             trainer.add_callback(_told(step))
-        last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
         trainer.train(resume_from_checkpoint=last)
     except BaseException:
         unpatch(model)
@@ -135,7 +147,7 @@ def _arguments(plan: Plan, folder: Path, quiet: bool) -> Any:
         save_total_limit=2,
         seed=plan.seed,
         bf16=plan.bf16,
-        gradient_checkpointing=plan.checkpointing,
+        **({"gradient_checkpointing": True} if plan.checkpointing else {}),
         dataloader_num_workers=plan.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
