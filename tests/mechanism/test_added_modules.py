@@ -45,6 +45,8 @@ def test_the_model_s_own_weights_are_what_they_were(tmp_path):
 def test_gradients_reach_every_added_weight_and_no_other(name, strategy, checkpointing):
     if strategy == "pvc" and name == "qwen2_5_vl":
         pytest.skip("its tower reads no frames in rows")
+    if name == "qwen2_5_vl" and checkpointing is False and HOOKS_INSIDE_CHECKPOINT:
+        pytest.skip("this release computes tower layers again without what is read there")
     if strategy == "voco" and checkpointing is not None and HOOKS_INSIDE_CHECKPOINT:
         pytest.skip("this release computes layers again without the state of the forward")
     model, inputs = randomise(patched(name, strategy)), FAMILIES[name].batch("one")

@@ -131,7 +131,7 @@ class Planner:
         beams: int,
     ) -> list[Answered]:
         assert run.ends is not None and run.queries is not None
-        if self.text is not None and not self.context.disabled:
+        if self.text is not None and self.text.needs_prompt and not self.context.disabled:
             check_labels(run, real)
         # a picture after the prompt's end, as in later turns of a training sample, holds no query of it
         queries, answered = torch.where(run.queries < run.ends, run.queries, -1).tolist(), []

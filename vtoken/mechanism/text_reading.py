@@ -40,6 +40,11 @@ class TextReading:
     question: bool = False
     fuse: Callable[[Tensor, Tensor], Tensor] | None = None
 
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether weights are trained with the text: labels must leave some of it."""
+        return self.question or self.fuse is not None
+
     def told(self, items: list[VisualTokens], text: Tensor) -> list[VisualTokens]:
         """The images or videos of a prompt, with its text (t, d) for the strategy."""
         state = self.state(text) if self.question and len(text) else None
