@@ -168,7 +168,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         target = folder / WEIGHTS_FILE
-        trained = self.weights if _is_trained(self.strategy) else None
+        trained = self.weights if is_trained(self.strategy) else None
         if trained is not None and trained.is_file() and trained.resolve() != target.resolve():
             shutil.copyfile(trained, target)
         if push_to_hub:
@@ -225,7 +225,7 @@ class VTokenConfig(ModelHubMixin, library_name="vtoken"):
                     f"and the Hub answered {type(error).__name__} ({reason})."
                 ) from error
         config = cls.from_dict(read(path, LARGEST))
-        if _is_trained(config.strategy):
+        if is_trained(config.strategy):
             config.weights = Path(fetch(WEIGHTS_FILE)) if fetch else path.parent / WEIGHTS_FILE
         return config
 
@@ -236,7 +236,7 @@ def _options(strategy: Strategy) -> dict[str, Any]:
     return {n: value for n, default, value in each if n not in ("budget", "positions") and value != default}
 
 
-def _is_trained(names: str | list[str]) -> bool:
+def is_trained(names: str | list[str]) -> bool:
     """Whether a strategy of these names has weights; False for names that are not known."""
     some = names.split("+") if isinstance(names, str) else names
     return not set(trained_names()).isdisjoint(map(str.strip, some))

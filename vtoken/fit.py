@@ -143,6 +143,12 @@ def check_fit(
                 f"{name} needs {missing}, which the vision tower of this {kind} model does not"
                 f" have:{extension} use {', '.join(others(adapter))}."
             )
+    check_llm(adapter, strategy)
+
+
+def check_llm(adapter: Adapter, strategy: Strategy) -> None:
+    """Raise ValueError, in one sentence, if the language model of this model cannot serve this strategy."""
+    name, kind = strategy.info.name, adapter.config.model_type
     if strategy.positions == "renumber" and hasattr(adapter.base, "rope_deltas"):
         raise ValueError(
             f"positions='renumber' has no meaning for the multimodal rope of {kind}: use"

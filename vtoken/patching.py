@@ -274,7 +274,7 @@ def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, 
         given = strategy.options | ({} if strategy.budget is None else {"budget": strategy.budget})
         if strategy.positions is not None:
             given["positions"] = strategy.positions
-        told = trained_part(assemble(strategy.strategy, None, {**given})) if options else None
+        told = trained_part(assemble(strategy.strategy, None, dict(given))) if options else None
         strategy, options = strategy.strategy, given | options
     made = assemble(strategy, budget, options)
     part = trained_part(made)

@@ -147,7 +147,7 @@ def train(
 
 
 def write(folder: Path, report: dict[str, Any], log: list[dict[str, Any]]) -> None:
-    """Write the log, the curve and the card beside the weights."""
+    """Write `training_log.json`, `curve.png` and `README.md` into the folder of the weights."""
     (folder / "training_log.json").write_text(json.dumps({**report, "steps": log}, indent=1) + "\n")
     draw(folder / "curve.png", log)
     (folder / "README.md").write_text(card(report, log))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ..config import VTokenConfig
+from ..config import VTokenConfig, is_trained
 from ..extras import require
 from ..patching import patch, patch_of, unpatch
 from ..saving import load_weights, save_strategy
@@ -92,26 +92,15 @@ def train_strategy(
     from transformers.trainer_utils import get_last_checkpoint
 
     folder = Path(output)
-    names = strategy.strategy.split("+") if isinstance(strategy.strategy, str) else strategy.strategy
-    if set(trained_names()).isdisjoint(map(str.strip, names)):
+    if not is_trained(strategy.strategy):
         raise ValueError(
             f"{strategy.strategy} has no weights to train: choose one of {', '.join(trained_names())}."
         )
     torch.manual_seed(plan.seed)
     patch(model, strategy)
     try:
-        part = trained_part(patch_of(model).strategy)  # type: ignore[union-attr]
-        if part is None or part.is_identity:
-            raise ValueError(
-                f"A budget of {strategy.budget} reads all visual tokens, without the weights of"
-                f" {strategy.strategy}: train with a smaller one, such as 0.1."
-            )
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if last is not None and not resume:
-            raise ValueError(
-                f"{str(folder)!r} has checkpoints of an earlier training: go on from them with resume"
-                " (--resume), or name another folder."
-            )
+        _check(model, strategy, folder, begun=last is not None and not resume)
         arguments = _arguments(plan, folder, quiet=step is not None)
         trainer = trainer_class()(
             model=model, args=arguments, train_dataset=data, data_collator=Collator(processor, frames)
@@ -127,6 +116,21 @@ def train_strategy(
     (folder / LOG).write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     draw_curve(log, folder / CURVE)
     return log
+
+
+def _check(model: Any, strategy: VTokenConfig, folder: Path, begun: bool) -> None:
+    """Raise ValueError if no weights would be trained, or those of an earlier training overwritten."""
+    part = trained_part(patch_of(model).strategy)  # type: ignore[union-attr]
+    if part is None or part.is_identity:
+        raise ValueError(
+            f"A budget of {strategy.budget} reads all visual tokens, without the weights of"
+            f" {strategy.strategy}: train with a smaller one, such as 0.1."
+        )
+    if begun:
+        raise ValueError(
+            f"{str(folder)!r} has checkpoints of an earlier training: go on from them with resume (--resume),"
+            " or name another folder."
+        )
 
 
 def _arguments(plan: Plan, folder: Path, quiet: bool) -> Any:

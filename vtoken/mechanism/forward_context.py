@@ -38,7 +38,6 @@ class Plan:
 
     `keep` (B, q) bool marks the tokens that stay; `into` and `weight` (B, q), by position, tell which kept
     token absorbs each dropped one.
-    position).
 
     `source` (B, q) int64 is the row of `features` that replaces a token's own features, -1 for none.
     """

@@ -1,6 +1,5 @@
 """Rows that hold several prompts, packed without padding: find the prompts and keep them apart.
 
-Without a mask and a cache, transformers reads positions that start again within a row as packed prompts. The
 Without a mask and a cache, transformers reads positions that start again within a row as packed prompts.
 The kept tokens of a shortened row have gaps in their positions, so its rule no longer holds: this module
 finds the prompts on the whole row, by positions that do not grow. Positions that have gaps, or begin at

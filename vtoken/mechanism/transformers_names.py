@@ -3,7 +3,7 @@
 Argument names and call chains in transformers change between minor releases, and a hook with an old name
 is ignored without an error. Names are therefore read from signatures, a KV cache is known by its type,
 `check_names` refuses a model whose parts no longer take what the hooks replace, and `check_prompt` compares
-compares the tokens that the language model read and stored with the plan.
+the tokens that the language model read and stored with the plan.
 """
 
 from __future__ import annotations

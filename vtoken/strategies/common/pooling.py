@@ -82,20 +82,18 @@ class Pooled:
         """
         tables = self.table().split([rows * columns for rows, columns in self.grids])
         at = [t[:, : len(f)].T for t, f in zip(tables, features, strict=True)]  # (frames, rectangles)
-        places, filled = torch.cat([p[p >= 0] for p in at]), [p >= 0 for p in at]
+        filled = [p >= 0 for p in at]
         if order == "repeat":
             frames = range(max(map(len, at), default=0))
             rows = [f[i][m[i]] for i in frames for f, m in zip(features, filled, strict=True) if i < len(f)]
         else:
             rows = [f[m] for f, m in zip(features, filled, strict=True)]
-        if order == "place":
-            by_place = places.argsort()
-            return Selection(places[by_place], features=torch.cat(rows)[by_place])
-        if order == "tile":
-            places = torch.cat([p[p >= 0].sort().values for p in at])
-            by_place = places.argsort()
-            return Selection(places[by_place], features=torch.cat(rows)[by_place])
-        return Selection(places.sort().values, features=torch.cat(rows))
+        mine = [p[m] for p, m in zip(at, filled, strict=True)]
+        places = torch.cat([p.sort().values for p in mine] if order == "tile" else mine)
+        if order == "repeat":
+            places = places.sort().values
+        by_place = places.argsort()
+        return Selection(places[by_place], features=torch.cat(rows)[by_place])
 
 
 def pooled(tokens: VisualTokens, most: Sequence[int]) -> Pooled:
