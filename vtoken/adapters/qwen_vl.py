@@ -22,7 +22,7 @@ class QwenVLAdapter(Adapter):
     placeholders.
     """
 
-    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
     modalities = ("image", "video")
     prompt_arguments = ("second_per_grid_ts",)
 

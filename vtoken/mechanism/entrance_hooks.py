@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..hooks import Wrapped, rebuilt
 from ..streams import unwrapped
 from .forward_context import Call, Run
-from .logical_cache import Ledger, ledger_of, physical_length
+from .logical_cache import Ledger, ledger_of, slots_in
 from .prompt import EncodedVisuals
 from .transformers_names import cache_in, changed, check_names
 from .unread_features import Unread
@@ -156,7 +156,7 @@ class EntranceHooks:
             # Qwen derives positions from this mask: aligned later, before the language model
             return None
         if not cache.is_compileable:
-            ledger.follow(physical_length(cache.layers[0]), grow=False)
+            ledger.follow(slots_in(cache), grow=False)
         # here, because Gemma3 and PaliGemma make their masks between here and the decoder
         call.mask_aligned = True
         if cache.is_compileable and self.layers.flash:
@@ -255,7 +255,7 @@ class EntranceHooks:
         embeds = kwargs["input_ids"] if embeds is None else embeds
         batch, length = embeds.shape[:2]  # type: ignore[union-attr]
         if not cache.is_compileable:
-            ledger.follow(physical_length(cache.layers[0]), grow=False)
+            ledger.follow(slots_in(cache), grow=False)
         self.layers.check_ledger(ledger)
         self.context.run = Run(cache, ledger, length)
         ledger.announced = True

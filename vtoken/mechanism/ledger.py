@@ -23,10 +23,14 @@ class Cut:
 
 @dataclass
 class Crop:
-    """The latest crop into the tables of a cache: logical length after it, a cut per stage, layers done."""
+    """The latest crop into the tables of a cache: logical length after it, a cut per stage, layers done.
+
+    `gone` is the number of slots that go in stage 0.
+    """
 
     length: int
     cuts: list[Cut]
+    gone: int
     done: set[int] = field(default_factory=set)
 
 
@@ -46,6 +50,10 @@ class Ledger:
         tables: per LLM layer, the stage whose table describes its slots.
         renumber: whether the stored tokens have positions without gaps.
         gather: whether keys and values may be gathered along the sequence.
+        counter: number of the first LLM layer whose cache has a length.
+        states: the layers of the cache that have a state of fixed size.
+        lead: the layer `counter` of the cache, if there are states.
+        spoiled: whether a model without a patch may have changed the states.
         announced: whether a patched language model is reading the cache at this moment.
         crop: result of the first layer's crop, which the other layers apply.
         pending: visual tokens still to come in a chunked prefill; see `planner.ChunkedPlan`.
@@ -68,6 +76,10 @@ class Ledger:
         self.tables = list(tables) or [0]
         self.renumber = renumber
         self.gather = True
+        self.counter = 0
+        self.states: list[Any] = []
+        self.lead: Any = None
+        self.spoiled = False
         self.announced = False
         self.crop: Crop | None = None
         self.pending: Any = None

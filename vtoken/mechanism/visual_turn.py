@@ -12,11 +12,11 @@ from torch import Tensor
 from .forward_context import Admission, Call, ForwardContext, ForwardObserver, Plan, Run
 from .generation import prompt_ends, queries_of
 from .layer_hooks import LayerHooks
-from .logical_cache import Ledger, make_logical, physical_length
+from .logical_cache import Ledger, counting_layers, make_logical, slots_in
 from .masks import cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
-from .transformers_names import cache_in, check_prompt, hidden_states_of, recomputes
+from .transformers_names import cache_in, check_prompt, hidden_states_of, mask_for_kind, recomputes
 
 Planning = Callable[[Call, Run, Tensor, Tensor], Plan | None]
 
@@ -111,7 +111,7 @@ class VisualTurn:
             past = 0 if cache is None else int(cache.get_seq_length())
             return Turn(new, True, past, mask, None, real)
         self.layers.check_ledger(ledger)
-        ledger.follow(physical_length(cache.layers[0]), grow=True)
+        ledger.follow(slots_in(cache), grow=True)
         return Turn(ledger, False, ledger.end, mask, None, real)
 
     # -- find real tokens ------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class VisualTurn:
         ledger = turn.ledger
         if turn.fresh and run.cache is not None:
             self._adopt(run.cache, ledger)
-            ledger.follow(physical_length(run.cache.layers[0]), grow=True)  # a text turn went before
+            ledger.follow(slots_in(run.cache), grow=True)  # a text turn went before
         run.past_slots = ledger.slots[0].shape[1]
         if turn.mask_2d is not None and run.past_slots:
             run.past_seen = turn.mask_2d[:, ledger.dropped[0] : ledger.end].bool()
@@ -220,7 +220,7 @@ class VisualTurn:
         if run.ranks is not None and mask is None:
             return None if self.layers.flash else packed_mask(self.decoder.config, embeds, run.ranks)
         if isinstance(mask, dict):
-            return {k: cut_mask(m, run, 0, (run.index, valid), run.query_length) for k, m in mask.items()}
+            return {kind: self._mask_of_kind(kind, m, run, embeds) for kind, m in mask.items()}
         if mask is not None and mask_2d is None:
             return cut_mask(mask, run, 0, (run.index, valid), run.query_length)
         if mask_2d is not None:
@@ -231,6 +231,15 @@ class VisualTurn:
             # without a cache and a 2-D mask, gaps in position_ids would be read as packed sequences
             return ledger.validity(0, valid).long()
         return None
+
+    def _mask_of_kind(self, kind: str, mask: Any, run: Run, embeds: Tensor) -> Any:
+        """The mask of one kind of layer, of several that were made before the language model."""
+        valid, ledger = run.now[0][1], run.ledger
+        if mask is None and (run.ragged[0] or ledger.ragged[0]):
+            return mask_for_kind(
+                kind, self.decoder.config, embeds, ledger.validity(0, valid).long(), run.cache
+            )
+        return cut_mask(mask, run, 0, (run.index, valid), run.query_length)  # type: ignore[arg-type]
 
     @staticmethod
     def _deepstack(kwargs: dict[str, Any], run: Run) -> None:
@@ -282,7 +291,7 @@ class VisualTurn:
         if (
             recomputes(self.decoder)
             and run.cache is not None
-            and not any(x.is_initialized for x in run.cache.layers)
+            and not any(x.is_initialized for x in counting_layers(run.cache))
         ):
             run.cache = None  # transformers takes no cache to layers that are computed again in backward
 
