@@ -40,7 +40,7 @@ moe = qwen3_5(
 
 
 def _qwen(name: str, modality: str, architecture: str, config, item) -> Family:
-    return Family(name, modality, architecture, config, item, extra=token_types)
+    return Family(name, modality, architecture, config, item, extra=token_types, inside=False)
 
 
 FAMILIES = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from torch import Tensor
 from transformers import Cache
 
 from .cache_crop import begin_crop
@@ -45,6 +46,20 @@ def check_announced(ledger: Ledger | None) -> None:
     if ledger is not None and not ledger.announced and ledger.shortened:
         ledger.spoiled = bool(ledger.states)
         raise RuntimeError(UNOWNED)
+
+
+def check_filler(ledger: Ledger, valid: Tensor) -> None:
+    """Raise NotImplementedError if states would read filler after tokens; `valid` (B, m) bool of a forward.
+
+    Attention masks filler anywhere; a state passes it unharmed before a row's first token only.
+    """
+    read = (ledger.slots[0] >= 0).any(1)
+    if ledger.states and bool((~valid.all(1) & read).any()):
+        raise NotImplementedError(
+            "A row lost more tokens than another, or all, in a later part of the prompt, and recurrent layers"
+            " would read filler between its tokens: leave out prefill_chunk_size, and give each conversation"
+            " with later images a batch of its own."
+        )
 
 
 @functools.cache

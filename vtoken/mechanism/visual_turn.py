@@ -16,6 +16,7 @@ from .logical_cache import Ledger, counting_layers, make_logical, slots_in
 from .masks import cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
+from .recurrent_states import check_filler
 from .transformers_names import cache_in, check_prompt, hidden_states_of, mask_for_kind, recomputes
 
 Planning = Callable[[Call, Run, Tensor, Tensor], Plan | None]
@@ -178,6 +179,8 @@ class VisualTurn:
         keep = real if plan is None else (plan.keep.to(embeds.device) | ~run.visual) & real  # type: ignore[operator]
         index, valid = right_aligned(keep)
         run.index, run.ragged = index, [not bool(valid.all())]
+        if run.ragged[0]:
+            check_filler(run.ledger, valid)
         run.now = [(torch.arange(index.shape[1], device=embeds.device).expand(len(embeds), -1), valid)]
         merged = () if plan is None else (plan.into, plan.weight)
         kwargs["inputs_embeds"] = take_merged(embeds, index, valid, *merged)
