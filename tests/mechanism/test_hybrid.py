@@ -13,6 +13,7 @@ from tests import oracle
 from tests.models import FAMILIES
 from tests.models.common import text
 from tests.oracle import CACHE, clone
+from vtoken.mechanism.recurrent_states import layers_of_fixed_length
 
 from .common import EFFECT, PATCHABLE, assert_same, clean, consistent, expected, recurrent, run, subject
 from .fixed import Fixed, patched
@@ -164,3 +165,10 @@ def test_pruning_changes_the_answer(name):
     with patched(model := subject(name)):
         out = run(model, inputs, 1)
     assert (out.logits[0] - oracle.generate(clean(name), inputs, steps=1)[1][0]).abs().max() > EFFECT
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_llm_is_judged_by_its_cache_not_by_the_names_of_its_layers(name):
+    config = clean(name).get_decoder().config
+    assert layers_of_fixed_length(config)
+    assert not layers_of_fixed_length(clean("llava").get_decoder().config)

@@ -15,8 +15,8 @@ from .towers.base import Tower
 
 @register_adapter
 class Lfm2VlAdapter(Adapter):
-    """`Lfm2VlForConditionalGeneration`: SigLIP2 over padded patches. Tiles and the thumbnail of an image, each
-    between tags of the processor, are images to the model.
+    """`Lfm2VlForConditionalGeneration`: SigLIP2 over padded patches. Tiles and the thumbnail of an image,
+    which the processor writes between tags, are images to the model.
     """
 
     model_types = ("lfm2_vl",)

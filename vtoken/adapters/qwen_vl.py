@@ -19,8 +19,8 @@ class QwenVLAdapter(Adapter):
     `Qwen3_5MoeForConditionalGeneration`. The LLM of Qwen3.5 alternates linear and full attention.
 
     An image is one segment; a frame of a video is one temporal patch (two sampled frames). Its time is known
-    if the prompt has `second_per_grid_ts` (Qwen2.5-VL); Qwen3-VL and Qwen3.5 write times as text between the frames'
-    placeholders.
+    if the prompt has `second_per_grid_ts` (Qwen2.5-VL); Qwen3-VL and Qwen3.5 write times as text between the
+    frames' placeholders.
     """
 
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")

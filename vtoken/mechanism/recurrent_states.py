@@ -11,7 +11,7 @@ import functools
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from .cache_crop import begin_crop
 from .ledger import Ledger
@@ -39,6 +39,15 @@ def has_state(layer: Any) -> bool:
 def counting_layers(cache: Cache | None) -> list[Any]:
     """The layers of a cache that have a length, in order."""
     return [layer for layer in getattr(cache, "layers", ()) if has_length(layer)]
+
+
+def layers_of_fixed_length(config: Any) -> list[str]:
+    """Class names of the cache layers for an LLM that cannot hold fewer tokens than another layer.
+
+    They have a state, store nothing (a block without attention), or read the keys of another layer.
+    """
+    layers = DynamicCache(config=config).layers
+    return sorted({type(layer).__name__ for layer in layers if not has_length(layer) or has_state(layer)})
 
 
 def check_announced(ledger: Ledger | None) -> None:
