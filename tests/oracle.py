@@ -86,12 +86,18 @@ def clone(inputs: dict) -> dict:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
+def decoder_of(model):
+    """The language model without a head."""
+    decoder = model.get_decoder()
+    return decoder.model if hasattr(decoder, "lm_head") else decoder
+
+
 def capture(model, inputs: dict, door: str = "generate") -> list[Prompt]:
     """The language model's input at prefill, one ``Prompt`` for each row; ``door`` is "generate" or
     "forward".
     """
     got: dict = {}
-    hook = model.get_decoder().register_forward_pre_hook(
+    hook = decoder_of(model).register_forward_pre_hook(
         lambda m, a, kw: got or got.update(kw), with_kwargs=True
     )
     try:
@@ -132,7 +138,7 @@ def _pattern(mask) -> Tensor | None:
 
 def hidden(model, prompt: Prompt, inside: Inside | None = None) -> Tensor:
     """(n, hidden): the language model's output for one prompt."""
-    lm, n = model.get_decoder(), len(prompt)
+    lm, n = decoder_of(model), len(prompt)
     if inside is not None or prompt.allowed is not None:
         return _layer_by_layer(lm, prompt, inside or Inside())
     extra = {}
@@ -259,7 +265,8 @@ def generate(
     the ids to be scored instead of the greedy ones, ``hide`` a bool (batch, L, L). For the others see
     ``shortened``.
     """
-    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    head = model.get_output_embeddings() or model.get_decoder().get_output_embeddings()
+    embed = model.get_input_embeddings()
     ids, logits = [], []
     for b, prompt in enumerate(
         shortened(model, inputs, keep, merge, features, renumber, deepstack=deepstack)

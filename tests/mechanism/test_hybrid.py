@@ -77,6 +77,8 @@ def test_chunked_prefill_of_one_prompt(name):
 @pytest.mark.parametrize("name", RECURRENT)
 def test_a_chunk_that_loses_all_its_tokens_is_refused(name):
     model, inputs = subject(name), FAMILIES[name].batch("one")
+    if not consistent(name, inputs, prefill_chunk_size=2):
+        pytest.skip("the unpatched model disagrees with itself")
     with (
         patched(model, budget=0.05),
         pytest.raises(NotImplementedError, match="leave out prefill_chunk_size"),

@@ -11,6 +11,7 @@ from .common import KINDS, SPECIAL, Family, Item
 FAMILIES: dict[str, Family] = {
     f.name if f.modality == "image" else f"{f.name}/{f.modality}": f
     for f in [*clip.FAMILIES, *siglip.FAMILIES, *qwen.FAMILIES, *hybrid.FAMILIES]
+    if f.runs
 }
 
 

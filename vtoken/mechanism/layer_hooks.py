@@ -60,6 +60,7 @@ class LayerHooks:
         self.adapt = adapt
         self.renumber = positions == "renumber"
         self.views = LayerViews(decoder, schedule)
+        self.chunked = getattr(decoder.config, "attention_chunk_size", None) is not None
         kinds = getattr(decoder.config, "layer_types", None)
         self.kind = list(kinds[: schedule.layers]) if kinds else [None] * schedule.layers
         rotary = getattr(decoder, "rotary_emb", None)

@@ -26,11 +26,19 @@ def sees_itself(mask: Any, past: int, otherwise: Tensor) -> Tensor:
     return (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2).expand_as(otherwise)
 
 
-def cut_mask(mask: Any, run: Run, stage: int, now: tuple[Tensor, Tensor] | None, current: int) -> Any:
+def cut_mask(
+    mask: Any,
+    run: Run,
+    stage: int,
+    now: tuple[Tensor, Tensor] | None,
+    current: int,
+    static: int | None = None,
+) -> Any:
     """Cut a mask of stage 0 to `stage`. Its columns are the slots of the tables, then all later tokens.
 
     With `now = (index, valid)`, the first `current` of the later tokens are the current tokens, of which
-    `index` survive (columns and rows); without it, all tokens after the tables survive.
+    `index` survive (columns and rows); without it, all tokens after the tables survive. `static` is the number
+    of keys that a static cache will give, if it is not the mask's width.
     """
     if mask is None:
         return None
@@ -64,6 +72,7 @@ def cut_mask(mask: Any, run: Run, stage: int, now: tuple[Tensor, Tensor] | None,
         out = out.gather(2, index[:, None, :, None].expand(batch, out.shape[1], index.shape[1], width))
     out = out.gather(3, columns[:, None, None].expand(batch, *out.shape[1:3], columns.shape[1]))
     out = out.masked_fill(~usable[:, None, None], off)
+    width = width if static is None else static
     if run.static and out.shape[-1] < width:  # static keys have the length of the cache
         out = nn.functional.pad(out, (0, width - out.shape[-1]), value=off)
     return out

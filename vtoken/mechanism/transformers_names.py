@@ -94,10 +94,10 @@ def recomputes(decoder: Any) -> bool:
     return bool(decoder.training and getattr(decoder, "gradient_checkpointing", False))
 
 
-def check_features(output: Any) -> None:
-    """Raise RuntimeError if the output of `get_*_features` has no projected features."""
-    if getattr(output, "pooler_output", None) is None:
-        raise changed(f"{type(output).__name__} of the vision side has no pooler_output")
+def check_features(output: Any, field: str) -> None:
+    """Raise RuntimeError if the output of `get_*_features` has no features in this field."""
+    if getattr(output, field, None) is None:
+        raise changed(f"{type(output).__name__} of the vision side has no {field}")
 
 
 def _nameless(parameters: Iterable[inspect.Parameter]) -> bool:
@@ -128,7 +128,9 @@ def check_names(adapter: Adapter, inside: bool) -> None:
     for modality in adapter.modalities:
         if not hasattr(base, f"get_{modality}_features"):
             raise changed(f"{type(base).__name__} has no get_{modality}_features")
-    if hasattr(base, "get_placeholder_mask") and len(adapter.modalities) > 1:
+    find = getattr(base, "get_placeholder_mask", None)
+    told = find is not None and "image_features" in inspect.signature(find).parameters
+    if told and len(adapter.modalities) > 1:  # others find placeholders by their ids
         _check_takes(base.get_placeholder_mask, "video_features")
     if hasattr(decoder, "_deepstack_process"):
         _check_takes(decoder.forward, "visual_pos_masks", "deepstack_visual_embeds")

@@ -16,7 +16,7 @@ from .logical_cache import Ledger, counting_layers, make_logical, slots_in
 from .masks import cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
-from .recurrent_states import check_filler
+from .recurrent_states import check_filler, has_length
 from .transformers_names import cache_in, check_prompt, hidden_states_of, mask_for_kind, recomputes
 
 Planning = Callable[[Call, Run, Tensor, Tensor], Plan | None]
@@ -108,7 +108,8 @@ class VisualTurn:
         real = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         if ledger is None:
             schedule = self.schedule
-            new = Ledger(schedule.count + 1, len(embeds), embeds.device, schedule.stored, self.renumber)
+            of_stage = schedule.count + 1, len(embeds), embeds.device, schedule.stored
+            new = Ledger(*of_stage, self.renumber, self.layers.chunked)
             past = 0 if cache is None else int(cache.get_seq_length())
             return Turn(new, True, past, mask, None, real)
         self.layers.check_ledger(ledger)
@@ -230,7 +231,7 @@ class VisualTurn:
             return torch.cat(
                 [mask_2d[:, : ledger.end].bool(), valid & turn.real.gather(1, run.index)], 1
             ).long()
-        if run.ragged[0] or ledger.ragged[0] or run.cache is None:
+        if run.ragged[0] or ledger.needs_mask or run.cache is None:
             # without a cache and a 2-D mask, gaps in position_ids would be read as packed sequences
             return ledger.validity(0, valid).long()
         return None
@@ -238,11 +239,16 @@ class VisualTurn:
     def _mask_of_kind(self, kind: str, mask: Any, run: Run, embeds: Tensor) -> Any:
         """The mask of one kind of layer, of several that were made before the language model."""
         valid, ledger = run.now[0][1], run.ledger
-        if mask is None and (run.ragged[0] or ledger.ragged[0]):
+        if mask is None and (run.ragged[0] or ledger.needs_mask):
             return mask_for_kind(
                 kind, self.decoder.config, embeds, ledger.validity(0, valid).long(), run.cache
             )
-        return cut_mask(mask, run, 0, (run.index, valid), run.query_length)  # type: ignore[arg-type]
+        static, kinds = None, self.layers.kind
+        if run.static and kind in kinds and has_length(layer := run.cache.layers[kinds.index(kind)]):
+            static = int(
+                layer.get_mask_sizes(embeds.shape[1])[0]
+            )  # windows shorter than the prompt give it all
+        return cut_mask(mask, run, 0, (run.index, valid), run.query_length, static)  # type: ignore[arg-type]
 
     @staticmethod
     def _deepstack(kwargs: dict[str, Any], run: Run) -> None:
