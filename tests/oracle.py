@@ -92,6 +92,11 @@ def decoder_of(model):
     return decoder.model if hasattr(decoder, "lm_head") else decoder
 
 
+def head_of(model):
+    """From hidden states to logits."""
+    return model.get_output_embeddings() or model.get_decoder().get_output_embeddings()
+
+
 def capture(model, inputs: dict, door: str = "generate") -> list[Prompt]:
     """The language model's input at prefill, one ``Prompt`` for each row; ``door`` is "generate" or
     "forward".
@@ -265,7 +270,7 @@ def generate(
     the ids to be scored instead of the greedy ones, ``hide`` a bool (batch, L, L). For the others see
     ``shortened``.
     """
-    head = model.get_output_embeddings() or model.get_decoder().get_output_embeddings()
+    head = head_of(model)
     embed = model.get_input_embeddings()
     ids, logits = [], []
     for b, prompt in enumerate(
@@ -294,7 +299,7 @@ def loss(
     """Mean next-token cross-entropy over the label tokens of all shortened prompts, with gradients."""
     total, count = torch.zeros(()), 0
     for b, prompt in enumerate(shortened(model, inputs, keep, merge, door="forward")):
-        logits = model.get_output_embeddings()(hidden(model, prompt))
+        logits = head_of(model)(hidden(model, prompt))
         target = labels[b, prompt.index][1:]
         total = total + torch.nn.functional.cross_entropy(
             logits[:-1].float(), target, ignore_index=-100, reduction="sum"

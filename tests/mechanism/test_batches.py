@@ -47,7 +47,7 @@ def test_merging(name):
     assert (expected(name, inputs, spy)[1] - torch.stack(out.logits)).abs().max() > 1e-2
 
 
-ONE_ROPE = [name for name in PATCHABLE if not name.startswith("qwen")]
+ONE_ROPE = [name for name in PATCHABLE if not name.startswith(("qwen", "nemotron"))]
 
 
 @pytest.mark.parametrize("options", [FRONT, dict(BOTH, layers=(1, 3))], ids=["before", "both"])

@@ -202,7 +202,9 @@ class EntranceHooks:
                 length = int(cache.get_seq_length()) + embeds.shape[1]
                 mask = torch.ones(embeds.shape[0], length, dtype=torch.long, device=embeds.device)
             if mask is not None and mask.ndim == 2:
-                kwargs["attention_mask"] = self._align(ledger, cache, mask)
+                given, aligned = kwargs.get("attention_mask"), self._align(ledger, cache, mask)
+                made = original(**kwargs | {"attention_mask": aligned})
+                return given if made is aligned else made  # some models leave it to the language model
         return original(**kwargs)
 
     # -- the entrance of the language model ------------------------------------------------------------------

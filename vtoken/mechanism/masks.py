@@ -37,8 +37,8 @@ def cut_mask(
     """Cut a mask of stage 0 to `stage`. Its columns are the slots of the tables, then all later tokens.
 
     With `now = (index, valid)`, the first `current` of the later tokens are the current tokens, of which
-    `index` survive (columns and rows); without it, all tokens after the tables survive. `static` is the number
-    of keys that a static cache will give, if it is not the mask's width.
+    `index` survive (columns and rows); without it, all tokens after the tables survive. `static` is the
+    number of keys that a static cache will give, if it is not the mask's width.
     """
     if mask is None:
         return None

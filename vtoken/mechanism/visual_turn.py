@@ -239,7 +239,8 @@ class VisualTurn:
     def _mask_of_kind(self, kind: str, mask: Any, run: Run, embeds: Tensor) -> Any:
         """The mask of one kind of layer, of several that were made before the language model."""
         valid, ledger = run.now[0][1], run.ledger
-        if mask is None and (run.ragged[0] or ledger.needs_mask):
+        # chunks were counted over the whole prompt; a model with chunks makes no masks of its own
+        if ledger.chunked or (mask is None and (run.ragged[0] or ledger.needs_mask)):
             return mask_for_kind(
                 kind, self.decoder.config, embeds, ledger.validity(0, valid).long(), run.cache
             )
