@@ -25,7 +25,7 @@ NAMES = [name for name in GRIDS if name in FAMILIES]
 
 def painted(name: str, cell: tuple[int, int] | None) -> dict[str, torch.Tensor]:
     """A prompt of one grey picture whose patches of one cell are white."""
-    inputs, (rows, columns) = FAMILIES[name].prompt([[0]]), GRIDS[name]
+    inputs, (_, columns) = FAMILIES[name].prompt([[0]]), GRIDS[name]
     values = torch.full_like(inputs["pixel_values"], -0.3)
     flat = values[0] if values.ndim == 3 else values  # (patches, pixels)
     if cell is not None and name in BLOCKS:
@@ -80,6 +80,6 @@ def test_the_own_pruner_of_nemotron_must_be_off():
     model.video_pruning_rate = 0.5
     with (
         vtoken.applied(model, "random", budget=0.5),
-        pytest.raises(NotImplementedError, match="prunes videos itself .*set model.video_pruning_rate = 0"),
+        pytest.raises(NotImplementedError, match=r"prunes videos itself .*set model.video_pruning_rate = 0"),
     ):
         run(model, inputs, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,9 +23,16 @@ class QwenVLAdapter(Adapter):
     frames' placeholders.
     """
 
-    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+    model_types: ClassVar[tuple[str, ...]] = (
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_5",
+        "qwen3_5_moe",
+    )
     modalities = ("image", "video")
-    prompt_arguments = ("second_per_grid_ts",)
+    prompt_arguments: ClassVar[tuple[str, ...]] = ("second_per_grid_ts",)
 
     @property
     def merge_size(self) -> int:

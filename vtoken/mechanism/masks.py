@@ -50,8 +50,7 @@ def cut_mask(
     ledger, device = run.ledger, mask.device
     width, past_slots, batch = mask.shape[-1], ledger.slots[0].shape[1], ledger.batch_size
     if mask.ndim == 2 and now is not None and width == current:  # recurrent layers: current tokens only
-        index, valid = now
-        return mask.expand(batch, width).gather(1, index) * valid.to(mask.dtype)
+        return mask.expand(batch, width).gather(1, now[0]) * now[1].to(mask.dtype)
     if width < past_slots + current:
         raise NotImplementedError(WINDOW_FULL)
     past = torch.arange(past_slots, device=device).expand(batch, -1) if stage == 0 else ledger.columns[stage]
