@@ -86,12 +86,23 @@ def clone(inputs: dict) -> dict:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
+def decoder_of(model):
+    """The language model without a head."""
+    decoder = model.get_decoder()
+    return decoder.model if hasattr(decoder, "lm_head") else decoder
+
+
+def head_of(model):
+    """From hidden states to logits."""
+    return model.get_output_embeddings() or model.get_decoder().get_output_embeddings()
+
+
 def capture(model, inputs: dict, door: str = "generate") -> list[Prompt]:
     """The language model's input at prefill, one ``Prompt`` for each row; ``door`` is "generate" or
     "forward".
     """
     got: dict = {}
-    hook = model.get_decoder().register_forward_pre_hook(
+    hook = decoder_of(model).register_forward_pre_hook(
         lambda m, a, kw: got or got.update(kw), with_kwargs=True
     )
     try:
@@ -132,7 +143,7 @@ def _pattern(mask) -> Tensor | None:
 
 def hidden(model, prompt: Prompt, inside: Inside | None = None) -> Tensor:
     """(n, hidden): the language model's output for one prompt."""
-    lm, n = model.get_decoder(), len(prompt)
+    lm, n = decoder_of(model), len(prompt)
     if inside is not None or prompt.allowed is not None:
         return _layer_by_layer(lm, prompt, inside or Inside())
     extra = {}
@@ -259,7 +270,8 @@ def generate(
     the ids to be scored instead of the greedy ones, ``hide`` a bool (batch, L, L). For the others see
     ``shortened``.
     """
-    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    head = head_of(model)
+    embed = model.get_input_embeddings()
     ids, logits = [], []
     for b, prompt in enumerate(
         shortened(model, inputs, keep, merge, features, renumber, deepstack=deepstack)
@@ -287,7 +299,7 @@ def loss(
     """Mean next-token cross-entropy over the label tokens of all shortened prompts, with gradients."""
     total, count = torch.zeros(()), 0
     for b, prompt in enumerate(shortened(model, inputs, keep, merge, door="forward")):
-        logits = model.get_output_embeddings()(hidden(model, prompt))
+        logits = head_of(model)(hidden(model, prompt))
         target = labels[b, prompt.index][1:]
         total = total + torch.nn.functional.cross_entropy(
             logits[:-1].float(), target, ignore_index=-100, reduction="sum"

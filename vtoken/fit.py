@@ -11,6 +11,7 @@ from .adapters.encoders.encoder import Encoder, encoder_for
 from .adapters.registry import adapter_for, list_families
 from .mechanism.attention_rows import check_projections
 from .mechanism.drop_schedule import DropSchedule
+from .mechanism.recurrent_states import layers_of_fixed_length
 from .strategies import EncoderStrategy, Strategy, list_names, strategy_info
 from .strategies.trained import trained_part
 from .streams import Reuse, unwrapped
@@ -223,6 +224,7 @@ def check_inside(adapter: Adapter, strategy: Strategy) -> None:
     odd = sorted(
         set(getattr(decoder.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     )
+    odd = odd or layers_of_fixed_length(decoder.config)
     if odd:
         raise ValueError(
             f"{name} drops inside the LLM, which cannot be done to layers of type {', '.join(odd)}: use a"

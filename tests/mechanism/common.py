@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from tests import oracle
@@ -23,6 +24,7 @@ PATCHABLE = [name for name, family in FAMILIES.items() if family.config().model_
 FRONT: dict = dict()
 BOTH = dict(layers=(2,), budget=0.6)
 ALIGNED = dict(layers=(1, 3), aligned=(0, 1, 2), budget=0.6)
+INSIDE = [name for name in PATCHABLE if FAMILIES[name].inside]
 SOME = [name for name in ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3") if name in PATCHABLE]
 
 
@@ -35,7 +37,9 @@ def everywhere(never: tuple[str, ...] = (), **few: dict) -> pytest.MarkDecorator
     further options for some of them; under the marker `product` all options but `never` for the families of
     `PRODUCT`.
     """
-    cheap = [(name, "both") for name in PATCHABLE] + [(name, key) for key in few for name in SOME]
+    cheap = [(name, "both" if name in INSIDE else "before") for name in PATCHABLE] + [
+        (name, key) for key in few for name in SOME
+    ]
     more = [
         (name, key) for name in PRODUCT for key in OPTIONS if key not in never and (name, key) not in cheap
     ]
@@ -54,6 +58,12 @@ def clean(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32):
 def subject(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32):
     """The same model to be patched, and unpatched again by whoever does."""
     return FAMILIES[name].build(attn, dtype)
+
+
+def recurrent(name: str) -> bool:
+    """Whether the LLM has layers with a state of fixed size, by the cache that transformers makes for it."""
+    cache = transformers.DynamicCache(config=clean(name).config)
+    return any(hasattr(layer, "conv_states") for layer in cache.layers)
 
 
 def checkpointing(model):

@@ -9,10 +9,12 @@ from tests import oracle
 from tests.models import FAMILIES
 from tests.oracle import CACHE, clone, pick
 from vtoken.mechanism.layer_hooks import HOOKS_INSIDE_CHECKPOINT
+from vtoken.mechanism.recurrent_states import counting_layers
 
 from .common import (
     BOTH,
     FRONT,
+    INSIDE,
     PATCHABLE,
     SOME,
     assert_close,
@@ -108,7 +110,7 @@ def test_loop_by_hand(name, options):
     with patched(model, **options) as spy:
         ids, cache = loop(model)
     assert ids.tolist() == expected(name, whole, spy, 4)[0].tolist()
-    length, stored = whole["input_ids"].shape[1] + 3, [layer.keys.shape[2] for layer in cache.layers]
+    length, stored = whole["input_ids"].shape[1] + 3, [x.keys.shape[2] for x in counting_layers(cache)]
     assert int(cache.get_seq_length()) == length and max(stored) < length
 
 
@@ -157,7 +159,7 @@ def test_inputs_embeds(name):
     assert_close(got, logits)
 
 
-@pytest.mark.parametrize("name", PATCHABLE)
+@pytest.mark.parametrize("name", INSIDE)
 def test_attentions_and_hidden_states(name):
     family = FAMILIES[name]
     inputs, model = family.batch("ragged"), subject(name, "eager")
@@ -193,6 +195,6 @@ def test_without_gradients_in_training_mode(name, options, training):
         if cache is None or not cache.get_seq_length():  # SmolVLM of 5.23 returns the one it did not fill
             assert training
         else:
-            assert {int(x.get_seq_length()) for x in cache.layers} == {inputs["input_ids"].shape[1]}
+            assert {int(x.get_seq_length()) for x in counting_layers(cache)} == {inputs["input_ids"].shape[1]}
             logits.append(model(input_ids=pick(logits[0])[:, None], **{CACHE: cache}).logits[:, -1])
     assert_close(torch.stack(logits), expected(name, inputs, spy, len(logits))[1])

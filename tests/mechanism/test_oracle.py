@@ -18,10 +18,11 @@ def test_nothing_dropped_is_the_unpatched_model(name, kind):
     out = run(model, inputs)
     assert_same(out, inputs, oracle.generate(model, inputs))
     everything = torch.ones_like(inputs["attention_mask"]).bool()
-    assert_same(out, inputs, oracle.generate(model, inputs, drop={0: everything}))
+    if FAMILIES[name].inside:
+        assert_same(out, inputs, oracle.generate(model, inputs, drop={0: everything}))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [n for n, family in FAMILIES.items() if family.inside])
 def test_shortened_embeddings_are_masked_tokens(name):
     family, model = FAMILIES[name], clean(name)
     inputs = family.batch("ragged")

@@ -56,7 +56,8 @@ class Family:
     ``item(i, n)`` makes the i-th test image (or video) for a prompt that holds n of them; items differ in
     size wherever the family allows it. ``collate`` turns rows of items into the model's vision inputs;
     ``extra`` derives further inputs from (input_ids, attention_mask). ``per_prompt`` is the largest number of
-    items in one prompt.
+    items in one prompt. ``inside`` is False if no token can be dropped inside the LLM. ``broken`` names minor
+    releases of transformers in which the unpatched model fails.
     """
 
     name: str
@@ -68,6 +69,14 @@ class Family:
     extra: Callable[[Tensor, Tensor], dict[str, Tensor]] = lambda ids, mask: {}
     per_prompt: int = 3
     images_first: bool = False
+    inside: bool = True
+    broken: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> bool:
+        """Whether the installed transformers has the model, and it works there."""
+        minor = ".".join(transformers.__version__.split(".")[:2])
+        return hasattr(transformers, self.architecture) and minor not in self.broken
 
     def build(self, attn: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0):
         """A new model with the same weights every time; another ``seed`` gives other weights."""

@@ -30,6 +30,8 @@ class Adapter:
     Override:
         model_types: values of `config.model_type` that the class serves.
         make_towers: the vision tower per modality.
+        features_field: the field of the output of `get_*_features` that holds the features.
+        split_features: the features of that output, one tensor per image or video.
         layouts: segments and cells of every image or video of one `get_*_features` call.
         prompt_arguments: arguments of `forward` and `generate` that `layouts` needs in addition to those of
             `get_*_features`.
@@ -54,11 +56,12 @@ class Adapter:
         "pixel_values_images",
     )
     prompt_arguments: ClassVar[tuple[str, ...]] = ()
+    features_field: ClassVar[str] = "pooler_output"
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.base: Any = model.base_model
-        self.decoder: Any = model.get_decoder()  # type: ignore[operator]
+        self.decoder: Any = language_model_of(model)
         self.config: Any = model.config
         self.towers: dict[str, Tower] = self.make_towers()
 
@@ -138,6 +141,14 @@ class Adapter:
         """The needs that this model cannot meet for a modality."""
         kinds, provided = (*TOWER_NEEDS, "text_embeddings", "question", "pixels"), self.provides(modality)
         return [kind for kind in kinds if getattr(needs, kind) and kind not in provided]
+
+
+def language_model_of(model: Any) -> Any:
+    """The language model without its head. Some `get_decoder` answer with the one that has the head."""
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "layers") and hasattr(decoder, "lm_head"):
+        return next((part for part in decoder.children() if hasattr(part, "layers")), decoder)
+    return decoder
 
 
 def feature_layer_of(config: Any, num_layers: int, default: int = -1) -> int:

@@ -1,8 +1,8 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE: grids of any shape, merged patches, multimodal rope."""
+"""The Qwen-VL families from Qwen2-VL to Qwen3.5: grids of any shape, merged patches, multimodal rope."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -15,16 +15,29 @@ from .towers.qwen import QwenTower
 
 @register_adapter
 class QwenVLAdapter(Adapter):
-    """`Qwen2VL...`, `Qwen2_5_VL...`, `Qwen3VL...` and `Qwen3VLMoeForConditionalGeneration`.
+    """`Qwen2VL...`, `Qwen2_5_VL...`, `Qwen3VL...`, `Qwen3VLMoe...`, `Qwen3_5...` and
+    `Qwen3_5MoeForConditionalGeneration`. The LLM of Qwen3.5 alternates linear and full attention.
 
     An image is one segment; a frame of a video is one temporal patch (two sampled frames). Its time is known
-    if the prompt has `second_per_grid_ts` (Qwen2.5-VL); Qwen3-VL writes times as text between the frames'
-    placeholders.
+    if the prompt has `second_per_grid_ts` (Qwen2.5-VL); Qwen3-VL and Qwen3.5 write times as text between the
+    frames' placeholders.
     """
 
-    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    model_types: ClassVar[tuple[str, ...]] = (
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_5",
+        "qwen3_5_moe",
+    )
     modalities = ("image", "video")
-    prompt_arguments = ("second_per_grid_ts",)
+    prompt_arguments: ClassVar[tuple[str, ...]] = ("second_per_grid_ts",)
+
+    @property
+    def merge_size(self) -> int:
+        """Patches along one side of a cell."""
+        return int(self.base.visual.spatial_merge_size)
 
     def make_towers(self) -> dict[str, Tower]:
         tower = QwenTower(self.base.visual, len(self.base.visual.blocks) - 1)
@@ -34,7 +47,7 @@ class QwenVLAdapter(Adapter):
         return [int(t) for t in arguments[f"{modality}_grid_thw"][:, 0].tolist()]
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
-        merge = self.base.visual.spatial_merge_size
+        merge = self.merge_size
         times = arguments.get("second_per_grid_ts") if modality == "video" else None
         out = []
         for i, (t, h, w) in enumerate(arguments[f"{modality}_grid_thw"].tolist()):

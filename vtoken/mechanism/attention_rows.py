@@ -14,8 +14,9 @@ from ..kernels import attention_rows
 
 def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
     """Raise ValueError unless this decoder has `q_proj` and `k_proj` and rotates them as `rotate` does."""
-    attention = getattr(decoder.layers[0], "self_attn", None)  # type: ignore[index]
-    if not all(hasattr(attention, part) for part in ("q_proj", "k_proj", "head_dim", "scaling")):
+    attentions = [getattr(layer, "self_attn", None) for layer in decoder.layers]  # type: ignore[union-attr]
+    parts = ("q_proj", "k_proj", "head_dim", "scaling")
+    if not all(hasattr(attention, part) for attention in attentions for part in parts):
         raise ValueError(
             f"{name} reads the LLM's attention, which vtoken recomputes from q_proj and k_proj; the LLM of"
             f" this {kind} model has no such projections: use a projector strategy."

@@ -17,10 +17,11 @@ import torch
 import transformers.masking_utils
 from torch import Tensor, nn
 
+from ..adapters.base import language_model_of
 from ..hooks import Wrapped, rebuilt
 from ..streams import unwrapped
 from .forward_context import Call, Run
-from .logical_cache import Ledger, ledger_of, physical_length
+from .logical_cache import Ledger, ledger_of, slots_in
 from .prompt import EncodedVisuals
 from .transformers_names import cache_in, changed, check_names
 from .unread_features import Unread
@@ -122,7 +123,7 @@ class EntranceHooks:
             return
         for name, there, now in (
             ("base model", self.base, self.model.base_model),
-            ("language model", self.decoder, self.model.get_decoder()),
+            ("language model", self.decoder, language_model_of(self.model)),
         ):
             if unwrapped(there) is not unwrapped(now):
                 raise rebuilt(f"The {name} is another than the one that was patched")
@@ -156,7 +157,7 @@ class EntranceHooks:
             # Qwen derives positions from this mask: aligned later, before the language model
             return None
         if not cache.is_compileable:
-            ledger.follow(physical_length(cache.layers[0]), grow=False)
+            ledger.follow(slots_in(cache), grow=False)
         # here, because Gemma3 and PaliGemma make their masks between here and the decoder
         call.mask_aligned = True
         if cache.is_compileable and self.layers.flash:
@@ -197,11 +198,13 @@ class EntranceHooks:
         ledger = ledger_of(cache)
         if ledger is not None and cache is not None and self.gate.serves():
             embeds = kwargs["inputs_embeds"]
-            if mask is None and ledger.ragged[0]:
+            if mask is None and ledger.needs_mask:
                 length = int(cache.get_seq_length()) + embeds.shape[1]
                 mask = torch.ones(embeds.shape[0], length, dtype=torch.long, device=embeds.device)
             if mask is not None and mask.ndim == 2:
-                kwargs["attention_mask"] = self._align(ledger, cache, mask)
+                given, aligned = kwargs.get("attention_mask"), self._align(ledger, cache, mask)
+                made = original(**kwargs | {"attention_mask": aligned})
+                return given if made is aligned else made  # some models leave it to the language model
         return original(**kwargs)
 
     # -- the entrance of the language model ------------------------------------------------------------------
@@ -245,7 +248,9 @@ class EntranceHooks:
     def _visual(self, call: Call, embeds: Tensor) -> Tensor | None:
         """(B, q) bool: the visual tokens of this forward, None if there are none."""
         if not call.visual and call.has_features and call.input_ids is not None:
-            call.visual = self.adapter.find_placeholders(call.input_ids)
+            read = [m for m, encoded in call.encoded.items() if encoded is not None]
+            found = self.adapter.find_placeholders(call.input_ids)  # modalities may share an id
+            call.visual = {m: mask for m, mask in found.items() if not read or m in read}
         call.visual = {m: mask.to(embeds.device) for m, mask in call.visual.items()}
         call.visual = {m: mask for m, mask in call.visual.items() if bool(mask.any())}
         return functools.reduce(torch.logical_or, call.visual.values()) if call.visual else None
@@ -255,13 +260,13 @@ class EntranceHooks:
         embeds = kwargs["input_ids"] if embeds is None else embeds
         batch, length = embeds.shape[:2]  # type: ignore[union-attr]
         if not cache.is_compileable:
-            ledger.follow(physical_length(cache.layers[0]), grow=False)
+            ledger.follow(slots_in(cache), grow=False)
         self.layers.check_ledger(ledger)
         self.context.run = Run(cache, ledger, length)
         ledger.announced = True
         if isinstance(mask, Tensor) and mask.ndim == 2 and not call.mask_aligned:
             kwargs["attention_mask"] = self._align(ledger, cache, mask)
-        elif mask is None and ledger.ragged[0]:
+        elif mask is None and ledger.needs_mask:
             tail = cache.get_seq_length() - ledger.end + length
             now = torch.ones(batch, tail, dtype=torch.bool, device=embeds.device)  # type: ignore[union-attr]
             kwargs["attention_mask"] = ledger.validity(0, now)

@@ -25,9 +25,10 @@ from .drop_schedule import DropSchedule
 from .forward_context import ForwardContext, Plan, Run
 from .hidden_pictures import adapted, hidden_now, hide
 from .layer_views import LayerViews
-from .logical_cache import Ledger, settle
+from .logical_cache import Ledger, counting_layers, settle
 from .masks import WINDOW_FULL, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged
+from .recurrent_states import SPOILED
 from .transformers_names import cache_argument, changed, check_length, recomputes
 
 # Older releases checkpoint `__call__`: hooks run again in backward, after the state of the forward is gone.
@@ -59,6 +60,7 @@ class LayerHooks:
         self.adapt = adapt
         self.renumber = positions == "renumber"
         self.views = LayerViews(decoder, schedule)
+        self.chunked = getattr(decoder.config, "attention_chunk_size", None) is not None
         kinds = getattr(decoder.config, "layer_types", None)
         self.kind = list(kinds[: schedule.layers]) if kinds else [None] * schedule.layers
         rotary = getattr(decoder, "rotary_emb", None)
@@ -108,7 +110,11 @@ class LayerHooks:
             )
 
     def check_ledger(self, ledger: Ledger) -> None:
-        """Raise ValueError for a cache that was filled under a patch with other layers or positions."""
+        """Raise ValueError for a cache that was filled under a patch with other layers or positions, or by a
+        model without a patch.
+        """
+        if ledger.spoiled:
+            raise ValueError(SPOILED)
         if ledger.renumber != self.renumber:
             found, own = ("renumber", "original") if ledger.renumber else ("original", "renumber")
             raise ValueError(
@@ -133,6 +139,9 @@ class LayerHooks:
         run = self.context.run
         if run is None or kwargs is None:
             return None
+        if not self.schedule.count and (run.ledger.states or "position_embeddings" not in kwargs):
+            # flash attention alone needs the hook
+            return None if run.visual is None else (args, kwargs | {"position_ids": run.ranks})
         if not args or "position_embeddings" not in kwargs:
             raise changed(f"{type(layer).__name__} is not called with hidden states and position_embeddings=")
         stage, table = self.schedule.reads(i), self.schedule.stores(i)
@@ -325,7 +334,7 @@ class LayerHooks:
             ledger.dropped[stage] = end + run.query_length - ledger.slots[stage].shape[1]
         if run.real is not None:
             ledger.real = torch.cat([ledger.real, run.real.to(ledger.device)], 1)
-        for layer in run.cache.layers:
+        for layer in counting_layers(run.cache):
             settle(layer, ledger)
 
     def deepstack(

@@ -23,10 +23,14 @@ class Cut:
 
 @dataclass
 class Crop:
-    """The latest crop into the tables of a cache: logical length after it, a cut per stage, layers done."""
+    """The latest crop into the tables of a cache: logical length after it, a cut per stage, layers done.
+
+    `gone` is the number of slots that go in stage 0.
+    """
 
     length: int
     cuts: list[Cut]
+    gone: int
     done: set[int] = field(default_factory=set)
 
 
@@ -45,7 +49,12 @@ class Ledger:
         real: (batch, end) bool, the logical tokens that are no padding.
         tables: per LLM layer, the stage whose table describes its slots.
         renumber: whether the stored tokens have positions without gaps.
+        chunked: whether attention has chunks, which count from a row's first token that is no padding.
         gather: whether keys and values may be gathered along the sequence.
+        counter: number of the first LLM layer whose cache has a length.
+        states: the layers of the cache that have a state of fixed size.
+        lead: the layer `counter` of the cache, if there are states.
+        spoiled: whether a model without a patch may have changed the states.
         announced: whether a patched language model is reading the cache at this moment.
         crop: result of the first layer's crop, which the other layers apply.
         pending: visual tokens still to come in a chunked prefill; see `planner.ChunkedPlan`.
@@ -58,6 +67,7 @@ class Ledger:
         device: torch.device,
         tables: Sequence[int] = (),
         renumber: bool = False,
+        chunked: bool = False,
     ) -> None:
         self.slots = [torch.empty(batch_size, 0, dtype=torch.long, device=device) for _ in range(stages)]
         self.columns = list(self.slots)
@@ -67,7 +77,12 @@ class Ledger:
         self.real = torch.empty(batch_size, 0, dtype=torch.bool, device=device)
         self.tables = list(tables) or [0]
         self.renumber = renumber
+        self.chunked = chunked
         self.gather = True
+        self.counter = 0
+        self.states: list[Any] = []
+        self.lead: Any = None
+        self.spoiled = False
         self.announced = False
         self.crop: Crop | None = None
         self.pending: Any = None
@@ -89,6 +104,11 @@ class Ledger:
     def shortened(self) -> bool:
         """Whether some layer stores another number of tokens than the prompt has, or filler."""
         return any(self.dropped) or any(self.ragged)
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether the slots of stage 0 need a mask although the prompt has no padding."""
+        return self.ragged[0] or (self.chunked and self.dropped[0] > 0)
 
     def table(self, layer: int) -> int:
         """The stage whose table describes the slots of LLM layer `layer`."""
@@ -165,12 +185,16 @@ class Ledger:
         slots = self.slots[0]
         mask = mask.to(slots.device)
         past = mask.gather(1, slots.clamp(min=0)) * (slots >= 0).to(mask.dtype)
-        return torch.cat([mask.new_ones(mask.shape[0], self.dropped[0]), past, mask[:, self.end :]], 1)
+        return torch.cat([self._before(0, mask), past, mask[:, self.end :]], 1)
 
     def validity(self, stage: int, now: Tensor) -> Tensor:
         """A mask of one stage, if there was none; `now` (batch, m): validity of tokens after the tables."""
         slots = self.slots[stage]
-        return torch.cat([now.new_ones(now.shape[0], self.dropped[stage]), slots >= 0, now], 1)
+        return torch.cat([self._before(stage, now), slots >= 0, now], 1)
+
+    def _before(self, stage: int, like: Tensor) -> Tensor:
+        """Columns of a mask before the first slot; all ones can be a mask that needs not be made at all."""
+        return like.new_full((like.shape[0], self.dropped[stage]), not self.chunked)
 
     def append(
         self, stage: int, end: int, logical: Tensor, columns: Tensor, valid: Tensor, ragged: bool

@@ -17,13 +17,30 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from .cache_alignment import cut_layers
-from .ledger import Crop, Ledger
-
-UNOWNED = (
-    "This KV cache holds a prompt that vtoken shortened, and the model that goes on with it is not patched:"
-    " patch it with the strategy that filled the cache, or start with a new cache."
+from .cache_crop import crop_layer, name_of, physical_length, settle
+from .ledger import Ledger
+from .recurrent_states import (
+    UNOWNED,
+    check_announced,
+    counting_layers,
+    has_length,
+    has_state,
+    state_layer_class,
 )
+
+__all__ = [
+    "UNOWNED",
+    "Ledger",
+    "check_cache",
+    "counting_layers",
+    "ledger_of",
+    "logical_layer_class",
+    "make_logical",
+    "name_of",
+    "physical_length",
+    "settle",
+    "slots_in",
+]
 
 
 @functools.cache
@@ -39,14 +56,13 @@ def logical_layer_class(cls: type) -> Any:
         # (slots of stage 0 in excess of this stage's, tokens dropped in stage 0)
         after_stage: tuple[int, int] | None = None
         ledger: Ledger | None = None
-        number = 0  # of the LLM layer; the first one takes part in every batch operation
+        number = 0  # of the LLM layer
 
         def __reduce__(self) -> Any:  # makes the class again if it does not exist yet
             return _empty_layer, (cls,), self.__dict__
 
         def update(self, *args: Any, **kwargs: Any) -> Any:
-            if self.ledger is not None and not self.ledger.announced and self.ledger.shortened:
-                raise RuntimeError(UNOWNED)
+            check_announced(self.ledger)
             return super().update(*args, **kwargs)
 
         def its_own(self, method: str) -> Any:
@@ -97,7 +113,7 @@ def logical_layer_class(cls: type) -> Any:
             if tokens_to_remove > 0:  # a length to crop to in older releases; newer ones raise
                 DynamicLayer.crop(DynamicLayer(), tokens_to_remove)
                 tokens_to_remove = min(0, tokens_to_remove - int(self.get_seq_length()))
-            return _crop(self, -tokens_to_remove, crop_slots)
+            return crop_layer(self, -tokens_to_remove, crop_slots)
 
         def reset(self) -> None:
             held, self.ledger = self.ledger, None
@@ -114,7 +130,7 @@ def logical_layer_class(cls: type) -> Any:
 
         def batch_repeat_interleave(self, repeats: int) -> Any:
             out = self.its_own("batch_repeat_interleave")(repeats)
-            if self.ledger is not None and self.number == 0:
+            if self.ledger is not None and self.number == self.ledger.counter:
                 rows = torch.arange(self.ledger.batch_size, device=self.ledger.device)
                 self.moved(rows.repeat_interleave(repeats))
             return out
@@ -125,7 +141,7 @@ def logical_layer_class(cls: type) -> Any:
             return out
 
         def moved(self, rows: Any) -> None:
-            if self.ledger is not None and self.number == 0:
+            if self.ledger is not None and self.number == self.ledger.counter:
                 self.ledger.select_rows(rows)
 
     Logical.__name__ = Logical.__qualname__ = "Logical" + cls.__name__
@@ -139,83 +155,17 @@ def _empty_layer(cls: type) -> Any:
     return logical.__new__(logical)
 
 
-def _crop(layer: Any, tokens: int, crop_slots: Any) -> None:
-    """Remove the last `tokens` logical tokens of a layer; `crop_slots` is the crop of its own class.
-
-    The first layer cuts the tables and the other layers use its result, as each of them stores another
-    part of the removed tokens.
-    """
-    ledger: Ledger = layer.ledger
-    if layer.number == 0:
-        length = max(0, physical_length(layer) + layer.dropped - tokens)
-        ledger.crop = Crop(length, ledger.cuts(length)) if length < ledger.end else None
-    crop = ledger.crop
-    if crop is None:  # tokens that every layer stores, one slot each
-        _check_window(layer, tokens)
-        layer.physically(crop_slots, -tokens)
-        return
-    cut, stored = crop.cuts[ledger.table(layer.number)], physical_length(layer)
-    if layer.number in crop.done or crop.length != max(0, stored + layer.dropped - tokens):
-        raise NotImplementedError(
-            "One layer of a shortened KV cache cannot be cropped alone: use cache.crop."
-        )
-    if not (ledger.gather or all(c.first for c in crop.cuts)):
-        raise NotImplementedError(
-            f"A KV cache of {name_of(layer)} cannot be cropped into a prompt whose rows lost different"
-            " numbers of tokens: crop less, or use a DynamicCache or StaticCache that is not offloaded."
-        )
-    gone = stored - cut.index.shape[1]
-    _check_window(layer, gone, whole=not cut.first)
-    if layer.number == 0:
-        ledger.forget(crop.length, crop.cuts)
-    if not cut.first:
-        cut_layers([layer], cut.index.to(layer.keys.device))
-    elif gone:
-        layer.physically(crop_slots, -gone)
-    crop.done.add(layer.number)
-    settle(layer, ledger)
-
-
-def _check_window(layer: Any, gone: int, whole: bool = False) -> None:
-    """Raise NotImplementedError if a sliding layer lacks tokens that it needs once `gone` slots are cropped.
-
-    With `whole`, it needs every slot that it ever stored.
-    """
-    if not layer.is_sliding:
-        return
-    stored = physical_length(layer)
-    window = layer.max_cache_len if layer.is_compileable else layer.sliding_window
-    held = min(stored, window) if layer.is_compileable else layer.keys.shape[-2]
-    if held < stored and (whole or layer.is_compileable or held - gone < min(window - 1, stored - gone)):
-        raise NotImplementedError(
-            f"A sliding-window layer has lost tokens that it needs after a crop (window {window}): start with"
-            " a new cache."
-        )
-
-
-def settle(layer: Any, ledger: Ledger) -> None:
-    """Set a layer's counts from the tables."""
-    table = ledger.table(layer.number)
-    layer.dropped = ledger.dropped[table]
-    layer.after_stage = (ledger.dropped[table] - ledger.dropped[0], ledger.dropped[0]) if table else None
-
-
-def physical_length(layer: Any) -> int:
-    """Number of tokens that a cache layer stores."""
-    return int(layer.physical_length() if hasattr(layer, "physical_length") else layer.get_seq_length())
-
-
 def ledger_of(cache: Cache | None) -> Ledger | None:
     """The ledger of a cache with a shortened prompt; None if it has none, or no longer."""
-    layers = getattr(cache, "layers", None)
+    layers = counting_layers(cache)
     if not layers or not layers[0].is_initialized:
         return None
     return getattr(layers[0], "ledger", None)
 
 
-def name_of(layer: Any) -> str:
-    """The name of a cache layer's original class."""
-    return type(layer).__name__.removeprefix("Logical")
+def slots_in(cache: Cache) -> int:
+    """Number of tokens that the first layer with a length stores."""
+    return physical_length(counting_layers(cache)[0])
 
 
 def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
@@ -230,8 +180,13 @@ def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
             f"vtoken needs a KV cache that consists of layers, found {type(cache).__name__}: use a"
             " DynamicCache."
         )
+    if cache.layers and not counting_layers(cache):
+        raise NotImplementedError(
+            "vtoken counts the tokens of a prompt in the attention layers of a KV cache, found only layers"
+            f" without a length ({name_of(cache.layers[0])}): use a model that has attention layers."
+        )
     for layer in cache.layers:
-        known = isinstance(layer, (DynamicLayer, StaticLayer)) and not hasattr(layer, "conv_states")
+        known = isinstance(layer, (DynamicLayer, StaticLayer)) and not has_state(layer)
         if (inside and not known) or (aligned and not _plain(cache, layer)):
             kind = "an offloaded cache" if getattr(cache, "offloading", False) else name_of(layer)
             instead = (
@@ -253,13 +208,19 @@ def make_logical(
         cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
     check_cache(cache, inside, aligned)
     for i, layer in enumerate(cache.layers):
-        if not hasattr(layer, "physical_length"):
-            layer.__class__ = logical_layer_class(type(layer))  # type: ignore[arg-type]
+        if not (has_length(layer) or has_state(layer)):
+            continue  # it stores nothing, or another layer's keys
+        if not hasattr(layer, "ledger"):
+            make = logical_layer_class if has_length(layer) else state_layer_class
+            layer.__class__ = make(type(layer))  # type: ignore[arg-type]
         layer.ledger, layer.number = ledger, i  # type: ignore[attr-defined]
-    ledger.gather = all(_plain(cache, layer) for layer in cache.layers)
+    lead = counting_layers(cache)[0]
+    ledger.states = [layer for layer in cache.layers if has_state(layer)]
+    ledger.counter, ledger.lead = lead.number, lead if ledger.states else None
+    ledger.gather = all(_plain(cache, layer) for layer in counting_layers(cache))
 
 
 def _plain(cache: Cache, layer: Any) -> bool:
     """Whether a layer's keys and values can be gathered."""
-    known = isinstance(layer, (DynamicLayer, StaticLayer)) and not hasattr(layer, "conv_states")
+    known = isinstance(layer, (DynamicLayer, StaticLayer)) and not has_state(layer)
     return known and not hasattr(layer, "_quantize") and not getattr(cache, "offloading", False)

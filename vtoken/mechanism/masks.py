@@ -26,11 +26,19 @@ def sees_itself(mask: Any, past: int, otherwise: Tensor) -> Tensor:
     return (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2).expand_as(otherwise)
 
 
-def cut_mask(mask: Any, run: Run, stage: int, now: tuple[Tensor, Tensor] | None, current: int) -> Any:
+def cut_mask(
+    mask: Any,
+    run: Run,
+    stage: int,
+    now: tuple[Tensor, Tensor] | None,
+    current: int,
+    static: int | None = None,
+) -> Any:
     """Cut a mask of stage 0 to `stage`. Its columns are the slots of the tables, then all later tokens.
 
     With `now = (index, valid)`, the first `current` of the later tokens are the current tokens, of which
-    `index` survive (columns and rows); without it, all tokens after the tables survive.
+    `index` survive (columns and rows); without it, all tokens after the tables survive. `static` is the
+    number of keys that a static cache will give, if it is not the mask's width.
     """
     if mask is None:
         return None
@@ -41,6 +49,8 @@ def cut_mask(mask: Any, run: Run, stage: int, now: tuple[Tensor, Tensor] | None,
         )
     ledger, device = run.ledger, mask.device
     width, past_slots, batch = mask.shape[-1], ledger.slots[0].shape[1], ledger.batch_size
+    if mask.ndim == 2 and now is not None and width == current:  # recurrent layers: current tokens only
+        return mask.expand(batch, width).gather(1, now[0]) * now[1].to(mask.dtype)
     if width < past_slots + current:
         raise NotImplementedError(WINDOW_FULL)
     past = torch.arange(past_slots, device=device).expand(batch, -1) if stage == 0 else ledger.columns[stage]
@@ -61,6 +71,7 @@ def cut_mask(mask: Any, run: Run, stage: int, now: tuple[Tensor, Tensor] | None,
         out = out.gather(2, index[:, None, :, None].expand(batch, out.shape[1], index.shape[1], width))
     out = out.gather(3, columns[:, None, None].expand(batch, *out.shape[1:3], columns.shape[1]))
     out = out.masked_fill(~usable[:, None, None], off)
+    width = width if static is None else static
     if run.static and out.shape[-1] < width:  # static keys have the length of the cache
         out = nn.functional.pad(out, (0, width - out.shape[-1]), value=off)
     return out

@@ -263,6 +263,8 @@ class Planner:
     def _consume(call: Call, plan: ChunkedPlan) -> Plan:
         keep: Tensor | None = None
         for modality, mask in call.visual.items():
+            if modality not in plan.keep:  # it shares the id of one that is
+                continue
             table, seen = plan.keep[modality], plan.seen[modality]
             ordinal = seen[:, None] + mask.long().cumsum(1) - 1
             kept = table.gather(1, ordinal.clamp(0, table.shape[1] - 1)) | ~mask

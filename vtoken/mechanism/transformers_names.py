@@ -15,14 +15,14 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, masking_utils
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 
 from ..adapters.base import Adapter
 from .drop_schedule import DropSchedule
 from .forward_context import Run
-from .logical_cache import physical_length
+from .logical_cache import counting_layers, physical_length
 
 # the minor releases of transformers that all tests have passed on, and those between
 OLDEST, NEWEST = "5.17", "5.24"
@@ -74,6 +74,13 @@ def cache_argument(function: Callable[..., Any]) -> str:
     raise changed(f"{_name(function)} takes no KV cache")
 
 
+def mask_for_kind(kind: str, config: Any, embeds: Tensor, mask: Tensor, cache: Any) -> Any:
+    """transformers' own mask for layers of one kind from a 2-D mask, as `create_masks_for_generate` does."""
+    make: Any = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind]
+    given = {"config": config, "inputs_embeds": embeds, "attention_mask": mask}
+    return make(**given, **{cache_argument(create_causal_mask): cache})
+
+
 def hidden_states_of(output: Any) -> Tensor:
     """(B, n, d) from the output of the language model. Raises RuntimeError without it."""
     hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
@@ -87,10 +94,10 @@ def recomputes(decoder: Any) -> bool:
     return bool(decoder.training and getattr(decoder, "gradient_checkpointing", False))
 
 
-def check_features(output: Any) -> None:
-    """Raise RuntimeError if the output of `get_*_features` has no projected features."""
-    if getattr(output, "pooler_output", None) is None:
-        raise changed(f"{type(output).__name__} of the vision side has no pooler_output")
+def check_features(output: Any, field: str) -> None:
+    """Raise RuntimeError if the output of `get_*_features` has no features in this field."""
+    if getattr(output, field, None) is None:
+        raise changed(f"{type(output).__name__} of the vision side has no {field}")
 
 
 def _nameless(parameters: Iterable[inspect.Parameter]) -> bool:
@@ -121,12 +128,14 @@ def check_names(adapter: Adapter, inside: bool) -> None:
     for modality in adapter.modalities:
         if not hasattr(base, f"get_{modality}_features"):
             raise changed(f"{type(base).__name__} has no get_{modality}_features")
-    if hasattr(base, "get_placeholder_mask") and len(adapter.modalities) > 1:
+    find = getattr(base, "get_placeholder_mask", None)
+    told = find is not None and "image_features" in inspect.signature(find).parameters
+    if told and len(adapter.modalities) > 1:  # others find placeholders by their ids
         _check_takes(base.get_placeholder_mask, "video_features")
     if hasattr(decoder, "_deepstack_process"):
         _check_takes(decoder.forward, "visual_pos_masks", "deepstack_visual_embeds")
-    if inside:
-        layer = decoder.layers[0]
+    layer = next((x for x in getattr(decoder, "layers", ()) if hasattr(x, "self_attn")), None)
+    if inside and layer is not None:  # strategies that drop inside are refused where a layer has none
         _check_takes(layer.forward, "attention_mask", "position_embeddings")
         _check_takes(layer.self_attn.forward, "hidden_states", "attention_mask", "position_embeddings")
         _check_takes(create_causal_mask, "config", "inputs_embeds", "attention_mask", "layer_idx")
@@ -155,8 +164,11 @@ def check_prompt(run: Run, schedule: DropSchedule, tokens: int) -> None:
         raise changed(f"{len(run.now) - 1} of {schedule.count} drops inside the LLM took place")
     planned = [index.shape[1] for index, _ in run.now]
     check_length("The language model answered for", tokens, planned[schedule.last])
-    for i, layer in enumerate([] if run.cache is None else run.cache.layers[: schedule.layers]):
-        if isinstance(layer, DynamicLayer | StaticLayer):  # other classes count in ways of their own
+    layers = [] if run.cache is None else run.cache.layers[: schedule.layers]
+    used = any(layer.is_initialized for layer in counting_layers(run.cache))
+    for i, layer in enumerate(layers):
+        # other classes count in ways of their own; layers that read another's keys store nothing
+        if isinstance(layer, DynamicLayer | StaticLayer) and (layer.is_initialized or not used):
             stored = physical_length(layer) if layer.is_initialized else 0
             before = run.ledger.slots[schedule.stores(i)].shape[1]
             check_length(f"The KV cache of layer {i} holds", stored, before + planned[schedule.reads(i)])

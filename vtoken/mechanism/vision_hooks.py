@@ -304,7 +304,7 @@ class VisionHooks:
     def _encode(
         self, modality: str, output: Any, arguments: dict[str, Any], capture: Capture
     ) -> EncodedVisuals:
-        check_features(output)
+        check_features(output, self.adapter.features_field)
         features = self.adapter.split_features(modality, output, arguments)
         layouts = self.adapter.layouts(modality, features, arguments)
         counts = [len(layout.segments) for layout in layouts]

@@ -12,11 +12,12 @@ from torch import Tensor
 from .forward_context import Admission, Call, ForwardContext, ForwardObserver, Plan, Run
 from .generation import prompt_ends, queries_of
 from .layer_hooks import LayerHooks
-from .logical_cache import Ledger, make_logical, physical_length
+from .logical_cache import Ledger, counting_layers, make_logical, slots_in
 from .masks import cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
-from .transformers_names import cache_in, check_prompt, hidden_states_of, recomputes
+from .recurrent_states import check_filler, has_length
+from .transformers_names import cache_in, check_prompt, hidden_states_of, mask_for_kind, recomputes
 
 Planning = Callable[[Call, Run, Tensor, Tensor], Plan | None]
 
@@ -107,11 +108,12 @@ class VisualTurn:
         real = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         if ledger is None:
             schedule = self.schedule
-            new = Ledger(schedule.count + 1, len(embeds), embeds.device, schedule.stored, self.renumber)
+            of_stage = schedule.count + 1, len(embeds), embeds.device, schedule.stored
+            new = Ledger(*of_stage, self.renumber, self.layers.chunked)
             past = 0 if cache is None else int(cache.get_seq_length())
             return Turn(new, True, past, mask, None, real)
         self.layers.check_ledger(ledger)
-        ledger.follow(physical_length(cache.layers[0]), grow=True)
+        ledger.follow(slots_in(cache), grow=True)
         return Turn(ledger, False, ledger.end, mask, None, real)
 
     # -- find real tokens ------------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ class VisualTurn:
         ledger = turn.ledger
         if turn.fresh and run.cache is not None:
             self._adopt(run.cache, ledger)
-            ledger.follow(physical_length(run.cache.layers[0]), grow=True)  # a text turn went before
+            ledger.follow(slots_in(run.cache), grow=True)  # a text turn went before
         run.past_slots = ledger.slots[0].shape[1]
         if turn.mask_2d is not None and run.past_slots:
             run.past_seen = turn.mask_2d[:, ledger.dropped[0] : ledger.end].bool()
@@ -178,6 +180,8 @@ class VisualTurn:
         keep = real if plan is None else (plan.keep.to(embeds.device) | ~run.visual) & real  # type: ignore[operator]
         index, valid = right_aligned(keep)
         run.index, run.ragged = index, [not bool(valid.all())]
+        if run.ragged[0]:
+            check_filler(run.ledger, valid)
         run.now = [(torch.arange(index.shape[1], device=embeds.device).expand(len(embeds), -1), valid)]
         merged = () if plan is None else (plan.into, plan.weight)
         kwargs["inputs_embeds"] = take_merged(embeds, index, valid, *merged)
@@ -220,17 +224,32 @@ class VisualTurn:
         if run.ranks is not None and mask is None:
             return None if self.layers.flash else packed_mask(self.decoder.config, embeds, run.ranks)
         if isinstance(mask, dict):
-            return {k: cut_mask(m, run, 0, (run.index, valid), run.query_length) for k, m in mask.items()}
+            return {kind: self._mask_of_kind(kind, m, run, embeds) for kind, m in mask.items()}
         if mask is not None and mask_2d is None:
             return cut_mask(mask, run, 0, (run.index, valid), run.query_length)
         if mask_2d is not None:
             return torch.cat(
                 [mask_2d[:, : ledger.end].bool(), valid & turn.real.gather(1, run.index)], 1
             ).long()
-        if run.ragged[0] or ledger.ragged[0] or run.cache is None:
+        if run.ragged[0] or ledger.needs_mask or run.cache is None:
             # without a cache and a 2-D mask, gaps in position_ids would be read as packed sequences
             return ledger.validity(0, valid).long()
         return None
+
+    def _mask_of_kind(self, kind: str, mask: Any, run: Run, embeds: Tensor) -> Any:
+        """The mask of one kind of layer, of several that were made before the language model."""
+        valid, ledger = run.now[0][1], run.ledger
+        # chunks were counted over the whole prompt; a model with chunks makes no masks of its own
+        if ledger.chunked or (mask is None and (run.ragged[0] or ledger.needs_mask)):
+            return mask_for_kind(
+                kind, self.decoder.config, embeds, ledger.validity(0, valid).long(), run.cache
+            )
+        static, kinds = None, self.layers.kind
+        if run.static and kind in kinds and has_length(layer := run.cache.layers[kinds.index(kind)]):
+            static = int(
+                layer.get_mask_sizes(embeds.shape[1])[0]
+            )  # windows shorter than the prompt give it all
+        return cut_mask(mask, run, 0, (run.index, valid), run.query_length, static)  # type: ignore[arg-type]
 
     @staticmethod
     def _deepstack(kwargs: dict[str, Any], run: Run) -> None:
@@ -282,7 +301,7 @@ class VisualTurn:
         if (
             recomputes(self.decoder)
             and run.cache is not None
-            and not any(x.is_initialized for x in run.cache.layers)
+            and not any(x.is_initialized for x in counting_layers(run.cache))
         ):
             run.cache = None  # transformers takes no cache to layers that are computed again in backward
 
