@@ -5,12 +5,12 @@ A new family is one more ``Family(...)`` in one of the files beside this one. No
 
 from __future__ import annotations
 
-from . import clip, qwen, siglip
+from . import clip, glm, qwen, siglip
 from .common import KINDS, SPECIAL, Family, Item
 
 FAMILIES: dict[str, Family] = {
     f.name if f.modality == "image" else f"{f.name}/{f.modality}": f
-    for f in [*clip.FAMILIES, *siglip.FAMILIES, *qwen.FAMILIES]
+    for f in [*clip.FAMILIES, *siglip.FAMILIES, *qwen.FAMILIES, *glm.FAMILIES]
 }
 
 

@@ -38,12 +38,14 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
 def _turns_halves(attention: type) -> bool:
     """Whether the module in which an attention class was written rotates as `rotate` does, if it tells.
 
-    Cohere and GLM turn neighbouring channels (x[::2], x[1::2]) instead of halves.
+    Cohere and GLM turn neighbouring channels (x[::2], x[1::2]) instead of halves, GLM-V in `rotate_half_llm`
+    beside the vision tower's `rotate_half`.
     """
     for cls in attention.__mro__:
-        rotate_half = getattr(sys.modules.get(cls.__module__), "rotate_half", None)
-        if rotate_half is not None:
-            return rotate_half(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]
+        names = vars(sys.modules.get(cls.__module__, sys))
+        functions = [f for name, f in names.items() if name.startswith("rotate_half")]
+        if functions:
+            return all(f(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0] for f in functions)
     return True
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
+from .base import Tower
 from .blocks import Block, FusedBlock
 from .packed import PackedTower, Packing
 
@@ -71,3 +72,14 @@ class QwenTower(PackedTower):
         sizes = [(h // merge, w // merge) for h, w in grids]
         each = cells.split([h * w for h, w in sizes])
         return [value.view(size) for value, size in zip(each, sizes, strict=True)]
+
+
+class NormedQwenTower(QwenTower):
+    """Qwen vision transformer with norms after the q/k projections: its layers are computed in full only."""
+
+    block = Tower.block
+
+    def query_key(self, layer: int, outputs: list[Tensor]) -> Iterable[Tensor]:
+        query, key = super().query_key(layer, outputs)
+        attention: Any = self.attention(layer)
+        return attention.q_norm(query), attention.k_norm(key)
