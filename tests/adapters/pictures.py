@@ -11,7 +11,7 @@ import vtoken
 from tests.mechanism.common import run
 from tests.models.common import VOCAB
 
-from .families import Probe, loudest, seen
+from .families import Probe, seen
 
 
 def tokenizer(**names: int) -> transformers.PreTrainedTokenizerFast:
@@ -39,13 +39,17 @@ def painted(size: tuple[int, int], box: tuple[int, int, int, int] | None) -> Ima
     return image
 
 
-def find(model, plain: dict[str, Tensor], marked: dict[str, Tensor]) -> tuple[int, vtoken.VisualTokens]:
-    """The cell whose token changes most between two prompts of one image, and the image's tokens.
+def find(
+    model, plain: dict[str, Tensor], marked: dict[str, Tensor], segment: int = 0
+) -> tuple[int, vtoken.VisualTokens]:
+    """The cell of a segment whose token changes most between two prompts of one image, and its tokens.
 
     It is also the token that stays if a strategy keeps this cell alone.
     """
     (before,), (after,) = (seen(model, p, received=False, keys=False) for p in (plain, marked))
-    cell = loudest(before, after)
+    change = (after.features - before.features).norm(dim=-1)
+    change[(after.cells < 0) | (after.segment_of[after.cells] != segment)] = -1
+    cell = int(after.cells[change.argmax()])
     with vtoken.applied(model, Probe(budget=0.5, received=False, keys=False, mark=(cell,))):
         run(model, marked, 1)
         visual = vtoken.report(model).visuals[0]

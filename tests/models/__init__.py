@@ -1,16 +1,20 @@
 """Tiny random models, one row per family and modality: ``FAMILIES["llava"].build()``, ``.batch("ragged")``.
 
-A new family is one more ``Family(...)`` in one of the files beside this one. Nothing is downloaded.
+A new family is one more ``Family(...)`` in one of the files beside this one. Nothing is downloaded. Families that the installed
+release of transformers lacks are left out.
 """
 
 from __future__ import annotations
 
-from . import clip, glm, qwen, siglip
+from . import clip, cohere, glm, ocr, qwen, siglip, timm
 from .common import KINDS, SPECIAL, Family, Item
 
+ROWS = [module.FAMILIES for module in (clip, siglip, qwen, glm, cohere, timm, ocr)]
 FAMILIES: dict[str, Family] = {
     f.name if f.modality == "image" else f"{f.name}/{f.modality}": f
-    for f in [*clip.FAMILIES, *siglip.FAMILIES, *qwen.FAMILIES, *glm.FAMILIES]
+    for rows in ROWS
+    for f in rows
+    if f.available
 }
 
 

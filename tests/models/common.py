@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import transformers
@@ -56,7 +57,7 @@ class Family:
     ``item(i, n)`` makes the i-th test image (or video) for a prompt that holds n of them; items differ in
     size wherever the family allows it. ``collate`` turns rows of items into the model's vision inputs;
     ``extra`` derives further inputs from (input_ids, attention_mask). ``per_prompt`` is the largest number of
-    items in one prompt.
+    items in one prompt. ``requires`` is a package without which the model cannot be built.
     """
 
     name: str
@@ -68,12 +69,19 @@ class Family:
     extra: Callable[[Tensor, Tensor], dict[str, Tensor]] = lambda ids, mask: {}
     per_prompt: int = 3
     images_first: bool = False
+    requires: str = ""
+
+    @property
+    def available(self) -> bool:
+        """Whether this release of transformers has the model, with what it requires."""
+        installed = not self.requires or find_spec(self.requires) is not None
+        return installed and hasattr(transformers, self.architecture)
 
     def build(self, attn: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0):
         """A new model with the same weights every time; another ``seed`` gives other weights."""
-        config = self.config()
+        config, cls = self.config(), getattr(transformers, self.architecture)
+        attn = "eager" if attn == "sdpa" and not cls._supports_sdpa else attn
         config._attn_implementation = attn
-        cls = getattr(transformers, self.architecture)
         model = randomize(cls._from_config(config, attn_implementation=attn), seed).to(dtype)
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = PAD

@@ -91,7 +91,7 @@ class GridCompressor(TrainedStrategy):
 
     # -- provided --------------------------------------------------------------------------------------------
     def needs(self, tower: TowerInfo | None) -> Needs:
-        return Needs() if tower is None else Needs(states=self.layers_read(tower))
+        return Needs(states=(0,) if tower is None else self.layers_read(tower))
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens per segment, those of all frames of an image together."""
