@@ -6,10 +6,10 @@ release of transformers lacks are left out.
 
 from __future__ import annotations
 
-from . import clip, cohere, glm, ocr, packed, qwen, siglip, timm
+from . import clip, cohere, ernie, glm, ocr, packed, qwen, siglip, timm
 from .common import KINDS, SPECIAL, Family, Item
 
-ROWS = [module.FAMILIES for module in (clip, siglip, qwen, glm, cohere, timm, ocr, packed)]
+ROWS = [module.FAMILIES for module in (clip, siglip, qwen, glm, cohere, timm, ocr, packed, ernie)]
 FAMILIES: dict[str, Family] = {
     f.name if f.modality == "image" else f"{f.name}/{f.modality}": f
     for rows in ROWS

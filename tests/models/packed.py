@@ -26,7 +26,7 @@ def video_llama_3():
 
 def llama_image(i: int, n: int) -> Item:
     """A patch is a cell."""
-    grid = t, h, w = IMAGES[i]
+    grid = _, h, w = IMAGES[i]
     tensors = dict(
         pixel_values=patches(grid, i, 3 * 7 * 7),
         image_grid_thw=torch.tensor([grid]),
@@ -62,7 +62,7 @@ def paddleocr_vl():
 
 
 def paddle_image(i: int, n: int) -> Item:
-    grid = t, h, w = IMAGES[i]
+    grid = _, h, w = IMAGES[i]
     tensors = dict(pixel_values=patches(grid, i, 3, 7, 7), image_grid_thw=torch.tensor([grid]))
     return Item([START, *[IMG] * (h * w // 4), END], tensors)
 
@@ -77,7 +77,7 @@ def hunyuan_vl():
 
 def hunyuan_image(i: int, n: int) -> Item:
     """Every row ends with a newline, the picture begins and ends with a mark."""
-    grid = t, h, w = IMAGES[i]
+    grid = _, h, w = IMAGES[i]
     tensors = dict(pixel_values=patches(grid, i, 3 * 7 * 7), image_grid_thw=torch.tensor([grid]))
     return Item([START, *[IMG] * (h // 2 * (w // 2 + 1) + 2), END], tensors)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,9 +22,9 @@ class QwenVLAdapter(Adapter):
     placeholders.
     """
 
-    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-    modalities = ("image", "video")
-    prompt_arguments = ("second_per_grid_ts",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
+    prompt_arguments: ClassVar[tuple[str, ...]] = ("second_per_grid_ts",)
 
     def make_towers(self) -> dict[str, Tower]:
         tower = QwenTower(self.base.visual, len(self.base.visual.blocks) - 1)

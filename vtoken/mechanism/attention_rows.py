@@ -24,8 +24,9 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
     odd = {n for a in modules for n, _ in a.named_children() if "norm" in n} - {"q_norm", "k_norm"}
     if odd:
         raise ValueError(
-            f"{name} reads the LLM's attention, which vtoken recomputes with norms before the rotary embedding;"
-            f" the LLM of this {kind} model has others ({', '.join(sorted(odd))}): use a projector strategy."
+            f"{name} reads the LLM's attention, which vtoken recomputes with norms before the rotary"
+            f" embedding; the LLM of this {kind} model has {', '.join(sorted(odd))}: use a projector"
+            " strategy."
         )
     turned = all(map(_turns_halves, {type(a) for a in modules}))
     if not turned or not all(getattr(a, "use_rope", True) for a in modules):

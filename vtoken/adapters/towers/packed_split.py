@@ -22,7 +22,7 @@ class PackedSplitBlock(SplitBlock):
 
 
 class PackedSplitTower(PackedTower):
-    """Separate q/k projections over the row-major patches of all frames, merged in squares after the tower."""
+    """Separate q/k projections over the row-major patches of all frames, merged in squares afterwards."""
 
     def find_layers(self) -> list[nn.Module]:
         holder: Any = getattr(self.module, "vision_model", self.module)
@@ -61,7 +61,9 @@ class VideoLlamaTower(PackedSplitTower):
     def merge_size(self, kwargs: dict[str, Any]) -> int:
         sizes = set(kwargs["merge_sizes"].tolist())
         if len(sizes) != 1:
-            raise NotImplementedError(f"One call has one merge size for all its items, found {sorted(sizes)}.")
+            raise NotImplementedError(
+                f"One call has one merge size for all its items, found {sorted(sizes)}."
+            )
         return int(sizes.pop())
 
     def squares(self, height: int, width: int, side: int) -> Tensor:
