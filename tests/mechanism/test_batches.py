@@ -11,6 +11,8 @@ from .common import (
     ALIGNED,
     BOTH,
     FRONT,
+    INSIDE,
+    ONE_ROPE,
     PATCHABLE,
     SOME,
     assert_moved,
@@ -45,11 +47,11 @@ def test_merging(name):
     assert (expected(name, inputs, spy)[1] - torch.stack(out.logits)).abs().max() > 1e-2
 
 
-ONE_ROPE = [name for name in PATCHABLE if not name.startswith("qwen")]
-
-
-@pytest.mark.parametrize("options", [FRONT, dict(BOTH, layers=(1, 3))], ids=["before", "both"])
-@pytest.mark.parametrize("name", ONE_ROPE)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [pytest.param(name, FRONT, id=f"{name}-before") for name in ONE_ROPE]
+    + [pytest.param(n, dict(BOTH, layers=(1, 3)), id=f"{n}-both") for n in ONE_ROPE if n in INSIDE],
+)
 def test_renumbered_positions(name, options):
     model, inputs = subject(name), FAMILIES[name].batch("ragged")
     with patched(model, positions="renumber", **options) as spy:

@@ -12,7 +12,7 @@ from tests.oracle import STEPS, clone
 from .common import (
     BOTH,
     FRONT,
-    PATCHABLE,
+    INSIDE,
     SOME,
     TOLERANCE,
     assert_close,
@@ -137,7 +137,7 @@ def extend(inputs: dict, ids: torch.Tensor) -> dict:
 
 @pytest.mark.parametrize(
     ("name", "assistant"),
-    [(n, "another, pruned") for n in PATCHABLE]
+    [(n, "another, pruned") for n in INSIDE]
     + [(n, a) for n in SOME for a in ("the same, pruned", "another, dense")],
 )
 def test_assistant(name, assistant):

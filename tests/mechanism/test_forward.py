@@ -13,6 +13,7 @@ from vtoken.mechanism.layer_hooks import HOOKS_INSIDE_CHECKPOINT
 from .common import (
     BOTH,
     FRONT,
+    INSIDE,
     PATCHABLE,
     SOME,
     assert_close,
@@ -157,7 +158,7 @@ def test_inputs_embeds(name):
     assert_close(got, logits)
 
 
-@pytest.mark.parametrize("name", PATCHABLE)
+@pytest.mark.parametrize("name", INSIDE)
 def test_attentions_and_hidden_states(name):
     family = FAMILIES[name]
     inputs, model = family.batch("ragged"), subject(name, "eager")

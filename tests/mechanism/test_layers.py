@@ -8,7 +8,7 @@ import torch
 from tests.models import FAMILIES
 from tests.oracle import CACHE
 
-from .common import ALIGNED, BOTH, PATCHABLE, SOME, assert_moved, assert_same, expected, run, subject
+from .common import ALIGNED, BOTH, INSIDE, SOME, assert_moved, assert_same, expected, run, subject
 from .fixed import patched
 
 PLANS = {
@@ -20,7 +20,7 @@ PLANS = {
     "merging before and at layer 1": dict(layers=(1,), merge=True, budget=0.6),
     "aligned cache behind the projector": ALIGNED,
 }
-CASES = [(name, plan) for plan in list(PLANS)[:3] for name in PATCHABLE]
+CASES = [(name, plan) for plan in list(PLANS)[:3] for name in INSIDE]
 CASES += [(name, plan) for plan in list(PLANS)[3:] for name in SOME]
 
 

@@ -21,10 +21,8 @@ from vtoken import PrefillTokens, Selection, Strategy, StrategyInfo, strategies
 from vtoken.mechanism.attention_rows import check_projections
 from vtoken.mechanism.logical_cache import physical_length
 
-from .common import EFFECT, PATCHABLE, assert_same, clean, consistent, expected, run, subject
+from .common import EFFECT, INSIDE, assert_same, clean, consistent, expected, run, subject
 from .fixed import Fixed, patched
-
-ONE_D = [n for n in PATCHABLE if not n.startswith("qwen")]
 
 
 class Probe(Strategy):
@@ -54,7 +52,7 @@ def probed(name: str, inputs: dict, *layers: int, **options) -> list:
 
 
 # -- attention rows ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", PATCHABLE)
+@pytest.mark.parametrize("name", INSIDE)
 def test_rows_are_those_of_eager_attention(name):
     """Grouped queries, multimodal rope, q/k norms, images that see themselves: whatever eager attention says,
     to 1e-5.

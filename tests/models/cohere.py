@@ -35,12 +35,13 @@ def cohere2_image(i: int, n: int) -> Item:
 aya = cohere("AyaVisionConfig", vision_feature_layer=-1, vision_feature_select_strategy="full")
 
 FAMILIES = [
-    Family("aya_vision", "image", "AyaVisionForConditionalGeneration", aya, aya_image),
+    Family("aya_vision", "image", "AyaVisionForConditionalGeneration", aya, aya_image, inside=False),
     Family(
         "cohere2_vision",
         "image",
         "Cohere2VisionForConditionalGeneration",
         cohere("Cohere2VisionConfig"),
         cohere2_image,
+        inside=False,
     ),
 ]

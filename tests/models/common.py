@@ -57,7 +57,8 @@ class Family:
     ``item(i, n)`` makes the i-th test image (or video) for a prompt that holds n of them; items differ in
     size wherever the family allows it. ``collate`` turns rows of items into the model's vision inputs;
     ``extra`` derives further inputs from (input_ids, attention_mask). ``per_prompt`` is the largest number of
-    items in one prompt. ``requires`` is a package without which the model cannot be built.
+    items in one prompt. ``requires`` is a package without which the model cannot be built,
+    ``inside`` whether tokens can be dropped inside its language model.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Family:
     per_prompt: int = 3
     images_first: bool = False
     requires: str = ""
+    inside: bool = True
 
     @property
     def available(self) -> bool:

@@ -50,6 +50,6 @@ def types(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 CLS = "Ernie4_5_VLMoeForConditionalGeneration"
 FAMILIES = [
-    Family("ernie4_5_vl_moe", "image", CLS, ernie, image, extra=types),
-    Family("ernie4_5_vl_moe", "video", CLS, ernie, video, extra=types),
+    Family("ernie4_5_vl_moe", "image", CLS, ernie, image, extra=types, inside=False),
+    Family("ernie4_5_vl_moe", "video", CLS, ernie, video, extra=types, inside=False),
 ]

@@ -39,10 +39,11 @@ def glm(prefix: str, text_config: str, vision_config: str, **text_extra):
 
 
 def _families(name: str, prefix: str, config) -> list[Family]:
+    inside = name == "glm4v_moe"  # the others turn neighbouring channels
     cls = f"{prefix}ForConditionalGeneration"
     return [
-        Family(name, "image", cls, config, image, extra=token_types),
-        Family(name, "video", cls, config, stamped_video, extra=video_types),
+        Family(name, "image", cls, config, image, extra=token_types, inside=inside),
+        Family(name, "video", cls, config, stamped_video, extra=video_types, inside=inside),
     ]
 
 

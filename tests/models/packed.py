@@ -89,5 +89,5 @@ FAMILIES = [
     Family("video_llama_3", "image", LLAMA, video_llama_3, llama_image),
     Family("video_llama_3", "video", LLAMA, video_llama_3, llama_video),
     Family("paddleocr_vl", "image", PADDLE, paddleocr_vl, paddle_image, extra=token_types),
-    Family("hunyuan_vl", "image", HUNYUAN, hunyuan_vl, hunyuan_image, extra=token_types),
+    Family("hunyuan_vl", "image", HUNYUAN, hunyuan_vl, hunyuan_image, extra=token_types, inside=False),
 ]
