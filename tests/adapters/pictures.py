@@ -48,7 +48,7 @@ def find(
     """
     (before,), (after,) = (seen(model, p, received=False, keys=False) for p in (plain, marked))
     change = (after.features - before.features).norm(dim=-1)
-    change[(after.cells < 0) | (after.segment_of[after.cells] != segment)] = -1
+    change[after.segment_of != segment] = -1
     cell = int(after.cells[change.argmax()])
     with vtoken.applied(model, Probe(budget=0.5, received=False, keys=False, mark=(cell,))):
         run(model, marked, 1)
