@@ -28,7 +28,7 @@ class Prompt:
 
     ``allowed`` is the (n, n) attention pattern if the model made its own (images that see themselves in both
     directions), ``deepstack`` one (n, hidden) tensor for each early layer, ``index`` the columns of the
-    padded batch.
+    padded batch, ``types`` an (n,) tensor by name that says of what type each token is.
     """
 
     embeds: Tensor
@@ -36,6 +36,7 @@ class Prompt:
     index: Tensor
     allowed: Tensor | None = None
     deepstack: list[Tensor] | None = None
+    types: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -47,6 +48,7 @@ class Prompt:
             self.index[rows],
             None if self.allowed is None else self.allowed[rows][:, rows],
             None if self.deepstack is None else [d[rows] for d in self.deepstack],
+            {name: of[rows] for name, of in self.types.items()},
         )
 
     def append(self, embed: Tensor) -> Prompt:
@@ -59,7 +61,8 @@ class Prompt:
             deepstack = [torch.cat([d, torch.zeros_like(d[:1])]) for d in deepstack]
         positions = torch.cat([self.positions, self.positions[..., -1:] + 1], -1)
         index = torch.cat([self.index, self.index[-1:] + 1])
-        return Prompt(torch.cat([self.embeds, embed]), positions, index, allowed, deepstack)
+        types = {name: torch.cat([of, of.new_zeros(1)]) for name, of in self.types.items()}
+        return Prompt(torch.cat([self.embeds, embed]), positions, index, allowed, deepstack, types)
 
 
 @dataclass
@@ -129,7 +132,12 @@ def capture(model, inputs: dict, door: str = "generate") -> list[Prompt]:
         index = inputs["attention_mask"][b].bool().nonzero()[:, 0]
         rows = None if deepstack is None else [d[b, index] for d in deepstack]
         pattern = None if allowed is None else allowed[min(b, len(allowed) - 1)][index][:, index]
-        prompts.append(Prompt(embeds[b, index], positions[..., b, index], index, pattern, rows))
+        types = {
+            name: of[b, index]
+            for name, of in got.items()
+            if name.endswith("token_type_ids") and of is not None
+        }
+        prompts.append(Prompt(embeds[b, index], positions[..., b, index], index, pattern, rows, types))
     return prompts
 
 
@@ -146,10 +154,10 @@ def hidden(model, prompt: Prompt, inside: Inside | None = None) -> Tensor:
     lm, n = decoder_of(model), len(prompt)
     if inside is not None or prompt.allowed is not None:
         return _layer_by_layer(lm, prompt, inside or Inside())
-    extra = {}
+    extra: dict = {name: of[None] for name, of in prompt.types.items()}
     if prompt.deepstack is not None:
         everywhere = torch.ones(1, n, dtype=torch.bool)
-        extra = dict(visual_pos_masks=everywhere, deepstack_visual_embeds=prompt.deepstack)
+        extra |= dict(visual_pos_masks=everywhere, deepstack_visual_embeds=prompt.deepstack)
     mask = torch.ones(1, n, dtype=torch.long)
     where = dict(position_ids=prompt.positions[..., None, :], attention_mask=mask)
     return lm(inputs_embeds=prompt.embeds[None], **where, use_cache=False, **extra).last_hidden_state[0]

@@ -23,8 +23,9 @@ class LanguageModelShape:
         heads = config.num_attention_heads
         intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
         experts = getattr(config, "num_experts_per_tok", None)
-        if experts and getattr(config, "moe_intermediate_size", None):
-            intermediate = experts * config.moe_intermediate_size
+        width = getattr(config, "moe_intermediate_size", None)
+        if experts and width:  # a list has the experts of text first, then those of pictures
+            intermediate = experts * (width[0] if isinstance(width, list | tuple) else width)
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,

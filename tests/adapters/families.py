@@ -80,6 +80,21 @@ def check(name: str, strategy: str, inputs: dict, budget: float = 0.3, **options
         assert ((out.logits[0][b] - dense[b]).abs().max() > 1e-2) == bool(row.any())
 
 
+def check_attention_rows(name: str) -> None:
+    """FastV chooses by the last row of the eager attention maps, and the answer is the oracle's."""
+    inputs = FAMILIES[name].prompt([[0], [1]])
+    with patched(subject(name), create("fastv", budget=0.5, layer=2)) as spy:
+        out = run(subject(name), inputs)
+    with torch.no_grad():
+        maps = eager(name)(**clone(inputs), output_attentions=True).attentions[1]
+    assert len(spy.drops[2]) == 2
+    for b, (places, answer) in enumerate(spy.drops[2]):
+        best = maps[b, :, -1].mean(0)[places].topk(len(answer.keep)).indices
+        assert answer.keep.tolist() == best.sort().values.tolist()
+    spy.items.clear()
+    assert_same(out, inputs, expected(name, inputs, spy))
+
+
 def check_full_budget(name: str) -> None:
     """generate() with a budget of one is the unpatched model's, bit for bit."""
     inputs = FAMILIES[name].batch("ragged")
@@ -141,8 +156,9 @@ def quiet(name: str):
     was marked.
     """
     model = FAMILIES[name].build()
+    outputs = ("o_proj.weight", "out_proj.weight", "projection_layer.weight", "attn.proj.weight")
     for key, weight in model.named_parameters():
-        if "vision" in key and key.endswith(("o_proj.weight", "out_proj.weight", "projection_layer.weight")):
+        if ("vision" in key or "visual" in key) and key.endswith(outputs):
             weight.data *= 0.02
     return model
 

@@ -25,6 +25,11 @@ FRONT: dict = dict()
 BOTH = dict(layers=(2,), budget=0.6)
 ALIGNED = dict(layers=(1, 3), aligned=(0, 1, 2), budget=0.6)
 INSIDE = [name for name in PATCHABLE if FAMILIES[name].inside]
+ONE_ROPE = [
+    name
+    for name in PATCHABLE
+    if "rope" in (text := str(FAMILIES[name].config().text_config)) and "mrope_section" not in text
+]
 SOME = [name for name in ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3") if name in PATCHABLE]
 
 
@@ -34,12 +39,11 @@ OPTIONS = dict(before=FRONT, both=BOTH, aligned=ALIGNED, merge=dict(merge=True))
 
 def everywhere(never: tuple[str, ...] = (), **few: dict) -> pytest.MarkDecorator:
     """Parametrises over `name` and `options` of `Fixed`: drops before and inside the LLM for every family,
-    further options for some of them; under the marker `product` all options but `never` for the families of
-    `PRODUCT`.
+    before alone where the LLM allows no drops inside, further options for some of them; under the marker
+    `product` all options but `never` for the families of `PRODUCT`.
     """
-    cheap = [(name, "both" if name in INSIDE else "before") for name in PATCHABLE] + [
-        (name, key) for key in few for name in SOME
-    ]
+    cheap = [(name, "both" if name in INSIDE else "before") for name in PATCHABLE]
+    cheap += [(name, key) for key in few for name in SOME]
     more = [
         (name, key) for name in PRODUCT for key in OPTIONS if key not in never and (name, key) not in cheap
     ]

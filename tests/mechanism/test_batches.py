@@ -12,6 +12,7 @@ from .common import (
     BOTH,
     FRONT,
     INSIDE,
+    ONE_ROPE,
     PATCHABLE,
     SOME,
     assert_moved,
@@ -47,11 +48,11 @@ def test_merging(name):
     assert (expected(name, inputs, spy)[1] - torch.stack(out.logits)).abs().max() > 1e-2
 
 
-ONE_ROPE = [name for name in PATCHABLE if not name.startswith(("qwen", "nemotron"))]
-
-
-@pytest.mark.parametrize("options", [FRONT, dict(BOTH, layers=(1, 3))], ids=["before", "both"])
-@pytest.mark.parametrize("name", ONE_ROPE)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [pytest.param(name, FRONT, id=f"{name}-before") for name in ONE_ROPE]
+    + [pytest.param(n, dict(BOTH, layers=(1, 3)), id=f"{n}-both") for n in ONE_ROPE if n in INSIDE],
+)
 def test_renumbered_positions(name, options):
     if options.get("layers") and name not in INSIDE:
         pytest.skip("no drops inside this LLM")

@@ -13,7 +13,6 @@ from .common import (
     BOTH,
     FRONT,
     INSIDE,
-    PATCHABLE,
     SOME,
     TOLERANCE,
     assert_close,
@@ -131,8 +130,8 @@ def test_prompt_lookup_on_a_static_cache(name, options):
 def extend(inputs: dict, ids: torch.Tensor) -> dict:
     """The inputs with more text behind; what is said per token says "text" there."""
     out = dict(inputs)
-    for key in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
-        if key in inputs:
+    for key in inputs:
+        if key in ("input_ids", "attention_mask") or key.endswith("token_type_ids"):
             more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}.get(key, torch.zeros_like(ids))
             out[key] = torch.cat([inputs[key], more.to(inputs[key].dtype)], 1)
     return out
@@ -140,7 +139,7 @@ def extend(inputs: dict, ids: torch.Tensor) -> dict:
 
 @pytest.mark.parametrize(
     ("name", "assistant"),
-    [(n, "another, pruned") for n in PATCHABLE]
+    [(n, "another, pruned") for n in INSIDE]
     + [(n, a) for n in SOME for a in ("the same, pruned", "another, dense")],
 )
 def test_assistant(name, assistant):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -94,11 +96,12 @@ def test_loop_by_hand(name, options):
     inputs = family.batch("one")
     inputs.pop("attention_mask")
     whole = family.batch("one")
+    keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
     @torch.no_grad()
     def loop(model):
         out = model(**clone(inputs), use_cache=True, logits_to_keep=1)
-        assert out.logits.shape[1] == 1
+        assert out.logits.shape[1] == 1 or not keeps  # Video-LLaMA 3 has no such option
         ids = [pick(out.logits[:, -1])]
         for _ in range(3):
             out = model(input_ids=ids[-1][:, None], **{CACHE: out[CACHE]}, use_cache=True)
@@ -187,6 +190,8 @@ def test_without_gradients_in_training_mode(name, options, training):
     if training and options.get("layers") and HOOKS_INSIDE_CHECKPOINT:
         pytest.skip("refused on this transformers")
     family, model = FAMILIES[name], checkpointing(FAMILIES[name].build()).train(training)
+    if training and any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()):
+        pytest.skip("its tower has other features in training mode")
     inputs = family.batch("one")
     prompt = {k: v for k, v in inputs.items() if k != "attention_mask"}
     with patched(model, **options) as spy, torch.no_grad():

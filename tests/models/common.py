@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import transformers
@@ -57,7 +58,7 @@ class Family:
     size wherever the family allows it. ``collate`` turns rows of items into the model's vision inputs;
     ``extra`` derives further inputs from (input_ids, attention_mask). ``per_prompt`` is the largest number of
     items in one prompt. ``inside`` is False if no token can be dropped inside the LLM. ``broken`` names minor
-    releases of transformers in which the unpatched model fails.
+    releases of transformers in which the unpatched model fails, ``requires`` a package it needs.
     """
 
     name: str
@@ -71,18 +72,20 @@ class Family:
     images_first: bool = False
     inside: bool = True
     broken: tuple[str, ...] = ()
+    requires: str = ""
 
     @property
     def runs(self) -> bool:
-        """Whether the installed transformers has the model, and it works there."""
+        """Whether the installed transformers has the model, and it works there with what is installed."""
         minor = ".".join(transformers.__version__.split(".")[:2])
-        return hasattr(transformers, self.architecture) and minor not in self.broken
+        installed = not self.requires or find_spec(self.requires) is not None
+        return installed and hasattr(transformers, self.architecture) and minor not in self.broken
 
     def build(self, attn: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0):
         """A new model with the same weights every time; another ``seed`` gives other weights."""
-        config = self.config()
+        config, cls = self.config(), getattr(transformers, self.architecture)
+        attn = "eager" if attn == "sdpa" and not cls._supports_sdpa else attn
         config._attn_implementation = attn
-        cls = getattr(transformers, self.architecture)
         model = randomize(cls._from_config(config, attn_implementation=attn), seed).to(dtype)
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = PAD

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ class InternVLAdapter(Adapter):
     place.
     """
 
-    model_types = ("internvl",)
+    model_types: ClassVar[tuple[str, ...]] = ("internvl",)
 
     def make_towers(self) -> dict[str, Tower]:
         tower = self.base.vision_tower

@@ -31,13 +31,8 @@ class QwenVLAdapter(Adapter):
         "qwen3_5",
         "qwen3_5_moe",
     )
-    modalities = ("image", "video")
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     prompt_arguments: ClassVar[tuple[str, ...]] = ("second_per_grid_ts",)
-
-    @property
-    def merge_size(self) -> int:
-        """Patches along one side of a cell."""
-        return int(self.base.visual.spatial_merge_size)
 
     def make_towers(self) -> dict[str, Tower]:
         tower = QwenTower(self.base.visual, len(self.base.visual.blocks) - 1)
@@ -46,12 +41,16 @@ class QwenVLAdapter(Adapter):
     def frames(self, modality: str, arguments: dict[str, Any]) -> list[int]:
         return [int(t) for t in arguments[f"{modality}_grid_thw"][:, 0].tolist()]
 
+    def merge_sizes(self, modality: str, arguments: dict[str, Any]) -> list[int]:
+        """Per item, the side of the square of patches that makes a cell."""
+        return [self.base.visual.spatial_merge_size] * len(arguments[f"{modality}_grid_thw"])
+
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
-        merge = self.merge_size
+        merges = self.merge_sizes(modality, arguments)
         times = arguments.get("second_per_grid_ts") if modality == "video" else None
         out = []
         for i, (t, h, w) in enumerate(arguments[f"{modality}_grid_thw"].tolist()):
-            step = None if times is None else float(times[i])
+            merge, step = merges[i], None if times is None else float(times[i])
             segments = [
                 Segment(
                     "frame" if modality == "video" else "image",

@@ -36,6 +36,17 @@ def join_tiles(
     )
 
 
+def join_until(tiles: Sequence[VisualTokens], last: Sequence[bool]) -> list[VisualTokens]:
+    """Join tiles into images without places for the tiles; `last[i]` says whether tile i ends an image."""
+    images, first = [], 0
+    for i, ends in enumerate(last, 1):
+        if ends:
+            mine = tiles[first:i]
+            images.append(join_tiles(mine, [t.segments[0] for t in mine], range(len(mine))))
+            first = i
+    return images
+
+
 def join_images(images: Sequence[VisualTokens]) -> VisualTokens:
     """The images of a prompt as frames of one video; an image in crops gives the view of the whole."""
     start = [0]

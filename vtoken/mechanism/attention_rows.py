@@ -22,6 +22,13 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
             f" this {kind} model has no such projections: use a projector strategy."
         )
     modules = [layer.self_attn for layer in decoder.layers]  # type: ignore[union-attr]
+    odd = {n for a in modules for n, _ in a.named_children() if "norm" in n} - {"q_norm", "k_norm"}
+    if odd:
+        raise ValueError(
+            f"{name} reads the LLM's attention, which vtoken recomputes with norms before the rotary"
+            f" embedding; the LLM of this {kind} model has {', '.join(sorted(odd))}: use a projector"
+            " strategy."
+        )
     turned = all(map(_turns_halves, {type(a) for a in modules}))
     if not turned or not all(getattr(a, "use_rope", True) for a in modules):
         raise ValueError(
@@ -39,12 +46,14 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
 def _turns_halves(attention: type) -> bool:
     """Whether the module in which an attention class was written rotates as `rotate` does, if it tells.
 
-    Cohere and GLM turn neighbouring channels (x[::2], x[1::2]) instead of halves.
+    Cohere and GLM turn neighbouring channels (x[::2], x[1::2]) instead of halves, GLM-V in `rotate_half_llm`
+    beside the vision tower's `rotate_half`.
     """
     for cls in attention.__mro__:
-        rotate_half = getattr(sys.modules.get(cls.__module__), "rotate_half", None)
-        if rotate_half is not None:
-            return rotate_half(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]
+        names = vars(sys.modules.get(cls.__module__, sys))
+        functions = [f for name, f in names.items() if name.startswith("rotate_half")]
+        if functions:
+            return all(f(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0] for f in functions)
     return True
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,12 @@ def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     if dim == -1:
         return x.gather(-1, index.expand(x.shape[:-1] + index.shape[-1:]))
     return gather_rows([x], index)[0]
+
+
+def take_types(arguments: dict[str, Any], index: Tensor) -> dict[str, Any]:
+    """Those arguments of a language model that say of what type each token (B, n) is, gathered by index."""
+    named = {n: x for n, x in arguments.items() if n.endswith("token_type_ids") and isinstance(x, Tensor)}
+    return {name: take(x.expand(len(index), -1), index, dim=-1) for name, x in named.items()}
 
 
 def expand_batch(x: Tensor, batch_size: int) -> Tensor:

@@ -60,17 +60,18 @@ def cache_in(call: Mapping[str, Any] | tuple[Any, ...]) -> Any:
 def cache_argument(function: Callable[..., Any]) -> str:
     """The name of the parameter of `function` that takes a KV cache, by its annotation.
 
-    A wrapper without names takes the name that all others use.
+    A wrapper without names, or a parameter with another annotation, has the name that all others use.
 
     Raises:
         RuntimeError: if no parameter is annotated as a cache.
     """
-    parameters = inspect.signature(function).parameters.values()
-    if _nameless(parameters):
-        return cache_argument(create_causal_mask)
-    for parameter in parameters:
+    parameters = inspect.signature(function).parameters
+    for parameter in parameters.values():
         if "Cache" in str(parameter.annotation):
             return parameter.name
+    usual = "" if function is create_causal_mask else cache_argument(create_causal_mask)
+    if usual in parameters or (usual and _nameless(parameters.values())):
+        return usual
     raise changed(f"{_name(function)} takes no KV cache")
 
 

@@ -15,7 +15,7 @@ from .layer_hooks import LayerHooks
 from .logical_cache import Ledger, counting_layers, make_logical, slots_in
 from .masks import cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
-from .ragged import expand_batch, overwrite, right_aligned, take, take_merged
+from .ragged import expand_batch, overwrite, right_aligned, take, take_merged, take_types
 from .recurrent_states import check_filler, has_length
 from .transformers_names import cache_in, check_prompt, hidden_states_of, mask_for_kind, recomputes
 
@@ -197,7 +197,7 @@ class VisualTurn:
         kwargs = packed_lengths(kwargs, run.ranks)
         kwargs["attention_mask"] = self._mask(turn, run, kwargs["inputs_embeds"])
         self._deepstack(kwargs, run)
-        return kwargs
+        return kwargs | take_types(kwargs, index)
 
     def _positions(
         self, positions: Tensor | None, run: Run, keep: Tensor, real: Tensor, index: Tensor

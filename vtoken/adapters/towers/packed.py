@@ -53,6 +53,16 @@ class PackedTower(Tower):
     def provides(self) -> frozenset[str]:
         return super().provides | {"states"}
 
+    def on_grid(
+        self, values: list[Tensor], grids: list[tuple[int, int]], args: Any, kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        """The means of the patches that are merged into one cell."""
+        packing = self.packing(args, kwargs)
+        cells = torch.cat(values)[packing.patches].mean(1)
+        sizes = [grid for grid, (n, _) in zip(packing.grids, packing.items, strict=True) for _ in range(n)]
+        each = cells.split([h * w for h, w in sizes])
+        return [value.view(size) for value, size in zip(each, sizes, strict=True)]
+
     def taps(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Hook]:
         layers, states = sorted({*needs.received_attention, *needs.keys}), sorted(set(needs.states))
         if not layers and not states:
@@ -101,7 +111,7 @@ class PackedTower(Tower):
     ) -> None:
         forward = _forward(active())
         if forward is not None and kwargs is not None:
-            forward.bounds, forward.rotary = kwargs.get("cu_seqlens"), kwargs["position_embeddings"]
+            forward.bounds, forward.rotary = kwargs.get("cu_seqlens"), kwargs.get("position_embeddings")
             forward.outputs = []
 
     def _on_projection(
@@ -115,7 +125,9 @@ class PackedTower(Tower):
         forward.outputs = [*forward.outputs, out.detach()]
         if len(forward.outputs) < len(self.projections(layer)):
             return
-        query, key = (rotate(x, forward.rotary) for x in self.query_key(layer, forward.outputs))
+        query, key = self.query_key(layer, forward.outputs)
+        if forward.rotary is not None:
+            query, key = (rotate(x, forward.rotary) for x in (query, key))
         forward.outputs = []
         self.record_packed(capture, layer, query, key, forward.bounds, packing)
 

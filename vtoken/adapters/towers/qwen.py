@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
+from .base import Tower
 from .blocks import Block, FusedBlock
 from .packed import PackedTower, Packing
 
@@ -62,12 +63,13 @@ class QwenTower(PackedTower):
     def frame_grids(self, args: Any, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
         return [(h, w) for t, h, w in self._grid(args, kwargs).tolist() for _ in range(t)]
 
-    def on_grid(
-        self, values: list[Tensor], grids: list[tuple[int, int]], args: Any, kwargs: dict[str, Any]
-    ) -> list[Tensor]:
-        """The means of the patches that are merged into one cell."""
-        cells = torch.cat(values)[self.packing(args, kwargs).patches].mean(1)
-        merge: Any = self.module.spatial_merge_size
-        sizes = [(h // merge, w // merge) for h, w in grids]
-        each = cells.split([h * w for h, w in sizes])
-        return [value.view(size) for value, size in zip(each, sizes, strict=True)]
+
+class NormedQwenTower(QwenTower):
+    """Qwen vision transformer with norms after the q/k projections: its layers are computed in full only."""
+
+    block = Tower.block
+
+    def query_key(self, layer: int, outputs: list[Tensor]) -> Iterable[Tensor]:
+        query, key = super().query_key(layer, outputs)
+        attention: Any = self.attention(layer)
+        return attention.q_norm(query), attention.k_norm(key)

@@ -1,0 +1,37 @@
+"""Perception LM: Perception Encoder from timm over square tiles, average pooling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..tokens import Segment
+from .base import Adapter, Layout, square
+from .registry import register_adapter
+from .towers.base import Tower
+
+
+@register_adapter
+class PerceptionLMAdapter(Adapter):
+    """`PerceptionLMForConditionalGeneration`.
+
+    An image is a thumbnail and its tiles, whose places the model does not know, or a single tile. The tower's
+    attention is not read.
+    """
+
+    model_types = ("perception_lm",)
+
+    def make_towers(self) -> dict[str, Tower]:
+        return {}
+
+    def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
+        tiles = arguments[self.pixel_argument(arguments)].shape[1]
+        return list(output.pooler_output.unflatten(0, (-1, tiles)).flatten(1, 2))
+
+    def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
+        tiles = arguments[self.pixel_argument(arguments)].shape[1]
+        kinds = ["image"] if tiles == 1 else ["thumbnail", *["crop"] * (tiles - 1)]
+        grid = square(len(features[0]) // tiles)
+        segments = [Segment(kind, grid) for kind in kinds]
+        return [Layout.plain(segments, f.device) for f in features]
