@@ -132,6 +132,7 @@ def check_fit(
             words |= {"reuse": "layers that can be computed in part", "pixels": "square frames of one size"}
             words |= {"states": "outputs of tower layers", "temporal": "a tower with one row per frame"}
             words["merging"] = "patches of square images that are the LLM's tokens one by one"
+            words["grid"] = "the places of the tokens in the picture"
             missing = " and ".join(words.get(x, x.replace("_", " ")) for x in lacking)
             received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
             extension = ' pass score="received" to rank by attention received, or' if received else ""
@@ -140,8 +141,9 @@ def check_fit(
                 if lacking == ["pixels"] and hasattr(strategy, "thumbnail")
                 else extension
             )
+            lacks = "the vision tower" if adapter.has_grid else "the adapter"
             raise ValueError(
-                f"{name} needs {missing}, which the vision tower of this {kind} model does not"
+                f"{name} needs {missing}, which {lacks} of this {kind} model does not"
                 f" have:{extension} use {', '.join(others(adapter))}."
             )
     check_llm(adapter, strategy)
@@ -260,17 +262,21 @@ def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
     return out
 
 
-def list_strategies(pattern: str = "*", model: Any = None) -> list[str]:
+def list_strategies(
+    pattern: str = "*", model: Any = None, adapter: str | type[Adapter] | None = None
+) -> list[str]:
     """Names of strategies that match a shell pattern, such as "*cls*"; with `model`, those that fit it.
+
+    `adapter` is as in `vtoken.patch`.
 
     Raises:
         TypeError, ValueError: if `model` is no model, or no strategy can serve it.
     """
     if model is None:
         return list_names(pattern)
-    encoder = plain_encoder(model)
+    encoder = plain_encoder(model) if adapter is None else None
     if encoder is None:
-        return fitting(adapter_for(model), pattern)
+        return fitting(adapter_for(model, adapter), pattern)
     encoder.check()
     return fitting_encoder(encoder, pattern)
 

@@ -20,7 +20,7 @@ from .adapters.encoders.encoder import encoder_for
 from .adapters.registry import adapter_for
 from .config import VTokenConfig
 from .encoder_patching import EncoderPatch
-from .fit import check_fit, design_of, list_strategies, modalities_of, plain_encoder
+from .fit import check_fit, design_of, fitting, modalities_of, plain_encoder
 from .gate import Gate
 from .hooks import Wrapped
 from .kernels import gather_merge
@@ -203,9 +203,7 @@ class Patch:
 
     def _ask(self, tokens: VisualTokens) -> Selection:
         if tokens.modality not in self.strategy.needs(tokens.tower).modalities:
-            fit = ", ".join(
-                n for n in list_strategies(model=self.adapter.model) if tokens.modality in modalities_of(n)
-            )
+            fit = ", ".join(n for n in fitting(self.adapter) if tokens.modality in modalities_of(n))
             raise ValueError(
                 f"{self.strategy.info.name} is not defined for {tokens.modality} input, which this prompt"
                 f" has: use {fit}."
@@ -285,7 +283,14 @@ def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, 
     return made
 
 
-def patch(model: M, strategy: Any, budget: float | int | None = None, **options: Any) -> M:
+def patch(
+    model: M,
+    strategy: Any,
+    budget: float | int | None = None,
+    *,
+    adapter: str | type[Adapter] | None = None,
+    **options: Any,
+) -> M:
     """Make a Hugging Face vision-language model read fewer visual tokens, in place.
 
     Args:
@@ -295,6 +300,8 @@ def patch(model: M, strategy: Any, budget: float | int | None = None, **options:
             inside the LLM, under one budget.
         budget: share of the visual tokens in (0, 1], or a whole number of tokens per image or frame; the
             strategy's default if None.
+        adapter: None for the one of the model's type; "generic" for a type that has none; or a subclass of
+            `vtoken.adapters.base.Adapter`.
         options: further hyper-parameters of the strategy; of several, one mapping per name, as in
             `fastv={"layer": 3}`, and `split`, see `vtoken.strategies.Composite`.
 
@@ -307,19 +314,28 @@ def patch(model: M, strategy: Any, budget: float | int | None = None, **options:
             a strategy that does not fit it, or a model that is patched already.
     """
     made = make_strategy(strategy, budget, options)
-    encoder = plain_encoder(model)
-    adapter: Any = adapter_for(model) if encoder is None else encoder
-    with patches_for(adapter.model, getattr(encoder, "trunk", None)) as patches:
-        check_unpatched(patches, adapter)
-        new: Any = Patch(adapter, made, patches) if encoder is None else EncoderPatch(encoder, made, patches)
+    target = _target(model, adapter)
+    with patches_for(target.model, getattr(target, "trunk", None)) as patches:
+        check_unpatched(patches, target)
+        new = _make_patch(target, made, patches)
         with LOCK:
             try:
-                check_unpatched(patches, adapter)  # another thread may have been faster
+                check_unpatched(patches, target)  # another thread may have been faster
                 patches.put(new)
             except BaseException:
                 new.remove()
                 raise
     return model
+
+
+def _target(model: Any, adapter: str | type[Adapter] | None) -> Any:
+    """The adapter of a vision-language model, or the encoder that the model is."""
+    encoder = plain_encoder(model) if adapter is None else None
+    return adapter_for(model, adapter) if encoder is None else encoder
+
+
+def _make_patch(target: Any, strategy: Strategy, patches: Patches) -> Any:
+    return (Patch if isinstance(target, Adapter) else EncoderPatch)(target, strategy, patches)
 
 
 def check_unpatched(patches: Patches, adapter: Adapter) -> None:
@@ -363,7 +379,14 @@ def patch_of(model: Any) -> Patch | None:
 
 
 @contextmanager
-def applied(model: M, strategy: Any, budget: float | int | None = None, **options: Any) -> Iterator[M]:
+def applied(
+    model: M,
+    strategy: Any,
+    budget: float | int | None = None,
+    *,
+    adapter: str | type[Adapter] | None = None,
+    **options: Any,
+) -> Iterator[M]:
     """Patch a model within a `with` block. Arguments as for `patch`.
 
     A patch that was there before is suspended inside the block and serves again after it: the same object,
@@ -373,12 +396,12 @@ def applied(model: M, strategy: Any, budget: float | int | None = None, **option
     be left in any order.
     """
     made = make_strategy(strategy, budget, options)
-    encoder = plain_encoder(model)
-    adapter: Any = adapter_for(model) if encoder is None else encoder
-    with patches_for(adapter.model, getattr(encoder, "trunk", None)) as patches:
-        new: Any = Patch(adapter, made, patches) if encoder is None else EncoderPatch(encoder, made, patches)
-        with patches.scope("applied", new):
-            yield model
+    target = _target(model, adapter)
+    with (
+        patches_for(target.model, getattr(target, "trunk", None)) as patches,
+        patches.scope("applied", _make_patch(target, made, patches)),
+    ):
+        yield model
 
 
 @contextmanager

@@ -102,6 +102,7 @@ class Needs:
         text_embeddings: whether the prompt's text embeddings are read.
         question: whether the LLM's state after the prompt's text is read.
         pixels: whether the frames' pixels are read, and further frames encoded.
+        grid: whether the places of tokens in the picture are read.
         together: whether the images of one prompt are seen as the frames of one video.
         modalities: the kinds of input the method is defined for.
     """
@@ -114,6 +115,7 @@ class Needs:
     text_embeddings: bool = False
     question: bool = False
     pixels: bool = False
+    grid: bool = False
     together: bool = False
     modalities: tuple[str, ...] = ("image", "video")
 

@@ -39,6 +39,7 @@ class Adapter:
         frames: for families whose frames in the tower are not rows of the pixels.
         square_frames: modalities whose pixels are squares of one size, so that a picture composed of frames
             can be encoded.
+        has_grid: whether the segments of `layouts` have the grid of the picture.
         frame_arguments: arguments that encode such a picture, if it takes more than pixels.
 
     Attributes:
@@ -57,6 +58,7 @@ class Adapter:
     )
     prompt_arguments: ClassVar[tuple[str, ...]] = ()
     features_field: ClassVar[str] = "pooler_output"
+    has_grid: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -135,11 +137,13 @@ class Adapter:
         """Names of the fields of `Needs` that can be read here."""
         tower = self.towers.get(modality)
         own = {"text_embeddings", "question"} | ({"pixels"} if modality in self.square_frames else set())
+        own |= {"grid"} if self.has_grid else set()
         return frozenset(own) | (tower.provides if tower is not None else frozenset())
 
     def lacking(self, needs: Needs, modality: str) -> list[str]:
         """The needs that this model cannot meet for a modality."""
-        kinds, provided = (*TOWER_NEEDS, "text_embeddings", "question", "pixels"), self.provides(modality)
+        kinds = (*TOWER_NEEDS, "text_embeddings", "question", "pixels", "grid")
+        provided = self.provides(modality)
         return [kind for kind in kinds if getattr(needs, kind) and kind not in provided]
 
 

@@ -49,8 +49,9 @@ class ErnieVLAdapter(QwenVLAdapter):
         read: Tower = ErnieTower(tower, len(tower.blocks) - 1)
         return {"image": read, "video": read}
 
-    def merge_sizes(self, modality: str, arguments: dict[str, Any]) -> list[int]:
-        return [self.base.vision_tower.spatial_merge_size] * len(arguments[f"{modality}_grid_thw"])
+    @property
+    def merge_size(self) -> int:
+        return int(self.base.vision_tower.spatial_merge_size)
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         if modality == "video":

@@ -41,9 +41,14 @@ class QwenVLAdapter(Adapter):
     def frames(self, modality: str, arguments: dict[str, Any]) -> list[int]:
         return [int(t) for t in arguments[f"{modality}_grid_thw"][:, 0].tolist()]
 
+    @property
+    def merge_size(self) -> int:
+        """The side of the square of patches that makes a cell."""
+        return int(self.base.visual.spatial_merge_size)
+
     def merge_sizes(self, modality: str, arguments: dict[str, Any]) -> list[int]:
-        """Per item, the side of the square of patches that makes a cell."""
-        return [self.base.visual.spatial_merge_size] * len(arguments[f"{modality}_grid_thw"])
+        """Merge sizes of the items of a call."""
+        return [self.merge_size] * len(arguments[f"{modality}_grid_thw"])
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         merges = self.merge_sizes(modality, arguments)

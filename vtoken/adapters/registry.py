@@ -12,6 +12,7 @@ from torch import nn
 from ..plugins import Plugins, same_package
 from ..streams import unwrapped
 from .base import Adapter
+from .generic import GenericAdapter
 
 _adapters: dict[str, type[Adapter]] = {}
 _discovered = False
@@ -47,14 +48,18 @@ def list_families() -> list[str]:
     return sorted(_adapters)
 
 
-def adapter_for(model: Any) -> Adapter:
+def adapter_for(model: Any, adapter: str | type[Adapter] | None = None) -> Adapter:
     """The adapter of a model, or of a model wrapped by torch or peft.
 
+    Args:
+        adapter: None for the one of the model's type, "generic", or a subclass of `Adapter`.
+
     Raises:
-        TypeError: for an object that is not a transformers model.
+        TypeError: for an object that is not a transformers model, or an adapter that is none.
         ValueError: if no adapter serves its type.
     """
     _discover()
+    chosen = None if adapter is None else _chosen(adapter)
     if isinstance(model, nn.DataParallel):
         raise TypeError(
             "nn.DataParallel runs copies of the model, which read the vision tower of the original: use "
@@ -69,14 +74,34 @@ def adapter_for(model: Any) -> Adapter:
             f" {type(model).__module__}.{type(model).__name__}: pass the model itself, for example one loaded"
             " with AutoModelForImageTextToText.from_pretrained(...)."
         )
+    if chosen is not None:
+        return chosen(model)
     if model_type not in _adapters:
         plugins.load()
     if model_type not in _adapters:
+        if not hasattr(model.base_model, "get_image_features"):
+            raise ValueError(
+                f"vtoken patches vision-language models, and the {type(model).__name__} of model type"
+                f" {model_type!r} has no get_image_features: vtoken.list_families() names the model types that"
+                " work, such as 'llava' and 'qwen2_5_vl'."
+            )
         raise ValueError(
-            f"vtoken has no adapter for model type {model_type!r}; it has {', '.join(sorted(_adapters))}. "
-            "docs/adding-a-model.md shows how to add one."
+            f'vtoken has no adapter for model type {model_type!r}: pass adapter="generic", which serves the'
+            " strategies that read neither the vision tower nor places in the picture, or write one as"
+            " docs/adding-a-model.md shows (vtoken.list_families() names those that ship)."
         )
     return _adapters[model_type](model)
+
+
+def _chosen(adapter: str | type[Adapter]) -> type[Adapter]:
+    """The class that a user asked for. Raises TypeError or ValueError if it is none."""
+    if isinstance(adapter, type) and issubclass(adapter, Adapter):
+        return adapter
+    if isinstance(adapter, str) and adapter != "generic":
+        raise ValueError(f'adapter must be "generic" or an Adapter class, found {adapter!r}.')
+    if not isinstance(adapter, str):
+        raise TypeError(f'adapter must be "generic" or an Adapter class, found {adapter!r}.')
+    return GenericAdapter
 
 
 def _discover() -> None:

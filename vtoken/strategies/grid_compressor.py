@@ -94,7 +94,7 @@ class GridCompressor(TrainedStrategy):
 
     # -- provided --------------------------------------------------------------------------------------------
     def needs(self, tower: TowerInfo | None) -> Needs:
-        return Needs(states=(0,) if tower is None else self.layers_read(tower))
+        return Needs(states=(0,) if tower is None else self.layers_read(tower), grid=True)
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens per segment, those of all frames of an image together."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..selection import Selection
-from ..tokens import Segment, VisualTokens
+from ..tokens import Needs, Segment, TowerInfo, VisualTokens
 from .base import Strategy
 from .common.grids import pooled_grid
 from .common.pooling import pooled
@@ -31,6 +31,9 @@ class Pool(Strategy):
     rectangle's central cell. Of a crop that is partly padding only the rest is divided. Separator rows
     (image-newline) are dropped.
     """
+
+    def needs(self, tower: TowerInfo | None) -> Needs:
+        return Needs(grid=True)
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens kept per segment; a crop that is partly padding may keep fewer."""

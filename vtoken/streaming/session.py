@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import transformers
 
+from ..adapters.base import Adapter
 from ..adapters.registry import adapter_for
 from ..checks import checked
 from ..patching import disabled
@@ -57,6 +58,7 @@ class StreamSession:
         processor_options: further arguments of the processor, such as `size`; a processor that shrinks long
             videos as a whole (Qwen3-VL) sees one step at a time here.
         max_new_tokens: tokens of an answer, unless the question says otherwise.
+        adapter: as in `vtoken.patch`.
 
     Raises:
         TypeError, ValueError: as `vtoken.patch`; for a memory, a processor or a strategy that cannot serve a
@@ -86,12 +88,13 @@ class StreamSession:
         fps: float | None = None,
         processor_options: dict[str, Any] | None = None,
         max_new_tokens: int = 128,
+        adapter: str | type[Adapter] | None = None,
         **options: Any,
     ) -> None:
         for name, value in (("fps", fps), ("max_new_tokens", max_new_tokens)):
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, found {value}.")
-        self.adapter = adapter_for(model)
+        self.adapter = adapter_for(model, adapter)
         if "mm_encoder_outputs" not in inspect.signature(self.adapter.base.forward).parameters:
             raise ValueError(
                 f"A StreamSession hands visual features to the model, and {type(model).__name__} of"

@@ -1,0 +1,90 @@
+"""Adapter for model types without one of their own; used where the user asks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..tokens import Segment
+from .base import Adapter, Layout
+from .towers.base import Tower
+
+
+class GenericAdapter(Adapter):
+    """Any model with `get_image_features` and placeholders, by `vtoken.patch(model, ..., adapter="generic")`.
+
+    The vision tower is not read and no token has a place in the picture, so that strategies that read
+    attention, tower states or the grid are refused. Every entry of `pooler_output` is an image; where the
+    features of several images stand in one tensor, `image_grid_thw` or the number of images in the pixels
+    says where each begins. A frame of a video is one row of the features of its pixels or of its
+    `video_grid_thw`.
+
+    Raises:
+        ValueError: for a model without `get_image_features`, `get_decoder` or the id of a placeholder.
+    """
+
+    has_grid = False
+
+    def __init__(self, model: nn.Module) -> None:
+        base: Any = model.base_model
+        kind = model.config.model_type  # type: ignore[union-attr]
+        modalities = (m for m in ("image", "video") if hasattr(base, f"get_{m}_features"))
+        self.modalities = tuple(modalities)  # type: ignore[misc]
+        lacking = [n for n in ("get_image_features", "get_input_embeddings") if not hasattr(base, n)]
+        if not hasattr(model, "get_decoder") or getattr(model.config, "is_encoder_decoder", False):
+            lacking.append("a language model that reads the visual tokens as a part of its prompt")
+        if lacking:
+            raise ValueError(
+                f"The generic adapter needs {' and '.join(lacking)}, which this {kind} model does not have:"
+                " docs/adding-a-model.md shows how to write an adapter."
+            )
+        super().__init__(model)
+
+    def make_towers(self) -> dict[str, Tower]:
+        return {}
+
+    def find_placeholders(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {m: input_ids == self._token_id(m) for m in self.modalities}
+
+    def _token_id(self, modality: str) -> int:
+        names = (f"{modality}_token_id", f"{modality}_token_index", "image_token_id", "image_token_index")
+        found = [getattr(self.config, name, None) for name in names]
+        return next((int(i) for i in found if i is not None), -1)
+
+    def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
+        features = output.pooler_output
+        if not isinstance(features, Tensor):
+            return [f.flatten(0, -2) for f in features]
+        if modality == "image" and features.ndim > 2:
+            return [f.flatten(0, -2) for f in features]
+        flat = features.flatten(0, -2)
+        return list(flat.split(self._lengths(modality, len(flat), arguments)))
+
+    def _lengths(self, modality: str, total: int, arguments: dict[str, Any]) -> list[int]:
+        """The tokens of every image or video of a call."""
+        grid = arguments.get(f"{modality}_grid_thw")
+        shares = [1] * len(self._pixels(arguments)) if grid is None else grid.prod(-1).tolist()
+        if not shares or (total % sum(shares) and sum(shares) % total):
+            raise NotImplementedError(
+                f"The generic adapter cannot tell which of the {total} {modality} tokens belong to which of"
+                f" {len(shares)} {modality}s: give one {modality} per call, or write an adapter as"
+                " docs/adding-a-model.md shows."
+            )
+        return [share * total // sum(shares) for share in shares]
+
+    def _pixels(self, arguments: dict[str, Any]) -> Any:
+        return arguments[self.pixel_argument(arguments)]
+
+    def frames(self, modality: str, arguments: dict[str, Any]) -> list[int]:
+        grid = arguments.get(f"{modality}_grid_thw")
+        return super().frames(modality, arguments) if grid is None else grid[:, 0].tolist()
+
+    def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
+        frames = self.frames(modality, arguments) if modality == "video" else [1] * len(features)
+        out = []
+        for f, t in zip(features, frames, strict=True):
+            t = t if t and len(f) % t == 0 else 1  # separators or frames of several sizes: one segment
+            kind = "frame" if modality == "video" else "image"
+            out.append(Layout.plain([Segment(kind, (1, len(f) // t))] * t, f.device))
+        return out
