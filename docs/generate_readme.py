@@ -1,20 +1,37 @@
-"""Fill the tables of README.md from the registries and from docs/board/llava.json.
+"""Fill the tables of README.md and docs/families.md, from the registries, docs/board/llava.json and what the
+tests saw of the model families.
 
-python docs/generate_readme.py
+    python docs/generate_readme.py
+    python docs/generate_readme.py FILE  # of pytest --record-families FILE: writes docs/families.json first
 """
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from vtoken.adapters.registry import list_families
+from vtoken.adapters.registry import adapter_class, list_families
 from vtoken.eval.board.board import Board
 from vtoken.strategies import list_names, strategy_info
 
 ROOT = Path(__file__).parents[1]
 SHOWN = ("hired", "vtc_cls", "random", "uniform", "pool")
-WIDTH = 110
+FAMILIES = ROOT / "docs" / "families.json"
+COLUMNS = {
+    "image": "images",
+    "several": "several",
+    "ragged": "ragged batch",
+    "video": "video",
+    "selection": "projector",
+    "attention": "tower attention",
+    "merging": "encoder",
+    "prefill": "prefill",
+    "streaming": "streaming",
+    "vllm": "vLLM",
+}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -53,22 +70,45 @@ def strategies() -> str:
 
 
 def families() -> str:
-    return (
-        "Values of `config.model_type` that can be patched: "
-        + ", ".join(f"`{f}`" for f in list_families())
-        + "."
-    )
+    """One row for all model types with the same abilities."""
+    known = json.loads(FAMILIES.read_text(encoding="utf-8"))
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for kind in list_families():
+        if adapter_class(kind).__module__.startswith("vtoken."):
+            alike.setdefault(tuple(known.get(kind, ())), []).append(f"`{kind}`")
+    rows = [
+        [", ".join(kinds), *("yes" if ability in abilities else "" for ability in COLUMNS)]
+        for abilities, kinds in sorted(alike.items(), key=lambda pair: pair[1])
+    ]
+    return table(["`config.model_type`", *COLUMNS.values()], rows)
 
 
-def readme() -> str:
-    """README.md with fresh tables after their markers."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for make in (board, strategies, families):
+def save_families(record: Path) -> None:
+    """Write docs/families.json from what a run of the tests recorded; what it did not run stays."""
+    known: dict[str, list[str]] = json.loads(FAMILIES.read_text("utf-8")) if FAMILIES.exists() else {}
+    for line in record.read_text(encoding="utf-8").splitlines():
+        kind, ability, works = json.loads(line)
+        abilities = {*known.get(kind, ())} - {ability} | ({ability} if works else set())
+        known[kind] = [name for name in COLUMNS if name in abilities]
+    known = dict(sorted(known.items()))
+    FAMILIES.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+
+
+def filled(page: str, *tables: Callable[[], str]) -> str:
+    """A page with fresh tables after their markers."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for make in tables:
         marker = f"<!-- {make.__name__} -->"
         text, found = re.subn(rf"{marker}\n(.+\n)*", lambda m: f"{marker}\n{make()}\n", text)  # noqa: B023
-        assert found == 1, f"README.md needs the marker {marker} once"
+        assert found == 1, f"{page} needs the marker {marker} once"
     return text
 
 
+PAGES = {"README.md": (board, strategies, families), "docs/families.md": (families,)}
+
+
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    for argument in sys.argv[1:]:
+        save_families(Path(argument))
+    for page, tables in PAGES.items():
+        (ROOT / page).write_text(filled(page, *tables), encoding="utf-8")

@@ -9,6 +9,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS
 import pytest
 import torch
 
+from tests.record import pytest_addoption, sighted  # noqa: F401
+
 torch.set_num_threads(1)
 
 

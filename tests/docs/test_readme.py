@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 import vtoken
 from vtoken import tiny
+from vtoken.adapters.registry import list_families
 
 from .test_guides import ROOT, run
 
@@ -29,10 +31,20 @@ def generator():
     return module
 
 
-def test_tables_are_fresh():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text == generator().readme(), "README.md is stale: run python docs/generate_readme.py"
-    assert all(f"`{name}`" in text for name in vtoken.list_strategies())
+@pytest.mark.parametrize("page", ["README.md", "docs/families.md"])
+def test_tables_are_fresh(page):
+    make, text = generator(), (ROOT / page).read_text(encoding="utf-8")
+    assert text == make.filled(page, *make.PAGES[page]), f"{page} is stale: run docs/generate_readme.py"
+    names = vtoken.list_strategies() if page == "README.md" else list_families()
+    assert all(f"`{name}`" in text for name in names)
+
+
+def test_every_family_was_seen_to_work():
+    """Each model type has images in docs/families.json, which the matrix compares with what happens."""
+    make = generator()
+    known = json.loads(make.FAMILIES.read_text(encoding="utf-8"))
+    assert set(known) == set(list_families())
+    assert all({"image", "ragged", "selection"} <= set(abilities) for abilities in known.values())
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -43,7 +43,7 @@ def logits_of(session: vtoken.StreamSession, t: float | None = None, question: s
 
 
 @pytest.mark.parametrize("name", VIDEO + IMAGE)
-def test_answer_is_the_models_own_where_everything_is_kept(name):
+def test_answer_is_the_models_own_where_everything_is_kept(name, sighted):
     """Every family, through its real processor, an odd number of frames included (the towers of Qwen join
     two).
     """
@@ -59,6 +59,7 @@ def test_answer_is_the_models_own_where_everything_is_kept(name):
         assert (answer.time, answer.new_tokens) == ((count - 1) / 2, 6)
         assert answer.tokens == plain_inputs(name, frames, Q)["input_ids"].shape[1]
     assert not np.array_equal(logits, plain(name, frames_of(count, seed=1))[1])  # the frames matter
+    sighted(name, "streaming")
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "video_llava", "llava", "internvl"])

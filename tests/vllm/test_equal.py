@@ -58,7 +58,7 @@ def spy(monkeypatch):
 
 
 @pytest.mark.parametrize("name,strategy,budget,options", SERVED)
-def test_as_transformers(name, strategy, budget, options, monkeypatch):
+def test_as_transformers(name, strategy, budget, options, monkeypatch, sighted):
     model, processor = load(name)
     vtoken.patch(model, strategy, budget=budget, **options)
     some = cases(processor, videos=4 if reads_clips(name, strategy) else 0)
@@ -78,6 +78,7 @@ def test_as_transformers(name, strategy, budget, options, monkeypatch):
             assert turn == 0 or sum(o.num_cached_tokens or 0 for o in outs) > 0
     assert set(kept) == {tuple(k) for case in expected for k in case.kept}
     assert lengths == [case.length for case in expected]
+    sighted(name, "vllm")
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl", "qwen2_5_vl", "qwen3_vl"])

@@ -48,6 +48,12 @@ def list_families() -> list[str]:
     return sorted(_adapters)
 
 
+def adapter_class(model_type: str) -> type[Adapter]:
+    """The adapter of a model type in `list_families()`. Raises KeyError for another one."""
+    _discover()
+    return _adapters[model_type]
+
+
 def adapter_for(model: Any, adapter: str | type[Adapter] | None = None) -> Adapter:
     """The adapter of a model, or of a model wrapped by torch or peft.
 
@@ -82,8 +88,8 @@ def adapter_for(model: Any, adapter: str | type[Adapter] | None = None) -> Adapt
         if not hasattr(model.base_model, "get_image_features"):
             raise ValueError(
                 f"vtoken patches vision-language models, and the {type(model).__name__} of model type"
-                f" {model_type!r} has no get_image_features: vtoken.list_families() names the model types that"
-                " work, such as 'llava' and 'qwen2_5_vl'."
+                f" {model_type!r} has no get_image_features: vtoken.list_families() names those that work,"
+                " such as 'llava' and 'qwen2_5_vl'."
             )
         raise ValueError(
             f'vtoken has no adapter for model type {model_type!r}: pass adapter="generic", which serves the'
