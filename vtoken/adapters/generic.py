@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..tokens import Segment
@@ -34,6 +35,8 @@ class GenericAdapter(Adapter):
         lacking = [n for n in ("get_image_features", "get_input_embeddings") if not hasattr(base, n)]
         if not hasattr(model, "get_decoder") or getattr(model.config, "is_encoder_decoder", False):
             lacking.append("a language model that reads the visual tokens as a part of its prompt")
+        if not hasattr(base, "get_placeholder_mask") and _token_id(model.config, "image") is None:
+            lacking.append("config.image_token_id")
         if lacking:
             raise ValueError(
                 f"The generic adapter needs {' and '.join(lacking)}, which this {kind} model does not have:"
@@ -45,12 +48,11 @@ class GenericAdapter(Adapter):
         return {}
 
     def find_placeholders(self, input_ids: Tensor) -> dict[str, Tensor]:
-        return {m: input_ids == self._token_id(m) for m in self.modalities}
-
-    def _token_id(self, modality: str) -> int:
-        names = (f"{modality}_token_id", f"{modality}_token_index", "image_token_id", "image_token_index")
-        found = [getattr(self.config, name, None) for name in names]
-        return next((int(i) for i in found if i is not None), -1)
+        ids = {m: _token_id(self.config, m) for m in self.modalities}
+        return {
+            m: torch.zeros_like(input_ids, dtype=torch.bool) if i is None else input_ids == i
+            for m, i in ids.items()
+        }
 
     def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
         features = output.pooler_output
@@ -88,3 +90,10 @@ class GenericAdapter(Adapter):
             kind = "frame" if modality == "video" else "image"
             out.append(Layout.plain([Segment(kind, (1, len(f) // t))] * t, f.device))
         return out
+
+
+def _token_id(config: Any, modality: str) -> int | None:
+    """The id of a modality's placeholder; that of images where a model has one for both."""
+    names = (f"{modality}_token_id", f"{modality}_token_index", "image_token_id", "image_token_index")
+    found = (getattr(config, name, None) for name in names)
+    return next((int(i) for i in found if i is not None), None)
