@@ -94,7 +94,8 @@ def test_loop_by_hand(name, options):
     """No generate(), no position_ids, no mask: what remains is the cache's own length."""
     family, model = FAMILIES[name], subject(name)
     inputs = family.batch("one")
-    inputs.pop("attention_mask")
+    if not family.needs_mask:
+        inputs.pop("attention_mask")
     whole = family.batch("one")
     keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
@@ -193,7 +194,7 @@ def test_without_gradients_in_training_mode(name, options, training):
     if training and any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()):
         pytest.skip("its tower has other features in training mode")
     inputs = family.batch("one")
-    prompt = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    prompt = {k: v for k, v in inputs.items() if k != "attention_mask" or family.needs_mask}
     with patched(model, **options) as spy, torch.no_grad():
         out = model(**clone(prompt), use_cache=True)
         logits, cache = [out.logits[:, -1]], out.get(CACHE)
