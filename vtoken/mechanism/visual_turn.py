@@ -15,7 +15,7 @@ from .layer_hooks import LayerHooks
 from .logical_cache import Ledger, counting_layers, make_logical, slots_in
 from .masks import cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
-from .ragged import expand_batch, overwrite, right_aligned, take, take_merged, take_types
+from .ragged import expand_batch, overwrite, right_aligned, take, take_merged, tokenwise
 from .recurrent_states import check_filler, has_length
 from .transformers_names import cache_in, check_prompt, hidden_states_of, mask_for_kind, recomputes
 
@@ -134,6 +134,9 @@ class VisualTurn:
         ends = prompt_ends(self.context, turn.past, real)
         queries = queries_of(ends, real, visual)
         run = Run(cache, turn.ledger, length, visual=visual, ends=ends, queries=queries, real=real)
+        run.tokenwise = tokenwise(kwargs, *real.shape)
+        asked = kwargs.get("logits_to_keep")
+        run.asked = asked if isinstance(asked, int) else 0
         if not turn.past:
             run.first = packed_rows(self.decoder, kwargs, call.given.get("attention_mask"), cache)
         if self.schedule.count and not self.context.disabled:
@@ -197,7 +200,7 @@ class VisualTurn:
         kwargs = packed_lengths(kwargs, run.ranks)
         kwargs["attention_mask"] = self._mask(turn, run, kwargs["inputs_embeds"])
         self._deepstack(kwargs, run)
-        return kwargs | take_types(kwargs, index)
+        return kwargs | {name: take(x, index) for name, x in run.tokenwise.items()}
 
     def _positions(
         self, positions: Tensor | None, run: Run, keep: Tensor, real: Tensor, index: Tensor
@@ -277,7 +280,8 @@ class VisualTurn:
         if run is None or run.visual is None or run.index is None:
             return None
         self._settle_cache(run, out)
-        check_prompt(run, self.schedule, hidden_states_of(out).shape[1])
+        answered = hidden_states_of(out).shape[1]
+        check_prompt(run, self.schedule, answered)
         if run.cache is not None:
             self.layers.store(run)
         if run.choice is not None and run.choice.survivors is None:
@@ -288,6 +292,8 @@ class VisualTurn:
         index, valid = run.now[self.schedule.last]
         final = run.index.gather(1, index)
         column = _stretched(run, final, valid)
+        if answered < final.shape[1]:  # nothing before the last tokens was answered for, nor is it asked for
+            column = (column - (final.shape[1] - answered)).clamp(min=0)[:, -answered:]
         if isinstance(out, tuple):
             return (take(out[0], column), *out[1:])
         out.last_hidden_state = take(out.last_hidden_state, column)
