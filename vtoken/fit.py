@@ -150,7 +150,7 @@ def check_fit(
 def check_llm(adapter: Adapter, strategy: Strategy) -> None:
     """Raise ValueError, in one sentence, if the language model of this model cannot serve this strategy."""
     name, kind = strategy.info.name, adapter.config.model_type
-    if strategy.positions == "renumber" and hasattr(adapter.base, "rope_deltas"):
+    if strategy.positions == "renumber" and hasattr(adapter.base, "get_rope_index"):
         raise ValueError(
             f"positions='renumber' has no meaning for the multimodal rope of {kind}: use"
             " positions='original'."
@@ -229,6 +229,11 @@ def check_inside(adapter: Adapter, strategy: Strategy) -> None:
         raise ValueError(
             f"{name} drops inside the LLM, which cannot be done to layers of type {', '.join(odd)}: use a"
             " projector strategy."
+        )
+    if not adapter.rotates_everywhere:
+        raise ValueError(
+            f"{name} reads the LLM's attention, which vtoken recomputes with rotary embeddings; the LLM of"
+            f" this {kind} model has layers without positions: use a projector strategy."
         )
     check_projections(decoder, name, kind)
     strategy.check_depth(len(decoder.layers))

@@ -40,6 +40,7 @@ class Adapter:
         square_frames: modalities whose pixels are squares of one size, so that a picture composed of frames
             can be encoded.
         frame_arguments: arguments that encode such a picture, if it takes more than pixels.
+        rotates_everywhere: False for an LLM with layers without positions that none of its parts tell.
 
     Attributes:
         model: the model that the user patches.
@@ -57,6 +58,7 @@ class Adapter:
     )
     prompt_arguments: ClassVar[tuple[str, ...]] = ()
     features_field: ClassVar[str] = "pooler_output"
+    rotates_everywhere: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model

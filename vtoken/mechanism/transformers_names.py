@@ -127,7 +127,7 @@ def check_names(adapter: Adapter, inside: bool) -> None:
     _check_takes(decoder.forward, "inputs_embeds", "attention_mask", "position_ids")
     cache_argument(decoder.forward)
     for modality in adapter.modalities:
-        if not hasattr(base, f"get_{modality}_features"):
+        if not hasattr(base, f"get_{modality}_features") and not hasattr(base, "get_image_features"):
             raise changed(f"{type(base).__name__} has no get_{modality}_features")
     find = getattr(base, "get_placeholder_mask", None)
     told = find is not None and "image_features" in inspect.signature(find).parameters

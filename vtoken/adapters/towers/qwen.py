@@ -87,3 +87,15 @@ class SplitQwenTower(QwenTower):
     def query_key(self, layer: int, outputs: list[Tensor]) -> Iterable[Tensor]:
         heads: Any = self.attention(layer).num_heads
         return (x.view(len(x), heads, -1) for x in outputs)
+
+
+class GroupedQwenTower(QwenTower):
+    """The tower of EXAONE 4.5, whose queries share keys in groups: computed in full only."""
+
+    block = Tower.block
+
+    def query_key(self, layer: int, outputs: list[Tensor]) -> Iterable[Tensor]:
+        attention: Any = self.attention(layer)
+        widths = [attention.q_dim, attention.kv_dim, attention.kv_dim]
+        query, key, _ = outputs[0].split(widths, -1)
+        return (x.view(len(x), -1, attention.head_dim) for x in (query, key))
