@@ -12,6 +12,7 @@ from torch import nn
 from ..plugins import Plugins, same_package
 from ..streams import unwrapped
 from .base import Adapter
+from .refused import check_served
 
 _adapters: dict[str, type[Adapter]] = {}
 _discovered = False
@@ -63,6 +64,7 @@ def adapter_for(model: Any) -> Adapter:
     model = unwrapped(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
+    check_served(model_type)
     if model_type is None or not hasattr(model, "base_model"):
         raise TypeError(
             "vtoken patches Hugging Face vision-language models, found"

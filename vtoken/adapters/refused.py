@@ -1,0 +1,20 @@
+"""Model types that no adapter can serve, and the reasons."""
+
+from __future__ import annotations
+
+REFUSED = {
+    "mllama": "its LLM reads pictures by cross-attention, so they are no tokens of the prompt",
+    "minimax_m3_vl": "its LLM chooses blocks of keys by their places in the whole prompt, which a shortened"
+    " prompt moves",
+    "granite4_vision": "its LLM adds other features of a picture in each of several layers, and none before"
+    " them, so a token has no features of its own that a strategy could compare or merge",
+}
+
+
+def check_served(model_type: str | None) -> None:
+    """Raise ValueError, in one sentence, for a model type that cannot be served."""
+    if model_type in REFUSED:
+        raise ValueError(
+            f"vtoken cannot prune {model_type}: {REFUSED[model_type]}; use a model whose LLM reads pictures"
+            " as tokens of the prompt, such as llava_next, qwen2_5_vl or gemma4."
+        )
