@@ -29,7 +29,8 @@ class Prompt:
     ``allowed`` holds the (n, n) attention pattern of every kind of layer if the model made its own (images
     that see themselves in both directions), ``deepstack`` one (n, hidden) tensor for each early layer,
     ``index`` the columns of the padded batch, ``types`` an (n,) tensor by name that says of what type each
-    token is, ``per_layer`` the (n, layers, ...) embeddings that go into the layers.
+    token is, ``per_layer`` the (n, layers, ...) embeddings that go into the layers, ``before`` one (n, hidden)
+    tensor that is added before each of some layers.
     """
 
     embeds: Tensor
@@ -39,6 +40,7 @@ class Prompt:
     deepstack: list[Tensor] | None = None
     types: dict[str, Tensor] = field(default_factory=dict)
     per_layer: Tensor | None = None
+    before: dict[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -52,6 +54,7 @@ class Prompt:
             None if self.deepstack is None else [d[rows] for d in self.deepstack],
             {name: of[rows] for name, of in self.types.items()},
             None if self.per_layer is None else self.per_layer[rows],
+            None if self.before is None else {k: d[rows] for k, d in self.before.items()},
         )
 
     def append(self, embed: Tensor, per_layer: Tensor | None = None) -> Prompt:
@@ -68,7 +71,11 @@ class Prompt:
         positions = torch.cat([self.positions, self.positions[..., -1:] + 1], -1)
         index = torch.cat([self.index, self.index[-1:] + 1])
         types = {name: torch.cat([of, of.new_zeros(1)]) for name, of in self.types.items()}
-        return Prompt(torch.cat([self.embeds, embed]), positions, index, allowed, deepstack, types, per_layer)
+        before = self.before
+        if before is not None:
+            before = {k: torch.cat([d, torch.zeros_like(d[:1])]) for k, d in before.items()}
+        embeds = torch.cat([self.embeds, embed])
+        return Prompt(embeds, positions, index, allowed, deepstack, types, per_layer, before)
 
 
 @dataclass
@@ -132,6 +139,12 @@ def capture(model, inputs: dict, door: str = "generate") -> list[Prompt]:
             torch.zeros_like(embeds).masked_scatter(visual[..., None], d)
             for d in got["deepstack_visual_embeds"]
         ]
+    planes = None
+    if got.get("vision_mask") is not None:
+        marks = got["vision_mask"]
+        planes = {
+            k: torch.zeros_like(embeds).masked_scatter(marks, d) for k, d in got["deepstack_features"].items()
+        }
     allowed = _pattern(got.get("attention_mask"))
     prompts = []
     for b in range(batch):
@@ -147,8 +160,9 @@ def capture(model, inputs: dict, door: str = "generate") -> list[Prompt]:
         }
         per_layer = got.get("per_layer_inputs")
         per_layer = None if per_layer is None else per_layer[b, index]
+        before = None if planes is None else {k: d[b, index] for k, d in planes.items()}
         prompts.append(
-            Prompt(embeds[b, index], positions[..., b, index], index, pattern, rows, types, per_layer)
+            Prompt(embeds[b, index], positions[..., b, index], index, pattern, rows, types, per_layer, before)
         )
     return prompts
 
@@ -171,6 +185,9 @@ def hidden(model, prompt: Prompt, inside: Inside | None = None) -> Tensor:
     extra: dict = {name: of[None] for name, of in prompt.types.items()}
     if prompt.per_layer is not None:
         extra["per_layer_inputs"] = prompt.per_layer[None]
+    if prompt.before is not None:
+        everywhere = torch.ones(1, n, 1, dtype=torch.bool)
+        extra |= dict(vision_mask=everywhere, deepstack_features=prompt.before)
     if prompt.deepstack is not None:
         everywhere = torch.ones(1, n, dtype=torch.bool)
         extra |= dict(visual_pos_masks=everywhere, deepstack_visual_embeds=prompt.deepstack)
@@ -244,14 +261,24 @@ def shortened(
     for b, prompt in enumerate(capture(model, inputs, door)):
         kept = torch.ones(len(prompt), dtype=torch.bool) if keep is None else keep[b, prompt.index]
         visual = torch.isin(inputs["input_ids"][b, prompt.index], torch.tensor(_placeholders(model)))
-        if features is not None:
+        if features is not None and prompt.before is not None:
+            parts = features[b].chunk(len(prompt.before), -1)
+            planes = zip(prompt.before.items(), parts, strict=True)
+            before = {k: d.masked_scatter(visual[:, None], part) for (k, d), part in planes}
+            prompt = replace(prompt, before=before)
+        elif features is not None:
             prompt = replace(prompt, embeds=prompt.embeds.masked_scatter(visual[:, None], features[b]))
         if deepstack is not None and prompt.deepstack is not None:
             planes = zip(prompt.deepstack, deepstack[b], strict=True)
             prompt = replace(
                 prompt, deepstack=[p.masked_scatter(visual[:, None], mine) for p, mine in planes]
             )
-        if merge is not None and merge[b] is not None:
+        if merge is not None and merge[b] is not None and prompt.before is not None:
+            before = {k: d.clone() for k, d in prompt.before.items()}
+            for plane in before.values():
+                plane[visual & kept] = merge[b].to(plane.dtype) @ plane[visual]
+            prompt = replace(prompt, before=before)
+        elif merge is not None and merge[b] is not None:
             embeds = prompt.embeds.clone()
             embeds[visual & kept] = merge[b].to(embeds.dtype) @ prompt.embeds[visual]
             prompt = replace(prompt, embeds=embeds)

@@ -119,7 +119,9 @@ def mistral4():
     config = mistral3()
     size = {k: v for k, v in LM.items() if k != "num_key_value_heads"}
     ranks = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
-    experts = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1)
+    experts = dict(
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1
+    )
     config.text_config = tf.Mistral4Config(**size, **ranks, **experts)
     return config
 

@@ -6,8 +6,6 @@ REFUSED = {
     "mllama": "its LLM reads pictures by cross-attention, so they are no tokens of the prompt",
     "minimax_m3_vl": "its LLM chooses blocks of keys by their places in the whole prompt, which a shortened"
     " prompt moves",
-    "granite4_vision": "its LLM adds other features of a picture in each of several layers, and none before"
-    " them, so a token has no features of its own that a strategy could compare or merge",
 }
 
 

@@ -27,6 +27,9 @@ from .logical_cache import counting_layers, physical_length
 # the minor releases of transformers that all tests have passed on, and those between
 OLDEST, NEWEST = "5.17", "5.24"
 
+# arguments of language models: the visual tokens, and their features for some layers
+FOR_LAYERS = {"visual_pos_masks": "deepstack_visual_embeds", "vision_mask": "deepstack_features"}
+
 
 def changed(what: str) -> RuntimeError:
     """The error for a model that breaks an assumption of vtoken: `what` was found, and what would help."""
