@@ -26,17 +26,21 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 class Prompt:
     """The input of the language model for one prompt of n tokens, padding removed.
 
-    ``allowed`` is the (n, n) attention pattern if the model made its own (images that see themselves in both
-    directions), ``deepstack`` one (n, hidden) tensor for each early layer, ``index`` the columns of the
-    padded batch, ``types`` an (n,) tensor by name that says of what type each token is.
+    ``allowed`` holds the (n, n) attention pattern of every kind of layer if the model made its own (images
+    that see themselves in both directions), ``deepstack`` one (n, hidden) tensor for each early layer,
+    ``index`` the columns of the padded batch, ``types`` an (n,) tensor by name that says of what type each
+    token is, ``per_layer`` the (n, layers, ...) embeddings that go into the layers, ``before`` one (n, hidden)
+    tensor that is added before each of some layers.
     """
 
     embeds: Tensor
     positions: Tensor
     index: Tensor
-    allowed: Tensor | None = None
+    allowed: dict[str, Tensor] | None = None
     deepstack: list[Tensor] | None = None
     types: dict[str, Tensor] = field(default_factory=dict)
+    per_layer: Tensor | None = None
+    before: dict[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -46,23 +50,32 @@ class Prompt:
             self.embeds[rows],
             self.positions[..., rows],
             self.index[rows],
-            None if self.allowed is None else self.allowed[rows][:, rows],
+            None if self.allowed is None else {k: a[rows][:, rows] for k, a in self.allowed.items()},
             None if self.deepstack is None else [d[rows] for d in self.deepstack],
             {name: of[rows] for name, of in self.types.items()},
+            None if self.per_layer is None else self.per_layer[rows],
+            None if self.before is None else {k: d[rows] for k, d in self.before.items()},
         )
 
-    def append(self, embed: Tensor) -> Prompt:
+    def append(self, embed: Tensor, per_layer: Tensor | None = None) -> Prompt:
         n = len(self)
-        allowed, deepstack = self.allowed, self.deepstack
-        if allowed is not None:
-            allowed = torch.ones(n + 1, n + 1, dtype=torch.bool).tril()
-            allowed[:n, :n] = self.allowed
+        allowed, deepstack = None, self.deepstack
+        if self.allowed is not None:
+            allowed = {k: torch.ones(n + 1, n + 1, dtype=torch.bool).tril() for k in self.allowed}
+            for kind, pattern in self.allowed.items():
+                allowed[kind][:n, :n] = pattern
+        if self.per_layer is not None:
+            per_layer = torch.cat([self.per_layer, per_layer])
         if deepstack is not None:
             deepstack = [torch.cat([d, torch.zeros_like(d[:1])]) for d in deepstack]
         positions = torch.cat([self.positions, self.positions[..., -1:] + 1], -1)
         index = torch.cat([self.index, self.index[-1:] + 1])
         types = {name: torch.cat([of, of.new_zeros(1)]) for name, of in self.types.items()}
-        return Prompt(torch.cat([self.embeds, embed]), positions, index, allowed, deepstack, types)
+        before = self.before
+        if before is not None:
+            before = {k: torch.cat([d, torch.zeros_like(d[:1])]) for k, d in before.items()}
+        embeds = torch.cat([self.embeds, embed])
+        return Prompt(embeds, positions, index, allowed, deepstack, types, per_layer, before)
 
 
 @dataclass
@@ -126,27 +139,42 @@ def capture(model, inputs: dict, door: str = "generate") -> list[Prompt]:
             torch.zeros_like(embeds).masked_scatter(visual[..., None], d)
             for d in got["deepstack_visual_embeds"]
         ]
+    planes = None
+    if got.get("vision_mask") is not None:
+        marks = got["vision_mask"]
+        planes = {
+            k: torch.zeros_like(embeds).masked_scatter(marks, d) for k, d in got["deepstack_features"].items()
+        }
     allowed = _pattern(got.get("attention_mask"))
     prompts = []
     for b in range(batch):
         index = inputs["attention_mask"][b].bool().nonzero()[:, 0]
         rows = None if deepstack is None else [d[b, index] for d in deepstack]
-        pattern = None if allowed is None else allowed[min(b, len(allowed) - 1)][index][:, index]
+        pattern = {k: a[min(b, len(a) - 1)][index][:, index] for k, a in allowed.items()}
+        if all(torch.equal(a, torch.ones_like(a).tril()) for a in pattern.values()):
+            pattern = None
         types = {
             name: of[b, index]
             for name, of in got.items()
             if name.endswith("token_type_ids") and of is not None
         }
-        prompts.append(Prompt(embeds[b, index], positions[..., b, index], index, pattern, rows, types))
+        per_layer = got.get("per_layer_inputs")
+        per_layer = None if per_layer is None else per_layer[b, index]
+        before = None if planes is None else {k: d[b, index] for k, d in planes.items()}
+        prompts.append(
+            Prompt(embeds[b, index], positions[..., b, index], index, pattern, rows, types, per_layer, before)
+        )
     return prompts
 
 
-def _pattern(mask) -> Tensor | None:
-    """(batch, L, L) of a 4-D mask, bool or additive; of several, the one without a window."""
-    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
-    if mask is None or mask.ndim != 4:
-        return None
-    return (mask if mask.dtype == torch.bool else mask >= 0)[:, 0, :, : mask.shape[2]]
+def _pattern(mask) -> dict[str, Tensor]:
+    """By kind of layer ("" for all), (batch, L, L) of a 4-D mask, bool or additive; empty without one."""
+    masks = mask if isinstance(mask, dict) else {"": mask}
+    return {
+        kind: (m if m.dtype == torch.bool else m >= 0)[:, 0, :, : m.shape[2]]
+        for kind, m in masks.items()
+        if m is not None and m.ndim == 4
+    }
 
 
 def hidden(model, prompt: Prompt, inside: Inside | None = None) -> Tensor:
@@ -155,6 +183,11 @@ def hidden(model, prompt: Prompt, inside: Inside | None = None) -> Tensor:
     if inside is not None or prompt.allowed is not None:
         return _layer_by_layer(lm, prompt, inside or Inside())
     extra: dict = {name: of[None] for name, of in prompt.types.items()}
+    if prompt.per_layer is not None:
+        extra["per_layer_inputs"] = prompt.per_layer[None]
+    if prompt.before is not None:
+        everywhere = torch.ones(1, n, 1, dtype=torch.bool)
+        extra |= dict(vision_mask=everywhere, deepstack_features=prompt.before)
     if prompt.deepstack is not None:
         everywhere = torch.ones(1, n, dtype=torch.bool)
         extra |= dict(visual_pos_masks=everywhere, deepstack_visual_embeds=prompt.deepstack)
@@ -171,12 +204,13 @@ def _layer_by_layer(lm, prompt: Prompt, inside: Inside) -> Tensor:
     typed = "layer_type" in inspect.signature(lm.rotary_emb.forward).parameters
     itself = torch.eye(n, dtype=torch.bool)
     lowest = torch.finfo(torch.float32 if h.dtype == torch.float64 else h.dtype).min
-    allowed = torch.ones(n, n, dtype=torch.bool).tril() if prompt.allowed is None else prompt.allowed
+    causal, hide = torch.ones(n, n, dtype=torch.bool).tril(), torch.zeros(n, n, dtype=torch.bool)
     if inside.hide is not None:
         m = len(inside.hide)
-        hide = torch.zeros(n, n, dtype=torch.bool)
         hide[:m, :m], hide[m:, :m] = inside.hide, inside.hide[-1]
-        allowed = allowed & ~hide
+    patterns, shared, per_layer = prompt.allowed or {}, {}, None
+    if prompt.per_layer is not None:
+        per_layer = lm.project_per_layer_inputs(h, prompt.per_layer[None])
     alive, later = torch.ones(n, dtype=torch.bool), prompt.index >= inside.read
     for i, layer in enumerate(lm.layers):
         if i in inside.mix:
@@ -184,13 +218,17 @@ def _layer_by_layer(lm, prompt: Prompt, inside: Inside) -> Tensor:
             h = torch.cat([(inside.mix[i].to(h.dtype) @ h[0, :m])[None], h[:, m:]], 1)
         if i in inside.drop:
             alive = alive & _longer(inside.drop[i], n)
+        allowed = patterns.get(kinds[i], patterns.get("", causal)) & ~hide
         seen = allowed & (alive[None] | itself)
         if i in inside.evict:
             seen = seen & (_longer(inside.evict[i], n)[None] | ~later[:, None])
         mask = torch.zeros(n, n, dtype=h.dtype).masked_fill(~seen, lowest)[None, None]
         gaps = (~alive).cumsum(0) if inside.renumber else 0
         rotary = lm.rotary_emb(h, (positions - gaps).clamp(min=0), *[kinds[i]] * typed)
-        h = layer(h, attention_mask=mask, position_embeddings=rotary)
+        extra: dict = {} if per_layer is None else dict(per_layer_input=per_layer[:, :, i])
+        if "shared_kv_states" in inspect.signature(layer.forward).parameters:
+            extra["shared_kv_states"] = shared
+        h = layer(h, attention_mask=mask, position_embeddings=rotary, **extra)
         h = h[0] if isinstance(h, tuple) else h
         if prompt.deepstack is not None and i < len(prompt.deepstack):
             h = h + prompt.deepstack[i][None]
@@ -223,14 +261,24 @@ def shortened(
     for b, prompt in enumerate(capture(model, inputs, door)):
         kept = torch.ones(len(prompt), dtype=torch.bool) if keep is None else keep[b, prompt.index]
         visual = torch.isin(inputs["input_ids"][b, prompt.index], torch.tensor(_placeholders(model)))
-        if features is not None:
+        if features is not None and prompt.before is not None:
+            parts = features[b].chunk(len(prompt.before), -1)
+            planes = zip(prompt.before.items(), parts, strict=True)
+            before = {k: d.masked_scatter(visual[:, None], part) for (k, d), part in planes}
+            prompt = replace(prompt, before=before)
+        elif features is not None:
             prompt = replace(prompt, embeds=prompt.embeds.masked_scatter(visual[:, None], features[b]))
         if deepstack is not None and prompt.deepstack is not None:
             planes = zip(prompt.deepstack, deepstack[b], strict=True)
             prompt = replace(
                 prompt, deepstack=[p.masked_scatter(visual[:, None], mine) for p, mine in planes]
             )
-        if merge is not None and merge[b] is not None:
+        if merge is not None and merge[b] is not None and prompt.before is not None:
+            before = {k: d.clone() for k, d in prompt.before.items()}
+            for plane in before.values():
+                plane[visual & kept] = merge[b].to(plane.dtype) @ plane[visual]
+            prompt = replace(prompt, before=before)
+        elif merge is not None and merge[b] is not None:
             embeds = prompt.embeds.clone()
             embeds[visual & kept] = merge[b].to(embeds.dtype) @ prompt.embeds[visual]
             prompt = replace(prompt, embeds=embeds)
@@ -295,10 +343,18 @@ def generate(
             out = head(hidden(model, prompt, inside)[-1])
             row_logits.append(out)
             row_ids.append(pick(out) if forced is None else forced[b, t])
-            prompt = prompt.append(embed(row_ids[-1][None]))
+            said = row_ids[-1][None]
+            per_layer = None if prompt.per_layer is None else _per_layer(decoder_of(model), said, embed(said))
+            prompt = prompt.append(embed(said), per_layer)
         ids.append(torch.stack(row_ids))
         logits.append(torch.stack(row_logits))
     return torch.stack(ids), torch.stack(logits, 1)
+
+
+def _per_layer(lm, ids: Tensor, embeds: Tensor) -> Tensor:
+    """(n, layers, ...): the embeddings of ids (n,) that go into the layers; some models want both arguments."""
+    takes = len(inspect.signature(lm.get_per_layer_inputs).parameters)
+    return lm.get_per_layer_inputs(*(ids[None], embeds[None])[:takes])[0]
 
 
 def loss(

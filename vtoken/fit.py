@@ -146,13 +146,18 @@ def check_fit(
                 f"{name} needs {missing}, which {lacks} of this {kind} model does not"
                 f" have:{extension} use {', '.join(others(adapter))}."
             )
+    if adapter.features_in_layers and trained_part(strategy) is not None:
+        raise ValueError(
+            f"{name} has weights for features as wide as the LLM, and this {kind} model has others for"
+            f" each of several layers: use {', '.join(others(adapter))}."
+        )
     check_llm(adapter, strategy)
 
 
 def check_llm(adapter: Adapter, strategy: Strategy) -> None:
     """Raise ValueError, in one sentence, if the language model of this model cannot serve this strategy."""
     name, kind = strategy.info.name, adapter.config.model_type
-    if strategy.positions == "renumber" and hasattr(adapter.base, "rope_deltas"):
+    if strategy.positions == "renumber" and hasattr(adapter.base, "get_rope_index"):
         raise ValueError(
             f"positions='renumber' has no meaning for the multimodal rope of {kind}: use"
             " positions='original'."
@@ -232,6 +237,16 @@ def check_inside(adapter: Adapter, strategy: Strategy) -> None:
             f"{name} drops inside the LLM, which cannot be done to layers of type {', '.join(odd)}: use a"
             " projector strategy."
         )
+    if adapter.features_in_layers:
+        raise ValueError(
+            f"{name} drops inside the LLM, where this {kind} model goes on to add features of its pictures:"
+            " use a projector strategy."
+        )
+    if not adapter.rotates_everywhere:
+        raise ValueError(
+            f"{name} reads the LLM's attention, which vtoken recomputes with rotary embeddings; the LLM of"
+            f" this {kind} model has layers without positions: use a projector strategy."
+        )
     check_projections(decoder, name, kind)
     strategy.check_depth(len(decoder.layers))
 
@@ -257,6 +272,7 @@ def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
                 for m in adapter.modalities
             )
             and (not strategy.acts_inside or goes_inside(adapter, strategy))
+            and not (adapter.features_in_layers and trained_part(strategy) is not None)
         ):
             out.append(name)
     return out

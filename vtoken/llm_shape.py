@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LanguageModelShape:
-    """The numbers of a decoder config that determine its cost."""
+    """The numbers of a decoder config that determine the cost of one of its layers."""
 
     layers: int
     hidden: int
@@ -18,10 +18,19 @@ class LanguageModelShape:
     intermediate: int
 
     @classmethod
-    def of(cls, config: Any) -> LanguageModelShape:
-        """Read a transformers text config; for a mixture of experts, the experts that one token activates."""
+    def of(cls, config: Any, layer: int = 0) -> LanguageModelShape:
+        """Read a transformers text config; for a mixture of experts, the experts that one token activates.
+
+        A layer that reads the keys and values of another layer has no kv_heads.
+        """
+        sharing = getattr(config, "kv_sharing_modes", None)
+        if getattr(config, "is_heterogeneous", False):
+            config = config.per_layer_config[layer]
         heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
         intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
+        if isinstance(intermediate, list | tuple):
+            intermediate = intermediate[layer]
         experts = getattr(config, "num_experts_per_tok", None)
         width = getattr(config, "moe_intermediate_size", None)
         if experts and width:  # a list has the experts of text first, then those of pictures
@@ -30,7 +39,7 @@ class LanguageModelShape:
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads=0 if sharing and sharing[layer] == "reuse" else kv_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             intermediate=intermediate,
         )

@@ -190,15 +190,15 @@ class Recorder:
         record = self.local.record or self.last
         if record is None:
             return None
-        shape = LanguageModelShape.of(self.text_config)
+        layers = range(self.text_config.num_hidden_layers)
+        shapes = [LanguageModelShape.of(self.text_config, i) for i in layers]
         itemsize = self.model.dtype.itemsize
-        layers = range(shape.layers)
-        per_layer, visual, prompt = [0] * shape.layers, [0] * shape.layers, [0] * 0
+        per_layer, visual, prompt = [0] * len(layers), [0] * len(layers), [0] * 0
         flops = dense = 0.0
         for forward in record.forwards:
             lengths = forward.dense.tolist()
             prompt = [a + b for a, b in zip(prompt, lengths, strict=True)] if prompt else lengths
-            dense += sum(shape.layers * shape.layer_flops(n, forward.past_dense) for n in lengths)
+            dense += sum(shape.layer_flops(n, forward.past_dense) for shape in shapes for n in lengths)
             tokens = [t.tolist() for t in forward.tokens]
             visuals = [int(v.sum()) for v in forward.visual]
             for i in layers:
@@ -206,7 +206,7 @@ class Recorder:
                 stored = min(self.schedule.stores(i), len(tokens) - 1)
                 per_layer[i] += sum(tokens[stored])
                 visual[i] += visuals[stage]
-                flops += sum(shape.layer_flops(n, forward.past[stage]) for n in tokens[stage])
+                flops += sum(shapes[i].layer_flops(n, forward.past[stage]) for n in tokens[stage])
         return Report(
             strategy=self.describe,
             visuals=self._with_layers(record),
@@ -215,8 +215,8 @@ class Recorder:
             visual_per_layer=visual,
             flops_dense=dense,
             flops=flops,
-            kv_bytes_dense=sum(shape.kv_bytes(sum(prompt), itemsize) for _ in layers),
-            kv_bytes=sum(shape.kv_bytes(per_layer[i], itemsize) for i in layers),
+            kv_bytes_dense=sum(shape.kv_bytes(sum(prompt), itemsize) for shape in shapes),
+            kv_bytes=sum(shapes[i].kv_bytes(per_layer[i], itemsize) for i in layers),
             seconds=record.watch.seconds(),
             tower=record.tower,
             budget_counts=self.budget_counts,

@@ -141,7 +141,7 @@ def received_by_hand(
     maps = maps_of(name, inputs, tower.blocks[layer].attn)
     per_patch = torch.cat([m.mean((0, 1, 2)) for m in maps])
     blocks = per_patch.view(-1, 4).mean(1)
-    if name == "qwen2_5_vl":
+    if hasattr(tower, "fullatt_block_indexes"):
         order, _ = get_vision_window_index(torch.tensor(grids), 2, tower.window_size, 7)
         assert not torch.equal(order, order.sort().values)
         blocks = torch.zeros_like(blocks).scatter(0, order, blocks)

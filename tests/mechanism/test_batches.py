@@ -67,8 +67,11 @@ def test_renumbered_positions(name, options):
 @everywhere(before=FRONT, aligned=ALIGNED)
 def test_static_cache(name, options):
     model, inputs = subject(name), FAMILIES[name].batch("ragged")
+    static = dict(cache_implementation="static", disable_compile=True)
+    if not consistent(name, inputs, **static):
+        pytest.skip("the unpatched model disagrees with itself")
     with patched(model, **options) as spy:
-        out = run(model, inputs, cache_implementation="static", disable_compile=True)
+        out = run(model, inputs, **static)
     assert_same(out, inputs, expected(name, inputs, spy))
 
 

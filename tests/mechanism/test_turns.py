@@ -127,7 +127,7 @@ def test_new_image_by_hand(name, options):
         parts = [(slice(0, cut), family.vision(0)), (slice(cut, None), family.vision(1))]
         cache = None
         for part, vision in parts:
-            text = {k: whole[k][:, part] for k in ("input_ids", "mm_token_type_ids")}
+            text = {k: whole[k][:, part] for k in ("input_ids", "mm_token_type_ids") if k in whole}
             options = dict(position_ids=positions[..., part], **{CACHE: cache}, use_cache=True)
             out = model(**clone(text | vision), **options)
             cache, logits = out[CACHE], [out.logits[:, -1]]

@@ -89,10 +89,47 @@ def video_llava():
     )
 
 
+def wide_anyres(i: int, n: int) -> Item:
+    """The same numbers of tokens from patches of half the side, four by four of which make two by two cells."""
+    item = anyres(i, n)
+    values = torch.nn.functional.interpolate(item.tensors["pixel_values"][0], scale_factor=2.0)[None]
+    return Item(item.ids, dict(pixel_values=values, image_sizes=2 * item.tensors["image_sizes"]))
+
+
+def granite4_vision():
+    """Two features from layers of the tower and two from one of them, each for a layer of the LLM."""
+    vision = tf.CLIPVisionConfig(**(VIT | dict(hidden_size=64)), image_size=2 * SIZE, patch_size=7)
+    text = tf.Granite4VisionTextConfig(**LM)
+    qformer = dict(num_hidden_layers=1, intermediate_size=48, cross_attention_frequency=1, hidden_size=64)
+    qformer |= dict(num_attention_heads=1, encoder_hidden_size=64)
+    qformer |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return tf.Granite4VisionConfig(
+        vision_config=vision,
+        text_config=text,
+        qformer_config=dict(**qformer, model_type="blip_2_qformer", use_qformer_text_input=False),
+        image_token_index=IMG,
+        image_grid_pinpoints=[[2 * h, 2 * w] for h, w in PINPOINTS],
+        downsample_rate="2/4",
+        deepstack_layer_map=[[-3, 0], [-2, 1]],
+        spatial_vision_layer=-2,
+        spatial_target_layers=[2, 3],
+        projector_dropout=0.0,
+    )
+
+
 FAMILIES = [
     Family("llava", "image", "LlavaForConditionalGeneration", llava, image),
     Family("vipllava", "image", "VipLlavaForConditionalGeneration", vipllava, image),
     Family("llava_next", "image", "LlavaNextForConditionalGeneration", llava_next, anyres),
+    Family(
+        "granite4_vision",
+        "image",
+        "Granite4VisionForConditionalGeneration",
+        granite4_vision,
+        wide_anyres,
+        inside=False,
+        makes_cache=False,
+    ),
     Family("llava_next_video", "image", "LlavaNextVideoForConditionalGeneration", llava_next_video, anyres),
     Family(
         "llava_next_video", "video", "LlavaNextVideoForConditionalGeneration", llava_next_video, video(5, 4)

@@ -58,7 +58,9 @@ class Family:
     size wherever the family allows it. ``collate`` turns rows of items into the model's vision inputs;
     ``extra`` derives further inputs from (input_ids, attention_mask). ``per_prompt`` is the largest number of
     items in one prompt. ``inside`` is False if no token can be dropped inside the LLM. ``broken`` names minor
-    releases of transformers in which the unpatched model fails, ``requires`` a package it needs.
+    releases of transformers in which the unpatched model fails, ``requires`` a package it needs. ``needs_mask``
+    is True if the unpatched model places a prompt right only with an attention mask, ``makes_cache`` False if it
+    makes no KV cache of its own.
     """
 
     name: str
@@ -73,6 +75,8 @@ class Family:
     inside: bool = True
     broken: tuple[str, ...] = ()
     requires: str = ""
+    needs_mask: bool = False
+    makes_cache: bool = True
 
     @property
     def runs(self) -> bool:

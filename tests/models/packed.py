@@ -7,7 +7,7 @@ import transformers as tf
 from torch import Tensor
 
 from .common import END, IMG, LM, START, VID, VIT, Family, Item, pixels, text
-from .qwen import IMAGES, ROPE, TOKENS, VIDEOS, token_types
+from .qwen import IMAGES, PATCHES, ROPE, TOKENS, VIDEOS, image, token_types, video
 
 AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}
 
@@ -82,12 +82,25 @@ def hunyuan_image(i: int, n: int) -> Item:
     return Item([START, *[IMG] * (h // 2 * (w // 2 + 1) + 2), END], tensors)
 
 
+def exaone4_5():
+    vision = dict(**PATCHES, hidden_size=32, intermediate_size=48, out_hidden_size=32, num_key_value_heads=2)
+    windows = dict(window_size=28, fullatt_block_indexes=[1, 3])
+    kinds = ["sliding_attention", "full_attention"] * 2
+    lm = tf.Exaone4Config(**LM, head_dim=8, sliding_window=4096, layer_types=kinds)
+    return tf.Exaone4_5_Config(
+        text_config=lm, vision_config=vision | windows, image_token_id=IMG, video_token_id=VID
+    )
+
+
+EXAONE = "Exaone4_5_ForConditionalGeneration"
 LLAMA = "VideoLlama3ForConditionalGeneration"
 PADDLE = "PaddleOCRVLForConditionalGeneration"
 HUNYUAN = "HunYuanVLForConditionalGeneration"
 FAMILIES = [
     Family("video_llama_3", "image", LLAMA, video_llama_3, llama_image),
     Family("video_llama_3", "video", LLAMA, video_llama_3, llama_video),
+    Family("exaone4_5", "image", EXAONE, exaone4_5, image, inside=False),
+    Family("exaone4_5", "video", EXAONE, exaone4_5, video, inside=False),
     Family("paddleocr_vl", "image", PADDLE, paddleocr_vl, paddle_image, extra=token_types),
     Family("hunyuan_vl", "image", HUNYUAN, hunyuan_vl, hunyuan_image, extra=token_types, inside=False),
 ]

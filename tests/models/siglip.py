@@ -114,6 +114,18 @@ def mistral3():
     )
 
 
+def mistral4():
+    """Mistral 3's vision side over an LLM with compressed keys and experts."""
+    config = mistral3()
+    size = {k: v for k, v in LM.items() if k != "num_key_value_heads"}
+    ranks = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+    experts = dict(
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1
+    )
+    config.text_config = tf.Mistral4Config(**size, **ranks, **experts)
+    return config
+
+
 def mistral3_image(i: int, n: int) -> Item:
     h, w = GRIDS[i]
     ids = [token for _ in range(h) for token in [*[IMG] * w, BREAK]]
@@ -174,6 +186,15 @@ FAMILIES = [
     ),
     Family(
         "mistral3", "image", "Mistral3ForConditionalGeneration", mistral3, mistral3_image, mistral3_collate
+    ),
+    Family(
+        "mistral4",
+        "image",
+        "Mistral3ForConditionalGeneration",
+        mistral4,
+        mistral3_image,
+        mistral3_collate,
+        inside=False,
     ),
     Family(
         "paligemma",

@@ -27,6 +27,10 @@ def tiled_image(i: int, n: int) -> Item:
     return Item([IMG] * (3 * 4), dict(pixel_values=pixels(1, 3, 3, 28, 28, seed=i)))
 
 
+def frames(i: int, n: int) -> Item:
+    return Item([VID] * (4 * 4), dict(pixel_values_videos=pixels(1, 4, 3, 28, 28, seed=i)))
+
+
 def fast_vlm():
     vision = tf.TimmWrapperConfig(
         architecture="fastvit_mci3", do_pooling=True, global_pool="avg", hidden_size=64, model_args=FASTVIT
@@ -47,6 +51,14 @@ FAMILIES = [
         "PerceptionLMForConditionalGeneration",
         perception_lm,
         tiled_image,
+        requires="timm",
+    ),
+    Family(
+        "perception_lm",
+        "video",
+        "PerceptionLMForConditionalGeneration",
+        perception_lm,
+        frames,
         requires="timm",
     ),
     Family("fast_vlm", "image", "FastVlmForConditionalGeneration", fast_vlm, fast_image, requires="timm"),

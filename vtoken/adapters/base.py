@@ -41,6 +41,9 @@ class Adapter:
             can be encoded.
         has_grid: whether the segments of `layouts` have the grid of the picture.
         frame_arguments: arguments that encode such a picture, if it takes more than pixels.
+        features_in_layers: True if the LLM adds the features in its layers, to visual tokens that are zero
+            before; the features are then those of all these layers side by side.
+        rotates_everywhere: False for an LLM with layers without positions that none of its parts tell.
 
     Attributes:
         model: the model that the user patches.
@@ -59,6 +62,8 @@ class Adapter:
     prompt_arguments: ClassVar[tuple[str, ...]] = ()
     features_field: ClassVar[str] = "pooler_output"
     has_grid: ClassVar[bool] = True
+    rotates_everywhere: ClassVar[bool] = True
+    features_in_layers: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -136,7 +141,8 @@ class Adapter:
     def provides(self, modality: str) -> frozenset[str]:
         """Names of the fields of `Needs` that can be read here."""
         tower = self.towers.get(modality)
-        own = {"text_embeddings", "question"} | ({"pixels"} if modality in self.square_frames else set())
+        own = set() if self.features_in_layers else {"text_embeddings", "question"}
+        own |= {"pixels"} if modality in self.square_frames else set()
         own |= {"grid"} if self.has_grid else set()
         return frozenset(own) | (tower.provides if tower is not None else frozenset())
 

@@ -39,9 +39,8 @@ class Lfm3VlAdapter(QwenVLAdapter):
     model_types = ("lfm3_vl",)
     prompt_arguments: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    def merge_size(self) -> int:
-        return int(self.base.vision_tower.spatial_merge_size)
+    def merge_sizes(self, modality: str, arguments: dict[str, Any]) -> list[int]:
+        return [self.base.vision_tower.spatial_merge_size] * len(arguments[f"{modality}_grid_thw"])
 
     def make_towers(self) -> dict[str, Tower]:
         return {}  # attention in some layers only, and convolutions that need whole frames

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,11 +16,12 @@ from .towers.base import Tower
 class PerceptionLMAdapter(Adapter):
     """`PerceptionLMForConditionalGeneration`.
 
-    An image is a thumbnail and its tiles, whose places the model does not know, or a single tile. The tower's
-    attention is not read.
+    An image is a thumbnail and its tiles, whose places the model does not know, or a single tile. Videos are
+    encoded with `get_image_features`. The tower's attention is not read.
     """
 
-    model_types = ("perception_lm",)
+    model_types: ClassVar[tuple[str, ...]] = ("perception_lm",)
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
 
     def make_towers(self) -> dict[str, Tower]:
         return {}
@@ -32,6 +33,7 @@ class PerceptionLMAdapter(Adapter):
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         tiles = arguments[self.pixel_argument(arguments)].shape[1]
         kinds = ["image"] if tiles == 1 else ["thumbnail", *["crop"] * (tiles - 1)]
+        kinds = ["frame"] * tiles if modality == "video" else kinds
         grid = square(len(features[0]) // tiles)
         segments = [Segment(kind, grid) for kind in kinds]
         return [Layout.plain(segments, f.device) for f in features]

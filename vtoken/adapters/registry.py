@@ -13,6 +13,7 @@ from ..plugins import Plugins, same_package
 from ..streams import unwrapped
 from .base import Adapter
 from .generic import GenericAdapter
+from .refused import check_served
 
 _adapters: dict[str, type[Adapter]] = {}
 _discovered = False
@@ -74,6 +75,7 @@ def adapter_for(model: Any, adapter: str | type[Adapter] | None = None) -> Adapt
     model = unwrapped(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
+    check_served(model_type)
     if model_type is None or not hasattr(model, "base_model"):
         raise TypeError(
             "vtoken patches Hugging Face vision-language models, found"

@@ -22,7 +22,7 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
             f" this {kind} model has no such projections: use a projector strategy."
         )
     modules = [layer.self_attn for layer in decoder.layers]  # type: ignore[union-attr]
-    odd = {n for a in modules for n, _ in a.named_children() if "norm" in n} - {"q_norm", "k_norm"}
+    odd = {n for a in modules for n, _ in a.named_children() if "norm" in n} - {"q_norm", "k_norm", "v_norm"}
     if odd:
         raise ValueError(
             f"{name} reads the LLM's attention, which vtoken recomputes with norms before the rotary"

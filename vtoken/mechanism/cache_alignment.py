@@ -28,8 +28,8 @@ def align_cache(run: Run, schedule: DropSchedule) -> None:
         group = [run.cache.layers[i] for i in schedule.aligned if schedule.reads(i) == stage]
         if any(layer.keys.shape[2] < past + run.now[stage][0].shape[1] for layer in group):
             raise NotImplementedError(WINDOW_FULL)
-        for device in {layer.keys.device for layer in group}:
-            here = [layer for layer in group if layer.keys.device == device]
+        for device, heads in {(layer.keys.device, layer.keys.shape[1]) for layer in group}:
+            here = [x for x in group if (x.keys.device, x.keys.shape[1]) == (device, heads)]
             cut_layers(here, index.to(device), inplace=run.static and not run.ragged[final])
 
 

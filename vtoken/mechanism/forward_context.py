@@ -100,6 +100,9 @@ class Run:
     first: Tensor | None = None  # (B, q) int64 if rows hold several packed prompts, see packed_rows.py
     # (1, n) int64, for flash attention: places after the entrance within packed prompts
     ranks: Tensor | None = None
+    # other arguments of the language model with a row per token: (B, q, ...) by name
+    tokenwise: dict[str, Tensor] = field(default_factory=dict)
+    asked: int = 0  # the number of last tokens that the language model may answer for alone, 0 for all
     past_slots: int = 0
     now: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per stage: (index into stage 0, valid)
     ragged: list[bool] = field(default_factory=list)

@@ -27,7 +27,7 @@ from .hidden_pictures import adapted, hidden_now, hide
 from .layer_views import LayerViews
 from .logical_cache import Ledger, counting_layers, settle
 from .masks import WINDOW_FULL, cut_mask
-from .ragged import expand_batch, right_aligned, take, take_merged
+from .ragged import expand_batch, right_aligned, take, take_merged, tokenwise
 from .recurrent_states import SPOILED
 from .transformers_names import cache_argument, changed, check_length, recomputes
 
@@ -171,8 +171,18 @@ class LayerHooks:
             if positions is not None:
                 index = run.now[stage][0]
                 kwargs["position_ids"] = take(expand_batch(positions, index.shape[0]), index, dim=-1)
+            args, kwargs = self._tokenwise(run, stage, args, kwargs)
         kwargs["attention_mask"] = self._mask(run, i, mask, args[0])
         return args, kwargs
+
+    @staticmethod
+    def _tokenwise(run: Run, stage: int, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A layer's arguments, of whose other rows for the tokens of stage 0 a stage has its own."""
+        assert run.index is not None
+        index, names = run.now[stage][0], [str(i) for i in range(1, len(args))]
+        given = kwargs | dict(zip(names, args[1:], strict=True))
+        given |= {name: take(x, index) for name, x in tokenwise(given, *run.index.shape).items()}
+        return (args[0], *(given.pop(name) for name in names)), given
 
     def _rotary(self, run: Run, i: int, stage: int, kwargs: dict[str, Any], hidden: Tensor) -> Any:
         """(cos, sin) of a stage's tokens; `kwargs` are those of layer i, with the tables of stage 0."""

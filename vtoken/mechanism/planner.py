@@ -140,8 +140,9 @@ class Planner:
                 ids = None if call.input_ids is None else call.input_ids[b * beams]
                 items = self._join(modality, items, ids, places)
                 if self.text is not None:
-                    text = embeds[b * beams][self._text(call, run, b * beams, real)]
-                    items = self.text.told(items, text)
+                    text = self._text(call, run, b * beams, real)
+                    beside = {name: x[b * beams][text] for name, x in run.tokenwise.items()}
+                    items = self.text.told(items, embeds[b * beams][text], beside)
                 picks = complete([self.select(item) for item in items], items)
                 answered.append(
                     Answered(b, places, items, keep_query(picks, items, places, queries[b * beams]))

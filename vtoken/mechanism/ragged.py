@@ -55,10 +55,20 @@ def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     return gather_rows([x], index)[0]
 
 
-def take_types(arguments: dict[str, Any], index: Tensor) -> dict[str, Any]:
-    """Those arguments of a language model that say of what type each token (B, n) is, gathered by index."""
-    named = {n: x for n, x in arguments.items() if n.endswith("token_type_ids") and isinstance(x, Tensor)}
-    return {name: take(x.expand(len(index), -1), index, dim=-1) for name, x in named.items()}
+def tokenwise(arguments: dict[str, Any], batch: int, tokens: int) -> dict[str, Tensor]:
+    """The arguments of a language model beside its usual ones that have a row for every token (B, n, ...).
+
+    These are numbers that say of what type each token is, by their name, and embeddings of any other name.
+    """
+    usual = ("inputs_embeds", "attention_mask", "position_ids")
+    found = {}
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor) or name in usual or x.ndim < 2 or x.shape[1] != tokens:
+            continue
+        embeds = x.ndim > 2 and x.is_floating_point() and x.shape[0] in (1, batch)
+        if embeds or name.endswith("token_type_ids"):
+            found[name] = x.expand(batch, *x.shape[1:])
+    return found
 
 
 def expand_batch(x: Tensor, batch_size: int) -> Tensor:

@@ -45,9 +45,11 @@ class TextReading:
         """Whether weights are trained with the text: labels must leave some of it."""
         return self.question or self.fuse is not None
 
-    def told(self, items: list[VisualTokens], text: Tensor) -> list[VisualTokens]:
+    def told(
+        self, items: list[VisualTokens], text: Tensor, tokenwise: dict[str, Tensor]
+    ) -> list[VisualTokens]:
         """The images or videos of a prompt, with its text (t, d) for the strategy."""
-        state = self.state(text) if self.question and len(text) else None
+        state = self.state(text, tokenwise) if self.question and len(text) else None
         out = []
         for item in items:
             device = item.features.device
@@ -56,10 +58,16 @@ class TextReading:
         return out
 
     @torch.no_grad()
-    def state(self, text: Tensor) -> Tensor:
-        """(d,) the language model's output at the last token of a text (t, d) that it reads alone."""
+    def state(self, text: Tensor, tokenwise: dict[str, Tensor]) -> Tensor:
+        """(d,) the language model's output at the last token of a text (t, d) that it reads alone.
+
+        Args:
+            text: (t, d).
+            tokenwise: the language model's other arguments for these tokens, (t, ...) by name.
+        """
         # `forward` and not a call: hooks on the language model belong to the prompt that is being read
-        out = self.decoder.forward(inputs_embeds=text[None], use_cache=False)
+        beside = {name: x[None] for name, x in tokenwise.items()}
+        out = self.decoder.forward(inputs_embeds=text[None], use_cache=False, **beside)
         return hidden_states_of(out)[0, -1]
 
     def fused(self, embeddings: Tensor, visual: Tensor) -> Tensor:

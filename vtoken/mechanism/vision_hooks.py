@@ -131,7 +131,15 @@ class VisionHooks:
         return capture if capture is not None and capture.modality == modality else None
 
     def _image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self._features("image", original, args, kwargs)
+        return self._features(self._modality(args, kwargs), original, args, kwargs)
+
+    def _modality(self, args: Any, kwargs: dict[str, Any]) -> str:
+        """The modality of a call of `get_image_features`, which encodes videos too where it is alone."""
+        call = self.context.call
+        frames = None if call is None else call.given.get("pixel_values_videos")
+        if frames is None or hasattr(self.adapter.base, "get_video_features"):
+            return "image"
+        return "video" if any(x is frames for x in (*args, *kwargs.values())) else "image"
 
     def _video_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self._features("video", original, args, kwargs)

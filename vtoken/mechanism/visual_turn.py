@@ -15,9 +15,16 @@ from .layer_hooks import LayerHooks
 from .logical_cache import Ledger, counting_layers, make_logical, slots_in
 from .masks import cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
-from .ragged import expand_batch, overwrite, right_aligned, take, take_merged, take_types
+from .ragged import expand_batch, overwrite, right_aligned, take, take_merged, tokenwise
 from .recurrent_states import check_filler, has_length
-from .transformers_names import cache_in, check_prompt, hidden_states_of, mask_for_kind, recomputes
+from .transformers_names import (
+    FOR_LAYERS,
+    cache_in,
+    check_prompt,
+    hidden_states_of,
+    mask_for_kind,
+    recomputes,
+)
 
 Planning = Callable[[Call, Run, Tensor, Tensor], Plan | None]
 
@@ -67,6 +74,7 @@ class VisualTurn:
         observer: ForwardObserver,
     ) -> None:
         self.decoder, self.planner, self.layers = adapter.decoder, planner, layers
+        self.in_layers = adapter.features_in_layers
         self.schedule, self.renumber = layers.schedule, positions == "renumber"
         self.context, self.gate, self.observer = context, gate, observer
 
@@ -134,6 +142,9 @@ class VisualTurn:
         ends = prompt_ends(self.context, turn.past, real)
         queries = queries_of(ends, real, visual)
         run = Run(cache, turn.ledger, length, visual=visual, ends=ends, queries=queries, real=real)
+        run.tokenwise = tokenwise(kwargs, *real.shape)
+        asked = kwargs.get("logits_to_keep")
+        run.asked = asked if isinstance(asked, int) else 0
         if not turn.past:
             run.first = packed_rows(self.decoder, kwargs, call.given.get("attention_mask"), cache)
         if self.schedule.count and not self.context.disabled:
@@ -185,7 +196,7 @@ class VisualTurn:
         run.now = [(torch.arange(index.shape[1], device=embeds.device).expand(len(embeds), -1), valid)]
         merged = () if plan is None else (plan.into, plan.weight)
         kwargs["inputs_embeds"] = take_merged(embeds, index, valid, *merged)
-        if plan is not None and plan.source is not None and plan.features is not None:
+        if plan is not None and plan.source is not None and plan.features is not None and not self.in_layers:
             kwargs["inputs_embeds"] = overwrite(
                 kwargs["inputs_embeds"], plan.source.gather(1, index), plan.features
             )
@@ -196,8 +207,8 @@ class VisualTurn:
             run.ranks = ranks_of(run.first, index, valid)
         kwargs = packed_lengths(kwargs, run.ranks)
         kwargs["attention_mask"] = self._mask(turn, run, kwargs["inputs_embeds"])
-        self._deepstack(kwargs, run)
-        return kwargs | take_types(kwargs, index)
+        self._for_layers(kwargs, run, plan)
+        return kwargs | {name: take(x, index) for name, x in run.tokenwise.items()}
 
     def _positions(
         self, positions: Tensor | None, run: Run, keep: Tensor, real: Tensor, index: Tensor
@@ -251,15 +262,41 @@ class VisualTurn:
             )  # windows shorter than the prompt give it all
         return cut_mask(mask, run, 0, (run.index, valid), run.query_length, static)  # type: ignore[arg-type]
 
-    @staticmethod
-    def _deepstack(kwargs: dict[str, Any], run: Run) -> None:
-        """Qwen3-VL: one row of features per visual token and early layer, in (sample, position) order."""
-        places = kwargs.get("visual_pos_masks")
-        if places is None or run.index is None:
+    def _for_layers(self, kwargs: dict[str, Any], run: Run, plan: Plan | None) -> None:
+        """Features that some layers add: one row per visual token and layer, in (sample, position) order."""
+        name = next((name for name in FOR_LAYERS if kwargs.get(name) is not None), None)
+        if name is None or run.index is None:
             return
-        kwargs["visual_pos_masks"] = now = places.gather(1, run.index) & run.now[0][1]
+        marks, valid = kwargs[name], run.now[0][1]
+        places = marks if marks.ndim == 2 else marks[..., 0]
+        now = places.gather(1, run.index) & valid
+        kwargs[name] = now if marks.ndim == 2 else now[..., None]
         row = (places.flatten().long().cumsum(0) - 1).view(places.shape).gather(1, run.index)[now]
-        kwargs["deepstack_visual_embeds"] = [e[row.to(e.device)] for e in kwargs["deepstack_visual_embeds"]]
+        given = kwargs[FOR_LAYERS[name]]
+        planes = list(given.values()) if isinstance(given, dict) else list(given)
+        if self.in_layers and plan is not None and (plan.into is not None or plan.features is not None):
+            planes = self._changed(planes, places, run, plan, now)
+        else:
+            planes = [e[row.to(e.device)] for e in planes]
+        kwargs[FOR_LAYERS[name]] = (
+            dict(zip(given, planes, strict=True)) if isinstance(given, dict) else planes
+        )
+
+    @staticmethod
+    def _changed(planes: list[Tensor], places: Tensor, run: Run, plan: Plan, now: Tensor) -> list[Tensor]:
+        """The features of each layer, merged or written as a strategy did to those of all side by side."""
+        assert run.index is not None
+        out, first = [], 0
+        for plane in planes:
+            width = plane.shape[-1]
+            rows = plane.new_zeros(*places.shape, width).masked_scatter(places[..., None], plane)
+            rows = take_merged(rows, run.index, run.now[0][1], plan.into, plan.weight)
+            if plan.source is not None and plan.features is not None:
+                written = plan.features[:, first : first + width]
+                rows = overwrite(rows, plan.source.gather(1, run.index), written)
+            out.append(rows[now])
+            first += width
+        return out
 
     # -- after the language model ----------------------------------------------------------------------------
     @torch.compiler.disable
@@ -277,7 +314,8 @@ class VisualTurn:
         if run is None or run.visual is None or run.index is None:
             return None
         self._settle_cache(run, out)
-        check_prompt(run, self.schedule, hidden_states_of(out).shape[1])
+        answered = hidden_states_of(out).shape[1]
+        check_prompt(run, self.schedule, answered)
         if run.cache is not None:
             self.layers.store(run)
         if run.choice is not None and run.choice.survivors is None:
@@ -288,6 +326,8 @@ class VisualTurn:
         index, valid = run.now[self.schedule.last]
         final = run.index.gather(1, index)
         column = _stretched(run, final, valid)
+        if answered < final.shape[1]:  # nothing before the last tokens was answered for, nor is it asked for
+            column = (column - (final.shape[1] - answered)).clamp(min=0)[:, -answered:]
         if isinstance(out, tuple):
             return (take(out[0], column), *out[1:])
         out.last_hidden_state = take(out.last_hidden_state, column)

@@ -48,6 +48,10 @@ class PackedTower(Tower):
         """Queries and keys before rotary embedding, (patches, heads, head_dim), from projection outputs."""
         raise NotImplementedError
 
+    def rotary(self, kwargs: dict[str, Any]) -> Any:
+        """(cos, sin), (patches, head_dim) each, from the arguments of an attention module; None without."""
+        return kwargs.get("position_embeddings")
+
     # -- provided --------------------------------------------------------------------------------------------
     @property
     def provides(self) -> frozenset[str]:
@@ -111,7 +115,7 @@ class PackedTower(Tower):
     ) -> None:
         forward = _forward(active())
         if forward is not None and kwargs is not None:
-            forward.bounds, forward.rotary = kwargs.get("cu_seqlens"), kwargs.get("position_embeddings")
+            forward.bounds, forward.rotary = kwargs.get("cu_seqlens"), self.rotary(kwargs)
             forward.outputs = []
 
     def _on_projection(

@@ -73,3 +73,29 @@ class NormedQwenTower(QwenTower):
         query, key = super().query_key(layer, outputs)
         attention: Any = self.attention(layer)
         return attention.q_norm(query), attention.k_norm(key)
+
+
+class SplitQwenTower(QwenTower):
+    """The tower of Qwen2.5-Omni, with a projection each for queries and keys: computed in full only."""
+
+    block = Tower.block
+
+    def projections(self, layer: int) -> tuple[nn.Module, ...]:
+        attention: Any = self.attention(layer)
+        return attention.q, attention.k
+
+    def query_key(self, layer: int, outputs: list[Tensor]) -> Iterable[Tensor]:
+        heads: Any = self.attention(layer).num_heads
+        return (x.view(len(x), heads, -1) for x in outputs)
+
+
+class GroupedQwenTower(QwenTower):
+    """The tower of EXAONE 4.5, whose queries share keys in groups: computed in full only."""
+
+    block = Tower.block
+
+    def query_key(self, layer: int, outputs: list[Tensor]) -> Iterable[Tensor]:
+        attention: Any = self.attention(layer)
+        widths = [attention.q_dim, attention.kv_dim, attention.kv_dim]
+        query, key, _ = outputs[0].split(widths, -1)
+        return (x.view(len(x), -1, attention.head_dim) for x in (query, key))
