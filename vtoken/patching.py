@@ -17,7 +17,7 @@ from .accounting import EncoderReport, Report
 from .active import LOCK, Patches, patches_for, patches_of
 from .adapters.base import Adapter
 from .adapters.encoders.encoder import encoder_for
-from .adapters.registry import adapter_for
+from .adapters.registry import adapter_for, model_of
 from .config import VTokenConfig
 from .encoder_patching import EncoderPatch
 from .fit import check_fit, design_of, list_strategies, modalities_of, plain_encoder
@@ -40,7 +40,6 @@ from .selection import Selection, concat_selections
 from .strategies import Strategy
 from .strategies.assembly import assemble
 from .strategies.trained import trained_part
-from .streams import unwrapped
 from .temporal import Temporal
 from .tokens import Segment, VisualTokens
 from .trained_weights import make_module
@@ -289,7 +288,8 @@ def patch(model: M, strategy: Any, budget: float | int | None = None, **options:
     """Make a Hugging Face vision-language model read fewer visual tokens, in place.
 
     Args:
-        model: an unmodified transformers model.
+        model: an unmodified transformers model, or what holds exactly one: wrappers of torch and peft, value
+            heads, embedding heads (docs/patching.md).
         strategy: a name (`vtoken.list_strategies()`), a `vtoken.strategies` object or a `VTokenConfig`; or
             "visionzip+fastv" or the list ["visionzip", "fastv"], a projector strategy and one that drops
             inside the LLM, under one budget.
@@ -350,7 +350,7 @@ def unpatch(model: M) -> M:
         RuntimeError: if another thread is inside `with vtoken.applied(...)` of this model, and this one is
             not.
     """
-    patches = patches_of(model)
+    patches = patches_of(model_of(model))
     if patches is not None:
         patches.take_off()
     return model
@@ -358,7 +358,7 @@ def unpatch(model: M) -> M:
 
 def patch_of(model: Any) -> Patch | None:
     """The patch that a call of the model would use here, None if there is none."""
-    patches = patches_of(model)
+    patches = patches_of(model_of(model))
     return None if patches is None else cast("Patch | None", patches.current())
 
 
@@ -388,7 +388,7 @@ def disabled(model: M) -> Iterator[M]:
     An `applied` block inside it prunes nevertheless: the innermost block counts. `vtoken.report` goes on
     telling of the last call that was not disabled.
     """
-    inner = unwrapped(model)
+    inner = model_of(model)
     encoder = encoder_for(inner) if not hasattr(inner, "base_model") else None
     if encoder is None and not hasattr(inner, "base_model"):
         yield model

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from ..plugins import Plugins, same_package
-from ..streams import unwrapped
 from .base import Adapter
+from .wrapped import model_inside, no_model, no_pictures
 
 _adapters: dict[str, type[Adapter]] = {}
 _discovered = False
@@ -47,12 +47,21 @@ def list_families() -> list[str]:
     return sorted(_adapters)
 
 
+def model_of(model: Any) -> Any:
+    """The vision-language model in what a user holds, see `model_inside`; the object itself without one.
+
+    Raises:
+        ValueError: if it holds several.
+    """
+    return model_inside(model, list_families())
+
+
 def adapter_for(model: Any) -> Adapter:
-    """The adapter of a model, or of a model wrapped by torch or peft.
+    """The adapter of a model, or of the model inside a wrapper of torch, of peft or of any other class.
 
     Raises:
         TypeError: for an object that is not a transformers model.
-        ValueError: if no adapter serves its type.
+        ValueError: if no adapter serves its type, it reads no pictures, or it holds several models.
     """
     _discover()
     if isinstance(model, nn.DataParallel):
@@ -60,17 +69,15 @@ def adapter_for(model: Any) -> Adapter:
             "nn.DataParallel runs copies of the model, which read the vision tower of the original: use "
             "DistributedDataParallel, or one GPU."
         )
-    model = unwrapped(model)
+    given, model = model, model_of(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type is None or not hasattr(model, "base_model"):
-        raise TypeError(
-            "vtoken patches Hugging Face vision-language models, found"
-            f" {type(model).__module__}.{type(model).__name__}: pass the model itself, for example one loaded"
-            " with AutoModelForImageTextToText.from_pretrained(...)."
-        )
+        raise no_model(given)
     if model_type not in _adapters:
         plugins.load()
+    if model_type not in _adapters and (refusal := no_pictures(model)) is not None:
+        raise refusal
     if model_type not in _adapters:
         raise ValueError(
             f"vtoken has no adapter for model type {model_type!r}; it has {', '.join(sorted(_adapters))}. "

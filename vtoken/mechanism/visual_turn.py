@@ -290,7 +290,10 @@ class VisualTurn:
         column = _stretched(run, final, valid)
         if isinstance(out, tuple):
             return (take(out[0], column), *out[1:])
-        out.last_hidden_state = take(out.last_hidden_state, column)
+        last, states = out.last_hidden_state, getattr(out, "hidden_states", None)
+        out.last_hidden_state = take(last, column)
+        if states and states[-1] is last:  # transformers ties them, and heads read either
+            out.hidden_states = (*states[:-1], out.last_hidden_state)
         return out
 
     def _settle_cache(self, run: Run, out: Any) -> None:
