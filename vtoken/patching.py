@@ -418,3 +418,25 @@ def report(model: Any) -> Report | EncoderReport:
     if made is None:
         raise ValueError("This model has not read visual tokens since it was patched: call it first.")
     return made
+
+
+def kept_tokens(model: Any) -> Tensor:
+    """The tokens of the last prompt with pictures that the LLM read to its end.
+
+    `last_hidden_state` and logits have the prompt's length: a dropped position repeats the kept one before.
+    Of `states = model(**inputs).last_hidden_state`, the rows that the LLM computed for prompt b are
+    `states[b][vtoken.kept_tokens(model)[b]]`.
+
+    Returns:
+        (B, q) bool over the columns of `input_ids` of that forward, False for padding.
+
+    Raises:
+        ValueError: if the model is not patched, or has not been called with visual tokens since.
+    """
+    current = patch_of(model)
+    if current is None or isinstance(current, EncoderPatch):
+        raise ValueError("This model is not patched: call vtoken.patch(model, ...) first.")
+    kept = current.context.kept
+    if kept is None:
+        raise ValueError("This model has not read visual tokens since it was patched: call it first.")
+    return kept

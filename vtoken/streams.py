@@ -234,8 +234,15 @@ def stream(model: Any, state: StreamState | None = None) -> Iterator[StreamState
 
 
 def current_stream(model: Any) -> StreamState | None:
-    """The innermost open stream of a model in this context."""
-    return next((state for owner, state in reversed(_streams.get()) if owner is model), None)
+    """The innermost open stream of a model, or of a module around it, in this context."""
+    return next((state for owner, state in reversed(_streams.get()) if _holds(owner, model)), None)
+
+
+def _holds(owner: Any, model: Any) -> bool:
+    if owner is model:
+        return True
+    wraps = isinstance(owner, nn.Module) and not hasattr(owner, "base_model")  # no transformers model
+    return wraps and any(part is model for part in owner.modules())
 
 
 def keep(tensor: Tensor) -> Tensor:

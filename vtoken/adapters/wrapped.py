@@ -13,7 +13,7 @@ LOAD = "one loaded with AutoModelForImageTextToText.from_pretrained(...)"
 
 
 def model_inside(model: Any, types: Collection[str]) -> Any:
-    """The vision-language model in a wrapper of any class (value heads, embedding heads), or the model itself.
+    """The vision-language model in a wrapper of any class (a value head, an embedding head), or the model.
 
     Wrappers of torch and peft are taken off first. Of another module the outermost submodules count that are
     transformers models of one of the types and encode images themselves.

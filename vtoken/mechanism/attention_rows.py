@@ -64,8 +64,9 @@ def heads(attention: Any, x: Tensor, which: str) -> Tensor:
         raise rebuilt(f"The LLM's attention has no {which}_proj, from which its rows are computed")
     if _sharded(getattr(projection, "weight", None)):
         raise NotImplementedError(
-            f"A strategy that reads the LLM's attention computes it again from {which}_proj, whose weights are"
-            " in pieces here (FSDP, tensor parallel): use a projector strategy, or DistributedDataParallel."
+            f"A strategy that reads the LLM's attention computes it again from {which}_proj, whose weights"
+            " are in pieces here (FSDP, tensor parallel): use a projector strategy, or"
+            " DistributedDataParallel."
         )
     x = projection(x)
     x = x.view(*x.shape[:2], -1, attention.head_dim)

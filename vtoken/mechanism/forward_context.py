@@ -142,6 +142,7 @@ class ForwardContext(PerThread):
         reading: the device of a language model that reads visual tokens, None while it reads none.
         unread: whether a running `generate()` has encoded features that the language model has not yet read.
         disabled: whether the call reads all visual tokens.
+        kept: (B, q) bool, the tokens of the last forward with pictures that the LLM read to its end.
     """
 
     prompt: Prompt | None = None
@@ -152,6 +153,7 @@ class ForwardContext(PerThread):
     reading: torch.device | None = None
     unread: bool = False
     disabled: bool = False
+    kept: Tensor | None = None
 
 
 class Admission(Protocol):

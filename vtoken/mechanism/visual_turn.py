@@ -82,6 +82,7 @@ class VisualTurn:
         turn = self._open_ledger(cache, ledger, embeds, kwargs.get("attention_mask"))
         self._find_real(turn, call)
         run, plan = self._plan(turn, call, cache, visual, kwargs)
+        self.context.kept = turn.real
         if plan is None and turn.fresh and (not self.schedule.count or self.context.disabled):
             self._observe(run, turn)
             return None  # nothing to drop
@@ -282,12 +283,11 @@ class VisualTurn:
             self.layers.store(run)
         if run.choice is not None and run.choice.survivors is None:
             index, valid = run.now[-1]
-            left = torch.zeros_like(run.visual, dtype=torch.long)
-            left.scatter_add_(1, run.index.gather(1, index), valid.long())
-            run.choice.survivors = left > 0
+            run.choice.survivors = _kept(run, run.index.gather(1, index), valid)
         index, valid = run.now[self.schedule.last]
         final = run.index.gather(1, index)
         column = _stretched(run, final, valid)
+        self.context.kept = _kept(run, final, valid)
         if isinstance(out, tuple):
             return (take(out[0], column), *out[1:])
         last, states = out.last_hidden_state, getattr(out, "hidden_states", None)
@@ -307,6 +307,12 @@ class VisualTurn:
             and not any(x.is_initialized for x in counting_layers(run.cache))
         ):
             run.cache = None  # transformers takes no cache to layers that are computed again in backward
+
+
+def _kept(run: Run, final: Tensor, valid: Tensor) -> Tensor:
+    """(B, q) bool: the tokens that the last stage still has."""
+    times = torch.zeros(final.shape[0], run.query_length, dtype=torch.long, device=final.device)
+    return times.scatter_add_(1, final, valid.long()) > 0  # filler points anywhere and adds nothing
 
 
 def _stretched(run: Run, final: Tensor, valid: Tensor) -> Tensor:
