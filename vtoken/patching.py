@@ -436,7 +436,7 @@ def kept_tokens(model: Any) -> Tensor:
     current = patch_of(model)
     if current is None or isinstance(current, EncoderPatch):
         raise ValueError("This model is not patched: call vtoken.patch(model, ...) first.")
-    kept = current.context.kept
-    if kept is None:
+    read = current.context.read
+    if read is None:
         raise ValueError("This model has not read visual tokens since it was patched: call it first.")
-    return kept
+    return read.kept

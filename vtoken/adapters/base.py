@@ -40,6 +40,11 @@ class Adapter:
         square_frames: modalities whose pixels are squares of one size, so that a picture composed of frames
             can be encoded.
         frame_arguments: arguments that encode such a picture, if it takes more than pixels.
+        caches: whether the language model has a KV cache; an encoder has none.
+        short_outputs: whether the model's outputs per token are those of the tokens that the LLM read; the
+            others repeat the kept one before them.
+        merge: for models whose head encodes pictures and merges them into the embeddings.
+        config_of: for models whose config holds that of the vision-language model.
 
     Attributes:
         model: the model that the user patches.
@@ -57,15 +62,28 @@ class Adapter:
     )
     prompt_arguments: ClassVar[tuple[str, ...]] = ()
     features_field: ClassVar[str] = "pooler_output"
+    caches: ClassVar[bool] = True
+    short_outputs: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.base: Any = model.base_model
         self.decoder: Any = language_model_of(model)
-        self.config: Any = model.config
+        self.config: Any = self.config_of(model)
         self.towers: dict[str, Tower] = self.make_towers()
 
     # -- to override -----------------------------------------------------------------------------------------
+    @classmethod
+    def config_of(cls, model: Any) -> Any:
+        """The config of the vision-language model."""
+        return model.config
+
+    def merge(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the model's forward, with pictures merged into `inputs_embeds` by
+        `get_*_features` if its head would do so itself.
+        """
+        return given
+
     def make_towers(self) -> dict[str, Tower]:
         """The tower of every modality whose tower can be read; empty if none can."""
         raise NotImplementedError(f"{type(self).__name__} must say where the vision tower is.")

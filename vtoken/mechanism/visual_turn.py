@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .forward_context import Admission, Call, ForwardContext, ForwardObserver, Plan, Run
+from .forward_context import Admission, Call, ForwardContext, ForwardObserver, Plan, ReadTokens, Run
 from .generation import prompt_ends, queries_of
 from .layer_hooks import LayerHooks
 from .logical_cache import Ledger, counting_layers, make_logical, slots_in
@@ -82,7 +82,7 @@ class VisualTurn:
         turn = self._open_ledger(cache, ledger, embeds, kwargs.get("attention_mask"))
         self._find_real(turn, call)
         run, plan = self._plan(turn, call, cache, visual, kwargs)
-        self.context.kept = turn.real
+        self.context.read = ReadTokens(turn.real, turn.real)
         if plan is None and turn.fresh and (not self.schedule.count or self.context.disabled):
             self._observe(run, turn)
             return None  # nothing to drop
@@ -287,7 +287,8 @@ class VisualTurn:
         index, valid = run.now[self.schedule.last]
         final = run.index.gather(1, index)
         column = _stretched(run, final, valid)
-        self.context.kept = _kept(run, final, valid)
+        assert run.real is not None
+        context.read = ReadTokens(run.real, _kept(run, final, valid))
         if isinstance(out, tuple):
             return (take(out[0], column), *out[1:])
         last, states = out.last_hidden_state, getattr(out, "hidden_states", None)
