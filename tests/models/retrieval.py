@@ -34,7 +34,6 @@ def colqwen2_5():
     return tf.ColQwen2Config(vlm_config=qwen.qwen2_5_vl(), embedding_dim=16)
 
 
-
 def colqwen2_collate(rows: list[list[Item]]) -> dict[str, Tensor]:
     """(images, most patches, channels), as the processor pads them."""
     items = [item.tensors for row in rows for item in row]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 from .base import feature_layer_of
 from .idefics import IdeficsAdapter
@@ -16,7 +17,7 @@ from .towers.clip import SiglipTower
 class ModernVBertAdapter(IdeficsAdapter):
     """`ModernVBertModel`, `ModernVBertForMaskedLM` and its classifiers: attention in both directions."""
 
-    model_types = ("modernvbert",)
+    model_types: ClassVar[tuple[str, ...]] = ("modernvbert",)
     caches = False
 
     def make_towers(self) -> dict[str, Tower]:

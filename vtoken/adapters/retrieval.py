@@ -1,4 +1,4 @@
-"""Retrieval models: the body of a vision-language model and a head that embeds every token (ColPali's kind)."""
+"""Retrieval models of ColPali's kind: a body of another family, and a head that embeds every token."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class ColQwen2Adapter(RetrievalAdapter, QwenVLAdapter):
     modalities = ("image",)
 
     def merge(self, given: dict[str, Any]) -> dict[str, Any]:
-        pixels, grids = given.get("pixel_values"), given.get("image_grid_thw")
+        pixels: Any = given.get("pixel_values")
+        grids: Any = given.get("image_grid_thw")
         if pixels is None or given.get("inputs_embeds") is not None:
             return given
         ids, embeds = given["input_ids"], self.base.get_input_embeddings()(given["input_ids"])

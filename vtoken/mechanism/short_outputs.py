@@ -1,4 +1,4 @@
-"""Outputs of a model whose head reads the state of every token: only those of the tokens that the LLM read."""
+"""Outputs per token of a model whose head reads every state: those of the tokens that the LLM read."""
 
 from __future__ import annotations
 

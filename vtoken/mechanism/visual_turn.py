@@ -13,7 +13,7 @@ from .forward_context import Admission, Call, ForwardContext, ForwardObserver, P
 from .generation import prompt_ends, queries_of
 from .layer_hooks import LayerHooks
 from .logical_cache import Ledger, counting_layers, make_logical, slots_in
-from .masks import cut_mask, sees_itself
+from .masks import both_ways, cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged, take_types
 from .recurrent_states import check_filler, has_length
@@ -234,12 +234,18 @@ class VisualTurn:
             ).long()
         if run.ragged[0] or ledger.needs_mask or run.cache is None:
             # without a cache and a 2-D mask, gaps in position_ids would be read as packed sequences
-            return ledger.validity(0, valid).long()
+            return self._made(ledger.validity(0, valid), valid)
         return None
+
+    def _made(self, keys: Tensor, valid: Tensor) -> Tensor:
+        """A mask in place of none, from (B, k) bool."""
+        return both_ways(keys, valid.shape[1]) if self.layers.both_ways else keys.long()
 
     def _mask_of_kind(self, kind: str, mask: Any, run: Run, embeds: Tensor) -> Any:
         """The mask of one kind of layer, of several that were made before the language model."""
         valid, ledger = run.now[0][1], run.ledger
+        if mask is None and self.layers.both_ways and (run.ragged[0] or ledger.needs_mask):
+            return both_ways(ledger.validity(0, valid), valid.shape[1])
         # chunks were counted over the whole prompt; a model with chunks makes no masks of its own
         if ledger.chunked or (mask is None and (run.ragged[0] or ledger.needs_mask)):
             return mask_for_kind(
@@ -288,7 +294,8 @@ class VisualTurn:
         final = run.index.gather(1, index)
         column = _stretched(run, final, valid)
         assert run.real is not None
-        context.read = ReadTokens(run.real, _kept(run, final, valid))
+        left, there = run.now[-1]  # a drop after the last layer included
+        context.read = ReadTokens(run.real, _kept(run, run.index.gather(1, left), there))
         if isinstance(out, tuple):
             return (take(out[0], column), *out[1:])
         last, states = out.last_hidden_state, getattr(out, "hidden_states", None)
