@@ -63,7 +63,15 @@ def tiles(rows: list[list[Item]]) -> dict[str, Tensor]:
 
 
 ROWS = [
-    Retriever("colpali", "image", "ColPaliForRetrieval", colpali, image, images_first=True),
+    Retriever(
+        "colpali",
+        "image",
+        "ColPaliForRetrieval",
+        colpali,
+        image,
+        extra=lambda ids, mask: dict(token_type_ids=torch.zeros_like(ids)),
+        images_first=True,
+    ),
     Retriever("colqwen2", "image", "ColQwen2ForRetrieval", colqwen2, qwen.image, colqwen2_collate),
     Retriever("colqwen2_5", "image", "ColQwen2ForRetrieval", colqwen2_5, qwen.image, colqwen2_collate),
     Retriever("colmodernvbert", "image", "ColModernVBertForRetrieval", colmodernvbert, idefics_image, tiles),
