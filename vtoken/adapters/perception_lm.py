@@ -10,20 +10,28 @@ from ..tokens import Segment
 from .base import Adapter, Layout, square
 from .registry import register_adapter
 from .towers.base import Tower
+from .towers.timm import TimmTower
 
 
 @register_adapter
 class PerceptionLMAdapter(Adapter):
     """`PerceptionLMForConditionalGeneration`.
 
-    An image is a thumbnail and its tiles, whose places the model does not know, or a single tile. The tower's
-    attention is not read.
+    An image is a thumbnail and its tiles, whose places the model does not know, or a single tile.
     """
 
     model_types = ("perception_lm",)
 
     def make_towers(self) -> dict[str, Tower]:
-        return {}
+        drops_cls = bool(self.config.vision_use_cls_token)
+        towers = TimmTower.find(self.base.vision_tower, self._pooled)
+        return {m: tower for m, tower in towers.items() if tower.has_cls == drops_cls}
+
+    def _pooled(self, values: Tensor) -> Tensor:
+        """(..., patches) -> (..., cells), the mean over the patches that the projector pools."""
+        patches = values.flatten(0, -2)[..., None].float()
+        cells: Tensor = self.base.multi_modal_projector.pooling(patches)
+        return cells[..., 0].unflatten(0, values.shape[:-1])
 
     def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
         tiles = arguments[self.pixel_argument(arguments)].shape[1]
