@@ -146,6 +146,8 @@ def capture(model, inputs: dict, door: str = "generate") -> list[Prompt]:
             k: torch.zeros_like(embeds).masked_scatter(marks, d) for k, d in got["deepstack_features"].items()
         }
     allowed = _pattern(got.get("attention_mask"))
+    if got.get("attention_mask") is None and _sees_both_ways(model):
+        allowed = {"": torch.ones(1, length, length, dtype=torch.bool)}
     prompts = []
     for b in range(batch):
         index = inputs["attention_mask"][b].bool().nonzero()[:, 0]
@@ -165,6 +167,12 @@ def capture(model, inputs: dict, door: str = "generate") -> list[Prompt]:
             Prompt(embeds[b, index], positions[..., b, index], index, pattern, rows, types, per_layer, before)
         )
     return prompts
+
+
+def _sees_both_ways(model) -> bool:
+    """Whether attention is in both directions if there is no mask, as in PaliGemma."""
+    layer = decoder_of(model).layers[0] if hasattr(decoder_of(model), "layers") else None
+    return getattr(getattr(layer, "self_attn", None), "is_causal", True) is False
 
 
 def _pattern(mask) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .drawing import visualize
     from .fit import list_strategies
     from .mechanism.generation import prompt_length
-    from .patching import applied, disabled, patch, report, unpatch
+    from .patching import applied, disabled, kept_tokens, patch, report, unpatch
     from .resize import resized
     from .saving import save_strategy
     from .selection import Selection
@@ -50,6 +50,7 @@ __all__ = [
     "__version__",
     "applied",
     "disabled",
+    "kept_tokens",
     "list_strategies",
     "patch",
     "prompt_length",
@@ -82,7 +83,7 @@ _LAZY = {
     "save_strategy": "saving",
     "visualize": "drawing",
     "StreamSession": "streaming",
-    **dict.fromkeys(("applied", "disabled", "patch", "report", "unpatch"), "patching"),
+    **dict.fromkeys(("applied", "disabled", "kept_tokens", "patch", "report", "unpatch"), "patching"),
     **dict.fromkeys(("EncoderStrategy", "Strategy", "StrategyInfo"), "strategies"),
     **dict.fromkeys(("register", "strategy_info"), "strategies"),
     **dict.fromkeys(("FrameTokens", "Reuse", "StreamState", "stream"), "streams"),

@@ -8,13 +8,13 @@ from typing import Any
 
 from .adapters.base import Adapter
 from .adapters.encoders.encoder import Encoder, encoder_for
-from .adapters.registry import adapter_for, list_families
+from .adapters.registry import adapter_for, list_families, model_of
 from .mechanism.attention_rows import check_projections
 from .mechanism.drop_schedule import DropSchedule
 from .mechanism.recurrent_states import layers_of_fixed_length
 from .strategies import EncoderStrategy, Strategy, list_names, strategy_info
 from .strategies.trained import trained_part
-from .streams import Reuse, unwrapped
+from .streams import Reuse
 from .temporal import Temporal
 from .tokens import Needs
 
@@ -303,7 +303,7 @@ def plain_encoder(model: Any) -> Encoder | None:
     Raises:
         ValueError: for a model of timm or open_clip that has no layers to merge tokens between.
     """
-    inner = unwrapped(model)
+    inner = model_of(model)
     if getattr(getattr(inner, "config", None), "model_type", None) in list_families():
         return None
     encoder = encoder_for(inner)

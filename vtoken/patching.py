@@ -17,7 +17,7 @@ from .accounting import EncoderReport, Report
 from .active import LOCK, Patches, patches_for, patches_of
 from .adapters.base import Adapter
 from .adapters.encoders.encoder import encoder_for
-from .adapters.registry import adapter_for
+from .adapters.registry import adapter_for, model_of
 from .config import VTokenConfig
 from .encoder_patching import EncoderPatch
 from .fit import check_fit, design_of, fitting, modalities_of, plain_encoder
@@ -40,7 +40,6 @@ from .selection import Selection, concat_selections
 from .strategies import Strategy
 from .strategies.assembly import assemble
 from .strategies.trained import trained_part
-from .streams import unwrapped
 from .temporal import Temporal
 from .tokens import Segment, VisualTokens
 from .trained_weights import make_module
@@ -294,7 +293,8 @@ def patch(
     """Make a Hugging Face vision-language model read fewer visual tokens, in place.
 
     Args:
-        model: an unmodified transformers model.
+        model: an unmodified transformers model, or what holds exactly one: wrappers of torch and peft, value
+            heads, embedding heads (docs/patching.md).
         strategy: a name (`vtoken.list_strategies()`), a `vtoken.strategies` object or a `VTokenConfig`; or
             "visionzip+fastv" or the list ["visionzip", "fastv"], a projector strategy and one that drops
             inside the LLM, under one budget.
@@ -366,7 +366,7 @@ def unpatch(model: M) -> M:
         RuntimeError: if another thread is inside `with vtoken.applied(...)` of this model, and this one is
             not.
     """
-    patches = patches_of(model)
+    patches = patches_of(model_of(model))
     if patches is not None:
         patches.take_off()
     return model
@@ -374,7 +374,7 @@ def unpatch(model: M) -> M:
 
 def patch_of(model: Any) -> Patch | None:
     """The patch that a call of the model would use here, None if there is none."""
-    patches = patches_of(model)
+    patches = patches_of(model_of(model))
     return None if patches is None else cast("Patch | None", patches.current())
 
 
@@ -411,7 +411,7 @@ def disabled(model: M) -> Iterator[M]:
     An `applied` block inside it prunes nevertheless: the innermost block counts. `vtoken.report` goes on
     telling of the last call that was not disabled.
     """
-    inner = unwrapped(model)
+    inner = model_of(model)
     encoder = encoder_for(inner) if not hasattr(inner, "base_model") else None
     if encoder is None and not hasattr(inner, "base_model"):
         yield model
@@ -441,3 +441,25 @@ def report(model: Any) -> Report | EncoderReport:
     if made is None:
         raise ValueError("This model has not read visual tokens since it was patched: call it first.")
     return made
+
+
+def kept_tokens(model: Any) -> Tensor:
+    """The tokens of the last prompt with pictures that the LLM read to its end.
+
+    `last_hidden_state` and logits have the prompt's length: a dropped position repeats the kept one before.
+    Of `states = model(**inputs).last_hidden_state`, the rows that the LLM computed for prompt b are
+    `states[b][vtoken.kept_tokens(model)[b]]`.
+
+    Returns:
+        (B, q) bool over the columns of `input_ids` of that forward, False for padding.
+
+    Raises:
+        ValueError: if the model is not patched, or has not been called with visual tokens since.
+    """
+    current = patch_of(model)
+    if current is None or isinstance(current, EncoderPatch):
+        raise ValueError("This model is not patched: call vtoken.patch(model, ...) first.")
+    read = current.context.read
+    if read is None:
+        raise ValueError("This model has not read visual tokens since it was patched: call it first.")
+    return read.kept

@@ -179,14 +179,15 @@ _streams: ContextVar[tuple[tuple[Any, StreamState], ...]] = ContextVar("vtoken_s
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside its wrappers (`torch.compile`, `DistributedDataParallel`, `PeftModel`), or itself.
+    """The model inside its wrappers (`torch.compile`, distributed ones, `PeftModel`), or itself.
 
     A wrapper and the wrapped model are one model to vtoken.
     """
     while True:
-        attributes = getattr(model, "__dict__", {})
-        if "_orig_mod" in attributes.get("_modules", {}):  # torch.compile
-            model = attributes["_modules"]["_orig_mod"]
+        modules = getattr(model, "__dict__", {}).get("_modules", {})
+        inside = [modules[n] for n in ("_orig_mod", "_fsdp_wrapped_module") if n in modules]
+        if inside:  # torch.compile, FullyShardedDataParallel
+            model = inside[0]
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif callable(getattr(model, "get_base_model", None)):  # peft
@@ -233,8 +234,15 @@ def stream(model: Any, state: StreamState | None = None) -> Iterator[StreamState
 
 
 def current_stream(model: Any) -> StreamState | None:
-    """The innermost open stream of a model in this context."""
-    return next((state for owner, state in reversed(_streams.get()) if owner is model), None)
+    """The innermost open stream of a model, or of a module around it, in this context."""
+    return next((state for owner, state in reversed(_streams.get()) if _holds(owner, model)), None)
+
+
+def _holds(owner: Any, model: Any) -> bool:
+    if owner is model:
+        return True
+    wraps = isinstance(owner, nn.Module) and not hasattr(owner, "base_model")  # no transformers model
+    return wraps and any(part is model for part in owner.modules())
 
 
 def keep(tensor: Tensor) -> Tensor:

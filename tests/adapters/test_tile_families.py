@@ -228,8 +228,11 @@ def test_attention_rows_are_those_of_the_eager_model(name):
 def test_list_strategies_knows_what_fits(name):
     fit = set(vtoken.list_strategies(model=clean(name)))
     assert name in list_families() and {"random", "uniform", "pool"} <= fit
-    assert ("visionzip" in fit) == (name in (*READ, "lighton_ocr"))
+    assert ("visionzip" in fit) == (name in (*READ, "lighton_ocr", "perception_lm"))
     assert ("fastv" in fit) == (name in ROTATED)
+    if name == "perception_lm":  # its tower has a class token
+        assert "vtc_cls" in fit
+        return
     with pytest.raises(ValueError, match="use "):
         vtoken.patch(subject(name), "vtc_cls")
 

@@ -44,6 +44,11 @@ class Adapter:
         features_in_layers: True if the LLM adds the features in its layers, to visual tokens that are zero
             before; the features are then those of all these layers side by side.
         rotates_everywhere: False for an LLM with layers without positions that none of its parts tell.
+        caches: whether the language model has a KV cache; an encoder has none.
+        short_outputs: whether the model's outputs per token are those of the tokens that the LLM read; the
+            others repeat the kept one before them.
+        merge: for models whose head encodes pictures and merges them into the embeddings.
+        config_of: for models whose config holds that of the vision-language model.
 
     Attributes:
         model: the model that the user patches.
@@ -64,15 +69,28 @@ class Adapter:
     has_grid: ClassVar[bool] = True
     rotates_everywhere: ClassVar[bool] = True
     features_in_layers: ClassVar[bool] = False
+    caches: ClassVar[bool] = True
+    short_outputs: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.base: Any = model.base_model
         self.decoder: Any = language_model_of(model)
-        self.config: Any = model.config
+        self.config: Any = self.config_of(model)
         self.towers: dict[str, Tower] = self.make_towers()
 
     # -- to override -----------------------------------------------------------------------------------------
+    @classmethod
+    def config_of(cls, model: Any) -> Any:
+        """The config of the vision-language model."""
+        return model.config
+
+    def merge(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the model's forward, with pictures merged into `inputs_embeds` by
+        `get_*_features` if its head would do so itself.
+        """
+        return given
+
     def make_towers(self) -> dict[str, Tower]:
         """The tower of every modality whose tower can be read; empty if none can."""
         raise NotImplementedError(f"{type(self).__name__} must say where the vision tower is.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ class IdeficsAdapter(Adapter):
     between rows, and the same tag before every whole image. The frames of a video are images to the model.
     """
 
-    model_types = ("idefics3", "smolvlm")
+    model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
     pixel_arguments = ("pixel_values", "image_hidden_states")
     prompt_arguments = ("inputs_embeds",)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from .towers.clip import SiglipTower
 class PaliGemmaAdapter(Adapter):
     """`PaliGemmaForConditionalGeneration`."""
 
-    model_types = ("paligemma",)
+    model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
 
     def make_towers(self) -> dict[str, Tower]:
         tower = self.base.vision_tower

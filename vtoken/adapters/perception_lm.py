@@ -10,6 +10,7 @@ from ..tokens import Segment
 from .base import Adapter, Layout, square
 from .registry import register_adapter
 from .towers.base import Tower
+from .towers.timm import TimmTower
 
 
 @register_adapter
@@ -17,14 +18,22 @@ class PerceptionLMAdapter(Adapter):
     """`PerceptionLMForConditionalGeneration`.
 
     An image is a thumbnail and its tiles, whose places the model does not know, or a single tile. Videos are
-    encoded with `get_image_features`. The tower's attention is not read.
+    encoded with `get_image_features`.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("perception_lm",)
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
 
     def make_towers(self) -> dict[str, Tower]:
-        return {}
+        drops_cls = bool(self.config.vision_use_cls_token)
+        towers = TimmTower.find(self.base.vision_tower, self._pooled)
+        return {m: tower for m, tower in towers.items() if tower.has_cls == drops_cls}
+
+    def _pooled(self, values: Tensor) -> Tensor:
+        """(..., patches) -> (..., cells), the mean over the patches that the projector pools."""
+        patches = values.flatten(0, -2)[..., None].float()
+        cells: Tensor = self.base.multi_modal_projector.pooling(patches)
+        return cells[..., 0].unflatten(0, values.shape[:-1])
 
     def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
         tiles = arguments[self.pixel_argument(arguments)].shape[1]

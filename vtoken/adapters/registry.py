@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from ..plugins import Plugins, same_package
-from ..streams import unwrapped
 from .base import Adapter
 from .generic import GenericAdapter
 from .refused import check_served
+from .wrapped import model_inside, no_model, no_pictures
 
 _adapters: dict[str, type[Adapter]] = {}
 _discovered = False
@@ -55,15 +55,24 @@ def adapter_class(model_type: str) -> type[Adapter]:
     return _adapters[model_type]
 
 
+def model_of(model: Any) -> Any:
+    """The vision-language model in what a user holds, see `model_inside`; the object itself without one.
+
+    Raises:
+        ValueError: if it holds several.
+    """
+    return model_inside(model, list_families())
+
+
 def adapter_for(model: Any, adapter: str | type[Adapter] | None = None) -> Adapter:
-    """The adapter of a model, or of a model wrapped by torch or peft.
+    """The adapter of a model, or of the model inside a wrapper of torch, of peft or of any other class.
 
     Args:
         adapter: None for the one of the model's type, "generic", or a subclass of `Adapter`.
 
     Raises:
         TypeError: for an object that is not a transformers model, or an adapter that is none.
-        ValueError: if no adapter serves its type.
+        ValueError: if no adapter serves its type, it reads no pictures, or it holds several models.
     """
     _discover()
     chosen = None if adapter is None else _chosen(adapter)
@@ -72,27 +81,19 @@ def adapter_for(model: Any, adapter: str | type[Adapter] | None = None) -> Adapt
             "nn.DataParallel runs copies of the model, which read the vision tower of the original: use "
             "DistributedDataParallel, or one GPU."
         )
-    model = unwrapped(model)
+    given, model = model, model_of(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     check_served(model_type)
     if model_type is None or not hasattr(model, "base_model"):
-        raise TypeError(
-            "vtoken patches Hugging Face vision-language models, found"
-            f" {type(model).__module__}.{type(model).__name__}: pass the model itself, for example one loaded"
-            " with AutoModelForImageTextToText.from_pretrained(...)."
-        )
+        raise no_model(given)
     if chosen is not None:
         return chosen(model)
     if model_type not in _adapters:
         plugins.load()
+    if model_type not in _adapters and (refusal := no_pictures(model)) is not None:
+        raise refusal
     if model_type not in _adapters:
-        if not hasattr(model.base_model, "get_image_features"):
-            raise ValueError(
-                f"vtoken patches vision-language models, and the {type(model).__name__} of model type"
-                f" {model_type!r} has no get_image_features: vtoken.list_families() names those that work,"
-                " such as 'llava' and 'qwen2_5_vl'."
-            )
         raise ValueError(
             f'vtoken has no adapter for model type {model_type!r}: pass adapter="generic", which serves the'
             " strategies that read neither the vision tower nor places in the picture, or write one as"

@@ -62,10 +62,25 @@ def heads(attention: Any, x: Tensor, which: str) -> Tensor:
     projection = getattr(attention, f"{which}_proj", None)
     if projection is None:
         raise rebuilt(f"The LLM's attention has no {which}_proj, from which its rows are computed")
+    if _sharded(getattr(projection, "weight", None)):
+        raise NotImplementedError(
+            f"A strategy that reads the LLM's attention computes it again from {which}_proj, whose weights"
+            " are in pieces here (FSDP, tensor parallel): use a projector strategy, or"
+            " DistributedDataParallel."
+        )
     x = projection(x)
     x = x.view(*x.shape[:2], -1, attention.head_dim)
     norm = getattr(attention, f"{which}_norm", None)
     return (x if norm is None else norm(x)).transpose(1, 2)
+
+
+def _sharded(weight: Any) -> bool:
+    """Whether this process has a piece of a weight only; FSDP frees the others after a layer's forward."""
+    if not isinstance(weight, Tensor) or weight.is_meta:  # weights that accelerate loads for the call
+        return False
+    if hasattr(weight, "placements"):
+        return True
+    return not weight.numel() or weight.ndim < 2 or not weight.untyped_storage().size()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ..streams import unwrapped
 from .forward_context import Call, Run
 from .logical_cache import Ledger, ledger_of, slots_in
 from .prompt import EncodedVisuals
+from .short_outputs import short_outputs
 from .transformers_names import cache_in, changed, check_names
 from .unread_features import Unread
 from .visual_turn import VisualTurn
@@ -65,8 +66,9 @@ class EntranceHooks:
         if hasattr(self.decoder, "_deepstack_process"):
             self.wrapped.wrap(self.decoder, "_deepstack_process", self.layers.deepstack)
         self.model_arguments = list(inspect.signature(self.model.forward).parameters)
-        if "labels" in self.model_arguments:  # PEFT calls `forward` itself, around every hook
-            self.wrapped.wrap(self.model, "forward", self._labelled)
+        if "labels" in self.model_arguments or adapter.short_outputs:
+            # PEFT calls `forward` itself, around every hook
+            self.wrapped.wrap(self.model, "forward", self._forward)
         make_masks = getattr(self.model, "create_masks_for_generate", None)
         self.wrapped.wrap(
             self.model,
@@ -85,11 +87,14 @@ class EntranceHooks:
         self.wrapped.remove()
 
     # -- calls of the models ---------------------------------------------------------------------------------
-    def _labelled(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outer, self.context.labels = self.context.labels, kwargs.get("labels")
         if args and self.context.labels is None:
             self.context.labels = dict(zip(self.model_arguments, args, strict=False)).get("labels")
         try:
+            if self.adapter.short_outputs and self.gate.serves() and not self.gate.disabled():
+                given = dict(zip(self.model_arguments, args, strict=False)) | kwargs
+                return short_outputs(self.context, self.adapter.merge, original, given)
             return original(*args, **kwargs)
         finally:
             self.context.labels = outer
@@ -140,9 +145,11 @@ class EntranceHooks:
         call = Call()
         given = dict(zip(self.base_arguments, args, strict=False)) | kwargs
         call.given, call.input_ids = given, given.get("input_ids")
-        outputs = given.get("mm_encoder_outputs")
+        outputs, early = given.get("mm_encoder_outputs"), self.context.early
         pixels = any(given.get(name) is not None for name in self.adapter.pixel_arguments)
         call.has_features = bool(outputs) or pixels
+        if early is not None and early.encoded:
+            call.input_ids, call.encoded, call.has_features = early.input_ids, early.encoded, True
         if isinstance(outputs, dict):
             call.encoded = {m: self.read(m, out) for m, out in outputs.items() if out is not None}
         if call.has_features:

@@ -133,6 +133,14 @@ class Run:
         return self.visual & (place != self.queries[:, None])
 
 
+@dataclass(frozen=True)
+class ReadTokens:
+    """(B, q) bool: the tokens of a forward that are not padding, and those that the LLM read to its end."""
+
+    real: Tensor
+    kept: Tensor
+
+
 class ForwardContext(PerThread):
     """State of the calls of one patch in this thread, shared by its hooks.
 
@@ -145,6 +153,8 @@ class ForwardContext(PerThread):
         reading: the device of a language model that reads visual tokens, None while it reads none.
         unread: whether a running `generate()` has encoded features that the language model has not yet read.
         disabled: whether the call reads all visual tokens.
+        read: tokens of the last forward with pictures, all real ones and those that the LLM read to its end.
+        early: a forward of the model, whose head may encode pictures before it calls the base model.
     """
 
     prompt: Prompt | None = None
@@ -155,6 +165,8 @@ class ForwardContext(PerThread):
     reading: torch.device | None = None
     unread: bool = False
     disabled: bool = False
+    read: ReadTokens | None = None
+    early: Call | None = None
 
 
 class Admission(Protocol):

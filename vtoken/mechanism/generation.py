@@ -31,13 +31,23 @@ _told: ContextVar[Tensor | None] = ContextVar("vtoken_prompt_length", default=No
 def generating(context: ForwardContext, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `generate` and remember its prompt."""
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-    default = getattr(getattr(original, "__self__", None), "generation_config", None)
-    prompt = Prompt(ids if isinstance(ids, Tensor) else None, kwargs, default=default)
+    model = getattr(original, "__self__", None)
+    default = getattr(model, "generation_config", None)
+    virtual = _virtual_tokens(model)
+    prompt = Prompt(ids if isinstance(ids, Tensor) else None, kwargs, default=default, virtual=virtual)
     outer, context.prompt = context.prompt, prompt
     try:
         return original(*args, **kwargs)
     finally:
         context.prompt = outer
+
+
+def _virtual_tokens(model: Any) -> int:
+    """Tokens that prompt learning of peft puts before the prompt, in a `generate` that it calls."""
+    owner = getattr(getattr(model, "prepare_inputs_for_generation", None), "__self__", None)
+    config = getattr(owner, "active_peft_config", None)
+    learnt = getattr(config, "is_prompt_learning", False)
+    return int(getattr(config, "num_virtual_tokens", 0) or 0) if learnt else 0
 
 
 @contextmanager

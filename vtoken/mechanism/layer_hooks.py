@@ -26,7 +26,7 @@ from .forward_context import ForwardContext, Plan, Run
 from .hidden_pictures import adapted, hidden_now, hide
 from .layer_views import LayerViews
 from .logical_cache import Ledger, counting_layers, settle
-from .masks import WINDOW_FULL, cut_mask
+from .masks import WINDOW_FULL, both_ways, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged, tokenwise
 from .recurrent_states import SPOILED
 from .transformers_names import cache_argument, changed, check_length, recomputes
@@ -77,6 +77,12 @@ class LayerHooks:
     @property
     def flash(self) -> bool:
         return "flash" in (self.decoder.config._attn_implementation or "")
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether attention without a mask is in both directions, and masks are tensors of its pattern."""
+        layer = next(iter(getattr(self.decoder, "layers", ())), None)
+        return not self.flash and getattr(getattr(layer, "self_attn", None), "is_causal", True) is False
 
     def find(self) -> list[Hook]:
         """The hooks, on the layers that the decoder has now."""
@@ -311,6 +317,8 @@ class LayerHooks:
             valid = torch.ones(hidden.shape[0], tail, dtype=torch.bool, device=hidden.device)
         else:
             valid = now[1]
+        if self.both_ways:
+            return both_ways(ledger.validity(table, valid), hidden.shape[1])
         layer = run.cache.layers[i] if run.cache is not None else None
         saved = getattr(layer, "after_stage", None)
         if layer is not None:

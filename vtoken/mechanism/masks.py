@@ -26,6 +26,14 @@ def sees_itself(mask: Any, past: int, otherwise: Tensor) -> Tensor:
     return (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2).expand_as(otherwise)
 
 
+def both_ways(keys: Tensor, queries: int) -> Tensor:
+    """(B, k) bool, keys that are no filler -> (B, 1, q, k) bool: attention in both directions; filler sees
+    itself.
+    """
+    itself = torch.eye(queries, keys.shape[1], dtype=torch.bool, device=keys.device)
+    return keys[:, None, None].bool() | itself.roll(keys.shape[1] - queries, 1)
+
+
 def cut_mask(
     mask: Any,
     run: Run,

@@ -99,6 +99,7 @@ class Prompt:
         choice: the choice, if every step reads the prompt again.
         pushed: by modality, the frames already pushed to a stream, as (stream, tensors, features), which are
             not pushed again.
+        virtual: tokens that were learnt and come before the prompt.
     """
 
     input_ids: Tensor | None
@@ -107,6 +108,7 @@ class Prompt:
     default: Any = None
     choice: Choice | None = None
     pushed: dict[str, tuple[Any, dict[str, Tensor], Any]] = field(default_factory=dict)
+    virtual: int = 0
 
     def features_of(self, modality: str, stream: Any, given: dict[str, Any]) -> Any:
         """The features of these frames if this `generate` pushed them to the stream, else None.
@@ -124,7 +126,8 @@ class Prompt:
         """Tokens of the prompt, including earlier turns in the cache; 0 if unknown."""
         # of the whole conversation, since input_ids may be only the last turn
         mask = self.given.get("attention_mask")
-        return int(mask.shape[1]) if isinstance(mask, Tensor) and mask.ndim == 2 else self._given_tokens
+        told = int(mask.shape[1]) if isinstance(mask, Tensor) and mask.ndim == 2 else self._given_tokens
+        return told + self.virtual if told else 0
 
     @property
     def _given_tokens(self) -> int:

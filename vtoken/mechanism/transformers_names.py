@@ -126,9 +126,10 @@ def check_names(adapter: Adapter, inside: bool) -> None:
     takes = inspect.signature(base.forward).parameters
     if not _nameless(takes.values()) and not set(takes) & set(adapter.pixel_arguments):
         raise changed(f"{_name(base.forward)} takes none of {', '.join(adapter.pixel_arguments)}")
-    cache_argument(base.forward)
     _check_takes(decoder.forward, "inputs_embeds", "attention_mask", "position_ids")
-    cache_argument(decoder.forward)
+    if adapter.caches:
+        cache_argument(base.forward)
+        cache_argument(decoder.forward)
     for modality in adapter.modalities:
         if not hasattr(base, f"get_{modality}_features") and not hasattr(base, "get_image_features"):
             raise changed(f"{type(base).__name__} has no get_{modality}_features")

@@ -206,6 +206,8 @@ class VisionHooks:
             prompt.pushed[modality] = stream, tensors_of(bound.arguments), output
         if context.call is not None:  # encoded inside forward
             context.call.encoded[modality] = encoded
+        elif context.early is not None:  # encoded by the model's head
+            context.early.encoded[modality] = encoded
         elif context.prompt is not None:
             context.prompt.encoded[modality] = encoded
             context.unread = True

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .forward_context import Admission, Call, ForwardContext, ForwardObserver, Plan, Run
+from .forward_context import Admission, Call, ForwardContext, ForwardObserver, Plan, ReadTokens, Run
 from .generation import prompt_ends, queries_of
 from .layer_hooks import LayerHooks
 from .logical_cache import Ledger, counting_layers, make_logical, slots_in
-from .masks import cut_mask, sees_itself
+from .masks import both_ways, cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged, tokenwise
 from .recurrent_states import check_filler, has_length
@@ -90,6 +90,7 @@ class VisualTurn:
         turn = self._open_ledger(cache, ledger, embeds, kwargs.get("attention_mask"))
         self._find_real(turn, call)
         run, plan = self._plan(turn, call, cache, visual, kwargs)
+        self.context.read = ReadTokens(turn.real, turn.real)
         if plan is None and turn.fresh and (not self.schedule.count or self.context.disabled):
             self._observe(run, turn)
             return None  # nothing to drop
@@ -244,12 +245,18 @@ class VisualTurn:
             ).long()
         if run.ragged[0] or ledger.needs_mask or run.cache is None:
             # without a cache and a 2-D mask, gaps in position_ids would be read as packed sequences
-            return ledger.validity(0, valid).long()
+            return self._made(ledger.validity(0, valid), valid)
         return None
+
+    def _made(self, keys: Tensor, valid: Tensor) -> Tensor:
+        """A mask in place of none, from (B, k) bool."""
+        return both_ways(keys, valid.shape[1]) if self.layers.both_ways else keys.long()
 
     def _mask_of_kind(self, kind: str, mask: Any, run: Run, embeds: Tensor) -> Any:
         """The mask of one kind of layer, of several that were made before the language model."""
         valid, ledger = run.now[0][1], run.ledger
+        if mask is None and self.layers.both_ways and (run.ragged[0] or ledger.needs_mask):
+            return both_ways(ledger.validity(0, valid), valid.shape[1])
         # chunks were counted over the whole prompt; a model with chunks makes no masks of its own
         if ledger.chunked or (mask is None and (run.ragged[0] or ledger.needs_mask)):
             return mask_for_kind(
@@ -320,17 +327,21 @@ class VisualTurn:
             self.layers.store(run)
         if run.choice is not None and run.choice.survivors is None:
             index, valid = run.now[-1]
-            left = torch.zeros_like(run.visual, dtype=torch.long)
-            left.scatter_add_(1, run.index.gather(1, index), valid.long())
-            run.choice.survivors = left > 0
+            run.choice.survivors = _kept(run, run.index.gather(1, index), valid)
         index, valid = run.now[self.schedule.last]
         final = run.index.gather(1, index)
         column = _stretched(run, final, valid)
         if answered < final.shape[1]:  # nothing before the last tokens was answered for, nor is it asked for
             column = (column - (final.shape[1] - answered)).clamp(min=0)[:, -answered:]
+        assert run.real is not None
+        left, there = run.now[-1]  # a drop after the last layer included
+        context.read = ReadTokens(run.real, _kept(run, run.index.gather(1, left), there))
         if isinstance(out, tuple):
             return (take(out[0], column), *out[1:])
-        out.last_hidden_state = take(out.last_hidden_state, column)
+        last, states = out.last_hidden_state, getattr(out, "hidden_states", None)
+        out.last_hidden_state = take(last, column)
+        if states and states[-1] is last:  # transformers ties them, and heads read either
+            out.hidden_states = (*states[:-1], out.last_hidden_state)
         return out
 
     def _settle_cache(self, run: Run, out: Any) -> None:
@@ -344,6 +355,12 @@ class VisualTurn:
             and not any(x.is_initialized for x in counting_layers(run.cache))
         ):
             run.cache = None  # transformers takes no cache to layers that are computed again in backward
+
+
+def _kept(run: Run, final: Tensor, valid: Tensor) -> Tensor:
+    """(B, q) bool: the tokens that the last stage still has."""
+    times = torch.zeros(final.shape[0], run.query_length, dtype=torch.long, device=final.device)
+    return times.scatter_add_(1, final, valid.long()) > 0  # filler points anywhere and adds nothing
 
 
 def _stretched(run: Run, final: Tensor, valid: Tensor) -> Tensor:
