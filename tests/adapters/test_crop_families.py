@@ -1,0 +1,76 @@
+"""Families in crops or packed patches, through their own processors: the cell of a painted box is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from PIL import Image
+
+from tests.mechanism.common import subject
+from tests.models import FAMILIES
+from tests.models.common import BREAK, END, IMG, START, VID
+
+from .families import check, check_full_budget, quiet, seen
+from .pictures import find, painted, tokenizer_of
+
+
+@dataclass(frozen=True)
+class Own:
+    """A family with its own processor: the placeholder in a prompt, the size of a picture (width, height), and
+    (segment, cell) to be found on it.
+    """
+
+    processor: Callable[[], Any]
+    placeholder: str
+    size: tuple[int, int]
+    cells: tuple[tuple[int, int], ...]
+
+    def prompt(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        return dict(
+            self.processor()(images=[image], text=[f"w1 w5 {self.placeholder} w6 w7"], return_tensors="pt")
+        )
+
+
+def molmo2():
+    marks = {"<im_patch>": IMG, "<im_col>": BREAK, "<im_start>": START, "<im_end>": END, "<im_low>": 114}
+    marks |= {"<|image|>": 110, "<|video|>": VID, "<low_res_im_start>": 111}
+    words = tokenizer_of(marks | {"<frame_start>": 112, "<frame_end>": 113})
+    words.bos_token = "w1"
+    size = dict(size={"height": 42, "width": 42}, patch_size=7, pooling_size=[2, 2])
+    images = tf.Molmo2ImageProcessor(**size, max_crops=4, overlap_margins=[1, 1])
+    videos = tf.Molmo2VideoProcessor(**size, do_sample_frames=False)
+    return tf.Molmo2Processor(image_processor=images, video_processor=videos, tokenizer=words)
+
+
+OWN = {"molmo2": Own(molmo2, "<|image|>", (70, 70), ((0, 0), (0, 5), (1, 0), (1, 9), (1, 12), (1, 24)))}
+PLACES = [(name, *place) for name, own in OWN.items() if name in FAMILIES for place in own.cells]
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n.partition("/")[0] in OWN])
+def test_strategies(name):
+    """Left-padded rows with one and two items of different sizes, and a row of text."""
+    family = FAMILIES[name]
+    for strategy in ("random", "pool"):
+        check(name, strategy, family.prompt([row[: family.per_prompt] for row in ([0], [1, 2], [])]))
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n.partition("/")[0] in OWN])
+def test_full_budget_is_the_unpatched_model(name):
+    check_full_budget(name)
+
+
+@pytest.mark.parametrize(("name", "segment", "cell"), PLACES)
+def test_a_painted_box_is_found_at_its_cell(name, segment, cell):
+    own, model = OWN[name], quiet(name)
+    plain = own.prompt(painted(own.size, None))
+    (item,) = seen(subject(name), plain, received=False, keys=False)
+    width, height = own.size
+    boxes = item.segments[segment].cell_boxes() * torch.tensor([width, height, width, height])
+    marked = own.prompt(painted(own.size, tuple(boxes[cell].round().int().tolist())))
+    first = sum(s.size for s in item.segments[:segment])
+    assert find(model, plain, marked, segment)[0] == first + cell
