@@ -14,6 +14,7 @@ from PIL import Image
 from tests.mechanism.common import subject
 from tests.models import FAMILIES
 from tests.models.common import BREAK, END, IMG, START, VID
+from tests.models.minicpm import SLICE, SLICE_END
 
 from .families import check, check_full_budget, quiet, seen
 from .pictures import find, painted, tokenizer_of
@@ -47,7 +48,29 @@ def molmo2():
     return tf.Molmo2Processor(image_processor=images, video_processor=videos, tokenizer=words)
 
 
-OWN = {"molmo2": Own(molmo2, "<|image|>", (70, 70), ((0, 0), (0, 5), (1, 0), (1, 9), (1, 12), (1, 24)))}
+def minicpm(version: str):
+    def made():
+        names = dict(image_token=IMG, video_token=VID, image_start_token=START, image_end_token=END)
+        names |= dict(slice_start_token=SLICE, slice_end_token=SLICE_END)
+        names |= dict(image_id_start_token=112, image_id_end_token=113)
+        words = tokenizer_of({f"<{name}>": i for name, i in names.items()} | {"\n": BREAK})
+        for name in names:
+            setattr(words, name, f"<{name}>")
+        words.image_token_id, words.video_token_id = IMG, VID
+        images = tf.MiniCPMV4_6ImageProcessor(patch_size=7, scale_resolution=56, max_slice_nums=4)
+        videos = tf.MiniCPMV4_6VideoProcessor(patch_size=7, scale_resolution=56, do_sample_frames=False)
+        cls = getattr(tf, f"MiniCPMV{version}Processor")
+        return cls(image_processor=images, video_processor=videos, tokenizer=words)
+
+    return made
+
+
+SLICED = ("<image_token>", (112, 112), ((0, 0), (0, 1), (1, 0), (2, 3), (3, 2), (4, 3)))
+OWN = {
+    "molmo2": Own(molmo2, "<|image|>", (70, 70), ((0, 0), (0, 5), (1, 0), (1, 9), (1, 12), (1, 24))),
+    "minicpmv4_6": Own(minicpm("4_6"), *SLICED),
+    "minicpmv4_7": Own(minicpm("4_7"), *SLICED),
+}
 PLACES = [(name, *place) for name, own in OWN.items() if name in FAMILIES for place in own.cells]
 
 
@@ -74,3 +97,10 @@ def test_a_painted_box_is_found_at_its_cell(name, segment, cell):
     marked = own.prompt(painted(own.size, tuple(boxes[cell].round().int().tolist())))
     first = sum(s.size for s in item.segments[:segment])
     assert find(model, plain, marked, segment)[0] == first + cell
+
+
+@pytest.mark.parametrize("name", [n for n in ("minicpmv4_6/video", "minicpmv4_7/video") if n in FAMILIES])
+def test_frames_that_follow_one_another_are_a_video(name):
+    items = seen(subject(name), FAMILIES[name].prompt([[0], [1, 2]]), received=False, keys=False)
+    kinds = [[s.kind for s in item.segments] for item in items]
+    assert kinds == [["frame"] * 3, ["frame"] * 3, ["frame", "crop", "crop"] * 3]
