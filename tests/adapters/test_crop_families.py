@@ -16,7 +16,7 @@ from tests.models import FAMILIES
 from tests.models.common import BREAK, END, IMG, START, VID
 from tests.models.minicpm import SLICE, SLICE_END
 
-from .families import check, check_full_budget, quiet, seen
+from .families import assert_near, block_means, check, check_full_budget, eager, maps_of, quiet, seen
 from .pictures import find, painted, tokenizer_of
 
 
@@ -65,9 +65,17 @@ def minicpm(version: str):
     return made
 
 
+def kimi_k25():
+    words = tokenizer_of({"<|media_pad|>": IMG, "<|kimi_k25_video_placeholder|>": VID})
+    side = dict(patch_size=7, merge_size=2)
+    images, videos = tf.Kimi_K25ImageProcessor(**side), tf.Kimi_K25VideoProcessor(**side)
+    return tf.Kimi_K25Processor(images, words, videos)
+
+
 SLICED = ("<image_token>", (112, 112), ((0, 0), (0, 1), (1, 0), (2, 3), (3, 2), (4, 3)))
 OWN = {
     "molmo2": Own(molmo2, "<|image|>", (70, 70), ((0, 0), (0, 5), (1, 0), (1, 9), (1, 12), (1, 24))),
+    "kimi_k25": Own(kimi_k25, "<|media_pad|>", (70, 42), ((0, 0), (0, 4), (0, 7), (0, 14))),
     "minicpmv4_6": Own(minicpm("4_6"), *SLICED),
     "minicpmv4_7": Own(minicpm("4_7"), *SLICED),
 }
@@ -104,3 +112,27 @@ def test_frames_that_follow_one_another_are_a_video(name):
     items = seen(subject(name), FAMILIES[name].prompt([[0], [1, 2]]), received=False, keys=False)
     kinds = [[s.kind for s in item.segments] for item in items]
     assert kinds == [["frame"] * 3, ["frame"] * 3, ["frame", "crop", "crop"] * 3]
+
+
+# -- values of towers ----------------------------------------------------------------------------------------
+@pytest.mark.skipif("kimi_k25" not in FAMILIES, reason="this transformers lacks Kimi K2.5")
+@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("name", ["kimi_k25", "kimi_k25/video"])
+def test_received_attention_of_kimi_is_that_of_the_eager_maps(name, layer):
+    """The mean over the frames of a chunk, which see each other, and over the patches of a cell."""
+    inputs = FAMILIES[name].prompt([[0], [1, 2]])
+    chunks = inputs["video_grid_thw" if name.endswith("video") else "image_grid_thw"].tolist()
+    maps = maps_of(name, inputs, eager(name).base_model.vision_tower.layers[layer].attn)
+    want = [
+        block_means(m.mean((0, 1, 2)).view(t, h * w).mean(0), h, w, 2)
+        for m, (t, h, w) in zip(maps, chunks, strict=True)
+    ]
+    items = seen(subject(name), inputs, layer=layer)
+    got = torch.cat([item.received_attention(layer).flatten() for item in items])
+    assert_near(got, torch.cat(want))
+
+
+@pytest.mark.skipif("kimi_k25" not in FAMILIES, reason="this transformers lacks Kimi K2.5")
+def test_chunks_of_one_size_are_a_video():
+    items = seen(subject("kimi_k25"), FAMILIES["kimi_k25/video"].prompt([[0], [1, 2]]), keys=False)
+    assert [len(item.segments) for item in items] == [2, 1, 2]
