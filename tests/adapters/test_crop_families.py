@@ -72,9 +72,26 @@ def kimi_k25():
     return tf.Kimi_K25Processor(images, words, videos)
 
 
+def deepseek_vl(prefix: str, **size):
+    def made():
+        words = tokenizer_of({"<image>": IMG})
+        words.image_token = "<image>"
+        images = getattr(tf, f"{prefix}ImageProcessor")(size={"height": 28, "width": 28}, **size)
+        return getattr(tf, f"{prefix}Processor")(images, words, num_image_tokens=16)
+
+    return made
+
+
 SLICED = ("<image_token>", (112, 112), ((0, 0), (0, 1), (1, 0), (2, 3), (3, 2), (4, 3)))
 OWN = {
     "molmo2": Own(molmo2, "<|image|>", (70, 70), ((0, 0), (0, 5), (1, 0), (1, 9), (1, 12), (1, 24))),
+    "deepseek_vl": Own(deepseek_vl("DeepseekVL"), "<image>", (28, 28), ((0, 0), (0, 7), (0, 13))),
+    "deepseek_vl_hybrid": Own(
+        deepseek_vl("DeepseekVLHybrid", high_res_size={"height": 56, "width": 56}),
+        "<image>",
+        (56, 56),
+        ((0, 7), (0, 10), (0, 13)),
+    ),
     "kimi_k25": Own(kimi_k25, "<|media_pad|>", (70, 42), ((0, 0), (0, 4), (0, 7), (0, 14))),
     "minicpmv4_6": Own(minicpm("4_6"), *SLICED),
     "minicpmv4_7": Own(minicpm("4_7"), *SLICED),

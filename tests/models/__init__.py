@@ -6,12 +6,42 @@ release of transformers lacks are left out.
 
 from __future__ import annotations
 
-from . import clip, cohere, ernie, glm, hybrid, kimi, minicpm, molmo, ocr, packed, qwen, siglip, timm
+from . import (
+    clip,
+    cohere,
+    deepseek,
+    ernie,
+    glm,
+    hybrid,
+    kimi,
+    minicpm,
+    molmo,
+    ocr,
+    packed,
+    qwen,
+    siglip,
+    timm,
+)
 from .common import KINDS, SPECIAL, Family, Item
 
 ROWS = [
     module.FAMILIES
-    for module in (clip, siglip, qwen, hybrid, glm, cohere, timm, ocr, packed, ernie, molmo, minicpm, kimi)
+    for module in (
+        clip,
+        siglip,
+        qwen,
+        hybrid,
+        glm,
+        cohere,
+        timm,
+        ocr,
+        packed,
+        ernie,
+        molmo,
+        minicpm,
+        kimi,
+        deepseek,
+    )
 ]
 FAMILIES: dict[str, Family] = {
     f.name if f.modality == "image" else f"{f.name}/{f.modality}": f for rows in ROWS for f in rows if f.runs
