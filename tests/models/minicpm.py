@@ -34,14 +34,14 @@ def minicpm(cls: str, **marks: int):
     return config
 
 
-def sliced(kind: tuple, token: int) -> tuple[list[int], list[tuple[int, int]]]:
+def sliced(kind: tuple, token: int, side: int = 4) -> tuple[list[int], list[tuple[int, int]]]:
     """The placeholders of a picture, and the patches of its parts."""
     (rows, columns), whole, part = kind
-    sizes, ids = [whole], [START, *[token] * (whole[0] * whole[1] // 16), END]
+    sizes, ids = [whole], [START, *[token] * (whole[0] * whole[1] // side**2), END]
     for r in range(rows):
         for _ in range(columns):
             sizes.append(part)
-            ids += [SLICE, *[token] * (part[0] * part[1] // 16), SLICE_END]
+            ids += [SLICE, *[token] * (part[0] * part[1] // side**2), SLICE_END]
         ids += [BREAK] if r < rows - 1 else []
     return ids, sizes
 
@@ -60,6 +60,14 @@ def video(i: int, n: int) -> Item:
     ids, sizes = ids * FRAMES, sizes * FRAMES
     values = dict(pixel_values_videos=row_of_patches(sizes, i), target_sizes_videos=torch.tensor(sizes))
     return Item(ids, values)
+
+
+def ocr_image(i: int, n: int) -> Item:
+    """Four times as many tokens of an image a quarter as large."""
+    (rows, columns), whole, part = IMAGES[i]
+    half = [None if size is None else (size[0] // 2, size[1] // 2) for size in (whole, part)]
+    ids, sizes = sliced(((rows, columns), *half), IMG, side=2)
+    return Item(ids, dict(pixel_values=row_of_patches(sizes, i), target_sizes=torch.tensor(sizes)))
 
 
 def collate(rows: list[list[Item]]) -> dict[str, Tensor]:
@@ -93,4 +101,13 @@ FAMILIES = [
     _family("4_6", "video", V4_6, video),
     _family("4_7", "image", V4_7, image),
     _family("4_7", "video", V4_7, video),
+    Family(
+        "minicpm_ocr",
+        "image",
+        "MiniCPMOcrForConditionalGeneration",
+        minicpm("MiniCPMOcrConfig"),
+        ocr_image,
+        collate,
+        inside=False,
+    ),
 ]

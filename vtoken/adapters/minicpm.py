@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6 and 4.7: slices of an image and frames of a video, packed patches, an LLM of Qwen3.5."""
+"""MiniCPM-V 4.6, 4.7, MiniCPM-OCR: slices of images, frames of videos, packed patches, Qwen3.5's LLM."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .towers.base import Tower
 
 @register_adapter
 class MiniCpmVAdapter(Adapter):
-    """`MiniCPMV4_6ForConditionalGeneration`, `MiniCPMV4_7ForConditionalGeneration`.
+    """`MiniCPMV4_6...`, `MiniCPMV4_7...` and `MiniCPMOcrForConditionalGeneration`.
 
     The processor writes the view of the whole picture, then its slices row by row: a mark before and after
     each, another mark before slices, a line break between their rows. Frames of a video follow one another.
     """
 
-    model_types = ("minicpmv4_6", "minicpmv4_7")
+    model_types = ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     prompt_arguments: ClassVar[tuple[str, ...]] = ("downsample_mode",)
 
