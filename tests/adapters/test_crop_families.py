@@ -11,7 +11,8 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from tests.mechanism.common import subject
+import vtoken
+from tests.mechanism.common import run, subject
 from tests.models import FAMILIES
 from tests.models.common import BREAK, END, IMG, START, VID
 from tests.models.minicpm import SLICE, SLICE_END
@@ -49,7 +50,7 @@ def molmo2():
     return tf.Molmo2Processor(image_processor=images, video_processor=videos, tokenizer=words)
 
 
-def minicpm(version: str):
+def minicpm(prefix: str):
     def made():
         names = dict(image_token=IMG, video_token=VID, image_start_token=START, image_end_token=END)
         names |= dict(slice_start_token=SLICE, slice_end_token=SLICE_END)
@@ -58,9 +59,10 @@ def minicpm(version: str):
         for name in names:
             setattr(words, name, f"<{name}>")
         words.image_token_id, words.video_token_id = IMG, VID
-        images = tf.MiniCPMV4_6ImageProcessor(patch_size=7, scale_resolution=56, max_slice_nums=4)
+        own = prefix if hasattr(tf, f"{prefix}ImageProcessor") else "MiniCPMV4_6"
+        images = getattr(tf, f"{own}ImageProcessor")(patch_size=7, scale_resolution=56, max_slice_nums=4)
         videos = tf.MiniCPMV4_6VideoProcessor(patch_size=7, scale_resolution=56, do_sample_frames=False)
-        cls = getattr(tf, f"MiniCPMV{version}Processor")
+        cls = getattr(tf, f"{prefix}Processor")
         return cls(image_processor=images, video_processor=videos, tokenizer=words)
 
     return made
@@ -83,8 +85,28 @@ def deepseek_vl(prefix: str, **size):
     return made
 
 
+def janus():
+    words = tokenizer_of({"<image>": IMG, "<boi>": START, "<eoi>": END})
+    words.image_token, words.boi_token, words.eoi_token = "<image>", "<boi>", "<eoi>"
+    images = tf.JanusImageProcessor(size={"height": 28, "width": 28}, min_size=14)
+    return tf.JanusProcessor(images, words, num_image_tokens=16)
+
+
+def qianfan_ocr():
+    words = tokenizer_of({"<context>": IMG, "<start>": START, "<end>": END, "<image>": BREAK})
+    for name, token in (("start_image", START), ("end_image", END), ("context_image", IMG)):
+        setattr(words, f"{name}_token", f"<{name.partition('_')[0]}>")
+        setattr(words, f"{name}_token_id", token)
+    images = tf.GotOcr2ImageProcessor(size={"height": 56, "width": 56}, max_patches=4)
+    return tf.QianfanOCRProcessor(images, words, image_seq_length=16)
+
+
 SLICED = ("<image_token>", (112, 112), ((0, 0), (0, 1), (1, 0), (2, 3), (3, 2), (4, 3)))
 OWN = {
+    "minicpm_ocr": Own(
+        minicpm("MiniCPMOcr"), "<image_token>", (112, 112), ((0, 0), (0, 14), (1, 0), (2, 5), (4, 15))
+    ),
+    "qianfan_ocr": Own(qianfan_ocr, "<image>", (56, 56), ((0, 0), (0, 7), (0, 13))),
     "molmo2": Own(molmo2, "<|image|>", (70, 70), ((0, 0), (0, 5), (1, 0), (1, 9), (1, 12), (1, 24))),
     "deepseek_vl": Own(deepseek_vl("DeepseekVL"), "<image>", (28, 28), ((0, 0), (0, 7), (0, 13))),
     "deepseek_vl_hybrid": Own(
@@ -95,8 +117,9 @@ OWN = {
         faint="aligner.high_res_vision_proj",
     ),
     "kimi_k25": Own(kimi_k25, "<|media_pad|>", (70, 42), ((0, 0), (0, 4), (0, 7), (0, 14))),
-    "minicpmv4_6": Own(minicpm("4_6"), *SLICED),
-    "minicpmv4_7": Own(minicpm("4_7"), *SLICED),
+    "janus": Own(janus, "<image>", (28, 28), ((0, 0), (0, 7), (0, 13))),
+    "minicpmv4_6": Own(minicpm("MiniCPMV4_6"), *SLICED),
+    "minicpmv4_7": Own(minicpm("MiniCPMV4_7"), *SLICED),
 }
 PLACES = [(name, *place) for name, own in OWN.items() if name in FAMILIES for place in own.cells]
 
@@ -133,6 +156,26 @@ def test_frames_that_follow_one_another_are_a_video(name):
     items = seen(subject(name), FAMILIES[name].prompt([[0], [1, 2]]), received=False, keys=False)
     kinds = [[s.kind for s in item.segments] for item in items]
     assert kinds == [["frame"] * 3, ["frame"] * 3, ["frame", "crop", "crop"] * 3]
+
+
+# -- queries -------------------------------------------------------------------------------------------------
+QUERIES = {"aria": [1, 3, 2], "idefics2": [1, 1, 1], "deepseek_ocr2": [1, 3, 1]}  # views per image
+
+
+@pytest.mark.parametrize("name", [n for n in QUERIES if n in FAMILIES])
+def test_queries_have_no_place(name):
+    """Every view of an image is a row of queries; separators are none, and nothing is drawn."""
+    inputs = FAMILIES[name].prompt([[0], [1, 2]])
+    items = seen(subject(name), inputs, received=False, keys=False)
+    assert [len(item.segments) for item in items] == QUERIES[name]
+    assert {s.kind for item in items for s in item.segments} == {"queries"}
+    separators = int(name == "deepseek_ocr2")
+    assert [len(item.separator_rows) for item in items] == [separators] * 3
+    check(name, "divprune", inputs)
+    with vtoken.applied(subject(name), "random", budget=0.5):
+        run(subject(name), inputs, 1)
+        with pytest.raises(ValueError, match=r"have no place on it: draw .*\.$"):
+            vtoken.visualize(painted((56, 56), None), vtoken.report(subject(name)).visuals[0])
 
 
 # -- values of towers ----------------------------------------------------------------------------------------

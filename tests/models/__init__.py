@@ -18,6 +18,7 @@ from . import (
     molmo,
     ocr,
     packed,
+    queries,
     qwen,
     siglip,
     timm,
@@ -41,6 +42,7 @@ ROWS = [
         minicpm,
         kimi,
         deepseek,
+        queries,
     )
 ]
 FAMILIES: dict[str, Family] = {
