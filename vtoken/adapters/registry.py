@@ -12,6 +12,7 @@ from torch import nn
 from ..plugins import Plugins, same_package
 from ..streams import unwrapped
 from .base import Adapter
+from .refused import reason
 
 _adapters: dict[str, type[Adapter]] = {}
 _discovered = False
@@ -73,7 +74,8 @@ def adapter_for(model: Any) -> Adapter:
         plugins.load()
     if model_type not in _adapters:
         raise ValueError(
-            f"vtoken has no adapter for model type {model_type!r}; it has {', '.join(sorted(_adapters))}. "
+            reason(model_type)
+            or f"vtoken has no adapter for model type {model_type!r}; it has {', '.join(sorted(_adapters))}. "
             "docs/adding-a-model.md shows how to add one."
         )
     return _adapters[model_type](model)
