@@ -111,13 +111,19 @@ def visualize(
 
     Raises:
         TypeError: if `tokens` has no segments, as when the arguments are in the wrong order.
-        ValueError: if a report of several images is given, or the images do not match the segments; of a
-            plain encoder if the images do not match the batch, or its patches form no grid of known size.
+        ValueError: if a report of several images is given, if the tokens are queries without a place, or the
+            images do not match the segments; of a plain encoder if the images do not match the batch, or its
+            patches form no grid of known size.
     """
     if hasattr(tokens, "owner"):
         return _encoder_pictures(image, tokens, cell)
     tokens = _one_image(tokens)
     segments = list(tokens.segments)
+    if any(s.kind == "queries" for s in segments):
+        raise ValueError(
+            "The visual tokens of this model are queries that read the whole picture and have no place on it:"
+            " draw the tokens of a model whose tokens are patches."
+        )
     images = [_region(image, s) for s in segments] if isinstance(image, Image.Image) else list(image)
     if len(images) < len(segments):
         raise ValueError(

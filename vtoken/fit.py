@@ -8,6 +8,7 @@ from typing import Any
 
 from .adapters.base import Adapter
 from .adapters.encoders.encoder import Encoder, encoder_for
+from .adapters.refused import reason
 from .adapters.registry import adapter_for, list_families, model_of
 from .mechanism.attention_rows import check_projections
 from .mechanism.drop_schedule import DropSchedule
@@ -183,7 +184,8 @@ def check_encoder(encoder: Encoder, strategy: Any) -> None:
     name = type(encoder.model).__name__
     if not isinstance(strategy, EncoderStrategy):
         raise ValueError(
-            f"{strategy.info.name} chooses among the visual tokens of an LLM, and {name} is an encoder "
+            reason(str(getattr(getattr(encoder.model, "config", None), "model_type", "")))
+            or f"{strategy.info.name} chooses among the visual tokens of an LLM, and {name} is an encoder "
             f"without"
             f" one: use {', '.join(fitting_encoder(encoder))}."
         )

@@ -18,7 +18,8 @@ class Segment:
     """One forward of the vision tower's grid: an image, a crop of it, or a frame of a video.
 
     Attributes:
-        kind: "image", "thumbnail", "crop" or "frame".
+        kind: "image", "thumbnail", "crop" or "frame"; "queries" for learned queries that each read a whole
+            picture, in one row: their cells are numbers and no places.
         grid: (rows, columns) of cells; a cell is what becomes one visual token.
         place: (row, column) of a crop on the canvas of crops; (0, 0) otherwise.
         seconds: time of a frame within its video, None where the model is not told.

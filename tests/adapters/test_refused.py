@@ -1,4 +1,4 @@
-"""Model types that cannot be pruned: a sentence before anything is put on the model."""
+"""Model types that are refused when they are patched, with a sentence that says why."""
 
 from __future__ import annotations
 
@@ -7,9 +7,21 @@ import torch
 import transformers as tf
 
 import vtoken
-from tests.models.common import LM
-from vtoken.adapters.refused import REFUSED, check_served
+from tests.models.common import IMG, LM, VIT
+from vtoken.adapters.refused import REASONS, reason
 from vtoken.adapters.registry import list_families
+
+
+def blip_2():
+    former = tf.Blip2QFormerConfig(**VIT, vocab_size=50, encoder_hidden_size=32)
+    config = tf.Blip2Config(
+        vision_config=tf.Blip2VisionConfig(**VIT, image_size=28, patch_size=7),
+        qformer_config=former,
+        text_config=tf.LlamaConfig(**LM),
+        num_query_tokens=4,
+        image_token_id=IMG,
+    )
+    return tf.Blip2ForConditionalGeneration(config)
 
 
 def mllama():
@@ -21,17 +33,34 @@ def mllama():
     return tf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=100)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_reason_and_what_would_work(name):
-    assert name not in list_families()
-    with pytest.raises(ValueError, match=rf"vtoken cannot prune {name}: its LLM .*; use a model .*\.$"):
-        check_served(name)
+def test_patch_says_why():
+    with pytest.raises(ValueError, match=r"type 'blip-2': a Q-Former .* learned queries .*; use .*\.$"):
+        vtoken.patch(blip_2(), "random", budget=0.5)
 
 
-def test_a_model_that_reads_pictures_by_cross_attention():
+@pytest.mark.parametrize("adapter", [None, "generic"])
+def test_a_model_that_reads_pictures_by_cross_attention(adapter):
     model = tf.MllamaForConditionalGeneration(mllama()).eval()
-    for call in (vtoken.patch, lambda m, s: vtoken.list_strategies(model=m)):
+    for call in (vtoken.patch, lambda m, s, adapter: vtoken.list_strategies(model=m, adapter=adapter)):
         with pytest.raises(ValueError, match="reads pictures by cross-attention"):
-            call(model, "uniform")
+            call(model, "uniform", adapter=adapter)
     with torch.no_grad():
         assert model(input_ids=torch.tensor([[1, 5, 6]])).logits.shape == (1, 3, LM["vocab_size"])
+
+
+@pytest.mark.parametrize("model_type", REASONS)
+def test_a_reason_is_one_sentence(model_type):
+    sentence = reason(model_type)
+    assert sentence.endswith(".") and sentence.count(". ") == 0 and repr(model_type) in sentence
+    assert model_type not in list_families()
+
+
+@pytest.mark.parametrize(
+    "cls", ["Blip2", "InstructBlip", "InstructBlipVideo", "Florence2", "Kosmos2", "Kosmos2_5"]
+)
+def test_types_are_those_of_transformers(cls):
+    assert getattr(tf, f"{cls}Config").model_type in REASONS
+
+
+def test_other_types_have_no_reason():
+    assert reason("llava") is None and reason("unheard_of") is None

@@ -204,5 +204,8 @@ def test_without_gradients_in_training_mode(name, options, training):
             assert training or not family.makes_cache
         else:
             assert {int(x.get_seq_length()) for x in counting_layers(cache)} == {inputs["input_ids"].shape[1]}
-            logits.append(model(input_ids=pick(logits[0])[:, None], **{CACHE: cache}).logits[:, -1])
+            more = dict(input_ids=pick(logits[0])[:, None])
+            if "mm_token_type_ids" in inputs:  # Molmo2 demands them in training mode
+                more["mm_token_type_ids"] = torch.zeros_like(more["input_ids"])
+            logits.append(model(**more, **{CACHE: cache}).logits[:, -1])
     assert_close(torch.stack(logits), expected(name, inputs, spy, len(logits))[1])

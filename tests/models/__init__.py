@@ -6,12 +6,50 @@ release of transformers lacks are left out.
 
 from __future__ import annotations
 
-from . import clip, cohere, ernie, gemma, glm, hybrid, ocr, omni, packed, qwen, siglip, step, timm
+from . import (
+    clip,
+    cohere,
+    deepseek,
+    ernie,
+    gemma,
+    glm,
+    hybrid,
+    kimi,
+    minicpm,
+    molmo,
+    ocr,
+    omni,
+    packed,
+    queries,
+    qwen,
+    siglip,
+    step,
+    timm,
+)
 from .common import KINDS, SPECIAL, Family, Item
 
 ROWS = [
     module.FAMILIES
-    for module in (clip, siglip, qwen, hybrid, glm, cohere, timm, ocr, packed, ernie, omni, gemma, step)
+    for module in (
+        clip,
+        siglip,
+        qwen,
+        hybrid,
+        glm,
+        cohere,
+        timm,
+        ocr,
+        packed,
+        ernie,
+        omni,
+        gemma,
+        step,
+        molmo,
+        minicpm,
+        kimi,
+        deepseek,
+        queries,
+    )
 ]
 FAMILIES: dict[str, Family] = {
     f.name if f.modality == "image" else f"{f.name}/{f.modality}": f for rows in ROWS for f in rows if f.runs

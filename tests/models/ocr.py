@@ -6,7 +6,7 @@ import torch
 import transformers as tf
 
 from .common import BREAK, END, IMG, LM, ROW, START, VIT, Family, Item, pixels
-from .siglip import GRIDS, TILES, mistral3_collate
+from .siglip import GRIDS, TILES, internvl_image, mistral3_collate
 
 GRID, COLUMN = ROW + 1, BREAK  # Ovis2's indicators, with START, ROW and END
 SAM = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, output_channels=16, mlp_dim=48)
@@ -68,7 +68,18 @@ def lighton_image(i: int, n: int) -> Item:
     )
 
 
+def qianfan_ocr():
+    vision = dict(**VIT, image_size=[56, 56], patch_size=[7, 7], use_qk_norm=True, drop_path_rate=0.0)
+    return tf.QianfanOCRConfig(
+        vision_config=vision,
+        text_config=tf.Qwen3Config(**LM, head_dim=8),
+        image_token_id=IMG,
+        downsample_ratio=0.5,
+    )
+
+
 FAMILIES = [
+    Family("qianfan_ocr", "image", "QianfanOCRForConditionalGeneration", qianfan_ocr, internvl_image),
     Family("ovis2", "image", "Ovis2ForConditionalGeneration", ovis2, ovis2_image),
     Family("got_ocr2", "image", "GotOcr2ForConditionalGeneration", got_ocr2, got_image),
     Family(

@@ -75,6 +75,20 @@ qwen3 = qwen3_vl("Qwen3VLConfig")
 qwen3_moe = qwen3_vl("Qwen3VLMoeConfig", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 
 
+def hyperclovax():
+    vision = dict(**PATCHES, hidden_size=32, intermediate_size=48, out_hidden_size=32)
+    windows = dict(window_size=28, fullatt_block_indexes=[1, 3])
+    return tf.HyperCLOVAXVisionV2Config(
+        text_config=dict(model_type="hyperclovax", **LM),
+        vision_config=dict(model_type="qwen2_5_vl_vision", **vision, **windows),
+        image_token_id=IMG,
+        video_token_id=VID,
+    )
+
+
+CLOVA = "HyperCLOVAXVisionV2ForConditionalGeneration"
+
+
 def _family(name: str, modality: str, architecture: str, config, item) -> Family:
     return Family(name, modality, architecture, config, item, extra=token_types)
 
@@ -88,4 +102,6 @@ FAMILIES = [
     _family("qwen3_vl", "video", "Qwen3VLForConditionalGeneration", qwen3, stamped_video),
     _family("qwen3_vl_moe", "image", "Qwen3VLMoeForConditionalGeneration", qwen3_moe, image),
     _family("qwen3_vl_moe", "video", "Qwen3VLMoeForConditionalGeneration", qwen3_moe, stamped_video),
+    Family("hyperclovax_vision_v2", "image", CLOVA, hyperclovax, image),
+    Family("hyperclovax_vision_v2", "video", CLOVA, hyperclovax, video),
 ]

@@ -23,6 +23,11 @@ class Layout:
         """Every cell is a token, in order."""
         return cls(segments, torch.arange(sum(s.size for s in segments), device=device))
 
+    @classmethod
+    def queries(cls, count: int, device: torch.device | None = None) -> Layout:
+        """Tokens that are learned queries of a resampler: each reads the whole picture, none has a place."""
+        return cls.plain([Segment("queries", (1, count))], device)
+
 
 class Adapter:
     """One model family. A subclass in this folder sets `model_types` and writes `layouts` and `make_towers`.

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: tiles with text tags between them, pixel shuffle, a tower with padding masks."""
+"""Idefics2, Idefics3, SmolVLM: tiles with text tags between, pixel shuffle, towers with padding masks."""
 
 from __future__ import annotations
 
@@ -45,12 +45,16 @@ class IdeficsAdapter(Adapter):
         return [tile for sample in features if len(sample) for tile in sample.split(size)]
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
+        self._check(arguments)
+        return [Layout.plain([Segment("image", square(len(f)))], f.device) for f in features]
+
+    def _check(self, arguments: dict[str, Any]) -> None:
+        """Raise NotImplementedError for a prompt in which image tokens cannot be found."""
         if "inputs_embeds" in arguments and not hasattr(self.base, "get_placeholder_mask"):
             raise NotImplementedError(
                 f"{self.config.model_type} finds image tokens by their ids, found a prompt of embeddings:"
                 " pass input_ids."
             )
-        return [Layout.plain([Segment("image", square(len(f)))], f.device) for f in features]
 
     def join(self, items: list[VisualTokens], input_ids: Tensor | None, places: Tensor) -> list[VisualTokens]:
         runs = runs_of(places)
@@ -83,3 +87,25 @@ class IdeficsAdapter(Adapter):
                 box = (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows)
                 segments.append(Segment("crop", grid, (r, c), box=box))
         return [join_tiles(tiles, segments, [len(gaps), *range(len(gaps))])]
+
+
+@register_adapter
+class Idefics2Adapter(IdeficsAdapter):
+    """`Idefics2ForConditionalGeneration`: every crop of an image, and the whole, is an image to the model.
+
+    A visual token is a learned query of the resampler: dropping it drops one of the summaries of a picture,
+    and no part of it.
+    """
+
+    model_types = ("idefics2",)
+    has_grid = False
+
+    def make_towers(self) -> dict[str, Tower]:
+        return {}  # attention of patches, which are no tokens
+
+    def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
+        self._check(arguments)
+        return [Layout.queries(len(f), f.device) for f in features]
+
+    def join(self, items: list[VisualTokens], input_ids: Tensor | None, places: Tensor) -> list[VisualTokens]:
+        return items

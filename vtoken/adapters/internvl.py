@@ -1,4 +1,4 @@
-"""InternVL: square tiles, pixel shuffle, a tower with a class token."""
+"""InternVL and Qianfan-OCR: square tiles, pixel shuffle, a tower with a class token."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .towers.intern import InternTower
 
 @register_adapter
 class InternVLAdapter(Adapter):
-    """`InternVLForConditionalGeneration`.
+    """`InternVLForConditionalGeneration`, `QianfanOCRForConditionalGeneration`.
 
     An unbroken run of placeholders is one image (or one frame of a video, which the model reads as images),
     with its tiles as segments. The model does not know the places of the tiles on the image: no segment has a
     place.
     """
 
-    model_types: ClassVar[tuple[str, ...]] = ("internvl",)
+    model_types: ClassVar[tuple[str, ...]] = ("internvl", "qianfan_ocr")
 
     def make_towers(self) -> dict[str, Tower]:
         tower = self.base.vision_tower
-        if tower.config.model_type != "internvl_vision":
+        if tower.config.model_type not in ("internvl_vision", "qianfan_ocr_vision"):
             return {}
         layer = feature_layer_of(self.config, tower.config.num_hidden_layers)
         return {"image": InternTower(tower, layer, functools.partial(shuffled_pool, self._shuffle))}

@@ -12,7 +12,7 @@ from torch import nn
 from ..plugins import Plugins, same_package
 from .base import Adapter
 from .generic import GenericAdapter
-from .refused import check_served
+from .refused import reason
 from .wrapped import model_inside, no_model, no_pictures
 
 _adapters: dict[str, type[Adapter]] = {}
@@ -84,13 +84,16 @@ def adapter_for(model: Any, adapter: str | type[Adapter] | None = None) -> Adapt
     given, model = model, model_of(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    check_served(model_type)
     if model_type is None or not hasattr(model, "base_model"):
         raise no_model(given)
-    if chosen is not None:
+    if chosen is not None and chosen is not GenericAdapter:
         return chosen(model)
     if model_type not in _adapters:
         plugins.load()
+    if model_type not in _adapters and (why := reason(model_type)) is not None:
+        raise ValueError(why)
+    if chosen is not None:
+        return chosen(model)
     if model_type not in _adapters and (refusal := no_pictures(model)) is not None:
         raise refusal
     if model_type not in _adapters:

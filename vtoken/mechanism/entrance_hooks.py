@@ -107,7 +107,9 @@ class EntranceHooks:
             for i, modality in enumerate(("image", "video")):
                 if given.get(f"{modality}_features") is not None:
                     mask = out[i] if isinstance(out, tuple) else out
-                    call.visual[modality] = mask[..., 0] if mask.ndim == 3 else mask
+                    read = [m for m, encoded in call.encoded.items() if encoded is not None]
+                    of = read[0] if len(read) == 1 and not isinstance(out, tuple) else modality  # a shared id
+                    call.visual[of] = mask[..., 0] if mask.ndim == 3 else mask
         return out
 
     def _before_model(self, module: nn.Module, args: Any) -> None:

@@ -135,7 +135,10 @@ def check_names(adapter: Adapter, inside: bool) -> None:
             raise changed(f"{type(base).__name__} has no get_{modality}_features")
     find = getattr(base, "get_placeholder_mask", None)
     told = find is not None and "image_features" in inspect.signature(find).parameters
-    if told and len(adapter.modalities) > 1:  # others find placeholders by their ids
+    shared = getattr(adapter.config, "video_token_id", None) == getattr(
+        adapter.config, "image_token_id", None
+    )
+    if told and len(adapter.modalities) > 1 and not shared:  # others find placeholders by their ids
         _check_takes(base.get_placeholder_mask, "video_features")
     if hasattr(decoder, "_deepstack_process"):
         _check_takes(decoder.forward, "visual_pos_masks", "deepstack_visual_embeds")

@@ -23,10 +23,16 @@ class InternLayer(TransformersLayer):
 
     def mixed(self, attended: Tensor, heads: Heads) -> Tensor:
         a = self.module.attention
-        return self.module.lambda_1 * a.projection_dropout(a.projection_layer(attended))
+        return self._drop(1, self.module.lambda_1 * a.projection_dropout(a.projection_layer(attended)))
 
     def mlp(self, x: Tensor) -> Tensor:
-        return self.module.lambda_2 * self.module.dropout(self.module.mlp(self.module.layernorm_after(x)))
+        x = self.module.dropout(self.module.mlp(self.module.layernorm_after(x)))
+        return self._drop(2, self.module.lambda_2 * x)
+
+    def _drop(self, half: int, x: Tensor) -> Tensor:
+        """Stochastic depth of Qianfan-OCR, which InternVL lacks."""
+        drop = getattr(self.module, f"drop_path{half}", None)
+        return x if drop is None else drop(x)
 
 
 class InternTower(Tower):
@@ -36,7 +42,8 @@ class InternTower(Tower):
     rows_are_frames = True
 
     def find_layers(self) -> list[nn.Module]:
-        return list(self.module.encoder.layer)  # type: ignore[union-attr, arg-type]
+        holder = getattr(self.module, "encoder", None)  # Qianfan-OCR has none
+        return list(self.module.layers if holder is None else holder.layer)  # type: ignore[union-attr, arg-type]
 
     def split_layers(self) -> list[EncoderLayer]:
         return [InternLayer(module) for module in self.layers]
