@@ -39,8 +39,8 @@ from vtoken.strategies.registry import list_names
 OPTIONS: dict[str, dict] = {}
 COMBINED = {"visionzip + fastv": ["visionzip", "fastv"]}
 ROWS = {name: name for name in list_names()} | COMBINED
-# one of each stage and mechanism: features, merging, the tower, weights, drops inside, a cut cache
-STAGES = ("divprune", "visionzip", "pool", "tome", "stc_cacher", "quecc", "fastv", "mustdrop", "voco")
+# one of each stage and mechanism: choice, tower attention, merging, the tower, drops inside, hidden pictures
+STAGES = ("divprune", "visionzip", "pool", "tome", "fastv", "voco")
 WHOLE = [name for name in PATCHABLE if name.partition("/")[0] in PRODUCT]
 
 

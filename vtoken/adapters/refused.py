@@ -19,7 +19,7 @@ REASONS = {
     "kosmos-2": ENTERED_INSIDE,
     "kosmos-2.5": ENTERED_INSIDE,
     "phi4_multimodal": ENTERED_INSIDE,
-    "mllama": "its language model reads pictures by cross-attention, and no token of the prompt stands for one",
+    "mllama": "its language model reads pictures by cross-attention, so that no token of the prompt is one",
     "minimax_m3_vl": "its language model chooses blocks of keys by their places in the whole prompt, which a"
     " shortened prompt moves",
 }
