@@ -70,7 +70,7 @@ def design_of(adapter: Adapter, strategy: Strategy, layers: int) -> Design:
 
 def temporal_of(adapter: Adapter, strategy: Strategy) -> dict[str, Temporal]:
     """By modality, the strategy's attention across frames inside the tower."""
-    declared = {m: strategy.temporal(t.info) for m, t in adapter.towers.items() if t.rows_are_frames}
+    declared = {m: strategy.temporal(t.info) for m, t in adapter.towers.items() if t.can_mix}
     return {m: temporal for m, temporal in declared.items() if temporal is not None and temporal.layers}
 
 
@@ -215,7 +215,7 @@ def lacking_of(adapter: Adapter, strategy: Strategy, modality: str) -> list[str]
     if strategy.acts_between_frames and (tower is None or not tower.can_reuse):
         lacking = [*lacking, "reuse"]
     across = tower is not None and strategy.in_encoder.temporal(tower.info) is not None
-    if across and not tower.rows_are_frames:  # type: ignore[union-attr]
+    if across and not tower.can_mix:  # type: ignore[union-attr]
         lacking = [*lacking, "temporal"]
     if isinstance(strategy.in_encoder, EncoderStrategy) and (tower is None or not tower.can_merge):
         lacking = [*lacking, "merging"]

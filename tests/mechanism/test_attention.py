@@ -127,4 +127,5 @@ def test_half_precision(name, dtype):
         want = reference(**FAMILIES[name].batch("ragged"), use_cache=False).logits[:, -1]
     assert spy.items
     error = (out[:, -1].float() - want).norm() / want.norm()
-    assert error < (0.3 if dtype == torch.bfloat16 else 0.1)
+    rough = 0.4 if "moe" in name else 0.3  # rounding sends tokens to other experts
+    assert error < (rough if dtype == torch.bfloat16 else 0.1)

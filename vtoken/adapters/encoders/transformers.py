@@ -14,9 +14,10 @@ from .run import EncoderRun
 
 # by role, the names that a layer's parts have in one model or another
 ROLES = {
-    "norm1": ("layer_norm1", "layernorm_before", "norm1"),
+    "norm1": ("layer_norm1", "layernorm_before", "norm1", "rms_norm1"),
     "attention": ("self_attn", "attention"),
-    "norm2": ("layer_norm2", "layernorm_after", "norm2"),
+    "norm2": ("layer_norm2", "layernorm_after", "norm2", "rms_norm2"),
+    "mlp": ("mlp", "ffn"),
     "query": ("q_proj", "query"),
     "key": ("k_proj", "key"),
     "value": ("v_proj", "value"),
@@ -34,6 +35,20 @@ def _part(module: Any, role: str) -> Any:
 
 class TransformersLayer(EncoderLayer):
     """A pre-norm layer with one projection each for queries, keys and values."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the layer has all parts under known names, and no norms of queries and keys."""
+        try:
+            for role in LAYER:
+                _part(self.module, role)
+            for role in ("query", "key", "value", "head_dim"):
+                _part(self._inner, role)
+            _part(self._attention, "out")
+        except AttributeError:
+            return False
+        norms = (getattr(self._inner, name, None) for name in ("q_norm", "k_norm"))
+        return all(norm is None or isinstance(norm, nn.Identity) for norm in norms)
 
     @property
     def _attention(self) -> Any:
@@ -62,7 +77,7 @@ class TransformersLayer(EncoderLayer):
         return self._after(out.dropout(out.dense(attended)) if hasattr(out, "dense") else out(attended), 1)
 
     def mlp(self, x: Tensor) -> Tensor:
-        return self._after(self.module.mlp(_part(self.module, "norm2")(x)), 2)
+        return self._after(_part(self.module, "mlp")(_part(self.module, "norm2")(x)), 2)
 
     @property
     def scale(self) -> float:
@@ -81,7 +96,7 @@ class TransformersLayer(EncoderLayer):
 
     @property
     def parts(self) -> tuple[nn.Module, nn.Module]:
-        return self._attention, self.module.mlp
+        return self._attention, _part(self.module, "mlp")
 
 
 def _layers_of(trunk: Any) -> list[nn.Module]:
@@ -92,8 +107,11 @@ def _layers_of(trunk: Any) -> list[nn.Module]:
     return []
 
 
+LAYER = ("norm1", "attention", "norm2", "mlp")
+
+
 def _is_layer(module: nn.Module) -> bool:
-    return all(any(hasattr(module, n) for n in ROLES[role]) for role in ("norm1", "attention", "norm2"))
+    return all(any(hasattr(module, n) for n in ROLES[role]) for role in LAYER)
 
 
 @register_encoder

@@ -109,6 +109,11 @@ class Tower:
         """The layers in halves, for towers inside which tokens can be merged between attention and MLP."""
         return [TransformersLayer(module) for module in self.layers]
 
+    @property
+    def can_mix(self) -> bool:
+        """Whether frames can attend to each other between a layer's attention and its MLP."""
+        return self.rows_are_frames and all(getattr(layer, "known", True) for layer in self.split_layers())
+
     def frame_grids(self, args: Any, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
         """(rows, columns) of the patches of every frame of a forward with these arguments."""
         pixels: Tensor = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]

@@ -15,6 +15,10 @@ from .base import Tower
 class InternLayer(TransformersLayer):
     """A layer with norms after the q/k projections, and layer scales."""
 
+    @property
+    def known(self) -> bool:
+        return True
+
     def heads(self, x: Tensor, call: Mapping[str, Any]) -> Heads:
         a, x = self.module.attention, self.module.layernorm_before(x)
         parts = a.q_norm(a.q_proj(x)), a.k_norm(a.k_proj(x)), a.v_proj(x)
