@@ -9,11 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import transformers
 
 from vtoken.mechanism.transformers_names import NEWEST
+
+if TYPE_CHECKING:
+    from tests.models import Family
 
 KNOWN = Path(__file__).parents[1] / "docs" / "families.json"
 
@@ -41,3 +45,15 @@ def sighted(request: pytest.FixtureRequest) -> Callable[[str, str, bool], None]:
             )
 
     return note
+
+
+def note(sighted: Callable[[str, str, bool], None], family: Family, row: str, works: bool) -> None:
+    """Record what one strategy on a batch of prompts shows of a family."""
+    kind = family.config().model_type
+    if family.modality == "image" and row in ABILITIES:
+        sighted(kind, ABILITIES[row], works)
+    if row == "divprune":
+        sighted(kind, family.modality, works)
+        if family.modality == "image":
+            sighted(kind, "several", works and family.per_prompt > 1)
+            sighted(kind, "ragged", works)

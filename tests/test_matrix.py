@@ -30,7 +30,7 @@ from tests.mechanism.common import (
 from tests.mechanism.fixed import patched
 from tests.mechanism.test_turns import first_turn
 from tests.models import FAMILIES
-from tests.record import ABILITIES
+from tests.record import note
 from vtoken.adapters.registry import adapter_for
 from vtoken.fit import lacking_of, needs_of
 from vtoken.patching import make_strategy
@@ -85,18 +85,6 @@ def cells() -> list[Any]:
     ]
 
 
-def note(sighted, family: str, row: str, works: bool) -> None:
-    """Record what this cell of the matrix shows of a family."""
-    one, kind = FAMILIES[family], FAMILIES[family].config().model_type
-    if one.modality == "image" and row in ABILITIES:
-        sighted(kind, ABILITIES[row], works)
-    if row == "divprune":
-        sighted(kind, one.modality, works)
-        if one.modality == "image":
-            sighted(kind, "several", works and one.per_prompt > 1)
-            sighted(kind, "ragged", works)
-
-
 @pytest.mark.parametrize(("family", "row"), cells())
 def test_equals_the_oracle_or_refuses(family, row, sighted):
     model, inputs, strategy = subject(family), batch(family), make(row)
@@ -108,7 +96,7 @@ def test_equals_the_oracle_or_refuses(family, row, sighted):
         assert str(refusal).endswith(".") and any(word in str(refusal) for word in ("use ", "choose ")), (
             refusal
         )
-        note(sighted, family, row, False)
+        note(sighted, FAMILIES[family], row, False)
         return
     modality = FAMILIES[family].modality
     if modality not in needs_of(adapter_for(model), strategy, modality).modalities:
@@ -124,7 +112,7 @@ def test_equals_the_oracle_or_refuses(family, row, sighted):
             pytest.raises(ValueError, match=f"cannot shorten its {modality} input.*choose"),
         ):
             run(model, inputs, 1)
-        note(sighted, family, row, False)
+        note(sighted, FAMILIES[family], row, False)
         return
     with patched(model, strategy) as spy:
         whole, again = first_turn(model, inputs, steps=2)
@@ -143,7 +131,7 @@ def test_equals_the_oracle_or_refuses(family, row, sighted):
             assert (logits[0, b] - first[b]).abs().max() > EFFECT
         else:
             assert_close(logits[0, b], first[b])
-    note(sighted, family, row, True)
+    note(sighted, FAMILIES[family], row, True)
     if converses(family):
         assert_same(second, whole, expected(family, whole, spy, 2, read=start, **seen))
 

@@ -17,6 +17,7 @@ from tests.models import FAMILIES
 from tests.models.common import IMG
 from tests.models.retrieval import RETRIEVERS
 from tests.oracle import clone
+from tests.record import note
 from tests.test_matrix import ROWS, make, stages
 
 from .common import EFFECT, assert_close
@@ -90,7 +91,7 @@ def batch(name: str) -> dict:
 
 
 @pytest.mark.parametrize(("name", "row"), CASES)
-def test_equals_the_oracle_or_refuses(name, row):
+def test_equals_the_oracle_or_refuses(name, row, sighted):
     model, inputs, strategy = subject(name), batch(name), make(row)
     parts = ROWS[row] if isinstance(ROWS[row], list) else [row]
     try:
@@ -98,6 +99,7 @@ def test_equals_the_oracle_or_refuses(name, row):
     except ValueError as refusal:
         assert not set(parts) <= set(vtoken.list_strategies(model=model)), refusal
         assert str(refusal).endswith(".") and any(word in str(refusal) for word in ("use ", "choose "))
+        note(sighted, RETRIEVERS[name], row, False)
         return
     dense = embeddings(model, inputs)
     with patched(model, strategy) as spy:
@@ -108,6 +110,7 @@ def test_equals_the_oracle_or_refuses(name, row):
     assert_rows(got, want)
     assert kept.sum(1).tolist() == [len(mine) for mine in want]
     assert report.tokens_in == int(RETRIEVERS[name].visual(inputs).sum())
+    note(sighted, RETRIEVERS[name], row, True)
     assert torch.equal(embeddings(model, inputs), dense)
     still = strategy.acts_between_frames and not strategy.acts_on_projector
     assert still or got.shape[1] < dense.shape[1] or row == "voco"
@@ -281,3 +284,21 @@ def test_a_body_whose_forward_gives_embeddings():
             want = model.custom_text_proj(oracle.hidden(FAMILIES["qwen2_vl"].build(), prompt))
             assert_close(row[mine], want / want.norm(dim=-1, keepdim=True))
     assert (got[:, -1] - model(**clone(inputs))[:, -1]).abs().max() > EFFECT
+
+
+@pytest.mark.skipif("colmodernvbert" not in RETRIEVERS, reason="this transformers lacks ModernVBERT")
+def test_modernvbert_without_the_head(sighted):
+    """Its states at the tokens that were read are those behind the head's embeddings."""
+    model, inputs = subject("colmodernvbert"), batch("colmodernvbert")
+    with vtoken.applied(model, "divprune", 0.5):
+        want = embeddings(model, inputs)
+    body = model.vlm
+    with vtoken.applied(body, "divprune", 0.5), torch.no_grad():
+        states = body(**clone(inputs)).last_hidden_state
+        kept = vtoken.kept_tokens(body)
+    got = nn.functional.normalize(model.embedding_proj_layer(states), dim=-1)
+    assert kept.sum() < inputs["attention_mask"].sum()
+    for rows, mine, there in zip(got, want, kept, strict=True):
+        assert_close(rows[there], mine[len(mine) - int(there.sum()) :])
+    for ability in ("image", "several", "ragged", "selection"):
+        sighted("modernvbert", ability, True)
