@@ -48,8 +48,13 @@ def sighted(request: pytest.FixtureRequest) -> Callable[[str, str, bool], None]:
 
 
 def note(sighted: Callable[[str, str, bool], None], family: Family, row: str, works: bool) -> None:
-    """Record what one strategy on a batch of prompts shows of a family."""
+    """Record what one strategy on a batch of prompts shows of a family; of a type with several rows, the first."""
+    from tests.models import FAMILIES
+
     kind = family.config().model_type
+    rows = (f for f in FAMILIES.values() if f.modality == family.modality)
+    if next((f for f in rows if f.config().model_type == kind), family) != family:
+        return
     if family.modality == "image" and row in ABILITIES:
         sighted(kind, ABILITIES[row], works)
     if row == "divprune":

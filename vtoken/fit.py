@@ -98,6 +98,38 @@ def modalities_of(name: str) -> tuple[str, ...]:
     return strategy_info(name).cls().needs(None).modalities
 
 
+CLS = "the attention of a CLS token"
+WORDS = {
+    "cls_attention": CLS,
+    "cls_logits": CLS,
+    "received_attention": "attention maps of the tower",
+    "reuse": "layers that can be computed in part",
+    "pixels": "square frames of one size",
+    "states": "outputs of tower layers",
+    "temporal": "a tower with one row per frame",
+    "merging": "patches of square images that are the LLM's tokens one by one",
+    "grid": "the places of the tokens in the picture",
+}
+
+
+def served_of(adapter: Adapter, strategy: Strategy) -> list[str]:
+    """The modalities of this model that a strategy is defined for."""
+    return [m for m in adapter.modalities if m in needs_of(adapter, strategy, m).modalities]
+
+
+def unmet(adapter: Adapter, strategy: Strategy) -> tuple[str, list[str]]:
+    """A modality and the needs that keep a strategy from serving this model; empty if none do.
+
+    Where a tower can merge the tokens of one modality and not the other's, these are refused when they come.
+    """
+    each = {m: lacking_of(adapter, strategy, m) for m in served_of(adapter, strategy)}
+    elsewhere = any("merging" not in lacking for lacking in each.values())
+    for modality, lacking in each.items():
+        if lacking and not (lacking == ["merging"] and elsewhere):
+            return modality, lacking
+    return "", []
+
+
 def check_fit(
     adapter: Adapter, strategy: Strategy, others: Callable[[Adapter], list[str]] | None = None
 ) -> None:
@@ -113,40 +145,24 @@ def check_fit(
             f"{name} is defined for plain encoders, such as CLIP's of open_clip, and {kind} is a"
             f" vision-language model: use {', '.join(others(adapter))}."
         )
-    served = [m for m in adapter.modalities if m in needs_of(adapter, strategy, m).modalities]
-    if not served:
+    if not served_of(adapter, strategy):
         raise ValueError(
             f"{name} is defined for"
             f" {' and '.join(needs_of(adapter, strategy, adapter.modalities[0]).modalities)} input, {kind}"
             f" models read {' and '.join(adapter.modalities)}: use {', '.join(others(adapter))}."
         )
-    for modality in served:
-        lacking = lacking_of(adapter, strategy, modality)
-        elsewhere = any("merging" not in lacking_of(adapter, strategy, m) for m in served)
-        if lacking and not (lacking == ["merging"] and elsewhere):
-            cls = "the attention of a CLS token"
-            words = {
-                "cls_attention": cls,
-                "cls_logits": cls,
-                "received_attention": "attention maps of the tower",
-            }
-            words |= {"reuse": "layers that can be computed in part", "pixels": "square frames of one size"}
-            words |= {"states": "outputs of tower layers", "temporal": "a tower with one row per frame"}
-            words["merging"] = "patches of square images that are the LLM's tokens one by one"
-            words["grid"] = "the places of the tokens in the picture"
-            missing = " and ".join(words.get(x, x.replace("_", " ")) for x in lacking)
-            received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
-            extension = ' pass score="received" to rank by attention received, or' if received else ""
-            extension = (
-                " pass thumbnail=False, or"
-                if lacking == ["pixels"] and hasattr(strategy, "thumbnail")
-                else extension
-            )
-            lacks = "the vision tower" if adapter.has_grid else "the adapter"
-            raise ValueError(
-                f"{name} needs {missing}, which {lacks} of this {kind} model does not"
-                f" have:{extension} use {', '.join(others(adapter))}."
-            )
+    modality, lacking = unmet(adapter, strategy)
+    if lacking:
+        missing = " and ".join(WORDS.get(x, x.replace("_", " ")) for x in lacking)
+        received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
+        extension = ' pass score="received" to rank by attention received, or' if received else ""
+        if lacking == ["pixels"] and hasattr(strategy, "thumbnail"):
+            extension = " pass thumbnail=False, or"
+        lacks = "the vision tower" if adapter.has_grid else "the adapter"
+        raise ValueError(
+            f"{name} needs {missing}, which {lacks} of this {kind} model does not"
+            f" have:{extension} use {', '.join(others(adapter))}."
+        )
     if adapter.features_in_layers and trained_part(strategy) is not None:
         raise ValueError(
             f"{name} has weights for features as wide as the LLM, and this {kind} model has others for"
@@ -269,10 +285,8 @@ def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
         strategy = strategy_info(name).cls()
         if (
             getattr(strategy, "serves_llms", True)
-            and any(
-                m in needs_of(adapter, strategy, m).modalities and not lacking_of(adapter, strategy, m)
-                for m in adapter.modalities
-            )
+            and served_of(adapter, strategy)
+            and not unmet(adapter, strategy)[1]
             and (not strategy.acts_inside or goes_inside(adapter, strategy))
             and not (adapter.features_in_layers and trained_part(strategy) is not None)
         ):

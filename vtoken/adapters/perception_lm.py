@@ -26,8 +26,9 @@ class PerceptionLMAdapter(Adapter):
 
     def make_towers(self) -> dict[str, Tower]:
         drops_cls = bool(self.config.vision_use_cls_token)
-        towers = TimmTower.find(self.base.vision_tower, self._pooled)
-        return {m: tower for m, tower in towers.items() if tower.has_cls == drops_cls}
+        found = TimmTower.find(self.base.vision_tower, self._pooled).get("image")
+        read = found is not None and found.has_cls == drops_cls
+        return dict.fromkeys(self.modalities, found) if found is not None and read else {}
 
     def _pooled(self, values: Tensor) -> Tensor:
         """(..., patches) -> (..., cells), the mean over the patches that the projector pools."""

@@ -61,7 +61,10 @@ def model_of(model: Any) -> Any:
     Raises:
         ValueError: if it holds several.
     """
-    return model_inside(model, list_families())
+    _discover()
+    found = model_inside(model, _adapters)
+    known = getattr(getattr(found, "config", None), "model_type", None) in _adapters
+    return found if known else model_inside(model, list_families())
 
 
 def adapter_for(model: Any, adapter: str | type[Adapter] | None = None) -> Adapter:
