@@ -53,7 +53,11 @@ def model_of(model: Any) -> Any:
     Raises:
         ValueError: if it holds several.
     """
-    return model_inside(model, list_families())
+    _discover()
+    inside = model_inside(model, _adapters)
+    if getattr(getattr(inside, "config", None), "model_type", None) not in _adapters:
+        inside = model_inside(model, list_families())  # those of other packages are loaded if needed
+    return inside
 
 
 def adapter_for(model: Any) -> Adapter:
