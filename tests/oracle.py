@@ -208,6 +208,8 @@ def _layer_by_layer(lm, prompt: Prompt, inside: Inside) -> Tensor:
     n, h = len(prompt), prompt.embeds[None]
     positions = prompt.positions[..., None, :]
     positions = positions[1:] if positions.ndim == 3 and len(positions) == 4 else positions
+    if positions.ndim == 2 and "mrope_section" in str(getattr(lm.config, "rope_parameters", "")):
+        positions = positions.expand(3, *positions.shape)  # as the model does without ids
     kinds = getattr(lm.config, "layer_types", None) or [""] * len(lm.layers)
     typed = "layer_type" in inspect.signature(lm.rotary_emb.forward).parameters
     itself = torch.eye(n, dtype=torch.bool)

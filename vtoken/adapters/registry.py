@@ -62,9 +62,10 @@ def model_of(model: Any) -> Any:
         ValueError: if it holds several.
     """
     _discover()
-    found = model_inside(model, _adapters)
-    known = getattr(getattr(found, "config", None), "model_type", None) in _adapters
-    return found if known else model_inside(model, list_families())
+    inside = model_inside(model, _adapters)
+    if getattr(getattr(inside, "config", None), "model_type", None) not in _adapters:
+        inside = model_inside(model, list_families())  # those of other packages are loaded if needed
+    return inside
 
 
 def adapter_for(model: Any, adapter: str | type[Adapter] | None = None) -> Adapter:
