@@ -104,9 +104,7 @@ def test_refuses_other_adapters(adapter, error):
 
 def test_refuses_a_model_without_pictures():
     model = transformers.LlamaForCausalLM(FAMILIES["llava"].config().text_config)
-    with pytest.raises(
-        ValueError, match=r"adapter needs get_image_features and .*, which this llama model"
-    ):
+    with pytest.raises(ValueError, match=r"adapter needs get_image_features and .*, which this llama model"):
         vtoken.patch(model, "random", adapter="generic")
 
 
