@@ -178,18 +178,7 @@ class VisionHooks:
                 output = original(*args, **kwargs)
         finally:
             context.capture = None
-        missing = capture.missing if modality in self.adapter.towers else []
-        if missing:
-            raise rebuilt(
-                f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read"
-                " from"
-            )
-        if capture.frames is not None:
-            capture.frames.commit()
-            if self.used is not None:
-                self.used(modality, capture.frames.use)
-        if capture.temporal is not None:
-            capture.temporal.commit()
+        self._commit(modality, capture)
         if isinstance(output, tuple):  # return_dict=False: not a call of generate() or forward()
             return output
         encoded = self._encode(modality, output, given, capture)
@@ -204,6 +193,27 @@ class VisionHooks:
         setattr(output, ENCODED, encoded)
         if prompt is not None:
             prompt.pushed[modality] = stream, tensors_of(bound.arguments), output
+        self._hand_on(modality, encoded, stream)
+        return output
+
+    def _commit(self, modality: str, capture: Capture) -> None:
+        """Check what was read of a tower that has run, and keep what later frames reuse."""
+        missing = capture.missing if modality in self.adapter.towers else []
+        if missing:
+            raise rebuilt(
+                f"The vision tower ran without the projections that {missing[0][0]}({missing[0][1]}) is read"
+                " from"
+            )
+        if capture.frames is not None:
+            capture.frames.commit()
+            if self.used is not None:
+                self.used(modality, capture.frames.use)
+        if capture.temporal is not None:
+            capture.temporal.commit()
+
+    def _hand_on(self, modality: str, encoded: EncodedVisuals, stream: StreamState | None) -> None:
+        """Leave the record where the reader of the prompt looks for it."""
+        context = self.context
         if context.call is not None:  # encoded inside forward
             context.call.encoded[modality] = encoded
         elif context.early is not None:  # encoded by the model's head
@@ -213,7 +223,6 @@ class VisionHooks:
             context.unread = True
         elif stream is None and self.handed_out is not None:
             self.handed_out(encoded)
-        return output
 
     def read(self, modality: str, output: Any) -> EncodedVisuals | None:
         """The record in an output of `get_*_features`, None if it was made without a patch.
