@@ -70,8 +70,9 @@ def design_of(adapter: Adapter, strategy: Strategy, layers: int) -> Design:
 
 def temporal_of(adapter: Adapter, strategy: Strategy) -> dict[str, Temporal]:
     """By modality, the strategy's attention across frames inside the tower."""
-    declared = {m: strategy.temporal(t.info) for m, t in adapter.towers.items() if t.can_mix}
-    return {m: temporal for m, temporal in declared.items() if temporal is not None and temporal.layers}
+    declared = {m: strategy.temporal(t.info) for m, t in adapter.towers.items() if t.rows_are_frames}
+    wanted = {m: temporal for m, temporal in declared.items() if temporal is not None and temporal.layers}
+    return {m: temporal for m, temporal in wanted.items() if adapter.towers[m].can_mix}
 
 
 def merging_layers(adapter: Adapter, strategy: Strategy) -> dict[str, tuple[int, ...]]:
