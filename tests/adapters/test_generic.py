@@ -30,7 +30,8 @@ ALIKE = (
     "glm4v/video",
     "cohere2_vision",
 )
-NAMES = [name for name in ALIKE if name in FAMILIES]
+LONGER = transformers.__version__.startswith("5.17.") and "llava_onevision/video"  # features without newlines
+NAMES = [name for name in ALIKE if name in FAMILIES and name != LONGER]
 
 
 @pytest.mark.parametrize("name", NAMES)

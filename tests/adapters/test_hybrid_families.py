@@ -61,9 +61,9 @@ def test_full_budget_is_the_unpatched_model(name):
 def test_tiles_of_llama4_have_places():
     items = seen(subject("llama4"), FAMILIES["llama4"].prompt([[0, 1], [2]]), received=False, keys=False)
     assert [[s.place for s in item.segments] for item in items] == [
-        [None],
-        [None, (0, 0), (1, 0)],
-        [None, (0, 0), (0, 1), (0, 2)],
+        [(0, 0)],
+        [(0, 0), (0, 0), (1, 0)],
+        [(0, 0), (0, 0), (0, 1), (0, 2)],
     ]
     assert [item.segments[0].kind for item in items] == ["image", "thumbnail", "thumbnail"]
     for item in items[1:]:  # the whole image is the last tile of the prompt and the first segment

@@ -27,8 +27,20 @@ class HunYuanVLAdapter(Adapter):
     def frames(self, modality: str, arguments: dict[str, Any]) -> list[int]:
         return [1] * len(arguments["image_grid_thw"])
 
+    def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
+        features = output.pooler_output
+        if isinstance(features, Tensor):  # transformers 5.17 does not split (1, all, d)
+            rows, columns = (arguments["image_grid_thw"][:, 1:] // self.side).unbind(-1)
+            features = features[0].split((rows * (columns + 1) + 2).tolist())
+        return list(features)
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a cell."""
+        return int(self.config.vision_config.spatial_merge_size)
+
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
-        side, out = self.config.vision_config.spatial_merge_size, []
+        side, out = self.side, []
         for (_, h, w), f in zip(arguments["image_grid_thw"].tolist(), features, strict=True):
             rows, columns = grid = h // side, w // side
             cells = torch.arange(rows * columns, device=f.device).view(grid)
