@@ -120,3 +120,11 @@ def test_features_that_cannot_be_told_apart():
     assert [
         len(f) for f in adapter.split_features("image", features, pixels | dict(image_grid_thw=grid))
     ] == [4, 3]
+
+
+def test_videos_that_cannot_be_told_apart():
+    """Frames as items of the features, of a video in one tensor of pixels."""
+    adapter = GenericAdapter(FAMILIES["llava_onevision"].build())
+    frames = [torch.zeros(4, 8)] * 3
+    with pytest.raises(NotImplementedError, match="found 3 videos in the features and 1 in the pixels"):
+        adapter.layouts("video", frames, dict(pixel_values_videos=torch.zeros(1, 3, 3, 8, 8)))

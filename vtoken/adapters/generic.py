@@ -84,6 +84,11 @@ class GenericAdapter(Adapter):
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         frames = self.frames(modality, arguments) if modality == "video" else [1] * len(features)
+        if len(frames) != len(features):
+            raise NotImplementedError(
+                f"The generic adapter found {len(features)} videos in the features and {len(frames)} in the"
+                " pixels: write an adapter as docs/adding-a-model.md shows."
+            )
         out = []
         for f, t in zip(features, frames, strict=True):
             t = t if t and len(f) % t == 0 else 1  # separators or frames of several sizes: one segment
