@@ -114,6 +114,10 @@ def test_equals_the_oracle_or_refuses(family, row, sighted):
             run(model, inputs, 1)
         note(sighted, FAMILIES[family], row, False)
         return
+    if (family, row) == ("video_llama_3/video", "vidcom2"):  # its processor leaves out still parts of frames
+        with patched(model, strategy), pytest.raises(ValueError, match=r"frames of equal size.*: use"):
+            run(model, inputs, 1)
+        return
     with patched(model, strategy) as spy:
         whole, again = first_turn(model, inputs, steps=2)
         made = "encoder" in stages(parts) or any(answer.features is not None for _, answer in spy.items)
