@@ -104,7 +104,7 @@ def adapter_for(model: Any, adapter: str | type[Adapter] | None = None) -> Adapt
         raise ValueError(
             f'vtoken has no adapter for model type {model_type!r}: pass adapter="generic", which serves the'
             " strategies that read neither the vision tower nor places in the picture, or write one as"
-            " docs/adding-a-model.md shows (vtoken.list_families() names those that ship)."
+            " docs/adding-a-model.md shows; docs/families.md names those that ship."
         )
     return _adapters[model_type](model)
 
