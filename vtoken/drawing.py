@@ -119,11 +119,7 @@ def visualize(
         return _encoder_pictures(image, tokens, cell)
     tokens = _one_image(tokens)
     segments = list(tokens.segments)
-    if any(s.kind == "queries" for s in segments):
-        raise ValueError(
-            "The visual tokens of this model are queries that read the whole picture and have no place on it:"
-            " draw the tokens of a model whose tokens are patches."
-        )
+    _check_places(segments)
     images = [_region(image, s) for s in segments] if isinstance(image, Image.Image) else list(image)
     if len(images) < len(segments):
         raise ValueError(
@@ -308,3 +304,12 @@ def _wrap(text: str, width: int) -> list[str]:
         else:
             lines[-1] = longer
     return lines
+
+
+def _check_places(segments: list[Any]) -> None:
+    """Raise ValueError if tokens have no place on the picture."""
+    if any(s.kind == "queries" for s in segments):
+        raise ValueError(
+            "The visual tokens of this model are queries that read the whole picture and have no place on it:"
+            " draw the tokens of a model whose tokens are patches."
+        )

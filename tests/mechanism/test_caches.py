@@ -24,8 +24,9 @@ from tests import oracle
 from tests.models import FAMILIES
 from tests.models.common import text
 from tests.oracle import CACHE, clone
+from vtoken.mechanism.cache_crop import physical_length
 from vtoken.mechanism.ledger import Ledger
-from vtoken.mechanism.logical_cache import ledger_of, make_logical, physical_length
+from vtoken.mechanism.logical_cache import ledger_of, make_logical
 from vtoken.strategies import create
 
 from .common import ALIGNED, BOTH, FRONT, SOME, assert_close, assert_same, clean, expected, run, subject

@@ -19,7 +19,7 @@ from tests.models.common import IMG, text
 from tests.oracle import CACHE, clone, pick
 from vtoken import PrefillTokens, Selection, Strategy, StrategyInfo, strategies
 from vtoken.mechanism.attention_rows import check_projections
-from vtoken.mechanism.logical_cache import physical_length
+from vtoken.mechanism.cache_crop import physical_length
 
 from .common import EFFECT, INSIDE, assert_same, clean, consistent, expected, run, subject
 from .fixed import Fixed, patched

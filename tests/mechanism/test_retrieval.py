@@ -18,7 +18,7 @@ from tests.models.common import IMG
 from tests.models.retrieval import RETRIEVERS
 from tests.oracle import clone
 from tests.record import note
-from tests.test_matrix import ROWS, make, stages
+from tests.test_matrix import ROWS, STAGES, make, stages
 
 from .common import EFFECT, assert_close
 from .fixed import Fixed, Spy, patched
@@ -26,7 +26,7 @@ from .test_isolation import traces
 from .test_models_inside import right_padded
 
 pytestmark = pytest.mark.skipif(not RETRIEVERS, reason="this transformers has no retrieval models")
-CHEAP = ("divprune", "visionzip", "pool", "tome", "stc_cacher", "quecc", "fastv", "mustdrop", "voco")
+CHEAP = (*STAGES, "stc_cacher", "quecc", "mustdrop")
 CASES = [
     pytest.param(name, row, marks=() if row in CHEAP or name == "colqwen2" else pytest.mark.product)
     for name in RETRIEVERS

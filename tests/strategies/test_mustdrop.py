@@ -16,7 +16,7 @@ from tests.mechanism.common import assert_close, assert_same, clean, expected, r
 from tests.mechanism.fixed import Spy, patched
 from tests.models import FAMILIES
 from tests.oracle import CACHE
-from vtoken.mechanism.logical_cache import physical_length
+from vtoken.mechanism.cache_crop import physical_length
 from vtoken.strategies import MustDrop
 from vtoken.strategies.common.windows import merge_windows, similar_windows, window_cells
 

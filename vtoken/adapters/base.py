@@ -24,6 +24,11 @@ class Layout:
         return cls(segments, torch.arange(sum(s.size for s in segments), device=device))
 
     @classmethod
+    def square(cls, features: Tensor) -> Layout:
+        """One square image of features (n, d). Raises ValueError if n is no square."""
+        return cls.plain([Segment("image", square(len(features)))], features.device)
+
+    @classmethod
     def queries(cls, count: int, device: torch.device | None = None) -> Layout:
         """Tokens that are learned queries of a resampler: each reads the whole picture, none has a place."""
         return cls.plain([Segment("queries", (1, count))], device)

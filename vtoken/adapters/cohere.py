@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..tokens import Segment, VisualTokens
-from .base import Adapter, Layout, feature_layer_of, square
+from ..tokens import VisualTokens
+from .base import Adapter, Layout, feature_layer_of
 from .registry import register_adapter
 from .tiles import join_until, runs_of, shuffled_pool
 from .towers.base import Tower
@@ -33,11 +33,8 @@ class AyaVisionAdapter(Adapter):
         pool = functools.partial(shuffled_pool, self.base.multi_modal_projector.pixel_shuffle)
         return {"image": SiglipTower(tower, layer, pool)}
 
-    def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
-        return list(output.pooler_output)
-
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
-        return [Layout.plain([Segment("image", square(len(f)))], f.device) for f in features]
+        return [Layout.square(f) for f in features]
 
     def join(self, items: list[VisualTokens], input_ids: Tensor | None, places: Tensor) -> list[VisualTokens]:
         runs = runs_of(places)

@@ -26,9 +26,6 @@ class DeepseekOcr2Adapter(Adapter):
     def make_towers(self) -> dict[str, Tower]:
         return {}  # attention of patches, which are no tokens
 
-    def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
-        return list(output.pooler_output)
-
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         tiles = arguments.get("num_local_patches")
         tiles = [0] * len(features) if tiles is None else [int(n) for n in tiles]

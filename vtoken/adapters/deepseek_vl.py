@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..tokens import Segment
-from .base import Adapter, Layout, square
+from .base import Adapter, Layout
 from .llava import find_tower
 from .registry import register_adapter
 from .towers.base import Tower
@@ -29,11 +28,8 @@ class DeepseekVLAdapter(Adapter):
     def square_frames(self) -> tuple[str, ...]:
         return () if hasattr(self.base, "high_res_vision_model") else self.modalities
 
-    def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
-        return list(output.pooler_output)
-
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
-        return [Layout.plain([Segment("image", square(len(f)))], f.device) for f in features]
+        return [Layout.square(f) for f in features]
 
 
 class JanusTower(Tower):

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..tokens import Segment
-from .base import Adapter, Layout, square
+from .base import Adapter, Layout
 from .registry import register_adapter
 from .towers.base import Tower
 
@@ -26,4 +25,4 @@ class FastVlmAdapter(Adapter):
         return self.modalities
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
-        return [Layout.plain([Segment("image", square(len(f)))], f.device) for f in features]
+        return [Layout.square(f) for f in features]

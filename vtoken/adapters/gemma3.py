@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..tokens import Segment
 from .base import Adapter, Layout, square
 from .registry import register_adapter
 from .towers.base import Tower
@@ -32,8 +31,5 @@ class Gemma3Adapter(Adapter):
     def square_frames(self) -> tuple[str, ...]:
         return self.modalities
 
-    def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
-        return list(output.pooler_output)
-
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
-        return [Layout.plain([Segment("image", square(len(f)))], f.device) for f in features]
+        return [Layout.square(f) for f in features]

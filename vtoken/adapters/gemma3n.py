@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
 from .fast_vlm import FastVlmAdapter
 from .registry import register_adapter
 
@@ -15,6 +11,3 @@ class Gemma3nAdapter(FastVlmAdapter):
     """`Gemma3nForConditionalGeneration`. Audio tokens are no visual tokens and always stay."""
 
     model_types = ("gemma3n",)
-
-    def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
-        return list(output.pooler_output)

@@ -56,17 +56,16 @@ class GenericAdapter(Adapter):
 
     def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
         features = output.pooler_output
-        if not isinstance(features, Tensor):
-            return [f.flatten(0, -2) for f in features]
-        if modality == "image" and features.ndim > 2:
-            return [f.flatten(0, -2) for f in features]
+        if not isinstance(features, Tensor) or (modality == "image" and features.ndim > 2):
+            return super().split_features(modality, output, arguments)
         flat = features.flatten(0, -2)
         return list(flat.split(self._lengths(modality, len(flat), arguments)))
 
     def _lengths(self, modality: str, total: int, arguments: dict[str, Any]) -> list[int]:
         """The tokens of every image or video of a call."""
         grid = arguments.get(f"{modality}_grid_thw")
-        shares = [1] * len(self._pixels(arguments)) if grid is None else grid.prod(-1).tolist()
+        pixels = arguments[self.pixel_argument(arguments)]
+        shares = [1] * len(pixels) if grid is None else grid.prod(-1).tolist()
         if not shares or (total % sum(shares) and sum(shares) % total):
             raise NotImplementedError(
                 f"The generic adapter cannot tell which of the {total} {modality} tokens belong to which of"
@@ -74,9 +73,6 @@ class GenericAdapter(Adapter):
                 " docs/adding-a-model.md shows."
             )
         return [share * total // sum(shares) for share in shares]
-
-    def _pixels(self, arguments: dict[str, Any]) -> Any:
-        return arguments[self.pixel_argument(arguments)]
 
     def frames(self, modality: str, arguments: dict[str, Any]) -> list[int]:
         grid = arguments.get(f"{modality}_grid_thw")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .qwen_vl import QwenVLAdapter
 from .registry import register_adapter
@@ -17,8 +17,9 @@ class HyperClovaXAdapter(QwenVLAdapter):
     model_types: ClassVar[tuple[str, ...]] = ("hyperclovax_vision_v2",)
     prompt_arguments: ClassVar[tuple[str, ...]] = ()
 
-    def merge_sizes(self, modality: str, arguments: dict[str, Any]) -> list[int]:
-        return [self.base.vision_model.spatial_merge_size] * len(arguments[f"{modality}_grid_thw"])
+    @property
+    def merge_size(self) -> int:
+        return int(self.base.vision_model.spatial_merge_size)
 
     def make_towers(self) -> dict[str, Tower]:
         tower = self.base.vision_model

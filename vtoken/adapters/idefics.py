@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..tokens import Segment, VisualTokens
-from .base import Adapter, Layout, square
+from .base import Adapter, Layout
 from .registry import register_adapter
-from .tiles import join_tiles, runs_of, shuffled_pool
+from .tiles import crop_at, join_tiles, runs_of, shuffled_pool
 from .towers.base import Tower
 from .towers.idefics import IdeficsTower
 
@@ -46,7 +46,7 @@ class IdeficsAdapter(Adapter):
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         self._check(arguments)
-        return [Layout.plain([Segment("image", square(len(f)))], f.device) for f in features]
+        return [Layout.square(f) for f in features]
 
     def _check(self, arguments: dict[str, Any]) -> None:
         """Raise NotImplementedError for a prompt in which image tokens cannot be found."""
@@ -81,11 +81,8 @@ class IdeficsAdapter(Adapter):
         if ends != [columns * (r + 1) - 1 for r in range(rows)]:
             return tiles
         grid = tiles[0].segments[0].grid
-        segments = [Segment("thumbnail", grid)]
-        for r in range(rows):
-            for c in range(columns):
-                box = (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows)
-                segments.append(Segment("crop", grid, (r, c), box=box))
+        places = itertools.product(range(rows), range(columns))
+        segments = [Segment("thumbnail", grid), *(crop_at(r, c, rows, columns, grid) for r, c in places)]
         return [join_tiles(tiles, segments, [len(gaps), *range(len(gaps))])]
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..tokens import Segment, VisualTokens
+from ..tokens import VisualTokens
 from .base import Adapter, Layout, feature_layer_of, square
 from .registry import register_adapter
 from .tiles import join_tiles, runs_of, shuffled_pool
@@ -37,11 +37,8 @@ class InternVLAdapter(Adapter):
         side = square(patches.shape[1])
         return self.base.pixel_shuffle(patches.unflatten(1, side), scale_factor=self.config.downsample_ratio)
 
-    def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
-        return list(output.pooler_output)
-
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
-        return [Layout.plain([Segment("image", square(len(f)))], f.device) for f in features]
+        return [Layout.square(f) for f in features]
 
     def join(self, items: list[VisualTokens], input_ids: Tensor | None, places: Tensor) -> list[VisualTokens]:
         size, at, images = len(items[0]), 0, []

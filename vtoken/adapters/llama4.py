@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torch import Tensor
 
 from ..tokens import Segment, VisualTokens
-from .base import Adapter, Layout, square
+from .base import Adapter, Layout
 from .registry import register_adapter
-from .tiles import join_tiles, runs_of
+from .tiles import crop_at, join_tiles, runs_of
 from .towers.base import Tower
 
 
@@ -33,7 +34,7 @@ class Llama4Adapter(Adapter):
         return list(self.base.multi_modal_projector(tiles.flatten(0, -2)).view(*tiles.shape[:-1], -1))
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
-        return [Layout.plain([Segment("image", square(len(f)))], f.device) for f in features]
+        return [Layout.square(f) for f in features]
 
     def join(self, items: list[VisualTokens], input_ids: Tensor | None, places: Tensor) -> list[VisualTokens]:
         runs = runs_of(places)
@@ -54,9 +55,6 @@ class Llama4Adapter(Adapter):
         if not count or count % columns:
             return tiles
         grid, rows = tiles[0].segments[0].grid, count // columns
-        segments = [Segment("thumbnail", grid)]
-        for r in range(rows):
-            for c in range(columns):
-                box = (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows)
-                segments.append(Segment("crop", grid, (r, c), box=box))
+        places = itertools.product(range(rows), range(columns))
+        segments = [Segment("thumbnail", grid), *(crop_at(r, c, rows, columns, grid) for r, c in places)]
         return [join_tiles(tiles, segments, [count, *range(count)])]

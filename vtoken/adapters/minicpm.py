@@ -10,7 +10,7 @@ from torch import Tensor
 from ..tokens import Segment, VisualTokens
 from .base import Adapter, Layout
 from .registry import register_adapter
-from .tiles import join_tiles, runs_of
+from .tiles import crop_at, join_tiles, runs_of
 from .towers.base import Tower
 
 
@@ -28,9 +28,6 @@ class MiniCpmVAdapter(Adapter):
 
     def make_towers(self) -> dict[str, Tower]:
         return {}  # patches are merged between two layers: attention of one layer is not that of another
-
-    def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
-        return list(output.pooler_output)
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         mode = arguments.get("downsample_mode") or self.config.downsample_mode
@@ -68,7 +65,5 @@ class MiniCpmVAdapter(Adapter):
         columns = next((i for i, gap in enumerate(gaps[1:], 1) if gap > 2), count)
         rows = -(-count // columns) if count else 0
         for i, tile in enumerate(tiles[1:]):
-            r, c = divmod(i, columns)
-            box = (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows)
-            out.append(Segment("crop", tile.segments[0].grid, (r, c), box=box))
+            out.append(crop_at(*divmod(i, columns), rows, columns, tile.segments[0].grid))
         return out

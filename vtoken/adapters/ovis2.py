@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..tokens import Segment, VisualTokens
 from .base import Adapter, Layout, square
 from .registry import register_adapter
-from .tiles import join_tiles, runs_of
+from .tiles import crop_at, join_tiles, runs_of
 from .towers.base import Tower
 
 
@@ -46,11 +47,8 @@ class Ovis2Adapter(Adapter):
         pooled = F.avg_pool2d(grid, self.config.vision_config.hidden_stride, ceil_mode=True)
         return pooled.reshape(*value.shape[:-1], -1)
 
-    def split_features(self, modality: str, output: Any, arguments: dict[str, Any]) -> list[Tensor]:
-        return list(output.pooler_output)
-
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
-        return [Layout.plain([Segment("image", square(len(f)))], f.device) for f in features]
+        return [Layout.square(f) for f in features]
 
     def join(self, items: list[VisualTokens], input_ids: Tensor | None, places: Tensor) -> list[VisualTokens]:
         runs = runs_of(places)
@@ -72,9 +70,6 @@ class Ovis2Adapter(Adapter):
         grid, columns = tiles[0].segments[0].grid, (len(tiles) - 1) // rows
         if len(tiles) == 1 or rows * columns != len(tiles) - 1:
             return join_tiles(tiles, [t.segments[0] for t in tiles], range(len(tiles)))
-        segments = [Segment("thumbnail", grid)]
-        for r in range(rows):
-            for c in range(columns):
-                box = (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows)
-                segments.append(Segment("crop", grid, (r, c), box=box))
+        places = itertools.product(range(rows), range(columns))
+        segments = [Segment("thumbnail", grid), *(crop_at(r, c, rows, columns, grid) for r, c in places)]
         return join_tiles(tiles, segments, range(len(tiles)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .qwen_vl import QwenVLAdapter
 from .registry import register_adapter
 from .towers.base import Tower
@@ -21,6 +19,6 @@ class PaddleOcrVLAdapter(QwenVLAdapter):
         tower = self.base.visual
         return {"image": PackedSplitTower(tower, tower.config.num_hidden_layers - 1)}
 
-    def merge_sizes(self, modality: str, arguments: dict[str, Any]) -> list[int]:
-        side = self.config.vision_config.spatial_merge_size
-        return [side] * len(arguments[f"{modality}_grid_thw"])
+    @property
+    def merge_size(self) -> int:
+        return int(self.config.vision_config.spatial_merge_size)

@@ -113,11 +113,10 @@ def _chosen(adapter: str | type[Adapter]) -> type[Adapter]:
     """The class that a user asked for. Raises TypeError or ValueError if it is none."""
     if isinstance(adapter, type) and issubclass(adapter, Adapter):
         return adapter
-    if isinstance(adapter, str) and adapter != "generic":
-        raise ValueError(f'adapter must be "generic" or an Adapter class, found {adapter!r}.')
-    if not isinstance(adapter, str):
-        raise TypeError(f'adapter must be "generic" or an Adapter class, found {adapter!r}.')
-    return GenericAdapter
+    if adapter == "generic":
+        return GenericAdapter
+    error = ValueError if isinstance(adapter, str) else TypeError
+    raise error(f'adapter must be "generic" or an Adapter class, found {adapter!r}.')
 
 
 def _discover() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..tokens import Segment, VisualTokens
 from .base import Adapter, Layout
 from .registry import register_adapter
-from .tiles import runs_of
+from .tiles import crop_at, runs_of
 from .towers.base import Tower
 
 
@@ -55,8 +55,6 @@ class Step3p7Adapter(Adapter):
             columns = next((i + 1 for i, gap in enumerate(gaps) if gap > min(gaps)), count)
             whole, *crops = item.segments
             for i, crop in enumerate(crops):
-                r, c, rows = i // columns, i % columns, count // columns
-                box = (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows)
-                crops[i] = replace(crop, place=(r, c), box=box)
+                crops[i] = crop_at(*divmod(i, columns), count // columns, columns, crop.grid)
             out.append(replace(item, segments=(whole, *crops)))
         return out

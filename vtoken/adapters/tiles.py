@@ -11,6 +11,12 @@ from torch import Tensor
 from ..tokens import Segment, VisualTokens
 
 
+def crop_at(row: int, column: int, rows: int, columns: int, grid: tuple[int, int]) -> Segment:
+    """A crop of an image that is cut into so many rows and columns of equal crops."""
+    box = (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
+    return Segment("crop", grid, (row, column), box=box)
+
+
 def join_tiles(
     tiles: Sequence[VisualTokens], segments: Sequence[Segment], order: Sequence[int]
 ) -> VisualTokens:

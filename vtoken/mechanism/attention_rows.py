@@ -14,14 +14,13 @@ from ..kernels import attention_rows
 
 def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
     """Raise ValueError unless this decoder has `q_proj` and `k_proj` and rotates them as `rotate` does."""
-    attentions = [getattr(layer, "self_attn", None) for layer in decoder.layers]  # type: ignore[union-attr]
+    modules: list[Any] = [getattr(layer, "self_attn", None) for layer in decoder.layers]  # type: ignore[union-attr]
     parts = ("q_proj", "k_proj", "head_dim", "scaling")
-    if not all(hasattr(attention, part) for attention in attentions for part in parts):
+    if not all(hasattr(attention, part) for attention in modules for part in parts):
         raise ValueError(
             f"{name} reads the LLM's attention, which vtoken recomputes from q_proj and k_proj; the LLM of"
             f" this {kind} model has no such projections: use a projector strategy."
         )
-    modules = [layer.self_attn for layer in decoder.layers]  # type: ignore[union-attr]
     odd = {n for a in modules for n, _ in a.named_children() if "norm" in n} - {"q_norm", "k_norm", "v_norm"}
     if odd:
         raise ValueError(

@@ -21,7 +21,8 @@ from ..adapters.base import language_model_of
 from ..hooks import Wrapped, rebuilt
 from ..streams import unwrapped
 from .forward_context import Call, Run
-from .logical_cache import Ledger, ledger_of, slots_in
+from .ledger import Ledger
+from .logical_cache import ledger_of, slots_in
 from .prompt import EncodedVisuals
 from .short_outputs import short_outputs
 from .transformers_names import cache_in, changed, check_names
@@ -88,12 +89,10 @@ class EntranceHooks:
 
     # -- calls of the models ---------------------------------------------------------------------------------
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        outer, self.context.labels = self.context.labels, kwargs.get("labels")
-        if args and self.context.labels is None:
-            self.context.labels = dict(zip(self.model_arguments, args, strict=False)).get("labels")
+        given = dict(zip(self.model_arguments, args, strict=False)) | kwargs
+        outer, self.context.labels = self.context.labels, given.get("labels")
         try:
             if self.adapter.short_outputs and self.gate.serves() and not self.gate.disabled():
-                given = dict(zip(self.model_arguments, args, strict=False)) | kwargs
                 return short_outputs(self.context, self.adapter.merge, original, given)
             return original(*args, **kwargs)
         finally:

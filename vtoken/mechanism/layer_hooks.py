@@ -21,14 +21,15 @@ from ..hooks import Hook, Hooks, rebuilt
 from ..selection import Selection
 from ..tokens import PrefillTokens
 from .cache_alignment import align_cache
+from .cache_crop import settle
 from .drop_schedule import DropSchedule
 from .forward_context import ForwardContext, Plan, Run
 from .hidden_pictures import adapted, hidden_now, hide
 from .layer_views import LayerViews
-from .logical_cache import Ledger, counting_layers, settle
+from .ledger import Ledger
 from .masks import WINDOW_FULL, both_ways, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged, tokenwise
-from .recurrent_states import SPOILED
+from .recurrent_states import SPOILED, counting_layers
 from .transformers_names import cache_argument, changed, check_length, recomputes
 
 # Older releases checkpoint `__call__`: hooks run again in backward, after the state of the forward is gone.

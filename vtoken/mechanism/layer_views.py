@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..tokens import PrefillTokens
 from .attention_rows import rows_of_attention
+from .cache_crop import name_of
 from .drop_schedule import DropSchedule
 from .forward_context import Run
-from .logical_cache import name_of
 from .masks import cut_mask
 
 

@@ -17,30 +17,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from .cache_crop import crop_layer, name_of, physical_length, settle
+from .cache_crop import crop_layer, name_of, physical_length
 from .ledger import Ledger
-from .recurrent_states import (
-    UNOWNED,
-    check_announced,
-    counting_layers,
-    has_length,
-    has_state,
-    state_layer_class,
-)
-
-__all__ = [
-    "UNOWNED",
-    "Ledger",
-    "check_cache",
-    "counting_layers",
-    "ledger_of",
-    "logical_layer_class",
-    "make_logical",
-    "name_of",
-    "physical_length",
-    "settle",
-    "slots_in",
-]
+from .recurrent_states import check_announced, counting_layers, has_length, has_state, state_layer_class
 
 
 @functools.cache
@@ -186,7 +165,7 @@ def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
             f" without a length ({name_of(cache.layers[0])}): use a model that has attention layers."
         )
     for layer in cache.layers:
-        known = isinstance(layer, (DynamicLayer, StaticLayer)) and not has_state(layer)
+        known = _known(layer)
         if (inside and not known) or (aligned and not _plain(cache, layer)):
             kind = "an offloaded cache" if getattr(cache, "offloading", False) else name_of(layer)
             instead = (
@@ -220,7 +199,11 @@ def make_logical(
     ledger.gather = all(_plain(cache, layer) for layer in counting_layers(cache))
 
 
+def _known(layer: Any) -> bool:
+    """Whether a layer is of transformers' own kinds that store keys and values only."""
+    return isinstance(layer, (DynamicLayer, StaticLayer)) and not has_state(layer)
+
+
 def _plain(cache: Cache, layer: Any) -> bool:
     """Whether a layer's keys and values can be gathered."""
-    known = isinstance(layer, (DynamicLayer, StaticLayer)) and not has_state(layer)
-    return known and not hasattr(layer, "_quantize") and not getattr(cache, "offloading", False)
+    return _known(layer) and not hasattr(layer, "_quantize") and not getattr(cache, "offloading", False)

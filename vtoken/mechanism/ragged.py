@@ -56,9 +56,9 @@ def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
 
 
 def tokenwise(arguments: dict[str, Any], batch: int, tokens: int) -> dict[str, Tensor]:
-    """The arguments of a language model beside its usual ones that have a row for every token (B, n, ...).
+    """Further arguments of a language model with a row for every token, by name: (batch, tokens, ...).
 
-    These are numbers that say of what type each token is, by their name, and embeddings of any other name.
+    Embeddings count under any name; of integers those whose name says that they are types of tokens.
     """
     usual = ("inputs_embeds", "attention_mask", "position_ids")
     found = {}

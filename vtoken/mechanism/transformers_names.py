@@ -20,9 +20,10 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
 
 from ..adapters.base import Adapter
+from .cache_crop import physical_length
 from .drop_schedule import DropSchedule
 from .forward_context import Run
-from .logical_cache import counting_layers, physical_length
+from .recurrent_states import counting_layers
 
 # the minor releases of transformers that all tests have passed on, and those between
 OLDEST, NEWEST = "5.17", "5.24"

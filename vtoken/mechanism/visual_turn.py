@@ -12,11 +12,12 @@ from torch import Tensor
 from .forward_context import Admission, Call, ForwardContext, ForwardObserver, Plan, ReadTokens, Run
 from .generation import prompt_ends, queries_of
 from .layer_hooks import LayerHooks
-from .logical_cache import Ledger, counting_layers, make_logical, slots_in
+from .ledger import Ledger
+from .logical_cache import make_logical, slots_in
 from .masks import both_ways, cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import expand_batch, overwrite, right_aligned, take, take_merged, tokenwise
-from .recurrent_states import check_filler, has_length
+from .recurrent_states import check_filler, counting_layers, has_length
 from .transformers_names import (
     FOR_LAYERS,
     cache_in,
@@ -255,18 +256,18 @@ class VisualTurn:
     def _mask_of_kind(self, kind: str, mask: Any, run: Run, embeds: Tensor) -> Any:
         """The mask of one kind of layer, of several that were made before the language model."""
         valid, ledger = run.now[0][1], run.ledger
-        if mask is None and self.layers.both_ways and (run.ragged[0] or ledger.needs_mask):
-            return both_ways(ledger.validity(0, valid), valid.shape[1])
+        unmade = mask is None and (run.ragged[0] or ledger.needs_mask)
+        if unmade and self.layers.both_ways:
+            return self._made(ledger.validity(0, valid), valid)
         # chunks were counted over the whole prompt; a model with chunks makes no masks of its own
-        if ledger.chunked or (mask is None and (run.ragged[0] or ledger.needs_mask)):
+        if ledger.chunked or unmade:
             return mask_for_kind(
                 kind, self.decoder.config, embeds, ledger.validity(0, valid).long(), run.cache
             )
         static, kinds = None, self.layers.kind
         if run.static and kind in kinds and has_length(layer := run.cache.layers[kinds.index(kind)]):
-            static = int(
-                layer.get_mask_sizes(embeds.shape[1])[0]
-            )  # windows shorter than the prompt give it all
+            # windows shorter than the prompt give it all
+            static = int(layer.get_mask_sizes(embeds.shape[1])[0])
         return cut_mask(mask, run, 0, (run.index, valid), run.query_length, static)  # type: ignore[arg-type]
 
     def _for_layers(self, kwargs: dict[str, Any], run: Run, plan: Plan | None) -> None:
@@ -325,17 +326,17 @@ class VisualTurn:
         check_prompt(run, self.schedule, answered)
         if run.cache is not None:
             self.layers.store(run)
+        assert run.real is not None
+        left, there = run.now[-1]  # a drop after the last layer included
+        kept = _kept(run, run.index.gather(1, left), there)
+        context.read = ReadTokens(run.real, kept)
         if run.choice is not None and run.choice.survivors is None:
-            index, valid = run.now[-1]
-            run.choice.survivors = _kept(run, run.index.gather(1, index), valid)
+            run.choice.survivors = kept
         index, valid = run.now[self.schedule.last]
         final = run.index.gather(1, index)
         column = _stretched(run, final, valid)
         if answered < final.shape[1]:  # nothing before the last tokens was answered for, nor is it asked for
             column = (column - (final.shape[1] - answered)).clamp(min=0)[:, -answered:]
-        assert run.real is not None
-        left, there = run.now[-1]  # a drop after the last layer included
-        context.read = ReadTokens(run.real, _kept(run, run.index.gather(1, left), there))
         if isinstance(out, tuple):
             return (take(out[0], column), *out[1:])
         last, states = out.last_hidden_state, getattr(out, "hidden_states", None)

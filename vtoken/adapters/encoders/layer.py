@@ -59,7 +59,7 @@ class EncoderLayer(ABC):
     """A layer `x += attention(x); x += mlp(x)`, whose modules are looked up at every use.
 
     Subclasses know the names of one library. Whether they are right for a layer is tested on random tokens
-    before the layer is used, see `check_layers`.
+    before the layer is used, see `differs`.
 
     Args:
         module: the layer.
@@ -69,6 +69,11 @@ class EncoderLayer(ABC):
 
     def __init__(self, module: Any) -> None:
         self.module = module
+
+    @property
+    def known(self) -> bool:
+        """Whether all parts of the layer have names that the subclass knows."""
+        return True
 
     @abstractmethod
     def heads(self, x: Tensor, call: Mapping[str, Any]) -> Heads:

@@ -112,7 +112,7 @@ class Tower:
     @property
     def can_mix(self) -> bool:
         """Whether frames can attend to each other between a layer's attention and its MLP."""
-        return self.rows_are_frames and all(getattr(layer, "known", True) for layer in self.split_layers())
+        return self.rows_are_frames and all(layer.known for layer in self.split_layers())
 
     def frame_grids(self, args: Any, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
         """(rows, columns) of the patches of every frame of a forward with these arguments."""
