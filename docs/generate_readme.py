@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from vtoken.adapters.refused import CHOSEN_KEYS, ENCODER_DECODER, LANGUAGE_MODELS, REASONS
 from vtoken.adapters.registry import adapter_class, list_families
 from vtoken.eval.board.board import Board
 from vtoken.strategies import list_names, strategy_info
@@ -83,6 +84,18 @@ def families() -> str:
     return table(["`config.model_type`", *COLUMNS.values()], rows)
 
 
+def refused() -> str:
+    """One row for all model types, or language models, with the same reason."""
+    alike: dict[str, list[str]] = {}
+    for kind, why in REASONS.items():
+        alike.setdefault(why, []).append(f"`{kind}`")
+    for kind, why in LANGUAGE_MODELS.items():
+        alike.setdefault(why, []).append(f"those over `{kind}`")
+    alike[ENCODER_DECODER].append("other encoder-decoder models")
+    alike[CHOSEN_KEYS].append("those over other LLMs with an index of keys")
+    return table(["models", "why"], [[", ".join(kinds), why] for why, kinds in alike.items()])
+
+
 def save_families(record: Path) -> None:
     """Write docs/families.json from what a run of the tests recorded; what it did not run stays."""
     known: dict[str, list[str]] = json.loads(FAMILIES.read_text("utf-8")) if FAMILIES.exists() else {}
@@ -104,7 +117,7 @@ def filled(page: str, *tables: Callable[[], str]) -> str:
     return text
 
 
-PAGES = {"README.md": (board, strategies, families), "docs/families.md": (families,)}
+PAGES = {"README.md": (board, strategies, families), "docs/families.md": (families, refused)}
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from typing import Any
 
 from .adapters.base import Adapter
 from .adapters.encoders.encoder import Encoder, encoder_for
+from .adapters.generic import GenericAdapter
 from .adapters.refused import reason
-from .adapters.registry import adapter_for, list_families, model_of
+from .adapters.registry import adapter_for, list_families, model_of, reads_visual_tokens
+from .checks import listed
 from .mechanism.attention_rows import check_projections
 from .mechanism.drop_schedule import DropSchedule
 from .mechanism.recurrent_states import layers_of_fixed_length
@@ -149,20 +151,24 @@ def check_fit(
     if not served_of(adapter, strategy):
         raise ValueError(
             f"{name} is defined for"
-            f" {' and '.join(needs_of(adapter, strategy, adapter.modalities[0]).modalities)} input, {kind}"
-            f" models read {' and '.join(adapter.modalities)}: use {', '.join(others(adapter))}."
+            f" {listed(needs_of(adapter, strategy, adapter.modalities[0]).modalities)} input, {kind}"
+            f" models read {listed(adapter.modalities)}: use {', '.join(others(adapter))}."
         )
     modality, lacking = unmet(adapter, strategy)
     if lacking:
-        missing = " and ".join(WORDS.get(x, x.replace("_", " ")) for x in lacking)
+        missing = listed(WORDS.get(x, x.replace("_", " ")) for x in lacking)
         received = "received_attention" in adapter.provides(modality) and hasattr(strategy, "score")
         extension = ' pass score="received" to rank by attention received, or' if received else ""
         if lacking == ["pixels"] and hasattr(strategy, "thumbnail"):
             extension = " pass thumbnail=False, or"
-        lacks = "the vision tower" if adapter.has_grid else "the adapter"
+        where = "this" if lacking == ["grid"] else "the vision tower of this"
+        lacks = f"{where} {kind} model does not have"
+        if isinstance(adapter, GenericAdapter):
+            lacks = "the generic adapter does not read"
+            if kind in list_families():
+                extension = f" leave out adapter= to use that of {kind}, or"
         raise ValueError(
-            f"{name} needs {missing}, which {lacks} of this {kind} model does not"
-            f" have:{extension} use {', '.join(others(adapter))}."
+            f"{name} needs {missing}, which {lacks}:{extension} use {', '.join(others(adapter))}."
         )
     if adapter.features_in_layers and trained_part(strategy) is not None:
         raise ValueError(
@@ -201,10 +207,9 @@ def check_encoder(encoder: Encoder, strategy: Any) -> None:
     name = type(encoder.model).__name__
     if not isinstance(strategy, EncoderStrategy):
         raise ValueError(
-            reason(str(getattr(getattr(encoder.model, "config", None), "model_type", "")))
-            or f"{strategy.info.name} chooses among the visual tokens of an LLM, and {name} is an encoder "
-            f"without"
-            f" one: use {', '.join(fitting_encoder(encoder))}."
+            reason(encoder.model)
+            or f"{strategy.info.name} chooses among the visual tokens of an LLM, and {name} is an encoder"
+            f" without one: use {', '.join(fitting_encoder(encoder))}."
         )
     if not strategy.is_identity:
         encoder.check()
@@ -306,6 +311,8 @@ def list_strategies(
         TypeError, ValueError: if `model` is no model, or no strategy can serve it.
     """
     if model is None:
+        if adapter is not None:
+            raise ValueError("adapter= tells how a model is read: pass model= as well.")
         return list_names(pattern)
     encoder = plain_encoder(model) if adapter is None else None
     if encoder is None:
@@ -321,14 +328,14 @@ def plain_encoder(model: Any) -> Encoder | None:
         ValueError: for a model of timm or open_clip that has no layers to merge tokens between.
     """
     inner = model_of(model)
-    if getattr(getattr(inner, "config", None), "model_type", None) in list_families():
+    if reads_visual_tokens(inner):
         return None
     encoder = encoder_for(inner)
     library = type(inner).__module__.partition(".")[0]
     if encoder is None and library in ("timm", "open_clip"):
         raise ValueError(
-            f"Tokens cannot be merged in {type(inner).__name__} of {library}: it has no sequence of "
-            f"transformer"
-            " blocks of one width; vision transformers (ViT, DeiT, DINOv2, EVA, CLIP, SigLIP) work."
+            f"Tokens cannot be merged in {type(inner).__name__} of {library}: it has no sequence of"
+            " transformer blocks of one width; vision transformers (ViT, DeiT, DINOv2, EVA, CLIP, SigLIP)"
+            " work."
         )
     return encoder

@@ -92,7 +92,7 @@ def test_a_type_without_adapter(monkeypatch):
 @pytest.mark.parametrize(("strategy", "reason"), [("pool", "places"), ("visionzip", "keys")])
 def test_refuses_what_it_does_not_read(strategy, reason):
     with pytest.raises(
-        ValueError, match=rf"{strategy} needs .*{reason}.* the adapter of this llava.*: use .*divprune"
+        ValueError, match=rf"{strategy} needs .*{reason}.* the generic adapter does .* leave out adapter= "
     ):
         vtoken.patch(subject("llava"), strategy, adapter="generic")
 
@@ -103,10 +103,38 @@ def test_refuses_other_adapters(adapter, error):
         vtoken.patch(subject("llava"), "random", adapter=adapter)
 
 
+def test_refuses_an_object():
+    with pytest.raises(TypeError, match="adapter must be a class: pass GenericAdapter itself"):
+        vtoken.patch(subject("llava"), "random", adapter=GenericAdapter(clean("llava")))
+
+
+def test_needs_a_model():
+    with pytest.raises(ValueError, match="pass model= as well"):
+        vtoken.list_strategies(adapter="generic")
+
+
 def test_refuses_a_model_without_pictures():
     model = transformers.LlamaForCausalLM(FAMILIES["llava"].config().text_config)
-    with pytest.raises(ValueError, match=r"adapter needs get_image_features and .*, which this llama model"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM .* reads no images or videos"):
         vtoken.patch(model, "random", adapter="generic")
+
+
+# placeholders of another modality, features in another field, features of another length
+UNREAD = {
+    "nemotron_h_omni/video": (NotImplementedError, "encoded videos, of which vtoken found no placeholder"),
+    "granite4_vision": (NotImplementedError, "no pooler_output: the generic adapter does not fit"),
+    "video_llama_3/video": (ValueError, "16 video tokens but the features have 18: the generic adapter does"),
+    "perception_lm/video": (RuntimeError, "without their layout: .* the generic adapter does not fit"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in UNREAD if name in FAMILIES])
+@pytest.mark.parametrize("call", [lambda model, inputs: model(**inputs), lambda *given: run(*given, 1)])
+def test_says_what_it_cannot_read(name, call):
+    error, reason = UNREAD[name]
+    model, inputs = subject(name), FAMILIES[name].batch("one")
+    with vtoken.applied(model, "uniform", 0.5, adapter="generic"), pytest.raises(error, match=reason):
+        call(model, inputs)
 
 
 def test_features_that_cannot_be_told_apart():

@@ -97,6 +97,9 @@ def test_adding_a_model(registries, monkeypatch, capsys):
     model, inputs = guide.model, guide.inputs
     with torch.no_grad():
         plain = model(**inputs).logits
+        with vtoken.applied(model, "pool", budget=0.25, adapter=guide.Squares):
+            assert not torch.equal(model(**inputs).logits, plain)
+            assert vtoken.report(model).tokens_out == 4
         with vtoken.applied(model, "fastv", budget=1.0):
             assert torch.equal(model(**inputs).logits, plain)
         attended = {}

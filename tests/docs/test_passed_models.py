@@ -6,16 +6,14 @@ import pytest
 import torch
 
 import vtoken
-from tests.models import FAMILIES
 from tests.models.retrieval import RETRIEVERS
 
 from .test_guides import run
 
 
 def test_what_may_be_passed(monkeypatch, capsys):
-    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
-    guide = run("docs/patching.md", monkeypatch, model=model, inputs=inputs)
-    assert guide.logits.shape[:2] == guide.values.shape == inputs["input_ids"].shape
+    guide = run("docs/patching.md", monkeypatch)
+    assert guide.logits.shape[:2] == guide.values.shape == guide.inputs["input_ids"].shape
     assert "divprune(budget=0.25)" in capsys.readouterr().out
     rows = [s[k].mean(0) for s, k in zip(guide.states, guide.kept)]
     assert torch.allclose(guide.embeddings, torch.stack(rows), atol=1e-5)

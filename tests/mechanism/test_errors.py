@@ -50,6 +50,7 @@ MISTAKES = {
     "a word": (llava, ("random", "half"), {}, ["half", "(0, 1]"]),
     "unknown option": (llava, ("random",), dict(sed=3), ["sed", "seed"]),
     "unknown positions": (llava, ("random",), dict(positions="new"), ["new", "original", "renumber"]),
+    "model second": (lambda: "random", (torch.nn.Linear(2, 2),), {}, ["second", "vtoken.patch(model"]),
     "budget for an object": (llava, (vtoken.strategies.Random(0.5), 0.2), {}, ["budget", "Random"]),
     "option for an object": (llava, (vtoken.strategies.Random(0.5),), dict(seed=1), ["seed", "Random"]),
     "no adapter": (a_text_model, ("random",), {}, ["'llama'", "llava"]),

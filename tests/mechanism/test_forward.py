@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 
+import vtoken
 from tests import oracle
 from tests.models import FAMILIES
 from tests.oracle import CACHE, clone, pick
@@ -209,3 +210,17 @@ def test_without_gradients_in_training_mode(name, options, training):
                 more["mm_token_type_ids"] = torch.zeros_like(more["input_ids"])
             logits.append(model(**more, **{CACHE: cache}).logits[:, -1])
     assert_close(torch.stack(logits), expected(name, inputs, spy, len(logits))[1])
+
+
+def test_numbers_per_token_that_are_not_shortened():
+    """Of a language model that reads ids beside embeddings."""
+    model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
+    ids = dict(ngram_ids=inputs["input_ids"])
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda module, args, given: (args, given | ids), with_kwargs=True
+    )
+    try:
+        with vtoken.applied(model, "random"), pytest.raises(NotImplementedError, match="given ngram_ids, a"):
+            model(**inputs)
+    finally:
+        hook.remove()

@@ -42,6 +42,7 @@ class Adapter:
         make_towers: the vision tower per modality.
         features_field: the field of the output of `get_*_features` that holds the features.
         split_features: the features of that output, one tensor per image or video.
+        advice: what would help where the visual tokens of a prompt are not those of the features.
         layouts: segments and cells of every image or video of one `get_*_features` call.
         prompt_arguments: arguments of `forward` and `generate` that `layouts` needs in addition to those of
             `get_*_features`.
@@ -76,6 +77,7 @@ class Adapter:
     )
     prompt_arguments: ClassVar[tuple[str, ...]] = ()
     features_field: ClassVar[str] = "pooler_output"
+    advice: ClassVar[str] = "use the processor that belongs to this model"
     has_grid: ClassVar[bool] = True
     rotates_everywhere: ClassVar[bool] = True
     features_in_layers: ClassVar[bool] = False
@@ -103,7 +105,9 @@ class Adapter:
 
     def make_towers(self) -> dict[str, Tower]:
         """The tower of every modality whose tower can be read; empty if none can."""
-        raise NotImplementedError(f"{type(self).__name__} must say where the vision tower is.")
+        raise NotImplementedError(
+            f"{type(self).__name__} must have make_towers, which says where the vision tower is."
+        )
 
     def layouts(self, modality: str, features: list[Tensor], arguments: dict[str, Any]) -> list[Layout]:
         """Geometry of every item of one call.
@@ -113,7 +117,9 @@ class Adapter:
             features: per item (n, d), the rows for the LLM.
             arguments: the call's arguments by name, defaults included.
         """
-        raise NotImplementedError(f"{type(self).__name__} must lay out its visual tokens.")
+        raise NotImplementedError(
+            f"{type(self).__name__} must have layouts, which lays out its visual tokens."
+        )
 
     def join(self, items: list[VisualTokens], input_ids: Tensor | None, places: Tensor) -> list[VisualTokens]:
         """Group the items of one prompt row into images or videos: the same tokens in the same order.

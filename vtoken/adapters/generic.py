@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import listed
 from ..tokens import Segment
 from .base import Adapter, Layout
 from .towers.base import Tower
@@ -26,29 +27,36 @@ class GenericAdapter(Adapter):
     """
 
     has_grid = False
+    advice = "the generic adapter does not fit this model, write one as docs/adding-a-model.md shows"
 
     def __init__(self, model: nn.Module) -> None:
         base: Any = model.base_model
         kind = model.config.model_type  # type: ignore[union-attr]
         modalities = (m for m in ("image", "video") if hasattr(base, f"get_{m}_features"))
         self.modalities = tuple(modalities)  # type: ignore[misc]
-        lacking = [n for n in ("get_image_features", "get_input_embeddings") if not hasattr(base, n)]
-        if not hasattr(model, "get_decoder") or getattr(model.config, "is_encoder_decoder", False):
-            lacking.append("a language model that reads the visual tokens as a part of its prompt")
-        if not hasattr(base, "get_placeholder_mask") and _token_id(model.config, "image") is None:
-            lacking.append("config.image_token_id")
-        if lacking:
+        if lacking := self.missing(model):
             raise ValueError(
-                f"The generic adapter needs {' and '.join(lacking)}, which this {kind} model does not have:"
+                f"The generic adapter needs {listed(lacking)}, which this {kind} model does not have:"
                 " docs/adding-a-model.md shows how to write an adapter."
             )
         super().__init__(model)
+
+    @staticmethod
+    def missing(model: Any) -> list[str]:
+        """What keeps this adapter from serving a model, in words."""
+        base = model.base_model
+        lacking = [n for n in ("get_image_features", "get_input_embeddings") if not hasattr(base, n)]
+        if not hasattr(model, "get_decoder"):
+            lacking.append("a language model that reads the visual tokens as a part of its prompt")
+        if not hasattr(base, "get_placeholder_mask") and token_id(model.config, "image") is None:
+            lacking.append("config.image_token_id")
+        return lacking
 
     def make_towers(self) -> dict[str, Tower]:
         return {}
 
     def find_placeholders(self, input_ids: Tensor) -> dict[str, Tensor]:
-        ids = {m: _token_id(self.config, m) for m in self.modalities}
+        ids = {m: token_id(self.config, m) for m in self.modalities}
         return {
             m: torch.zeros_like(input_ids, dtype=torch.bool) if i is None else input_ids == i
             for m, i in ids.items()
@@ -93,7 +101,7 @@ class GenericAdapter(Adapter):
         return out
 
 
-def _token_id(config: Any, modality: str) -> int | None:
+def token_id(config: Any, modality: str) -> int | None:
     """The id of a modality's placeholder; that of images where a model has one for both."""
     names = (f"{modality}_token_id", f"{modality}_token_index", "image_token_id", "image_token_index")
     found = (getattr(config, name, None) for name in names)

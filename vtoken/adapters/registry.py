@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import listed
 from ..plugins import Plugins, same_package
-from .base import Adapter
-from .generic import GenericAdapter
-from .refused import reason
+from .base import Adapter, language_model_of
+from .generic import GenericAdapter, token_id
+from .refused import REASONS, language_model_reason, reason
 from .wrapped import model_inside, no_model, no_pictures
 
 _adapters: dict[str, type[Adapter]] = {}
@@ -90,29 +91,57 @@ def adapter_for(model: Any, adapter: str | type[Adapter] | None = None) -> Adapt
     model_type = getattr(config, "model_type", None)
     if model_type is None or not hasattr(model, "base_model"):
         raise no_model(given)
-    if chosen is not None and chosen is not GenericAdapter:
-        return chosen(model)
     if model_type not in _adapters:
         plugins.load()
-    if model_type not in _adapters and (why := reason(model_type)) is not None:
+    if model_type not in _adapters and chosen in (None, GenericAdapter):
+        _check_unserved(model, chosen is None)
+    made = (chosen or _adapters[model_type])(model)
+    if (why := language_model_reason(made.decoder)) is not None:
         raise ValueError(why)
-    if chosen is not None:
-        return chosen(model)
-    if model_type not in _adapters and (refusal := no_pictures(model)) is not None:
+    return made
+
+
+def _check_unserved(model: Any, offer: bool) -> None:
+    """Raise ValueError for a model of a type without adapter if the generic one cannot, or may not, serve it.
+
+    Args:
+        offer: whether the user has not asked for the generic adapter.
+    """
+    refusal, kind = no_pictures(model), model.config.model_type
+    if refusal is not None:
         raise refusal
-    if model_type not in _adapters:
+    why = reason(model) or language_model_reason(language_model_of(model))
+    if why is not None:
+        raise ValueError(why)
+    lacking = GenericAdapter.missing(model)
+    if lacking:
         raise ValueError(
-            f'vtoken has no adapter for model type {model_type!r}: pass adapter="generic", which serves the'
+            f"vtoken has no adapter for model type {kind!r}, and the generic one needs {listed(lacking)},"
+            " which this model does not have: docs/adding-a-model.md shows how to write an adapter."
+        )
+    if offer:
+        raise ValueError(
+            f'vtoken has no adapter for model type {kind!r}: pass adapter="generic", which serves the'
             " strategies that read neither the vision tower nor places in the picture, or write one as"
             " docs/adding-a-model.md shows; docs/families.md names those that ship."
         )
-    return _adapters[model_type](model)
+
+
+def reads_visual_tokens(model: Any) -> bool:
+    """Whether pictures reach a language model of this model, also if no adapter serves its type."""
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    return kind in list_families() or kind in REASONS or token_id(config, "image") is not None
 
 
 def _chosen(adapter: str | type[Adapter]) -> type[Adapter]:
     """The class that a user asked for. Raises TypeError or ValueError if it is none."""
     if isinstance(adapter, type) and issubclass(adapter, Adapter):
         return adapter
+    if isinstance(adapter, Adapter):
+        raise TypeError(
+            f"adapter must be a class: pass {type(adapter).__name__} itself, not an object of it."
+        )
     if adapter == "generic":
         return GenericAdapter
     error = ValueError if isinstance(adapter, str) else TypeError

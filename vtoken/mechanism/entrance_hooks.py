@@ -261,6 +261,13 @@ class EntranceHooks:
             call.visual = {m: mask for m, mask in found.items() if not read or m in read}
         call.visual = {m: mask.to(embeds.device) for m, mask in call.visual.items()}
         call.visual = {m: mask for m, mask in call.visual.items() if bool(mask.any())}
+        encoded = [m for m, of in call.encoded.items() if of is not None and of.total]
+        if encoded and not call.visual and call.input_ids is not None and not self.gate.disabled():
+            raise NotImplementedError(
+                f"This {self.adapter.config.model_type} model encoded {encoded[0]}s, of which vtoken found no"
+                f" placeholder in the prompt: give prompts without {encoded[0]}s, or an adapter that has"
+                " find_placeholders (docs/adding-a-model.md)."
+            )
         return functools.reduce(torch.logical_or, call.visual.values()) if call.visual else None
 
     def _text_turn(self, call: Call, cache: Any, ledger: Ledger, args: Any, kwargs: dict[str, Any]) -> Any:

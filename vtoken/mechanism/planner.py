@@ -91,7 +91,8 @@ class Planner:
         if prompt is None or not prompt.encoded:
             raise RuntimeError(
                 "Visual features reached the language model without their layout: pass pixel_values, or the"
-                " output of get_image_features of this patched model unchanged."
+                " output of get_image_features of this patched model unchanged (if you did,"
+                f" {self.adapter.advice})."
             )
         return self._first_chunk(call, run, prompt, embeds)
 
@@ -206,16 +207,15 @@ class Planner:
         placed = {m: int(mask.sum()) for m, mask in call.visual.items()}
         return all(n >= encoded[m].total > 0 if m in encoded else False for m, n in placed.items())
 
-    @staticmethod
-    def _beams(visual: dict[str, Tensor], encoded: dict[str, EncodedVisuals]) -> int:
+    def _beams(self, visual: dict[str, Tensor], encoded: dict[str, EncodedVisuals]) -> int:
         """Rows of the forward per row of the prompt, which beam search repeats."""
         beams = 1
         for modality, mask in visual.items():
             placed, total = int(mask.sum()), encoded[modality].total if modality in encoded else 0
             if total == 0 or placed % total:
                 raise ValueError(
-                    f"The prompt has {placed} {modality} tokens but the features have {total}: use the"
-                    " processor that belongs to this model."
+                    f"The prompt has {placed} {modality} tokens but the features have {total}:"
+                    f" {self.adapter.advice}."
                 )
             beams = placed // total
         return beams

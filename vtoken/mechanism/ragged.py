@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import gather_merge, gather_rows
+
+USUAL = ("inputs_embeds", "attention_mask", "position_ids")
 
 
 def right_aligned(keep: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
@@ -60,15 +63,30 @@ def tokenwise(arguments: dict[str, Any], batch: int, tokens: int) -> dict[str, T
 
     Embeddings count under any name; of integers those whose name says that they are types of tokens.
     """
-    usual = ("inputs_embeds", "attention_mask", "position_ids")
     found = {}
     for name, x in arguments.items():
-        if not isinstance(x, Tensor) or name in usual or x.ndim < 2 or x.shape[1] != tokens:
+        if not isinstance(x, Tensor) or name in USUAL or x.ndim < 2 or x.shape[1] != tokens:
             continue
         embeds = x.ndim > 2 and x.is_floating_point() and x.shape[0] in (1, batch)
         if embeds or name.endswith("token_type_ids"):
             found[name] = x.expand(batch, *x.shape[1:])
     return found
+
+
+def check_cut(arguments: dict[str, Any], cut: Collection[str], batch: int, tokens: int) -> None:
+    """Raise NotImplementedError if a language model is given integers per token other than those in `cut`."""
+    for name, x in arguments.items():
+        if (
+            name in (*USUAL, *cut)
+            or not isinstance(x, Tensor)
+            or x.shape not in ((batch, tokens), (1, tokens))
+        ):
+            continue
+        if not (x.is_floating_point() or x.dtype == torch.bool):
+            raise NotImplementedError(
+                f"The language model is given {name}, a number per token of the whole prompt, which vtoken"
+                " does not shorten: use a model whose language model reads embeddings alone."
+            )
 
 
 def expand_batch(x: Tensor, batch_size: int) -> Tensor:

@@ -99,10 +99,15 @@ def recomputes(decoder: Any) -> bool:
     return bool(decoder.training and getattr(decoder, "gradient_checkpointing", False))
 
 
-def check_features(output: Any, field: str) -> None:
-    """Raise RuntimeError if the output of `get_*_features` has no features in this field."""
-    if getattr(output, field, None) is None:
-        raise changed(f"{type(output).__name__} of the vision side has no {field}")
+def check_features(output: Any, adapter: Adapter) -> None:
+    """Raise RuntimeError if the output of `get_*_features` lacks the field that the adapter reads."""
+    field = adapter.features_field
+    if getattr(output, field, None) is not None:
+        return
+    lacks = f"{type(output).__name__} of the vision side has no {field}"
+    if adapter.config.model_type not in adapter.model_types:
+        raise NotImplementedError(f"{lacks}: {adapter.advice}.")
+    raise changed(lacks)
 
 
 def _nameless(parameters: Iterable[inspect.Parameter]) -> bool:

@@ -323,7 +323,7 @@ class VisionHooks:
     def _encode(
         self, modality: str, output: Any, arguments: dict[str, Any], capture: Capture
     ) -> EncodedVisuals:
-        check_features(output, self.adapter.features_field)
+        check_features(output, self.adapter)
         features = self.adapter.split_features(modality, output, arguments)
         layouts = self.adapter.layouts(modality, features, arguments)
         counts = [len(layout.segments) for layout in layouts]

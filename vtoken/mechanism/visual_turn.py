@@ -16,7 +16,7 @@ from .ledger import Ledger
 from .logical_cache import make_logical, slots_in
 from .masks import both_ways, cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
-from .ragged import expand_batch, overwrite, right_aligned, take, take_merged, tokenwise
+from .ragged import check_cut, expand_batch, overwrite, right_aligned, take, take_merged, tokenwise
 from .recurrent_states import check_filler, counting_layers, has_length
 from .transformers_names import (
     FOR_LAYERS,
@@ -189,6 +189,7 @@ class VisualTurn:
 
     def _gather(self, turn: Turn, run: Run, plan: Plan | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         real, embeds = turn.real, kwargs["inputs_embeds"]
+        check_cut(kwargs, run.tokenwise, *real.shape)
         # padding goes: rows are aligned to the right again
         keep = real if plan is None else (plan.keep.to(embeds.device) | ~run.visual) & real  # type: ignore[operator]
         index, valid = right_aligned(keep)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from ..checks import found
 from .base import Strategy
 from .composition import Composite
@@ -87,6 +89,10 @@ def _assemble(strategy: Any, budget: float | int | None, options: dict[str, Any]
     if isinstance(strategy, type) and issubclass(strategy, Strategy):
         strategy = strategy.info.name
     if not isinstance(strategy, str):
+        if isinstance(strategy, nn.Module):
+            raise TypeError(
+                "The second argument is the strategy, found a model: call vtoken.patch(model, 'hired')."
+            )
         raise TypeError(
             "A strategy is a name such as 'hired', a vtoken.strategies object, a list of them or a"
             f" VTokenConfig, found {found(strategy)}."
