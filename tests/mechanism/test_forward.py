@@ -11,6 +11,7 @@ import vtoken
 from tests import oracle
 from tests.models import FAMILIES
 from tests.oracle import CACHE, clone, pick
+from vtoken.mechanism import transformers_names
 from vtoken.mechanism.layer_hooks import HOOKS_INSIDE_CHECKPOINT
 from vtoken.mechanism.recurrent_states import counting_layers
 
@@ -212,15 +213,22 @@ def test_without_gradients_in_training_mode(name, options, training):
     assert_close(torch.stack(logits), expected(name, inputs, spy, len(logits))[1])
 
 
-def test_numbers_per_token_that_are_not_shortened():
-    """Of a language model that reads ids beside embeddings."""
-    model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
+def test_numbers_per_token_that_are_not_shortened(monkeypatch):
+    """Of a language model that reads ids beside embeddings; what it only hands on, such as labels, is none."""
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
+    decoder = model.get_decoder()
+    forward = decoder.forward
+
+    def reads(inputs_embeds=None, attention_mask=None, position_ids=None, ngram_ids=None, **kwargs):
+        return forward(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+
+    monkeypatch.setattr(transformers_names, "cache_argument", lambda function: CACHE)
     ids = dict(ngram_ids=inputs["input_ids"])
-    hook = model.get_decoder().register_forward_pre_hook(
-        lambda module, args, given: (args, given | ids), with_kwargs=True
-    )
-    try:
-        with vtoken.applied(model, "random"), pytest.raises(NotImplementedError, match="given ngram_ids, a"):
-            model(**inputs)
-    finally:
-        hook.remove()
+    decoder.register_forward_pre_hook(lambda module, args, given: (args, given | ids), with_kwargs=True)
+    with vtoken.applied(model, "random"):
+        assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+    decoder.forward = reads
+    with vtoken.applied(model, "random"), pytest.raises(NotImplementedError, match="given ngram_ids, a"):
+        model(**inputs)

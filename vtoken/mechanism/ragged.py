@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -73,16 +72,11 @@ def tokenwise(arguments: dict[str, Any], batch: int, tokens: int) -> dict[str, T
     return found
 
 
-def check_cut(arguments: dict[str, Any], cut: Collection[str], batch: int, tokens: int) -> None:
-    """Raise NotImplementedError if a language model is given integers per token other than those in `cut`."""
+def check_cut(arguments: dict[str, Any], batch: int, tokens: int) -> None:
+    """Raise NotImplementedError if a language model reads integers per token that nothing here shortens."""
     for name, x in arguments.items():
-        if (
-            name in (*USUAL, *cut)
-            or not isinstance(x, Tensor)
-            or x.shape not in ((batch, tokens), (1, tokens))
-        ):
-            continue
-        if not (x.is_floating_point() or x.dtype == torch.bool):
+        whole = isinstance(x, Tensor) and x.shape in ((batch, tokens), (1, tokens))
+        if whole and not x.is_floating_point() and x.dtype != torch.bool:
             raise NotImplementedError(
                 f"The language model is given {name}, a number per token of the whole prompt, which vtoken"
                 " does not shorten: use a model whose language model reads embeddings alone."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from .ledger import Ledger
 from .logical_cache import make_logical, slots_in
 from .masks import both_ways, cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
-from .ragged import check_cut, expand_batch, overwrite, right_aligned, take, take_merged, tokenwise
+from .ragged import USUAL, check_cut, expand_batch, overwrite, right_aligned, take, take_merged, tokenwise
 from .recurrent_states import check_filler, counting_layers, has_length
 from .transformers_names import (
     FOR_LAYERS,
@@ -76,6 +77,7 @@ class VisualTurn:
     ) -> None:
         self.decoder, self.planner, self.layers = adapter.decoder, planner, layers
         self.in_layers = adapter.features_in_layers
+        self.arguments = set(inspect.signature(self.decoder.forward).parameters)
         self.schedule, self.renumber = layers.schedule, positions == "renumber"
         self.context, self.gate, self.observer = context, gate, observer
 
@@ -189,7 +191,8 @@ class VisualTurn:
 
     def _gather(self, turn: Turn, run: Run, plan: Plan | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         real, embeds = turn.real, kwargs["inputs_embeds"]
-        check_cut(kwargs, run.tokenwise, *real.shape)
+        uncut = self.arguments - {*USUAL, *run.tokenwise}
+        check_cut({n: x for n, x in kwargs.items() if n in uncut}, *real.shape)
         # padding goes: rows are aligned to the right again
         keep = real if plan is None else (plan.keep.to(embeds.device) | ~run.visual) & real  # type: ignore[operator]
         index, valid = right_aligned(keep)
