@@ -13,7 +13,9 @@ from .diffrate import DiffRate as DiffRate
 from .divprune import DivPrune as DivPrune
 from .fastv import FastV as FastV
 from .globalcom2 import GlobalCom2 as GlobalCom2
+from .hiprune import HiPrune as HiPrune
 from .hired import HiRED as HiRED
+from .holov import HoloV as HoloV
 from .llava_mini import LLaVAMini as LLaVAMini
 from .llavolta import LLaVolta as LLaVolta
 from .mustdrop import MustDrop as MustDrop
@@ -35,5 +37,6 @@ from .ts_llava import TSLLaVA as TSLLaVA
 from .uniform import Uniform as Uniform
 from .vidcom2 import VidCom2 as VidCom2
 from .visionzip import VisionZip as VisionZip
+from .vispruner import VisPruner as VisPruner
 from .voco import VoCo as VoCo
 from .vtc_cls import VTCCLS as VTCCLS

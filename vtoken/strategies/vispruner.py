@@ -1,0 +1,93 @@
+"""VisPruner: the most attended tokens, and of the others those that no other token resembles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..selection import Selection
+from ..tokens import Needs, TowerInfo, VisualTokens
+from .base import Strategy
+from .common.grouping import local_cells, rows_per_segment, unit
+from .common.scores import Score, attention_needs, attention_scores
+from .registry import register
+
+ROUND = 8  # tokens that a round of the published code drops
+
+
+@register(
+    "vispruner",
+    summary="Keep the tokens with the highest CLS attention, and thin the others by similarity until the "
+    "budget is met.",
+    stages=("projector",),
+    paper="Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs, "
+    "arXiv 2412.01818",
+    code="github.com/Theia-4869/VisPruner",
+    code_licence="Apache-2.0",
+    differs="Similarity is that of the projected features; the public code compares those before the "
+    "projector. A round drops no more tokens than stand in even places. Crops of anyres images keep a share "
+    "each.",
+)
+@dataclass
+class VisPruner(Strategy):
+    """Important and diverse tokens (arXiv 2412.01818).
+
+    Of the K tokens that a segment keeps, `int(important * K)` are those with the highest CLS attention of the
+    layer that makes the features, averaged over heads. The others stand in descending order of attention and
+    are thinned in rounds: of the tokens in even places, those with the largest cosine to any token in an odd
+    place are dropped, eight in a round, until K are left in all. After a round the even ones come first, in
+    descending order of similarity.
+
+    Args:
+        important: share of the budget that attention chooses. 1.0 is FasterVLM (same authors), 0.0 thins all
+            tokens.
+        order: "attention", or "raster": places are counted in raster order, again after every round, as ports
+            of the method do.
+        score: "cls", or "received" for towers without a CLS token, as ports do.
+        keep_newline: keep image-newline and separator tokens, on top of the budget.
+
+    Raises:
+        ValueError: for a share outside of [0, 1].
+    """
+
+    important: float = 0.5
+    order: Literal["attention", "raster"] = "attention"
+    score: Score = "cls"
+    keep_newline: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.important <= 1:
+            raise ValueError(f"important must be a share in [0, 1], found {self.important}.")
+
+    def needs(self, tower: TowerInfo | None) -> Needs:
+        return attention_needs(self.score, (0,) if tower is None else tower.layers_up_to_feature(1))
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        assert tokens.tower is not None
+        scores = attention_scores(tokens, self.score, tokens.tower.layers_up_to_feature(1)[0])
+        rows = rows_per_segment(tokens)
+        kept = [tokens.separator_rows] if self.keep_newline else []
+        counts = self.counts(tokens.segments)
+        for row, mine, cells, count in zip(scores, rows, local_cells(tokens, rows), counts, strict=True):
+            order = row[cells].sort(descending=True, stable=True).indices
+            first = int(count * self.important)
+            rest = self._thinned(tokens.features[mine], order[first:], count - first)
+            kept.append(mine[torch.cat([order[:first], rest])])
+        return Selection(torch.cat(kept).sort().values)
+
+    def _thinned(self, x: Tensor, rest: Tensor, count: int) -> Tensor:
+        """`count` of the tokens `rest` of a segment (n, d), or all if there are fewer."""
+        if not count:
+            return rest[:0]
+        x = unit(x)
+        while len(rest) > count:
+            rest = rest.sort().values if self.order == "raster" else rest
+            even, odd = rest[::2], rest[1::2]
+            similarity = (x[even] @ x[odd].mT).amax(-1)
+            drop = min(ROUND, len(rest) - count, len(even))
+            rest = torch.cat([even[similarity.sort(descending=True, stable=True).indices[drop:]], odd])
+        return rest
