@@ -12,6 +12,7 @@ import torch
 import vtoken
 from tests.models import FAMILIES
 from tests.oracle import clone
+from vtoken.adapters.registry import adapter_class
 
 from .common import (
     BOTH,
@@ -47,6 +48,9 @@ def traces(model) -> dict:
     return out
 
 
+GRIDS = [name for name in PATCHABLE if adapter_class(FAMILIES[name].config().model_type).has_grid]
+
+
 @pytest.mark.parametrize("name", PATCHABLE)
 def test_unpatch_restores_everything(name):
     model, inputs = FAMILIES[name].build(), FAMILIES[name].batch("ragged")
@@ -60,7 +64,8 @@ def test_unpatch_restores_everything(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy"), [(n, "pool") for n in PATCHABLE] + [(n, "random") for n in SOME]
+    ("name", "strategy"),
+    [(n, "pool" if n in GRIDS else "uniform") for n in PATCHABLE] + [(n, "random") for n in SOME],
 )
 def test_the_whole_budget_is_the_unpatched_model(name, strategy):
     model, inputs = subject(name), FAMILIES[name].batch("ragged")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -124,3 +126,18 @@ def test_a_disabled_call_leaves_the_report_as_it_was(shipped, strategy):
         with vtoken.disabled(model):
             model.generate(**inputs, max_new_tokens=2, do_sample=False)
         assert vtoken.report(model).to_dict() == before
+
+
+@pytest.mark.parametrize("strategy", ["visionzip", "fastv", "cdpruner"])
+def test_no_features_stay_alive_after_a_call(strategy):
+    """The report outlives a call; the features of its pictures, attention and keys do not."""
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
+    with vtoken.applied(model, strategy, budget=0.5), torch.no_grad():
+        gc.collect()
+        before = {id(x) for x in gc.get_objects() if type(x) is torch.Tensor}
+        model(**inputs)
+        run(model, inputs, 2)
+        gc.collect()
+        alive = [x for x in gc.get_objects() if type(x) is torch.Tensor and id(x) not in before]
+        assert vtoken.report(model).tokens_out
+    assert alive and not [x.shape for x in alive if x.is_floating_point() and x.numel() > 8]

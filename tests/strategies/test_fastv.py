@@ -40,6 +40,37 @@ def test_mean_over_the_text_after_the_image():
     assert keep.tolist() != FastV(0.5).select_in_prefill(tokens).keep.tolist()
 
 
+@pytest.mark.parametrize("query", ["last", "mean"])
+def test_a_softmax_over_the_visual_keys_alone(query):
+    tokens = prompt(visual=[6, 6])
+    text = [len(tokens) - 1]
+    if query == "mean":
+        text = [i for i in range(3, len(tokens)) if not tokens.visual[i]]
+    total = torch.zeros(12, dtype=torch.float64)
+    for row in text:
+        for head in tokens.attention_rows(torch.tensor([row]))[:, 0].double():
+            logits = head[tokens.visual].log()  # up to a constant
+            total += logits.exp() / logits.exp().sum()
+    keep = FastV(0.5, query=query, softmax="visual").select_in_prefill(tokens).keep
+    assert keep.tolist() == total.topk(6).indices.sort().values.tolist()
+
+
+def test_heads_that_hardly_look_at_the_picture_count_as_others_do():
+    tokens = prompt(visual=[6, 6])
+    rows = tokens.attention_rows
+
+    def attention(of):
+        out = rows(of).clone()
+        out[0] *= 1e-6
+        return out
+
+    tokens.attention_rows = attention
+    kept = {s: FastV(0.5, softmax=s).select_in_prefill(tokens).keep.tolist() for s in ("all", "visual")}
+    assert kept["all"] != kept["visual"]
+    tokens.attention_rows = rows
+    assert FastV(0.5, softmax="visual").select_in_prefill(tokens).keep.tolist() == kept["visual"]
+
+
 def test_drafts_do_not_rank():
     tokens = prompt(drafts=3)
     keep = FastV(0.3).select_in_prefill(tokens).keep

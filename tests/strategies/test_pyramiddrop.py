@@ -105,6 +105,18 @@ def test_ratio_one_is_the_unpatched_model():
     assert torch.equal(torch.stack(out.logits), torch.stack(want.logits))
 
 
+def test_a_list_of_ratios_as_in_the_public_code():
+    """Shares of the original number; those of one ratio give what it gives."""
+    strategy = PyramidDrop(ratio=[0.9, 0.3, 0.1])
+    assert run_through(strategy, prompt(visual=41, layer=8)) == [41] * 8 + [36] * 8 + [12] * 8 + [4] * 8
+    one, listed = (
+        run_through(PyramidDrop(ratio=r), prompt(visual=41, layer=8)) for r in (0.5, (0.5, 0.25, 0.125))
+    )
+    assert one == listed
+    with pytest.raises(ValueError, match="a share for each of the 2 cuts"):
+        vtoken.patch(subject("llava"), PyramidDrop(ratio=(0.5, 0.25, 0.1), layers=(1, 2)))
+
+
 def test_renumbered_positions():
     """The second writing of positions without gaps at every stage is the oracle's."""
     model, inputs = subject("llava"), FAMILIES["llava"].batch("ragged")
@@ -121,6 +133,10 @@ def test_bad_options():
         dict(layers=(1, 1)),
         dict(ratio=0.0),
         dict(ratio=1.5),
+        dict(ratio=(0.5, 0.0, 0.0)),
+        dict(ratio=(0.2, 0.5, 0.1)),
+        dict(ratio=(0.5, 0.25)),
+        dict(ratio=(0.5,), layers=(1, 2)),
     ):
         with pytest.raises(ValueError):
             PyramidDrop(**options)

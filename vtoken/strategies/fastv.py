@@ -39,12 +39,15 @@ class FastV(Strategy):
             no attention exists yet.
         query: "last" (the public code), or "mean" over the text after the first image (closer to the paper's
             words).
+        softmax: "all" keys, as published, or "visual" keys alone: every head and every asking token then
+            counts equally, however little it attends to the picture; an extension that other ports use.
         seed: of the subset for `layer=0`.
     """
 
     budget: float | int = 0.5
     layer: int = 2
     query: Literal["last", "mean"] = "last"
+    softmax: Literal["all", "visual"] = "all"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,4 +70,4 @@ class FastV(Strategy):
             drawn = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[:count]
             return Selection(drawn.sort().values.to(device))
         rows = tokens.last_row if self.query == "last" else tokens.text_rows
-        return Selection(top_k(mean_rows(tokens, rows).mean(0), count))
+        return Selection(top_k(mean_rows(tokens, rows, self.softmax == "visual").mean(0), count))

@@ -37,11 +37,11 @@ from .registry import register
     "2411.10803",
     code="github.com/liuting20/MustDrop",
     code_licence="Apache-2.0",
-    differs="Survivors keep their order on the grid and their positions, a merged window sits at its centre "
-    "(the public code puts merged windows first and renumbers, which leaves aligned layers with wrong "
-    "distances). The budget form of the filter is exact for the published ratio of thresholds but is ours. "
-    "Towers without CLS rank by attention received, towers whose grid is not the LLM's merge after the "
-    "projector; both are extensions.",
+    differs="Survivors keep their order on the grid and their positions, a merged window sits at its "
+    "centre (the public code puts merged windows first and renumbers, which leaves aligned layers with "
+    "wrong distances; positions='renumber' closes gaps and reproduces neither). The budget form of the "
+    "filter is exact for the published ratio of thresholds but is ours. Towers without CLS rank by "
+    "attention received, towers whose grid is not the LLM's merge after the projector; both are extensions.",
 )
 @dataclass
 class MustDrop(Strategy):

@@ -37,18 +37,34 @@ class PyramidDrop(Strategy):
 
     Args:
         layers: 0-based layers before which to drop, instead of the quarters.
-        ratio: r, instead of the one that follows from the budget.
+        ratio: r, instead of the one that follows from the budget; or a list as in the public code, of N the
+            share that stays after each cut.
+
+    Raises:
+        ValueError: for shares outside of (0, 1], that rise, or that are not as many as `layers`.
     """
 
     budget: float | int = 0.46875
     layers: tuple[int, ...] | None = None
-    ratio: float | None = None
+    ratio: float | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         schedule.check_layers(self.layers)
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio must lie in (0, 1], found {self.ratio!r}.")
+        listed = self.ratio if isinstance(self.ratio, tuple) else (self.ratio or 1.0,)
+        if self.ratio == 0 or not all(0 < r <= 1 for r in listed) or list(listed) != sorted(listed)[::-1]:
+            raise ValueError(
+                "ratio must lie in (0, 1], or be a list of such shares that never rise as (0.5, 0.25, 0.125),"
+                f" found {self.ratio!r}."
+            )
+        self._check_listed(3 if self.layers is None else len(self.layers))
+
+    def _check_listed(self, cuts: int) -> None:
+        if isinstance(self.ratio, tuple) and len(self.ratio) != cuts:
+            raise ValueError(
+                f"ratio must have a share for each of the {cuts} cuts, found {self.ratio!r}: pass as many, or"
+                " as many layers."
+            )
 
     def prefill_layers(self, num_layers: int, entering: float = 1.0) -> tuple[int, ...]:
         if self.layers is not None:
@@ -63,6 +79,7 @@ class PyramidDrop(Strategy):
     def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         cuts, name = self.prefill_layers(num_layers, entering), self.info.name
         schedule.check_inside(cuts, num_layers, name)
+        self._check_listed(len(cuts))
         if self.allowance().is_share and self.ratio is None:
             schedule.refuse_if_unreachable(entering, self.budget, schedule.lengths(cuts, num_layers), name)
 
@@ -78,6 +95,8 @@ class PyramidDrop(Strategy):
 
     def _counts(self, tokens: PrefillTokens, cuts: tuple[int, ...]) -> list[int]:
         n = len(tokens.visual_rows)
+        if isinstance(self.ratio, tuple):
+            return [max(1, int(n * share + 1e-6)) for share in self.ratio]
         if self.ratio is not None:
             return [max(1, int(n * self.ratio**i + 1e-6)) for i in range(1, len(cuts) + 1)]
         average, lengths = schedule.wanted(self.budget, tokens), schedule.lengths(cuts, tokens.num_layers)

@@ -41,9 +41,11 @@ def recycled(dropped: int) -> int:
     code_licence="Apache-2.0",
     differs="Clustering is deterministic: equal densities go to the lower index, the public code adds "
     "noise. Merged tokens sit at the place of their cluster's centre, not after the kept ones. Positions "
-    "are kept (the public v1 renumbers). Text between several images rates only what lies before it. The "
-    "rotary correction of v2 comes from the model's own tables and is clamped; the published one turns "
-    "negative at 1,700 tokens.",
+    "are kept; the public v1 renumbers and counts on from each layer's cache, which positions='renumber' "
+    "does not reproduce: it closes gaps and leaves merged tokens at their places. Version 2.0 takes 14 "
+    "heads of 28 or 32 as published, of other numbers the same share. Text between several images rates "
+    "only what lies before it. The rotary correction of v2 comes from the model's own tables and is "
+    "clamped; the published one turns negative at 1,700 tokens.",
 )
 @dataclass
 class SparseVLM(Strategy):

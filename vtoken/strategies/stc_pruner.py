@@ -24,9 +24,11 @@ from .stc_cacher import CODE, LICENCE, PAPER
     code=CODE,
     code_licence=LICENCE,
     differs="Follows the public code where paper and code disagree (score='dual_anchor' is the paper's "
-    "formula, with a blend that it does not state); the history belongs to one stream and is its running "
-    "mean, the code's never ends; scores are float32; the newline row after a video stays; an image is a "
-    "stream of its segments.",
+    "formula, with a blend that it does not state; that of the code of June 2026 is in the same half of the "
+    "channels and over the whole history, its blend is 0.5); one frame is scored at a time, the code takes a "
+    "call's frames together; the history belongs to one stream and is its running mean, the code's never "
+    "ends; scores are float32; newline rows stay where they are (the code puts those of a frame after its "
+    "kept tokens); an image is a stream of its segments.",
 )
 @dataclass
 class STCPruner(ScoredStrategy):

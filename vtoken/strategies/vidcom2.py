@@ -26,7 +26,8 @@ from .scored import ScoredStrategy
     code_licence="Apache-2.0",
     differs="Follows the public code where paper and code disagree (similarity='cosine' is the paper's); "
     "scores are float32 and frame shares float64, the code uses the model's dtype; works on batches and on "
-    "several videos per prompt; the newline row after a video stays where it is.",
+    "several videos per prompt; newline rows, one after a video or one after every row of the grid, stay "
+    "where they are (the code puts those of a frame after its kept tokens).",
 )
 @dataclass
 class VidCom2(ScoredStrategy):

@@ -102,9 +102,11 @@ def head_rows(tokens: PrefillTokens, rows: Tensor, chunk: int = 64) -> Iterator[
         yield some, tokens.attention_rows(some)[..., visual]
 
 
-def mean_rows(tokens: PrefillTokens, rows: Tensor) -> Tensor:
-    """(r, v) float32: the same averaged over heads."""
-    return torch.cat([attention.mean(0) for _, attention in head_rows(tokens, rows)])
+def mean_rows(tokens: PrefillTokens, rows: Tensor, alone: bool = False) -> Tensor:
+    """(r, v) float32: the same averaged over heads; `alone`: of a softmax over the visual tokens alone."""
+    parts = (attention for _, attention in head_rows(tokens, rows))
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.cat([(a / a.sum(-1, keepdim=True).clamp(min=tiny) if alone else a).mean(0) for a in parts])
 
 
 def check_layers(layers: Sequence[int] | None, what: str = "layers") -> None:
