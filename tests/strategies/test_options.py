@@ -92,7 +92,11 @@ SENTENCES = [
     ("sparsevlm", dict(layers=[1, 2.5]), "layers must be None or a list of whole numbers, found [1, 2.5]."),
     ("sparsevlm", dict(layers={1, 2}), "layers must be None or a list of whole numbers, found {1, 2}."),
     ("sparsevlm", dict(recycle="no"), "recycle must be None or True or False, found 'no'."),
-    ("pyramiddrop", dict(ratio=math.inf), "ratio must be None or a finite number, found inf."),
+    (
+        "pyramiddrop",
+        dict(ratio=math.inf),
+        "ratio must be None or a finite number or a list of finite numbers, ",
+    ),
     ("cdpruner", dict(theta=math.nan), "theta must be None or a finite number, found nan."),
     ("globalcom2", dict(tau=math.nan), "tau must be a finite number, found nan."),
     ("globalcom2", dict(tau=10**400), "tau must be a finite number, found one of 1329 bits."),
