@@ -13,7 +13,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vtoken.adapters.refused import CHOSEN_KEYS, ENCODER_DECODER, LANGUAGE_MODELS, REASONS
+from vtoken.adapters.refused import (
+    CHOSEN_KEYS,
+    ENCODER_DECODER,
+    LANGUAGE_MODELS,
+    REASONS,
+    WINDOW_AFTER_PROMPT,
+)
 from vtoken.adapters.registry import adapter_class, list_families
 from vtoken.eval.board.board import Board
 from vtoken.strategies import list_names, strategy_info
@@ -93,6 +99,7 @@ def refused() -> str:
         alike.setdefault(why, []).append(f"those over `{kind}`")
     alike[ENCODER_DECODER].append("other encoder-decoder models")
     alike[CHOSEN_KEYS].append("those over other LLMs with an index of keys")
+    alike[WINDOW_AFTER_PROMPT] = ["those over LLMs with such a cache (`unlimited_ocr`)"]
     return table(["models", "why"], [[", ".join(kinds), why] for why, kinds in alike.items()])
 
 

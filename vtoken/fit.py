@@ -206,9 +206,11 @@ def check_encoder(encoder: Encoder, strategy: Any) -> None:
     """Raise ValueError, in one sentence, if this strategy cannot serve this plain encoder."""
     name = type(encoder.model).__name__
     if not isinstance(strategy, EncoderStrategy):
+        if (why := reason(encoder.model)) is not None:
+            raise ValueError(why)
+        encoder.check()
         raise ValueError(
-            reason(encoder.model)
-            or f"{strategy.info.name} chooses among the visual tokens of an LLM, and {name} is an encoder"
+            f"{strategy.info.name} chooses among the visual tokens of an LLM, and {name} is an encoder"
             f" without one: use {', '.join(fitting_encoder(encoder))}."
         )
     if not strategy.is_identity:

@@ -141,3 +141,30 @@ def test_generic_is_offered_where_it_can_serve(monkeypatch):
     for adapter in (None, "generic"):
         with pytest.raises(ValueError, match="the generic one needs get_image_features, which this model"):
             vtoken.patch(model, "divprune", adapter=adapter)
+
+
+def test_a_plain_encoder_with_the_id_of_a_placeholder_is_one():
+    model = tf.CLIPVisionModel(tf.CLIPVisionConfig(**VIT, image_size=28, patch_size=7))
+    model.config.image_token_id = IMG
+    assert "tome" in vtoken.list_strategies(model=model)
+    vtoken.unpatch(vtoken.patch(model, "tome", r=2))
+
+
+def test_a_model_that_is_its_own_language_model():
+    """As Chameleon: pictures become ids, and no part reads embeddings alone."""
+    model = FAMILIES["llava"].build()
+    model.config.model_type = "unheard_of"
+    model.get_decoder = lambda: model.base_model
+    for adapter in (None, "generic"):
+        with pytest.raises(ValueError, match="a language model of its own that reads embeddings"):
+            vtoken.patch(model, "uniform", adapter=adapter)
+
+
+def test_a_window_after_the_prompt(monkeypatch):
+    class Layer:
+        def set_prefill_length(self, length):
+            pass
+
+    monkeypatch.setattr("vtoken.adapters.refused.cache_layers", lambda config: [Layer()])
+    with pytest.raises(ValueError, match="keeps the prompt apart from a window of generated tokens"):
+        vtoken.patch(FAMILIES["llava"].build(), "uniform")

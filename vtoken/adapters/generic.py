@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import listed
 from ..tokens import Segment
-from .base import Adapter, Layout
+from .base import Adapter, Layout, language_model_of
 from .towers.base import Tower
 
 
@@ -46,8 +47,10 @@ class GenericAdapter(Adapter):
         """What keeps this adapter from serving a model, in words."""
         base = model.base_model
         lacking = [n for n in ("get_image_features", "get_input_embeddings") if not hasattr(base, n)]
-        if not hasattr(model, "get_decoder"):
-            lacking.append("a language model that reads the visual tokens as a part of its prompt")
+        decoder = language_model_of(model) if hasattr(model, "get_decoder") else base
+        takes = inspect.signature(decoder.forward).parameters
+        if decoder is base or "inputs_embeds" not in takes:
+            lacking.append("a language model of its own that reads embeddings")
         if not hasattr(base, "get_placeholder_mask") and token_id(model.config, "image") is None:
             lacking.append("config.image_token_id")
         return lacking

@@ -41,7 +41,20 @@ DISTANCES = (
     "it measures the distance of two tokens by their places in the KV cache, so that kept tokens would not"
     " keep their positions"
 )
+ALIBI = (
+    "its positions are the number of tokens that it reads, so that kept tokens would not keep theirs, and it"
+    " takes no position_ids"
+)
+NO_SLOTS = "it has no attention layers, whose KV cache counts the tokens of a prompt"
+WINDOW_AFTER_PROMPT = (
+    "its KV cache keeps the prompt apart from a window of generated tokens and is told the prompt's length"
+)
 LANGUAGE_MODELS = {
+    "bloom": ALIBI,
+    "mpt": ALIBI,
+    "mamba": NO_SLOTS,
+    "mamba2": NO_SLOTS,
+    "falcon_mamba": NO_SLOTS,
     "minimax_m3_vl_text": CHOSEN_KEYS,
     "inkling_text": DISTANCES,
     "inkling2_text": DISTANCES,
@@ -67,13 +80,17 @@ def reason(model: Any) -> str | None:
 def language_model_reason(decoder: Any) -> str | None:
     """A sentence that says why the prompts of a language model cannot be shortened; None if they can.
 
-    An index of keys is known by the layers that transformers makes for the KV cache.
+    An index of keys, and a window after the prompt, are known by the layers that transformers makes for the
+    KV cache.
     """
     config = getattr(decoder, "config", None)
     kind = getattr(config, "model_type", None)
     why = LANGUAGE_MODELS.get(kind or "")
-    if why is None and any(hasattr(layer, "update_indexer") for layer in cache_layers(config)):
+    layers = cache_layers(config) if why is None else []
+    if any(hasattr(layer, "update_indexer") for layer in layers):
         why = CHOSEN_KEYS
+    if any(hasattr(layer, "set_prefill_length") for layer in layers):
+        why = WINDOW_AFTER_PROMPT
     advice = "use a model over another language model, such as qwen3_vl"
     told = f"vtoken drops no tokens before a language model of type {kind!r}: {why}; {advice}."
     return None if why is None else told

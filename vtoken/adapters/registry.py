@@ -131,7 +131,12 @@ def reads_visual_tokens(model: Any) -> bool:
     """Whether pictures reach a language model of this model, also if no adapter serves its type."""
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
-    return kind in list_families() or kind in REASONS or token_id(config, "image") is not None
+    if kind in list_families() or kind in REASONS:
+        return True
+    if token_id(config, "image") is None or not hasattr(model, "base_model"):
+        return False
+    answers = getattr(config, "is_encoder_decoder", False) or model.can_generate()
+    return bool(answers) or not GenericAdapter.missing(model)
 
 
 def _chosen(adapter: str | type[Adapter]) -> type[Adapter]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
 from typing import Any
 
@@ -40,6 +42,64 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
             f"{name} reads the LLM's attention, which vtoken recomputes without a soft cap; the LLM of this"
             f" {kind} model caps its attention logits: use a projector strategy."
         )
+    kinds = getattr(decoder.config, "layer_types", None) or [""] * len(modules)
+    alike = {(_settings(a), layer): a for a, layer in zip(modules, kinds, strict=True)}
+    if not all(_rows_are_its_own(decoder, a, layer) for (_, layer), a in alike.items()):
+        raise ValueError(
+            f"{name} reads the LLM's attention, and the rows that vtoken recomputes are not those of the"
+            f" {type(modules[0]).__name__} of this {kind} model: use a projector strategy."
+        )
+
+
+def _settings(attention: nn.Module) -> tuple[Any, ...]:
+    """Equal for attention modules that differ in the values of their weights alone."""
+    plain = {k: v for k, v in vars(attention).items() if isinstance(v, bool | int | float | str | None)}
+    return type(attention), *sorted(
+        (k, repr(v)) for k, v in plain.items() if k not in ("layer_idx", "training")
+    )
+
+
+@torch.no_grad()
+def _rows_are_its_own(decoder: Any, attention: Any, layer_type: str, tokens: int = 8) -> bool:
+    """Whether `rows_of_attention` gives what an attention module computes itself, on a few random tokens.
+
+    True where it cannot be tried: weights that are not loaded or in pieces.
+    """
+    weights = [getattr(p, "weight", None) for p in (attention.q_proj, attention.k_proj)]
+    if any(w is None or w.is_meta or _sharded(w) for w in weights) or not hasattr(attention, "config"):
+        return True
+    alone = copy.copy(attention)  # with the same weights
+    alone.config, alone.training = copy.copy(attention.config), False
+    alone.config._attn_implementation_internal = "eager"
+    device, dtype = weights[0].device, decoder.dtype
+    noise = torch.randn(1, tokens, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden = noise.to(device, dtype)
+    mask = torch.full((tokens, tokens), torch.finfo(dtype).min, device=device, dtype=dtype).triu(1)[
+        None, None
+    ]
+    takes = inspect.signature(type(attention).forward).parameters
+    shared: dict[str, Any] = {"shared_kv_states": {}} if "shared_kv_states" in takes else {}
+    try:
+        rotary = _tables(decoder, hidden, layer_type)
+        out = type(attention).forward(
+            alone, hidden_states=hidden, position_embeddings=rotary, attention_mask=mask, **shared
+        )
+        own = next(x for x in out if isinstance(x, Tensor) and x.shape[-2:] == (tokens, tokens))
+        made = rows_of_attention(attention, hidden, rotary, torch.arange(tokens, device=device))
+        near: bool = (own[0].float() - made).abs().max().item() < (1e-3 if dtype == torch.float32 else 0.03)
+    except Exception:  # of a module that takes or gives other things
+        return False
+    return near
+
+
+def _tables(decoder: Any, hidden: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (1, n, rotary_dim) of distant positions, as the decoder's layers are given them."""
+    typed = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    positions = torch.arange(hidden.shape[1], device=hidden.device)[None] * 37
+    try:
+        return decoder.rotary_emb(hidden, positions, *[layer_type] * typed)  # type: ignore[no-any-return]
+    except (IndexError, RuntimeError):  # of three axes
+        return decoder.rotary_emb(hidden, positions.expand(3, 1, -1), *[layer_type] * typed)  # type: ignore[no-any-return]
 
 
 def _turns_halves(attention: type) -> bool:

@@ -187,7 +187,9 @@ class VisualTurn:
 
     def _adopt(self, cache: Any, ledger: Ledger) -> None:
         schedule = self.schedule
-        make_logical(cache, ledger, len(self.decoder.layers), schedule.count > 0, bool(schedule.aligned))
+        make_logical(
+            cache, ledger, self.decoder.config.num_hidden_layers, schedule.count > 0, bool(schedule.aligned)
+        )
 
     def _gather(self, turn: Turn, run: Run, plan: Plan | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         real, embeds = turn.real, kwargs["inputs_embeds"]
