@@ -82,4 +82,4 @@ class EVS(VideoStrategy):
             change = (y[1:] - y[:-1]).square().sum(-1) / 2  # 1 - cos, without its rounding
         if before is None:
             change[0] = torch.inf
-        return self.ranked(tokens, change, self._kept(*change.shape, before is None))
+        return self.ranked(tokens, change, self._kept(len(change), change.shape[1], before is None))
