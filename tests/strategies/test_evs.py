@@ -92,17 +92,16 @@ def test_exact_dtype_ranks_what_the_model_computes():
 
 
 def test_q_is_another_way_to_say_the_budget():
-    strategy = create("evs", q=0.7)
-    assert strategy.budget == 1 - 0.7 and strategy.q is None and create("evs").budget == 0.3
-    assert create("evs", q=0).is_identity and strategy.with_budget(0.5).budget == 0.5
-    strategy = create("evs")
-    strategy.q = 0.25
-    assert strategy.budget == 0.75 and strategy.q is None
+    strategy, tokens = create("evs", q=0.4), video(4, 3, 5)
+    same = answer(create("evs", budget=0.6), tokens).keep
+    assert torch.equal(answer(strategy, tokens).keep, same) and len(same) == 36
+    assert create("evs").allowance() == create("evs", budget=1 - 0.7).allowance()
+    assert create("evs", q=0).is_identity and not create("evs", q=0, budget=0.5).is_identity
+    assert create("evs", q=0.9, budget=0.5).total(tokens.segments) == 30
+    assert strategy.with_budget(0.5).total(tokens.segments) == strategy.total(tokens.segments, 0, 0.5) == 30
     for q in (1, -0.1):
         with pytest.raises(ValueError, match=r"q must lie in \[0, 1\), found"):
             create("evs", q=q)
-    with pytest.raises(ValueError, match=r"budget=0.5 and q=0.7 say one thing: leave one"):
-        create("evs", budget=0.5, q=0.7)
 
 
 def test_newline_rows():
@@ -123,7 +122,7 @@ def test_a_stream_goes_on_from_the_last_frame():
         own = change[first * 12 : last * 12]
         assert mine == [first * 12 + i for i in top(own, len(mine))]
     assert list(memory) == ["frame"] and memory["frame"].shape == (12, 16)
-    with pytest.raises(ValueError, match="frames of one size, found 4 tokens after 12: start another"):
+    with pytest.raises(ValueError, match="A stream has one size, found 12 and 4 tokens: start anew"):
         answer(create("evs"), video(1, 2, 2), memory)
 
 

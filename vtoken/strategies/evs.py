@@ -9,7 +9,7 @@ import torch
 
 from ..selection import Selection
 from ..tokens import Segment, VisualTokens
-from .budgets import divide
+from .budgets import Budget, divide
 from .common.grouping import unit
 from .registry import register
 from .video import VideoStrategy
@@ -38,27 +38,30 @@ class EVS(VideoStrategy):
     before and keeps `floor(T M (1 - q))` of its own tokens, 1 at least.
 
     Args:
-        q: pruning rate in [0, 1) as engines take it, another way to say `budget=1 - q`.
+        budget: None for the share `1 - q`.
+        q: pruning rate in [0, 1) as engines take it; a budget goes before it.
         exact_dtype: compute the cosine in the dtype of the features, as the code does.
     """
 
-    budget: float | int = 0.3
-    q: float | None = None
+    budget: float | int | None = None  # type: ignore[assignment]
+    q: float = 0.7
     exact_dtype: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.q is not None:
-            if not 0 <= self.q < 1:
-                raise ValueError(f"q must lie in [0, 1), found {self.q!r}.")
-            if self.budget != EVS.budget:
-                raise ValueError(f"budget={self.budget} and q={self.q} say one thing: leave one of them out.")
-            self.budget, self.q = 1 - self.q, None
+        if not 0 <= self.q < 1:
+            raise ValueError(f"q must lie in [0, 1), found {self.q!r}.")
+
+    @property
+    def is_identity(self) -> bool:
+        return self.allowance().is_all
+
+    def allowance(self, budget: float | int | None = None) -> Budget:
+        return Budget(next(b for b in (budget, self.budget, 1 - self.q) if b is not None))
 
     def _kept(self, frames: int, size: int, first: bool = True, budget: float | int | None = None) -> int:
-        """Tokens that stay of so many frames; `first`: the first of them has none before it."""
+        """Tokens that stay, rounded as engines round; `first`: the first frame has none before it."""
         allowance, n = self.allowance(budget), frames * size
-        # the engines' arithmetic in double precision, which can be one below the exact floor
         allowed = n * (1 - (1 - allowance.value)) if allowance.is_share else allowance.allowed(n, frames)
         return min(n, max(size if first else 1, int(allowed)))
 
@@ -71,15 +74,14 @@ class EVS(VideoStrategy):
         x = self.frames(tokens)
         before = tokens.memory.get("frame")
         if before is not None and before.shape != x[0].shape:
-            found = f"{x.shape[1]} tokens after {len(before)}"
-            raise ValueError(f"A stream has frames of one size, found {found}: start another.")
+            raise ValueError(
+                f"A stream has one size, found {len(before)} and {x.shape[1]} tokens: start anew."
+            )
         tokens.memory["frame"] = x[-1].detach().clone()
         x = torch.cat([x[:1] if before is None else before.to(x)[None], x])
+        change = unit(x).diff(dim=0).square().sum(-1) / 2  # 1 - cos, without its rounding
         if self.exact_dtype:
             change = 1 - torch.cosine_similarity(x[1:], x[:-1], dim=-1)
-        else:
-            y = unit(x)
-            change = (y[1:] - y[:-1]).square().sum(-1) / 2  # 1 - cos, without its rounding
         if before is None:
             change[0] = torch.inf
         return self.ranked(tokens, change, self._kept(len(change), change.shape[1], before is None))

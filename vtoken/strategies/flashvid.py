@@ -51,7 +51,7 @@ class FlashVID(VideoStrategy):
     the average over all layers. In a stream every call is a video of its own.
 
     Args:
-        expansion: what enters the LLM, in budgets; 1.0 for no drop inside the LLM.
+        expansion: what enters the LLM, in budgets; 1.0, which `StreamSession` needs, for no drop inside it.
         alpha: share of the tokens of a frame that are chosen and not merged.
         merge_threshold: cosine above which tokens of successive frames are merged; 1.0 for never.
         segment_threshold: cosine of frames below which a segment ends.
