@@ -95,13 +95,17 @@ def test_q_is_another_way_to_say_the_budget():
     strategy, tokens = create("evs", q=0.4), video(4, 3, 5)
     same = answer(create("evs", budget=0.6), tokens).keep
     assert torch.equal(answer(strategy, tokens).keep, same) and len(same) == 36
-    assert create("evs").allowance() == create("evs", budget=1 - 0.7).allowance()
-    assert create("evs", q=0).is_identity and not create("evs", q=0, budget=0.5).is_identity
-    assert create("evs", q=0.9, budget=0.5).total(tokens.segments) == 30
+    assert (strategy.q, strategy.budget) == (0.4, 0.6) and create("evs", q=0).is_identity
+    # another budget takes the place of both
     assert strategy.with_budget(0.5).total(tokens.segments) == strategy.total(tokens.segments, 0, 0.5) == 30
-    for q in (1, -0.1):
-        with pytest.raises(ValueError, match=r"q must lie in \[0, 1\), found"):
-            create("evs", q=q)
+    saved = vtoken.VTokenConfig.from_dict(vtoken.VTokenConfig.of(create("evs", q=0.9)).to_dict())
+    assert saved.options == {"q": 0.9} and saved.budget == 1 - 0.9
+    strategy = create("evs")
+    strategy.q = 0.25
+    assert strategy.budget == 0.75
+    for options in (dict(q=1.0), dict(q=-0.1), dict(q=0.7, budget=0.5), dict(q=0.7, budget=5)):
+        with pytest.raises(ValueError, match=r"q must lie in \[0, 1\), without budget, found"):
+            create("evs", **options)
 
 
 def test_newline_rows():

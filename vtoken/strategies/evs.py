@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..selection import Selection
 from ..tokens import Segment, VisualTokens
-from .budgets import Budget, divide
+from .budgets import divide
 from .common.grouping import unit
 from .registry import register
 from .video import VideoStrategy
@@ -21,7 +21,7 @@ from .video import VideoStrategy
     stages=("projector",),
     paper="Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference, arXiv "
     "2510.14624",
-    code="github.com/vllm-project/vllm (vllm/multimodal/evs.py)",
+    code="github.com/vllm-project/vllm",
     code_licence="Apache-2.0, with a notice of NVIDIA",
     differs="Distances are float32 and exactly 0 between equal tokens, the code uses the model's dtype "
     "(exact_dtype=True); a stream goes on from the last frame of the call before; kept tokens have their "
@@ -38,26 +38,23 @@ class EVS(VideoStrategy):
     before and keeps `floor(T M (1 - q))` of its own tokens, 1 at least.
 
     Args:
-        budget: None for the share `1 - q`.
-        q: pruning rate in [0, 1) as engines take it; a budget goes before it.
+        q: pruning rate in [0, 1) as engines take it, in place of `budget`, which becomes `1 - q`.
         exact_dtype: compute the cosine in the dtype of the features, as the code does.
     """
 
-    budget: float | int | None = None  # type: ignore[assignment]
-    q: float = 0.7
+    budget: float | int = 0.3
+    q: float | None = None
     exact_dtype: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.q < 1:
-            raise ValueError(f"q must lie in [0, 1), found {self.q!r}.")
+        if self.q is not None:
+            if not 0 <= self.q < 1 or self.budget not in (EVS.budget, 1 - self.q):
+                raise ValueError(f"q must lie in [0, 1), without budget, found {self.q} and {self.budget}.")
+            self.budget = 1 - self.q
 
-    @property
-    def is_identity(self) -> bool:
-        return self.allowance().is_all
-
-    def allowance(self, budget: float | int | None = None) -> Budget:
-        return Budget(next(b for b in (budget, self.budget, 1 - self.q) if b is not None))
+    def with_budget(self, budget: float | int) -> EVS:
+        return replace(self, budget=budget, q=None)
 
     def _kept(self, frames: int, size: int, first: bool = True, budget: float | int | None = None) -> int:
         """Tokens that stay, rounded as engines round; `first`: the first frame has none before it."""
@@ -75,7 +72,7 @@ class EVS(VideoStrategy):
         before = tokens.memory.get("frame")
         if before is not None and before.shape != x[0].shape:
             raise ValueError(
-                f"A stream has one size, found {len(before)} and {x.shape[1]} tokens: start anew."
+                f"A stream has one size, found {len(before)} and {len(x[0])} tokens: start anew."
             )
         tokens.memory["frame"] = x[-1].detach().clone()
         x = torch.cat([x[:1] if before is None else before.to(x)[None], x])
