@@ -145,7 +145,7 @@ def test_names_of_the_last_release_say_how_they_are_written_now():
 
 MEANINGS = {
     "cache": ["voco"],
-    "average": ["mustdrop", "pyramiddrop", "sparsevlm"],
+    "average": ["flashvid", "mustdrop", "pyramiddrop", "sparsevlm"],
     "cut": ["fastv", "llavolta"],
     "tower": ["stc_cacher"],
     "encoder": ["diffrate", "prune_by_norm", "random_merge", "tempme", "tome"],

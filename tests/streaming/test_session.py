@@ -81,6 +81,22 @@ def test_pruned_stream_is_the_patched_model(name, positions):
     assert not torch.allclose(logits, plain(name, frames)[1], atol=1e-2)
 
 
+@pytest.mark.parametrize("strategy", ["evs", "v_cast", "flashvid", "vidcom2"])
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
+def test_methods_for_videos_keep_their_share_of_every_step(name, strategy):
+    """evs keeps the first step of a stream whole, and goes on from the step before."""
+    options = dict(expansion=1.0) if strategy == "flashvid" else {}
+    with fed(session_of(name, strategy, 0.5, **options), frames_of(6)) as session:
+        steps = [(len(s.kept), s.rows) for s in session.memory.view()]
+        assert session.ask(Q, **SHORT).text is not None
+    rows = steps[0][1]
+    assert steps == [
+        (rows if strategy == "evs" else rows // 2, rows),
+        *[(rows // 2, rows)] * (len(steps) - 1),
+    ]
+    assert len(steps) > 2
+
+
 def test_forgotten_frames_are_as_if_never_shown():
     """Without time in the prompt the rest is a shorter video."""
     frames = frames_of(5)

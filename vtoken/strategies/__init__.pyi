@@ -11,7 +11,9 @@ from .scored import ScoredStrategy as ScoredStrategy
 from .cdpruner import CDPruner as CDPruner
 from .diffrate import DiffRate as DiffRate
 from .divprune import DivPrune as DivPrune
+from .evs import EVS as EVS
 from .fastv import FastV as FastV
+from .flashvid import FlashVID as FlashVID
 from .globalcom2 import GlobalCom2 as GlobalCom2
 from .hiprune import HiPrune as HiPrune
 from .hired import HiRED as HiRED
@@ -35,6 +37,7 @@ from .token_corr import TokenCorr as TokenCorr
 from .tome import ToMe as ToMe
 from .ts_llava import TSLLaVA as TSLLaVA
 from .uniform import Uniform as Uniform
+from .v_cast import VCAST as VCAST
 from .vidcom2 import VidCom2 as VidCom2
 from .visionzip import VisionZip as VisionZip
 from .vispruner import VisPruner as VisPruner

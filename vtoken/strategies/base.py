@@ -126,7 +126,7 @@ class Strategy(metaclass=_CheckedOptions):
         Raises:
             ValueError: for a budget that is none.
         """
-        own = self if budget is None else replace(self, budget=budget)
+        own = self if budget is None else self.with_budget(budget)
         if own.is_identity or not own.acts_on_projector:
             return sum(s.fed for s in segments) + separators
         return own._total_kept(segments, separators)
@@ -153,7 +153,7 @@ class Strategy(metaclass=_CheckedOptions):
         Raises:
             ValueError: for a budget that is none.
         """
-        own = self if budget is None else replace(self, budget=budget)
+        own = self if budget is None else self.with_budget(budget)
         if own.is_identity or not own.acts_on_projector:
             return [s.fed for s in segments]
         return own._kept_per_segment(segments)

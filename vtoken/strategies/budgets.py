@@ -144,6 +144,26 @@ def divide(total: int, sizes: Sequence[int]) -> list[int]:
     return counts
 
 
+def divide_by(quotas: Sequence[float], total: int, sizes: Sequence[int], fill: bool = False) -> list[int]:
+    """`total` tokens over segments by quotas, rounded down; the rest goes by the largest fractions.
+
+    Args:
+        quotas: tokens that each segment should have, not rounded.
+        total: not below the sum of the quotas rounded down and limited to `sizes`, not above that of `sizes`.
+        fill: the rest goes to one segment until it is full, and then to the next, instead of one by one to
+            all in turns.
+    """
+    quotas = [round(q, 9) for q in quotas]  # a whole number on paper stays one
+    counts = [min(int(q), n) for q, n in zip(quotas, sizes, strict=True)]
+    order = sorted(range(len(quotas)), key=lambda i: int(quotas[i]) - quotas[i])
+    while (left := total - sum(counts)) > 0:
+        able = [i for i in order if counts[i] < sizes[i]]
+        each = left if fill else max(1, left // len(able))
+        for i in able[: 1 if fill else left]:
+            counts[i] += min(each, sizes[i] - counts[i])
+    return counts
+
+
 def frames_of(segments: Sequence[Segment]) -> int:
     """Number of segments that are frames of a video."""
     return sum(s.kind == "frame" for s in segments)

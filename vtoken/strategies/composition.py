@@ -66,7 +66,7 @@ class Composite(Strategy):
             if self.first not in only:
                 self.first = self.first.with_budget(shared)
             if self.then not in only:
-                self.then = replace(self.then, budget=self.budget)
+                self.then = self.then.with_budget(self.budget)
         self.entering = self.first.budget if both and isinstance(self.first.budget, float) else 1.0
         self.ordered = [*(p for p in only if p not in (self.first, self.then)), self.first, self.then]
         self.between = next((p for p in self.ordered if p.acts_between_frames), None)

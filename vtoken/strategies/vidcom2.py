@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..tokens import Needs, Segment, TowerInfo, VisualTokens
+from ..tokens import Segment, VisualTokens
 from .common.grouping import gaussian_similarity, unit
 from .registry import register
 from .scored import ScoredStrategy
+from .video import VideoStrategy
 
 
 @register(
@@ -30,7 +31,7 @@ from .scored import ScoredStrategy
     "where they are (the code puts those of a frame after its kept tokens).",
 )
 @dataclass
-class VidCom2(ScoredStrategy):
+class VidCom2(VideoStrategy, ScoredStrategy):
     """Video Compression Commander (arXiv 2505.14454), for videos only.
 
     On the half of the channels with the smallest variance over the video, each token is normalised to `y`.
@@ -50,8 +51,6 @@ class VidCom2(ScoredStrategy):
     tau: float = 0.01
     similarity: Literal["gaussian", "cosine"] = "gaussian"
     exact: bool = False
-    _: KW_ONLY
-    keep_newline: bool = True
 
     static_counts = False
 
@@ -59,9 +58,6 @@ class VidCom2(ScoredStrategy):
         super().__post_init__()
         if not self.tau > 0:
             raise ValueError(f"tau must be above 0, found {self.tau}.")
-
-    def needs(self, tower: TowerInfo | None) -> Needs:
-        return Needs(modalities=("video",))
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens per frame if all frames are equally unusual."""
@@ -78,12 +74,7 @@ class VidCom2(ScoredStrategy):
         return max(frames, int(frames * size * self.allowance().share_of(size) + 1e-9))
 
     def scores(self, tokens: VisualTokens) -> tuple[Tensor, list[int]]:
-        sizes = {s.fed for s in tokens.segments}
-        if len(sizes) != 1:
-            raise ValueError(
-                f"vidcom2 needs frames of equal size, found {sorted(sizes)} tokens: use divprune."
-            )
-        x = tokens.features[tokens.patch_rows].float().view(len(tokens.segments), sizes.pop(), -1)
+        x = self.frames(tokens).float()
         video, frame = self._similarities(x)
         score, ratio = video + frame, self.allowance().share_of(x.shape[1])
         counts = self._frame_counts(video, ratio)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -93,7 +93,7 @@ class Reduction:
         check_fit(adapter, self.strategy, servable)
         s = self.strategy
         if s.is_identity and self.asked and s.budget == 1.0:
-            s = replace(s, budget=0.5)  # as a request may ask
+            s = s.with_budget(0.5)  # as a request may ask
         if not s.is_identity and (why := why_not(adapter, s)):
             raise ValueError(
                 f"{s.info.name} {why}, which vLLM cannot do: use {', '.join(servable(adapter))}, or"
@@ -200,7 +200,7 @@ class Reduction:
             )
         if budget is None:
             return self.strategy
-        made = replace(self.strategy, budget=budget)
+        made = self.strategy.with_budget(budget)
         # vLLM's hash of a request reads the bytes of a number and not its type: ranges that share none
         if (isinstance(made.budget, float) and made.budget < LEAST) or (
             isinstance(made.budget, int) and made.budget > MOST

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 
-def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """Clusters of DPC-KNN (Du et al. 2016) in the form that SparseVLM uses.
+def density_peaks(x: Tensor, clusters: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Clusters of DPC-KNN (Du et al. 2016) in the form that SparseVLM and FlashVID use.
 
-    The density of a token comes from its nearest `clusters` tokens, itself among them. Equal densities, and
-    equal products of density and distance, go to the lower index; the public code draws noise.
+    The density of a token comes from its nearest `clusters` tokens, itself among them, or from `most` if
+    these are fewer. Equal densities, and equal products of density and distance, go to the lower index; the
+    public code draws noise.
 
     Args:
         x: (q, d) features. clusters: number c, 1 to q.
@@ -20,7 +21,7 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
-    near = distance.topk(clusters, dim=-1, largest=False).values
+    near = distance.topk(min(clusters, most or clusters), dim=-1, largest=False).values
     density = (-near.square().mean(-1)).exp()
     index = torch.arange(len(x), device=x.device)
     # denser, or as dense and earlier
