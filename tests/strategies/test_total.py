@@ -17,8 +17,11 @@ NAMES = list_names()
 # told for every input that the method serves; the others: None on some
 ALWAYS = [
     "cdpruner",
+    "coverage",
     "divprune",
+    "mmtok",
     "random",
+    "scope",
     "stc",
     "stc_pruner",
     "ts_llava",

@@ -109,9 +109,8 @@ class DART(Strategy):
 
     def select_in_prefill(self, tokens: PrefillTokens) -> Selection:
         assert tokens.keys is not None and tokens.normed is not None and tokens.item is not None
-        visual, text = tokens.visual_rows, tokens.text_rows
+        visual, text, norms = tokens.visual_rows, tokens.text_rows, tokens.keys().float().abs().sum(-1)
         x = tokens.normed() if self.normed else tokens.hidden_states
-        norms = tokens.keys().float().abs().sum(-1)
         item, kept, items = tokens.item[visual], [], tokens.item[visual].unique()
         for each in items:
             mine = (item == each).nonzero()[:, 0]
