@@ -60,7 +60,7 @@ def naive(tokens, budget, published=False, normed=True, image_pivots=4, text_piv
     return sorted(keep)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
@@ -79,7 +79,7 @@ def test_equals_loops(seed, sizes, after, drafts, budget, options, published):
     assert keep == naive(tokens, budget, published, **options)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(n=st.integers(1, 700), budget=st.floats(0.01, 0.99) | st.integers(1, 800))
 def test_exactly_the_budget_and_the_pivots_stay(n, budget):
     tokens = prompt(visual=n, layer=2, heads=1, attention=torch.zeros(1), preview=torch.zeros(1))

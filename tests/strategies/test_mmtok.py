@@ -42,7 +42,8 @@ def greedy(c, k, excluded=()):
     for _ in range(min(k, len(c[0]) - len(excluded))):
         left = [j for j in range(len(c[0])) if j not in chosen and j not in excluded]
         gain = {j: sum(max(0.0, row[j] - b) for row, b in zip(c, covered, strict=True)) for j in left}
-        chosen.append(max(left, key=lambda j: (gain[j], -j)))
+        # gains may tie nearly where tokens are alike to none: the first is taken
+        chosen.append(min(j for j in left if gain[j] >= max(gain.values()) * (1 - 1e-5)))
         covered = [max(b, row[chosen[-1]]) for row, b in zip(c, covered, strict=True)]
     return chosen, sum(covered)
 
@@ -56,7 +57,7 @@ def naive(tokens, counts, **options):
 
 
 @pytest.mark.parametrize("kind", INPUTS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
     budget=st.sampled_from([1, 0.2, 0.5, 0.8, 7]),

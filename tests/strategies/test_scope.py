@@ -109,7 +109,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("vision", ["tower", "projected"])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
     budget=st.sampled_from([1, 0.2, 0.5, 0.8, 7]),
