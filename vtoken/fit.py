@@ -161,6 +161,8 @@ def check_fit(
         extension = ' pass score="received" to rank by attention received, or' if received else ""
         if lacking == ["pixels"] and hasattr(strategy, "thumbnail"):
             extension = " pass thumbnail=False, or"
+        if set(lacking) <= {"states", "grid"} and hasattr(strategy, "vision"):
+            extension = ' pass vision="projected" to compare projected features, or'
         where = "this" if lacking == ["grid"] else "the vision tower of this"
         lacks = f"{where} {kind} model does not have"
         if isinstance(adapter, GenericAdapter):

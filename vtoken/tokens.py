@@ -162,6 +162,8 @@ class VisualTokens:
             unless declared.
         encode: `encode(pixels (k, 3, H, W))` gives the features (k, cells, d) of further frames; None unless
             declared.
+        text_ids: (t,) int64, the ids of the text tokens; None unless `text_embeddings` is declared, and for a
+            prompt of embeddings.
     """
 
     features: Tensor
@@ -176,6 +178,7 @@ class VisualTokens:
     memory: dict[str, Any] = field(default_factory=dict, repr=False)
     pixels: Tensor | None = field(default=None, repr=False)
     encode: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    text_ids: Tensor | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return self.cells.shape[0]
@@ -362,6 +365,9 @@ class PrefillTokens:
         memory: shared by all layers' choices for this prompt within one forward, empty at the first.
         entering: share of the visual tokens that a projector strategy of the same combination lets into the
             LLM.
+        keys: () -> (n, kv_heads * head_dim), the attention keys of the layer before, after rotary embedding,
+            heads side by side; not before layer 0.
+        normed: () -> (n, d), the hidden states after the last norm of the LLM.
     """
 
     layer: int
@@ -381,6 +387,8 @@ class PrefillTokens:
     rotary: tuple[Tensor, Tensor] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     entering: float = 1.0
+    keys: Callable[[], Tensor] | None = None
+    normed: Callable[[], Tensor] | None = None
 
     @property
     def visual_rows(self) -> Tensor:

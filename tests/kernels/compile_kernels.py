@@ -12,13 +12,13 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vtoken.kernels.triton import attention, gather, select
+from vtoken.kernels.triton import attention, cover, gather, select
 
 TYPES = {
     **dict.fromkeys(["x", "q", "k"], "*bf16"), **dict.fromkeys(["index", "into", "partner", "start", "table"], "*i64"),
     **dict.fromkeys(["order", "bounds", "starts", "stops", "places", "arrived"], "*i32"), "mask": "*u8",
     **dict.fromkeys(["scale", "factor"], "fp32"),
-    **dict.fromkeys(["weight", "parts", "lse", "inverse", "best", "score", "slots", "quality", "left", "gains"], "*fp32"),
+    **dict.fromkeys(["weight", "parts", "lse", "inverse", "best", "score", "slots", "quality", "left", "gains", "lift", "covered"], "*fp32"),
 }  # fmt: skip
 ROWS = dict(MASKED=True, WIDE=False, BLOCK_R=64, BLOCK_D=128)
 WINDOW = dict(WIDE=False, BLOCK_Q=64, BLOCK_K=64, BLOCK_D=128)
@@ -37,6 +37,7 @@ KERNELS = [
     (select._most_similar, dict(WIDE=False, BLOCK_A=64, BLOCK_B=64, BLOCK_D=64), {}, "mma"),
     (select._farthest, GREEDY, {"out": "*i64", "k": "i32"}, "acquire"),
     (select._greedy, dict(GREEDY, BLOCK_T=16), {"out": "*i64", "k": "i32", "factor": "*fp32"}, "acquire"),
+    (cover._cover, GREEDY, {"out": "*i64", "k": "i32", "x": "*fp32"}, "acquire"),
 ]
 
 

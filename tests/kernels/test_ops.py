@@ -27,6 +27,7 @@ CALLS = {
     "bipartite_match": [(X, 3, 1, True), (X, 0, 0, False)],
     "farthest_point": [(X, 4, None), (X, 4, torch.tensor([1, 2]))],
     "greedy_map": [(X, WEIGHT.abs(), 4)],
+    "greedy_cover": [(X, WEIGHT.abs(), 4), (X, WEIGHT.abs(), 0)],
     "kv_gather": [(KV, INDEX)],
     "kv_compact_": [([t.clone() for t in KV], torch.tensor([[0, 2, 3, 8], [1, 2, 4, 5]]))],
 }
@@ -42,12 +43,13 @@ def reduce_and_gather(x, keys, values, quality):
     rows = kernels.attention_rows(keys[:, :, :2], values, mask=MASK, reduce="mean")
     picks = kernels.farthest_point(x, 4).sort(-1).values
     other = kernels.greedy_map(x, quality + received, 4)
+    third = kernels.greedy_cover(x, 4, quality)
     merged, size = kernels.merge_weighted(x, kernels.bipartite_match(x, 3, 1))
     kept = kernels.gather_merge(x, picks, INTO, rows)
     planes = kernels.gather_rows([x, received], other)
     cache = kernels.kv_compact([values], [values.clone()], picks, inplace=False)
     moved = kernels.kv_compact([values.clone()], [values.clone()], picks, inplace=True)
-    return kept, merged, size, *planes, *cache[0], *cache[1], *moved[0], *moved[1]
+    return kept, merged, size, third, *planes, *cache[0], *cache[1], *moved[0], *moved[1]
 
 
 def test_torch_compile_traces_everything_in_one_graph():
@@ -102,6 +104,7 @@ def test_autocast_and_inference_mode_change_nothing():
         lambda: kernels.received_attention(Q, K),
         lambda: kernels.farthest_point(tensor(0, 1, 200, 64), 50),
         lambda: kernels.greedy_map(tensor(0, 1, 60, 64), tensor(1, 1, 60).exp(), 30),
+        lambda: kernels.greedy_cover(tensor(0, 1, 60, 64), 30),
         lambda: kernels.bipartite_match(tensor(0, 1, 200, 64), 50).source,
         lambda: kernels.gather_merge(X, INDEX, INTO, WEIGHT),
         lambda: kernels.kv_compact([X[:, None].clone()], [], torch.tensor([[1, 4], [2, 8]]), inplace=True)[0][

@@ -147,6 +147,42 @@ def test_greedy_map_falls_back_on_quality_once_the_rank_is_used_up():
     assert kernels.greedy_map(x, torch.zeros(1, 30), 5)[0].tolist() == [0, 1, 2, 3, 4]
 
 
+@common
+@given(seeds, sizes, widths, st.booleans(), dtypes, layouts)
+def test_greedy_cover_adds_what_covers_most(seed, n, m, weighted, dtype, layout):
+    values = tensor(seed, 2, n, m, dtype=dtype, layout=layout)
+    weight = tensor(seed + 1, 2, n).exp() if weighted else None
+    # past the number of things, nothing is left to cover
+    k = max(1, min(n // 2, m // 2))
+    got = kernels.greedy_cover(values, k, weight)
+    weights = torch.ones(2, n) if weight is None else weight
+    assert got.tolist() == [oracle.greedy_cover(values[b], weights[b], k) for b in range(2)]
+    assert torch.equal(kernels.greedy_cover(values * 1e-4, k, weight), got) or dtype != torch.float32
+    assert torch.equal(kernels.greedy_cover(values, n, weight)[:, :k], got)
+    assert kernels.greedy_cover(values, n, weight).sort().values.tolist() == 2 * [list(range(n))]
+
+
+def test_greedy_cover_of_many_tokens():
+    x = torch.nn.functional.normalize(tensor(3, 1, 300, 12), dim=-1)
+    values, weight = x @ x.mT, tensor(4, 1, 300).sigmoid()
+    want = oracle.greedy_cover(values[0], weight[0], 60)
+    assert kernels.greedy_cover(values, 60, weight)[0].tolist() == want
+    assert kernels.greedy_cover(values.double(), 60, weight)[0].tolist() == want
+
+
+def test_greedy_cover_properties():
+    x = torch.nn.functional.normalize(tensor(0, 1, 20, 8), dim=-1)
+    x[:, 10:] = x[:, :10]  # every token twice
+    values, weight = x @ x.mT, torch.ones(1, 20)
+    picks = kernels.greedy_cover(values, 20)[0].tolist()
+    assert sorted(picks[:10]) == list(range(10)) and picks[10:] == list(range(10, 20))
+    weight[0, picks[0]] = 0
+    assert kernels.greedy_cover(values, 1, weight)[0, 0] == picks[0] + 10
+    assert kernels.greedy_cover(values, 3, torch.zeros(1, 20))[0].tolist() == [0, 1, 2]
+    assert kernels.greedy_cover(-values.abs(), 3)[0].tolist() == [0, 1, 2]
+    assert kernels.greedy_cover(values[..., :0], 3)[0].tolist() == [0, 1, 2]
+
+
 def test_no_matrix_larger_than_the_features():
     x = tensor(0, 1, 900, 16)
     for call in (lambda: kernels.farthest_point(x, 4), lambda: kernels.greedy_map(x, x[..., 0].exp(), 4)):
@@ -159,6 +195,7 @@ def test_no_matrix_larger_than_the_features():
 def test_nothing_to_select(n, k):
     x = tensor(0, 2, n, 4)
     assert kernels.farthest_point(x, k).shape == kernels.greedy_map(x, x[..., 0], k).shape == (2, 0)
+    assert kernels.greedy_cover(x, k).shape == (2, 0)
 
 
 def test_what_does_not_fit_is_refused():
@@ -168,6 +205,9 @@ def test_what_does_not_fit_is_refused():
         ("0 to 4", lambda: kernels.farthest_point(x, 2, 5)),
         ("start of shape", lambda: kernels.farthest_point(x, 2, torch.tensor([1]))),
         ("features", lambda: kernels.farthest_point(x[0], 2)),
+        ("0 to 5 of 5", lambda: kernels.greedy_cover(x, 6)),
+        ("values", lambda: kernels.greedy_cover(x[0], 2)),
+        ("weight of shape", lambda: kernels.greedy_cover(x, 2, x[..., :2, 0])),
         ("quality of shape", lambda: kernels.greedy_map(x, x[:, :3, 0], 2)),
         ("protect", lambda: kernels.bipartite_match(x, 2, 6)),
     ]:

@@ -194,6 +194,22 @@ def test_selections_are_those_of_torch(seed, n, d, dtype, layout, twice):
     assert torch.equal(triton("greedy_map", x, quality, k), torch_twin("greedy_map", x, quality, k))
 
 
+@common
+@given(
+    seeds, st.integers(1, 400 if MANY else 40), st.sampled_from([3, 50, 300]), dtypes, layouts, st.booleans()
+)
+def test_coverage_is_that_of_torch(seed, n, m, dtype, layout, twice):
+    values, weight = tensor(seed, 2, n, m, dtype=dtype, layout=layout), tensor(seed + 1, 2, n).exp()
+    if twice:
+        values, weight = values[:, torch.arange(n) // 2], weight[:, torch.arange(n) // 2]
+    before = weight.clone()
+    for k in (1, max(1, n // 4), n):
+        assert torch.equal(
+            triton("greedy_cover", values, k, weight), torch_twin("greedy_cover", values, k, weight)
+        )
+    assert torch.equal(weight, before)
+
+
 def test_greedy_map_names_no_token_twice_when_little_is_left_to_explain():
     generator = torch.Generator().manual_seed(1)
     x = (torch.randn(40, 32, generator=generator) * torch.exp(-0.5 * torch.arange(32)))[None]
@@ -209,6 +225,9 @@ def test_selections_shared_by_several_programs(monkeypatch):
     x[:, 20:30] = x[:, :10]
     assert torch.equal(triton("farthest_point", x, 7), torch_twin("farthest_point", x, 7))
     assert torch.equal(triton("greedy_map", x, quality, 5), torch_twin("greedy_map", x, quality, 5))
+    for k in (7, 45):
+        got = triton("greedy_cover", x, k, quality)
+        assert torch.equal(got, torch_twin("greedy_cover", x, k, quality))
     x = x.transpose(0, 1).contiguous().transpose(0, 1)  # norms of such rows come back in the same odd layout
     assert torch.equal(triton("farthest_point", x, 7), torch_twin("farthest_point", x, 7))
     assert triton("greedy_map", x[:, :6], quality[:, :6], 6).sort().values.tolist() == 2 * [list(range(6))]
@@ -220,6 +239,7 @@ def test_repeated_calls_give_equal_bits():
     triton("attention_rows", x[:, None, :2], x[:, None], repeat=True)
     triton("received_attention", x[:, None], x[:, None], repeat=True)
     triton("greedy_map", x, x[..., 0].abs(), 4, repeat=True)
+    triton("greedy_cover", x, 4, repeat=True)
 
 
 def test_empty_inputs():
@@ -229,7 +249,9 @@ def test_empty_inputs():
     assert triton("gather_merge", x[:, :0], nothing, nothing).shape == (2, 0, 4)
     assert triton("gather_rows", [x, x], nothing)[1].shape == (2, 0, 4)
     assert triton("farthest_point", x, 0).shape == triton("greedy_map", x, x[..., 0], 0).shape == (2, 0)
-    assert triton("farthest_point", x[:0], 3).shape == (0, 3)
+    assert triton("farthest_point", x[:0], 3).shape == triton("greedy_cover", x[:0], 3).shape == (0, 3)
+    assert triton("greedy_cover", x, 0).shape == (2, 0)
+    assert triton("greedy_cover", x[..., :0], 2).tolist() == [[0, 1]] * 2
     assert triton("attention_rows", x[:, None, :0], x[:, None], reduce="mean").tolist() == [[0.0] * 5] * 2
     assert triton("received_attention", x[:, None, :0], x[:, None, :0]).shape == (2, 0)
 

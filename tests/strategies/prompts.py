@@ -7,6 +7,8 @@ from torch import Tensor
 
 from vtoken import PrefillTokens
 
+NORM = 1 / (1 + torch.arange(64))  # weights of a last norm
+
 
 def prompt(
     before: int = 3,
@@ -28,6 +30,7 @@ def prompt(
     units: int | None = None,
     total: int | None = None,
     memory: dict | None = None,
+    keys: Tensor | None = None,
 ) -> PrefillTokens:
     """Text, images of the given sizes with text between them, text, and drafts after the prompt.
 
@@ -53,11 +56,13 @@ def prompt(
     flags = [torch.zeros(n, dtype=torch.bool) for _ in range(2)]
     for flag, indices in zip(flags, (marked, separators), strict=True):
         flag[places[torch.tensor(list(indices), dtype=torch.long)]] = True
+    hidden = torch.randn(n, dim, generator=generator) if hidden is None else hidden
+    keys = torch.randn(n, dim, generator=generator) if keys is None else keys
     angle = torch.arange(n)[:, None] * 10000.0 ** -(torch.arange(0, dim, 2) / dim)
     angle = torch.cat([angle, angle], -1)
     return PrefillTokens(
         layer=layer,
-        hidden_states=torch.randn(n, dim, generator=generator) if hidden is None else hidden,
+        hidden_states=hidden,
         visual=is_visual,
         positions=torch.arange(n),
         total_visual=int(is_visual.sum()) if total is None else total,
@@ -71,6 +76,8 @@ def prompt(
         marked=flags[0],
         rotary=(angle.cos(), angle.sin()),
         memory={} if memory is None else memory,
+        keys=lambda: keys,
+        normed=lambda: hidden * NORM[:dim],
     )
 
 

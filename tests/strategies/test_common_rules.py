@@ -23,7 +23,8 @@ IMAGE = [n for n in PROJECTOR if "image" in create(n).needs(None).modalities]
 VIDEO = [n for n in PROJECTOR if "video" in create(n).needs(None).modalities]
 BUNDLED = [n for n in list_names() if strategy_info(n).cls.__module__.startswith("vtoken.")]
 BUDGETS = [0.01, 0.3, 3, 10_000]
-EXACT_PER_SEGMENT = ["cdpruner", "random", "stc_pruner", "uniform", "visionzip", "vtc_cls"]
+EXACT_PER_SEGMENT = ["cdpruner", "coverage", "mmtok", "random", "scope", "stc_pruner", "uniform", "visionzip"]
+EXACT_PER_SEGMENT += ["vtc_cls"]
 
 
 @pytest.mark.parametrize("case", edge_cases())
@@ -146,7 +147,7 @@ def test_names_of_the_last_release_say_how_they_are_written_now():
 MEANINGS = {
     "cache": ["voco"],
     "average": ["flashvid", "mustdrop", "pyramiddrop", "sparsevlm"],
-    "cut": ["fastv", "llavolta"],
+    "cut": ["dart", "fastv", "llavolta"],
     "tower": ["stc_cacher"],
     "encoder": ["diffrate", "prune_by_norm", "random_merge", "tempme", "tome"],
 }

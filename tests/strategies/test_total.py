@@ -17,10 +17,13 @@ NAMES = list_names()
 # told for every input that the method serves; the others: None on some
 ALWAYS = [
     "cdpruner",
+    "coverage",
     "divprune",
     "evs",
     "flashvid",
+    "mmtok",
     "random",
+    "scope",
     "stc",
     "stc_pruner",
     "ts_llava",

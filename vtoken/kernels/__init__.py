@@ -20,7 +20,8 @@ from .dispatch import backend, get_backend, set_backend
 
 __all__ = [
     "Match", "attention_rows", "backend", "bipartite_match", "farthest_point", "gather_merge", "gather_rows",
-    "get_backend", "greedy_map", "kv_compact", "merge_weighted", "received_attention", "set_backend",
+    "get_backend", "greedy_cover", "greedy_map", "kv_compact", "merge_weighted", "received_attention",
+    "set_backend",
 ]  # fmt: skip
 
 
@@ -265,6 +266,34 @@ def greedy_map(features: Tensor, quality: Tensor, k: int) -> Tensor:
             f"greedy_map takes quality of shape {tuple(features.shape[:2])}; found {_shape(quality)}."
         )
     return ops.greedy_map(features.detach(), quality.detach(), k)
+
+
+def greedy_cover(values: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
+    """Greedy maximisation of coverage, a facility location function (SCOPE, arXiv 2510.24214).
+
+    Token i covers thing j as well as `values[b, i, j]` says, a selection as well as its best token, and at
+    least 0. Each step adds the token with the largest product of its weight and what it adds to the sum over
+    all things. What exceeds the present coverage of a thing by less than 1e-6 of its largest value counts as
+    nothing. Products within a factor of 1e-5 tie, to the lower index.
+
+    Args:
+        values: (B, n, m). k: number of tokens, at most n.
+        weight: (B, n), not negative; 1 if not given.
+
+    Returns (B, k) int64 in the order of selection (so the first j are the selection for j). The torch twin is
+    lazy: gains only shrink, so that it computes those of a step's best candidates alone. No gradient. Raises
+    ValueError for shapes or counts that do not fit.
+    """
+    if values.ndim != 3:
+        raise ValueError(f"greedy_cover takes values (B, n, m); found {_shape(values)}.")
+    _check_selection("greedy_cover", values, k)
+    if weight is None:
+        weight = torch.ones(values.shape[:2], device=values.device)
+    elif weight.shape != values.shape[:2]:
+        raise ValueError(
+            f"greedy_cover takes weight of shape {tuple(values.shape[:2])}; found {_shape(weight)}."
+        )
+    return ops.greedy_cover(values.detach(), weight.detach(), k)
 
 
 def _check_selection(name: str, features: Tensor, k: int) -> None:

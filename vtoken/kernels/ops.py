@@ -123,6 +123,17 @@ def greedy_map(features: Tensor, quality: Tensor, k: int) -> Tensor:
     return reference_select.greedy_map(features, quality, k)
 
 
+def _fake_greedy_cover(values, weight, k):
+    return values.new_empty(values.shape[0], k, dtype=torch.long)
+
+
+@_op(_fake_greedy_cover)
+def greedy_cover(values: Tensor, weight: Tensor, k: int) -> Tensor:
+    if use_triton(values):
+        return _triton().greedy_cover(values, weight, k)
+    return reference_select.greedy_cover(values, weight, k)
+
+
 def _fake_kv_gather(tensors, index):
     return [t.new_empty(*t.shape[:2], index.shape[1], t.shape[3]) for t in tensors]
 

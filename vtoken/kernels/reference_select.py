@@ -1,4 +1,4 @@
-"""Plain torch twins of the token selection kernels (greedy max-min, greedy MAP of a DPP, bipartite matching).
+"""Plain torch twins of the selection kernels (greedy max-min, MAP of a DPP, coverage; bipartite matching).
 
 Cosines are float32 sums whose last bits depend on the order of summation, so values within `TIE` count as
 equal and the lower index wins; both backends then pick the same tokens, exact duplicates included.
@@ -15,6 +15,9 @@ from .reference import compute_dtype, full_precision, unit_rows
 TIE = 1e-6  # two cosines closer than this are a tie
 DPP_TIE = 1e-5  # likewise for residual variances, relative
 DPP_FLOOR = 1e-5  # share of its own variance under which a token counts as explained by the chosen ones
+COVER_TIE = 1e-5  # likewise for gains in coverage, relative
+COVER_LIFT = 1e-6  # share of a column's largest value by which a token must exceed what covers it already
+LOOKED_AT = 8  # tokens whose gain is computed again at once
 RANK_STEPS = 2**20  # cosines are ranked after rounding to 1 / RANK_STEPS
 
 
@@ -150,3 +153,49 @@ def _greedy(kernel: _Cosines, variance: np.ndarray, k: int) -> list[int]:
         gain[pick] = floor[pick] = -np.inf
         np.maximum(gain, floor, out=gain)
     return picks
+
+
+@full_precision
+def greedy_cover(values: Tensor, weight: Tensor, k: int) -> Tensor:
+    batch = values.shape[0]
+    if not batch or not k:
+        return torch.empty(batch, k, dtype=torch.long, device=values.device)
+    number = compute_dtype(values)
+    each = zip(values.to(number).cpu().numpy(), weight.to(number).cpu().numpy(), strict=True)
+    return torch.tensor([_cover(rows, w, k) for rows, w in each], device=values.device)
+
+
+def _cover(values: np.ndarray, weight: np.ndarray, k: int) -> list[int]:
+    """Lazy greedy: gains only shrink, so that the last gain of a token is a bound on its gain now."""
+    number = values.dtype.type
+    most, lift = number(1 - COVER_TIE), number(COVER_LIFT) * values.max(0, initial=0)
+    covered, picks = np.zeros_like(lift), []
+    score = _gains(values, covered) * weight  # -inf once chosen
+    known = np.ones(len(values), bool)
+    for _ in range(k):
+        many = LOOKED_AT
+        while True:
+            near = score >= score.max() * most
+            if known[near].all():
+                break
+            stale = np.flatnonzero(~known)
+            if len(stale) > many:
+                stale = stale[np.argpartition(score[stale], -many)[-many:]]
+            score[stale] = _gains(values[stale], covered) * weight[stale]
+            known[stale] = True
+            many *= 2
+        pick = int(near.argmax())
+        picks.append(pick)
+        np.maximum(covered, values[pick] + lift, out=covered)
+        score[pick] = -np.inf
+        known = score <= 0  # no gain stays no gain
+    return picks
+
+
+def _gains(values: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """(n,): the sums of the positive parts of values (n, m) above `covered` (m,)."""
+    out = np.empty(len(values), values.dtype)
+    for first in range(0, len(values), 256):
+        above = values[first : first + 256] - covered
+        out[first : first + 256] = np.maximum(above, 0, out=above).sum(1)
+    return out

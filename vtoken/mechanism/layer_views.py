@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tokens import PrefillTokens
-from .attention_rows import rows_of_attention
+from .attention_rows import heads, rotate, rows_of_attention
 from .cache_crop import name_of
 from .drop_schedule import DropSchedule
 from .forward_context import Run
@@ -56,6 +56,14 @@ class LayerViews:
             i, attention, inputs, rotary, mask = run.tap
             return self._rows(run, b, rows, queries, i, attention, inputs, rotary, mask, stored=True)
 
+        def keys() -> Tensor:
+            if run.tap is None:
+                raise ValueError(
+                    "There is no layer before layer 0 whose keys could be read: choose a later layer."
+                )
+            i, attention, inputs, rotary, _ = run.tap
+            return self._keys(run, b, rows, i, attention, inputs, rotary)
+
         def preview(queries: Tensor) -> Tensor:
             layer, rotary, mask = ahead
             if mask is not None and (stage > 1 or run.past_slots):
@@ -64,14 +72,17 @@ class LayerViews:
             inputs = layer.input_layernorm(hidden[b : b + 1])
             return self._rows(run, b, rows, queries, k, layer.self_attn, inputs, rotary, mask, stored=False)
 
+        mine = hidden[b] if len(rows) == hidden.shape[1] else hidden[b, rows]
         return PrefillTokens(
             layer=k,
-            hidden_states=hidden[b] if len(rows) == hidden.shape[1] else hidden[b, rows],
+            hidden_states=mine,
             visual=candidates[places],
             positions=places,
             total_visual=int(candidates.sum()),
             attention_rows=before,
             preview_rows=preview,
+            keys=keys,
+            normed=lambda: self.decoder.norm(mine),
             end=int((places < run.ends[b]).sum()),
             query=int((places < run.queries[b]).sum()),
             num_layers=len(self.decoder.layers),
@@ -97,9 +108,39 @@ class LayerViews:
         stored: bool,
     ) -> Tensor:
         """Attention rows of layer i for sample b; with `stored`, keys come from the cache."""
+        own, tables = self._inputs(b, rows, hidden, rotary)
+        key, past = self._cached(run, b, rows, i, len(rows) == hidden.shape[1], stored)
+        seen = None
+        # images or prompts with attention in both directions
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            seen = mask[min(b, len(mask) - 1), 0].index_select(0, rows[queries])
+            width = run.ledger.slots[self.schedule.stores(i)].shape[1]
+            seen = seen.index_select(1, width + rows)
+            seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+        return rows_of_attention(attention, own, tables, queries, key, past, seen)
+
+    def _keys(
+        self, run: Run, b: int, rows: Tensor, i: int, attention: Any, hidden: Tensor, rotary: Any
+    ) -> Tensor:
+        """Keys of layer i for sample b, (n, kv_heads * head_dim)."""
+        key, _ = self._cached(run, b, rows, i, len(rows) == hidden.shape[1], stored=True)
+        if key is None:
+            own, tables = self._inputs(b, rows, hidden, rotary)
+            key = rotate(heads(attention, own, "k"), *tables)
+        return key[0].transpose(0, 1).flatten(1)
+
+    @staticmethod
+    def _inputs(b: int, rows: Tensor, hidden: Tensor, rotary: Any) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """A layer's input (1, n, d) and rotary tables (1, n, rotary_dim) for sample b."""
         one = 0 if hidden.shape[0] == 1 else b
-        unpadded = len(rows) == hidden.shape[1]
-        tables = tuple(t.expand(max(b + 1, t.shape[0]), *t.shape[1:])[b : b + 1, rows] for t in rotary)
+        cos, sin = (t.expand(max(b + 1, t.shape[0]), *t.shape[1:])[b : b + 1, rows] for t in rotary)
+        own = hidden[one : one + 1]
+        return (own if len(rows) == hidden.shape[1] else own[:, rows]), (cos, sin)
+
+    def _cached(
+        self, run: Run, b: int, rows: Tensor, i: int, unpadded: bool, stored: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Keys in the cache of layer i: this forward's, and those of earlier ones; None where none are."""
         key = past = None
         cached = run.cache.layers[i] if run.cache is not None else None
         width = run.ledger.slots[self.schedule.stores(i)].shape[1]
@@ -127,10 +168,4 @@ class LayerViews:
                 f"A new image on a cache of {name_of(cached)} that holds earlier turns cannot be scored"
                 " inside the LLM: use a DynamicCache or StaticCache that is not offloaded."
             )
-        seen = None  # type: ignore[assignment]
-        # images or prompts with attention in both directions
-        if isinstance(mask, Tensor) and mask.ndim == 4:
-            seen = mask[min(b, len(mask) - 1), 0].index_select(0, rows[queries]).index_select(1, width + rows)
-            seen = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
-        own = hidden[one : one + 1] if unpadded else hidden[one : one + 1, rows]
-        return rows_of_attention(attention, own, tables, queries, key, past, seen)  # type: ignore[arg-type]
+        return key, past

@@ -143,7 +143,8 @@ class Planner:
                 if self.text is not None:
                     text = self._text(call, run, b * beams, real)
                     beside = {name: x[b * beams][text] for name, x in run.tokenwise.items()}
-                    items = self.text.told(items, embeds[b * beams][text], beside)
+                    words = None if ids is None or len(ids) != len(text) else ids[text.to(ids.device)]
+                    items = self.text.told(items, embeds[b * beams][text], beside, words)
                 picks = complete([self.select(item) for item in items], items)
                 answered.append(
                     Answered(b, places, items, keep_query(picks, items, places, queries[b * beams]))

@@ -46,15 +46,16 @@ class TextReading:
         return self.question or self.fuse is not None
 
     def told(
-        self, items: list[VisualTokens], text: Tensor, tokenwise: dict[str, Tensor]
+        self, items: list[VisualTokens], text: Tensor, tokenwise: dict[str, Tensor], ids: Tensor | None = None
     ) -> list[VisualTokens]:
-        """The images or videos of a prompt, with its text (t, d) for the strategy."""
+        """The images or videos of a prompt, with its text (t, d), and its ids (t,), for the strategy."""
         state = self.state(text, tokenwise) if self.question and len(text) else None
         out = []
         for item in items:
             device = item.features.device
             question = None if state is None else state.to(device)
-            out.append(replace(item, text_embeddings=text.to(device), question=question))
+            told = None if ids is None else ids.to(device)
+            out.append(replace(item, text_embeddings=text.to(device), text_ids=told, question=question))
         return out
 
     @torch.no_grad()

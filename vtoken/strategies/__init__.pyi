@@ -9,6 +9,8 @@ from .merging import EncoderStrategy as EncoderStrategy, ScheduledMerging as Sch
 from .registry import create as create, list_names as list_names, register as register, registered as registered, strategy_info as strategy_info
 from .scored import ScoredStrategy as ScoredStrategy
 from .cdpruner import CDPruner as CDPruner
+from .coverage import Coverage as Coverage
+from .dart import DART as DART
 from .diffrate import DiffRate as DiffRate
 from .divprune import DivPrune as DivPrune
 from .evs import EVS as EVS
@@ -20,6 +22,7 @@ from .hired import HiRED as HiRED
 from .holov import HoloV as HoloV
 from .llava_mini import LLaVAMini as LLaVAMini
 from .llavolta import LLaVolta as LLaVolta
+from .mmtok import MMTok as MMTok
 from .mustdrop import MustDrop as MustDrop
 from .pool import Pool as Pool
 from .prune_by_norm import PruneByNorm as PruneByNorm
@@ -28,6 +31,7 @@ from .pyramiddrop import PyramidDrop as PyramidDrop
 from .quecc import QueCC as QueCC
 from .random import Random as Random
 from .random_merge import RandomMerge as RandomMerge
+from .scope import SCOPE as SCOPE
 from .sparsevlm import SparseVLM as SparseVLM
 from .stc import STC as STC
 from .stc_cacher import STCCacher as STCCacher

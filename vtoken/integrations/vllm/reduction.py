@@ -225,6 +225,8 @@ def why_not(adapter: Adapter, strategy: Strategy) -> str:
     needs = [needs_of(adapter, strategy, modality) for modality in MODALITIES]
     if any(n.text for n in needs):
         return "reads the question"
+    if any(n.states for n in needs):
+        return "reads outputs of tower layers"
     if any(n.pixels or n.together for n in needs):
         return "reads all images of a prompt together"
     if not isinstance(strategy, ScoredStrategy) and strategy.total([Segment("image", (8, 8))]) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .attention import attention_rows, received_attention
+from .cover import greedy_cover
 from .gather import gather_merge, gather_rows, kv_compact_, kv_gather
 from .select import bipartite_match, farthest_point, greedy_map
 
@@ -12,6 +13,7 @@ __all__ = [
     "farthest_point",
     "gather_merge",
     "gather_rows",
+    "greedy_cover",
     "greedy_map",
     "kv_compact_",
     "kv_gather",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.reference import full_precision
 from ...selection import Selection
 from ...tokens import VisualTokens
 
@@ -35,6 +36,12 @@ def local_cells(tokens: VisualTokens, rows: list[Tensor]) -> list[Tensor]:
 def unit(x: Tensor) -> Tensor:
     """Rows of length 1 in float32, in float64 of such; a zero row stays zero."""
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-12)
+
+
+@full_precision
+def cosines(x: Tensor, y: Tensor) -> Tensor:
+    """(..., n, m) of x (..., n, d) and y (..., m, d), in float32 under autocast too."""
+    return unit(x) @ unit(y).mT
 
 
 def gaussian_similarity(y: Tensor, centre: Tensor) -> Tensor:
