@@ -43,11 +43,7 @@ def run(
     from ..strategies.registry import parse_strategy
 
     names = parse_strategy(strategy)
-    folder = Path(output).resolve().parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"The folder {str(folder)!r} for the picture does not exist.")
-    if Path(output).suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{output!r} does not name a picture file: end it with .png.")
+    check_output(output)
     picture, questions = _questions(image, question, model_id, seed)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=out, transient=True
@@ -84,6 +80,15 @@ def run(
         with out.status("measuring LLaVA-1.5's shape"):
             words = at_a_real_shape(strategy, budget)
         out.print(words, highlight=False, markup=False)
+
+
+def check_output(output: str) -> None:
+    """Raise FileNotFoundError or ValueError if no picture can be written there."""
+    folder = Path(output).resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The folder {str(folder)!r} for the picture does not exist.")
+    if Path(output).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{output!r} does not name a picture file: end it with .png.")
 
 
 def at_a_real_shape(strategy: str, budget: float | int) -> str:
@@ -131,6 +136,23 @@ def _questions(
     return scene.image, [(chosen[k].text, chosen[k].answer) for k in KINDS]
 
 
+def question_about(
+    image: str | None, question: str | None, model_id: str | None, seed: int
+) -> tuple[Image.Image, str, str | None]:
+    """The picture, one question and its known answer (None: not known)."""
+    picture, questions = _questions(image, question, model_id, seed)
+    return picture, *questions[-1 if len(questions) == 1 else 2]
+
+
+def tower_pictures(picture: Image.Image, inputs: Any, processor: Any) -> Any:
+    """The pictures that the vision tower read, or the original where its pixels are flattened patches."""
+    from ..drawing import tower_images
+
+    if inputs["pixel_values"].ndim >= 4:
+        return tower_images(inputs["pixel_values"], processor.image_processor)
+    return picture
+
+
 def _print_answers(
     out: Console,
     strategy: str,
@@ -161,12 +183,10 @@ def _print_answers(
 
 
 def _draw(picture: Image.Image, inputs: Any, processor: Any, report: Any, caption: str) -> Image.Image:
-    from ..drawing import draw_cells, side_by_side, tower_images, visualize
+    from ..drawing import draw_cells, side_by_side, visualize
 
     visual = report.visuals[0]
-    seen: Any = picture
-    if inputs["pixel_values"].ndim >= 4:
-        seen = tower_images(inputs["pixel_values"], processor.image_processor)
+    seen = tower_pictures(picture, inputs, processor)
     first = seen[0] if isinstance(seen, list) else seen
     grid = visual.segments[0].grid
     cell = max(8, 384 // max(grid))

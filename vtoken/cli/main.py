@@ -11,7 +11,11 @@ from .options import MODEL, Budget, Group, console, fail
 
 @click.group(
     cls=Group,
-    lazy={"eval": "vtoken.cli.evaluate:evaluate", "train": "vtoken.cli.train:train"},
+    lazy={
+        "compare": "vtoken.cli.compare:compare",
+        "eval": "vtoken.cli.evaluate:evaluate",
+        "train": "vtoken.cli.train:train",
+    },
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(package_name="vtoken")

@@ -1,0 +1,169 @@
+"""The command `vtoken compare`: several strategies at one budget, on one picture and one question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+from PIL import Image
+
+from .options import MODEL, Budget, Command, console, progress, separated
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# the first five that fit the model: one for each idea, and a baseline
+USUAL = ("visionzip", "scope", "divprune", "hired", "uniform", "fastv", "cdpruner", "pool", "random")
+COUNT, COLUMNS = 5, 3
+
+
+@dataclass
+class Outcome:
+    """A strategy's answer: its name, the answer, the report and the drawn tokens."""
+
+    name: str
+    said: str
+    report: Any
+    picture: Image.Image
+
+
+@click.command(cls=Command, short_help="What several strategies keep of one picture, side by side.")
+@click.option("--image", type=click.Path(), help="Ask about this image instead of a generated scene.")
+@click.option("--question", help="The question; needed with --image unless a tiny model answers.")
+@click.option("--model", "model_id", help=MODEL)
+@click.option(
+    "--strategies",
+    callback=separated,
+    help="Names separated by commas; two are joined by +. [default: five that fit the model]",
+)
+@click.option("--budget", type=Budget(), default="0.2", show_default=True, help="A share, or a count: 64.")
+@click.option("--output", type=click.Path(dir_okay=False), default="vtoken_compare.png", show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which held-out scene."
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
+def compare(
+    image: str | None,
+    question: str | None,
+    model_id: str | None,
+    strategies: list[str],
+    budget: float | int,
+    output: str,
+    seed: int,
+    max_new_tokens: int,
+) -> None:
+    """Ask one question with all visual tokens and under several strategies at one budget.
+
+    Prints the answers beside each other, and draws the tokens that each strategy keeps.
+    """
+    from rich.markup import escape
+
+    from ..asking import ask, load, prepare
+    from ..strategies.registry import parse_strategy
+    from .demo import check_output, question_about
+
+    out = console()
+    check_output(output)
+    names = {name: parse_strategy(name) for name in strategies}
+    picture, text, known = question_about(image, question, model_id, seed)
+    with progress(out) as bar:
+        task = bar.add_task("loading the model", total=None)
+        model, processor = load(model_id)
+        names = names or {name: name for name in usual(model)}
+        inputs = prepare(model, processor, picture, text)
+        bar.update(task, description="all visual tokens", total=1 + len(names))
+        dense, _ = ask(model, processor, inputs, max_new_tokens)
+        bar.advance(task)
+        outcomes = []
+        for name, parsed in names.items():
+            bar.update(task, description=name)
+            outcomes.append(outcome(model, processor, inputs, picture, name, parsed, budget, max_new_tokens))
+            bar.advance(task)
+    print_answers(out, text, known, dense, outcomes)
+    sheet(processor, inputs, picture, dense, outcomes).save(output)
+    out.print(f"The kept tokens are drawn in [bold]{escape(output)}[/bold]", highlight=False)
+
+
+def usual(model: Any) -> list[str]:
+    """Five strategies that fit a model."""
+    from ..fit import list_strategies
+
+    fit = list_strategies(model=model)
+    return [*(name for name in USUAL if name in fit), *(name for name in fit if name not in USUAL)][:COUNT]
+
+
+def outcome(
+    model: Any,
+    processor: Any,
+    inputs: Any,
+    picture: Image.Image,
+    name: str,
+    parsed: Any,
+    budget: float | int,
+    max_new_tokens: int,
+) -> Outcome:
+    """Ask under one strategy."""
+    import vtoken
+
+    from ..asking import ask
+    from ..drawing import visualize
+    from .demo import tower_pictures
+
+    with vtoken.applied(model, parsed, budget=budget):
+        said, _ = ask(model, processor, inputs, max_new_tokens)
+        report = vtoken.report(model)
+    visual = report.visuals[0]
+    seen = tower_pictures(picture, inputs, processor)
+    return Outcome(
+        name, said, report, visualize(seen, visual, cell=max(4, 288 // max(visual.segments[0].grid)))
+    )
+
+
+def print_answers(
+    out: Console, question: str, known: str | None, dense: str, outcomes: Sequence[Outcome]
+) -> None:
+    """Print one row for all tokens and one for every strategy."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    told = question if known is None else f"{question} ({known})"
+    table = Table(
+        "strategy", "visual tokens", "of the LLM's FLOPs", "answer", "as with all", title=escape(told)
+    )
+    table.add_row("all", str(outcomes[0].report.tokens_in), "100 %", escape(dense), "")
+    for one in outcomes:
+        share = one.report.flops / one.report.flops_dense
+        same = "yes" if one.said == dense else "no"
+        tokens = f"{one.report.average_visual_tokens:.0f}"
+        table.add_row(one.name, tokens, f"{100 * share:.0f} %", escape(one.said), same)
+    out.print(table)
+
+
+def sheet(
+    processor: Any, inputs: Any, picture: Image.Image, dense: str, outcomes: Sequence[Outcome]
+) -> Image.Image:
+    """The picture with all tokens and with those of every strategy, three in a row, answers below."""
+    from ..drawing import draw_cells, side_by_side
+    from .demo import tower_pictures
+
+    seen, first = tower_pictures(picture, inputs, processor), outcomes[0]
+    grid = first.report.visuals[0].segments[0].grid
+    cell = max(4, 288 // max(grid))
+    whole = draw_cells(seen[0] if isinstance(seen, list) else seen, grid, range(grid[0] * grid[1]), cell=cell)
+    panels = [(whole, f"all {first.report.tokens_in} visual tokens: {dense}")]
+    panels += [
+        (one.picture, f"{one.name}, {one.report.average_visual_tokens:.0f} visual tokens: {one.said}")
+        for one in outcomes
+    ]
+    rows = [
+        side_by_side(*map(list, zip(*panels[i : i + COLUMNS], strict=True)))
+        for i in range(0, len(panels), COLUMNS)
+    ]
+    canvas = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
+    top = 0
+    for row in rows:
+        canvas.paste(row, (0, top))
+        top += row.height
+    return canvas
