@@ -17,7 +17,7 @@ from PIL import Image
 import vtoken
 from vtoken import tiny
 from vtoken.bench.shapes import build
-from vtoken.cli import demo
+from vtoken.cli import compare, demo
 from vtoken.cli.main import cli
 from vtoken.eval.running.answer_log import locked
 from vtoken.tiny.scenes import make_scene
@@ -389,3 +389,35 @@ def test_info_of_two_strategies():
     assert result.exit_code == 0, result.output
     assert "2412.04467" in result.output and "2403.06764" in result.output
     assert 'vtoken.patch(model, ["visionzip", "fastv"], budget=0.2)' in result.output
+
+
+def test_compare_prints_answers_and_draws_what_is_kept(tmp_path):
+    picture = tmp_path / "kept.png"
+    shown = run("compare", "--strategies", "divprune,visionzip+fastv,uniform", "--output", str(picture))
+    assert shown.exit_code == 0, shown.output
+    for words in ("where is the", "divprune", "visionzip+fastv", "uniform", "144", "100 %", "yes"):
+        assert words in shown.output
+    with Image.open(picture) as drawn:
+        assert drawn.width > 3 * 288 and drawn.height > 2 * 288  # all tokens and three strategies
+
+
+@pytest.mark.parametrize(("model", "count"), [("llava", 5), ("qwen2_5_vl", 5)])
+def test_compare_chooses_five_that_fit(model, count):
+    chosen = compare.usual(tiny.load(model)[0])
+    assert len(chosen) == count and "uniform" in chosen
+    assert set(chosen) <= set(vtoken.list_strategies(model=tiny.load(model)[0]))
+
+
+def test_compare_refuses_in_one_sentence(tmp_path, scene_file):
+    wrong = {
+        "unknown strategy": ("--strategies", "divprun"),
+        "does not exist": ("--output", str(tmp_path / "none" / "kept.png")),
+        "does not name a picture": ("--output", str(tmp_path / "kept.txt")),
+        "hired needs": ("--strategies", "hired", "--model", "qwen2_5_vl"),
+        "budget": ("--budget", "0.0"),
+    }
+    for words, options in wrong.items():
+        shown = run("compare", *options)
+        assert shown.exit_code and words.lower() in shown.output.lower(), shown.output
+    shown = run("compare", "--image", str(scene_file), "--output", str(tmp_path / "own.png"))
+    assert shown.exit_code == 0 and "how many objects" in shown.output

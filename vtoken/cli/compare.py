@@ -157,10 +157,8 @@ def sheet(
         (one.picture, f"{one.name}, {one.report.average_visual_tokens:.0f} visual tokens: {one.said}")
         for one in outcomes
     ]
-    rows = [
-        side_by_side(*map(list, zip(*panels[i : i + COLUMNS], strict=True)))
-        for i in range(0, len(panels), COLUMNS)
-    ]
+    chunks = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
+    rows = [side_by_side([p for p, _ in some], [words for _, words in some]) for some in chunks]
     canvas = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
     top = 0
     for row in rows:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens import Needs, Segment, TowerInfo, VisualTokens
 from .base import top_k
 from .common.grouping import local_cells, rows_per_segment
-from .common.scores import attention_needs, attention_scores
 from .registry import register
 from .scored import ScoredStrategy
 
@@ -27,9 +27,8 @@ from .scored import ScoredStrategy
     code_licence="MIT",
     differs="Neighbours are those on the grid; the public code takes the end of the row above for the left "
     "neighbour of a row's first token (neighbours='sequence'). Anchors are so few that they and their "
-    "neighbours fit the budget, which the public code does not ensure. The middle layer is published for "
-    "towers of 24 and 32 layers; in others it has the same relative depth. Crops of anyres images keep a "
-    "share each.",
+    "neighbours fit the budget, which the public code does not ensure. Crops of anyres images keep a share "
+    "each.",
 )
 @dataclass
 class HiPrune(ScoredStrategy):
@@ -41,49 +40,38 @@ class HiPrune(ScoredStrategy):
 
     Args:
         alpha: share of the budget for anchors with their neighbours; 0 ranks by the last layer alone.
-        object_layer: tower layer of the anchors, 0-based; None for the one at three eighths of a tower with a
-            CLS token (the 9th of 24), at the half of others (the 16th of 32).
+        object_layer: tower layer of the anchors, 0-based. None: at three eighths of a tower with a CLS token
+            and at half of others; 9th of 24 and 16th of 32 are published.
         neighbours: "grid", or "sequence" as the public code.
-
-    Raises:
-        ValueError: for a share outside of [0, 1] or a negative layer.
     """
 
     alpha: float = 0.1
     object_layer: int | None = None
     neighbours: Literal["grid", "sequence"] = "grid"
-    _: KW_ONLY
-    keep_newline: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be a share in [0, 1], found {self.alpha}.")
-        if self.object_layer is not None and self.object_layer < 0:
-            raise ValueError(f"object_layer must be a 0-based layer index, found {self.object_layer}.")
+        found = self.alpha, self.object_layer
+        if not 0 <= self.alpha <= 1 or (self.object_layer or 0) < 0:
+            raise ValueError(f"alpha must lie in [0, 1], object_layer be 0 or more, found {found}.")
 
-    def _layers(self, tower: TowerInfo | None) -> tuple[int, int]:
+    def _layers(self, tower: TowerInfo) -> tuple[int, int]:
         """The object layer, or the nearest one that attends to the whole picture, and the feature layer."""
-        if tower is None:
-            return 0, 0
-        depth = 3 / 8 if tower.has_cls else 1 / 2
-        wanted = (
-            max(0, round(depth * tower.num_layers) - 1) if self.object_layer is None else self.object_layer
-        )
-        deep = tower.layers_up_to_feature(1)[0]
-        return min(tower.global_layers, key=lambda layer: (abs(layer - wanted), layer)), deep
+        middle = max(0, round((3 / 8 if tower.has_cls else 1 / 2) * tower.num_layers) - 1)
+        wanted = middle if self.object_layer is None else self.object_layer
+        nearest = min(tower.global_layers, key=lambda layer: (abs(layer - wanted), layer))
+        return nearest, tower.layers_up_to_feature(1)[0]
 
     def needs(self, tower: TowerInfo | None) -> Needs:
-        return replace(attention_needs("received", self._layers(tower)), grid=True)
+        layers = (0,) if tower is None else tuple(sorted(set(self._layers(tower))))
+        return Needs(received_attention=layers, grid=True)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
-        middle, deep = self._layers(tokens.tower)
-        objects = attention_scores(tokens, "received", middle)
-        scores = attention_scores(tokens, "received", deep).clone()
-        rows = rows_per_segment(tokens)
-        counts = self.counts(tokens.segments)
-        for i, (cells, count) in enumerate(zip(local_cells(tokens, rows), counts, strict=True)):
-            anchors = cells[top_k(objects[i, cells], min(round(count * self.alpha / 5), count // 5))]
+        assert tokens.tower is not None
+        objects, deep = (tokens.received_attention(layer) for layer in self._layers(tokens.tower))
+        scores, cells = deep.clone(), local_cells(tokens, rows_per_segment(tokens))
+        for i, (mine, count) in enumerate(zip(cells, self.counts(tokens.segments), strict=True)):
+            anchors = mine[top_k(objects[i, mine], min(round(count * self.alpha / 5), count // 5))]
             scores[i, self._around(anchors, tokens.segments[i])] = torch.inf
         return scores
 
@@ -91,9 +79,7 @@ class HiPrune(ScoredStrategy):
         """Cells of a segment: the anchors and their neighbours, some of them twice."""
         (height, width), last = segment.grid, segment.size - 1
         if self.neighbours == "sequence":
-            steps = anchors.new_tensor([0, -1, 1, -width, width])
-            return (anchors[:, None] + steps).clamp(0, last).flatten()
-        steps = anchors.new_tensor([[0, 0], [0, -1], [0, 1], [-1, 0], [1, 0]])
-        places = torch.stack([anchors // width, anchors % width], 1)[:, None] + steps
-        inside = ((places >= 0) & (places < anchors.new_tensor([height, width]))).all(-1)
-        return (places[..., 0] * width + places[..., 1])[inside]
+            return (anchors[:, None] + anchors.new_tensor([0, -1, 1, -width, width])).clamp(0, last).flatten()
+        kept = torch.zeros(segment.size, device=anchors.device).index_fill(0, anchors, 1.0)
+        cross = kept.new_tensor([[[[0.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0]]]])
+        return F.conv2d(kept.view(1, 1, height, width), cross, padding=1).flatten().nonzero()[:, 0]

@@ -8,12 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..selection import Selection
 from ..tokens import Needs, TowerInfo, VisualTokens
-from .base import Strategy
 from .common.grouping import local_cells, rows_per_segment, unit
 from .common.scores import Score, attention_needs, attention_scores
 from .registry import register
+from .scored import ScoredStrategy
 
 ROUND = 8  # tokens that a round of the published code drops
 
@@ -32,7 +31,7 @@ ROUND = 8  # tokens that a round of the published code drops
     "each.",
 )
 @dataclass
-class VisPruner(Strategy):
+class VisPruner(ScoredStrategy):
     """Important and diverse tokens (arXiv 2412.01818).
 
     Of the K tokens that a segment keeps, `int(important * K)` are those with the highest CLS attention of the
@@ -47,16 +46,11 @@ class VisPruner(Strategy):
         order: "attention", or "raster": places are counted in raster order, again after every round, as ports
             of the method do.
         score: "cls", or "received" for towers without a CLS token, as ports do.
-        keep_newline: keep image-newline and separator tokens, on top of the budget.
-
-    Raises:
-        ValueError: for a share outside of [0, 1].
     """
 
     important: float = 0.5
     order: Literal["attention", "raster"] = "attention"
     score: Score = "cls"
-    keep_newline: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,18 +60,16 @@ class VisPruner(Strategy):
     def needs(self, tower: TowerInfo | None) -> Needs:
         return attention_needs(self.score, (0,) if tower is None else tower.layers_up_to_feature(1))
 
-    def select(self, tokens: VisualTokens) -> Selection:
+    def scores(self, tokens: VisualTokens) -> Tensor:
         assert tokens.tower is not None
-        scores = attention_scores(tokens, self.score, tokens.tower.layers_up_to_feature(1)[0])
-        rows = rows_per_segment(tokens)
-        kept = [tokens.separator_rows] if self.keep_newline else []
-        counts = self.counts(tokens.segments)
+        scores = attention_scores(tokens, self.score, tokens.tower.layers_up_to_feature(1)[0]).clone()
+        rows, counts = rows_per_segment(tokens), self.counts(tokens.segments)
         for row, mine, cells, count in zip(scores, rows, local_cells(tokens, rows), counts, strict=True):
             order = row[cells].sort(descending=True, stable=True).indices
             first = int(count * self.important)
             rest = self._thinned(tokens.features[mine], order[first:], count - first)
-            kept.append(mine[torch.cat([order[:first], rest])])
-        return Selection(torch.cat(kept).sort().values)
+            row[cells[torch.cat([order[:first], rest])]] = torch.inf
+        return scores
 
     def _thinned(self, x: Tensor, rest: Tensor, count: int) -> Tensor:
         """`count` of the tokens `rest` of a segment (n, d), or all if there are fewer."""
