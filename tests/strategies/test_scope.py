@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vtoken
-from tests.mechanism.common import assert_same, expected, run, subject
+from tests.mechanism.common import assert_same, clean, expected, run, subject
 from tests.mechanism.fixed import patched
 from tests.models import FAMILIES
+from vtoken.adapters.registry import adapter_for
+from vtoken.integrations.vllm.reduction import why_not
 from vtoken.strategies import create
 
 from .common import (
@@ -246,6 +248,13 @@ def test_models_without_a_readable_tower_are_told_of_the_option():
         inputs = FAMILIES["fast_vlm"].batch("ragged")
         out = run(model, inputs)
     assert_same(out, inputs, expected("fast_vlm", inputs, spy))
+
+
+def test_a_server_reads_no_outputs_of_tower_layers():
+    adapter = adapter_for(clean("llava"))
+    for name in ("scope", "coverage"):
+        assert why_not(adapter, create(name)) == "reads outputs of tower layers"
+        assert why_not(adapter, create(name, vision="projected")) == ""
 
 
 def test_tower_features_are_those_of_the_tower():
