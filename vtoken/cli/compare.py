@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
-from PIL import Image
 
 from .options import MODEL, Budget, Command, console, progress, separated
 
 if TYPE_CHECKING:
+    from PIL import Image
     from rich.console import Console
 
 # the first five that fit the model: one for each idea, and a baseline
@@ -145,6 +145,8 @@ def sheet(
     processor: Any, inputs: Any, picture: Image.Image, dense: str, outcomes: Sequence[Outcome]
 ) -> Image.Image:
     """The picture with all tokens and with those of every strategy, three in a row, answers below."""
+    from PIL import Image
+
     from ..drawing import draw_cells, side_by_side
     from .demo import tower_pictures
 
