@@ -12,7 +12,7 @@ from ..selection import Selection
 from ..tokens import Needs, TowerInfo, VisualTokens
 from .base import Strategy, top_k
 from .common.grouping import local_cells, rows_per_segment, unit
-from .common.scores import attention_needs, attention_scores
+from .common.scores import AnyScore, attention_needs, attention_scores, score_of
 from .registry import register
 
 
@@ -58,7 +58,7 @@ class HoloV(Strategy):
     beta: float = 0.09
     scale: Literal["segment", "part"] = "segment"
     surplus: Literal["shared", "zeros"] = "shared"
-    score: Literal["auto", "cls", "received"] = "auto"
+    score: AnyScore = "auto"
     keep_newline: bool = False
 
     def __post_init__(self) -> None:
@@ -68,18 +68,13 @@ class HoloV(Strategy):
         if self.beta < 0:
             raise ValueError(f"beta must be at least 0, found {self.beta}.")
 
-    def _score(self, tower: TowerInfo | None) -> str:
-        if self.score != "auto":
-            return self.score
-        return "cls" if tower is None or tower.has_cls else "received"
-
     def needs(self, tower: TowerInfo | None) -> Needs:
         layers = (0,) if tower is None else tower.layers_up_to_feature(1)
-        return attention_needs(self._score(tower), layers)
+        return attention_needs(score_of(self.score, tower), layers)
 
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.tower is not None
-        kind, n = self._score(tokens.tower), len(tokens)
+        kind, n = score_of(self.score, tokens.tower), len(tokens)
         scores = attention_scores(tokens, kind, tokens.tower.layers_up_to_feature(1)[0])
         rows = rows_per_segment(tokens)
         kept = [tokens.separator_rows] if self.keep_newline else []

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from ..tokens import Needs, TowerInfo, VisualTokens
 from .common.grouping import local_cells
-from .common.scores import attention_needs, attention_scores
+from .common.scores import AnyScore, attention_needs, attention_scores, score_of
 from .coverage import Coverage
 from .registry import register
 
@@ -49,26 +48,21 @@ class SCOPE(Coverage):
 
     _: KW_ONLY
     alpha: float = 1.0
-    score: Literal["auto", "cls", "received"] = "auto"
+    score: AnyScore = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.alpha < float("inf"):
             raise ValueError(f"alpha must be a finite number of at least 0, found {self.alpha}.")
 
-    def _score(self, tower: TowerInfo | None) -> str:
-        if self.score != "auto":
-            return self.score
-        return "cls" if tower is None or tower.has_cls else "received"
-
     def saliency_needs(self, tower: TowerInfo | None) -> Needs:
         layers = (0,) if tower is None else tower.layers_up_to_feature(1)
-        return attention_needs(self._score(tower), layers)
+        return attention_needs(score_of(self.score, tower), layers)
 
     def saliency(self, tokens: VisualTokens, rows: Sequence[Tensor]) -> list[Tensor]:
         assert tokens.tower is not None
         layer = tokens.tower.layers_up_to_feature(1)[0]
-        attention = attention_scores(tokens, self._score(tokens.tower), layer)
+        attention = attention_scores(tokens, score_of(self.score, tokens.tower), layer)
         each = zip(attention, local_cells(tokens, list(rows)), strict=True)
         of_tokens = [row[cells].float().clamp(min=0) for row, cells in each]
         # of the largest, or a power of them would leave the range of float32

@@ -12,7 +12,7 @@ from ..selection import Selection
 from ..tokens import Needs, TowerInfo, VisualTokens
 from .base import Strategy, top_k
 from .common.grouping import Layout, in_order, local_cells, nearest, rows_per_segment
-from .common.scores import attention_needs, attention_scores
+from .common.scores import AnyScore, attention_needs, attention_scores, score_of
 from .registry import register
 
 
@@ -51,7 +51,7 @@ class VisionZip(Strategy):
 
     contextual: int | None = None
     merge: Literal["sum", "mean"] = "sum"
-    score: Literal["auto", "cls", "received"] = "auto"
+    score: AnyScore = "auto"
     layout: Layout = "spatial"
     keep_newline: bool = False
 
@@ -60,14 +60,9 @@ class VisionZip(Strategy):
         if self.contextual is not None and self.contextual < 0:
             raise ValueError(f"contextual must be None or a number of tokens, found {self.contextual!r}.")
 
-    def _score(self, tower: TowerInfo | None) -> str:
-        if self.score != "auto":
-            return self.score
-        return "cls" if tower is None or tower.has_cls else "received"
-
     def needs(self, tower: TowerInfo | None) -> Needs:
         layers = (0,) if tower is None else tower.layers_up_to_feature(1)
-        return replace(attention_needs(self._score(tower), layers), keys=layers)
+        return replace(attention_needs(score_of(self.score, tower), layers), keys=layers)
 
     def split(self, total: int) -> tuple[int, int]:
         """Dominant and contextual tokens among `total`."""
@@ -78,7 +73,7 @@ class VisionZip(Strategy):
     def select(self, tokens: VisualTokens) -> Selection:
         assert tokens.tower is not None
         n, device, layer = len(tokens), tokens.cells.device, tokens.tower.layers_up_to_feature(1)[0]
-        scores = attention_scores(tokens, self._score(tokens.tower), layer)
+        scores = attention_scores(tokens, score_of(self.score, tokens.tower), layer)
         keys = tokens.keys(layer).float().unflatten(-1, (tokens.tower.num_heads, -1)).mean(-2)
         owner, weight = torch.full((n,), -1, device=device), torch.zeros(n, device=device)
         rows, kept, late = rows_per_segment(tokens), [], torch.zeros(n, dtype=torch.bool, device=device)

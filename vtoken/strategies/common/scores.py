@@ -6,9 +6,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from ...tokens import Needs, VisualTokens
+from ...tokens import Needs, TowerInfo, VisualTokens
 
 Score = Literal["cls", "received"]
+AnyScore = Literal["auto", "cls", "received"]
+
+
+def score_of(score: AnyScore, tower: TowerInfo | None) -> Score:
+    """The score itself; for "auto" the CLS row where the tower has one, attention received elsewhere."""
+    if score != "auto":
+        return score
+    return "cls" if tower is None or tower.has_cls else "received"
 
 
 def attention_needs(score: str, layers: tuple[int, ...]) -> Needs:
