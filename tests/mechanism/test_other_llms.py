@@ -68,6 +68,25 @@ def test_rows_that_are_the_modules_own(kind):
     assert visual[kept[visual]].tolist() == visual[row[visual].topk(count).indices].sort().values.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_logits_in_half_precision_are_no_other_attention(dtype):
+    """Qwen2.5's keys have biases of hundreds, so that the rounding of a logit moves probabilities."""
+    model = over("qwen2").to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.get_decoder().layers:
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            part.bias.data = (torch.randn(part.bias.shape, generator=generator) * 15).to(dtype)
+    assert {"fastv", "pyramiddrop"} <= set(vtoken.list_strategies(model=model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ("gpt_oss", "exaone4", "olmo2") if kind in tf.CONFIG_MAPPING]
+)
+def test_other_attention_is_told_in_half_precision(kind, dtype):
+    assert "fastv" not in vtoken.list_strategies(model=over(kind, **OTHERS[kind]).to(dtype))
+
+
 def test_the_probe_leaves_the_model_as_it_is():
     model = over("qwen3")
     state, attention = torch.get_rng_state(), model.get_decoder().layers[0].self_attn
