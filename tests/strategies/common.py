@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -102,6 +103,13 @@ def anyres(
         fed = int(((cells >= side * side * (i + 1)) & (cells < side * side * (i + 2))).sum())
         segments.append(Segment("crop", (side, side), (i // across, i % across), tokens=fed))
     return build(segments, cells, **options)
+
+
+several = pytest.mark.parametrize(
+    "tokens",
+    [image(8, 9), image(1, 7, seed=2), anyres(2, 2, 6, top=2), video(3, 5, 5)],
+    ids=["image", "row", "anyres", "video"],
+)
 
 
 def kept_cells(tokens: VisualTokens, selection: Selection) -> list[int]:

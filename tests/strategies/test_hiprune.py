@@ -8,7 +8,7 @@ import torch
 from vtoken import TowerInfo
 from vtoken.strategies import create
 
-from .common import LAYERS, answer, anyres, image, kept_per_segment, top, video
+from .common import LAYERS, answer, image, kept_per_segment, several, top
 from .test_vispruner import rows_and_cells
 
 DEEP, MIDDLE = LAYERS - 2, 1  # three eighths of six layers: the second
@@ -42,11 +42,7 @@ def naive(tokens, counts, alpha=0.1, neighbours="grid", middle=MIDDLE):
 @pytest.mark.parametrize(
     "options", [{}, dict(alpha=0.5), dict(alpha=1.0), dict(alpha=1.0, neighbours="sequence"), dict(alpha=0.0)]
 )
-@pytest.mark.parametrize(
-    "tokens",
-    [image(8, 9), image(1, 7, seed=2), anyres(2, 2, 6, top=2), video(3, 5, 5)],
-    ids=["image", "row", "anyres", "video"],
-)
+@several
 @pytest.mark.parametrize("budget", [0.5, 0.2, 1, 9])
 def test_equals_the_definition(tokens, options, budget):
     strategy = create("hiprune", budget=budget, **options)

@@ -8,7 +8,7 @@ import torch
 from vtoken import Segment
 from vtoken.strategies import create
 
-from .common import LAYERS, answer, anyres, build, image, kept_per_segment, outputs, top, video
+from .common import LAYERS, answer, build, image, kept_per_segment, outputs, several, top
 from .test_vispruner import rows_and_cells
 
 LAYER = LAYERS - 2
@@ -62,11 +62,7 @@ def naive(tokens, counts, parts=16, beta=0.09, scale="segment", kind="cls"):
 
 
 @pytest.mark.parametrize("options", [{}, dict(scale="part"), dict(parts=5, beta=2.0), dict(parts=1)])
-@pytest.mark.parametrize(
-    "tokens",
-    [image(8, 9), image(1, 7, seed=2), anyres(2, 2, 6, top=2), video(3, 5, 5)],
-    ids=["image", "row", "anyres", "video"],
-)
+@several
 @pytest.mark.parametrize("budget", [0.5, 0.2, 1, 9])
 def test_equals_the_definition(tokens, options, budget):
     strategy = create("holov", budget=budget, **options)

@@ -7,7 +7,7 @@ import torch
 
 from vtoken.strategies import create
 
-from .common import LAYERS, answer, anyres, image, kept_per_segment, top, video
+from .common import LAYERS, answer, image, kept_per_segment, several, top
 
 LAYER = LAYERS - 2
 
@@ -42,11 +42,7 @@ def naive(tokens, counts, important=0.5, order="attention"):
 
 
 @pytest.mark.parametrize("options", [{}, dict(order="raster"), dict(important=0.25), dict(important=0.0)])
-@pytest.mark.parametrize(
-    "tokens",
-    [image(8, 9), image(1, 7, seed=2), anyres(2, 2, 6, top=2), video(3, 5, 5)],
-    ids=["image", "row", "anyres", "video"],
-)
+@several
 @pytest.mark.parametrize("budget", [0.5, 0.2, 1, 9])
 def test_equals_the_definition(tokens, options, budget):
     strategy = create("vispruner", budget=budget, **options)
