@@ -88,9 +88,9 @@ def compare(
 
 def usual(model: Any) -> list[str]:
     """Five strategies that fit a model."""
-    from ..fit import list_strategies
+    import vtoken
 
-    fit = list_strategies(model=model)
+    fit = vtoken.list_strategies(model=model)
     return [*(name for name in USUAL if name in fit), *(name for name in fit if name not in USUAL)][:COUNT]
 
 
