@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import ops, reference
 from .dispatch import backend, get_backend, set_backend
+from .greedy import farthest_point, greedy_cover, greedy_map, shape_of
 
 __all__ = [
     "Match", "attention_rows", "backend", "bipartite_match", "farthest_point", "gather_merge", "gather_rows",
@@ -27,10 +28,6 @@ __all__ = [
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _shape(t: Tensor) -> str:
-    return "(" + ", ".join(map(str, t.shape)) + ")"
 
 
 def gather_merge(
@@ -55,7 +52,7 @@ def gather_merge(
         return gather_merge(x[None], index[None], *one)[0]
     if x.ndim != 3 or index.ndim != 2 or index.shape[0] != x.shape[0]:
         raise ValueError(
-            f"gather_merge takes x (B, n, d) and index (B, m); found {_shape(x)} and {_shape(index)}."
+            f"gather_merge takes x (B, n, d) and index (B, m); found {shape_of(x)} and {shape_of(index)}."
         )
     if weight is not None and into is None:
         raise ValueError(
@@ -63,7 +60,7 @@ def gather_merge(
         )
     for name, t in (("into", into), ("weight", weight)):
         if t is not None and t.shape != x.shape[:2]:
-            raise ValueError(f"gather_merge takes {name} of shape {tuple(x.shape[:2])}; found {_shape(t)}.")
+            raise ValueError(f"gather_merge takes {name} of shape {tuple(x.shape[:2])}; found {shape_of(t)}.")
     if _wants_grad(x, weight):
         return reference.gather_merge(x, index, into, weight)
     return ops.gather_merge(x, index, into, weight)
@@ -82,7 +79,7 @@ def gather_rows(tensors: Sequence[Tensor], index: Tensor) -> list[Tensor]:
         if x.ndim < 2 or x.shape[:2] != (index.shape[0], tensors[0].shape[1]):
             raise ValueError(
                 f"gather_rows takes tensors ({index.shape[0]}, {tensors[0].shape[1]}, ...) for an index of"
-                f" shape {_shape(index)}; found {_shape(x)}."
+                f" shape {shape_of(index)}; found {shape_of(x)}."
             )
     return reference.gather_rows(tensors, index) if _wants_grad(*tensors) else ops.gather_rows(tensors, index)
 
@@ -116,7 +113,7 @@ def attention_rows(
         ):
             raise ValueError(
                 f"attention_rows takes a bool mask of shape {fits[0]} or {fits[1]}; found {mask.dtype}"
-                f" {_shape(mask)}."
+                f" {shape_of(mask)}."
             )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if _wants_grad(q, k):
@@ -144,7 +141,7 @@ def received_attention(
     _check_heads("received_attention", q, k)
     if q.shape[2] != k.shape[2]:
         raise ValueError(
-            f"received_attention takes as many queries as keys; found {_shape(q)} and {_shape(k)}."
+            f"received_attention takes as many queries as keys; found {shape_of(q)} and {shape_of(k)}."
         )
     if chunk < 1:
         raise ValueError(f"received_attention takes a chunk of at least 1 query; found {chunk}.")
@@ -161,7 +158,7 @@ def _check_heads(name: str, q: Tensor, k: Tensor) -> None:
     if not fits:
         raise ValueError(
             f"{name} takes q (B, H, rows, d) and k (B, Hk, n, d) with H a multiple of Hk; "
-            f"found {_shape(q)} and {_shape(k)}."
+            f"found {shape_of(q)} and {shape_of(k)}."
         )
 
 
@@ -197,7 +194,7 @@ def bipartite_match(keys: Tensor, r: int, protect: int = 0, sort: bool = True) -
     """
     if keys.ndim != 3 or not 0 <= protect <= keys.shape[1]:
         raise ValueError(
-            f"bipartite_match takes keys (B, n, d), 0 <= protect <= n; found {_shape(keys)}, {protect}."
+            f"bipartite_match takes keys (B, n, d), 0 <= protect <= n; found {shape_of(keys)}, {protect}."
         )
     return Match(*ops.bipartite_match(keys.detach(), r, protect, sort))
 
@@ -213,96 +210,6 @@ def merge_weighted(x: Tensor, match: Match, size: Tensor | None = None) -> tuple
     total = torch.zeros(match.keep.shape, device=x.device).scatter_add(1, match.owner, sizes)
     weight = sizes / total.gather(1, match.owner)
     return gather_merge(x, match.keep, match.owner, weight), total
-
-
-def farthest_point(features: Tensor, k: int, start: int | Tensor | None = None) -> Tensor:
-    """Greedy max-min selection by cosine distance (DivPrune, arXiv 2503.02175).
-
-    The first pick is the token farthest from its nearest other token, or `start` (int, or int (B,)); every
-    next pick is the unselected token whose nearest selected token is farthest. Distances within 1e-6 tie, to
-    the lower index.
-
-    Args:
-        features: (B, n, d). k: number of tokens, at most n.
-
-    Returns (B, k) int64 in the order of selection (so the first j are the selection for j). O(n d) a step;
-    the torch twin keeps the n x n cosines only while n <= d. A zero vector is at distance 1 from all. No
-    gradient. Raises ValueError for shapes or counts that do not fit.
-    """
-    _check_selection("farthest_point", features, k)
-    if isinstance(start, int):
-        if features.shape[1] and not 0 <= start < features.shape[1]:
-            raise ValueError(
-                f"farthest_point starts at a token in 0 to {features.shape[1] - 1}; found {start}."
-            )
-        start = torch.full((features.shape[0],), start, device=features.device)
-    elif start is not None:
-        if start.shape != features.shape[:1]:
-            raise ValueError(
-                f"farthest_point takes start of shape ({features.shape[0]},); found {_shape(start)}."
-            )
-        reference.check_index(start, 0, features.shape[1], "start")
-        start = start.to(features.device, torch.long)
-    return ops.farthest_point(features.detach(), k, start)
-
-
-def greedy_map(features: Tensor, quality: Tensor, k: int) -> Tensor:
-    """Greedy MAP inference of a determinantal point process (Chen et al. 2018, arXiv 1709.05135; CDPruner).
-
-    The kernel is L = diag(quality) S diag(quality) with S the cosine similarity of the features; each step
-    adds the token that multiplies det(L) of the selection most, by an incremental Cholesky factor of k rows.
-    A token's gain is at least 1e-5 of its own quality squared, so quality decides once the rank of the
-    features is used up. Gains within a factor of 1e-5 tie, to the lower index.
-
-    Args:
-        features: (B, n, d). quality: (B, n), not negative. k: number of tokens, at most n.
-
-    Returns (B, k) int64 in the order of selection. No gradient. Raises ValueError for shapes or counts that
-    do not fit.
-    """
-    _check_selection("greedy_map", features, k)
-    if quality.shape != features.shape[:2]:
-        raise ValueError(
-            f"greedy_map takes quality of shape {tuple(features.shape[:2])}; found {_shape(quality)}."
-        )
-    return ops.greedy_map(features.detach(), quality.detach(), k)
-
-
-def greedy_cover(values: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
-    """Greedy maximisation of coverage, a facility location function (SCOPE, arXiv 2510.24214).
-
-    Token i covers thing j as well as `values[b, i, j]` says, a selection as well as its best token, and at
-    least 0. Each step adds the token with the largest product of its weight and what it adds to the sum over
-    all things. What exceeds the present coverage of a thing by less than 1e-6 of its largest value counts as
-    nothing. Products within a factor of 1e-5 tie, to the lower index.
-
-    Args:
-        values: (B, n, m). k: number of tokens, at most n.
-        weight: (B, n), not negative; 1 if not given.
-
-    Returns (B, k) int64 in the order of selection (so the first j are the selection for j). The torch twin is
-    lazy: gains only shrink, so that it computes those of a step's best candidates alone. No gradient. Raises
-    ValueError for shapes or counts that do not fit.
-    """
-    if values.ndim != 3:
-        raise ValueError(f"greedy_cover takes values (B, n, m); found {_shape(values)}.")
-    _check_selection("greedy_cover", values, k)
-    if weight is None:
-        weight = torch.ones(values.shape[:2], device=values.device)
-    elif weight.shape != values.shape[:2]:
-        raise ValueError(
-            f"greedy_cover takes weight of shape {tuple(values.shape[:2])}; found {_shape(weight)}."
-        )
-    return ops.greedy_cover(values.detach(), weight.detach(), k)
-
-
-def _check_selection(name: str, features: Tensor, k: int) -> None:
-    if features.ndim != 3:
-        raise ValueError(f"{name} takes features (B, n, d); found {_shape(features)}.")
-    if not 0 <= k <= features.shape[1]:
-        raise ValueError(
-            f"{name} can select 0 to {features.shape[1]} of {features.shape[1]} tokens; found k = {k}."
-        )
 
 
 def kv_compact(
@@ -328,7 +235,7 @@ def kv_compact(
         ):
             raise ValueError(
                 "kv_compact takes tensors (B, Hk, n, d) of one B, Hk and n and an index (B, m); found"
-                f" {_shape(t)} beside {_shape(tensors[0])}, index {_shape(index)}."
+                f" {shape_of(t)} beside {shape_of(tensors[0])}, index {shape_of(index)}."
             )
     if inplace and tensors:
         if index.shape[1] > tensors[0].shape[2]:
