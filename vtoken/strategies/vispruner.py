@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..tokens import Needs, TowerInfo, VisualTokens
 from .common.grouping import local_cells, rows_per_segment, unit
-from .common.scores import Score, attention_needs, attention_scores
+from .common.scores import AnyScore, attention_needs, attention_scores, score_of
 from .registry import register
 from .scored import ScoredStrategy
 
@@ -26,9 +26,8 @@ ROUND = 8  # tokens that a round of the published code drops
     "arXiv 2412.01818",
     code="github.com/Theia-4869/VisPruner",
     code_licence="Apache-2.0",
-    differs="Similarity is that of the projected features; the public code compares those before the "
-    "projector. A round drops no more tokens than stand in even places. Crops of anyres images keep a share "
-    "each.",
+    differs="Compares features after the projector, the public code before it. A round drops no more tokens "
+    "than stand in even places. Crops of anyres images keep a share each.",
 )
 @dataclass
 class VisPruner(ScoredStrategy):
@@ -36,21 +35,20 @@ class VisPruner(ScoredStrategy):
 
     Of the K tokens that a segment keeps, `int(important * K)` are those with the highest CLS attention of the
     layer that makes the features, averaged over heads. The others stand in descending order of attention and
-    are thinned in rounds: of the tokens in even places, those with the largest cosine to any token in an odd
-    place are dropped, eight in a round, until K are left in all. After a round the even ones come first, in
-    descending order of similarity.
+    are thinned in rounds: of the tokens in even places, the eight with the largest cosine to any token in an
+    odd place are dropped, until K are left in all. After a round the even ones come first, by similarity.
 
     Args:
         important: share of the budget that attention chooses. 1.0 is FasterVLM (same authors), 0.0 thins all
             tokens.
         order: "attention", or "raster": places are counted in raster order, again after every round, as ports
             of the method do.
-        score: "cls", or "received" for towers without a CLS token, as ports do.
+        score: "cls", "received" as ports do for towers without a CLS token, or "auto" by the tower.
     """
 
     important: float = 0.5
     order: Literal["attention", "raster"] = "attention"
-    score: Score = "cls"
+    score: AnyScore = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,11 +56,13 @@ class VisPruner(ScoredStrategy):
             raise ValueError(f"important must be a share in [0, 1], found {self.important}.")
 
     def needs(self, tower: TowerInfo | None) -> Needs:
-        return attention_needs(self.score, (0,) if tower is None else tower.layers_up_to_feature(1))
+        layers = (0,) if tower is None else tower.layers_up_to_feature(1)
+        return attention_needs(score_of(self.score, tower), layers)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         assert tokens.tower is not None
-        scores = attention_scores(tokens, self.score, tokens.tower.layers_up_to_feature(1)[0]).clone()
+        kind, layer = score_of(self.score, tokens.tower), tokens.tower.layers_up_to_feature(1)[0]
+        scores = attention_scores(tokens, kind, layer).clone()
         rows, counts = rows_per_segment(tokens), self.counts(tokens.segments)
         for row, mine, cells, count in zip(scores, rows, local_cells(tokens, rows), counts, strict=True):
             order = row[cells].sort(descending=True, stable=True).indices
