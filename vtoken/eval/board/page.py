@@ -6,14 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .board import Board, Cell, key
+from .ranking import LEEWAY, ranking
 
 BEGIN, END = "<!-- board: made by the command below -->", "<!-- board: end -->"
 KINDS_AT = 0.2
+RANKS = (
+    "Over the boards below and all budgets; 1 is the best. A cell counts if it reads at most"
+    f" {LEEWAY} times the tokens of its budget and is ranked among those of its board and budget that count;"
+    " *cells* is their number, so that few cells are few comparisons. Baselines are in italics."
+)
 
 
 def tables(boards: Sequence[Board], command: str, pictures: Sequence[str]) -> str:
-    """Markdown of all boards: accuracy by strategy and budget, kinds of question at one budget, a plot."""
+    """Markdown of all boards: the order of strategies, then by board the accuracy by strategy and budget,
+    kinds of question at one budget, and a plot.
+    """
     lines = [f"Made by `{command}`.", ""]
+    if len(boards) > 1:
+        lines += ["### Mean rank at equal tokens", "", RANKS, "", *ranking(boards), ""]
     for board, picture in zip(boards, pictures, strict=True):
         settings = ", ".join(f"{key} {value}" for key, value in board.settings.items())
         lines += [f"### {board.title}", "", f"{settings}.", ""]
