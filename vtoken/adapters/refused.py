@@ -42,8 +42,8 @@ DISTANCES = (
     " keep their positions"
 )
 ALIBI = (
-    "its positions are the number of tokens that it reads, so that kept tokens would not keep theirs, and it"
-    " takes no position_ids"
+    "it counts positions by the tokens that it reads and takes no position_ids, so that kept tokens would not"
+    " keep theirs"
 )
 NO_SLOTS = "it has no attention layers, whose KV cache counts the tokens of a prompt"
 WINDOW_AFTER_PROMPT = (

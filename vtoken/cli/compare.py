@@ -21,12 +21,11 @@ COUNT, COLUMNS = 5, 3
 
 @dataclass
 class Outcome:
-    """A strategy's answer: its name, the answer, the report and the drawn tokens."""
+    """A strategy's name, its answer and the report."""
 
     name: str
     said: str
     report: Any
-    picture: Image.Image
 
 
 @click.command(cls=Command, short_help="What several strategies keep of one picture, side by side.")
@@ -70,6 +69,8 @@ def compare(
     picture, text, known = question_about(image, question, model_id, seed)
     with progress(out) as bar:
         task = bar.add_task("loading the model", total=None)
+        import vtoken
+
         model, processor = load(model_id)
         names = names or {name: name for name in usual(model)}
         inputs = prepare(model, processor, picture, text)
@@ -79,7 +80,9 @@ def compare(
         outcomes = []
         for name, parsed in names.items():
             bar.update(task, description=name)
-            outcomes.append(outcome(model, processor, inputs, picture, name, parsed, budget, max_new_tokens))
+            with vtoken.applied(model, parsed, budget=budget):
+                said, _ = ask(model, processor, inputs, max_new_tokens)
+                outcomes.append(Outcome(name, said, vtoken.report(model)))
             bar.advance(task)
     print_answers(out, text, known, dense, outcomes)
     sheet(processor, inputs, picture, dense, outcomes).save(output)
@@ -92,33 +95,6 @@ def usual(model: Any) -> list[str]:
 
     fit = vtoken.list_strategies(model=model)
     return [*(name for name in USUAL if name in fit), *(name for name in fit if name not in USUAL)][:COUNT]
-
-
-def outcome(
-    model: Any,
-    processor: Any,
-    inputs: Any,
-    picture: Image.Image,
-    name: str,
-    parsed: Any,
-    budget: float | int,
-    max_new_tokens: int,
-) -> Outcome:
-    """Ask under one strategy."""
-    import vtoken
-
-    from ..asking import ask
-    from ..drawing import visualize
-    from .demo import tower_pictures
-
-    with vtoken.applied(model, parsed, budget=budget):
-        said, _ = ask(model, processor, inputs, max_new_tokens)
-        report = vtoken.report(model)
-    visual = report.visuals[0]
-    seen = tower_pictures(picture, inputs, processor)
-    return Outcome(
-        name, said, report, visualize(seen, visual, cell=max(4, 288 // max(visual.segments[0].grid)))
-    )
 
 
 def print_answers(
@@ -147,7 +123,7 @@ def sheet(
     """The picture with all tokens and with those of every strategy, three in a row, answers below."""
     from PIL import Image
 
-    from ..drawing import draw_cells, side_by_side
+    from ..drawing import draw_cells, side_by_side, visualize
     from .demo import tower_pictures
 
     seen, first = tower_pictures(picture, inputs, processor), outcomes[0]
@@ -155,10 +131,9 @@ def sheet(
     cell = max(4, 288 // max(grid))
     whole = draw_cells(seen[0] if isinstance(seen, list) else seen, grid, range(grid[0] * grid[1]), cell=cell)
     panels = [(whole, f"all {first.report.tokens_in} visual tokens: {dense}")]
-    panels += [
-        (one.picture, f"{one.name}, {one.report.average_visual_tokens:.0f} visual tokens: {one.said}")
-        for one in outcomes
-    ]
+    for one in outcomes:
+        words = f"{one.name}, {one.report.average_visual_tokens:.0f} visual tokens: {one.said}"
+        panels.append((visualize(seen, one.report.visuals[0], cell=cell), words))
     chunks = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
     rows = [side_by_side([p for p, _ in some], [words for _, words in some]) for some in chunks]
     canvas = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")

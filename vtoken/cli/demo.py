@@ -72,14 +72,19 @@ def run(
     _draw(picture, cases[-1][2], processor, report, caption).save(output)
     out.print(f"The kept tokens are drawn in [bold]{escape(output)}[/bold]", highlight=False)
     if model_id is None or model_id in tiny.names():
-        out.print(
-            "\nThe times above say nothing about speed: a call of a model this small is mostly overhead,"
-            " whatever it reads. It shows that the answers survive.",
-            highlight=False,
-        )
-        with out.status("measuring LLaVA-1.5's shape"):
-            words = at_a_real_shape(strategy, budget)
-        out.print(words, highlight=False, markup=False)
+        _print_real_shape(out, strategy, budget)
+
+
+def _print_real_shape(out: Console, strategy: str, budget: float | int) -> None:
+    """Say what the times of a tiny model mean, and measure a larger shape."""
+    out.print(
+        "\nThe times above say nothing about speed: a call of a model this small is mostly overhead,"
+        " whatever it reads. It shows that the answers survive.",
+        highlight=False,
+    )
+    with out.status("measuring LLaVA-1.5's shape"):
+        words = at_a_real_shape(strategy, budget)
+    out.print(words, highlight=False, markup=False)
 
 
 def check_output(output: str) -> None:
@@ -141,7 +146,9 @@ def question_about(
 ) -> tuple[Image.Image, str, str | None]:
     """The picture, one question and its known answer (None: not known)."""
     picture, questions = _questions(image, question, model_id, seed)
-    return picture, *questions[-1 if len(questions) == 1 else 2]
+    from ..tiny.scenes import KINDS
+
+    return picture, *(questions[0] if len(questions) == 1 else questions[KINDS.index("where")])
 
 
 def tower_pictures(picture: Image.Image, inputs: Any, processor: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.encoders.encoder import kind_of
 from ..hooks import rebuilt
 from ..kernels import attention_rows
 
@@ -43,20 +44,12 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
             f" {kind} model caps its attention logits: use a projector strategy."
         )
     kinds = getattr(decoder.config, "layer_types", None) or [""] * len(modules)
-    alike = {(_settings(a), layer): a for a, layer in zip(modules, kinds, strict=True)}
+    alike = {(kind_of(a), layer): a for a, layer in zip(modules, kinds, strict=True)}
     if not all(_rows_are_its_own(decoder, a, layer) for (_, layer), a in alike.items()):
         raise ValueError(
             f"{name} reads the LLM's attention, and the rows that vtoken recomputes are not those of the"
             f" {type(modules[0]).__name__} of this {kind} model: use a projector strategy."
         )
-
-
-def _settings(attention: nn.Module) -> tuple[Any, ...]:
-    """Equal for attention modules that differ in the values of their weights alone."""
-    plain = {k: v for k, v in vars(attention).items() if isinstance(v, bool | int | float | str | None)}
-    return type(attention), *sorted(
-        (k, repr(v)) for k, v in plain.items() if k not in ("layer_idx", "training")
-    )
 
 
 @torch.no_grad()

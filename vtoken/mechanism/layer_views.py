@@ -49,19 +49,11 @@ class LayerViews:
             tables = tuple(t.expand(hidden.shape[0], *t.shape[1:])[b, rows] for t in (cos, sin))
 
         def before(queries: Tensor) -> Tensor:
-            if run.tap is None:
-                raise ValueError(
-                    "There is no layer before layer 0 whose attention could be read: choose a later layer."
-                )
-            i, attention, inputs, rotary, mask = run.tap
+            i, attention, inputs, rotary, mask = _layer_before(run, "attention")
             return self._rows(run, b, rows, queries, i, attention, inputs, rotary, mask, stored=True)
 
         def keys() -> Tensor:
-            if run.tap is None:
-                raise ValueError(
-                    "There is no layer before layer 0 whose keys could be read: choose a later layer."
-                )
-            i, attention, inputs, rotary, _ = run.tap
+            i, attention, inputs, rotary, _ = _layer_before(run, "keys")
             return self._keys(run, b, rows, i, attention, inputs, rotary)
 
         def preview(queries: Tensor) -> Tensor:
@@ -169,3 +161,12 @@ class LayerViews:
                 " inside the LLM: use a DynamicCache or StaticCache that is not offloaded."
             )
         return key, past
+
+
+def _layer_before(run: Run, what: str) -> Any:
+    """Number, attention, input, rotary tables and mask of the layer before; ValueError before layer 0."""
+    if run.tap is None:
+        raise ValueError(
+            f"There is no layer before layer 0 whose {what} could be read: choose a later layer."
+        )
+    return run.tap

@@ -105,10 +105,10 @@ class Encoder(ABC):
         """
         now = self.modules
         if now != [layer.module for layer in self.layers]:
-            known = {_kind(layer.module) for layer in self.layers}
+            known = {kind_of(layer.module) for layer in self.layers}
             layers = [self.layer(module) for module in now]
             for layer in layers:
-                if _kind(layer.module) not in known:
+                if kind_of(layer.module) not in known:
                     _check_layer(self, layer, type(self.trunk).__name__)
             self.layers = layers
         return self.layers
@@ -135,11 +135,11 @@ class Encoder(ABC):
         name = type(self.trunk).__name__
         if reason := self.refusal():
             raise ValueError(f"Tokens cannot be merged in {name}: it {reason}.")
-        for layer in {_kind(layer.module): layer for layer in self.layers}.values():
+        for layer in {kind_of(layer.module): layer for layer in self.layers}.values():
             _check_layer(self, layer, name)
 
 
-def _kind(module: nn.Module) -> tuple[Any, ...]:
+def kind_of(module: nn.Module) -> tuple[Any, ...]:
     """Equal for layers that differ in the values of their weights alone."""
     parts = []
     for name, part in module.named_modules():
