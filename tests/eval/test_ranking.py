@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vtoken.eval.board.board import Board, Cell
-from vtoken.eval.board.page import tables
+from vtoken.eval.board.page import summary, tables
 from vtoken.eval.board.ranking import ranked, ranking, ranks
 
 
@@ -49,6 +49,7 @@ def test_the_table_and_its_place_on_the_page():
     lines = ranking(BOARDS)
     assert lines[0] == "| strategy | images | videos | all | cells |"
     assert "| *r* | 2.0 | 1.0 | 1.7 | 3 |" in lines and lines[-1] == "| c |  |  |  | 0 |"
-    page = tables(BOARDS, "vtoken eval tiny", ["a.png", "b.png"])
-    assert page.index("Mean rank") < page.index("### Tiny, images") and lines[3] in page
-    assert "Mean rank" not in tables(BOARDS[:1], "vtoken eval tiny", ["a.png"])
+    page = summary(BOARDS, "vtoken eval tiny", ["a.png", "b.png"])
+    assert page.index("Mean rank") < page.index("(a.png)") < page.index("(b.png)") and lines[3] in page
+    assert "Mean rank" not in summary(BOARDS[:1], "vtoken eval tiny", ["a.png"])
+    assert "### Tiny, images" in tables(BOARDS)

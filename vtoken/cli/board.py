@@ -9,7 +9,7 @@ import click
 
 from ..asking import quiet
 from ..extras import require
-from .options import Budget, Command, console, fail, progress, separated
+from .options import Budget, Command, console, progress, separated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +33,11 @@ if TYPE_CHECKING:
     callback=separated,
     help="Names separated by commas, hired,visionzip+fastv for instance; default: all that fit.",
 )
-@click.option("--budgets", callback=separated, default="0.5,0.33,0.2,0.1,0.05", show_default=True)
+@click.option(
+    "--budgets",
+    callback=separated,
+    help="Separated by commas; default: 0.5,0.33,0.2,0.1,0.05, of harder questions 0.33,0.2,0.1,0.05,0.02.",
+)
 @click.option(
     "--questions",
     type=click.IntRange(min=1),
@@ -69,8 +73,6 @@ def tiny(
     from ..strategies.registry import parse_strategy
 
     shares = [Budget().convert(b, None, None) for b in budgets]
-    if not shares:
-        raise fail("Give at least one budget, such as --budgets 0.5,0.2.")
     page = page_of(output)
     folder = page.with_suffix("")
     require("matplotlib", extra="eval")
@@ -89,11 +91,13 @@ def tiny(
         for name in names:
             for subject in subjects(name, questions, seed, batch_size):
                 chosen = strategies or subject.fitting()
-                boards.append(measured(subject, folder, chosen, shares, seed, resume, out))
+                asked = shares or list(subject.budgets)
+                boards.append(measured(subject, folder, chosen, asked, seed, resume, out))
                 pictures.append(f"{folder.name}/{subject.stem}.png")
     options = ["--all"] if everything else [f"--model {name}" for name in names]
     options += [f"--strategies {','.join(strategies)}"] * bool(strategies)
-    options += [f"--budgets {','.join(budgets)} --questions {questions} --seed {seed}"]
+    options += [f"--budgets {','.join(budgets)}"] * bool(budgets)
+    options += [f"--questions {questions} --seed {seed}"]
     write(page, boards, f"vtoken eval tiny {' '.join(options)}", pictures)
     out.print(f"wrote {page}", highlight=False)
 

@@ -36,6 +36,9 @@ HELD_OUT: dict[str, Callable[[int, int], list[tuple[Any, Question]]]] = {
 }
 
 
+HARDER: tuple[str, ...] = ()  # tiny models whose questions tell good strategies from better ones
+
+
 def held_out(name: str, n: int, seed: int = 0) -> list[tuple[Any, Question]]:
     """``n`` questions about the test split of the tiny model ``name``: (example, question) pairs.
 

@@ -14,6 +14,7 @@ from ...strategies.budgets import UNIT, Budget, check_budget, with_unit
 from ..intervals import wilson
 
 BUDGETS: tuple[float | int, ...] = (0.5, 0.33, 0.2, 0.1, 0.05)
+LOWER: tuple[float | int, ...] = (0.33, 0.2, 0.1, 0.05, 0.02)  # for pictures and clips of 500 tokens or more
 SHAPE: dict[str, Any] = {"title": str, "settings": dict[str, Any], "cells": list}  # of a board's file
 
 

@@ -1,4 +1,4 @@
-"""The page of the boards: generated tables and plots between two marks; the text around them is kept."""
+"""The page of the boards: a generated summary and tables, each between two marks; other text is kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .board import Board, Cell, key
 from .ranking import LEEWAY, ranking
 
 BEGIN, END = "<!-- board: made by the command below -->", "<!-- board: end -->"
+SUMMARY, SUMMARY_END = "<!-- summary: made by the command below -->", "<!-- summary: end -->"
 KINDS_AT = 0.2
 RANKS = (
     "Over the boards below and all budgets; 1 is the best. A cell counts if it reads at most"
@@ -17,14 +18,20 @@ RANKS = (
 )
 
 
-def tables(boards: Sequence[Board], command: str, pictures: Sequence[str]) -> str:
-    """Markdown of all boards: the order of strategies, then by board the accuracy by strategy and budget,
-    kinds of question at one budget, and a plot.
-    """
+def summary(boards: Sequence[Board], command: str, pictures: Sequence[str]) -> str:
+    """Markdown: the order of strategies over several boards, and a plot of each board."""
     lines = [f"Made by `{command}`.", ""]
     if len(boards) > 1:
         lines += ["### Mean rank at equal tokens", "", RANKS, "", *ranking(boards), ""]
     for board, picture in zip(boards, pictures, strict=True):
+        lines += [f"![accuracy against kept tokens, {board.title}]({picture})", ""]
+    return "\n".join(lines)
+
+
+def tables(boards: Sequence[Board]) -> str:
+    """Markdown, by board: accuracy by strategy and budget, and kinds of question at one budget."""
+    lines = []
+    for board in boards:
         settings = ", ".join(f"{key} {value}" for key, value in board.settings.items())
         lines += [f"### {board.title}", "", f"{settings}.", ""]
         dense = board.at.get(key("dense", 1.0))
@@ -38,7 +45,7 @@ def tables(boards: Sequence[Board], command: str, pictures: Sequence[str]) -> st
                 "",
                 *kinds(board, KINDS_AT),
             ]
-        lines += ["", f"![accuracy against kept tokens, {board.title}]({picture})", ""]
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -93,15 +100,19 @@ def write(page: Path, boards: Sequence[Board], command: str, pictures: Sequence[
     """Replace the text between the marks of `page`; a page without marks gets them at its end.
 
     Raises:
-        ValueError: if only one of the marks is there.
+        ValueError: if only one mark of a pair is there.
     """
     text = page.read_text(encoding="utf-8") if page.is_file() else "# The board\n"
-    if (BEGIN in text) != (END in text):
-        raise ValueError(f"{page} has one of the marks {BEGIN!r} and {END!r}: put both, or none.")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
+    text = _between(page, text, SUMMARY, SUMMARY_END, summary(boards, command, pictures))
+    text = _between(page, text, BEGIN, END, tables(boards))
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(
-        f"{before.rstrip()}\n\n{BEGIN}\n{tables(boards, command, pictures)}\n{END}{after or chr(10)}",
-        encoding="utf-8",
-    )
+    page.write_text(text, encoding="utf-8")
+
+
+def _between(page: Path, text: str, begin: str, end: str, made: str) -> str:
+    """`text` with `made` between the marks, at its end if there are none."""
+    if (begin in text) != (end in text):
+        raise ValueError(f"{page} has one of the marks {begin!r} and {end!r}: put both, or none.")
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    return f"{before.rstrip()}\n\n{begin}\n{made}\n{end}{after or chr(10)}"

@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...extras import require
+from .ranking import ranked
 
 if TYPE_CHECKING:
     from .board import Board
+
+LEADERS = 6  # strategies of a board that are drawn in colour
+REFERENCES = ("random", "uniform", "pool")
+PALETTE = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # Okabe and Ito: told apart by all
 
 
 @dataclass(frozen=True)
@@ -33,18 +45,58 @@ class Point:
 
 
 def draw(board: Board, path: str | Path) -> None:
-    """Write a plot of all strategies of a board, baselines dashed, with 95 % intervals.
+    """Write a plot of all strategies of a board with 95 % intervals: the best by mean rank in colour.
 
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    points = [
-        Point(c.strategy, c.tokens, 100 * c.accuracy, 100 * low, 100 * high, c.baseline)
-        for c in board.cells
-        for low, high in [c.interval]
-    ]
-    cost, value = "visual tokens per question, average over the LLM's layers", "exact answers, %"
-    draw_points(points, path, board.title, cost, value, "all visual tokens")
+    require("matplotlib", extra="eval")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    figure = Figure(figsize=(9, 5.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    places = [p.name for p in ranked([board]) if p.ranks]
+    leaders = [name for name in places if name not in REFERENCES][:LEADERS]
+    labelled = "every other strategy"
+    for name in board.names:
+        cells = sorted((c for c in board.cells if c.strategy == name), key=lambda c: c.tokens)
+        x, y = [c.tokens for c in cells], [100 * c.accuracy for c in cells]
+        if name in leaders:
+            low, high = zip(*(c.interval for c in cells))
+            colour = PALETTE[leaders.index(name)]
+            axes.fill_between(
+                x, [100 * v for v in low], [100 * v for v in high], color=colour, alpha=0.1, lw=0
+            )
+            axes.plot(x, y, color=colour, marker="o", ms=5, lw=2, zorder=3, label=name)
+        elif name in REFERENCES:
+            dash = ("--", ":", "-.")[REFERENCES.index(name)]
+            axes.plot(x, y, color="black", linestyle=dash, lw=1.4, zorder=2, label=f"{name} (baseline)")
+        else:
+            axes.plot(x, y, color="0.8", lw=1, zorder=1, label=labelled)
+            labelled = "_"
+    whole = next((c for c in board.cells if c.strategy == "dense"), None)
+    if whole is not None:
+        axes.axhline(
+            100 * whole.accuracy, color="black", lw=0.8, label=f"all {whole.tokens:.0f} visual tokens"
+        )
+    axes.set(xlabel="visual tokens that the language model reads per question", ylabel="right answers, %")
+    axes.set(title=f"{board.title}: right answers with fewer visual tokens", xscale="log")
+    axes.set_xticks(
+        sorted(
+            {round(b * whole.tokens_in, 1) for b in board.budgets if isinstance(b, float)} if whole else []
+        )
+    )
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.25)
+    order = {name: i for i, name in enumerate(leaders)}
+    each = zip(*axes.get_legend_handles_labels())
+    handles, labels = zip(*sorted(each, key=lambda pair: order.get(pair[1], len(order))))
+    axes.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, frameon=False)
+    figure.savefig(path)
 
 
 def draw_points(

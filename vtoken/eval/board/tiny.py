@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...strategies.registry import parse_strategy
-from .board import BUDGETS, Batch, Board, Cell, key, measure, versions
+from .board import BUDGETS, LOWER, Batch, Board, Cell, key, measure, versions
 from .tower_memo import TowerMemo
 
 LARGEST = 0.5  # a method that cannot reach this budget on a model does not fit it
@@ -34,6 +34,13 @@ class Subject:
     only: bool
     model: Any
     batches: list[Batch]
+
+    @property
+    def budgets(self) -> tuple[float | int, ...]:
+        """Budgets that tell strategies apart on this model."""
+        from ...tiny.questions import HARDER
+
+        return LOWER if self.name in HARDER else BUDGETS
 
     @property
     def stem(self) -> str:
@@ -130,7 +137,7 @@ def plan(strategies: Sequence[str], budgets: Sequence[float | int]) -> list[tupl
 def tiny_board(
     subject: Subject,
     strategies: Sequence[str] = (),
-    budgets: Sequence[float | int] = BUDGETS,
+    budgets: Sequence[float | int] = (),
     seed: int = 0,
     step: Callable[[str, int], None] = lambda what, asked: None,
     cell_done: Callable[[Board, Cell], None] = lambda board, cell: None,
@@ -142,7 +149,8 @@ def tiny_board(
     Args:
         subject: see `subjects`.
         strategies: registered names, or several joined by "+"; all that fit the subject if empty.
-        budgets: as for `vtoken.patch`. 1.0 is the unpatched model whatever the strategy and is measured once.
+        budgets: as for `vtoken.patch`; the subject's own if empty. 1.0 is the unpatched model whatever the
+            strategy and is measured once.
         seed: of the subject's questions, to be written down.
         step: called with the name of the current cell and the number of questions just answered.
         cell_done: called with the board so far and the new cell.
@@ -165,7 +173,7 @@ def tiny_board(
         **versions(),
     }
     board = Board(f"Tiny {subject.name}, {subject.medium}s", settings, [])
-    wanted = plan(strategies or subject.fitting(), budgets)
+    wanted = plan(strategies or subject.fitting(), budgets or subject.budgets)
     keys = [key(named or "dense", budget) for named, budget in wanted]
     done = {at: known.at[at] for at in keys if at in known.at} if known and known.settings == settings else {}
     board.cells = [done[at] for at in keys if at in done]
