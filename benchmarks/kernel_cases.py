@@ -69,6 +69,17 @@ def naive_greedy(x: Tensor, quality: Tensor, k: int) -> Tensor:
     return torch.stack(chosen)[None]
 
 
+def naive_cover(values: Tensor, k: int) -> Tensor:
+    """Greedy coverage as published: the gains of all tokens in every step."""
+    cover, gains, chosen = values[0].float(), values.new_zeros(values.shape[2]), []
+    for _ in range(k):
+        reach = (cover - gains).clamp(min=0).sum(-1)
+        reach[chosen] = -torch.inf
+        chosen.append(int(reach.argmax()))
+        gains = torch.maximum(gains, cover[chosen[-1]])
+    return torch.tensor(chosen, device=values.device)[None]
+
+
 def naive_match(keys: Tensor, r: int) -> list[Tensor]:
     """ToMe's matching as published, after one CLS token: sources, targets, the rest in order, owners."""
     unit = keys.float() / keys.float().norm(dim=-1, keepdim=True)
@@ -151,12 +162,15 @@ class Inputs:
         keys = self.rand(batch, n, d)
         batch, n, d, k = self.shapes["select"]
         x, quality = self.rand(batch, n, d), self.share(batch, n) + 0.1
+        unit = torch.nn.functional.normalize(x.float(), dim=-1)
+        alike = unit @ unit.mT
         return {
             "bipartite_match": (
                 lambda: list(kernels.bipartite_match(keys, r, 1)), lambda: naive_match(keys, r), 0
             ),
             "farthest_point": (lambda: kernels.farthest_point(x, k), lambda: naive_farthest(x, k), 0),
             "greedy_map": (lambda: kernels.greedy_map(x, quality, k), lambda: naive_greedy(x, quality, k), 0),
+            "greedy_cover": (lambda: kernels.greedy_cover(alike, k), lambda: naive_cover(alike, k), 0),
         }  # fmt: skip
 
     def cache(self) -> Case:
