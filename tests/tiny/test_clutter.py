@@ -85,9 +85,9 @@ def test_the_shipped_model_answers():
 
 
 def test_the_recipe_shows_the_tokens_of_the_object_that_is_named():
-    model, processor = llava_clutter.build(width=32, tower_layers=2, llm_layers=4)
+    _, processor = llava_clutter.build(width=32, tower_layers=2, llm_layers=4)
     vocabulary = processor.tokenizer.get_vocab()
-    pixels, (ids, labels), goal = llava_clutter.language_batch(0, 2, "train", vocabulary, 0)
+    _, (ids, labels), goal = llava_clutter.language_batch(0, 2, "train", vocabulary, 0)
     names = {i: word for word, i in vocabulary.items()}
     for row, at in zip(ids, goal["at"], strict=True):
         assert all(names[int(row[i])] == ":" for i in at)
@@ -98,7 +98,7 @@ def test_the_recipe_shows_the_tokens_of_the_object_that_is_named():
 
 
 def test_look_reads_the_attention_of_the_first_head():
-    model, processor = llava_clutter.build(width=32, tower_layers=2, llm_layers=4)
+    model, _ = llava_clutter.build(width=32, tower_layers=2, llm_layers=4)
     model.model.language_model.config._attn_implementation = "eager"
     look = Look(model, (1, 2))
     visual = torch.randn(2, 5, 32)

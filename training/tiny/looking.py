@@ -41,7 +41,7 @@ class Look(nn.Module):
         Args:
             goal: ``at``, positions of the queries after the visual tokens, ``(n, slots)`` int64, -1 for none;
                 ``shows``, the visual tokens of each, ``(n, slots, tokens)`` bool: none means the first token of
-                the prompt.
+                of the prompt.
         """
         seen, self.seen = self.seen, []
         length = seen[0][1]["hidden_states"].shape[1]

@@ -37,7 +37,7 @@ PATCH = 8
 
 @dataclass(frozen=True)
 class View:
-    """One view: masks ``(objects, side, side)`` float32 in 0..1, the objects' forms, colours and sizes if named.
+    """One view: masks ``(objects, side, side)`` float32 in 0..1, the objects' forms, colours, sizes if named.
 
     Objects of which nothing is seen do not count.
     """

@@ -40,7 +40,7 @@ _EDGE, _MIDDLE, _APART = 11, 7, 23  # px: centre to border, to the image's middl
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: names, bounding box ``(left, top, right, bottom)`` in px, square uint8 mask (24 px if plain)."""
+    """One object: names, bounding box ``(left, top, right, bottom)`` in px, square uint8 mask."""
 
     shape: str
     colour: str
