@@ -1,8 +1,8 @@
 """Cluttered scenes: 15 to 30 objects of three sizes on a photograph, and questions that name one of them.
 
 A question names two attributes (``the small heart``, ``the red star``) and asks for a third. No pair of
-colour and shape occurs twice. A scene is 192 x 192 px, 576 visual tokens at a patch of 8 px. Objects stand in rows
-whose number, width and offset the ``test`` split does not share with the ``train`` split (``LAYOUTS``).
+colour and shape occurs twice. A scene is 192 x 192 px, 576 visual tokens at a patch of 8 px. Objects stand in
+rows whose number, width and offset the ``test`` split does not share with the ``train`` split (``LAYOUTS``).
 """
 
 from __future__ import annotations
