@@ -37,7 +37,7 @@ PATCH = 8
 
 @dataclass(frozen=True)
 class View:
-    """One view: masks ``(objects, side, side)`` float32 in 0..1, and the objects' forms and colours.
+    """One view: masks ``(objects, side, side)`` float32 in 0..1, the objects' forms, colours, sizes if named.
 
     Objects of which nothing is seen do not count.
     """
@@ -45,6 +45,7 @@ class View:
     masks: np.ndarray
     forms: tuple[str, ...]
     colours: tuple[str, ...]
+    sizes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, masks: np.ndarray, forms: Sequence[str], colours: Sequence[str]) -> View:
@@ -87,10 +88,16 @@ def to_pixels(images: Sequence[Any]) -> torch.Tensor:
 
 
 def targets(
-    views: Sequence[View], forms: Sequence[str] = SHAPES, colour_names: Sequence[str] = COLOUR_NAMES
+    views: Sequence[View],
+    forms: Sequence[str] = SHAPES,
+    colour_names: Sequence[str] = COLOUR_NAMES,
+    size_names: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
-    """Dense targets ``(n, patches)`` int64 (0: "nothing" for form and colour); CLS targets, float 0 or 1."""
-    names = ("owner", "form", "colour", "place", "count", "present", "mask")
+    """Dense targets ``(n, patches)`` int64 (0: "nothing" for form and colour); CLS targets, float 0 or 1.
+
+    With ``size_names`` the patches of an object name its size in place of the number of objects.
+    """
+    names = ("owner", "form", "colour", "place", "size" if size_names else "count", "present", "mask")
     out: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for one in views:
         own = one.owners()
@@ -98,20 +105,17 @@ def targets(
         shapes = np.array([forms.index(f) for f in one.forms] + [-1])
         colours = np.array([colour_names.index(c) for c in one.colours] + [-1])
         places = np.array([PLACES.index(p) for p in one.places()] + [0])
-        present = np.zeros(present_size(forms, colour_names), np.float32)
+        present = np.zeros(present_size(forms, colour_names, not size_names), np.float32)
         pairs, rest = np.split(present, [len(forms) * len(colour_names)])
         pairs[shapes[:-1] * len(colour_names) + colours[:-1]] = 1
-        rest[shapes[:-1]] = rest[len(forms) + colours[:-1]] = rest[count - MOST - 1] = 1
+        rest[shapes[:-1]] = rest[len(forms) + colours[:-1]] = 1
+        if size_names:
+            fact = np.array([size_names.index(s) for s in one.sizes] + [0])[own]
+        else:
+            fact = np.full_like(own, count)
+            rest[count - MOST - 1] = 1
         outlines = one.coverage(2).sum(0, keepdims=True)
-        values = (
-            own,
-            shapes[own] + 1,
-            colours[own] + 1,
-            places[own],
-            np.full_like(own, count),
-            present,
-            outlines,
-        )
+        values = (own, shapes[own] + 1, colours[own] + 1, places[own], fact, present, outlines)
         for column, value in zip(out.values(), values):
             column.append(value)
     goal = {name: torch.from_numpy(np.stack(column)) for name, column in out.items()}
@@ -120,9 +124,9 @@ def targets(
     return goal
 
 
-def present_size(forms: Sequence[str], colour_names: Sequence[str]) -> int:
+def present_size(forms: Sequence[str], colour_names: Sequence[str], counted: bool = True) -> int:
     """Number of values that a CLS state predicts of a view."""
-    return len(forms) * len(colour_names) + len(forms) + len(colour_names) + MOST + 1
+    return len(forms) * len(colour_names) + len(forms) + len(colour_names) + counted * (MOST + 1)
 
 
 def hidden_states(tower: Any, pixels: torch.Tensor, reset: float = 0.0) -> list[torch.Tensor]:
@@ -178,7 +182,7 @@ class TowerHeads(nn.Module):
         width: hidden size of the tower.
         read: the entry of ``hidden_states`` that the language model reads.
         cls: whether the tower has a CLS token.
-        forms, colour_names: possible forms and colours of the objects.
+        forms, colour_names, size_names: possible forms, colours and, if named, sizes of the objects.
     """
 
     def __init__(
@@ -188,20 +192,18 @@ class TowerHeads(nn.Module):
         cls: bool = True,
         forms: Sequence[str] = SHAPES,
         colour_names: Sequence[str] = COLOUR_NAMES,
+        size_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.read, self.first = read, int(cls)
-        self.sizes = {
-            "form": len(forms) + 1,
-            "colour": len(colour_names) + 1,
-            "place": len(PLACES),
-            "count": MOST + 1,
-        }
+        self.sizes = {"form": len(forms) + 1, "colour": len(colour_names) + 1, "place": len(PLACES)}
+        self.sizes |= {"size": len(size_names)} if size_names else {"count": MOST + 1}
         dense = sum(self.sizes.values())
         self.early, self.late = nn.Linear(width, dense), nn.Linear(width, dense)
         self.outline = nn.Linear(width, 144)
         self.cls = nn.ModuleList(
-            nn.Linear(width, present_size(forms, colour_names)) for _ in range(cls * CLS_LAYERS)
+            nn.Linear(width, present_size(forms, colour_names, not size_names))
+            for _ in range(cls * CLS_LAYERS)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(len(self.cls) + 2))
 
@@ -210,7 +212,7 @@ class TowerHeads(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a dense read-out, objects and background weighted alike, and its right answers.
 
-        The latter is ``(4, object patches)`` bool: form, colour, place, count.
+        The latter is ``(4, object patches)`` bool: form, colour, place, count or size.
         """
         parts = dict(zip(self.sizes, logits.split(list(self.sizes.values()), -1)))
         on = goal["owner"] >= 0

@@ -40,7 +40,7 @@ _EDGE, _MIDDLE, _APART = 11, 7, 23  # px: centre to border, to the image's middl
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: names, bounding box ``(left, top, right, bottom)`` in px, ``(24, 24)`` uint8 mask."""
+    """One object: names, bounding box ``(left, top, right, bottom)`` in px, square uint8 mask."""
 
     shape: str
     colour: str
@@ -80,7 +80,8 @@ class Scene:
         canvas = np.zeros((len(self.objects), height, width), np.float32)
         for layer, item in zip(canvas, self.objects):
             left, top = item.origin
-            layer[top : top + CANVAS, left : left + CANVAS] = item.mask[: height - top, : width - left]
+            mask = item.mask[: height - top, : width - left]
+            layer[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
         return canvas / 255
 
 
@@ -156,27 +157,38 @@ def place_objects(
     centres: Sequence[tuple[int, int]],
 ) -> tuple[SceneObject, ...]:
     """Paints a glyph of each shape in its colour around its centre ``(x, y)``, into ``pixels``."""
-    glyphs, names = _assets()[f"glyphs_{split}"], tuple(COLOURS)
+    each = zip(shapes, colours, centres)
+    return tuple(place_object(rng, pixels, split, shape, colour, at) for shape, colour, at in each)
+
+
+def place_object(
+    rng: np.random.Generator,
+    pixels: np.ndarray,
+    split: str,
+    shape: int,
+    colour: int,
+    centre: tuple[int, int],
+    side: int = CANVAS,
+) -> SceneObject:
+    """Paints one glyph into ``pixels``; its mask is scaled to ``side`` px."""
+    glyphs, name = _assets()[f"glyphs_{split}"], tuple(COLOURS)[colour]
     height, width = pixels.shape[:2]
-    objects = []
-    for (x, y), shape, colour in zip(centres, shapes, colours):
-        mask = glyphs[shape, int(rng.integers(glyphs.shape[1]))]
-        left, top = x - CANVAS // 2, y - CANVAS // 2
-        rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
-        inside = mask[max(0, -top) : height - top, max(0, -left) : width - left]
-        mask, left, top = inside, max(0, left), max(0, top)
-        window = pixels[top : top + mask.shape[0], left : left + mask.shape[1]]
-        tint = np.array(COLOURS[names[colour]]) + rng.integers(-15, 16, size=3)
-        alpha = mask[..., None].astype(np.int32)
-        window[:] = (alpha * tint.clip(0, 255) + (255 - alpha) * window + 127) // 255
-        box = (x - 12 + columns[0], y - 12 + rows[0], x - 11 + columns[-1], y - 11 + rows[-1])
-        padded = np.zeros((CANVAS, CANVAS), np.uint8)
-        padded[: mask.shape[0], : mask.shape[1]] = mask
-        corners = tuple(int(v) for v in box)
-        objects.append(
-            SceneObject(SHAPES[shape], names[colour], corners, padded, (left, top), (width, height))
-        )
-    return tuple(objects)
+    mask = glyphs[shape, int(rng.integers(glyphs.shape[1]))]
+    if side != CANVAS:
+        mask = np.asarray(Image.fromarray(mask).resize((side, side), Image.Resampling.BILINEAR))
+    left, top = (at - side // 2 for at in centre)
+    rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
+    box = (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)
+    inside = mask[max(0, -top) : height - top, max(0, -left) : width - left]
+    left, top = max(0, left), max(0, top)
+    window = pixels[top : top + inside.shape[0], left : left + inside.shape[1]]
+    tint = np.array(COLOURS[name]) + rng.integers(-15, 16, size=3)
+    alpha = inside[..., None].astype(np.int32)
+    window[:] = (alpha * tint.clip(0, 255) + (255 - alpha) * window + 127) // 255
+    padded = np.zeros((side, side), np.uint8)
+    padded[: inside.shape[0], : inside.shape[1]] = inside
+    corners = tuple(int(v) for v in box)
+    return SceneObject(SHAPES[shape], name, corners, padded, (left, top), (width, height))
 
 
 def _centres(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:

@@ -1,0 +1,143 @@
+"""Cluttered scenes: 15 to 30 objects of three sizes on a photograph, and questions that name one of them.
+
+A question names two attributes (``the small heart``, ``the red star``) and asks for a third. No pair of
+colour and shape occurs twice. A scene is 192 x 192 px, 576 visual tokens at a patch of 8 px. Objects stand in
+rows whose number, width and offset the ``test`` split does not share with the ``train`` split (``LAYOUTS``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .assets import SHAPES
+from .scenes import COLOURS, SPLITS, Question, Scene, SceneObject, background, generator, place_object
+
+SIDE = 192
+SIZES = {"small": 17, "middle": 24, "large": 33}  # side of the scaled mask in px; 24 is that of a plain scene
+KINDS = ("shape", "colour", "size", "where", "exists")
+FORMS = {
+    "shape": "what shape is the {size} {colour} one?",
+    "colour": "what colour is the {size} {shape}?",
+    "size": "what size is the {colour} {shape}?",
+    "where": "where is the {colour} {shape}?",
+    "exists": "is there a {colour} {shape}?",
+}
+_FEWEST, _MOST, _MIDDLE = 15, 30, 8  # objects; px from a centre to the middle lines for `where` to be plain
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows of equally wide cells, each with at most one object; every other row begins ``shift`` px later."""
+
+    columns: int
+    rows: int
+    shift: int = 0
+
+    def cells(self) -> list[tuple[int, int, int, int]]:
+        """Left, top, right and bottom of the cells in px."""
+        wide, tall = SIDE // self.columns, SIDE // self.rows
+        starts = [row % 2 * self.shift for row in range(self.rows)]
+        return [
+            (left, row * tall, left + wide, row * tall + tall)
+            for row, start in enumerate(starts)
+            for left in range(start, SIDE - wide + 1, wide)
+        ]
+
+
+LAYOUTS = {
+    "train": (Layout(6, 6), Layout(5, 6), Layout(6, 6, 24), Layout(5, 5)),
+    "test": (Layout(6, 5), Layout(6, 6, 16), Layout(5, 6, 12)),
+}
+
+
+def make_clutter(seed: int, split: str = "train") -> Scene:
+    """Composes the cluttered scene ``seed`` (an int >= 0) of a split.
+
+    Raises:
+        ValueError: unknown split or negative seed.
+    """
+    rng = generator(seed, split, 8)
+    pixels, name = background(rng, split, SIDE, SIDE)
+    cells = LAYOUTS[split][int(rng.integers(len(LAYOUTS[split])))].cells()
+    count = min(int(rng.integers(_FEWEST, _MOST + 1)), len(cells))
+    pairs = rng.permutation(len(SHAPES) * len(COLOURS))[:count]
+    sizes = rng.integers(len(SIZES), size=count)
+    objects = []
+    for cell, pair, size in zip(rng.permutation(len(cells))[:count], pairs, sizes, strict=True):
+        side = tuple(SIZES.values())[size]
+        centre = _within(rng, cells[cell], side)
+        objects.append(
+            place_object(rng, pixels, split, pair // len(COLOURS), pair % len(COLOURS), centre, side)
+        )
+    return Scene(Image.fromarray(pixels.astype(np.uint8)), tuple(objects), int(seed), split, name)
+
+
+def _within(rng: np.random.Generator, cell: tuple[int, int, int, int], side: int) -> tuple[int, int]:
+    """A drawn centre for a glyph (about a sixth smaller than its mask) that keeps within a cell."""
+    half = side * 5 // 12 + 1
+    return tuple(
+        int(rng.integers(low + half, high - half + 1)) if high - low > 2 * half else (low + high) // 2
+        for low, high in ((cell[0], cell[2]), (cell[1], cell[3]))
+    )
+
+
+def size_of(item: SceneObject) -> str:
+    """``small``, ``middle`` or ``large``."""
+    return next(name for name, side in SIZES.items() if side == len(item.mask))
+
+
+def questions(scene: Scene) -> list[tuple[Question, SceneObject | None]]:
+    """All questions about a scene, each with exactly one right answer, and the object that it names.
+
+    As many ``exists`` questions are answered yes as no.
+    """
+    rng = generator(scene.seed, scene.split, 9)
+    objects = [(o, {"shape": o.shape, "colour": o.colour, "size": size_of(o)}) for o in scene.objects]
+    pairs = {(o.colour, o.shape) for o in scene.objects}
+    same = {
+        kind: Counter(tuple(v for k, v in words.items() if k != kind) for _, words in objects)
+        for kind in ("shape", "colour")
+    }
+    free = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in pairs]
+    absent = [free[i] for i in rng.permutation(len(free))]
+    asked: list[tuple[Question, SceneObject | None]] = []
+    for i, (item, words) in enumerate(objects):
+        answers = {"size": words["size"], "exists": "yes"}
+        for kind in ("shape", "colour"):
+            if same[kind][tuple(v for k, v in words.items() if k != kind)] == 1:
+                answers[kind] = words[kind]
+        x, y = (item.box[0] + item.box[2]) / 2, (item.box[1] + item.box[3]) / 2
+        if min(abs(x - SIDE / 2), abs(y - SIDE / 2)) >= _MIDDLE:
+            answers["where"] = item.place
+        asked += [(Question(FORMS[k].format(**words), a, k), item) for k, a in answers.items()]
+        colour, shape = absent[i % len(absent)]
+        asked.append((Question(FORMS["exists"].format(colour=colour, shape=shape), "no", "exists"), None))
+    return asked
+
+
+def held_out(n: int, seed: int = 0) -> list[tuple[Scene, Question]]:
+    """``n`` questions about ``n`` different scenes of the test split, balanced over ``KINDS``.
+
+    ``seed`` picks a disjoint set of scenes (a million apart). Within a kind the question is drawn evenly.
+    """
+    if n < 0 or seed < 0:
+        raise ValueError(f"held_out needs n >= 0 and seed >= 0, got n={n}, seed={seed}")
+    rng = np.random.Generator(np.random.PCG64([seed, SPLITS.index("test"), 10]))
+    chosen: list[tuple[Scene, Question]] = []
+    number = seed * 1_000_000
+    while len(chosen) < n:
+        scene = make_clutter(number, "test")
+        number += 1
+        fitting = [q for q, _ in questions(scene) if q.kind == KINDS[len(chosen) % len(KINDS)]]
+        if fitting:  # a scene without a unique pair of size and colour has no question of its shape
+            chosen.append((scene, fitting[int(rng.integers(len(fitting)))]))
+    return chosen
+
+
+def vocabulary() -> list[str]:
+    """Words of the questions and answers that the plain scenes do not have, sorted."""
+    return sorted({"size", *SIZES})
