@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import clips, scenes
+from . import clips, long_clips, scenes
 from .scenes import Question
 from .scenes_wide import LARGE, held_out_wide
 
@@ -33,6 +33,7 @@ HELD_OUT: dict[str, Callable[[int, int], list[tuple[Any, Question]]]] = {
     "llava_next": held_out_wide,
     "llava_onevision": partial(_in_turn, partial(held_out_wide, layout=LARGE)),
     "qwen2_5_vl": partial(_in_turn, scenes.held_out),
+    "qwen2_5_vl_long": long_clips.held_out,
 }
 
 
