@@ -141,19 +141,20 @@ def test_tokenizer_has_the_ids_of_the_tiny_qwen_for_the_words_it_knows():
 
 def test_targets_say_where_the_event_and_the_lasting_shape_are():
     clip = next(c for c in (make_long(i, "test", 64) for i in range(20)) if c.lasting)
-    third, shows = qwen2_5_vl_long.targets(clip).reshape(2, 32, 36)
+    third, shows, digit, _, colour = qwen2_5_vl_long.targets(clip).reshape(5, 32, 36)
     assert (np.diff(third[:, 0]) >= 0).all() and {*third[:, 0]} == {0, 1, 2}
     event = {m.start // 2 for m in clip.moments} | {m.stop // 2 - 1 for m in clip.moments}
     assert {*np.nonzero((shows == 1).any(1))[0]} == event
+    assert (shows[(digit >= 0) | (colour >= 0)] == 1).all()
     assert (shows == 2).any(1).all() and {*np.unique(shows)} == {0, 1, 2}
 
 
 def test_a_few_steps_reduce_the_loss(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setitem(qwen2_5_vl_long.LANGUAGE, "batch", 2)
-    model, processor = qwen2_5_vl_long.build(width=32, heads=1, tower_width=32, tower_layers=3, llm_layers=2)
+    model, processor = qwen2_5_vl_long.build(width=32, heads=1, tower_width=32, tower_layers=3, llm_layers=3)
     start, log = model.model.visual.blocks[0].attn.qkv.weight.clone(), []
-    qwen2_5_vl_long.train(model, processor, log, steps=12, checks=1)
+    qwen2_5_vl_long.train(model, processor, log, steps=21, checks=1)
     assert log[-1]["loss"] < 0.95 * log[0]["loss"]
     assert not any(module._forward_hooks for module in model.modules())
     assert model.model.visual.blocks[0].attn.qkv.weight.equal(start)
