@@ -261,6 +261,8 @@ the training split, and a second passes between two moments of an event, which t
 
 {run}
 
+The shipped weights come from two runs: `note` in `training_log.json` says which.
+
 It starts from the weights of the tiny Qwen2.5-VL (`vtoken/tiny/qwen2_5_vl`). The tower's blocks stay as they are; merger
 and language model learn in {language} (two of 32 frames, one of 64). Up to {slots} questions share a
 sequence, each of which sees the clip and itself only, at the M-RoPE positions of a prompt with one question. After the
