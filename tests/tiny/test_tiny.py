@@ -31,7 +31,7 @@ def test_what_ships_is_bfloat16_and_small():
     package = Path(tiny.__file__).parents[1]
     out_of_the_wheel = ("training_log.json", "curve.png")
     files = [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    assert sum(p.stat().st_size for p in files if p.name not in out_of_the_wheel) < 27e6
+    assert sum(p.stat().st_size for p in files if p.name not in out_of_the_wheel) < 40e6
     for name in tiny.names():
         assert {t.dtype for t in load_file(tiny.path(name) / "model.safetensors").values()} == {
             torch.bfloat16

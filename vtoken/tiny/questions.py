@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import clips, clutter, scenes
+from . import clips, clutter, long_clips, scenes
 from .scenes import Question
 from .scenes_wide import LARGE, held_out_wide
 
@@ -34,10 +34,11 @@ HELD_OUT: dict[str, Callable[[int, int], list[tuple[Any, Question]]]] = {
     "llava_onevision": partial(_in_turn, partial(held_out_wide, layout=LARGE)),
     "qwen2_5_vl": partial(_in_turn, scenes.held_out),
     "llava_clutter": clutter.held_out,
+    "qwen2_5_vl_long": long_clips.held_out,
 }
 
 
-HARDER: tuple[str, ...] = ()  # tiny models whose questions tell good strategies from better ones
+HARDER = ("llava_clutter", "qwen2_5_vl_long")  # tiny models whose questions tell good strategies from better ones
 
 
 def held_out(name: str, n: int, seed: int = 0) -> list[tuple[Any, Question]]:
