@@ -39,7 +39,7 @@ class Look(nn.Module):
         """Divergence of the rows of the last forward pass from their targets, and their share on the targets.
 
         Args:
-            goal: ``at``, positions of the queries after the visual tokens, ``(n, slots)`` int64, -1 for none;
+            goal: ``at``, positions of the queries after the visual tokens, ``(n, slots)``, -1 for none;
                 ``shows``, the visual tokens of each, ``(n, slots, tokens)`` bool: none means the prompt's first
                 token.
         """

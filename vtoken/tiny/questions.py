@@ -38,7 +38,8 @@ HELD_OUT: dict[str, Callable[[int, int], list[tuple[Any, Question]]]] = {
 }
 
 
-HARDER = ("llava_clutter", "qwen2_5_vl_long")  # tiny models whose questions tell good strategies from better ones
+# tiny models whose questions tell good strategies from better ones
+HARDER = ("llava_clutter", "qwen2_5_vl_long")
 
 
 def held_out(name: str, n: int, seed: int = 0) -> list[tuple[Any, Question]]:
