@@ -401,6 +401,16 @@ def test_compare_prints_answers_and_draws_what_is_kept(tmp_path):
         assert drawn.width > 3 * 288 and drawn.height > 2 * 288  # all tokens and three strategies
 
 
+def test_compare_draws_all_crops_of_all_tokens(tmp_path):
+    picture = tmp_path / "kept.png"
+    options = ("--model", "llava_next", "--strategies", "uniform", "--budget", "1.0")
+    assert run("compare", *options, "--output", str(picture)).exit_code == 0
+    with Image.open(picture).convert("RGB") as drawn:
+        width, gap = (drawn.width - 36) // 2, 12
+        panels = [drawn.crop((x, 0, x + width, drawn.height - 60)) for x in (gap, 2 * gap + width)]
+    assert panels[0].tobytes() == panels[1].tobytes()  # the budget keeps all, so both show the same
+
+
 @pytest.mark.parametrize(("model", "count"), [("llava", 5), ("qwen2_5_vl", 5)])
 def test_compare_chooses_five_that_fit(model, count):
     chosen = compare.usual(tiny.load(model)[0])

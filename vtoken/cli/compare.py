@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -121,16 +121,16 @@ def sheet(
     processor: Any, inputs: Any, picture: Image.Image, dense: str, outcomes: Sequence[Outcome]
 ) -> Image.Image:
     """The picture with all tokens and with those of every strategy, three in a row, answers below."""
+    import torch
     from PIL import Image
 
-    from ..drawing import draw_cells, side_by_side, visualize
+    from ..drawing import side_by_side, visualize
     from .demo import tower_pictures
 
-    seen, first = tower_pictures(picture, inputs, processor), outcomes[0]
-    grid = first.report.visuals[0].segments[0].grid
-    cell = max(4, 288 // max(grid))
-    whole = draw_cells(seen[0] if isinstance(seen, list) else seen, grid, range(grid[0] * grid[1]), cell=cell)
-    panels = [(whole, f"all {first.report.tokens_in} visual tokens: {dense}")]
+    seen, visual = tower_pictures(picture, inputs, processor), outcomes[0].report.visuals[0]
+    cell = max(4, 288 // max(visual.segments[0].grid))
+    everything = replace(visual, keep=torch.arange(visual.tokens_in), layers=())
+    panels = [(visualize(seen, everything, cell=cell), f"all {visual.tokens_in} visual tokens: {dense}")]
     for one in outcomes:
         words = f"{one.name}, {one.report.average_visual_tokens:.0f} visual tokens: {one.said}"
         panels.append((visualize(seen, one.report.visuals[0], cell=cell), words))
