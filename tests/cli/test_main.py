@@ -411,11 +411,29 @@ def test_compare_draws_all_crops_of_all_tokens(tmp_path):
     assert panels[0].tobytes() == panels[1].tobytes()  # the budget keeps all, so both show the same
 
 
+def test_compare_refuses_a_strategy_before_it_asks(tmp_path, monkeypatch):
+    monkeypatch.setattr("vtoken.asking.ask", lambda *_: pytest.fail("the model was asked"))
+    for model, last, words in (
+        ("llava", "visionzip+evs", "evs"),
+        ("qwen2_5_vl", "v_cast", "v_cast is defined for video input, and vtoken compare asks about an image"),
+        ("qwen2_5_vl", "hired", "hired needs"),
+    ):
+        asked = ("--model", model, "--strategies", f"uniform,{last}", "--output", str(tmp_path / "kept.png"))
+        shown = run("compare", *asked)
+        assert shown.exit_code == 2 and words in " ".join(shown.output.split()), shown.output
+
+
 @pytest.mark.parametrize(("model", "count"), [("llava", 5), ("qwen2_5_vl", 5)])
 def test_compare_chooses_five_that_fit(model, count):
     chosen = compare.usual(tiny.load(model)[0])
     assert len(chosen) == count and "uniform" in chosen
     assert set(chosen) <= set(vtoken.list_strategies(model=tiny.load(model)[0]))
+
+
+def test_compare_chooses_none_for_videos_alone(monkeypatch):
+    monkeypatch.setattr(compare, "USUAL", ())
+    monkeypatch.setattr(compare, "COUNT", 99)
+    assert not {"evs", "flashvid", "v_cast", "vidcom2"} & set(compare.usual(tiny.load("qwen2_5_vl")[0]))
 
 
 def test_compare_refuses_in_one_sentence(tmp_path, scene_file):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,7 @@ def compare(
 
         model, processor = load(model_id)
         names = names or {name: name for name in usual(model)}
+        check_strategies(model, names, budget)
         inputs = prepare(model, processor, picture, text)
         bar.update(task, description="all visual tokens", total=1 + len(names))
         dense, _ = ask(model, processor, inputs, max_new_tokens)
@@ -93,8 +94,30 @@ def usual(model: Any) -> list[str]:
     """Five strategies that fit a model."""
     import vtoken
 
-    fit = vtoken.list_strategies(model=model)
+    from ..fit import modalities_of
+
+    fit = [name for name in vtoken.list_strategies(model=model) if "image" in modalities_of(name)]
     return [*(name for name in USUAL if name in fit), *(name for name in fit if name not in USUAL)][:COUNT]
+
+
+def check_strategies(model: Any, names: Mapping[str, str | list[str]], budget: float | int) -> None:
+    """Raise ValueError for a strategy that does not fit the model or is not defined for an image.
+
+    For that nothing is asked: an answer of a large model takes long, and those of the others would be lost.
+    """
+    import vtoken
+
+    from ..fit import modalities_of
+
+    for parsed in names.values():
+        with vtoken.applied(model, parsed, budget=budget):
+            pass
+        for name in [parsed] if isinstance(parsed, str) else parsed:
+            if "image" not in modalities_of(name):
+                raise ValueError(
+                    f"{name} is defined for video input, and vtoken compare asks about an image: use"
+                    f" {', '.join(usual(model))}."
+                )
 
 
 def print_answers(
