@@ -441,6 +441,7 @@ def test_compare_refuses_in_one_sentence(tmp_path, scene_file):
         "unknown strategy": ("--strategies", "divprun"),
         "does not exist": ("--output", str(tmp_path / "none" / "kept.png")),
         "does not name a picture": ("--output", str(tmp_path / "kept.txt")),
+        "kept.psd' does not name a picture": ("--output", str(tmp_path / "kept.psd")),  # Pillow only reads it
         "hired needs": ("--strategies", "hired", "--model", "qwen2_5_vl"),
         "budget": ("--budget", "0.0"),
     }

@@ -92,7 +92,7 @@ def check_output(output: str) -> None:
     folder = Path(output).resolve().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"The folder {str(folder)!r} for the picture does not exist.")
-    if Path(output).suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(Path(output).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{output!r} does not name a picture file: end it with .png.")
 
 
