@@ -448,5 +448,10 @@ def test_compare_refuses_in_one_sentence(tmp_path, scene_file):
     for words, options in wrong.items():
         shown = run("compare", *options)
         assert shown.exit_code and words.lower() in shown.output.lower(), shown.output
+    before = Path(scene_file).read_bytes()
+    for command in ("compare", "demo"):
+        shown = run(command, "--image", scene_file, "--output", str(tmp_path / "." / "scene.png"))
+        assert shown.exit_code == 2 and "is the picture that is asked about" in " ".join(shown.output.split())
+    assert Path(scene_file).read_bytes() == before
     shown = run("compare", "--image", str(scene_file), "--output", str(tmp_path / "own.png"))
     assert shown.exit_code == 0 and "how many objects" in shown.output

@@ -64,7 +64,7 @@ def compare(
     from .demo import check_output, question_about
 
     out = console()
-    check_output(output)
+    check_output(output, image)
     names = {name: parse_strategy(name) for name in strategies}
     picture, text, known = question_about(image, question, model_id, seed)
     with progress(out) as bar:
