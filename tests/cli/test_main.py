@@ -401,6 +401,28 @@ def test_compare_prints_answers_and_draws_what_is_kept(tmp_path):
         assert drawn.width > 3 * 288 and drawn.height > 2 * 288  # all tokens and three strategies
 
 
+def test_compare_draws_all_crops_of_all_tokens(tmp_path):
+    picture = tmp_path / "kept.png"
+    options = ("--model", "llava_next", "--strategies", "uniform", "--budget", "1.0")
+    assert run("compare", *options, "--output", str(picture)).exit_code == 0
+    with Image.open(picture).convert("RGB") as drawn:
+        width, gap = (drawn.width - 36) // 2, 12
+        panels = [drawn.crop((x, 0, x + width, drawn.height - 60)) for x in (gap, 2 * gap + width)]
+    assert panels[0].tobytes() == panels[1].tobytes()  # the budget keeps all, so both show the same
+
+
+def test_compare_refuses_a_strategy_before_it_asks(tmp_path, monkeypatch):
+    monkeypatch.setattr("vtoken.asking.ask", lambda *_: pytest.fail("the model was asked"))
+    for model, last, words in (
+        ("llava", "visionzip+evs", "evs"),
+        ("qwen2_5_vl", "v_cast", "v_cast is defined for video input, and vtoken compare asks about an image"),
+        ("qwen2_5_vl", "hired", "hired needs"),
+    ):
+        asked = ("--model", model, "--strategies", f"uniform,{last}", "--output", str(tmp_path / "kept.png"))
+        shown = run("compare", *asked)
+        assert shown.exit_code == 2 and words in " ".join(shown.output.split()), shown.output
+
+
 @pytest.mark.parametrize(("model", "count"), [("llava", 5), ("qwen2_5_vl", 5)])
 def test_compare_chooses_five_that_fit(model, count):
     chosen = compare.usual(tiny.load(model)[0])
@@ -408,16 +430,28 @@ def test_compare_chooses_five_that_fit(model, count):
     assert set(chosen) <= set(vtoken.list_strategies(model=tiny.load(model)[0]))
 
 
+def test_compare_chooses_none_for_videos_alone(monkeypatch):
+    monkeypatch.setattr(compare, "USUAL", ())
+    monkeypatch.setattr(compare, "COUNT", 99)
+    assert not {"evs", "flashvid", "v_cast", "vidcom2"} & set(compare.usual(tiny.load("qwen2_5_vl")[0]))
+
+
 def test_compare_refuses_in_one_sentence(tmp_path, scene_file):
     wrong = {
         "unknown strategy": ("--strategies", "divprun"),
         "does not exist": ("--output", str(tmp_path / "none" / "kept.png")),
         "does not name a picture": ("--output", str(tmp_path / "kept.txt")),
+        "kept.psd' does not name a picture": ("--output", str(tmp_path / "kept.psd")),  # Pillow only reads it
         "hired needs": ("--strategies", "hired", "--model", "qwen2_5_vl"),
         "budget": ("--budget", "0.0"),
     }
     for words, options in wrong.items():
         shown = run("compare", *options)
         assert shown.exit_code and words.lower() in shown.output.lower(), shown.output
+    before = Path(scene_file).read_bytes()
+    for command in ("compare", "demo"):
+        shown = run(command, "--image", scene_file, "--output", str(tmp_path / "." / "scene.png"))
+        assert shown.exit_code == 2 and "is the picture that is asked about" in " ".join(shown.output.split())
+    assert Path(scene_file).read_bytes() == before
     shown = run("compare", "--image", str(scene_file), "--output", str(tmp_path / "own.png"))
     assert shown.exit_code == 0 and "how many objects" in shown.output

@@ -10,6 +10,7 @@ from tests.mechanism.common import assert_same, clean, expected, run, subject
 from tests.mechanism.fixed import patched
 from tests.models import FAMILIES
 from vtoken.strategies import create
+from vtoken.strategies.evs import EVS
 from vtoken.tokens import Segment
 
 from .common import answer, image, kept_per_segment, separators_kept, top, video
@@ -103,6 +104,11 @@ def test_q_is_another_way_to_say_the_budget():
     strategy = create("evs")
     strategy.q = 0.25
     assert strategy.budget == 0.75
+    strategy.q = 0.5
+    assert strategy.budget == 0.5
+    for budget in (EVS.budget, 0.4):
+        with pytest.raises(ValueError, match=r"without budget, found 0.5 and 0\.[34]"):
+            strategy.budget = budget
     for options in (dict(q=1.0), dict(q=-0.1), dict(q=0.7, budget=0.5), dict(q=0.7, budget=5)):
         with pytest.raises(ValueError, match=r"q must lie in \[0, 1\), without budget, found"):
             create("evs", **options)

@@ -97,6 +97,15 @@ def test_a_still_video_keeps_its_values():
     assert float(growth.max()) > 1.4
 
 
+def test_of_equal_tokens_the_first_are_chosen_whatever_their_length_rounds_to():
+    tokens, strategy = video(4, 6, 6), create("flashvid", budget=0.3, alpha=1.0, selection="attn_div")
+    for seed in range(20):
+        value = torch.randn(16, generator=torch.Generator().manual_seed(seed))
+        tokens.features = value.expand(len(tokens), -1).clone()
+        kept = tokens.cells[answer(strategy, tokens).keep].tolist()
+        assert kept == [36 * t + i for t in range(4) for i in range(14)]
+
+
 def test_no_merging_over_time_and_a_segment_per_frame():
     tokens = moving(6, 3, 4)
     for options in (dict(merge_threshold=1.0), dict(segment_threshold=2.0), dict(min_segments=6)):

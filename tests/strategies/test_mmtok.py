@@ -197,6 +197,7 @@ def test_options_out_of_range():
     for options, words in (
         (dict(alpha=-1.0), "alpha"),
         (dict(text_temperature=0.0), "text_temperature"),
+        (dict(text_temperature=1e-40), "must be at least 1e-06, found 1e-40 and 0.2"),
         (dict(vision_temperature=-1.0), "vision_temperature"),
         (dict(ignored=("the",)), "ignored"),
     ):

@@ -167,8 +167,9 @@ def test_newlines_modalities_and_options():
     tokens.segments = (Segment("frame", (2, 4)), Segment("frame", (2, 4), tokens=7))
     with pytest.raises(ValueError, match=r"v_cast needs frames of equal size, found \[7, 8\] tokens: use"):
         answer(create("v_cast"), tokens)
-    for options in ({"tau": 0.0}, {"least": -1}):
-        with pytest.raises(ValueError, match="tau must be above 0, least 0 or more, found"):
+    assert len(answer(create("v_cast", tau=1e-6), video(5, 2, 4)).keep) == 10
+    for options in ({"tau": 0.0}, {"tau": 1e-310}, {"least": -1}):
+        with pytest.raises(ValueError, match="tau must be at least 1e-06, least 0 or more, found"):
             create("v_cast", **options)
 
 

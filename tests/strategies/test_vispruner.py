@@ -71,6 +71,17 @@ def test_the_important_half_stays_and_equal_tokens_go():
     assert len(set(kept) & set(unlike)) >= 5  # one by chance
 
 
+@pytest.mark.parametrize("order", ["attention", "raster"])
+def test_lengths_change_nothing_where_tokens_are_equal(order):
+    tokens, strategy = image(8, 8), create("vispruner", budget=0.3, order=order)
+    tokens.features[torch.arange(64) % 8 < 4] = tokens.features[0].clone()
+    want, plain = answer(strategy, tokens).keep, tokens.features
+    for seed in range(10):
+        lengths = torch.rand(64, 1, generator=torch.Generator().manual_seed(seed)) * 10 + 0.1
+        tokens.features = plain * lengths
+        assert torch.equal(answer(strategy, tokens).keep, want)
+
+
 def test_options_that_are_none():
     with pytest.raises(ValueError, match=r"important must be a share in \[0, 1\], found 1.5"):
         create("vispruner", important=1.5)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -64,7 +64,7 @@ def compare(
     from .demo import check_output, question_about
 
     out = console()
-    check_output(output)
+    check_output(output, image)
     names = {name: parse_strategy(name) for name in strategies}
     picture, text, known = question_about(image, question, model_id, seed)
     with progress(out) as bar:
@@ -73,6 +73,7 @@ def compare(
 
         model, processor = load(model_id)
         names = names or {name: name for name in usual(model)}
+        check_strategies(model, names, budget)
         inputs = prepare(model, processor, picture, text)
         bar.update(task, description="all visual tokens", total=1 + len(names))
         dense, _ = ask(model, processor, inputs, max_new_tokens)
@@ -93,8 +94,30 @@ def usual(model: Any) -> list[str]:
     """Five strategies that fit a model."""
     import vtoken
 
-    fit = vtoken.list_strategies(model=model)
+    from ..fit import modalities_of
+
+    fit = [name for name in vtoken.list_strategies(model=model) if "image" in modalities_of(name)]
     return [*(name for name in USUAL if name in fit), *(name for name in fit if name not in USUAL)][:COUNT]
+
+
+def check_strategies(model: Any, names: Mapping[str, str | list[str]], budget: float | int) -> None:
+    """Raise ValueError for a strategy that does not fit the model or is not defined for an image.
+
+    For that nothing is asked: an answer of a large model takes long, and those of the others would be lost.
+    """
+    import vtoken
+
+    from ..fit import modalities_of
+
+    for parsed in names.values():
+        with vtoken.applied(model, parsed, budget=budget):
+            pass
+        for name in [parsed] if isinstance(parsed, str) else parsed:
+            if "image" not in modalities_of(name):
+                raise ValueError(
+                    f"{name} is defined for video input, and vtoken compare asks about an image: use"
+                    f" {', '.join(usual(model))}."
+                )
 
 
 def print_answers(
@@ -121,16 +144,16 @@ def sheet(
     processor: Any, inputs: Any, picture: Image.Image, dense: str, outcomes: Sequence[Outcome]
 ) -> Image.Image:
     """The picture with all tokens and with those of every strategy, three in a row, answers below."""
+    import torch
     from PIL import Image
 
-    from ..drawing import draw_cells, side_by_side, visualize
+    from ..drawing import side_by_side, visualize
     from .demo import tower_pictures
 
-    seen, first = tower_pictures(picture, inputs, processor), outcomes[0]
-    grid = first.report.visuals[0].segments[0].grid
-    cell = max(4, 288 // max(grid))
-    whole = draw_cells(seen[0] if isinstance(seen, list) else seen, grid, range(grid[0] * grid[1]), cell=cell)
-    panels = [(whole, f"all {first.report.tokens_in} visual tokens: {dense}")]
+    seen, visual = tower_pictures(picture, inputs, processor), outcomes[0].report.visuals[0]
+    cell = max(4, 288 // max(visual.segments[0].grid))
+    everything = replace(visual, keep=torch.arange(visual.tokens_in), layers=())
+    panels = [(visualize(seen, everything, cell=cell), f"all {visual.tokens_in} visual tokens: {dense}")]
     for one in outcomes:
         words = f"{one.name}, {one.report.average_visual_tokens:.0f} visual tokens: {one.said}"
         panels.append((visualize(seen, one.report.visuals[0], cell=cell), words))

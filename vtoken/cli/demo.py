@@ -43,7 +43,7 @@ def run(
     from ..strategies.registry import parse_strategy
 
     names = parse_strategy(strategy)
-    check_output(output)
+    check_output(output, image)
     picture, questions = _questions(image, question, model_id, seed)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=out, transient=True
@@ -87,13 +87,15 @@ def _print_real_shape(out: Console, strategy: str, budget: float | int) -> None:
     out.print(words, highlight=False, markup=False)
 
 
-def check_output(output: str) -> None:
-    """Raise FileNotFoundError or ValueError if no picture can be written there."""
+def check_output(output: str, image: str | None = None) -> None:
+    """Raise FileNotFoundError or ValueError if no picture can be written there, or only over `image`."""
     folder = Path(output).resolve().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"The folder {str(folder)!r} for the picture does not exist.")
-    if Path(output).suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(Path(output).suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{output!r} does not name a picture file: end it with .png.")
+    if image is not None and Path(image).resolve() == Path(output).resolve():
+        raise ValueError(f"The output {output!r} is the picture that is asked about: name another file.")
 
 
 def at_a_real_shape(strategy: str, budget: float | int) -> str:

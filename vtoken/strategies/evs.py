@@ -48,10 +48,11 @@ class EVS(VideoStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        before = self.__dict__.get("_of_q", EVS.budget)  # what an earlier q made of the budget
         if self.q is not None:
-            if not 0 <= self.q < 1 or self.budget not in (EVS.budget, 1 - self.q):
+            if not 0 <= self.q < 1 or self.budget not in (before, 1 - self.q):
                 raise ValueError(f"q must lie in [0, 1), without budget, found {self.q} and {self.budget}.")
-            self.budget = 1 - self.q
+            self.budget = self.__dict__["_of_q"] = 1 - self.q
 
     def with_budget(self, budget: float | int) -> EVS:
         return replace(self, budget=budget, q=None)

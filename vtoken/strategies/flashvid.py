@@ -33,8 +33,8 @@ from .video import VideoStrategy
     differs="A tree of n tokens becomes their mean; the code divides a chain of n by 2, so that a still "
     "segment grows (average='published'). As many tokens enter as the budget says, the code rounds up per "
     "frame (rounding='published'). The LLM keeps what makes the average exact (llm_keep=0.3 is the code's "
-    "for 28 layers). No token is chosen or enters twice, as in the code; clusters know no noise; float32; "
-    "batches and several videos; text between frames and newline rows stay.",
+    "for 28 layers). No token is chosen or enters twice, which the code allows; clusters know no noise; "
+    "float32; batches and several videos; text between frames and newline rows stay.",
 )
 @dataclass
 class FlashVID(VideoStrategy):

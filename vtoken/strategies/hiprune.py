@@ -59,6 +59,10 @@ class HiPrune(ScoredStrategy):
         """The object layer, or the nearest one that attends to the whole picture, and the feature layer."""
         middle = max(0, round((3 / 8 if tower.has_cls else 1 / 2) * tower.num_layers) - 1)
         wanted = middle if self.object_layer is None else self.object_layer
+        if wanted >= tower.num_layers:
+            raise ValueError(
+                f"object_layer must be one of the tower's layers 0 to {tower.num_layers - 1}, found {wanted}."
+            )
         nearest = min(tower.global_layers, key=lambda layer: (abs(layer - wanted), layer))
         return nearest, tower.layers_up_to_feature(1)[0]
 

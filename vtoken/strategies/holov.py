@@ -42,8 +42,8 @@ class HoloV(Strategy):
     its tokens of highest `a`.
 
     Args:
-        parts: number of runs; None for 16 in towers with a CLS token, and `16/9 * n / K` runs in others, for
-            K of n tokens.
+        parts: number of runs; None for 16 where the score is "cls", and `16/9 * n / K` where it is
+            "received", for K of n tokens.
         beta: weight of variety.
         scale: "segment", or "part" as the public code.
         surplus: "shared", or "zeros" as the public code.

@@ -17,6 +17,7 @@ from .common.grouping import cosines, local_cells, rows_per_segment
 from .common.tower_features import Vision, vision_features, vision_needs
 from .registry import register
 
+COLDEST = 1e-6  # the rounding of a cosine in float32; far below it the quotient overflows
 # words that name nothing to see in a picture
 STOP_WORDS = (
     "a an the am is are was were be been being do does did have has had can could will would shall should may"
@@ -88,9 +89,9 @@ class MMTok(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.text_temperature > 0 and self.vision_temperature > 0):
+        if min(self.text_temperature, self.vision_temperature) < COLDEST:
             raise ValueError(
-                "text_temperature and vision_temperature must be above 0, found"
+                f"text_temperature and vision_temperature must be at least {COLDEST}, found"
                 f" {self.text_temperature} and {self.vision_temperature}."
             )
         if not 0 <= self.alpha < float("inf"):

@@ -54,8 +54,9 @@ class VCAST(VideoStrategy, ScoredStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.tau > 0 or self.least < 0:
-            raise ValueError(f"tau must be above 0, least 0 or more, found {self.tau} and {self.least}.")
+        if self.tau < 1e-6 or self.least < 0:  # so small a tau divides to infinity
+            found = f"{self.tau} and {self.least}"
+            raise ValueError(f"tau must be at least 1e-06, least 0 or more, found {found}.")
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens per frame if the video turns equally everywhere; the sum is exact."""

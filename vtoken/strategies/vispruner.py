@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tokens import Needs, TowerInfo, VisualTokens
-from .common.grouping import local_cells, rows_per_segment, unit
+from .common.grouping import TIE, local_cells, rows_per_segment, unit
 from .common.scores import AnyScore, attention_needs, attention_scores, score_of
 from .registry import register
 from .scored import ScoredStrategy
@@ -79,7 +79,8 @@ class VisPruner(ScoredStrategy):
         while len(rest) > count:
             rest = rest.sort().values if self.order == "raster" else rest
             even, odd = rest[::2], rest[1::2]
-            similarity = (x[even] @ x[odd].mT).amax(-1)
+            # rounded: of equal tokens the first go, whatever the last bits of their cosines
+            similarity = ((x[even] @ x[odd].mT).amax(-1) / TIE).round()
             drop = min(ROUND, len(rest) - count, len(even))
             rest = torch.cat([even[similarity.sort(descending=True, stable=True).indices[drop:]], odd])
         return rest

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..budgets import divide_by
 from .clusters import density_peaks
+from .grouping import TIE
 
 
 def segments_of(means: Tensor, threshold: float, least: int) -> list[range]:
@@ -27,7 +29,8 @@ def segments_of(means: Tensor, threshold: float, least: int) -> list[range]:
 def diverse(y: Tensor, weight: Tensor, count: int) -> Tensor:
     """Greedy max-min selection in every frame by `1 - cos`, times the weight of the token to be added.
 
-    The first token has the largest such distance to its nearest other; no token is chosen twice.
+    The first token has the largest such distance to its nearest other; no token is chosen twice. Distances
+    within 1e-6 count as 0, so that of equal tokens the lower index is chosen, however a cosine is rounded.
 
     Args:
         y: (T, M, d), rows of length 1. weight: (T, M), not negative. count: of each frame, M at most.
@@ -40,11 +43,11 @@ def diverse(y: Tensor, weight: Tensor, count: int) -> Tensor:
         return chosen
     closest = torch.stack([(frame @ frame.mT).fill_diagonal_(-1).amax(0) for frame in y])
     distance, frames = torch.full_like(weight, torch.inf), torch.arange(len(y), device=y.device)
-    pick = (weight * (1 - closest).clamp(min=0)).argmax(1)
+    pick = (weight * F.threshold(1 - closest, TIE, 0.0)).argmax(1)
     for _ in range(count - 1):
         chosen[frames, pick] = True
         distance = distance.minimum(1 - (y @ y[frames, pick, :, None])[..., 0])
-        pick = (weight * distance.clamp(min=0)).masked_fill(chosen, -torch.inf).argmax(1)
+        pick = (weight * F.threshold(distance, TIE, 0.0)).masked_fill(chosen, -torch.inf).argmax(1)
     chosen[frames, pick] = True
     return chosen
 
