@@ -34,7 +34,7 @@ LANGUAGE: dict[str, Any] = {"steps": 800, "batch": 8, "rate": 2e-3, "muon_rate":
 LATER = 50_000_000  # stage two goes on with scenes that stage one has not seen
 CHECK = 7_000_000
 SLOTS, WIDTH = 16, 11  # questions per scene; tokens of "what shape is the small red one ? assistant : star"
-WANTED = {"shape": 3, "colour": 3, "size": 3, "where": 3}
+WANTED = {"shape": 5, "colour": 5, "size": 2, "where": 2}  # a size in the question is hardest
 LOOKS = (2, 3)  # layers of the language model whose first head looks from the question's end
 
 
@@ -96,9 +96,9 @@ def tower_batch(first: int, size: int, split: str, step: int) -> tuple[torch.Ten
 
 
 def choose(scene: Scene, rng: np.random.Generator) -> list[tuple[Question, SceneObject | None]]:
-    """Sixteen questions about a scene with the object that each names: three of each kind, then any."""
+    """Sixteen questions about a scene with the object that each names: most of the hardest kinds."""
     pool = questions(scene)
-    return choose_kinds(pool, rng, WANTED | {"exists": 4}, SLOTS, kind=lambda pair: pair[0].kind)
+    return choose_kinds(pool, rng, WANTED | {"exists": 2}, SLOTS, kind=lambda pair: pair[0].kind)
 
 
 def language_batch(
