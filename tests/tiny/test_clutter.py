@@ -55,22 +55,14 @@ def test_every_question_has_one_answer():
         for question, item in questions(scene):
             assert seen.setdefault(question.text, question.answer) == question.answer
             words = question.text.replace("?", " ").split()
-            named = [
-                o
-                for o in scene.objects
-                if all(
-                    value in words
-                    for key, value in (("shape", o.shape), ("colour", o.colour), ("size", size_of(o)))
-                    if key != question.kind and (key != "size" or question.kind in ("shape", "colour"))
-                )
-            ]
+            named = [o for o in scene.objects if o.shape in words and o.colour in words]
             assert named == ([] if question.answer == "no" else [item])
 
 
 def test_held_out_questions_are_balanced():
-    pairs = held_out(25, seed=2)
+    pairs = held_out(15, seed=2)
     assert Counter(q.kind for _, q in pairs) == dict.fromkeys(KINDS, 5)
-    assert len({digest(scene) for scene, _ in pairs}) == 25
+    assert len({digest(scene) for scene, _ in pairs}) == 15
     assert held_out(3, seed=2)[2][1] == pairs[2][1]
     with pytest.raises(ValueError, match="n >= 0"):
         held_out(-1)

@@ -40,8 +40,8 @@ class Look(nn.Module):
 
         Args:
             goal: ``at``, positions of the queries after the visual tokens, ``(n, slots)``, -1 for none;
-                ``shows``, the visual tokens of each, ``(n, slots, tokens)`` bool: none means the prompt's first
-                token.
+                ``shows``, the visual tokens of each, ``(n, slots, tokens)`` bool: none stands for
+                the prompt's first token.
         """
         seen, self.seen = self.seen, []
         length = seen[0][1]["hidden_states"].shape[1]

@@ -1,13 +1,12 @@
 """Cluttered scenes: 15 to 30 objects of three sizes on a photograph, and questions that name one of them.
 
-A question names two attributes (``the small heart``, ``the red star``) and asks for a third. No pair of
-colour and shape occurs twice. A scene is 192 x 192 px, 576 visual tokens at a patch of 8 px. Objects stand in
-rows whose number, width and offset the ``test`` split does not share with the ``train`` split (``LAYOUTS``).
+A question names an object by its colour and shape, of which no pair occurs twice, and asks for its size or
+its place, or whether it is there. A scene is 192 x 192 px, 576 visual tokens at a patch of 8 px. Objects stand
+in rows whose number, width and offset the ``test`` split does not share with the ``train`` split (``LAYOUTS``).
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +17,8 @@ from .scenes import COLOURS, SPLITS, Question, Scene, SceneObject, background, g
 
 SIDE = 192
 SIZES = {"small": 17, "middle": 24, "large": 33}  # side of the scaled mask in px; 24 is that of a plain scene
-KINDS = ("shape", "colour", "size", "where", "exists")
+KINDS = ("size", "where", "exists")
 FORMS = {
-    "shape": "what shape is the {size} {colour} one?",
-    "colour": "what colour is the {size} {shape}?",
     "size": "what size is the {colour} {shape}?",
     "where": "where is the {colour} {shape}?",
     "exists": "is there a {colour} {shape}?",
@@ -96,23 +93,16 @@ def questions(scene: Scene) -> list[tuple[Question, SceneObject | None]]:
     As many ``exists`` questions are answered yes as no.
     """
     rng = generator(scene.seed, scene.split, 9)
-    objects = [(o, {"shape": o.shape, "colour": o.colour, "size": size_of(o)}) for o in scene.objects]
     pairs = {(o.colour, o.shape) for o in scene.objects}
-    same = {
-        kind: Counter(tuple(v for k, v in words.items() if k != kind) for _, words in objects)
-        for kind in ("shape", "colour")
-    }
     free = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in pairs]
     absent = [free[i] for i in rng.permutation(len(free))]
     asked: list[tuple[Question, SceneObject | None]] = []
-    for i, (item, words) in enumerate(objects):
-        answers = {"size": words["size"], "exists": "yes"}
-        for kind in ("shape", "colour"):
-            if same[kind][tuple(v for k, v in words.items() if k != kind)] == 1:
-                answers[kind] = words[kind]
+    for i, item in enumerate(scene.objects):
+        answers = {"size": size_of(item), "exists": "yes"}
         x, y = (item.box[0] + item.box[2]) / 2, (item.box[1] + item.box[3]) / 2
         if min(abs(x - SIDE / 2), abs(y - SIDE / 2)) >= _MIDDLE:
             answers["where"] = item.place
+        words = {"colour": item.colour, "shape": item.shape}
         asked += [(Question(FORMS[k].format(**words), a, k), item) for k, a in answers.items()]
         colour, shape = absent[i % len(absent)]
         asked.append((Question(FORMS["exists"].format(colour=colour, shape=shape), "no", "exists"), None))
@@ -133,7 +123,7 @@ def held_out(n: int, seed: int = 0) -> list[tuple[Scene, Question]]:
         scene = make_clutter(number, "test")
         number += 1
         fitting = [q for q, _ in questions(scene) if q.kind == KINDS[len(chosen) % len(KINDS)]]
-        if fitting:  # a scene without a unique pair of size and colour has no question of its shape
+        if fitting:
             chosen.append((scene, fitting[int(rng.integers(len(fitting)))]))
     return chosen
 

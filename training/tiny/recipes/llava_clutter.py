@@ -33,8 +33,8 @@ TOWER: dict[str, Any] = {"steps": 600, "batch": 8, "rate": 2e-3, "muon_rate": 0.
 LANGUAGE: dict[str, Any] = {"steps": 800, "batch": 8, "rate": 2e-3, "muon_rate": 0.02, "reading": 0.5}
 LATER = 50_000_000  # stage two goes on with scenes that stage one has not seen
 CHECK = 7_000_000
-SLOTS, WIDTH = 16, 11  # questions per scene; tokens of "what shape is the small red one ? assistant : star"
-WANTED = {"shape": 5, "colour": 5, "size": 2, "where": 2}  # a size in the question is hardest
+SLOTS, WIDTH = 16, 10  # questions per scene; tokens of "where is the red star ? assistant : top left"
+WANTED = {"size": 6, "where": 5, "exists": 5}
 LOOKS = (2, 3)  # layers of the language model whose first head looks from the question's end
 
 
@@ -96,9 +96,9 @@ def tower_batch(first: int, size: int, split: str, step: int) -> tuple[torch.Ten
 
 
 def choose(scene: Scene, rng: np.random.Generator) -> list[tuple[Question, SceneObject | None]]:
-    """Sixteen questions about a scene with the object that each names: most of the hardest kinds."""
+    """Sixteen questions about a scene with the object that each names, of all kinds."""
     pool = questions(scene)
-    return choose_kinds(pool, rng, WANTED | {"exists": 2}, SLOTS, kind=lambda pair: pair[0].kind)
+    return choose_kinds(pool, rng, WANTED, SLOTS, kind=lambda pair: pair[0].kind)
 
 
 def language_batch(
@@ -223,8 +223,7 @@ scenes); a random choice finds 0.20. `layer -2` is the layer whose output the la
 Scenes of 15 to 30 shapes (of 8, in 7 colours, about 12, 17 and 24 px across, no pair of shape and colour twice) in rows
 on crops of photographs that scikit-image ships (CC0 or public domain, listed in `vtoken/tiny/assets.py`), composed by
 `vtoken/tiny/clutter.py`. The test split uses other glyphs, other photographs and other layouts than the training split.
-Every question names two attributes: what shape is the small red one, what colour is the small star, what size is the
-red star, where is the red star, is there a red star.
+Every question names an object by two attributes: what size is the red star, where is the red star, is there a red star.
 
 ## Recipe
 
