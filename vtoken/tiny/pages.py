@@ -1,11 +1,12 @@
 """Pages of words and numbers in rows and columns, and questions about them: reading, where each patch counts.
 
 A page is a function of ``(seed, split)`` alone, as a scene is (`vtoken.tiny.scenes`). The ``test`` split uses
-font families, photographs and layouts (numbers of columns, row heights, gaps) that ``train`` never shows.
+font families, photographs and layouts (numbers of columns, gaps) that ``train`` never shows.
 
 A page is a table (a column of words, one to four columns of numbers, a word above each of these) or a list
 (one to three blocks of a word and a number per row). A number belongs to the word that its row begins with,
-in a list to the one before it. No word and no number is twice on a page.
+in a list to the one before it. Letters are 7 or 8 px high and lie in cells of 8 px. No word and no number is
+twice on a page.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from .letters import FILE, LETTERS
 from .scenes import Question, background, generator
 
 SIDE = 192
-WORDS = tuple(
-    "tree cat dog fish bird lake moon sun rain snow wind fire gold iron salt milk bread apple pear corn rice "
-    "tea boat ship car train road house door lamp chair book pen clock bell drum hat shoe ball key".split()
+_WORDS = (
+    "tree cat dog fish bird lake moon sun rain snow wind fire gold iron salt milk bear leaf pear corn rice "
+    "tea boat ship car sand road wolf door lamp rose book pen coin bell drum hat shoe ball key"
 )
+WORDS = tuple(_WORDS.split())
 FIGURES = tuple(str(n) for n in range(10, 100))
 KINDS = ("number", "word", "right", "exists")
 FORMS = {  # the first form is the one that `questions` uses; a recipe may draw from all of them
@@ -32,12 +34,12 @@ FORMS = {  # the first form is the one that `questions` uses; a recipe may draw 
     "right": ("what is right of {entry}?", "what stands right of {entry}?"),
     "exists": ("is {entry} on the page?", "does the page show {entry}?"),
 }
-LAYOUTS = {  # columns of numbers of a table, blocks of a list; px: row height, gap, gap between blocks
-    "train": {"table": (1, 2, 4), "list": (1, 3), "pitch": (12, 13, 15, 16, 18), "gap": (6, 8, 12), "apart": 14},
-    "test": {"table": (3,), "list": (2,), "pitch": (14, 17), "gap": (7, 10), "apart": 17},
+LAYOUTS = {  # columns of numbers of a table, blocks of a list; row height and gaps in cells of 8 px
+    "train": {"table": (1, 2, 4), "list": (1, 3), "pitch": (2, 3), "gap": (1, 3), "apart": (1, 2)},
+    "test": {"table": (3,), "list": (2,), "pitch": (2,), "gap": (2,), "apart": (3,)},
 }
+CELL = 8  # px; every letter lies in a cell of its own
 ENTRIES = (20, 60)  # fewest and most entries of a page
-_MARGIN = 3  # px
 _FEWEST_ROWS = 4
 
 
@@ -68,6 +70,7 @@ class Page:
     entries: tuple[Entry, ...]
     layout: str
     pitch: int
+    gap: int
     seed: int
     split: str
     paper: str
@@ -98,7 +101,7 @@ def make_page(seed: int, split: str = "train") -> Page:
         pitch, gap = _pick(rng, layouts["pitch"]), _pick(rng, layouts["gap"])
         faces = rng.integers(len(_faces()[f"masks_{split}"]), size=3).tolist()  # of heads, words and numbers
         grid = _table(rng, count, pitch) if kind == "table" else _list(rng, count, pitch)
-        entries = _place(rng, grid, split, faces, pitch, gap, layouts["apart"])
+        entries = _place(rng, grid, split, faces, pitch, gap, _pick(rng, layouts["apart"]))
         if len(entries) >= ENTRIES[0]:
             break
     pixels, paper = _paper(rng, split)
@@ -106,21 +109,21 @@ def make_page(seed: int, split: str = "train") -> Page:
     for entry, which in entries:
         _print(pixels, entry, split, faces[which], ink)
     image = Image.fromarray(pixels.astype(np.uint8))
-    return Page(image, tuple(e for e, _ in entries), f"{kind} {count}", pitch, int(seed), split, paper)
+    return Page(image, tuple(e for e, _ in entries), f"{kind} {count}", pitch, gap, int(seed), split, paper)
 
 
 def _pick(rng: np.random.Generator, values: tuple[int, ...]) -> int:
     return values[int(rng.integers(len(values)))]
 
 
-# a cell of a grid: text, owner, head, left, face (0 heads, 1 words, 2 numbers), whether a block begins here
+# of a grid: text, its word, head and left, face (0 heads, 1 words, 2 numbers), whether a block begins here
 Cell = tuple[str, str, str, str, int, bool]
 
 
 def _rows(rng: np.random.Generator, pitch: int, per_row: int, extra: int, most_words: int) -> int:
     """A number of rows that fits the page and leaves it with 20 to 60 entries."""
     fewest = max(_FEWEST_ROWS, -(-(ENTRIES[0] - extra) // per_row))
-    fits = (SIDE - 2 * _MARGIN - 10) // pitch + 1 - (extra > 0)
+    fits = (SIDE // CELL - 1) // pitch + 1 - (extra > 0)
     most = min(fits, (ENTRIES[1] - extra) // per_row, most_words)
     return int(rng.integers(min(fewest, most), most + 1))
 
@@ -156,16 +159,6 @@ def _list(rng: np.random.Generator, count: int, pitch: int) -> list[list[Cell | 
     return grid
 
 
-def _spans(text: str, split: str, face: int) -> list[tuple[int, int]]:
-    """Left and right end of each letter of a printed text in px, from 0 on."""
-    widths, at, out = _faces()[f"widths_{split}"][face], 0, []
-    for letter in text.upper():
-        width = int(widths[LETTERS.index(letter)])
-        out.append((at, at + width))
-        at += width + 1
-    return out
-
-
 def _place(
     rng: np.random.Generator,
     grid: list[list[Cell | None]],
@@ -176,34 +169,38 @@ def _place(
     apart: int,
 ) -> list[tuple[Entry, int]]:
     """The entries of a grid at drawn places, with their faces; none if the grid is too wide for the page."""
-    spans = [[c and _spans(c[0], split, faces[c[4]]) for c in row] for row in grid]
-    widths = [max(row[k][-1][1] for row in spans if row[k]) for k in range(len(grid[0]))]
     lefts, at = [], 0
-    for k, width in enumerate(widths):
-        cell = grid[-1][k]
+    for k, cell in enumerate(grid[-1]):
         at += (apart if cell and cell[5] else gap) if k else 0
         lefts.append(at)
-        at += width
-    spare = SIDE - 2 * _MARGIN - at
-    if spare < 0:
+        at += max(len(row[k][0]) for row in grid if row[k])
+    if at > SIDE // CELL:
         return []
-    wider = int(rng.integers(spare // max(1, len(widths) - 1) + 1)) // 2  # columns drift apart evenly
-    left = _MARGIN + int(rng.integers(spare - wider * (len(widths) - 1) + 1))
-    height = int(_faces()[f"heights_{split}"][faces].max())
-    room = SIDE - 2 * _MARGIN - height - pitch * (len(grid) - 1)
-    top = _MARGIN + int(rng.integers(max(room, 0) + 1))
+    left = int(rng.integers(SIDE // CELL - at + 1))
+    top = int(rng.integers(SIDE // CELL - pitch * (len(grid) - 1)))
     entries = []
     for i, row in enumerate(grid):
         for k, cell in enumerate(row):
             if cell is None:
                 continue
-            text, owner, head, before, face, _ = cell
-            x, y = left + lefts[k] + wider * k, top + i * pitch
-            ends = tuple((x + a, x + b) for a, b in spans[i][k])
-            tall = int(_faces()[f"heights_{split}"][faces[face]])
-            box = (x, y, ends[-1][1], y + tall)
-            entries.append((Entry(text, box, i, k, owner, head, before, ends), face))
+            text, word, head, before, face, _ = cell
+            ends, y, bottom = _set(rng, text, split, faces[face], left + lefts[k], top + i * pitch)
+            box = (ends[0][0], y, ends[-1][1], bottom)
+            entries.append((Entry(text, box, i, k, word, head, before, ends), face))
     return entries
+
+
+def _set(
+    rng: np.random.Generator, text: str, split: str, face: int, column: int, row: int
+) -> tuple[tuple[tuple[int, int], ...], int, int]:
+    """Left and right end of each letter of a text, its top and bottom in px; up to 1 px off the cells."""
+    stored = _faces()
+    widths = [int(stored[f"widths_{split}"][face][LETTERS.index(letter)]) for letter in text.upper()]
+    height = int(stored[f"heights_{split}"][face])
+    right, down = int(rng.integers(2)), int(rng.integers(CELL - height + 1))
+    starts = [(column + i) * CELL + right + (CELL - 1 - width) // 2 for i, width in enumerate(widths)]
+    top = row * CELL + down
+    return tuple((x, x + width) for x, width in zip(starts, widths)), top, top + height
 
 
 def _paper(rng: np.random.Generator, split: str) -> tuple[np.ndarray, str]:
