@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import clips, scenes
+from . import clips, pages, scenes
 from .scenes import Question
 from .scenes_wide import LARGE, held_out_wide
 
@@ -31,6 +31,7 @@ def _in_turn(
 HELD_OUT: dict[str, Callable[[int, int], list[tuple[Any, Question]]]] = {
     "llava": scenes.held_out,
     "llava_next": held_out_wide,
+    "llava_pages": pages.held_out,
     "llava_onevision": partial(_in_turn, partial(held_out_wide, layout=LARGE)),
     "qwen2_5_vl": partial(_in_turn, scenes.held_out),
 }
