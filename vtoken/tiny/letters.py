@@ -29,7 +29,7 @@ FONTS = {
     ),
     "test": ("cmss10", "cmtt10", "cmr10", "cmb10"),
 }
-FACES = {"train": 64, "test": 16}
+FACES = {"train": 192, "test": 16}
 HEIGHTS = (7, 8)  # px, of every glyph of a face
 BOX = 8  # side of a stored mask in px, the glyph at its top left
 FILE = Path(__file__).with_name("letters.npz")
@@ -40,7 +40,7 @@ def face(font: Path, height: int, rng: np.random.Generator) -> tuple[np.ndarray,
     """The masks of a face, ``(36, 8, 8)`` uint8, 255 inside, and their widths in px, ``(36,)`` uint8."""
     drawer = ImageFont.truetype(str(font), 192)
     bold = font.stem.endswith(("Bold", "Bol", "cmb10"))
-    stroke = int(rng.integers(0, 3) if bold else rng.integers(3, 9))
+    stroke = int(rng.integers(0, 5) if bold else rng.integers(4, 12))
     top, bottom = drawer.getbbox("H", stroke_width=stroke)[1::2]
     stretch = height * _SCALE / (bottom - top) * rng.uniform(0.75, 1.0)
     masks, widths = [], []

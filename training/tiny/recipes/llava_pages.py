@@ -1,6 +1,6 @@
 """Recipe of tiny LLaVA for pages: the tiny LLaVA extended to 576 visual tokens, which reads words and numbers.
 
-It starts from the shipped tiny LLaVA. Stage ``tower`` teaches its tower to read
+Its language model starts from the shipped tiny LLaVA's. Stage ``tower`` teaches a new tower to read
 (`training.tiny.pages_tower`); stage ``language`` freezes it and teaches the projector and the language model
 (`training.tiny.pages_language`).
 """
@@ -23,16 +23,16 @@ from ..evaluate import most_frequent, pruned_accuracy
 from ..language import pack
 from ..models import build_tokenizer, clip_llava, clip_pixels, clip_reading, generation_config, start_tower
 from ..pages_language import SLOTS, WIDTH, PageLooks, choose, look_targets, start_words
-from ..pages_tower import ENTRIES, RELATIONS, PageHeads, targets
+from ..pages_tower import ENTRIES, RELATIONS, PageHeads, start_neighbours, targets
 from ..tower import hidden_states, localisation, to_pixels
 
 __all__ = ["build", "card", "measure", "train"]
 
 TOWER: dict[str, Any] = {
-    "steps": 2400,
+    "steps": 1500,
     "batch": 2,
     "rate": 2e-3,
-    "muon_rate": 0.02,
+    "muon_rate": 0.01,
     "reset": 0.5,
     "look": 0.25,
 }
@@ -70,16 +70,14 @@ def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: i
 
 @torch.no_grad()
 def warm_start(model: Any) -> None:
-    """The shipped tiny LLaVA's weights, in place, where shapes agree; words come after those that it knows.
+    """The shipped tiny LLaVA's language model, in place; new words come after those that it knows.
 
-    The tower keeps the sine positions of `start_tower`: the trained ones are close to them (cosine 0.99), and
-    the sines go on from 12 x 12 to 24 x 24 patches.
+    Its tower and its projector are no start: what their layers add is several times as long as the
+    positions, which the next layers then cannot read.
     """
     theirs = load("llava")[0].state_dict()
     for name, value in model.state_dict().items():
-        if name not in theirs or name.endswith("position_embedding.weight"):
-            continue
-        if value.ndim and theirs[name].shape[1:] == value.shape[1:]:
+        if name in theirs and ("language_model" in name or name.startswith("lm_head")):
             value[: len(theirs[name])] = theirs[name]
 
 
@@ -88,6 +86,7 @@ def train(
 ) -> None:
     """Warm start and both stages, in place; appends to ``log``. Limits as in `optimise`."""
     warm_start(model)
+    start_neighbours(model.model.vision_tower, tower_batch(LATER, 6, "train", 0)[0], louder=True)
     heads = train_tower(model, log, seed, seconds=seconds and seconds * 0.55, **limits)
     start_words(model, processor.tokenizer.get_vocab(), ENTRIES[1:], heads.entries[1:])
     torch.manual_seed(seed + 1)
@@ -248,10 +247,12 @@ word belongs to a number, what is right of an entry, is a word on the page.
 ## Recipe
 
 {run}
-It starts from the weights of the shipped tiny LLaVA; the tower's positions start as sines.
+The language model starts from that of the shipped tiny LLaVA. The tower starts from random weights, sine positions and
+heads that look at neighbouring patches, along rows and along columns.
 
 1. Tower, {tower}:
-   text patches name the entry and its relations as above, and half-way up the entry and their letter.
+   text patches name the entry and its relations as above, and half-way up the entry, after the second layer the letters
+   around, after the first their own letter.
    The CLS state after each of the last four layers names the words on the page; in training it starts again before some
    of those layers. In the last two thirds of the steps a further term asks the CLS attention of layers -4 to -2 (mean
    over heads) to cover all text patches evenly.
