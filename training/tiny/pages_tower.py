@@ -184,7 +184,6 @@ _STARTS = {
     3: ((-4, 0), (None, 0), (0, None), None),
     4: ((-4, 0), (None, 0), (0, None), None),
 }
-_RATES = 30.0 ** -(torch.arange(16) / 32)  # of the position waves of `training.tiny.models.start_tower`
 _KEPT = (
     1,
     2,
@@ -212,6 +211,8 @@ def start_neighbours(tower: Any, pixels: torch.Tensor, louder: bool = False) -> 
         inner.embeddings.position_embedding.weight[1:] *= _LOUDER
     cells = torch.arange(GRID**2).repeat(len(pixels))
     column, row = (cells % GRID).float(), (cells // GRID).float()
+    width = inner.config.hidden_size
+    waves = 30.0 ** -(torch.arange(width // 4) / (width // 4))  # as in `training.tiny.models.start_tower`
     for depth, heads in _STARTS.items():
         layer = inner.encoder.layers[depth]
         attention, size = layer.self_attn, layer.self_attn.head_dim
@@ -223,7 +224,7 @@ def start_neighbours(tower: Any, pixels: torch.Tensor, louder: bool = False) -> 
             for away, at, place in zip(start or (), (column, row), (0, size // 2)):
                 if away is None:
                     continue
-                rates = _RATES[8:] if abs(away) > 3 else _RATES[:8]
+                rates = waves[size // 4 : size // 2] if abs(away) > 3 else waves[: size // 4]
                 for projection, moved in ((attention.q_proj, away), (attention.k_proj, 0)):
                     wanted = _waves(at + moved, rates) * (_SHARP * size**0.5) ** 0.5
                     fitted = torch.linalg.solve(gram, known.T @ wanted)
