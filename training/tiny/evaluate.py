@@ -22,7 +22,7 @@ def most_frequent(pairs: Pairs, seen: Iterable[Question]) -> dict[str, float]:
 
 @torch.no_grad()
 def pruned_accuracy(
-    model: Any, processor: Any, share: float, by: str, n: int = 500, seed: int = 0
+    model: Any, processor: Any, share: float, by: str, n: int = 500, seed: int = 0, name: str = "llava"
 ) -> dict[str, float]:
     """Accuracy of a LLaVA that reads only a share of the visual tokens, at their original positions.
 
@@ -32,6 +32,7 @@ def pruned_accuracy(
         share: share of the visual tokens that stays, in (0, 1].
         by: ``cls`` keeps the tokens with most CLS attention in the layer whose output is read; ``random``
             draws them.
+        name: tiny model with the held-out questions.
     """
     from vtoken.mechanism.transformers_names import cache_argument, cache_in
 
@@ -41,7 +42,7 @@ def pruned_accuracy(
         raise ValueError(f"unknown criterion {by!r}: use cls or random")
     inner, device, end = model.model, model.device, model.generation_config.eos_token_id
     generator = torch.Generator().manual_seed(seed)
-    pairs = held_out("llava", n, seed)
+    pairs = held_out(name, n, seed)
     said = [""] * n
     texts = [prompt(processor, question.text) for _, question in pairs]
     lengths = [len(ids) for ids in processor.tokenizer(texts).input_ids]

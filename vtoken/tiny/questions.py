@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+<<<<<<< HEAD
 from . import clips, clutter, long_clips, scenes
+=======
+from . import clips, pages, scenes
+>>>>>>> h-pages
 from .scenes import Question
 from .scenes_wide import LARGE, held_out_wide
 
@@ -31,6 +35,7 @@ def _in_turn(
 HELD_OUT: dict[str, Callable[[int, int], list[tuple[Any, Question]]]] = {
     "llava": scenes.held_out,
     "llava_next": held_out_wide,
+    "llava_pages": pages.held_out,
     "llava_onevision": partial(_in_turn, partial(held_out_wide, layout=LARGE)),
     "qwen2_5_vl": partial(_in_turn, scenes.held_out),
     "llava_clutter": clutter.held_out,
