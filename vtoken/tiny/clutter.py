@@ -1,8 +1,8 @@
 """Cluttered scenes: 15 to 30 objects of three sizes on a photograph, and questions that name one of them.
 
 A question names an object by its colour and shape, of which no pair occurs twice, and asks for its size or
-its place, or whether it is there. A scene is 192 x 192 px, 576 visual tokens at a patch of 8 px. Objects stand
-in rows whose number, width and offset the ``test`` split does not share with the ``train`` split (``LAYOUTS``).
+its place, or whether it is there. A scene is 192 x 192 px, 576 visual tokens at a patch of 8 px. Objects
+stand in rows whose number, width and offset differ between the splits (``LAYOUTS``).
 """
 
 from __future__ import annotations

@@ -12,11 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-<<<<<<< HEAD
-from . import clips, clutter, long_clips, scenes
-=======
-from . import clips, pages, scenes
->>>>>>> h-pages
+from . import clips, clutter, long_clips, pages, scenes
 from .scenes import Question
 from .scenes_wide import LARGE, held_out_wide
 
