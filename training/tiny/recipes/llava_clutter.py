@@ -29,8 +29,8 @@ from ..tower import TowerHeads, View, hidden_states, localisation, targets, to_p
 
 __all__ = ["build", "card", "measure", "train"]
 
-TOWER: dict[str, Any] = {"steps": 600, "batch": 8, "rate": 2e-3, "muon_rate": 0.02, "reset": 0.5, "look": 0.5}
-LANGUAGE: dict[str, Any] = {"steps": 800, "batch": 8, "rate": 2e-3, "muon_rate": 0.02, "reading": 0.5}
+TOWER: dict[str, Any] = {"steps": 400, "batch": 8, "rate": 2e-3, "muon_rate": 0.02, "reset": 0.5, "look": 0.5}
+LANGUAGE: dict[str, Any] = {"steps": 900, "batch": 8, "rate": 2e-3, "muon_rate": 0.02, "reading": 0.5}
 LATER = 50_000_000  # stage two goes on with scenes that stage one has not seen
 CHECK = 7_000_000
 SLOTS, WIDTH = 16, 10  # questions per scene; tokens of "where is the red star ? assistant : top left"
@@ -237,7 +237,7 @@ It starts from the weights of the shipped tiny LLaVA, its tower's positions stre
 
 ![loss and accuracy](curve.png)
 
-Every 20th step is in `training_log.json`.
+Every 20th step is in `training_log.json`; `note` there says how this run differed from the recipe.
 
 ## Limits
 
