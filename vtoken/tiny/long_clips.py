@@ -1,11 +1,11 @@
 """Long labelled clips with one short event, and questions about them: when, what and in which order.
 
 A clip lasts 16 seconds: a photograph that stands still or drifts, under a little camera noise. Once in it
-there is an *event*: two or three moments right after one another, each with a digit, a coloured shape or both
-for 2 or 4 frames. Half of the clips also show a *lasting* shape in every frame; two questions ask for it, all
-others mean what comes and goes. Nothing else happens, so that a budget spread evenly over time goes mostly to
-frames that answer nothing. Moments begin at whole seconds, not in the first one; the event lies inside the
-first, the middle or the last third of the clip, away from the borders between them.
+there is an *event*: two moments right after one another, each with a digit or with a digit and a coloured
+shape, for 2 or 4 frames. Half of the clips also show a *lasting* shape in every frame; two questions ask for
+it, all others mean what comes and goes. Nothing else happens, so that a budget spread evenly over time goes
+mostly to frames that answer nothing. Moments begin at whole seconds, not in the first one; the event lies
+inside the first, the middle or the last third of the clip, away from the borders between them.
 
 Clips are 96 x 96 px and a function of ``(seed, split, frames)`` alone, composed as those of
 `vtoken.tiny.clips` and with the same two sets of photographs, shape masks and fonts. In the ``test`` split a
@@ -55,7 +55,7 @@ def _layout(rng: np.random.Generator, split: str, frames: int) -> list[tuple[int
     """First and last + 1 frame of each moment of an event."""
     beat = frames // SECONDS
     while True:
-        shown = 2 * rng.integers(1, 3, size=int(rng.integers(2, 4)))
+        shown = 2 * rng.integers(1, 3, size=2)
         taken = -(-shown // beat)
         if split == "test":
             taken[int(rng.integers(len(taken) - 1))] += 1
@@ -94,7 +94,7 @@ def make_long(seed: int, split: str = "train", frames: int = 32) -> LongClip:
     lasting = None
     if rng.integers(2):
         lasting = draw_object(rng, split, shapes[count], colours[count], int(rng.integers(4)))
-    shows = [(True, True), (True, bool(rng.integers(2))), (bool(rng.integers(2)), True)][:count]
+    shows = [(True, True), (True, bool(rng.integers(2)))]
     moments: list[Moment] = []
     for i, which in enumerate(rng.permutation(count)):
         digit, shape = (name if on else None for name, on in zip((digits[i], shapes[i]), shows[which]))

@@ -250,9 +250,9 @@ By length, on {each} other clips of each:
 
 ## Data
 
-`vtoken/tiny/long_clips.py`: a photograph that stands still or drifts, under a little noise. Once in a clip two or three
-moments follow each other, each with a digit, a coloured shape or both for 2 or 4 frames: an eighth to a fifth of the
-frames, and a small part of each. Half of the clips also show a shape in every frame. Questions: in which third of the
+`vtoken/tiny/long_clips.py`: a photograph that stands still or drifts, under a little noise. Once in a clip two
+moments follow each other, each with a digit, or a digit and a coloured shape, for 2 or 4 frames: a tenth of the frames,
+and a small part of each. Half of the clips also show a shape in every frame. Questions: in which third of the
 clip a thing was shown (`when`), which digit, shape or colour was shown with another thing or all the time (`what`), which
 came first, last or after another (`order`). The test split uses other photographs, shape masks and font families than
 the training split, and a second passes between two moments of an event, which training never shows.
