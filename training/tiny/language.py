@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from vtoken.tiny.scenes import Question, Scene, questions
 from .loop import optimise
 from .reading import ReadingHeads
 
+Q = TypeVar("Q")  # a question, or a question with what it names
 SLOTS = 10  # questions per scene
 WIDTH = 10  # tokens per question: the longest is "what shape is the red one ? assistant : star"
 
@@ -53,12 +54,12 @@ def pack(
 
 
 def choose_kinds(
-    pool: Sequence[Question],
+    pool: Sequence[Q],
     rng: np.random.Generator,
     wanted: dict[str, int],
     slots: int = SLOTS,
-    kind: Callable[[Question], str] = attrgetter("kind"),
-) -> list[Question]:
+    kind: Callable[[Q], str] = attrgetter("kind"),
+) -> list[Q]:
     """``slots`` questions of a pool, drawn: as many of each kind as ``wanted`` says if possible, then any."""
     order = [pool[i] for i in rng.permutation(len(pool))]
     first = [q for name, n in wanted.items() for q in [q for q in order if kind(q) == name][:n]]

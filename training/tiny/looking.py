@@ -24,7 +24,8 @@ class Look(nn.Module):
     def __init__(self, model: Any, layers: tuple[int, ...], prefix: int = 2) -> None:
         super().__init__()
         attentions = [model.model.language_model.layers[i].self_attn for i in layers]
-        self.prefix, self.seen = prefix, []
+        self.prefix = prefix
+        self.seen: list[tuple[Any, dict[str, Any]]] = []
         self.hooks = [a.register_forward_pre_hook(self._keep, with_kwargs=True) for a in attentions]
 
     def remove(self) -> None:
@@ -50,11 +51,11 @@ class Look(nn.Module):
         wanted = nn.functional.pad(shows, (self.prefix, after))
         wanted[..., 0] = ~shows.any(-1)
         where = at.clamp(min=0) + self.prefix + shows.shape[-1]
-        found = torch.stack([(_rows(*one, where) * wanted).sum(-1)[at >= 0] for one in seen])
+        found = torch.stack([(_rows(a, given, where) * wanted).sum(-1)[at >= 0] for a, given in seen])
         return -found.clamp(min=1e-20).log().mean(), {"look": found.mean().item()}
 
 
-def _rows(attention: nn.Module, kwargs: dict[str, Any], at: torch.Tensor) -> torch.Tensor:
+def _rows(attention: Any, kwargs: dict[str, Any], at: torch.Tensor) -> torch.Tensor:
     """Attention of the first head at positions ``at`` ``(n, slots)``: ``(n, slots, length)`` float32."""
     hidden, size = kwargs["hidden_states"], attention.head_dim
     key = hidden @ attention.k_proj.weight[:size].T

@@ -34,7 +34,9 @@ FORMS = {  # the first form is the one that `questions` uses; a recipe may draw 
     "right": ("what is right of {entry}?", "what stands right of {entry}?"),
     "exists": ("is {entry} on the page?", "does the page show {entry}?"),
 }
-LAYOUTS = {  # columns of numbers of a table, blocks of a list; row height and gaps in cells of 8 px
+LAYOUTS: dict[
+    str, dict[str, tuple[int, ...]]
+] = {  # columns of numbers of a table, blocks of a list; row height and gaps in cells of 8 px
     "train": {"table": (1, 2, 4), "list": (1, 3), "pitch": (2, 3), "gap": (1, 3), "apart": (1, 2)},
     "test": {"table": (3,), "list": (2,), "pitch": (2,), "gap": (2,), "apart": (3,)},
 }
@@ -173,7 +175,7 @@ def _place(
     for k, cell in enumerate(grid[-1]):
         at += (apart if cell and cell[5] else gap) if k else 0
         lefts.append(at)
-        at += max(len(row[k][0]) for row in grid if row[k])
+        at += max(len(entry[0]) for row in grid if (entry := row[k]))
     if at > SIDE // CELL:
         return []
     left = int(rng.integers(SIDE // CELL - at + 1))
