@@ -90,5 +90,5 @@ def test_options_that_are_none():
         create("hiprune", object_layer=-1)
     info = TowerInfo(12, 11, False, (3, 7, 11))
     assert create("hiprune", object_layer=11).needs(info).received_attention == (11,)
-    with pytest.raises(ValueError, match="object_layer must be one of the tower's layers 0 to 11, found 12"):
+    with pytest.raises(ValueError, match="object_layer must lie in 0 to 11, found 12"):
         create("hiprune", object_layer=12).needs(info)

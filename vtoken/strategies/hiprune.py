@@ -60,15 +60,11 @@ class HiPrune(ScoredStrategy):
         middle = max(0, round((3 / 8 if tower.has_cls else 1 / 2) * tower.num_layers) - 1)
         wanted = middle if self.object_layer is None else self.object_layer
         if wanted >= tower.num_layers:
-            raise ValueError(
-                f"object_layer must be one of the tower's layers 0 to {tower.num_layers - 1}, found {wanted}."
-            )
-        nearest = min(tower.global_layers, key=lambda layer: (abs(layer - wanted), layer))
-        return nearest, tower.layers_up_to_feature(1)[0]
+            raise ValueError(f"object_layer must lie in 0 to {tower.num_layers - 1}, found {wanted}.")
+        return min(tower.global_layers, key=lambda i: (abs(i - wanted), i)), tower.layers_up_to_feature(1)[0]
 
     def needs(self, tower: TowerInfo | None) -> Needs:
-        layers = (0,) if tower is None else tuple(sorted(set(self._layers(tower))))
-        return Needs(received_attention=layers, grid=True)
+        return Needs(received_attention=tuple(sorted({*self._layers(tower)})) if tower else (0,), grid=True)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         assert tokens.tower is not None

@@ -79,8 +79,7 @@ class VisPruner(ScoredStrategy):
         while len(rest) > count:
             rest = rest.sort().values if self.order == "raster" else rest
             even, odd = rest[::2], rest[1::2]
-            # rounded: of equal tokens the first go, whatever the last bits of their cosines
-            similarity = ((x[even] @ x[odd].mT).amax(-1) / TIE).round()
+            similarity = ((x[even] @ x[odd].mT).amax(-1) / TIE).round()  # so that equal cosines tie
             drop = min(ROUND, len(rest) - count, len(even))
             rest = torch.cat([even[similarity.sort(descending=True, stable=True).indices[drop:]], odd])
         return rest
