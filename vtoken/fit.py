@@ -96,11 +96,6 @@ def needs_of(adapter: Adapter, strategy: Strategy, modality: str) -> Needs:
     return strategy.needs(None if tower is None else tower.info)
 
 
-def modalities_of(name: str) -> tuple[str, ...]:
-    """The modalities that a strategy is defined for: "image", "video" or both."""
-    return strategy_info(name).cls().needs(None).modalities
-
-
 CLS = "the attention of a CLS token"
 WORDS = {
     "cls_attention": CLS,

@@ -20,7 +20,7 @@ from .adapters.encoders.encoder import encoder_for
 from .adapters.registry import adapter_for, model_of
 from .config import VTokenConfig
 from .encoder_patching import EncoderPatch
-from .fit import check_fit, design_of, fitting, modalities_of, plain_encoder
+from .fit import check_fit, design_of, fitting, plain_encoder
 from .gate import Gate
 from .hooks import Wrapped
 from .kernels import gather_merge
@@ -39,6 +39,7 @@ from .recorder import Recorder
 from .selection import Selection, concat_selections
 from .strategies import Strategy
 from .strategies.assembly import assemble
+from .strategies.registry import modalities_of
 from .strategies.trained import trained_part
 from .temporal import Temporal
 from .tokens import Segment, VisualTokens

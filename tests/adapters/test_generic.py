@@ -13,7 +13,7 @@ from tests.models import FAMILIES
 from vtoken.adapters import registry
 from vtoken.adapters.generic import GenericAdapter
 from vtoken.adapters.qwen_vl import QwenVLAdapter
-from vtoken.fit import modalities_of
+from vtoken.strategies.registry import modalities_of
 
 # features per image, per crop, in a list, in one tensor with and without grids; videos; DeepStack; hybrid
 ALIKE = (

@@ -149,7 +149,7 @@ def test_answers_are_looked_for_where_they_are_read():
         ids, labels = pack([asked], vocabulary_ids, SLOTS, WIDTH)
         ids, labels = ids.view(SLOTS, WIDTH), labels.view(SLOTS, WIDTH)
         for slot, question in enumerate(asked):
-            end = int(goal["end"][0, slot])
+            end = int(goal["at"][0, slot]) - slot * WIDTH
             assert ids[slot, end] == vocabulary_ids[":"]
             assert labels[slot, end] == vocabulary_ids[question.answer]
             shown = {page.entries[k].text for k in owner[goal["shows"][0, slot]].tolist()}
@@ -200,7 +200,7 @@ def test_heads_start_at_their_neighbours():
     tower = recipe.build()[0].model.vision_tower
     inner = getattr(tower, "vision_model", tower)
     pixels = recipe.tower_batch(0, 2, "train", 0)[0]
-    start_neighbours(tower, pixels, louder=True)
+    start_neighbours(tower, pixels, longer=True)
     attention = inner.encoder.layers[1].self_attn
     state = inner.encoder.layers[1].layer_norm1(hidden_states(tower, pixels[:1])[1])
     query, key = (

@@ -18,6 +18,7 @@ from vtoken.tiny.scenes import Question, Scene, questions
 
 from .loop import optimise
 from .reading import ReadingHeads
+from .tower import hidden_states
 
 Q = TypeVar("Q")  # a question, or a question with what it names
 SLOTS = 10  # questions per scene
@@ -113,6 +114,14 @@ def answer_loss(
     logits = model.lm_head(hidden[told])
     loss = torch.nn.functional.cross_entropy(logits, labels[told])
     return loss, (logits.argmax(-1) == labels[told]).float().mean()
+
+
+def visual_tokens(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Visual tokens ``(n, tokens, hidden)`` of a LLaVA on a CLIP tower; no gradient for the tower."""
+    inner = model.model
+    with torch.no_grad():
+        states = hidden_states(inner.vision_tower, pixels.to(model.device))
+    return inner.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
 
 
 def train_language(

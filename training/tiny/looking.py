@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vtoken.mechanism.attention_rows import rotate
+
 
 class Look(nn.Module):
     """Reads the attention of the first head of some layers of a Llama, at a few positions.
@@ -63,14 +65,8 @@ def _rows(attention: Any, kwargs: dict[str, Any], at: torch.Tensor) -> torch.Ten
     query = some @ attention.q_proj.weight[:size].T
     cos, sin = (part.expand(len(hidden), -1, -1) for part in kwargs["position_embeddings"])
     where = at[..., None].expand(-1, -1, size)
-    key = _turn(key, cos, sin)
-    query = _turn(query, cos.gather(1, where), sin.gather(1, where))
+    key = rotate(key[:, None], cos, sin)[:, 0]
+    query = rotate(query[:, None], cos.gather(1, where), sin.gather(1, where))[:, 0]
     mask = kwargs["attention_mask"][:, 0].expand(len(hidden), -1, -1)
     mask = mask.gather(1, at[..., None].expand(-1, -1, mask.shape[-1]))
     return (query @ key.mT * attention.scaling + mask).float().softmax(-1)
-
-
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions, as Llama applies them."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vtoken.tiny.scenes import vocabulary
@@ -102,6 +102,33 @@ def clip_llava(
         vision_feature_select_strategy="default",
         **special_ids(tokenizer),
     )
+
+
+def build_llava(
+    words: Iterable[str], width: int, layers: tuple[int, int], heads: int, side: int
+) -> tuple[Any, Any]:
+    """An untrained LLaVA of `clip_llava` and its processor, float32; ``words`` come after the known ones."""
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    tokenizer = build_tokenizer(words=words)
+    config = clip_llava(LlavaConfig, tokenizer, width, layers, heads, side)
+    model = LlavaForConditionalGeneration(config).float()
+    model.generation_config = generation_config(tokenizer)
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(**clip_pixels(side)), tokenizer=tokenizer, **clip_reading()
+    )
+    return model, processor
+
+
+def start_from(own: Iterable[tuple[str, Any]], known: Mapping[str, Any]) -> None:
+    """Copy known tensors where names and shapes agree, in place; of embeddings the rows of known words."""
+    import torch
+
+    with torch.no_grad():
+        for name, value in own:
+            rows = known.get(name, value)
+            if rows.shape[1:] == value.shape[1:] and len(rows) <= len(value):
+                value[: len(rows)] = rows
 
 
 def clip_pixels(side: int) -> dict[str, Any]:

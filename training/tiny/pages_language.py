@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from vtoken.tiny.pages import FIGURES, WORDS, Page, questions
 from vtoken.tiny.scenes import Question
@@ -46,18 +45,19 @@ def asked_entry(page: Page, question: Question) -> int:
 
 
 def look_targets(pages: Sequence[Page], asked: Sequence[Sequence[Question]]) -> dict[str, torch.Tensor]:
-    """``end``: token of a slot at which its prompt ends, ``(n, slots)`` int64, -1 for an empty slot;
-    ``shows``: patches that the answer is read from, ``(n, slots, 576)`` bool."""
+    """The goal of `training.tiny.looking.Look`: where each prompt ends, and the patches that its answer is
+    read from.
+    """
     owners = targets(pages)["owner"].numpy()
-    end = np.full((len(pages), SLOTS), -1)
+    at = np.full((len(pages), SLOTS), -1)
     shows = np.zeros((len(pages), SLOTS, owners.shape[1]), bool)
     for i, (page, some) in enumerate(zip(pages, asked)):
         for slot, question in enumerate(some):
             text = question.text.replace("?", " ?").replace(".", " .")
-            end[i, slot] = len(text.split()) + 1  # after the text come "assistant" and ":"
+            at[i, slot] = slot * WIDTH + len(text.split()) + 1  # after the text come "assistant" and ":"
             entry = asked_entry(page, question)
             shows[i, slot] = (owners[i] == entry) & (entry >= 0)
-    return {"end": torch.from_numpy(end), "shows": torch.from_numpy(shows)}
+    return {"at": torch.from_numpy(at), "shows": torch.from_numpy(shows)}
 
 
 @torch.no_grad()
@@ -76,41 +76,3 @@ def start_words(model: Any, vocabulary: dict[str, int], texts: Sequence[str], en
     rows = entries - entries.mean(0)
     for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
         weight[ids] = rows / rows.norm(dim=1).mean() * weight[known].norm(dim=1).mean()
-
-
-class PageLooks(nn.Module):
-    """The attention objective; it has no weights. ``prefix``: tokens before the visual tokens."""
-
-    def __init__(self, model: Any, prefix: int) -> None:
-        super().__init__()
-        self.prefix = prefix
-        self.rows: list[torch.Tensor] = []
-        language = model.model.language_model
-        self.hooks = [language.layers[i].self_attn.register_forward_hook(self._keep) for i in LOOKS]
-        self.config, self.implementation = language.config, language.config._attn_implementation
-        self.config._attn_implementation = "eager"  # which returns its attention
-
-    def remove(self) -> None:
-        """Take the hooks off the model."""
-        for hook in self.hooks:
-            hook.remove()
-        self.config._attn_implementation = self.implementation
-
-    def _keep(self, attention: nn.Module, args: Any, out: Any) -> None:
-        self.rows.append(out[1][:, 0])
-
-    def forward(self, goal: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        """How little the ends of the prompts attended to the patches in the model's last forward pass, and
-        the share that fell on them. ``goal`` is from `look_targets`."""
-        seen, self.rows = self.rows, []
-        goal = {name: value.to(seen[0].device) for name, value in goal.items()}
-        slots, count = goal["shows"].shape[1:]
-        start, asked = self.prefix + count, goal["end"] >= 0
-        wanted = nn.functional.pad(goal["shows"], (self.prefix, 0))
-        wanted[..., : self.prefix] = ~wanted.any(-1, keepdim=True)
-        width = (seen[0].shape[1] - start) // slots
-        first = start + width * torch.arange(slots, device=asked.device)
-        at = (first + goal["end"].clamp(min=0))[..., None].expand(-1, -1, start)
-        found = [(row[..., :start].gather(1, at) * wanted).sum(-1)[asked] for row in seen]
-        loss = -sum(share.clamp(min=1e-30).log().mean() for share in found) / len(found)
-        return loss, {"look": sum(share.mean().item() for share in found) / len(found)}

@@ -184,12 +184,9 @@ _STARTS = {
     3: ((-4, 0), (None, 0), (0, None), None),
     4: ((-4, 0), (None, 0), (0, None), None),
 }
-_KEPT = (
-    1,
-    2,
-)  # layers whose queries and keys are not trained: Muon would walk them away from their neighbours
+_KEPT = (1, 2)  # layers whose queries and keys are not trained: Muon would change what they look at
 _SHARP = 3.0
-_LOUDER = 2.5  # than the positions of `start_tower`, so that what the layers add does not drown them
+_LONGER = 2.5  # than the positions of `start_tower`, beside the long vectors that the layers add
 
 
 def _waves(at: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
@@ -198,17 +195,17 @@ def _waves(at: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def start_neighbours(tower: Any, pixels: torch.Tensor, louder: bool = False) -> None:
+def start_neighbours(tower: Any, pixels: torch.Tensor, longer: bool = False) -> None:
     """Start heads of the tower as heads that look at neighbours, along rows or along columns, in place.
 
     A letter tells little without the next one, and a patch takes long to find its neighbours itself. Query
     and key are fitted (least squares) on the states of images, ``pixels`` ``(n, 3, side, side)``, so that
     their product is a sum of cosines of the distance from the wanted place. Values stay. In the layers
-    ``_KEPT`` queries and keys are not trained from then on. ``louder`` makes the positions longer first.
+    ``_KEPT`` queries and keys are not trained from then on. ``longer`` makes the positions longer first.
     """
     inner = getattr(tower, "vision_model", tower)
-    if louder:
-        inner.embeddings.position_embedding.weight[1:] *= _LOUDER
+    if longer:
+        inner.embeddings.position_embedding.weight[1:] *= _LONGER
     cells = torch.arange(GRID**2).repeat(len(pixels))
     column, row = (cells % GRID).float(), (cells // GRID).float()
     width = inner.config.hidden_size

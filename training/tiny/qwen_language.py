@@ -18,6 +18,7 @@ from vtoken.tiny.scenes import SIZE, Question, Scene, make_scene, questions
 
 from .language import answer_loss, choose_kinds, pack
 from .loop import optimise
+from .models import start_from
 from .qwen_tower import IMAGE_SIDE, encode, image_patches, video_patches
 from .reading import ReadingHeads, clip_targets, look_targets, places, stack
 
@@ -34,12 +35,8 @@ def warm_start(model: Any) -> None:
     known = {
         name: p for part in (old.model.language_model, old.lm_head) for name, p in part.named_parameters()
     }
-    with torch.no_grad():
-        for part in (model.model.language_model, model.lm_head):
-            for name, p in part.named_parameters():
-                rows = known.get(name, p)
-                if rows.shape[1:] == p.shape[1:] and len(rows) <= len(p):
-                    p[: len(rows)] = rows
+    for part in (model.model.language_model, model.lm_head):
+        start_from(part.named_parameters(), known)
 
 
 def choose_about_clip(clip: clips.Clip, rng: np.random.Generator, slots: int = SLOTS) -> list[Question]:

@@ -94,15 +94,10 @@ def usual(model: Any) -> list[str]:
     """Five strategies that fit a model."""
     import vtoken
 
-    fit = [name for name in vtoken.list_strategies(model=model) if serves_images(name)]
+    from ..strategies.registry import modalities_of
+
+    fit = [name for name in vtoken.list_strategies(model=model) if "image" in modalities_of(name)]
     return [*(name for name in USUAL if name in fit), *(name for name in fit if name not in USUAL)][:COUNT]
-
-
-def serves_images(name: str) -> bool:
-    """Whether a strategy is defined for images."""
-    from ..strategies.registry import strategy_info
-
-    return "image" in strategy_info(name).cls().needs(None).modalities
 
 
 def check_strategies(model: Any, names: Mapping[str, str | list[str]], budget: float | int) -> None:
@@ -112,11 +107,13 @@ def check_strategies(model: Any, names: Mapping[str, str | list[str]], budget: f
     """
     import vtoken
 
+    from ..strategies.registry import modalities_of
+
     for parsed in names.values():
         with vtoken.applied(model, parsed, budget=budget):
             pass
         for name in [parsed] if isinstance(parsed, str) else parsed:
-            if not serves_images(name):
+            if "image" not in modalities_of(name):
                 raise ValueError(
                     f"{name} is defined for video input, and vtoken compare asks about an image: use"
                     f" {', '.join(usual(model))}."

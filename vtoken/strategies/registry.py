@@ -96,6 +96,11 @@ def strategy_info(name: str) -> StrategyInfo:
     return _registry[name]
 
 
+def modalities_of(name: str) -> tuple[str, ...]:
+    """The modalities that a strategy is defined for: "image", "video" or both."""
+    return strategy_info(name).cls().needs(None).modalities
+
+
 def parse_strategy(text: str) -> str | list[str]:
     """A registered name, or the list of several that are joined by "+".
 

@@ -19,7 +19,7 @@ from PIL import Image
 from .assets import SHAPES
 from .clip_moments import Camera, Moment, draw_moment
 from .digits import DIGITS
-from .scenes import COLOURS, NUMBERS, SPLITS, Question, Scene
+from .scenes import COLOURS, NUMBERS, SPLITS, Question, Scene, balanced
 
 KINDS = ("order", "moment", "presence", "now", "digits")
 FORMS = {  # the first form is the one that `questions` uses; a recipe may draw from all of them
@@ -214,16 +214,12 @@ def held_out(
     ``seed`` picks a disjoint set of clips (a million apart). Of several ``frames`` each length takes its
     turn.
     """
-    if n < 0 or seed < 0:
-        raise ValueError(f"held_out needs n >= 0 and seed >= 0, got n={n}, seed={seed}")
-    lengths = (frames,) if isinstance(frames, int) else tuple(frames)
-    rng = np.random.Generator(np.random.PCG64([seed, 5]))
-    chosen = []
-    for i in range(n):
-        clip = make_clip(seed * 1_000_000 + i, "test", lengths[i // len(KINDS) % len(lengths)], fps, hold)
-        fitting = [q for q in questions(clip) if q.kind == KINDS[i % len(KINDS)]]
-        chosen.append((clip, fitting[int(rng.integers(len(fitting)))]))
-    return chosen
+    lengths, first = (frames,) if isinstance(frames, int) else tuple(frames), seed * 1_000_000
+
+    def example(i: int) -> Clip:
+        return make_clip(first + i, "test", lengths[i // len(KINDS) % len(lengths)], fps, hold)
+
+    return balanced(n, seed, (5,), KINDS, example, questions)
 
 
 def vocabulary() -> list[str]:

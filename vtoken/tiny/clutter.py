@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .assets import SHAPES
-from .scenes import COLOURS, SPLITS, Question, Scene, SceneObject, background, generator, place_object
+from .scenes import COLOURS, Question, Scene, SceneObject, background, balanced, generator, place_object
 
 SIDE = 192
 SIZES = {"small": 17, "middle": 24, "large": 33}  # side of the scaled mask in px; 24 is that of a plain scene
@@ -114,18 +114,12 @@ def held_out(n: int, seed: int = 0) -> list[tuple[Scene, Question]]:
 
     ``seed`` picks a disjoint set of scenes (a million apart). Within a kind the question is drawn evenly.
     """
-    if n < 0 or seed < 0:
-        raise ValueError(f"held_out needs n >= 0 and seed >= 0, got n={n}, seed={seed}")
-    rng = np.random.Generator(np.random.PCG64([seed, SPLITS.index("test"), 10]))
-    chosen: list[tuple[Scene, Question]] = []
-    number = seed * 1_000_000
-    while len(chosen) < n:
-        scene = make_clutter(number, "test")
-        number += 1
-        fitting = [q for q, _ in questions(scene) if q.kind == KINDS[len(chosen) % len(KINDS)]]
-        if fitting:
-            chosen.append((scene, fitting[int(rng.integers(len(fitting)))]))
-    return chosen
+    first = seed * 1_000_000
+
+    def asked(scene: Scene) -> list[Question]:
+        return [question for question, _ in questions(scene)]
+
+    return balanced(n, seed, (1, 10), KINDS, lambda i: make_clutter(first + i, "test"), asked)
 
 
 def vocabulary() -> list[str]:

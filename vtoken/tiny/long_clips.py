@@ -25,7 +25,7 @@ from .assets import SHAPES
 from .clip_moments import Camera, Moment, draw_moment, draw_object
 from .clips import Clip, Frames
 from .digits import DIGITS
-from .scenes import COLOURS, SIZE, SPLITS, Question, SceneObject
+from .scenes import COLOURS, SIZE, Question, SceneObject, balanced, generator
 
 SECONDS = 16
 LENGTHS = (32, 64)  # frames
@@ -79,13 +79,9 @@ def make_long(seed: int, split: str = "train", frames: int = 32) -> LongClip:
     Raises:
         ValueError: unknown split, negative seed, or another length.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: use {' or '.join(SPLITS)}")
-    if seed < 0:
-        raise ValueError(f"the seed of a clip must be 0 or more, got {seed}")
     if frames < 32 or frames % 32:
         raise ValueError(f"a long clip needs a multiple of 32 frames, got {frames}")
-    rng = np.random.Generator(np.random.PCG64([seed, SPLITS.index(split), 11, frames]))
+    rng = generator(seed, split, 11, frames)
     camera, spans = Camera(rng, split), _layout(rng, split, frames)
     count = len(spans)
     digits, shapes, colours = (
@@ -142,16 +138,12 @@ def held_out(n: int, seed: int = 0, frames: int | Sequence[int] = LENGTHS) -> li
     ``seed`` picks a disjoint set of clips (a million apart). Of several ``frames`` each length takes its
     turn.
     """
-    if n < 0 or seed < 0:
-        raise ValueError(f"held_out needs n >= 0 and seed >= 0, got n={n}, seed={seed}")
-    lengths = (frames,) if isinstance(frames, int) else tuple(frames)
-    rng = np.random.Generator(np.random.PCG64([seed, 13]))
-    chosen = []
-    for i in range(n):
-        clip = make_long(seed * 1_000_000 + i, "test", lengths[i // len(KINDS) % len(lengths)])
-        fitting = [q for q in questions(clip) if q.kind == KINDS[i % len(KINDS)]]
-        chosen.append((clip, fitting[int(rng.integers(len(fitting)))]))
-    return chosen
+    lengths, first = (frames,) if isinstance(frames, int) else tuple(frames), seed * 1_000_000
+
+    def example(i: int) -> LongClip:
+        return make_long(first + i, "test", lengths[i // len(KINDS) % len(lengths)])
+
+    return balanced(n, seed, (13,), KINDS, example, questions)
 
 
 def vocabulary() -> list[str]:

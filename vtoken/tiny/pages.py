@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .letters import FILE, LETTERS
-from .scenes import Question, background, generator
+from .scenes import Question, background, balanced, generator
 
 SIDE = 192
 _WORDS = (
@@ -34,9 +34,8 @@ FORMS = {  # the first form is the one that `questions` uses; a recipe may draw 
     "right": ("what is right of {entry}?", "what stands right of {entry}?"),
     "exists": ("is {entry} on the page?", "does the page show {entry}?"),
 }
-LAYOUTS: dict[
-    str, dict[str, tuple[int, ...]]
-] = {  # columns of numbers of a table, blocks of a list; row height and gaps in cells of 8 px
+# columns of numbers of a table, blocks of a list; row height and gaps in cells of 8 px
+LAYOUTS: dict[str, dict[str, tuple[int, ...]]] = {
     "train": {"table": (1, 2, 4), "list": (1, 3), "pitch": (2, 3), "gap": (1, 3), "apart": (1, 2)},
     "test": {"table": (3,), "list": (2,), "pitch": (2,), "gap": (2,), "apart": (3,)},
 }
@@ -257,15 +256,8 @@ def held_out(n: int, seed: int = 0) -> list[tuple[Page, Question]]:
 
     ``seed`` picks a disjoint set of pages (a million apart). Within a kind the question is drawn evenly.
     """
-    if n < 0 or seed < 0:
-        raise ValueError(f"held_out needs n >= 0 and seed >= 0, got n={n}, seed={seed}")
-    rng = np.random.Generator(np.random.PCG64([seed, 2]))
-    chosen = []
-    for i in range(n):
-        page = make_page(seed * 1_000_000 + i, "test")
-        fitting = [q for q in questions(page) if q.kind == KINDS[i % len(KINDS)]]
-        chosen.append((page, fitting[int(rng.integers(len(fitting)))]))
-    return chosen
+    first = seed * 1_000_000
+    return balanced(n, seed, (2,), KINDS, lambda i: make_page(first + i, "test"), questions)
 
 
 def vocabulary() -> list[str]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from .assets import CANVAS, FILE, PHOTOGRAPHS, SHAPES
 
+E = TypeVar("E")  # an example: a scene, a page, a clip
 SIZE = 96
 COLOURS = {
     "red": (220, 35, 35),
@@ -243,14 +245,38 @@ def held_out(
     ``seed`` picks a disjoint set of scenes (a million apart), ``make`` composes them. Within a kind the
     question is drawn evenly.
     """
+    first = seed * 1_000_000
+    return balanced(n, seed, (2,), KINDS, lambda i: make(first + i, "test"), questions)
+
+
+def balanced(
+    n: int,
+    seed: int,
+    stream: tuple[int, ...],
+    kinds: Sequence[str],
+    example: Callable[[int], E],
+    asked: Callable[[E], Sequence[Question]],
+) -> list[tuple[E, Question]]:
+    """One question about each of ``n`` examples, of each kind in turn, drawn evenly within a kind.
+
+    Args:
+        n, seed: 0 or more.
+        stream: numbers that keep the draws of one kind of data apart from those of another.
+        kinds: of the questions.
+        example: makes the example with a number from 0 to ``n - 1``.
+        asked: its questions.
+
+    Raises:
+        ValueError: negative ``n`` or ``seed``.
+    """
     if n < 0 or seed < 0:
         raise ValueError(f"held_out needs n >= 0 and seed >= 0, got n={n}, seed={seed}")
-    rng = np.random.Generator(np.random.PCG64([seed, 2]))
+    rng = np.random.Generator(np.random.PCG64([seed, *stream]))
     chosen = []
     for i in range(n):
-        scene = make(seed * 1_000_000 + i, "test")
-        fitting = [q for q in questions(scene) if q.kind == KINDS[i % len(KINDS)]]
-        chosen.append((scene, fitting[int(rng.integers(len(fitting)))]))
+        made = example(i)
+        fitting = [q for q in asked(made) if q.kind == kinds[i % len(kinds)]]
+        chosen.append((made, fitting[int(rng.integers(len(fitting)))]))
     return chosen
 
 

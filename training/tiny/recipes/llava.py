@@ -20,8 +20,8 @@ from .. import tower as stages
 from ..card import FRONT, accuracy, plan, run, snippet, table
 from ..evaluate import most_frequent, pruned_accuracy
 from ..language import choose, pack
-from ..models import build_tokenizer, clip_llava, clip_pixels, clip_reading, generation_config, start_tower
-from ..tower import TowerHeads, hidden_states, localisation, targets, to_pixels, view
+from ..models import build_llava, start_tower
+from ..tower import TowerHeads, localisation, targets, to_pixels, view
 
 __all__ = ["build", "card", "measure", "train"]
 
@@ -50,16 +50,8 @@ def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: i
     Returns:
         ``(LlavaForConditionalGeneration, LlavaProcessor)`` in float32.
     """
-    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-
-    tokenizer = build_tokenizer()
-    config = clip_llava(LlavaConfig, tokenizer, width, (tower_layers, llm_layers), heads, SIZE)
-    model = LlavaForConditionalGeneration(config).float()
+    model, processor = build_llava((), width, (tower_layers, llm_layers), heads, SIZE)
     start_tower(model.model.vision_tower)
-    model.generation_config = generation_config(tokenizer)
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(**clip_pixels(SIZE)), tokenizer=tokenizer, **clip_reading()
-    )
     return model, processor
 
 
@@ -111,16 +103,10 @@ def train_language(
 ) -> None:
     """Stage two, in place, with the tower frozen; arguments as in `train_tower`."""
     vocabulary = processor.tokenizer.get_vocab()
-    inner = model.model
-
-    def visual_of(pixels: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            states = hidden_states(inner.vision_tower, pixels.to(model.device))
-        return inner.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
 
     language.train_language(
         model,
-        visual_of,
+        partial(language.visual_tokens, model),
         partial(language_batch, seed * 2 * LATER + LATER, LANGUAGE["batch"], "train", vocabulary),
         [language_batch(7_000_000, checks, "test", vocabulary, 0)],
         LANGUAGE,

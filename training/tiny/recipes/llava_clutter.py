@@ -24,8 +24,8 @@ from ..card import FRONT, accuracy, plan, run, snippet, table
 from ..evaluate import most_frequent
 from ..language import choose_kinds, pack
 from ..looking import Look
-from ..models import build_tokenizer, clip_llava, clip_pixels, clip_reading, generation_config
-from ..tower import TowerHeads, View, hidden_states, localisation, targets, to_pixels
+from ..models import build_llava, start_from
+from ..tower import TowerHeads, View, localisation, targets, to_pixels
 
 __all__ = ["build", "card", "measure", "train"]
 
@@ -43,33 +43,17 @@ def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: i
 
     Arguments and result as those of the recipe of the tiny LLaVA.
     """
-    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-
-    tokenizer = build_tokenizer(words=vocabulary())
-    config = clip_llava(LlavaConfig, tokenizer, width, (tower_layers, llm_layers), heads, SIDE)
-    model = LlavaForConditionalGeneration(config).float()
-    model.generation_config = generation_config(tokenizer)
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(**clip_pixels(SIDE)), tokenizer=tokenizer, **clip_reading()
-    )
-    return model, processor
+    return build_llava(vocabulary(), width, (tower_layers, llm_layers), heads, SIDE)
 
 
-@torch.no_grad()
 def warm_start(model: Any) -> None:
     """The shipped tiny LLaVA's weights, in place: tower positions stretched, embeddings of the words it knows."""
     theirs = load("llava")[0].state_dict()
-    for name, value in model.state_dict().items():
-        known = theirs.get(name)
-        if known is None:
-            continue
-        if name.endswith("position_embedding.weight") and known.shape != value.shape:
-            side = SIDE // 8
-            grid = known[1:].unflatten(0, (12, 12)).permute(2, 0, 1)[None]
-            wide = F.interpolate(grid, (side, side), mode="bilinear")[0].permute(1, 2, 0).flatten(0, 1)
-            known = torch.cat([known[:1], wide])
-        if known.shape[1:] == value.shape[1:] and len(known) <= len(value):
-            value[: len(known)] = known
+    name = next(name for name in theirs if name.endswith("position_embedding.weight"))
+    grid = theirs[name][1:].unflatten(0, (12, 12)).permute(2, 0, 1)[None]
+    wide = F.interpolate(grid, (SIDE // 8, SIDE // 8), mode="bilinear")[0].permute(1, 2, 0).flatten(0, 1)
+    theirs[name] = torch.cat([theirs[name][:1], wide])
+    start_from(model.state_dict().items(), theirs)
 
 
 def train(
@@ -145,17 +129,11 @@ def train_language(
 ) -> None:
     """Stage two, in place, with the tower frozen; arguments as in `train_tower`."""
     vocabulary = processor.tokenizer.get_vocab()
-    inner = model.model
-
-    def visual_of(pixels: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            states = hidden_states(inner.vision_tower, pixels.to(model.device))
-        return inner.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
 
     look = Look(model, LOOKS)
     language.train_language(
         model,
-        visual_of,
+        partial(language.visual_tokens, model),
         partial(language_batch, seed * 2 * LATER + LATER, LANGUAGE["batch"], "train", vocabulary),
         [language_batch(CHECK, checks, "test", vocabulary, 0)],
         LANGUAGE,

@@ -21,10 +21,11 @@ from .. import language, pages_tower
 from ..card import FRONT, accuracy, plan, run, snippet, table
 from ..evaluate import most_frequent, pruned_accuracy
 from ..language import pack
-from ..models import build_tokenizer, clip_llava, clip_pixels, clip_reading, generation_config, start_tower
-from ..pages_language import SLOTS, WIDTH, PageLooks, choose, look_targets, start_words
+from ..looking import Look
+from ..models import build_llava, start_from, start_tower
+from ..pages_language import LOOKS, SLOTS, WIDTH, choose, look_targets, start_words
 from ..pages_tower import ENTRIES, RELATIONS, PageHeads, start_neighbours, targets
-from ..tower import hidden_states, localisation, to_pixels
+from ..tower import localisation, to_pixels
 
 __all__ = ["build", "card", "measure", "train"]
 
@@ -55,30 +56,20 @@ def build(width: int = 128, tower_layers: int = 6, llm_layers: int = 4, heads: i
     Returns:
         ``(LlavaForConditionalGeneration, LlavaProcessor)`` in float32.
     """
-    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-
-    tokenizer = build_tokenizer(words=vocabulary())
-    config = clip_llava(LlavaConfig, tokenizer, width, (tower_layers, llm_layers), heads, SIDE)
-    model = LlavaForConditionalGeneration(config).float()
+    model, processor = build_llava(vocabulary(), width, (tower_layers, llm_layers), heads, SIDE)
     start_tower(model.model.vision_tower)
-    model.generation_config = generation_config(tokenizer)
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(**clip_pixels(SIDE)), tokenizer=tokenizer, **clip_reading()
-    )
     return model, processor
 
 
-@torch.no_grad()
 def warm_start(model: Any) -> None:
     """The shipped tiny LLaVA's language model, in place; new words come after those that it knows.
 
     Its tower and its projector are no start: what their layers add is several times as long as the
     positions, which the next layers then cannot read.
     """
-    theirs = load("llava")[0].state_dict()
-    for name, value in model.state_dict().items():
-        if name in theirs and ("language_model" in name or name.startswith("lm_head")):
-            value[: len(theirs[name])] = theirs[name]
+    theirs = load("llava")[0].state_dict().items()
+    known = {name: value for name, value in theirs if "language_model" in name or name.startswith("lm_head")}
+    start_from(model.state_dict().items(), known)
 
 
 def train(
@@ -86,7 +77,7 @@ def train(
 ) -> None:
     """Warm start and both stages, in place; appends to ``log``. Limits as in `optimise`."""
     warm_start(model)
-    start_neighbours(model.model.vision_tower, tower_batch(LATER, 6, "train", 0)[0], louder=True)
+    start_neighbours(model.model.vision_tower, tower_batch(LATER, 6, "train", 0)[0], longer=True)
     heads = train_tower(model, log, seed, seconds=seconds and seconds * 0.55, **limits)
     start_words(model, processor.tokenizer.get_vocab(), ENTRIES[1:], heads.entries[1:])
     torch.manual_seed(seed + 1)
@@ -135,17 +126,11 @@ def train_language(
     """Stage two, in place, with the tower frozen; arguments as in `train_tower`."""
     vocabulary = processor.tokenizer.get_vocab()
     user = [vocabulary["user"], vocabulary[":"]]
-    inner = model.model
 
-    def visual_of(pixels: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            states = hidden_states(inner.vision_tower, pixels.to(model.device))
-        return inner.multi_modal_projector(states[model.config.vision_feature_layer][:, 1:])
-
-    looks = PageLooks(model, len(user))
+    looks = Look(model, LOOKS, len(user))
     language.train_language(
         model,
-        visual_of,
+        partial(language.visual_tokens, model),
         partial(language_batch, seed * 2 * LATER + LATER, LANGUAGE["batch"], "train", vocabulary),
         [language_batch(CHECK, checks, "test", vocabulary, 0)],
         LANGUAGE,
@@ -271,6 +256,6 @@ of the tables above.
 It knows 40 words and 90 numbers and the pages above, nothing else: one image per prompt, one question per prompt. Its
 answers to other images say nothing about the world. Numbers measured on it compare methods of token reduction in kind,
 not in degree: large models on natural documents behave differently. Its tower was trained to name in the patches of an
-entry what that entry goes with, so an answer hangs on one to eight patches.
+entry what that entry goes with, so that an answer is read from one to eight patches.
 """
 )

@@ -27,7 +27,7 @@ from ..card import FRONT, accuracy, plan, run, snippet, table
 from ..evaluate import most_frequent
 from ..language import answer_loss, choose_kinds, pack
 from ..loop import optimise
-from ..models import build_tokenizer
+from ..models import build_tokenizer, start_from
 from ..qwen_language import WIDTHS, positions, visual_tokens
 from ..qwen_tower import owners, video_patches
 from ..reading import SIZES, clip_targets
@@ -57,12 +57,7 @@ def build(**sizes: int) -> tuple[Any, Any]:
 
 def warm_start(model: Any) -> None:
     """Copy the shipped tiny Qwen2.5-VL where names and shapes agree, and embeddings of the words it knows."""
-    known = dict(tiny.load("qwen2_5_vl")[0].named_parameters())
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            rows = known.get(name, p)
-            if rows.shape[1:] == p.shape[1:] and len(rows) <= len(p):
-                p[: len(rows)] = rows
+    start_from(model.named_parameters(), dict(tiny.load("qwen2_5_vl")[0].named_parameters()))
 
 
 def choose(clip: LongClip, rng: np.random.Generator) -> list[Question]:

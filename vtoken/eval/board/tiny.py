@@ -47,6 +47,12 @@ class Subject:
         """Stem of the subject's file names."""
         return self.name if self.only else f"{self.name}_{self.medium}"
 
+    def settings(self, seed: int) -> dict[str, Any]:
+        """What the answers depend on."""
+        questions = sum(len(batch.asked) for batch in self.batches)
+        of = {"model": self.name, "medium": self.medium, "weights": weights(self.model)}
+        return {**of, "questions": questions, "seed": seed, **versions()}
+
     def given(self, name: str | None) -> Any:
         """What `vtoken.patch` is given for a strategy: its name, or the weights that ship for this model."""
         from ... import tiny
@@ -163,15 +169,8 @@ def tiny_board(
     """
     for name in strategies:
         parse_strategy(name)
-    questions = sum(len(batch.asked) for batch in subject.batches)
-    settings = {
-        "model": subject.name,
-        "medium": subject.medium,
-        "weights": weights(subject.model),
-        "questions": questions,
-        "seed": seed,
-        **versions(),
-    }
+    settings = subject.settings(seed)
+    questions = settings["questions"]
     board = Board(f"Tiny {subject.name}, {subject.medium}s", settings, [])
     wanted = plan(strategies or subject.fitting(), budgets or subject.budgets)
     keys = [key(named or "dense", budget) for named, budget in wanted]
