@@ -90,7 +90,7 @@ def test_training_lowers_the_loss_and_survives_a_round_trip(strategy, tmp_path):
         and config.weights == tmp_path / WEIGHTS_FILE
     )
     other = vtoken.patch(FAMILIES[NAME].build(), config)
-    assert torch.equal(logits(other, inputs), trained)
+    assert torch.allclose(logits(other, inputs), trained, atol=1e-5)
     again = tmp_path / "again"
     vtoken.save_strategy(other, again)
     a, b = load_file(tmp_path / WEIGHTS_FILE), load_file(again / WEIGHTS_FILE)
@@ -102,12 +102,13 @@ def test_copies_pickles_and_casts_carry_the_weights():
     pickled = pickle.dumps(model)  # transformers' own hooks of a first call cannot be
     answer = logits(model, inputs)
     for other in (copy.deepcopy(model), pickle.loads(pickled)):
-        assert torch.equal(logits(other, inputs), answer)
+        assert torch.allclose(logits(other, inputs), answer, atol=1e-5)
         mine, theirs = model.vtoken_strategy, other.vtoken_strategy
         assert mine is not theirs
         with torch.no_grad():
             theirs.connector.fc2.bias.add_(1.0)
-        assert not torch.equal(logits(other, inputs), answer) and torch.equal(logits(model, inputs), answer)
+        assert not torch.allclose(logits(other, inputs), answer, atol=1e-2)
+        assert torch.allclose(logits(model, inputs), answer, atol=1e-5)
         vtoken.unpatch(other)
         assert not hasattr(other, "vtoken_strategy")
     model.double()
@@ -224,7 +225,7 @@ def test_a_budget_assigned_to_a_combination_keeps_the_weights():
     model, inputs = made(0.6), FAMILIES[NAME].batch("ragged")
     logits(model, inputs)
     vtoken.patching.patch_of(model).strategy.budget = 0.3
-    assert torch.equal(logits(model, inputs), logits(made(0.3), inputs))
+    assert torch.allclose(logits(model, inputs), logits(made(0.3), inputs), atol=1e-5)
     vtoken.unpatch(model)
     assert not hasattr(model, "vtoken_strategy")
 
@@ -241,7 +242,7 @@ def test_pushed_and_copied_configs_take_the_weights_along(tmp_path, monkeypatch)
     assert pushed == [{CONFIG_FILE, WEIGHTS_FILE}]
     vtoken.VTokenConfig.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     other = vtoken.patch(FAMILIES[NAME].build(), vtoken.VTokenConfig.from_pretrained(tmp_path / "b"))
-    assert torch.equal(logits(other, inputs), logits(model, inputs))
+    assert torch.allclose(logits(other, inputs), logits(model, inputs), atol=1e-5)
 
 
 def test_a_config_keeps_its_weights_when_it_is_changed_and_a_file_names_none(tmp_path):
@@ -249,7 +250,7 @@ def test_a_config_keeps_its_weights_when_it_is_changed_and_a_file_names_none(tmp
     vtoken.save_strategy(model, tmp_path)
     config = dataclasses.replace(vtoken.VTokenConfig.from_pretrained(tmp_path), budget=0.3)
     other = vtoken.patch(FAMILIES[NAME].build(), config)
-    assert torch.equal(logits(other, inputs), logits(model, inputs))
+    assert torch.allclose(logits(other, inputs), logits(model, inputs), atol=1e-5)
     path = tmp_path / CONFIG_FILE
     told = json.loads(path.read_text())
     assert "weights" not in told
@@ -266,7 +267,7 @@ def test_a_combination_named_with_a_plus_finds_its_weights(tmp_path):
     path = tmp_path / CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"strategy": "pvc + fastv"}))
     other = vtoken.patch(FAMILIES[NAME].build(), vtoken.VTokenConfig.from_pretrained(tmp_path))
-    assert torch.equal(logits(other, inputs), logits(model, inputs))
+    assert torch.allclose(logits(other, inputs), logits(model, inputs), atol=1e-5)
 
 
 def test_a_model_patched_in_inference_mode_can_be_trained():
