@@ -12,7 +12,7 @@ from .adapters.generic import GenericAdapter
 from .adapters.refused import reason
 from .adapters.registry import adapter_for, list_families, model_of, reads_visual_tokens
 from .checks import listed
-from .mechanism.attention_rows import check_projections
+from .mechanism.attention_rows import check_projections, projects_visual_tokens
 from .mechanism.drop_schedule import DropSchedule
 from .mechanism.recurrent_states import layers_of_fixed_length
 from .strategies import EncoderStrategy, Strategy, list_names, strategy_info
@@ -103,6 +103,7 @@ WORDS = {
     "received_attention": "attention maps of the tower",
     "reuse": "layers that can be computed in part",
     "pixels": "square frames of one size",
+    "question_attention": "an LLM whose layers have q_proj, k_proj and input_layernorm",
     "states": "outputs of tower layers",
     "temporal": "a tower with one row per frame",
     "merging": "patches of square images that are the LLM's tokens one by one",
@@ -231,7 +232,10 @@ def fitting_encoder(encoder: Encoder, pattern: str = "*") -> list[str]:
 
 def lacking_of(adapter: Adapter, strategy: Strategy, modality: str) -> list[str]:
     """The needs of a strategy that this model cannot meet, in words."""
-    lacking = adapter.lacking(needs_of(adapter, strategy, modality), modality)
+    needs = needs_of(adapter, strategy, modality)
+    lacking = adapter.lacking(needs, modality)
+    if needs.question_attention is not None and not projects_visual_tokens(adapter.decoder):
+        lacking = [*lacking, "question_attention"]
     tower = adapter.towers.get(modality)
     if strategy.acts_between_frames and (tower is None or not tower.can_reuse):
         lacking = [*lacking, "reuse"]

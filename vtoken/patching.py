@@ -125,8 +125,10 @@ class Patch:
     def _text_reading(self) -> TextReading | None:
         if not self.design.wants_text:
             return None
-        question = any(n.question for n in self.design.needs.values())
-        return TextReading(self.adapter.decoder, question, self._fuse if self.design.fuses_text else None)
+        needs = self.design.needs.values()
+        fuse = self._fuse if self.design.fuses_text else None
+        depths = (n.question_attention for n in needs if n.question_attention is not None)
+        return TextReading(self.adapter.decoder, any(n.question for n in needs), fuse, next(depths, None))
 
     def _fuse(self, embeddings: Tensor, visual: Tensor) -> Tensor:
         assert self.trained is not None

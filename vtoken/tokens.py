@@ -102,6 +102,8 @@ class Needs:
         states: tower layers whose output is read.
         text_embeddings: whether the prompt's text embeddings are read.
         question: whether the LLM's state after the prompt's text is read.
+        question_attention: the depth of the LLM, a share of its layers in [0, 1), of the layer whose attention
+            from the prompt's last token to the visual tokens is read.
         pixels: whether the frames' pixels are read, and further frames encoded.
         grid: whether the places of tokens in the picture are read.
         together: whether the images of one prompt are seen as the frames of one video.
@@ -115,6 +117,7 @@ class Needs:
     states: tuple[int, ...] = ()
     text_embeddings: bool = False
     question: bool = False
+    question_attention: float | None = None
     pixels: bool = False
     grid: bool = False
     together: bool = False
@@ -123,7 +126,7 @@ class Needs:
     @property
     def text(self) -> bool:
         """Whether the prompt's text is read."""
-        return self.text_embeddings or self.question
+        return self.text_embeddings or self.question or self.question_attention is not None
 
     @property
     def tower_layers(self) -> set[int]:
@@ -152,6 +155,9 @@ class VisualTokens:
         text_embeddings: (t, d) embeddings of the prompt's text tokens, None unless declared in `Needs`.
         question: (d,) the LLM's output at the last token of the prompt's text, read without the picture; None
             unless declared.
+        question_attention: (heads, n) float32, products before the softmax in one layer of the LLM: the query
+            of the last token of the prompt's text, read without the picture up to this layer, and the keys of
+            the visual tokens as they enter the LLM, both without positions; None unless declared.
         merged: (num_cells,) int64, of a tower that merged tokens the cell in whose place a cell's token
             stands, -1 if it was dropped; cells with one number share their features. None if the tower merged
             nothing.
@@ -173,6 +179,7 @@ class VisualTokens:
     modality: str = "image"
     text_embeddings: Tensor | None = None
     question: Tensor | None = None
+    question_attention: Tensor | None = field(default=None, repr=False)
     merged: Tensor | None = None
     provided: dict[tuple[str, int], Tensor | Callable[[], Tensor]] = field(default_factory=dict, repr=False)
     memory: dict[str, Any] = field(default_factory=dict, repr=False)

@@ -52,6 +52,32 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
         )
 
 
+def projects_visual_tokens(decoder: Any) -> bool:
+    """Whether the first layers can run alone, and each norms its input before attention as `heads` reads it."""
+    try:
+        check_projections(decoder, "", "")
+    except (ValueError, AttributeError):
+        return False
+    return hasattr(decoder, "norm") and all(hasattr(layer, "input_layernorm") for layer in decoder.layers)
+
+
+@torch.no_grad()
+def products(layer: Any, query: Tensor, features: Tensor) -> Tensor:
+    """(heads, n) float32: scaled products, without positions, of a query and keys in a layer of the LLM.
+
+    Args:
+        query: (d,), what enters the layer at the token that looks.
+        features: (n, d), what enters it at the tokens that are looked at.
+    """
+    attention = layer.self_attn
+    weight = layer.input_layernorm.weight
+    place = query.device if weight.is_meta else weight.device  # offloaded weights come where their input is
+    normed = [layer.input_layernorm(x[None].to(place, query.dtype)) for x in (query[None], features)]
+    q, k = (heads(attention, x, which) for x, which in zip(normed, "qk", strict=True))
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return (q @ k.mT)[0, :, 0].float() * attention.scaling  # type: ignore[no-any-return]
+
+
 @torch.no_grad()
 def _rows_are_its_own(decoder: Any, attention: Any, layer_type: str, tokens: int = 8) -> bool:
     """Whether `rows_of_attention` gives what an attention module computes itself, on a few random tokens.
