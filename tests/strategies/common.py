@@ -66,6 +66,7 @@ def build(
         provided=provided,
         pixels=randn(count, 3, 12, 12).to(dtype),
         encode=lambda pixels: pixels.mean((1, 2, 3))[:, None, None].expand(-1, size, DIM),
+        question_attention=2 * randn(HEADS, len(cells)).float() if text else None,
     )
 
 

@@ -14,6 +14,7 @@ from .dart import DART as DART
 from .diffrate import DiffRate as DiffRate
 from .divprune import DivPrune as DivPrune
 from .evs import EVS as EVS
+from .farcover import FarCover as FarCover
 from .fastv import FastV as FastV
 from .flashvid import FlashVID as FlashVID
 from .globalcom2 import GlobalCom2 as GlobalCom2
