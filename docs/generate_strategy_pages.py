@@ -100,6 +100,9 @@ def page(info: StrategyInfo) -> str:
             lines.append(f"| `{f.name}` | `{default(f)!r}` | {arguments.get(f.name, 'See above.')} |")
     if info.differs:
         lines += ["", "## What differs from the reference", "", *textwrap.wrap(sentence(info.differs), 118)]
+    measured = FOLDER / "measured" / f"{info.name}.md"
+    if measured.is_file():
+        lines += ["", measured.read_text().rstrip()]
     return "\n".join([*lines, ""])
 
 
@@ -138,6 +141,8 @@ def reads(strategy: Strategy) -> str:
             parts.append(f"on towers without CLS token {describe(without) or 'features alone'}")
     if with_cls.pixels:
         parts.append("the frames' pixels")
+    if with_cls.question_attention is not None:
+        parts.append("the prompt's text up to a layer of the LLM, and what its last token looks at there")
     if with_cls.together:
         parts.append("all images of a prompt at once, as the frames of one video")
     if strategy.reuse(CLIP) is not None:

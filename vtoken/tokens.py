@@ -102,8 +102,8 @@ class Needs:
         states: tower layers whose output is read.
         text_embeddings: whether the prompt's text embeddings are read.
         question: whether the LLM's state after the prompt's text is read.
-        question_attention: the depth of the LLM, a share of its layers in [0, 1), of the layer whose attention
-            from the prompt's last token to the visual tokens is read.
+        question_attention: the layer of the LLM, as a share of its layers in [0, 1), whose attention from the
+            prompt's last token to the visual tokens is read.
         pixels: whether the frames' pixels are read, and further frames encoded.
         grid: whether the places of tokens in the picture are read.
         together: whether the images of one prompt are seen as the frames of one video.

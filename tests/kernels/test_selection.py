@@ -179,7 +179,9 @@ def test_weights_fade_with_what_covers_their_token(seed, n, dtype, layout):
     want = [oracle.greedy_cover(values[b], weight[b], k, fade[b]) for b in range(2)]
     assert kernels.greedy_cover(values, k, weight, fade).tolist() == want
     assert torch.equal(kernels.greedy_cover(values, n, weight, fade)[:, :k], torch.tensor(want))
-    assert torch.equal(kernels.greedy_cover(values, k, weight, 0 * fade), kernels.greedy_cover(values, k, weight))
+    assert torch.equal(
+        kernels.greedy_cover(values, k, weight, 0 * fade), kernels.greedy_cover(values, k, weight)
+    )
 
 
 def test_greedy_cover_properties():

@@ -20,6 +20,7 @@ ALWAYS = [
     "coverage",
     "divprune",
     "evs",
+    "farcover",
     "flashvid",
     "mmtok",
     "random",

@@ -66,9 +66,7 @@ def greedy_map(features: Tensor, quality: Tensor, k: int) -> Tensor:
     return ops.greedy_map(features.detach(), quality.detach(), k)
 
 
-def greedy_cover(
-    values: Tensor, k: int, weight: Tensor | None = None, fade: Tensor | None = None
-) -> Tensor:
+def greedy_cover(values: Tensor, k: int, weight: Tensor | None = None, fade: Tensor | None = None) -> Tensor:
     """Greedy maximisation of coverage, a facility location function (SCOPE, arXiv 2510.24214).
 
     Token i covers thing j as well as `values[b, i, j]` says, a selection as well as its best token, and at
@@ -79,8 +77,8 @@ def greedy_cover(
     Args:
         values: (B, n, m). k: number of tokens, at most n.
         weight: (B, n), not negative; 1 if not given.
-        fade: (B, n), not negative: what the weight of token i loses, down to 0, for what covers thing i, where
-            the things are the tokens themselves (m = n); 0 if not given.
+        fade: (B, n), not negative: what the weight of token i loses, down to 0, per coverage of thing i,
+            where the things are the tokens themselves (m = n); 0 if not given.
 
     Returns (B, k) int64 in the order of selection (so the first j are the selection for j). The torch twin is
     lazy: gains only shrink, so that it computes those of a step's best candidates alone. No gradient. Raises

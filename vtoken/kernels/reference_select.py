@@ -162,11 +162,11 @@ def greedy_cover(values: Tensor, weight: Tensor, fade: Tensor, k: int) -> Tensor
         return torch.empty(batch, k, dtype=torch.long, device=values.device)
     number = compute_dtype(values)
     each = zip(*(x.to(number).cpu().numpy() for x in (values, weight, fade)), strict=True)
-    return torch.tensor([_cover(*one, k) for one in each], device=values.device)
+    return torch.tensor([_cover(v, w, f, k) for v, w, f in each], device=values.device)
 
 
 def _cover(values: np.ndarray, weight: np.ndarray, fade: np.ndarray, k: int) -> list[int]:
-    """Lazy greedy: gains and weights only shrink, so that a token's last product is a bound on that of now."""
+    """Lazy greedy: gains and weights only shrink, so that a token's last product bounds that of now."""
     number = values.dtype.type
     most, lift = number(1 - COVER_TIE), number(COVER_LIFT) * values.max(0, initial=0)
     covered, picks = np.zeros_like(lift), []

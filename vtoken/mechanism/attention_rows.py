@@ -53,7 +53,7 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
 
 
 def projects_visual_tokens(decoder: Any) -> bool:
-    """Whether the first layers can run alone, and each norms its input before attention as `heads` reads it."""
+    """Whether the first layers can run alone, and each norms what `heads` reads."""
     try:
         check_projections(decoder, "", "")
     except (ValueError, AttributeError):

@@ -29,7 +29,7 @@ def check_labels(run: Run, real: Tensor) -> None:
 
 
 def first_layers(decoder: Any, count: int) -> Any:
-    """A language model of the first layers of another one, with the same weights and without its last norm."""
+    """A language model of the first layers of another one, with its weights and without its last norm."""
     short = copy.copy(decoder)
     layers, norm = nn.ModuleList(list(decoder.layers)[:count]), nn.Identity()
     short._modules = {**decoder._modules, "layers": layers, "norm": norm}
@@ -45,8 +45,8 @@ class TextReading:
         question: whether the strategy reads the LLM's state after the text.
         fuse: `fuse(embeddings (n, d), visual (n,) bool) -> (n - v, d)`, embeddings in place of those of the
             text; None if the text stays as it is.
-        depth: of the layer whose attention from the text's last token to the visual tokens the strategy reads,
-            a share of the layers; None if it reads none.
+        depth: of the layer whose attention from the text's last token to the visual tokens is read, a share of
+            the layers; None if none is.
     """
 
     decoder: Any

@@ -19,10 +19,7 @@ from .registry import register
 
 
 @register(
-    "farcover",
-    summary="Keep the tokens that lie far from the mean and from each other, and cover most of what is left;"
-    " what the question looks at counts more.",
-    stages=("projector",),
+    "farcover", summary="Keep far tokens that cover most, first for the question.", stages=("projector",)
 )
 @dataclass
 class FarCover(Strategy):
@@ -31,41 +28,36 @@ class FarCover(Strategy):
     With the distance `d_ij = 1 - cos(x_i, x_j)` of the projected features, the mean of all tokens counts as
     known before anything is chosen: `near_j = 1 - cos(x_j, mean)`. Each step adds the token i with the
     largest `near_i sum_j demand_j max(0, near_j - d_ij)`, how far it lies from what is known times how much
-    nearer it brings all tokens, and then `near_j = min(near_j, d_ij)`. All tokens of an image or a video
-    compete for one budget, crops and frames alike.
+    nearer it brings all tokens, and then `near_j = min(near_j, d_ij)`. All patches of an image or a video
+    compete for one budget, crops and frames alike; rows that are no patch are dropped.
 
     `demand_j = 1 - relevance + relevance n p_j`. `p_j` is how the question looks at the tokens: the LLM reads
     the prompt's text, without the picture, up to a quarter of its layers; the query of the last text token in
     this layer and the keys of the n tokens as they enter the LLM, both without positions, give a softmax per
-    head, and `p` is its mean over heads. Without text all tokens are in equal demand.
-
-    The n x n products are held in float32: 157 MB for 6,272 tokens.
+    head, and `p` is its mean over heads. Without text all tokens are in equal demand. The n x n products are
+    held in float32: 157 MB for 6,272 tokens.
 
     Args:
-        relevance: the question's share in the demand, in [0, 1); 0 does not read the text, which a stream of
-            frames and a server need.
+        relevance: the question's share in the demand, in [0, 1); 0 reads no text, for streams and servers.
         depth: the layer that looks, as a share of the LLM's layers, in [0, 1).
-        keep_newline: keep image-newline and separator rows on top of the budget.
     """
 
     _: KW_ONLY
     relevance: float = 0.25
     depth: float = 0.25
-    keep_newline: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("relevance", self.relevance), ("depth", self.depth)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must lie in [0, 1), found {value}.")
+        if not (0 <= self.relevance < 1 and 0 <= self.depth < 1):
+            raise ValueError(f"relevance and depth must lie in [0, 1), found {self.relevance}, {self.depth}.")
 
     def needs(self, tower: TowerInfo | None) -> Needs:
         return Needs(question_attention=self.depth) if self.relevance else Needs()
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens per segment if all are alike; the sum is exact."""
-        fed, allowance = [s.fed for s in segments], self.allowance(budget)
-        total = max(1, round(allowance.allowed(sum(fed), frames_of(segments))))
+        fed = [s.fed for s in segments]
+        total = max(1, round(self.allowance(budget).allowed(sum(fed), frames_of(segments))))
         return divide(min(sum(fed), total), fed)
 
     def _kept_per_segment(self, segments: Sequence[Segment]) -> list[int] | None:
@@ -73,18 +65,15 @@ class FarCover(Strategy):
 
     def select(self, tokens: VisualTokens) -> Selection:
         rows, count = tokens.patch_rows, sum(self.counts(tokens.segments))
-        picks = far_and_covering(tokens.features[rows], self.demand(tokens)[rows], count)
-        kept = [rows[picks]] + [tokens.separator_rows] * self.keep_newline
-        return Selection(torch.cat(kept).sort().values)
+        picks = far_and_covering(tokens.features[rows], self.demand(tokens), count)
+        return Selection(rows[picks].sort().values)
 
     def demand(self, tokens: VisualTokens) -> Tensor:
-        """(n,) float32, above 0: the weight of each token among those to cover, 1 for rows that are no patch."""
+        """(p,) float32, above 0: the weight of each patch among those to cover, 1 on average."""
         looks, rows = tokens.question_attention, tokens.patch_rows
-        demand = torch.ones(len(tokens), device=tokens.cells.device)
-        if looks is not None and self.relevance:
-            seen = looks[:, rows].float().softmax(-1).mean(0) * len(rows)
-            demand[rows] = 1 - self.relevance + self.relevance * seen
-        return demand
+        if looks is None or not self.relevance:
+            return torch.ones(len(rows), device=rows.device)
+        return 1 - self.relevance + self.relevance * len(rows) * looks[:, rows].softmax(-1).mean(0)
 
 
 @full_precision
