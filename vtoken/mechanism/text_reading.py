@@ -45,8 +45,8 @@ class TextReading:
         question: whether the strategy reads the LLM's state after the text.
         fuse: `fuse(embeddings (n, d), visual (n,) bool) -> (n - v, d)`, embeddings in place of those of the
             text; None if the text stays as it is.
-        depth: of the layer whose attention from the text's last token to the visual tokens is read, a share of
-            the layers; None if none is.
+        depth: of the layer whose attention from the text's last token to the visual tokens is read, a share
+            of the layers; None if none is.
     """
 
     decoder: Any
