@@ -1,4 +1,4 @@
-"""A slice of every board that docs/board.md shows: the default strategy and chance at one small budget."""
+"""A slice of every board that docs/board.md shows: farcover and chance at one small budget."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import pytest
 
 from vtoken import tiny
 from vtoken.eval.board.tiny import subjects, tiny_board
-from vtoken.patching import DEFAULT
 from vtoken.tiny.questions import HARDER
 
 QUESTIONS = 24
 
 
 @pytest.mark.parametrize("name", tiny.names())
-def test_the_default_answers_more_than_chance_at_equal_tokens(name):
+def test_farcover_answers_more_than_chance_at_equal_tokens(name):
     budget = 0.05 if name in HARDER else 0.1
     for subject in subjects(name, QUESTIONS, 5, 12):
-        board = tiny_board(subject, [DEFAULT, "random"], [budget])
+        board = tiny_board(subject, ["farcover", "random"], [budget])
         dense, chosen, _ = board.cells
         assert dense.accuracy >= 0.8
         assert chosen.tokens < 0.15 * dense.tokens
