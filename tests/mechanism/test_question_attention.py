@@ -95,3 +95,11 @@ def test_features_of_several_layers_do_not_enter_one():
     with torch.no_grad():
         assert vtoken.patch(model, budget=0.4)(**clone(inputs)).logits.isfinite().all()
     assert vtoken.kept_tokens(model).sum() < inputs["attention_mask"].sum()
+
+
+def test_a_compiled_language_model_is_read_as_well():
+    inputs, (plain, compiled) = FAMILIES["llava"].batch("one"), [FAMILIES["llava"].build() for _ in range(2)]
+    compiled.model.language_model = torch.compile(compiled.model.language_model, backend="eager")
+    with torch.no_grad():
+        wanted, got = (vtoken.patch(m, budget=0.4)(**clone(inputs)).logits for m in (plain, compiled))
+    assert torch.equal(got, wanted)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..streams import unwrapped
 from ..tokens import VisualTokens
 from .attention_rows import products
 from .forward_context import Run
@@ -45,8 +46,8 @@ class TextReading:
         question: whether the strategy reads the LLM's state after the text.
         fuse: `fuse(embeddings (n, d), visual (n,) bool) -> (n - v, d)`, embeddings in place of those of the
             text; None if the text stays as it is.
-        depth: of the layer whose attention from the text's last token to the visual tokens is read, a share of
-            the layers; None if none is.
+        depth: of the layer whose attention from the text's last token to the visual tokens is read, a share
+            of the layers; None if none is.
     """
 
     decoder: Any
@@ -101,7 +102,8 @@ class TextReading:
         # `forward` and not a call: hooks on the language model belong to the prompt that is being read
         forward = self.decoder.forward
         if before is not None:
-            forward = functools.partial(type(self.decoder).forward, first_layers(self.decoder, before))
+            decoder = unwrapped(self.decoder)  # a compiled one has its forward inside
+            forward = functools.partial(type(decoder).forward, first_layers(decoder, before))
         beside = {name: x[None] for name, x in tokenwise.items()}
         return hidden_states_of(forward(inputs_embeds=text[None], use_cache=False, **beside))[0, -1]
 
