@@ -143,16 +143,20 @@ def heads(attention: Any, x: Tensor, which: str) -> Tensor:
     projection = getattr(attention, f"{which}_proj", None)
     if projection is None:
         raise rebuilt(f"The LLM's attention has no {which}_proj, from which its rows are computed")
-    if _sharded(getattr(projection, "weight", None)):
-        raise NotImplementedError(
-            f"A strategy that reads the LLM's attention computes it again from {which}_proj, whose weights"
-            " are in pieces here (FSDP, tensor parallel): use a projector strategy, or"
-            " DistributedDataParallel."
-        )
+    check_whole(projection, which, "a projector strategy")
     x = projection(x)
     x = x.view(*x.shape[:2], -1, attention.head_dim)
     norm = getattr(attention, f"{which}_norm", None)
     return (x if norm is None else norm(x)).transpose(1, 2)
+
+
+def check_whole(projection: Any, which: str, instead: str) -> None:
+    """Raise NotImplementedError, which advises to use `instead`, if this process has a piece of it only."""
+    if _sharded(getattr(projection, "weight", None)):
+        raise NotImplementedError(
+            f"A strategy that reads the LLM's attention computes it again from {which}_proj, whose weights"
+            f" are in pieces here (FSDP, tensor parallel): use {instead}, or DistributedDataParallel."
+        )
 
 
 def _sharded(weight: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..streams import unwrapped
 from ..tokens import VisualTokens
-from .attention_rows import products
+from .attention_rows import check_whole, products
 from .forward_context import Run
 from .transformers_names import hidden_states_of
 
@@ -88,6 +88,9 @@ class TextReading:
         assert self.depth is not None
         layers = self.decoder.layers
         index = min(len(layers) - 1, round(self.depth * len(layers)))
+        for which in "qk":  # before layers run whose processes wait for each other
+            projection = getattr(layers[index].self_attn, f"{which}_proj", None)
+            check_whole(projection, which, "one that does not, such as farcover with relevance=0.0")
         return functools.partial(products, layers[index], self.state(text, tokenwise, index))
 
     @torch.no_grad()
