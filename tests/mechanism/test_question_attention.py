@@ -13,6 +13,8 @@ from tests.models import FAMILIES
 from tests.oracle import clone
 from vtoken import Needs, Selection, Strategy
 
+from .test_other_llms import over
+
 SEEN: list = []
 
 
@@ -103,3 +105,13 @@ def test_a_compiled_language_model_is_read_as_well():
     with torch.no_grad():
         wanted, got = (vtoken.patch(m, budget=0.4)(**clone(inputs)).logits for m in (plain, compiled))
     assert torch.equal(got, wanted)
+
+
+def test_norms_without_weights():
+    model, inputs = over("olmo"), FAMILIES["llava"].batch("one")
+    SEEN.clear()
+    with torch.no_grad(), vtoken.applied(model, Looks()):
+        model(**clone(inputs))
+    (tokens,) = SEEN
+    text = inputs["input_ids"][~FAMILIES["llava"].visual(inputs)]
+    assert torch.allclose(tokens.question_attention, by_hand(model, text, tokens.features, 2), atol=1e-4)

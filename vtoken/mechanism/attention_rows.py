@@ -70,7 +70,7 @@ def products(layer: Any, query: Tensor, features: Tensor) -> Tensor:
         features: (n, d), what enters it at the tokens that are looked at.
     """
     attention = layer.self_attn
-    weight = layer.input_layernorm.weight
+    weight = next(layer.parameters())  # norms may have none
     place = query.device if weight.is_meta else weight.device  # offloaded weights come where their input is
     normed = [layer.input_layernorm(x[None].to(place, query.dtype)) for x in (query[None], features)]
     q, k = (heads(attention, x, which) for x, which in zip(normed, "qk", strict=True))
