@@ -103,7 +103,7 @@ WORDS = {
     "received_attention": "attention maps of the tower",
     "reuse": "layers that can be computed in part",
     "pixels": "square frames of one size",
-    "question_attention": "an LLM whose layers have q_proj, k_proj and input_layernorm",
+    "question_attention": "an LLM whose attention vtoken recomputes from q_proj, k_proj and input_layernorm",
     "states": "outputs of tower layers",
     "temporal": "a tower with one row per frame",
     "merging": "patches of square images that are the LLM's tokens one by one",
@@ -159,7 +159,9 @@ def check_fit(
             extension = " pass thumbnail=False, or"
         if set(lacking) <= {"states", "grid"} and hasattr(strategy, "vision"):
             extension = ' pass vision="projected" to compare projected features, or'
-        where = "this" if lacking == ["grid"] else "the vision tower of this"
+        if lacking == ["question_attention"] and hasattr(strategy, "relevance"):
+            extension = " pass relevance=0.0 to read no text, or"
+        where = "this" if lacking in (["grid"], ["question_attention"]) else "the vision tower of this"
         lacks = f"{where} {kind} model does not have"
         if isinstance(adapter, GenericAdapter):
             lacks = "the generic adapter does not read"
@@ -234,7 +236,8 @@ def lacking_of(adapter: Adapter, strategy: Strategy, modality: str) -> list[str]
     """The needs of a strategy that this model cannot meet, in words."""
     needs = needs_of(adapter, strategy, modality)
     lacking = adapter.lacking(needs, modality)
-    if needs.question_attention is not None and not projects_visual_tokens(adapter.decoder):
+    looks = needs.question_attention is not None
+    if looks and (adapter.features_in_layers or not projects_visual_tokens(adapter.decoder)):
         lacking = [*lacking, "question_attention"]
     tower = adapter.towers.get(modality)
     if strategy.acts_between_frames and (tower is None or not tower.can_reuse):

@@ -214,7 +214,17 @@ class Patch:
         self._warn_of_new_weights()
         if self.strategy.is_identity or not self.strategy.acts_on_projector:
             return Selection.everything(len(tokens), tokens.cells.device)
-        return self.strategy.select(tokens).check(len(tokens))
+        try:
+            return self.strategy.select(tokens).check(len(tokens))
+        except ValueError as error:
+            seen = [tokens.features, tokens.question_attention]
+            if all(x is None or bool(x.isfinite().all()) for x in seen):
+                raise
+            raise ValueError(
+                f"{self.strategy.info.name} chooses by features of visual tokens, or by what the question"
+                " looks at, that are not finite numbers: load the model in bfloat16 or float32 if it is in"
+                " float16, and look for such numbers in its weights and pixels."
+            ) from error
 
     def _warn_of_new_weights(self) -> None:
         """Warn once if a model answers with weights that were never trained."""

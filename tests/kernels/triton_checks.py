@@ -271,3 +271,13 @@ def test_tensors_that_require_grad_use_the_twin():
     with kernels.backend("triton"):
         kernels.gather_merge(on_device(x), on_device(indices(1, 2, 5, 3))).sum().backward()
     assert x.grad.sum() == 24
+
+
+def test_values_that_are_no_numbers_give_indices_of_tokens():
+    """An index outside would end the process's use of a GPU."""
+    x = tensor(0, 1, 33, 8)
+    x[0, 4] = float("nan")
+    for picks in (triton("farthest_point", x, 5), triton("greedy_map", x, torch.ones(1, 33), 5)):
+        assert int(picks.min()) >= 0 and int(picks.max()) < 33
+    values = (x @ x.mT).clamp(min=0)
+    assert int(triton("greedy_cover", values, 5, torch.ones(1, 33), torch.ones(1, 33)).max()) < 33

@@ -94,6 +94,15 @@ def test_one_process(group, wrap, strategy, late):
         assert said == "equal"
 
 
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_the_question_is_read_where_weights_are_whole(group, wrap):
+    said = answer(wrap, "farcover", False, 1)
+    if wrap == "fully_shard":
+        assert "in pieces here (FSDP, tensor parallel): use one that does not, such as farcover with" in said
+    else:
+        assert said == "equal"
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Every process holds a half of the weights: what reads them outside of their layer is refused."""

@@ -94,3 +94,11 @@ def test_report_needs_a_patched_model_that_was_called():
         vtoken.report(model)
     with pytest.raises(ValueError, match="has not read visual tokens"):
         vtoken.report(vtoken.patch(model, "random"))
+
+
+@pytest.mark.parametrize("strategy", ["farcover", "divprune"])
+def test_features_that_are_no_numbers_are_told(strategy):
+    model = vtoken.patch(FAMILIES["llava"].build(), strategy, budget=0.4)
+    model.model.multi_modal_projector.linear_2.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match=f"{strategy} chooses by features .* that are not finite numbers"):
+        model(**FAMILIES["llava"].batch("one"))

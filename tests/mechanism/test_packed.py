@@ -241,7 +241,10 @@ def test_what_cannot_be_kept_apart_is_refused(flash):  # noqa: F811
     one["pixel_values"] = inputs["pixel_values"][:2]
     model = subject("llava")
     with torch.no_grad():
-        for strategy, words in (("fastv", "one prompt per row"), ("cdpruner", "reads the text")):
+        refusals = dict(
+            fastv="one prompt per row", cdpruner="reads the text", farcover=r"with relevance=0\.0"
+        )
+        for strategy, words in refusals.items():
             with vtoken.applied(model, strategy, budget=0.5), pytest.raises(NotImplementedError, match=words):
                 model(**clone(one), use_cache=False)
             with vtoken.applied(model, strategy, budget=0.5), vtoken.disabled(model):

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 import vtoken
+from tests.mechanism.common import PATCHABLE
 from tests.models import FAMILIES
 from tests.oracle import clone
 from vtoken import Needs, Selection, Strategy
+
+from .test_other_llms import over
 
 SEEN: list = []
 
@@ -77,5 +80,38 @@ def test_it_is_the_product_of_the_layers_own_projections(name, depth, index):
 def test_a_model_without_such_projections_is_refused_at_patch_time():
     model = FAMILIES["llava"].build()
     del model.get_decoder().layers[0].input_layernorm
-    with pytest.raises(ValueError, match="q_proj, k_proj and input_layernorm"):
+    with pytest.raises(
+        ValueError, match="q_proj, k_proj and input_layernorm, which this llava model does not"
+    ):
         vtoken.patch(model, Looks())
+    with pytest.raises(ValueError, match=r"pass relevance=0\.0 to read no text, or use"):
+        vtoken.patch(model, "farcover")
+
+
+@pytest.mark.skipif("granite4_vision" not in PATCHABLE, reason="transformers without it")
+def test_features_of_several_layers_do_not_enter_one():
+    model, inputs = FAMILIES["granite4_vision"].build(), FAMILIES["granite4_vision"].batch("ragged")
+    with pytest.raises(ValueError, match="which this granite4_vision model does not have"):
+        vtoken.patch(model, Looks())
+    assert "farcover" not in vtoken.list_strategies(model=model)
+    with torch.no_grad():
+        assert vtoken.patch(model, budget=0.4)(**clone(inputs)).logits.isfinite().all()
+    assert vtoken.kept_tokens(model).sum() < inputs["attention_mask"].sum()
+
+
+def test_a_compiled_language_model_is_read_as_well():
+    inputs, (plain, compiled) = FAMILIES["llava"].batch("one"), [FAMILIES["llava"].build() for _ in range(2)]
+    compiled.model.language_model = torch.compile(compiled.model.language_model, backend="eager")
+    with torch.no_grad():
+        wanted, got = (vtoken.patch(m, budget=0.4)(**clone(inputs)).logits for m in (plain, compiled))
+    assert torch.equal(got, wanted)
+
+
+def test_norms_without_weights():
+    model, inputs = over("olmo"), FAMILIES["llava"].batch("one")
+    SEEN.clear()
+    with torch.no_grad(), vtoken.applied(model, Looks()):
+        model(**clone(inputs))
+    (tokens,) = SEEN
+    text = inputs["input_ids"][~FAMILIES["llava"].visual(inputs)]
+    assert torch.allclose(tokens.question_attention, by_hand(model, text, tokens.features, 2), atol=1e-4)

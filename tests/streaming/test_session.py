@@ -327,6 +327,16 @@ def test_what_cannot_be_served_is_refused():
     assert torch.equal(logits_of(fed(own, frames_of(2))), plain("llava_onevision", frames_of(2))[1])
 
 
+@pytest.mark.parametrize("strategy", ["farcover", "fastv"])
+def test_a_strategy_that_serves_no_stream_is_refused_on_a_patched_model_too(strategy):
+    with vtoken.applied(model_of("qwen2_5_vl"), strategy, 0.5):
+        for given in ((), (strategy, 0.5)):
+            with pytest.raises(
+                ValueError, match=r"such as farcover with relevance=0\.0|drops inside the LLM"
+            ):
+                session_of("qwen2_5_vl", *given)
+
+
 def test_bad_frames_and_questions_get_a_sentence():
     session = session_of("llava_onevision", max_tokens=6)
     with pytest.raises(ValueError, match="push one first"):

@@ -70,7 +70,7 @@ def products(layer: Any, query: Tensor, features: Tensor) -> Tensor:
         features: (n, d), what enters it at the tokens that are looked at.
     """
     attention = layer.self_attn
-    weight = layer.input_layernorm.weight
+    weight = next(layer.parameters())  # norms may have none
     place = query.device if weight.is_meta else weight.device  # offloaded weights come where their input is
     normed = [layer.input_layernorm(x[None].to(place, query.dtype)) for x in (query[None], features)]
     q, k = (heads(attention, x, which) for x, which in zip(normed, "qk", strict=True))
@@ -143,16 +143,20 @@ def heads(attention: Any, x: Tensor, which: str) -> Tensor:
     projection = getattr(attention, f"{which}_proj", None)
     if projection is None:
         raise rebuilt(f"The LLM's attention has no {which}_proj, from which its rows are computed")
-    if _sharded(getattr(projection, "weight", None)):
-        raise NotImplementedError(
-            f"A strategy that reads the LLM's attention computes it again from {which}_proj, whose weights"
-            " are in pieces here (FSDP, tensor parallel): use a projector strategy, or"
-            " DistributedDataParallel."
-        )
+    check_whole(projection, which, "a projector strategy")
     x = projection(x)
     x = x.view(*x.shape[:2], -1, attention.head_dim)
     norm = getattr(attention, f"{which}_norm", None)
     return (x if norm is None else norm(x)).transpose(1, 2)
+
+
+def check_whole(projection: Any, which: str, instead: str) -> None:
+    """Raise NotImplementedError, which advises to use `instead`, if this process has a piece of it only."""
+    if _sharded(getattr(projection, "weight", None)):
+        raise NotImplementedError(
+            f"A strategy that reads the LLM's attention computes it again from {which}_proj, whose weights"
+            f" are in pieces here (FSDP, tensor parallel): use {instead}, or DistributedDataParallel."
+        )
 
 
 def _sharded(weight: Any) -> bool:

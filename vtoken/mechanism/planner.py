@@ -73,7 +73,8 @@ class Planner:
         if run.first is not None and self.text is not None:
             raise NotImplementedError(
                 "A strategy that reads the text reads one prompt per row, found rows whose positions start"
-                " again: give each prompt a row of its own, or use a strategy that does not read the text."
+                " again: give each prompt a row of its own, or use a strategy that does not read the text,"
+                " such as farcover with relevance=0.0."
             )
         pending: ChunkedPlan | None = run.ledger.pending
         if pending is not None and not any(call.encoded.values()):

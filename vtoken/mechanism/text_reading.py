@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..streams import unwrapped
 from ..tokens import VisualTokens
-from .attention_rows import products
+from .attention_rows import check_whole, products
 from .forward_context import Run
 from .transformers_names import hidden_states_of
 
@@ -87,6 +88,9 @@ class TextReading:
         assert self.depth is not None
         layers = self.decoder.layers
         index = min(len(layers) - 1, round(self.depth * len(layers)))
+        for which in "qk":  # before layers run whose processes wait for each other
+            projection = getattr(layers[index].self_attn, f"{which}_proj", None)
+            check_whole(projection, which, "one that does not, such as farcover with relevance=0.0")
         return functools.partial(products, layers[index], self.state(text, tokenwise, index))
 
     @torch.no_grad()
@@ -101,7 +105,8 @@ class TextReading:
         # `forward` and not a call: hooks on the language model belong to the prompt that is being read
         forward = self.decoder.forward
         if before is not None:
-            forward = functools.partial(type(self.decoder).forward, first_layers(self.decoder, before))
+            decoder = unwrapped(self.decoder)  # a compiled one has its forward inside
+            forward = functools.partial(type(decoder).forward, first_layers(decoder, before))
         beside = {name: x[None] for name, x in tokenwise.items()}
         return hidden_states_of(forward(inputs_embeds=text[None], use_cache=False, **beside))[0, -1]
 

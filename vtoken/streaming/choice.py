@@ -100,6 +100,7 @@ class SharedPatch:
                     f"This model is patched with {self.patch.strategy.describe()} already, which its other"
                     " sessions may use: use the same strategy, or another model."
                 )
+            self._check(self.patch)
             if self.patch is None:
                 patch(adapter.model, made)
                 self.patch = patch_of(adapter.model)
@@ -147,7 +148,8 @@ class SharedPatch:
         if current.design.wants_text:
             raise ValueError(
                 f"{strategy.info.name} reads the question when it chooses, and a stream is pruned before"
-                " there is one: use a strategy that does not read the text."
+                " there is one: use a strategy that does not read the text, such as farcover with"
+                " relevance=0.0."
             )
         if strategy.acts_inside:
             raise ValueError(

@@ -124,7 +124,8 @@ def _agree(slots, places, n, PROGRAMS: tl.constexpr, BLOCK_P: tl.constexpr, slac
     value = tl.load(slots + program, mask=program < PROGRAMS, other=float("-inf"), volatile=True)
     place = tl.load(places + program, mask=program < PROGRAMS, other=n, volatile=True)
     high = tl.max(value, 0)
-    return tl.min(tl.where(value >= high - slack_abs - high * slack_rel, place, n), 0)
+    agreed = tl.min(tl.where(value >= high - slack_abs - high * slack_rel, place, n), 0)
+    return tl.minimum(agreed, n - 1)  # of values that are not numbers none is the highest
 
 
 @triton.jit(do_not_specialize=["first_step", "last_step", "n", "k", "share"])
