@@ -18,7 +18,7 @@ TYPES = {
     **dict.fromkeys(["x", "q", "k"], "*bf16"), **dict.fromkeys(["index", "into", "partner", "start", "table"], "*i64"),
     **dict.fromkeys(["order", "bounds", "starts", "stops", "places", "arrived"], "*i32"), "mask": "*u8",
     **dict.fromkeys(["scale", "factor"], "fp32"),
-    **dict.fromkeys(["weight", "fade", "parts", "lse", "inverse", "best", "score", "slots", "quality", "left", "gains", "lift", "covered"], "*fp32"),
+    **dict.fromkeys(["weight", "parts", "lse", "inverse", "best", "score", "slots", "quality", "left", "gains", "lift", "covered"], "*fp32"),
 }  # fmt: skip
 ROWS = dict(MASKED=True, WIDE=False, BLOCK_R=64, BLOCK_D=128)
 WINDOW = dict(WIDE=False, BLOCK_Q=64, BLOCK_K=64, BLOCK_D=128)

@@ -93,16 +93,14 @@ def greedy_map(x: Tensor, quality: Tensor, k: int) -> list[int]:
     return chosen
 
 
-def greedy_cover(values: Tensor, weight: Tensor, k: int, fade: Tensor | None = None) -> list[int]:
+def greedy_cover(values: Tensor, weight: Tensor, k: int) -> list[int]:
     """Each step takes the token with the largest product of its weight and what it adds to the coverage."""
     v, w = values.double().tolist(), weight.double().tolist()
-    f = [0.0] * len(v) if fade is None else fade.double().tolist()
     covered, chosen = [0.0] * len(v[0]), []
     for _ in range(k):
         scores = [-math.inf] * len(v)
         for i in set(range(len(v))) - set(chosen):
-            left = max(0.0, w[i] - f[i] * covered[i]) if f[i] else w[i]
-            scores[i] = left * sum(max(0.0, x - c) for x, c in zip(v[i], covered))
+            scores[i] = w[i] * sum(max(0.0, x - c) for x, c in zip(v[i], covered))
         chosen.append(max(range(len(v)), key=lambda i: (scores[i], -i)))
         covered = [max(x, c) for x, c in zip(v[chosen[-1]], covered)]
     return chosen

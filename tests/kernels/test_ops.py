@@ -27,7 +27,7 @@ CALLS = {
     "bipartite_match": [(X, 3, 1, True), (X, 0, 0, False)],
     "farthest_point": [(X, 4, None), (X, 4, torch.tensor([1, 2]))],
     "greedy_map": [(X, WEIGHT.abs(), 4)],
-    "greedy_cover": [(X, WEIGHT.abs(), 0 * WEIGHT, 4), (tensor(0, 2, 9, 9), WEIGHT.abs(), WEIGHT.abs(), 4)],
+    "greedy_cover": [(X, WEIGHT.abs(), 4), (X, WEIGHT.abs(), 0)],
     "kv_gather": [(KV, INDEX)],
     "kv_compact_": [([t.clone() for t in KV], torch.tensor([[0, 2, 3, 8], [1, 2, 4, 5]]))],
 }

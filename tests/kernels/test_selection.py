@@ -170,20 +170,6 @@ def test_greedy_cover_of_many_tokens():
     assert kernels.greedy_cover(values.double(), 60, weight)[0].tolist() == want
 
 
-@common
-@given(seeds, sizes, dtypes, layouts)
-def test_weights_fade_with_what_covers_their_token(seed, n, dtype, layout):
-    values = tensor(seed, 2, n, n, dtype=dtype, layout=layout)
-    weight, fade = tensor(seed + 1, 2, n).exp(), tensor(seed + 2, 2, n).exp()
-    k = max(1, n // 4)
-    want = [oracle.greedy_cover(values[b], weight[b], k, fade[b]) for b in range(2)]
-    assert kernels.greedy_cover(values, k, weight, fade).tolist() == want
-    assert torch.equal(kernels.greedy_cover(values, n, weight, fade)[:, :k], torch.tensor(want))
-    assert torch.equal(
-        kernels.greedy_cover(values, k, weight, 0 * fade), kernels.greedy_cover(values, k, weight)
-    )
-
-
 def test_greedy_cover_properties():
     x = torch.nn.functional.normalize(tensor(0, 1, 20, 8), dim=-1)
     x[:, 10:] = x[:, :10]  # every token twice
@@ -222,7 +208,6 @@ def test_what_does_not_fit_is_refused():
         ("0 to 5 of 5", lambda: kernels.greedy_cover(x, 6)),
         ("values", lambda: kernels.greedy_cover(x[0], 2)),
         ("weight of shape", lambda: kernels.greedy_cover(x, 2, x[..., :2, 0])),
-        ("fade of shape", lambda: kernels.greedy_cover(x, 2, fade=x[..., 0])),
         ("quality of shape", lambda: kernels.greedy_map(x, x[:, :3, 0], 2)),
         ("protect", lambda: kernels.bipartite_match(x, 2, 6)),
     ]:

@@ -210,16 +210,6 @@ def test_coverage_is_that_of_torch(seed, n, m, dtype, layout, twice):
     assert torch.equal(weight, before)
 
 
-@common
-@given(seeds, st.integers(1, 200 if MANY else 40), dtypes, layouts)
-def test_coverage_with_fading_weights_is_that_of_torch(seed, n, dtype, layout):
-    values = tensor(seed, 2, n, n, dtype=dtype, layout=layout)
-    weight, fade = tensor(seed + 1, 2, n).exp(), tensor(seed + 2, 2, n).exp()
-    for k in (1, max(1, n // 4)):
-        args = (values, k, weight, fade)
-        assert torch.equal(triton("greedy_cover", *args), torch_twin("greedy_cover", *args))
-
-
 def test_greedy_map_names_no_token_twice_when_little_is_left_to_explain():
     generator = torch.Generator().manual_seed(1)
     x = (torch.randn(40, 32, generator=generator) * torch.exp(-0.5 * torch.arange(32)))[None]

@@ -43,7 +43,7 @@ def naive(tokens, k, relevance=0.25):
     near, chosen = [distance(a, mean) for a in x], []
     for _ in range(k):
         gain = [
-            near[i] * sum(d * max(0.0, near[j] - distance(x[i], x[j])) for j, d in enumerate(demand))
+            sum(d * max(0.0, near[j] - distance(x[i], x[j])) for j, d in enumerate(demand))
             for i in range(len(x))
         ]
         left = [i for i in range(len(x)) if i not in chosen]

@@ -66,7 +66,7 @@ def greedy_map(features: Tensor, quality: Tensor, k: int) -> Tensor:
     return ops.greedy_map(features.detach(), quality.detach(), k)
 
 
-def greedy_cover(values: Tensor, k: int, weight: Tensor | None = None, fade: Tensor | None = None) -> Tensor:
+def greedy_cover(values: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
     """Greedy maximisation of coverage, a facility location function (SCOPE, arXiv 2510.24214).
 
     Token i covers thing j as well as `values[b, i, j]` says, a selection as well as its best token, and at
@@ -77,8 +77,6 @@ def greedy_cover(values: Tensor, k: int, weight: Tensor | None = None, fade: Ten
     Args:
         values: (B, n, m). k: number of tokens, at most n.
         weight: (B, n), not negative; 1 if not given.
-        fade: (B, n), not negative: what the weight of token i loses, down to 0, per coverage of thing i,
-            where the things are the tokens themselves (m = n); 0 if not given.
 
     Returns (B, k) int64 in the order of selection (so the first j are the selection for j). The torch twin is
     lazy: gains only shrink, so that it computes those of a step's best candidates alone. No gradient. Raises
@@ -93,14 +91,7 @@ def greedy_cover(values: Tensor, k: int, weight: Tensor | None = None, fade: Ten
         raise ValueError(
             f"greedy_cover takes weight of shape {tuple(values.shape[:2])}; found {shape_of(weight)}."
         )
-    if fade is None:
-        fade = torch.zeros_like(weight)
-    elif fade.shape != weight.shape or values.shape[1] != values.shape[2]:
-        raise ValueError(
-            f"greedy_cover takes fade of shape {tuple(values.shape[:2])} for values (B, n, n); found"
-            f" {shape_of(fade)} for {shape_of(values)}."
-        )
-    return ops.greedy_cover(values.detach(), weight.detach(), fade.detach(), k)
+    return ops.greedy_cover(values.detach(), weight.detach(), k)
 
 
 def _check_selection(name: str, features: Tensor, k: int) -> None:

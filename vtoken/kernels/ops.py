@@ -123,15 +123,15 @@ def greedy_map(features: Tensor, quality: Tensor, k: int) -> Tensor:
     return reference_select.greedy_map(features, quality, k)
 
 
-def _fake_greedy_cover(values, weight, fade, k):
+def _fake_greedy_cover(values, weight, k):
     return values.new_empty(values.shape[0], k, dtype=torch.long)
 
 
 @_op(_fake_greedy_cover)
-def greedy_cover(values: Tensor, weight: Tensor, fade: Tensor, k: int) -> Tensor:
+def greedy_cover(values: Tensor, weight: Tensor, k: int) -> Tensor:
     if use_triton(values):
-        return _triton().greedy_cover(values, weight, fade, k)
-    return reference_select.greedy_cover(values, weight, fade, k)
+        return _triton().greedy_cover(values, weight, k)
+    return reference_select.greedy_cover(values, weight, k)
 
 
 def _fake_kv_gather(tensors, index):

@@ -156,22 +156,22 @@ def _greedy(kernel: _Cosines, variance: np.ndarray, k: int) -> list[int]:
 
 
 @full_precision
-def greedy_cover(values: Tensor, weight: Tensor, fade: Tensor, k: int) -> Tensor:
+def greedy_cover(values: Tensor, weight: Tensor, k: int) -> Tensor:
     batch = values.shape[0]
     if not batch or not k:
         return torch.empty(batch, k, dtype=torch.long, device=values.device)
     number = compute_dtype(values)
-    each = zip(*(x.to(number).cpu().numpy() for x in (values, weight, fade)), strict=True)
-    return torch.tensor([_cover(v, w, f, k) for v, w, f in each], device=values.device)
+    each = zip(values.to(number).cpu().numpy(), weight.to(number).cpu().numpy(), strict=True)
+    return torch.tensor([_cover(rows, w, k) for rows, w in each], device=values.device)
 
 
-def _cover(values: np.ndarray, weight: np.ndarray, fade: np.ndarray, k: int) -> list[int]:
-    """Lazy greedy: gains and weights only shrink, so that a token's last product bounds that of now."""
+def _cover(values: np.ndarray, weight: np.ndarray, k: int) -> list[int]:
+    """Lazy greedy: gains only shrink, so that the last gain of a token is a bound on its gain now."""
     number = values.dtype.type
     most, lift = number(1 - COVER_TIE), number(COVER_LIFT) * values.max(0, initial=0)
     covered, picks = np.zeros_like(lift), []
     score = _gains(values, covered) * weight  # -inf once chosen
-    known, fades = np.ones(len(values), bool), bool(fade.any())
+    known = np.ones(len(values), bool)
     for _ in range(k):
         many = LOOKED_AT
         while True:
@@ -181,9 +181,7 @@ def _cover(values: np.ndarray, weight: np.ndarray, fade: np.ndarray, k: int) -> 
             stale = np.flatnonzero(~known)
             if len(stale) > many:
                 stale = stale[np.argpartition(score[stale], -many)[-many:]]
-            score[stale] = _gains(values[stale], covered) * (
-                np.maximum(weight[stale] - fade[stale] * covered[stale], 0) if fades else weight[stale]
-            )
+            score[stale] = _gains(values[stale], covered) * weight[stale]
             known[stale] = True
             many *= 2
         pick = int(near.argmax())

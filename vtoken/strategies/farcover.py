@@ -1,4 +1,4 @@
-"""FarCover: tokens that lie far from the mean and from each other, and that cover most of what is left."""
+"""FarCover: the tokens that cover best what lies far from the mean, what the question looks at first."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from .common.grouping import unit
 from .registry import register
 
 
-@register(
-    "farcover", summary="Keep far tokens that cover most, first for the question.", stages=("projector",)
-)
+@register("farcover", summary="Cover what lies far from the mean, the question first.", stages=("projector",))
 @dataclass
 class FarCover(Strategy):
-    """Farthest points that cover, a method of this project.
+    """Coverage of what lies far from the mean, a method of this project.
 
     With the distance `d_ij = 1 - cos(x_i, x_j)` of the projected features, the mean of all tokens counts as
-    known before anything is chosen: `near_j = 1 - cos(x_j, mean)`. Each step adds the token i with the
-    largest `near_i sum_j demand_j max(0, near_j - d_ij)`, how far it lies from what is known times how much
-    nearer it brings all tokens, and then `near_j = min(near_j, d_ij)`. All patches of an image or a video
-    compete for one budget, crops and frames alike; rows that are no patch are dropped.
+    kept before anything is chosen: `near_j = 1 - cos(x_j, mean)`. Each step adds the token i with the largest
+    `sum_j demand_j max(0, near_j - d_ij)`, how much nearer it brings all tokens to what is kept, and then
+    `near_j = min(near_j, d_ij)`. All patches of an image or a video compete for one budget, crops and frames
+    alike; rows that are no patch are dropped.
 
     `demand_j = 1 - relevance + relevance n p_j`. `p_j` is how the question looks at the tokens: the LLM reads
     the prompt's text, without the picture, up to a quarter of its layers; the query of the last text token in
@@ -65,7 +63,7 @@ class FarCover(Strategy):
 
     def select(self, tokens: VisualTokens) -> Selection:
         rows, count = tokens.patch_rows, sum(self.counts(tokens.segments))
-        picks = far_and_covering(tokens.features[rows], self.demand(tokens), count)
+        picks = cover_beyond_mean(tokens.features[rows], self.demand(tokens), count)
         return Selection(rows[picks].sort().values)
 
     def demand(self, tokens: VisualTokens) -> Tensor:
@@ -77,9 +75,9 @@ class FarCover(Strategy):
 
 
 @full_precision
-def far_and_covering(features: Tensor, demand: Tensor, k: int) -> Tensor:
+def cover_beyond_mean(features: Tensor, demand: Tensor, k: int) -> Tensor:
     """(k,) int64 of features (n, d) in the order of choice; demand (n,), above 0."""
     x = unit(features)
     near = (1 - x @ unit(x.mean(0))).clamp(min=0)
     nearer = (x @ x.mT).add_(near - 1).clamp_(min=0).mul_(demand)  # [i, j]: of j, once i is chosen
-    return greedy_cover(nearer[None], k, near[None], demand.reciprocal()[None])[0]
+    return greedy_cover(nearer[None], k)[0]

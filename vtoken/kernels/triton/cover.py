@@ -17,19 +17,15 @@ _COVER_TIE = tl.constexpr(COVER_TIE)
 
 @triton.jit(do_not_specialize=["first_step", "last_step", "n", "k", "d", "share", "x_batch", "x_row"])
 def _cover(
-    x, weight, fade, lift, start, out, covered, slots, places, arrived, first_step, last_step, n, k, d, share,
+    x, weight, lift, start, out, covered, slots, places, arrived, first_step, last_step, n, k, d, share,
     x_batch, x_row,
     PROGRAMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """x: values (n, d). weight: -1 for chosen tokens. covered: (2, d), of the step before and of this one.
-
-    d is n, or fade is 0.
-    """
+    """x: values (n, d). weight: -1 for chosen tokens. covered: (2, d), of the step before and of this one."""
     program, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    x, weight, fade, lift, covered = (
+    x, weight, lift, covered = (
         x + batch * x_batch,
         weight + batch * n,
-        fade + batch * n,
         lift + batch * d,
         covered + batch * 2 * d,
     )
@@ -63,12 +59,7 @@ def _cover(
             factor = tl.load(weight + rows, mask=inside, other=-1.0)
             factor = tl.where(rows == pick, -1.0, factor)
             tl.store(weight + rows, factor, mask=inside)
-            own = inside & (rows < d)
-            mine = tl.load(covered + before * d + rows, mask=own, other=0.0, volatile=True)
-            theirs = tl.load(x + pick.to(tl.int64) * x_row + rows, mask=own, other=0.0).to(tl.float32)
-            mine = tl.maximum(mine, theirs + tl.load(lift + rows, mask=own, other=0.0))
-            faded = tl.maximum(factor - mine * tl.load(fade + rows, mask=own, other=0.0), 0.0)
-            value = tl.where(factor < 0, float("-inf"), tl.sum(total, 1) * faded)
+            value = tl.where(factor < 0, float("-inf"), tl.sum(total, 1) * factor)
             here = tl.max(value, 0)
             where = tl.min(tl.where(inside & (value >= here - here * _COVER_TIE), rows, n), 0)
             better = (here > high + tl.maximum(high, 0.0) * _COVER_TIE) | (place == n)
@@ -80,10 +71,10 @@ def _cover(
             _meet(arrived + batch, (t - first_step + 1) * PROGRAMS, PROGRAMS)
 
 
-def greedy_cover(values: Tensor, weight: Tensor, fade: Tensor, k: int) -> Tensor:
+def greedy_cover(values: Tensor, weight: Tensor, k: int) -> Tensor:
     batch, _, things = values.shape
     if not min(batch, k, things):
-        return reference_select.greedy_cover(values, weight, fade, k)
+        return reference_select.greedy_cover(values, weight, k)
     out = torch.empty(batch, k, dtype=torch.long, device=values.device)
     x = last_contiguous(values)
     weight = weight.to(torch.float32, copy=True).contiguous()
@@ -91,6 +82,5 @@ def greedy_cover(values: Tensor, weight: Tensor, fade: Tensor, k: int) -> Tensor
     gains = x.float().clamp_min(0).sum(-1) * weight
     start = first_max(gains, COVER_TIE * gains.amax(-1, keepdim=True))
     covered = torch.zeros(batch, 2, things, dtype=torch.float32, device=x.device)
-    fade = fade.float().contiguous()
-    _run(_cover, (x, weight, fade, lift, start, out, covered), 1, x, k)
+    _run(_cover, (x, weight, lift, start, out, covered), 1, x, k)
     return out
