@@ -100,7 +100,7 @@ def page(info: StrategyInfo) -> str:
             lines.append(f"| `{f.name}` | `{default(f)!r}` | {arguments.get(f.name, 'See above.')} |")
     if info.differs:
         lines += ["", "## What differs from the reference", "", *textwrap.wrap(sentence(info.differs), 118)]
-    measured = FOLDER / "measured" / f"{info.name}.md"
+    measured = FOLDER.parent / "measured" / f"{info.name}.md"
     if measured.is_file():
         lines += ["", measured.read_text().rstrip()]
     return "\n".join([*lines, ""])
