@@ -248,8 +248,9 @@ By length, on {each} other clips of each:
 `vtoken/tiny/long_clips.py`: a photograph that stands still or drifts, under a little noise. Once in a clip two
 moments follow each other, each with a digit, or a digit and a coloured shape, for 2 or 4 frames: a tenth of the frames,
 and a small part of each. Half of the clips also show a shape in every frame. Questions: in which third of the
-clip a thing was shown (`when`), which digit, shape or colour was shown with another thing or all the time (`what`), which
-came first, last or after another (`order`). The test split uses other photographs, shape masks and font families than
+clip a thing was shown (`when`), which digit was shown with another thing, which shape or colour all the time (`what`),
+which digit came first, last or after another (`order`); training also asks for the shapes and colours that pass, which
+it learns to 70 %. The test split uses other photographs, shape masks and font families than
 the training split, and a second passes between two moments of an event, which training never shows.
 
 ## Recipe
