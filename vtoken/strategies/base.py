@@ -39,7 +39,7 @@ class Strategy(metaclass=_CheckedOptions):
         select: the method itself, for one image or one video between the tower and the LLM.
         needs: what it reads besides the features. Default: nothing.
         counts: tokens kept per segment, from the grids alone; set `static_counts = False` if thresholds
-            decide.
+            decide, `segments_compete = True` if the grids tell the sum alone.
         prefill_layers, select_in_prefill: for methods that drop inside the LLM.
         aligned_layers: for methods that shrink the KV cache of earlier layers once the prompt has been read.
         encoder_layers, merge_in_encoder: for methods that merge after layers of an encoder; `EncoderStrategy`
@@ -66,6 +66,7 @@ class Strategy(metaclass=_CheckedOptions):
 
     info: ClassVar[StrategyInfo]
     static_counts: ClassVar[bool] = True
+    segments_compete: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Override to check ranges, after `super().__post_init__()`; types have been checked."""
@@ -163,7 +164,7 @@ class Strategy(metaclass=_CheckedOptions):
         total = self._total_kept(segments, 0)
         if total is None or len(segments) == 1:
             return None if total is None else [total]
-        return self.counts(segments) if self.static_counts else None
+        return self.counts(segments) if self.static_counts and not self.segments_compete else None
 
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose among the visual tokens of one image or one video."""

@@ -94,6 +94,10 @@ class Budget:
         """Tokens of one image or video of n tokens, at least 1, its segments taken together."""
         return min(n, max(1, int(self.allowed(n, frames_of(segments)))))
 
+    def nearest(self, segments: Sequence[Segment], n: int) -> int:
+        """As `total`, rounded, halves to even."""
+        return min(n, max(1, round(self.allowed(n, frames_of(segments)))))
+
 
 def check_budget(budget: Any) -> float | int:
     """Return `budget` if it is a share in (0, 1] or a positive number of tokens, raise ValueError otherwise.

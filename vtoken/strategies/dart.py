@@ -60,6 +60,7 @@ class DART(Strategy):
     kept: Literal["exact", "published"] = "exact"
     normed: bool = True
     stage: Literal["prefill", "projector"] = "prefill"
+    segments_compete = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,9 +90,6 @@ class DART(Strategy):
         n = sum(s.fed for s in segments) + separators
         allowed = self.allowance().allowed(n, frames_of(segments))
         return _exact(allowed, n) if self.kept == "exact" else None
-
-    def _kept_per_segment(self, segments: Sequence[Segment]) -> list[int] | None:
-        return super()._kept_per_segment(segments) if len(segments) == 1 else None
 
     def select(self, tokens: VisualTokens) -> Selection:
         x, text = tokens.features, tokens.text_embeddings

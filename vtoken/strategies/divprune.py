@@ -11,7 +11,7 @@ from ..kernels import farthest_point
 from ..selection import Selection
 from ..tokens import Segment, VisualTokens
 from .base import Strategy
-from .budgets import Budget, divide, frames_of
+from .budgets import divide
 from .registry import register
 
 
@@ -42,27 +42,22 @@ class DivPrune(Strategy):
     """
 
     protect_newline: bool = False
-
-    def _total(self, segments: Sequence[Segment], budget: Budget, n: int) -> int:
-        return min(n, max(1, round(budget.allowed(n, frames_of(segments)))))
+    segments_compete = True
 
     def _total_kept(self, segments: Sequence[Segment], separators: int) -> int:
         on_top = separators if self.protect_newline else 0
         fed = sum(s.fed for s in segments)
-        return self._total(segments, self.allowance(), fed + separators - on_top) + on_top
-
-    def _kept_per_segment(self, segments: Sequence[Segment]) -> list[int] | None:
-        return super()._kept_per_segment(segments) if len(segments) == 1 else None
+        return self.allowance().nearest(segments, fed + separators - on_top) + on_top
 
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Patches kept per segment if all are equally diverse; the sum is exact without separator rows."""
         fed = [s.fed for s in segments]
-        return divide(self._total(segments, self.allowance(budget), sum(fed)), fed)
+        return divide(self.allowance(budget).nearest(segments, sum(fed)), fed)
 
     def select(self, tokens: VisualTokens) -> Selection:
         device = tokens.cells.device
         candidates = tokens.patch_rows if self.protect_newline else torch.arange(len(tokens), device=device)
-        count = self._total(tokens.segments, self.allowance(), len(candidates))
+        count = self.allowance().nearest(tokens.segments, len(candidates))
         chosen = candidates[farthest_point(tokens.features[candidates][None].float(), count)[0]]
         if self.protect_newline:
             chosen = torch.cat([chosen, tokens.separator_rows])

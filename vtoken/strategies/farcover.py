@@ -13,7 +13,7 @@ from ..kernels.reference import full_precision
 from ..selection import Selection
 from ..tokens import Needs, Segment, TowerInfo, VisualTokens
 from .base import Strategy
-from .budgets import divide, frames_of
+from .budgets import divide
 from .common.grouping import unit
 from .registry import register
 
@@ -43,6 +43,7 @@ class FarCover(Strategy):
     _: KW_ONLY
     relevance: float = 0.25
     depth: float = 0.25
+    segments_compete = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,11 +56,7 @@ class FarCover(Strategy):
     def counts(self, segments: Sequence[Segment], budget: float | int | None = None) -> list[int]:
         """Tokens per segment if all are alike; the sum is exact."""
         fed = [s.fed for s in segments]
-        total = max(1, round(self.allowance(budget).allowed(sum(fed), frames_of(segments))))
-        return divide(min(sum(fed), total), fed)
-
-    def _kept_per_segment(self, segments: Sequence[Segment]) -> list[int] | None:
-        return super()._kept_per_segment(segments) if len(segments) == 1 else None
+        return divide(self.allowance(budget).nearest(segments, sum(fed)), fed)
 
     def select(self, tokens: VisualTokens) -> Selection:
         rows, count = tokens.patch_rows, sum(self.counts(tokens.segments))

@@ -23,6 +23,7 @@ class VideoStrategy(Strategy):
 
     _: KW_ONLY
     keep_newline: bool = True
+    segments_compete = True
 
     def needs(self, tower: TowerInfo | None) -> Needs:
         return Needs(modalities=("video",))
@@ -55,6 +56,3 @@ class VideoStrategy(Strategy):
     def _total_kept(self, segments: Sequence[Segment], separators: int) -> int | None:
         equal = len({s.fed for s in segments}) == 1
         return super()._total_kept(segments, separators) if equal else None
-
-    def _kept_per_segment(self, segments: Sequence[Segment]) -> list[int] | None:
-        return super()._kept_per_segment(segments) if len(segments) == 1 else None
