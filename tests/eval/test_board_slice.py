@@ -1,4 +1,4 @@
-"""A slice of every board that docs/board.md shows: farcover and chance at one small budget."""
+"""A slice of the board of every tiny model: farcover and chance at one small budget."""
 
 from __future__ import annotations
 

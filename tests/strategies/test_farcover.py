@@ -87,7 +87,7 @@ def test_each_distinct_token_comes_before_a_repeated_one():
     assert (kept % 8).unique().numel() == 8
 
 
-def test_equal_and_zero_features_keep_the_first():
+def test_equal_and_zero_features_keep_as_many_as_the_budget_says():
     tokens = image(4, 4, seed=3)
     for value in (0.0, 1.0):
         same = replace(tokens, features=torch.full_like(tokens.features, value))
