@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -35,21 +36,27 @@ def demand_of(tokens, rows, relevance):
     return [1 - relevance + relevance * len(rows) * s for s in seen]
 
 
-def naive(tokens, k, relevance=0.25):
+def naive(tokens, k, relevance=0.25, across=0.8):
     rows = [i for i, cell in enumerate(tokens.cells.tolist()) if cell >= 0]
     x, demand = tokens.features[rows].double().tolist(), demand_of(tokens, rows, relevance)
     units = [[v / math.sqrt(sum(w * w for w in row)) for v in row] for row in x]
     mean = [sum(column) / len(x) for column in zip(*units)]
-    near, chosen = [distance(a, mean) for a in x], []
+    far, chosen = [distance(a, mean) for a in x], []
+    ends = list(itertools.accumulate(s.size for s in tokens.segments))
+    frame = [sum(tokens.cells[i] >= end for end in ends) if tokens.modality == "video" else 0 for i in rows]
+
+    def nearer(i, j):
+        return max(0.0, far[j] - distance(x[i], x[j])) * (1 if frame[i] == frame[j] else across)
+
+    covered = [0.0] * len(x)
     for _ in range(k):
         gain = [
-            sum(d * max(0.0, near[j] - distance(x[i], x[j])) for j, d in enumerate(demand))
-            for i in range(len(x))
+            sum(d * max(0.0, nearer(i, j) - covered[j]) for j, d in enumerate(demand)) for i in range(len(x))
         ]
         left = [i for i in range(len(x)) if i not in chosen]
         best = max(gain[i] for i in left)
         chosen.append(min(i for i in left if gain[i] >= best * (1 - 1e-5)))
-        near = [min(a, distance(b, x[chosen[-1]])) for a, b in zip(near, x)]
+        covered = [max(c, nearer(chosen[-1], j)) for j, c in enumerate(covered)]
     return sorted(rows[i] for i in chosen)
 
 
@@ -67,15 +74,16 @@ INPUTS = {
     seed=st.integers(0, 10**6),
     budget=st.sampled_from([1, 0.05, 0.2, 0.5, 3]),
     relevance=st.sampled_from([0.0, 0.25, 0.9]),
+    across=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
 )
-def test_equals_loops(kind, seed, budget, relevance):
+def test_equals_loops(kind, seed, budget, relevance, across):
     tokens = INPUTS[kind](seed)
-    strategy = create("farcover", budget=budget, relevance=relevance)
+    strategy = create("farcover", budget=budget, relevance=relevance, across=across)
     n = sum(s.fed for s in tokens.segments)
     frames = len(tokens.segments) if kind == "video" else 1
     k = max(1, round(budget * n)) if isinstance(budget, float) else min(n, budget * frames)
     kept = answer(strategy, tokens).keep.tolist()
-    assert kept == naive(tokens, k, relevance)
+    assert kept == naive(tokens, k, relevance, across)
     assert len(kept) == strategy.total(tokens.segments) == sum(strategy.counts(tokens.segments))
 
 
@@ -138,7 +146,21 @@ def test_on_a_model(name):
     assert_same(out, inputs, expected(name, inputs, spy))
 
 
+def test_what_lies_in_every_frame_is_kept_in_more_of_them_the_less_a_token_counts_across():
+    tokens = video(4, 2, 3, seed=2)
+    features = tokens.features.clone()
+    features[6:] = features[:6].repeat(3, 1)
+    again = replace(tokens, features=features, question_attention=None)
+    alone, together = (
+        answer(create("farcover", budget=3, relevance=0, across=across), again).keep for across in (0.0, 1.0)
+    )
+    assert (alone // 6).bincount().tolist() == [3, 3, 3, 3] and (alone % 6).unique().numel() == 3
+    assert (together % 6).unique().numel() == 6
+
+
 def test_options_out_of_range():
+    with pytest.raises(ValueError, match="across must lie in"):
+        create("farcover", across=1.5)
     for options in (dict(relevance=1.0), dict(depth=-0.1)):
         with pytest.raises(ValueError, match="relevance and depth must lie in"):
             create("farcover", **options)

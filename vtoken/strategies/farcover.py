@@ -27,28 +27,35 @@ class FarCover(Strategy):
     kept before anything is chosen: `near_j = 1 - cos(x_j, mean)`. Each step adds the token i with the largest
     `sum_j demand_j max(0, near_j - d_ij)`, how much nearer it brings all tokens to what is kept, and then
     `near_j = min(near_j, d_ij)`. All patches of an image or a video compete for one budget, crops and frames
-    alike; rows that are no patch are dropped.
+    alike; rows that are no patch are dropped. In a video, a token makes what lies in other frames only
+    `across` times as much nearer as what lies in its own: what moves looks alike in each frame, and a
+    question may be about where it was when.
 
     `demand_j = 1 - relevance + relevance n p_j`. `p_j` is how the question looks at the tokens: the LLM reads
     the prompt's text, without the picture, up to a quarter of its layers; the query of the last text token in
     this layer and the keys of the n tokens as they enter the LLM, both without positions, give a softmax per
     head, and `p` is its mean over heads. Without text all tokens are in equal demand. The n x n products are
-    held in float32: 157 MB for 6,272 tokens.
+    held in float32: 157 MB for 6,272 tokens, of a video twice.
 
     Args:
         relevance: the question's share in the demand, in [0, 1); 0 reads no text, for streams and servers.
         depth: the layer that looks, as a share of the LLM's layers, in [0, 1).
+        across: how much a token of a video counts for other frames, in [0, 1]; 1 makes no difference
+            between frames, 0 covers each frame by itself.
     """
 
     _: KW_ONLY
     relevance: float = 0.25
     depth: float = 0.25
+    across: float = 0.8
     segments_compete = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (0 <= self.relevance < 1 and 0 <= self.depth < 1):
             raise ValueError(f"relevance and depth must lie in [0, 1), found {self.relevance}, {self.depth}.")
+        if not 0 <= self.across <= 1:
+            raise ValueError(f"across must lie in [0, 1], found {self.across}.")
 
     def needs(self, tower: TowerInfo | None) -> Needs:
         return Needs(question_attention=self.depth) if self.relevance else Needs()
@@ -60,7 +67,8 @@ class FarCover(Strategy):
 
     def select(self, tokens: VisualTokens) -> Selection:
         rows, count = tokens.patch_rows, sum(self.counts(tokens.segments))
-        picks = cover_beyond_mean(tokens.features[rows], self.demand(tokens), count)
+        frames = tokens.segment_of[rows] if tokens.modality == "video" else None
+        picks = cover_beyond_mean(tokens.features[rows], self.demand(tokens), count, frames, self.across)
         return Selection(rows[picks].sort().values)
 
     def demand(self, tokens: VisualTokens) -> Tensor:
@@ -72,9 +80,13 @@ class FarCover(Strategy):
 
 
 @full_precision
-def cover_beyond_mean(features: Tensor, demand: Tensor, k: int) -> Tensor:
-    """(k,) int64 of features (n, d) in the order of choice; demand (n,), above 0."""
+def cover_beyond_mean(
+    features: Tensor, demand: Tensor, k: int, frames: Tensor | None = None, across: float = 1.0
+) -> Tensor:
+    """(k,) int64 of features (n, d) as chosen; demand (n,), above 0; frames (n,) int64."""
     x = unit(features)
     near = (1 - x @ unit(x.mean(0))).clamp(min=0)
     nearer = (x @ x.mT).add_(near - 1).clamp_(min=0).mul_(demand)  # [i, j]: of j, once i is chosen
+    if frames is not None:
+        nearer.mul_(torch.where(frames[:, None] == frames, 1.0, across))
     return greedy_cover(nearer[None], k)[0]
