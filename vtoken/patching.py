@@ -20,7 +20,7 @@ from .adapters.encoders.encoder import encoder_for
 from .adapters.registry import adapter_for, model_of
 from .config import VTokenConfig
 from .encoder_patching import EncoderPatch
-from .fit import check_fit, design_of, fitting, plain_encoder
+from .fit import check_fit, design_of, fitting, fitting_encoder, plain_encoder, unmet
 from .gate import Gate
 from .hooks import Wrapped
 from .kernels import gather_merge
@@ -45,6 +45,7 @@ from .temporal import Temporal
 from .tokens import Segment, VisualTokens
 from .trained_weights import make_module
 
+DEFAULT = "farcover"  # first by mean rank on the accuracy boards (docs/board.md)
 M = TypeVar("M")
 
 
@@ -297,7 +298,7 @@ def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, 
 
 def patch(
     model: M,
-    strategy: Any,
+    strategy: Any = None,
     budget: float | int | None = None,
     *,
     adapter: str | type[Adapter] | None = None,
@@ -310,7 +311,8 @@ def patch(
             heads, embedding heads (docs/patching.md).
         strategy: a name (`vtoken.list_strategies()`), a `vtoken.strategies` object or a `VTokenConfig`; or
             "visionzip+fastv" or the list ["visionzip", "fastv"], a projector strategy and one that drops
-            inside the LLM, under one budget.
+            inside the LLM, under one budget. None for "farcover", with relevance=0 where the LLM's layers
+            cannot tell what the question looks at.
         budget: share of the visual tokens in (0, 1], or a whole number of tokens per image or frame; the
             strategy's default if None.
         adapter: None for the one of the model's type; "generic" for a type that has none; or a subclass of
@@ -326,8 +328,7 @@ def patch(
         ValueError: for an unknown strategy, a value of a wrong type or out of range, a model without adapter,
             a strategy that does not fit it, or a model that is patched already.
     """
-    made = make_strategy(strategy, budget, options)
-    target = _target(model, adapter)
+    made, target = _made(model, strategy, budget, adapter, options)
     with patches_for(target.model, getattr(target, "trunk", None)) as patches:
         check_unpatched(patches, target)
         new = _make_patch(target, made, patches)
@@ -339,6 +340,28 @@ def patch(
                 new.remove()
                 raise
     return model
+
+
+def _made(
+    model: Any,
+    strategy: Any,
+    budget: float | int | None,
+    adapter: str | type[Adapter] | None,
+    options: dict[str, Any],
+) -> tuple[Strategy, Any]:
+    """The strategy, or the default one for this model, and what it is for."""
+    made = None if strategy is None else make_strategy(strategy, budget, options)
+    target = _target(model, adapter)
+    if made is None:
+        if not isinstance(target, Adapter):
+            raise ValueError(
+                f"{type(target.model).__name__} is an encoder without an LLM, for which there is no default"
+                f" strategy: name one of {', '.join(fitting_encoder(target))}."
+            )
+        made = make_strategy(DEFAULT, budget, options)
+        if "relevance" not in options and unmet(target, made)[1] == ["question_attention"]:
+            made = make_strategy(DEFAULT, budget, {**options, "relevance": 0.0})
+    return made, target
 
 
 def _target(model: Any, adapter: str | type[Adapter] | None) -> Any:
@@ -394,7 +417,7 @@ def patch_of(model: Any) -> Patch | None:
 @contextmanager
 def applied(
     model: M,
-    strategy: Any,
+    strategy: Any = None,
     budget: float | int | None = None,
     *,
     adapter: str | type[Adapter] | None = None,
@@ -408,8 +431,7 @@ def applied(
     only open one, if there is one. Of nested `applied` and `disabled` blocks the innermost counts; they may
     be left in any order.
     """
-    made = make_strategy(strategy, budget, options)
-    target = _target(model, adapter)
+    made, target = _made(model, strategy, budget, adapter, options)
     with (
         patches_for(target.model, getattr(target, "trunk", None)) as patches,
         patches.scope("applied", _make_patch(target, made, patches)),

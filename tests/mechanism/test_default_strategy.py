@@ -1,0 +1,49 @@
+"""`vtoken.patch(model)` without the name of a strategy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vtoken
+from tests.models import FAMILIES
+from vtoken.patching import patch_of
+
+
+def test_it_is_farcover_with_the_options_given():
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
+    vtoken.patch(model, budget=0.3, depth=0.5)
+    strategy = patch_of(model).strategy
+    assert (strategy.info.name, strategy.budget, strategy.relevance, strategy.depth) == (
+        "farcover",
+        0.3,
+        0.25,
+        0.5,
+    )
+    with torch.no_grad():
+        pruned = model(**inputs).logits
+        vtoken.unpatch(model)
+        with vtoken.applied(model, "farcover", budget=0.3, depth=0.5):
+            assert torch.equal(model(**inputs).logits, pruned)
+        with vtoken.applied(model, budget=0.3, depth=0.5):
+            assert torch.equal(model(**inputs).logits, pruned)
+
+
+def test_where_the_layers_cannot_look_the_question_is_not_read():
+    model = FAMILIES["llava"].build()
+    del model.get_decoder().layers[0].input_layernorm
+    vtoken.patch(model, budget=0.3)
+    assert patch_of(model).strategy.relevance == 0.0
+    vtoken.unpatch(model)
+    with pytest.raises(ValueError, match="input_layernorm"):
+        vtoken.patch(model, budget=0.3, relevance=0.5)
+
+
+def test_a_plain_encoder_has_no_default():
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32
+    )
+    with pytest.raises(ValueError, match="no default strategy: name one of .*tome"):
+        vtoken.patch(CLIPVisionModel(config))
