@@ -3,7 +3,7 @@
 One batch holds it all: rows of different lengths, several images in one prompt, a row without images; then a
 second turn on the same cache. A new strategy joins by being registered (with a line in OPTIONS if its
 defaults do not fit four layers and a few dozen tokens), a new family by its row in tests/models. Families of
-`PRODUCT` run every strategy, the others one of each stage; the rest has the marker `product`.
+`WHOLE` run every strategy, the others one of each place in the model; the rest has the marker `product`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,7 @@ import torch
 
 import vtoken
 from tests import oracle
-from tests.mechanism.common import (
-    EFFECT,
-    PATCHABLE,
-    PRODUCT,
-    assert_close,
-    assert_same,
-    clean,
-    expected,
-    run,
-    subject,
-)
+from tests.mechanism.common import EFFECT, PATCHABLE, assert_close, assert_same, clean, expected, run, subject
 from tests.mechanism.fixed import patched
 from tests.mechanism.test_turns import first_turn
 from tests.models import FAMILIES
@@ -40,9 +30,9 @@ OPTIONS: dict[str, dict] = {}
 COMBINED = {"visionzip + fastv": ["visionzip", "fastv"]}
 ROWS = {name: name for name in list_names()} | COMBINED
 EQUAL_FRAMES = ("evs", "flashvid", "v_cast", "vidcom2")
-# one of each stage and mechanism: choice, tower attention, merging, the tower, drops inside, hidden pictures
-STAGES = ("divprune", "visionzip", "pool", "tome", "fastv", "voco")
-WHOLE = [name for name in PATCHABLE if name.partition("/")[0] in PRODUCT]
+# a choice, one that reads the tower's attention and merges, one inside the tower, one inside the LLM
+STAGES = ("divprune", "visionzip", "tome", "fastv")
+WHOLE = ("llava", "llava_onevision/video", "qwen2_5_vl", "qwen3_vl/video")
 
 
 def make(row: str):

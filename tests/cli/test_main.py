@@ -91,7 +91,7 @@ def test_demo_runs_any_folder_with_a_model(scene_file, tmp_path):
 
 
 @pytest.mark.parametrize("name", tiny.names())
-@pytest.mark.parametrize("strategy", ["divprune", "uniform+fastv"])
+@pytest.mark.parametrize("strategy", ["divprune", pytest.param("uniform+fastv", marks=pytest.mark.product)])
 def test_demo_takes_tiny_models_by_name(name, strategy, tmp_path):
     out = tmp_path / "kept.png"
     result = run("demo", "--model", name, "--strategy", strategy, "--budget", "0.5", "--output", str(out))

@@ -1,4 +1,6 @@
-"""The mechanism is tried on every kind of language model by default, on every family with `-m product`."""
+"""By default each test of the mechanism runs on a few families and `WIDE` on every kind of language model; on
+every family with `-m product`.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,28 @@ CORE = {
 }
 
 
+FEW = {
+    "llava",
+    "gemma3",
+    "idefics3",
+    "qwen2_5_vl",
+    "qwen2_5_vl/video",
+    "qwen3_vl",
+    "qwen3_5",
+    "lfm2_vl",
+    "nemotron_h_omni",
+    "llama4",
+    "gemma3n",
+    "molmo2",
+}
+WIDE = ("test_greedy", "test_loss_and_gradients", "test_unpatch_restores_everything")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         name = parameters.get("name", parameters.get("family"))
-        if "mechanism" in item.path.parts and name in FAMILIES and name not in CORE:
+        tried = CORE if getattr(item, "originalname", None) in WIDE else FEW
+        if "mechanism" in item.path.parts and name in FAMILIES and name not in tried:
             item.add_marker(pytest.mark.product)

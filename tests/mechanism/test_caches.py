@@ -33,6 +33,7 @@ from .common import ALIGNED, BOTH, FRONT, SOME, assert_close, assert_same, clean
 from .fixed import Fixed, patched
 
 NAMES = ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"]
+TWO = [pytest.param(n, marks=() if n in ("llava", "qwen3_vl") else pytest.mark.product) for n in NAMES]
 OPTIONS = {"before": FRONT, "both": BOTH, "aligned": ALIGNED}
 TYPES = ("mm_token_type_ids", "token_type_ids")
 TOKENS = torch.tensor([text(4, 5), text(4, 6)])
@@ -125,7 +126,7 @@ def lengths_of(family, inputs: dict) -> dict[str, int]:
 @pytest.mark.parametrize("static", CROPPABLE, ids=["dynamic", "static"][: len(CROPPABLE)])
 @pytest.mark.parametrize("kind", ["one", "ragged"])
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TWO)
 def test_crop_counts_prompt_tokens(name, option, kind, static):
     family, model = FAMILIES[name], subject(name)
     inputs = family.batch(kind)
@@ -422,7 +423,7 @@ def test_a_mask_over_new_tokens_alone_is_refused():
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("kind", ["one", "ragged"])
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TWO)
 def test_a_shortened_cache_wants_a_patched_model(name, option, kind, static):
     """After `unpatch`, after the `with` block and on another model: one sentence, and the cache stays as it
     was.
