@@ -75,6 +75,7 @@ class Report:
         tokens_per_layer: per LLM layer, tokens stored for the prompt, summed over the batch, without padding.
         visual_per_layer: per LLM layer, visual tokens that it reads, summed over the batch.
         flops_dense, flops: LLM prefill FLOPs of the unpatched model and of this call.
+        flops_text: those among `flops` with which the LLM read the prompt's text for the choice.
         kv_bytes_dense, kv_bytes: KV-cache bytes of the prompt.
         seconds: measured seconds by name: "tower", "select", "prefill"; GPU times are read when the report is
             made.
@@ -94,6 +95,7 @@ class Report:
     seconds: dict[str, float]
     tower: dict[str, TowerUse] = field(default_factory=dict)
     budget_counts: str = ""
+    flops_text: float = 0.0
 
     @property
     def tokens_in(self) -> int:
@@ -136,6 +138,7 @@ class Report:
             "visual_per_layer": self.visual_per_layer,
             "flops_dense": self.flops_dense,
             "flops": self.flops,
+            "flops_text": self.flops_text,
             "kv_bytes_dense": self.kv_bytes_dense,
             "kv_bytes": self.kv_bytes,
             "seconds": self.seconds,
@@ -175,6 +178,7 @@ class Report:
         lines.append(
             f"  LLM prefill{together}: {_si(self.flops)}FLOP instead of {_si(self.flops_dense)}FLOP "
             f"({change(self.flops, self.flops_dense)})"
+            + (f", {_si(self.flops_text)}FLOP of it to choose by the text" if self.flops_text else "")
         )
         lines.append(
             f"  KV cache of the prompt{'s' if many else ''}: {_si(self.kv_bytes)}B instead of"

@@ -129,7 +129,8 @@ class Patch:
         needs = self.design.needs.values()
         fuse = self._fuse if self.design.fuses_text else None
         depths = (n.question_attention for n in needs if n.question_attention is not None)
-        return TextReading(self.adapter.decoder, any(n.question for n in needs), fuse, next(depths, None))
+        question = any(n.question for n in needs)
+        return TextReading(self.adapter.decoder, question, fuse, next(depths, None), self.recorder.read)
 
     def _fuse(self, embeddings: Tensor, visual: Tensor) -> Tensor:
         assert self.trained is not None

@@ -89,6 +89,7 @@ class Record:
     watch: Stopwatch
     forwards: list[Forward] = field(default_factory=list)
     tower: dict[str, TowerUse] = field(default_factory=dict)
+    text: list[tuple[int, int]] = field(default_factory=list)  # read for the choice: tokens, layers
 
 
 class _Local(PerThread):
@@ -97,6 +98,7 @@ class _Local(PerThread):
     record: Record | None = None
     watch: Stopwatch | None = None
     tower: dict[str, TowerUse] | None = None
+    text: tuple[tuple[int, int], ...] = ()
     start: Any = None
     entered: Any = None
 
@@ -135,12 +137,21 @@ class Recorder:
         """Note what a tower computed in the latest call for a modality."""
         self.local.tower = (self.local.tower or {}) | {modality: use}
 
+    def read(self, tokens: int, layers: int) -> None:
+        """Note that the first `layers` of the LLM have read a prompt's text for the choice."""
+        self.local.text = (*self.local.text, (tokens, layers))
+
     def chosen(self, chosen: list[Chosen], beams: int) -> None:
         """Begin the record of a prompt. It holds counts and no features, because it outlives the call."""
         record = Record(
-            [_facts(c) for c in chosen], beams, self.local.watch or Stopwatch(), tower=self.local.tower or {}
+            [_facts(c) for c in chosen],
+            beams,
+            self.local.watch or Stopwatch(),
+            tower=self.local.tower or {},
+            text=list(self.local.text),
         )
         self.local.watch = self.local.tower = None
+        self.local.text = ()
         self.local.record = self.last = record
 
     def before_prefill(self, device: torch.device) -> None:
@@ -194,7 +205,8 @@ class Recorder:
         shapes = [LanguageModelShape.of(self.text_config, i) for i in layers]
         itemsize = self.model.dtype.itemsize
         per_layer, visual, prompt = [0] * len(layers), [0] * len(layers), [0] * 0
-        flops = dense = 0.0
+        text = sum(shape.layer_flops(n) for n, count in record.text for shape in shapes[:count])
+        flops, dense = text, 0.0
         for forward in record.forwards:
             lengths = forward.dense.tolist()
             prompt = [a + b for a, b in zip(prompt, lengths, strict=True)] if prompt else lengths
@@ -215,6 +227,7 @@ class Recorder:
             visual_per_layer=visual,
             flops_dense=dense,
             flops=flops,
+            flops_text=text,
             kv_bytes_dense=sum(shape.kv_bytes(sum(prompt), itemsize) for shape in shapes),
             kv_bytes=sum(shapes[i].kv_bytes(per_layer[i], itemsize) for i in layers),
             seconds=record.watch.seconds(),

@@ -45,5 +45,5 @@ def test_a_plain_encoder_has_no_default():
     config = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32
     )
-    with pytest.raises(ValueError, match="no default strategy: name one of .*tome"):
+    with pytest.raises(ValueError, match=r"no default strategy: name one of .*tome"):
         vtoken.patch(CLIPVisionModel(config))

@@ -12,6 +12,7 @@ from tests.mechanism.common import run, subject
 from tests.mechanism.fixed import patched
 from tests.models import FAMILIES
 from vtoken import tiny
+from vtoken.llm_shape import LanguageModelShape
 from vtoken.strategies import FastV, PyramidDrop, combine
 from vtoken.tiny.questions import held_out, prepare
 
@@ -114,6 +115,21 @@ def test_it_says_what_the_budget_counts(shipped):
     assert both[1].startswith(
         "  the budget counts random: visual tokens that enter the LLM; pyramiddrop: visual tokens"
     )
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_text_that_the_llm_reads_for_the_choice_counts(shipped, prompts):
+    pairs = held_out("llava", prompts, 3)
+    asked = ask(*shipped, pairs, "farcover", 0.25)
+    blind = ask(*shipped, pairs, "farcover", 0.25, relevance=0.0)
+    text = [n - 144 for n in asked.prompt_tokens]
+    first = LanguageModelShape.of(shipped[0].config.text_config)
+    assert asked.flops_text == sum(first.layer_flops(n) for n in text) > 0 == blind.flops_text
+    assert asked.flops == pytest.approx(blind.flops + asked.flops_text)
+    assert asked.to_dict()["flops_text"] == asked.flops_text
+    assert "FLOP of it to choose by the text" in str(asked) and "by the text" not in str(blind)
+    deeper = ask(*shipped, pairs, "farcover", 0.25, depth=0.75)
+    assert deeper.flops_text == 3 * asked.flops_text
 
 
 @pytest.mark.parametrize("strategy", ["vtc_cls", "fastv"])

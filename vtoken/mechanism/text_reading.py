@@ -48,12 +48,14 @@ class TextReading:
             text; None if the text stays as it is.
         depth: of the layer whose attention from the text's last token to the visual tokens is read, a share
             of the layers; None if none is.
+        noted: `noted(tokens, layers)` hears what the language model has read.
     """
 
     decoder: Any
     question: bool = False
     fuse: Callable[[Tensor, Tensor], Tensor] | None = None
     depth: float | None = None
+    noted: Callable[[int, int], None] = lambda tokens, layers: None
 
     @property
     def needs_prompt(self) -> bool:
@@ -102,6 +104,7 @@ class TextReading:
             tokenwise: the language model's other arguments for these tokens, (t, ...) by name.
             before: read what enters this layer instead of the output.
         """
+        self.noted(len(text), len(unwrapped(self.decoder).layers) if before is None else before)
         # `forward` and not a call: hooks on the language model belong to the prompt that is being read
         forward = self.decoder.forward
         if before is not None:
