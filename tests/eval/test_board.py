@@ -73,7 +73,7 @@ def test_a_shared_tower_changes_no_answer():
         with torch.no_grad():
             return model(**inputs[i]).logits
 
-    assert len(memo.layers) == model.config.vision_config.num_hidden_layers
+    assert len(memo.layers) == 1 + model.config.vision_config.num_hidden_layers  # the patch embedding
     for strategy in ("uniform", "hired", "mustdrop", "visionzip", "hired"):
         with vtoken.applied(model, strategy, budget=0.5):
             plain, before = [logits(i) for i in (0, 1)], memo.spared
@@ -82,7 +82,7 @@ def test_a_shared_tower_changes_no_answer():
                     assert torch.equal(logits(i), plain[i]), strategy
             spared.append((memo.spared - before) // 2)
     layers = len(memo.layers)
-    assert spared[0] == 0 and layers - 2 <= spared[4] < layers and spared[2] <= 1, spared
+    assert spared[0] == 0 and layers - 2 <= spared[4] < layers and spared[2] <= 2, spared
     assert not any("forward" in layer.__dict__ for layer in memo.layers)
     memo.known[0, 2][1].add_(0)  # written to in place: no longer to be trusted
     with vtoken.applied(model, "uniform", budget=0.5), memo.reading(0):

@@ -1,4 +1,4 @@
-"""Cache of vision tower layers: computed once per batch, reused by all cells of a board."""
+"""Cache of a vision tower's patch embedding and layers: computed once per batch for all cells of a board."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class TowerMemo:
-    """Remembers the outputs of vision tower layers for a batch, and returns them for equal inputs.
+    """Remembers what a tower's patch embedding and layers give for a batch, and returns it for equal inputs.
 
     Only the computation of a layer is saved, and only if no hook reads values inside it: a layer with hooks
     on its parts (a strategy reads its attention) runs, and so does one whose input is not, bit for bit, the
@@ -22,7 +22,8 @@ class TowerMemo:
     def __init__(self, model: Any) -> None:
         decoder = set(model.get_decoder().modules())
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and m not in decoder]
-        self.layers = [layer for some in lists for layer in some]
+        patches = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d) and m not in decoder]
+        self.layers = [*patches, *(layer for some in lists for layer in some)]
         self.known: dict[tuple[int, int], tuple[Tensor, Any, list[int]]] = {}
         self.spared = 0
 
@@ -46,7 +47,7 @@ class TowerMemo:
                 return forward(hidden_states, *args, **kwargs)
             if key in self.known:
                 given, answer, versions = self.known[key]
-                if versions == _versions(given, answer) and torch.equal(given, hidden_states):
+                if versions == _versions(given, answer) and _equal(given, hidden_states):
                     self.spared += 1
                     return answer
             answer = forward(hidden_states, *args, **kwargs)
@@ -55,6 +56,12 @@ class TowerMemo:
             return answer
 
         return wrapped
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit; views of the same memory are not read."""
+    place = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in (a, b)]
+    return place[0] == place[1] or torch.equal(a, b)
 
 
 def _overheard(layer: nn.Module) -> bool:
