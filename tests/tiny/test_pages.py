@@ -201,7 +201,7 @@ def test_the_heads_of_the_look_up_find_what_is_asked_before_any_training():
 
 
 def test_the_projector_learns_the_codes():
-    model, ids, codes = started()
+    model, _, codes = started()
     log: list[dict] = []
     pages = recipe.tower_batch(0, 2, "train", 0)
     start_projector(model, pages, pages, codes, {**recipe.PROJECTOR, "steps": 40}, log)
