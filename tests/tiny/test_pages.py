@@ -23,6 +23,7 @@ from training.tiny.pages_language import (
 from training.tiny.pages_tower import ENTRIES, GRID, RELATIONS, partner_loss, start_neighbours, targets
 from training.tiny.recipes import llava_pages as recipe
 from training.tiny.tower import hidden_states
+from vtoken import tiny
 from vtoken.tiny.letters import FACES, FILE, FONTS, HEIGHTS, LETTERS
 from vtoken.tiny.pages import (
     CELL,
@@ -36,6 +37,7 @@ from vtoken.tiny.pages import (
     questions,
     vocabulary,
 )
+from vtoken.tiny.questions import answers, score
 
 SOME = [(i, split) for i in range(40) for split in ("train", "test")]
 
@@ -229,3 +231,11 @@ def test_heads_start_at_their_neighbours():
     before = partner_loss(tower, hidden_states(tower, pixels), goal)[1].mean()
     start_neighbours(tower, pixels)
     assert before < 0.05 < 0.2 < partner_loss(tower, hidden_states(tower, pixels), goal)[1].mean()
+
+
+def test_the_shipped_model_answers():
+    model, processor = tiny.load("llava_pages")
+    pairs = held_out(60, seed=5)
+    inputs = processor(text="user: <image>\n", images=pairs[0][0].image, return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == GRID**2 == 256
+    assert score(pairs, answers(model, processor, pairs))["all"] >= 0.84
