@@ -56,7 +56,9 @@ def build_tokenizer(special: Iterable[str] = (), words: Iterable[str] = ()) -> A
     )
 
 
-def language_config(kind: Callable[..., Any], tokenizer: Any, width: int, layers: int, heads: int) -> Any:
+def language_config(
+    kind: Callable[..., Any], tokenizer: Any, width: int, layers: int, heads: int, theta: float = 1000.0
+) -> Any:
     """A small ``LlamaConfig``, ``Qwen2Config``, ... whose weights fit those of the other tiny models."""
     return kind(
         vocab_size=len(tokenizer),
@@ -66,19 +68,26 @@ def language_config(kind: Callable[..., Any], tokenizer: Any, width: int, layers
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
         initializer_range=0.05,
         **special_ids(tokenizer),
     )
 
 
 def clip_llava(
-    kind: Callable[..., Any], tokenizer: Any, width: int, layers: tuple[int, int], heads: int, side: int
+    kind: Callable[..., Any],
+    tokenizer: Any,
+    width: int,
+    layers: tuple[int, int],
+    heads: int,
+    side: int,
+    patch: int = 8,
+    theta: float = 1000.0,
 ) -> Any:
-    """A ``LlavaConfig`` or its like: a Llama on a CLIP tower's last layer but one, 8 px patches, no CLS.
+    """A ``LlavaConfig`` or its like: a Llama on a CLIP tower's last layer but one, no CLS.
 
-    ``layers`` of tower and language model, ``side`` of the tower's images in px; ``width`` and ``heads`` of
-    both.
+    ``layers`` of tower and language model, ``side`` of the tower's images and of a patch in px; ``width`` and
+    ``heads`` of both; ``theta`` of the Llama's rotary positions.
     """
     from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -90,14 +99,14 @@ def clip_llava(
         num_hidden_layers=layers[0],
         num_attention_heads=heads,
         image_size=side,
-        patch_size=8,
+        patch_size=patch,
     )
     return kind(
         vision_config=tower,
-        text_config=language_config(LlamaConfig, tokenizer, width, layers[1], heads),
+        text_config=language_config(LlamaConfig, tokenizer, width, layers[1], heads, theta),
         image_token_id=image,
         image_token_index=image,
-        image_seq_length=(side // 8) ** 2,
+        image_seq_length=(side // patch) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         **special_ids(tokenizer),
@@ -105,17 +114,23 @@ def clip_llava(
 
 
 def build_llava(
-    words: Iterable[str], width: int, layers: tuple[int, int], heads: int, side: int
+    words: Iterable[str],
+    width: int,
+    layers: tuple[int, int],
+    heads: int,
+    side: int,
+    patch: int = 8,
+    theta: float = 1000.0,
 ) -> tuple[Any, Any]:
     """An untrained LLaVA of `clip_llava` and its processor, float32; ``words`` come after the known ones."""
     from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     tokenizer = build_tokenizer(words=words)
-    config = clip_llava(LlavaConfig, tokenizer, width, layers, heads, side)
+    config = clip_llava(LlavaConfig, tokenizer, width, layers, heads, side, patch, theta)
     model = LlavaForConditionalGeneration(config).float()
     model.generation_config = generation_config(tokenizer)
     processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(**clip_pixels(side)), tokenizer=tokenizer, **clip_reading()
+        image_processor=CLIPImageProcessor(**clip_pixels(side)), tokenizer=tokenizer, **clip_reading(patch)
     )
     return model, processor
 
@@ -141,10 +156,10 @@ def clip_pixels(side: int) -> dict[str, Any]:
     }
 
 
-def clip_reading() -> dict[str, Any]:
+def clip_reading(patch: int = 8) -> dict[str, Any]:
     """Options of such a model's processor: the count of visual tokens and the form of a prompt."""
     return {
-        "patch_size": 8,
+        "patch_size": patch,
         "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1,
         "chat_template": chat_template(),

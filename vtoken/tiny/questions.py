@@ -40,7 +40,7 @@ HELD_OUT: dict[str, Callable[[int, int], list[tuple[Any, Question]]]] = {
 
 
 # tiny models whose questions tell good strategies from better ones
-HARDER = ("llava_clutter", "qwen2_5_vl_long")
+HARDER = ("llava_clutter", "llava_pages", "qwen2_5_vl_long")
 
 
 def held_out(name: str, n: int, seed: int = 0) -> list[tuple[Any, Question]]:
