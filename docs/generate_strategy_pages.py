@@ -154,7 +154,7 @@ def reads(strategy: Strategy) -> str:
         parts.append(f"features after tower {numbers(encoder)}")
     drops = strategy.prefill_layers(DEPTH)
     if drops:
-        parts.append(f"hidden states and attention before LLM {numbers(drops)} (of {DEPTH})")
+        parts.append(f"what the LLM has computed before {numbers(drops)} (of {DEPTH})")
     return "; ".join(parts) or "nothing but the grids"
 
 
