@@ -221,11 +221,12 @@ def test_selections_shared_by_several_programs(monkeypatch):
     """One launch a step, so that programs that run one after another can agree without a barrier."""
     monkeypatch.setattr(select, "multiprocessors", lambda device: 8)
     monkeypatch.setattr(select, "COOPERATIVE", False)
-    x, quality = tensor(0, 2, 45, 70), tensor(1, 2, 45).exp()
-    x[:, 20:30] = x[:, :10]
+    n = 45 if MANY else 20
+    x, quality = tensor(0, 2, n, 70), tensor(1, 2, n).exp()
+    x[:, 10:15] = x[:, :5]
     assert torch.equal(triton("farthest_point", x, 7), torch_twin("farthest_point", x, 7))
     assert torch.equal(triton("greedy_map", x, quality, 5), torch_twin("greedy_map", x, quality, 5))
-    for k in (7, 45):
+    for k in (7, n):
         got = triton("greedy_cover", x, k, quality)
         assert torch.equal(got, torch_twin("greedy_cover", x, k, quality))
     x = x.transpose(0, 1).contiguous().transpose(0, 1)  # norms of such rows come back in the same odd layout
