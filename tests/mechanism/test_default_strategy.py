@@ -47,3 +47,9 @@ def test_a_plain_encoder_has_no_default():
     )
     with pytest.raises(ValueError, match=r"no default strategy: name one of .*tome"):
         vtoken.patch(CLIPVisionModel(config))
+
+
+@pytest.mark.parametrize("budget", [0.2, 64, torch.tensor(0.25)])
+def test_a_budget_in_the_place_of_the_name_is_told_where_it_goes(budget):
+    with pytest.raises(TypeError, match=f"A strategy is a name .*found .*: write budget={float(budget):g}"):
+        vtoken.patch(FAMILIES["llava"].build(), budget)
