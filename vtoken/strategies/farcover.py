@@ -75,7 +75,7 @@ class FarCover(Strategy):
         """(p,) float32, above 0: the weight of each patch among those to cover, 1 on average."""
         looks, rows = tokens.question_attention, tokens.patch_rows
         if looks is None or not self.relevance:
-            return torch.ones(len(rows), device=rows.device)
+            return torch.ones(len(rows), dtype=torch.float32, device=rows.device)
         return 1 - self.relevance + self.relevance * len(rows) * looks[:, rows].softmax(-1).mean(0)
 
 
@@ -88,5 +88,5 @@ def cover_beyond_mean(
     near = (1 - x @ unit(x.mean(0))).clamp(min=0)
     nearer = (x @ x.mT).add_(near - 1).clamp_(min=0).mul_(demand)  # [i, j]: of j, once i is chosen
     if frames is not None:
-        nearer.mul_(torch.where(frames[:, None] == frames, 1.0, across))
+        nearer.mul_(torch.where(frames[:, None] == frames, nearer.new_ones(()), across))
     return greedy_cover(nearer[None], k)[0]
