@@ -87,8 +87,8 @@ def _rows_are_its_own(decoder: Any, attention: Any, layer_type: str, tokens: int
     weights = [getattr(p, "weight", None) for p in (attention.q_proj, attention.k_proj)]
     if any(w is None or w.is_meta or _sharded(w) for w in weights) or not hasattr(attention, "config"):
         return True
-    alone = copy.copy(attention)  # with the same weights
-    alone.config, alone.training = copy.copy(attention.config), False
+    alone = _without_dropout(attention)
+    alone.config = copy.copy(attention.config)
     alone.config._attn_implementation_internal = "eager"
     device, dtype = weights[0].device, decoder.dtype
     noise = torch.randn(1, tokens, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -104,14 +104,24 @@ def _rows_are_its_own(decoder: Any, attention: Any, layer_type: str, tokens: int
             alone, hidden_states=hidden, position_embeddings=rotary, attention_mask=mask, **shared
         )
         own = next(x for x in out if isinstance(x, Tensor) and x.shape[-2:] == (tokens, tokens))[0].float()
-        made = rows_of_attention(attention, hidden, rotary, torch.arange(tokens, device=device))
-        lengths = [heads(attention, hidden, which).float().norm(dim=-1).max().item() for which in "qk"]
+        made = rows_of_attention(alone, hidden, rotary, torch.arange(tokens, device=device))
+        lengths = [heads(alone, hidden, which).float().norm(dim=-1).max().item() for which in "qk"]
     except Exception:  # of a module that takes or gives other things
         return False
     # logits are rounded to the dtype, and large where projections have large biases
     rounding = max(torch.finfo(dtype).eps, 5e-4) * lengths[0] * lengths[1] * attention.scaling
     off = (own.clamp(min=1e-6).log() - made.clamp(min=1e-6).log()).abs()[own > 1e-3].max().item()
     return bool(off < 0.02 + 2 * rounding)
+
+
+def _without_dropout(module: Any) -> Any:
+    """The module as in evaluation, with the same weights; the model itself may be in training (LoRA)."""
+    alone = copy.copy(module)
+    alone.training = False
+    alone._modules = {
+        n: None if part is None else _without_dropout(part) for n, part in module._modules.items()
+    }
+    return alone
 
 
 def _tables(decoder: Any, hidden: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:
