@@ -39,6 +39,15 @@ def test_where_the_layers_cannot_look_the_question_is_not_read():
         vtoken.patch(model, budget=0.3, relevance=0.5)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_autocast_around_the_patch_does_not_look_like_another_attention(name):
+    model = FAMILIES[name].build()
+    with torch.autocast("cpu", torch.bfloat16), vtoken.applied(model, budget=0.3):
+        assert patch_of(model).strategy.relevance == 0.25
+    with torch.autocast("cpu", torch.bfloat16), vtoken.applied(model, "fastv", layer=1):
+        pass
+
+
 def test_a_plain_encoder_has_no_default():
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
