@@ -48,6 +48,7 @@ def test_info_shows_paper_and_defaults():
     ):
         assert words in shown
     assert "baseline" in run("info", "random").output
+    assert "baseline" not in run("info", "farcover").output
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,8 @@ import vtoken
 from tests.models import FAMILIES
 from vtoken.patching import patch_of
 
+from .common import consistent
+
 
 def test_it_is_farcover_with_the_options_given():
     model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
@@ -39,6 +41,27 @@ def test_where_the_layers_cannot_look_the_question_is_not_read():
         vtoken.patch(model, budget=0.3, relevance=0.5)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_autocast_around_the_patch_does_not_look_like_another_attention(name):
+    model = FAMILIES[name].build()
+    with torch.autocast("cpu", torch.bfloat16), vtoken.applied(model, budget=0.3):
+        assert patch_of(model).strategy.relevance == 0.25
+    with torch.autocast("cpu", torch.bfloat16), vtoken.applied(model, "fastv", layer=1):
+        pass
+
+
+def test_where_the_question_cannot_be_read_the_sentence_tells_how_not_to():
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("one")
+    vtoken.patch(model, budget=0.3)
+    with pytest.raises(ValueError, match=r"labels .* to -100, or use .* farcover with relevance=0\.0"):
+        model(**inputs, labels=inputs["input_ids"])
+    with vtoken.applied(model, budget=0.3, relevance=0.0):
+        assert model(**inputs, labels=inputs["input_ids"]).loss.isfinite()
+    if consistent("llava", inputs, prefill_chunk_size=4):
+        with pytest.raises(NotImplementedError, match=r"chunked prefill .* farcover with relevance=0\.0"):
+            model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=4)
+
+
 def test_a_plain_encoder_has_no_default():
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -47,3 +70,9 @@ def test_a_plain_encoder_has_no_default():
     )
     with pytest.raises(ValueError, match=r"no default strategy: name one of .*tome"):
         vtoken.patch(CLIPVisionModel(config))
+
+
+@pytest.mark.parametrize("budget", [0.2, 64, torch.tensor(0.25)])
+def test_a_budget_in_the_place_of_the_name_is_told_where_it_goes(budget):
+    with pytest.raises(TypeError, match=f"A strategy is a name .*found .*: write budget={float(budget):g}"):
+        vtoken.patch(FAMILIES["llava"].build(), budget)

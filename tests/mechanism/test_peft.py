@@ -11,6 +11,7 @@ import vtoken
 from tests import oracle
 from tests.models import FAMILIES
 from tests.oracle import CACHE, clone
+from vtoken.patching import patch_of
 
 from .common import BOTH, EFFECT, assert_close, run
 from .fixed import patched
@@ -191,3 +192,12 @@ def test_the_end_of_a_learnt_prompt(kind):
         first(model, inputs, generates)
         kept.append(vtoken.report(model).visuals[0].layers[-1].keep.tolist())
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("strategy", [None, "fastv"])
+def test_dropout_of_adapters_in_training_does_not_look_like_another_attention(strategy):
+    config = peft.LoraConfig(lora_dropout=0.5, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(FAMILIES["llava"].build(), config).train()
+    vtoken.patch(model, strategy, budget=0.3)
+    assert "relevance" not in patch_of(model).strategy.describe()
+    assert all(module.training for module in model.modules())

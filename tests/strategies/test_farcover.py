@@ -128,6 +128,18 @@ def test_scales_change_nothing_and_order_moves_with_the_tokens():
     assert sorted(order[answer(strategy, moved).keep].tolist()) == want.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_default_dtype_of_new_tensors_changes_nothing(dtype):
+    tokens, strategy = video(6, 5, 5, seed=1), create("farcover", budget=0.3, relevance=0.0)
+    want, demand = answer(strategy, tokens).keep, strategy.demand(tokens)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(answer(strategy, tokens).keep, want)
+        assert strategy.demand(tokens).dtype == demand.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_rows_that_are_no_patch_are_dropped():
     tokens, strategy = anyres(2, 2, 4), create("farcover", budget=0.9)
     kept = answer(strategy, tokens)

@@ -76,7 +76,7 @@ def show_info(name: str) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     rows = {
         "stages": ", ".join(known.stages),
-        "paper": known.paper or "none: a baseline",
+        "paper": known.paper or ("none: a baseline" if known.baseline else "none"),
         "code": f"{known.code} ({known.code_licence or 'no licence stated'})" if known.code else "",
         "differs": known.differs,
         "budget counts": known.budget_counts,

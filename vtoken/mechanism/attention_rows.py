@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..adapters.encoders.encoder import kind_of
 from ..hooks import rebuilt
 from ..kernels import attention_rows
+from ..kernels.reference import full_precision
 
 
 def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
@@ -87,31 +88,44 @@ def _rows_are_its_own(decoder: Any, attention: Any, layer_type: str, tokens: int
     weights = [getattr(p, "weight", None) for p in (attention.q_proj, attention.k_proj)]
     if any(w is None or w.is_meta or _sharded(w) for w in weights) or not hasattr(attention, "config"):
         return True
-    alone = copy.copy(attention)  # with the same weights
-    alone.config, alone.training = copy.copy(attention.config), False
+    alone = _without_dropout(attention)
+    alone.config = copy.copy(attention.config)
     alone.config._attn_implementation_internal = "eager"
-    device, dtype = weights[0].device, decoder.dtype
     noise = torch.randn(1, tokens, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    hidden = noise.to(device, dtype)
-    mask = torch.full((tokens, tokens), torch.finfo(dtype).min, device=device, dtype=dtype).triu(1)[
-        None, None
-    ]
-    takes = inspect.signature(type(attention).forward).parameters
-    shared: dict[str, Any] = {"shared_kv_states": {}} if "shared_kv_states" in takes else {}
     try:
-        rotary = _tables(decoder, hidden, layer_type)
-        out = type(attention).forward(
-            alone, hidden_states=hidden, position_embeddings=rotary, attention_mask=mask, **shared
-        )
-        own = next(x for x in out if isinstance(x, Tensor) and x.shape[-2:] == (tokens, tokens))[0].float()
-        made = rows_of_attention(attention, hidden, rotary, torch.arange(tokens, device=device))
-        lengths = [heads(attention, hidden, which).float().norm(dim=-1).max().item() for which in "qk"]
+        return _rows_agree(noise.to(weights[0].device, decoder.dtype), decoder, alone, layer_type)
     except Exception:  # of a module that takes or gives other things
         return False
+
+
+@full_precision
+def _rows_agree(hidden: Tensor, decoder: Any, attention: Any, layer_type: str) -> bool:
+    """Whether an eager attention module gives the rows that `rows_of_attention` does, of hidden (1, n, D)."""
+    n, device, dtype = hidden.shape[1], hidden.device, hidden.dtype
+    mask = torch.full((n, n), torch.finfo(dtype).min, device=device, dtype=dtype).triu(1)[None, None]
+    takes = inspect.signature(type(attention).forward).parameters
+    shared: dict[str, Any] = {"shared_kv_states": {}} if "shared_kv_states" in takes else {}
+    rotary = _tables(decoder, hidden, layer_type)
+    out = type(attention).forward(
+        attention, hidden_states=hidden, position_embeddings=rotary, attention_mask=mask, **shared
+    )
+    own = next(x for x in out if isinstance(x, Tensor) and x.shape[-2:] == (n, n))[0].float()
+    made = rows_of_attention(attention, hidden, rotary, torch.arange(n, device=device))
+    lengths = [heads(attention, hidden, which).float().norm(dim=-1).max().item() for which in "qk"]
     # logits are rounded to the dtype, and large where projections have large biases
     rounding = max(torch.finfo(dtype).eps, 5e-4) * lengths[0] * lengths[1] * attention.scaling
     off = (own.clamp(min=1e-6).log() - made.clamp(min=1e-6).log()).abs()[own > 1e-3].max().item()
     return bool(off < 0.02 + 2 * rounding)
+
+
+def _without_dropout(module: Any) -> Any:
+    """The module as in evaluation, with the same weights; the model itself may be in training (LoRA)."""
+    alone = copy.copy(module)
+    alone.training = False
+    alone._modules = {
+        n: None if part is None else _without_dropout(part) for n, part in module._modules.items()
+    }
+    return alone
 
 
 def _tables(decoder: Any, hidden: Tensor, layer_type: str) -> tuple[Tensor, Tensor]:

@@ -231,8 +231,8 @@ class Planner:
         ids, encoded = prompt.input_ids, prompt.encoded
         if ids is None or self.text is not None or run.cache is None:
             raise NotImplementedError(
-                "A chunked prefill needs input_ids, a cache and a strategy that does not read the text: "
-                "leave out prefill_chunk_size."
+                "A chunked prefill needs input_ids, a cache and a strategy that does not read the text, such"
+                " as farcover with relevance=0.0: leave out prefill_chunk_size."
             )
         beams = embeds.shape[0] // ids.shape[0]
         visual = self.adapter.find_placeholders(ids)

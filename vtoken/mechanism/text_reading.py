@@ -25,7 +25,7 @@ def check_labels(run: Run, real: Tensor) -> None:
     if bool((run.visual.any(1) & ~before.any(1)).any()):
         raise ValueError(
             "A strategy that reads the text found labels that count from the first token: set the labels of"
-            " the prompt to -100."
+            " the prompt to -100, or use one that does not, such as farcover with relevance=0.0."
         )
 
 

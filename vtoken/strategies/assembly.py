@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from ..checks import found
+from ..checks import found, number
 from .base import Strategy
 from .composition import Composite
 from .registry import check_methods, create, parse_strategy, split_names
@@ -93,9 +94,11 @@ def _assemble(strategy: Any, budget: float | int | None, options: dict[str, Any]
             raise TypeError(
                 "The second argument is the strategy, found a model: call vtoken.patch(model, 'hired')."
             )
+        value = number(strategy)
+        budget_of = isinstance(value, numbers.Real) and not isinstance(value, bool)
         raise TypeError(
             "A strategy is a name such as 'hired', a vtoken.strategies object, a list of them or a"
-            f" VTokenConfig, found {found(strategy)}."
+            f" VTokenConfig, found {found(strategy)}{f': write budget={value}' if budget_of else ''}."
         )
     if budget is not None:
         options = options | {"budget": budget}

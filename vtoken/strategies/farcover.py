@@ -27,9 +27,9 @@ class FarCover(Strategy):
     kept before anything is chosen: `near_j = 1 - cos(x_j, mean)`. Each step adds the token i with the largest
     `sum_j demand_j max(0, near_j - d_ij)`, how much nearer it brings all tokens to what is kept, and then
     `near_j = min(near_j, d_ij)`. All patches of an image or a video compete for one budget, crops and frames
-    alike; rows that are no patch are dropped. In a video, a token makes what lies in other frames only
-    `across` times as much nearer as what lies in its own: what moves looks alike in each frame, and a
-    question may be about where it was when.
+    alike; rows that are no patch are dropped. In a video, a token counts less for other frames: for a token j
+    of another frame its distance is `across d_ij + (1 - across) (1 - cos(x_j, mean))`. What moves looks alike
+    in each frame, and a question may be about where it was when.
 
     `demand_j = 1 - relevance + relevance n p_j`. `p_j` is how the question looks at the tokens: the LLM reads
     the prompt's text, without the picture, up to a quarter of its layers; the query of the last text token in
@@ -75,7 +75,7 @@ class FarCover(Strategy):
         """(p,) float32, above 0: the weight of each patch among those to cover, 1 on average."""
         looks, rows = tokens.question_attention, tokens.patch_rows
         if looks is None or not self.relevance:
-            return torch.ones(len(rows), device=rows.device)
+            return torch.ones(len(rows), dtype=torch.float32, device=rows.device)
         return 1 - self.relevance + self.relevance * len(rows) * looks[:, rows].softmax(-1).mean(0)
 
 
@@ -88,5 +88,5 @@ def cover_beyond_mean(
     near = (1 - x @ unit(x.mean(0))).clamp(min=0)
     nearer = (x @ x.mT).add_(near - 1).clamp_(min=0).mul_(demand)  # [i, j]: of j, once i is chosen
     if frames is not None:
-        nearer.mul_(torch.where(frames[:, None] == frames, 1.0, across))
+        nearer.mul_(torch.where(frames[:, None] == frames, nearer.new_ones(()), across))
     return greedy_cover(nearer[None], k)[0]
