@@ -77,6 +77,7 @@ def test_rows_of_images(board, tmp_path, monkeypatch):
     assert (tmp_path / "board.png").stat().st_size > 1000
 
 
+@pytest.mark.product
 def test_rows_of_videos(board, tmp_path, monkeypatch):
     from vtoken.tiny import load_encoder
 

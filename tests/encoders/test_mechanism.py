@@ -733,7 +733,11 @@ def test_a_copy_has_its_own_strategy_and_report(vit):
         assert vtoken.report(other).images == 3
 
 
-@pytest.mark.parametrize("name", ["timm-plain", "timm-eva", "timm-no_cls_map", "open_clip-tok"])
+@pytest.mark.parametrize(
+    "name",
+    ["timm-plain"]
+    + [pytest.param(n, marks=pytest.mark.product) for n in ("timm-eva", "timm-no_cls_map", "open_clip-tok")],
+)
 def test_compiled_in_one_graph(name):
     case = CASES[name]
     model = vtoken.patch(case.build(), "tome", r=R)

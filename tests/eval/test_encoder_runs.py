@@ -209,6 +209,7 @@ def test_workers_open_the_same_pixels(task, tmp_path):
     ]
 
 
+@pytest.mark.product
 def test_two_processes_give_what_one_gives(tmp_path):
     data = image_folder(tmp_path / "data")
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

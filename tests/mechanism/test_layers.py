@@ -20,8 +20,16 @@ PLANS = {
     "merging before and at layer 1": dict(layers=(1,), merge=True, budget=0.6),
     "aligned cache behind the projector": ALIGNED,
 }
-CASES = [(name, plan) for plan in list(PLANS)[:3] for name in INSIDE]
-CASES += [(name, plan) for plan in list(PLANS)[3:] for name in SOME]
+CASES = [
+    pytest.param(name, plan, marks=() if plan in list(PLANS)[:2] or name in SOME else pytest.mark.product)
+    for plan in list(PLANS)[:3]
+    for name in INSIDE
+]
+CASES += [
+    pytest.param(name, plan, marks=() if name in SOME[:2] else pytest.mark.product)
+    for plan in list(PLANS)[3:]
+    for name in SOME
+]
 
 
 @pytest.mark.parametrize(("name", "plan"), CASES)
