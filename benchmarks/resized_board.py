@@ -71,17 +71,17 @@ def measure(questions: int, seed: int, strategy: str | None = None) -> list[dict
 
 def ask(model: Any, processor: Any, pairs: Any, strategy: str | None, kept: float) -> tuple[float, float]:
     """Share of right answers, and visual tokens per question that enter the LLM."""
-    tokens = 0
+    tokens = calls = 0
 
     def count(inputs: Any = None) -> None:
         """Before each call: what its inputs hold, or what the call before it read."""
-        nonlocal tokens
+        nonlocal tokens, calls
         if strategy:
-            report = vtoken.report(model)
-            tokens += report.tokens_out if report else 0
+            tokens += vtoken.report(model).tokens_out if calls else 0
         elif inputs is not None:
             ids = (model.config.image_token_id, model.config.video_token_id)
             tokens += sum(int((inputs["input_ids"] == token).sum()) for token in ids)
+        calls += 1
 
     with vtoken.applied(model, strategy, budget=kept) if strategy else contextlib.nullcontext():
         said = answers(model, processor, pairs, change=count)
