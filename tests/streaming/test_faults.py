@@ -64,8 +64,15 @@ def refused(kind):
     one_sentence(caught.value)
 
 
-@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
-@pytest.mark.parametrize("strategy", [None, "stc"])
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        pytest.param("llava_onevision", "stc"),
+        pytest.param("qwen2_5_vl", None),
+        pytest.param("llava_onevision", None, marks=pytest.mark.product),
+        pytest.param("qwen2_5_vl", "stc", marks=pytest.mark.product),
+    ],
+)
 def test_bad_frames_leave_the_session_as_it_was(name, strategy):
     """Also before the first frame, and where the tower waits for a second one; then the stream goes on as if
     untouched.
