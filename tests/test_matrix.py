@@ -23,7 +23,7 @@ from tests.models import FAMILIES
 from tests.record import note
 from vtoken.adapters.registry import adapter_for
 from vtoken.fit import lacking_of, needs_of
-from vtoken.patching import make_strategy
+from vtoken.requested import make_strategy
 from vtoken.strategies.registry import list_names
 
 OPTIONS: dict[str, dict] = {}

@@ -17,10 +17,9 @@ from .accounting import EncoderReport, Report
 from .active import LOCK, Patches, patches_for, patches_of
 from .adapters.base import Adapter
 from .adapters.encoders.encoder import encoder_for
-from .adapters.registry import adapter_for, model_of
-from .config import VTokenConfig
+from .adapters.registry import model_of
 from .encoder_patching import EncoderPatch
-from .fit import check_fit, design_of, fitting, fitting_encoder, plain_encoder, unmet
+from .fit import check_fit, design_of, fitting
 from .gate import Gate
 from .hooks import Wrapped
 from .kernels import gather_merge
@@ -36,16 +35,15 @@ from .mechanism.unread_features import Unread
 from .mechanism.vision_hooks import VisionHooks
 from .mechanism.visual_turn import VisualTurn
 from .recorder import Recorder
+from .requested import requested
 from .selection import Selection, concat_selections
 from .strategies import Strategy
-from .strategies.assembly import assemble
 from .strategies.registry import modalities_of
 from .strategies.trained import trained_part
 from .temporal import Temporal
 from .tokens import Segment, VisualTokens
 from .trained_weights import make_module
 
-DEFAULT = "farcover"  # first by mean rank on the accuracy boards (docs/board.md)
 M = TypeVar("M")
 
 
@@ -278,25 +276,6 @@ def _largest(segments: tuple[Segment, ...]) -> int:
     return max(frames) if frames else sum(s.fed for s in segments)
 
 
-def make_strategy(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
-    """A Strategy from a name, a list of names, a strategy object or a VTokenConfig."""
-    weights, told = None, None
-    if isinstance(strategy, VTokenConfig):
-        weights = strategy.weights
-        given = strategy.options | ({} if strategy.budget is None else {"budget": strategy.budget})
-        if strategy.positions is not None:
-            given["positions"] = strategy.positions
-        told = trained_part(assemble(strategy.strategy, None, dict(given))) if options else None
-        strategy, options = strategy.strategy, given | options
-    made = assemble(strategy, budget, options)
-    part = trained_part(made)
-    if part is not None and weights is not None:
-        if told is not None:
-            told.check_shared(part)
-        part.source = weights
-    return made
-
-
 def patch(
     model: M,
     strategy: Any = None,
@@ -329,7 +308,7 @@ def patch(
         ValueError: for an unknown strategy, a value of a wrong type or out of range, a model without adapter,
             a strategy that does not fit it, or a model that is patched already.
     """
-    made, target = _made(model, strategy, budget, adapter, options)
+    made, target = requested(model, strategy, budget, adapter, options)
     with patches_for(target.model, getattr(target, "trunk", None)) as patches:
         check_unpatched(patches, target)
         new = _make_patch(target, made, patches)
@@ -341,34 +320,6 @@ def patch(
                 new.remove()
                 raise
     return model
-
-
-def _made(
-    model: Any,
-    strategy: Any,
-    budget: float | int | None,
-    adapter: str | type[Adapter] | None,
-    options: dict[str, Any],
-) -> tuple[Strategy, Any]:
-    """The strategy, or the default one for this model, and what it is for."""
-    made = None if strategy is None else make_strategy(strategy, budget, options)
-    target = _target(model, adapter)
-    if made is None:
-        if not isinstance(target, Adapter):
-            raise ValueError(
-                f"{type(target.model).__name__} is an encoder without an LLM, for which there is no default"
-                f" strategy: name one of {', '.join(fitting_encoder(target))}."
-            )
-        made = make_strategy(DEFAULT, budget, options)
-        if "relevance" not in options and unmet(target, made)[1] == ["question_attention"]:
-            made = make_strategy(DEFAULT, budget, {**options, "relevance": 0.0})
-    return made, target
-
-
-def _target(model: Any, adapter: str | type[Adapter] | None) -> Any:
-    """The adapter of a vision-language model, or the encoder that the model is."""
-    encoder = plain_encoder(model) if adapter is None else None
-    return adapter_for(model, adapter) if encoder is None else encoder
 
 
 def _make_patch(target: Any, strategy: Strategy, patches: Patches) -> Any:
@@ -432,7 +383,7 @@ def applied(
     only open one, if there is one. Of nested `applied` and `disabled` blocks the innermost counts; they may
     be left in any order.
     """
-    made, target = _made(model, strategy, budget, adapter, options)
+    made, target = requested(model, strategy, budget, adapter, options)
     with (
         patches_for(target.model, getattr(target, "trunk", None)) as patches,
         patches.scope("applied", _make_patch(target, made, patches)),

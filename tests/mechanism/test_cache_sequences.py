@@ -16,7 +16,7 @@ from tests import oracle
 from tests.models import FAMILIES
 from tests.oracle import CACHE
 from vtoken.mechanism.logical_cache import ledger_of
-from vtoken.patching import make_strategy
+from vtoken.requested import make_strategy
 
 from .common import ALIGNED, assert_close, clean, subject
 from .fixed import Fixed, Spy, patched

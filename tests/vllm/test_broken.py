@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import vtoken
 from vtoken.integrations.vllm import overrides
 from vtoken.integrations.vllm.__main__ import main
-from vtoken.patching import make_strategy
+from vtoken.requested import make_strategy
 from vtoken.tiny import scenes
 
 from .engines import asked, distance, engine

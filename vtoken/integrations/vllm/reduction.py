@@ -13,7 +13,7 @@ from ...adapters.base import Adapter, Layout
 from ...config import VTokenConfig
 from ...fit import check_fit, fitting, needs_of
 from ...kernels import gather_merge
-from ...patching import make_strategy
+from ...requested import make_strategy
 from ...strategies import Strategy, strategy_info
 from ...strategies.scored import ScoredStrategy
 from ...strategies.trained import trained_part
