@@ -89,7 +89,7 @@ class Record:
     watch: Stopwatch
     forwards: list[Forward] = field(default_factory=list)
     tower: dict[str, TowerUse] = field(default_factory=dict)
-    text: list[tuple[int, int]] = field(default_factory=list)  # read for the choice: tokens, layers
+    text: tuple[tuple[int, int], ...] = ()  # read for the choice: tokens, layers
 
 
 class _Local(PerThread):
@@ -148,7 +148,7 @@ class Recorder:
             beams,
             self.local.watch or Stopwatch(),
             tower=self.local.tower or {},
-            text=list(self.local.text),
+            text=self.local.text,
         )
         self.local.watch = self.local.tower = None
         self.local.text = ()
