@@ -30,9 +30,9 @@ OPTIONS: dict[str, dict] = {}
 COMBINED = {"visionzip + fastv": ["visionzip", "fastv"]}
 ROWS = {name: name for name in list_names()} | COMBINED
 EQUAL_FRAMES = ("evs", "flashvid", "v_cast", "vidcom2")
-# a choice, one that reads the tower's attention and merges, one inside the tower, one inside the LLM
-STAGES = ("divprune", "visionzip", "tome", "fastv")
-WHOLE = ("llava", "llava_onevision/video", "qwen2_5_vl", "qwen3_vl/video")
+# one that reads the tower's attention and merges, one inside the tower, one inside the LLM
+STAGES = ("visionzip", "tome", "fastv")
+WHOLE = ("llava", "llava_onevision/video", "qwen3_vl/video")
 
 
 def make(row: str):

@@ -8,7 +8,7 @@ from vtoken import tiny
 from vtoken.eval.board.tiny import subjects, tiny_board
 from vtoken.tiny.questions import HARDER
 
-QUESTIONS = 24
+QUESTIONS = 16
 
 
 @pytest.mark.parametrize("name", tiny.names())

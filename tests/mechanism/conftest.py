@@ -4,9 +4,13 @@ every family with `-m product`.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from tests.models import FAMILIES
+from tests.product import mark_product
 
 # one for each: positions, kinds of layers and caches, masks, arguments per token, features inside the LLM
 CORE = {
@@ -37,28 +41,16 @@ CORE = {
 }
 
 
-FEW = {
-    "llava",
-    "gemma3",
-    "idefics3",
-    "qwen2_5_vl",
-    "qwen2_5_vl/video",
-    "qwen3_vl",
-    "qwen3_5",
-    "lfm2_vl",
-    "nemotron_h_omni",
-    "llama4",
-    "gemma3n",
-    "molmo2",
-}
+FEW = {"llava", "gemma3", "qwen2_5_vl/video", "qwen3_vl", "qwen3_5", "lfm2_vl", "llama4", "molmo2"}
 WIDE = ("test_greedy", "test_loss_and_gradients", "test_unpatch_restores_everything")
+
+
+def _is_product(item: pytest.Item, parameters: dict[str, Any]) -> bool:
+    name = parameters.get("name", parameters.get("family"))
+    tried = CORE if getattr(item, "originalname", None) in WIDE else FEW
+    return name in FAMILIES and name not in tried
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        name = parameters.get("name", parameters.get("family"))
-        tried = CORE if getattr(item, "originalname", None) in WIDE else FEW
-        if "mechanism" in item.path.parts and name in FAMILIES and name not in tried:
-            item.add_marker(pytest.mark.product)
+    mark_product(items, Path(__file__).parent, _is_product)

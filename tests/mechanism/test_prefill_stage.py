@@ -495,7 +495,7 @@ def test_compiled_decode_does_not_recompile(case, cache):
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.12"), reason="dynamo of torch 2.11 cannot guard hooks' state"
 )
-@pytest.mark.parametrize("case", ["random", "fastv"])
+@pytest.mark.parametrize("case", [pytest.param("random", marks=pytest.mark.product), "fastv"])
 def test_compiled_prefill_is_right(case):
     """What depends on data is left to eager mode, whatever surrounds it is compiled: the very same logits,
     twice.

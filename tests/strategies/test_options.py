@@ -423,7 +423,7 @@ def test_names_joined_by_plus_are_a_combination():
                 outs.append(torch.stack(run(model, inputs, 1).logits))
                 assert "fastv(budget=0.2, layer=1), sharing budget=0.2" in str(vtoken.report(model))
     assert all(torch.equal(outs[0], other) for other in outs[1:])
-    three = vtoken.patching.make_strategy("stc_cacher+random+fastv", 0.25, {})
+    three = vtoken.requested.make_strategy("stc_cacher+random+fastv", 0.25, {})
     assert three.info.name == "stc_cacher+random+fastv"
 
 

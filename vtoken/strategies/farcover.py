@@ -25,23 +25,20 @@ class FarCover(Strategy):
 
     With the distance `d_ij = 1 - cos(x_i, x_j)` of the projected features, the mean of all tokens counts as
     kept before anything is chosen: `near_j = 1 - cos(x_j, mean)`. Each step adds the token i with the largest
-    `sum_j demand_j max(0, near_j - d_ij)`, how much nearer it brings all tokens to what is kept, and then
-    `near_j = min(near_j, d_ij)`. All patches of an image or a video compete for one budget, crops and frames
-    alike; rows that are no patch are dropped. In a video, a token counts less for other frames: for a token j
-    of another frame its distance is `across d_ij + (1 - across) (1 - cos(x_j, mean))`. What moves looks alike
+    `sum_j demand_j max(0, near_j - d_ij)`, and then `near_j = min(near_j, d_ij)`. All patches of an image or
+    a video compete for one budget, crops and frames alike; rows that are no patch are dropped. For a token j
+    of another frame the distance is `across d_ij + (1 - across) (1 - cos(x_j, mean))`: what moves looks alike
     in each frame, and a question may be about where it was when.
 
-    `demand_j = 1 - relevance + relevance n p_j`. `p_j` is how the question looks at the tokens: the LLM reads
-    the prompt's text, without the picture, up to a quarter of its layers; the query of the last text token in
-    this layer and the keys of the n tokens as they enter the LLM, both without positions, give a softmax per
-    head, and `p` is its mean over heads. Without text all tokens are in equal demand. The n x n products are
-    held in float32: 157 MB for 6,272 tokens, of a video twice.
+    `demand_j = 1 - relevance + relevance n p_j`: the LLM reads the prompt's text, without the picture, up to
+    a quarter of its layers; the query of the last text token there and the keys of the n tokens as they enter
+    the LLM, both without positions, give a softmax per head, and `p` is its mean over heads. Without text
+    `p_j = 1 / n`. The n x n products are held in float32: 157 MB for 6,272 tokens, of a video twice.
 
     Args:
         relevance: the question's share in the demand, in [0, 1); 0 reads no text, for streams and servers.
         depth: the layer that looks, as a share of the LLM's layers, in [0, 1).
-        across: how much a token of a video counts for other frames, in [0, 1]; 1 makes no difference
-            between frames, 0 covers each frame by itself.
+        across: how much a token of a video counts for other frames, in [0, 1].
     """
 
     _: KW_ONLY
@@ -52,10 +49,9 @@ class FarCover(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 <= self.relevance < 1 and 0 <= self.depth < 1):
-            raise ValueError(f"relevance and depth must lie in [0, 1), found {self.relevance}, {self.depth}.")
-        if not 0 <= self.across <= 1:
-            raise ValueError(f"across must lie in [0, 1], found {self.across}.")
+        if not (0 <= self.relevance < 1 and 0 <= self.depth < 1 and 0 <= self.across <= 1):
+            found = f"found {self.relevance}, {self.depth}, {self.across}"
+            raise ValueError(f"relevance and depth must lie in [0, 1), across in [0, 1], {found}.")
 
     def needs(self, tower: TowerInfo | None) -> Needs:
         return Needs(question_attention=self.depth) if self.relevance else Needs()
@@ -67,9 +63,11 @@ class FarCover(Strategy):
 
     def select(self, tokens: VisualTokens) -> Selection:
         rows, count = tokens.patch_rows, sum(self.counts(tokens.segments))
-        frames = tokens.segment_of[rows] if tokens.modality == "video" else None
-        picks = cover_beyond_mean(tokens.features[rows], self.demand(tokens), count, frames, self.across)
-        return Selection(rows[picks].sort().values)
+        nearer = nearer_than_mean(tokens.features[rows], self.demand(tokens))
+        if tokens.modality == "video":
+            frames = tokens.segment_of[rows]
+            nearer.mul_(torch.where(frames[:, None] == frames, nearer.new_ones(()), self.across))
+        return Selection(rows[greedy_cover(nearer[None], count)[0]].sort().values)
 
     def demand(self, tokens: VisualTokens) -> Tensor:
         """(p,) float32, above 0: the weight of each patch among those to cover, 1 on average."""
@@ -80,13 +78,8 @@ class FarCover(Strategy):
 
 
 @full_precision
-def cover_beyond_mean(
-    features: Tensor, demand: Tensor, k: int, frames: Tensor | None = None, across: float = 1.0
-) -> Tensor:
-    """(k,) int64 of features (n, d) as chosen; demand (n,), above 0; frames (n,) int64."""
+def nearer_than_mean(features: Tensor, demand: Tensor) -> Tensor:
+    """(n, n) float32, of features (n, d): [i, j] is `demand_j max(0, near_j - d_ij)`; demand (n,)."""
     x = unit(features)
     near = (1 - x @ unit(x.mean(0))).clamp(min=0)
-    nearer = (x @ x.mT).add_(near - 1).clamp_(min=0).mul_(demand)  # [i, j]: of j, once i is chosen
-    if frames is not None:
-        nearer.mul_(torch.where(frames[:, None] == frames, nearer.new_ones(()), across))
-    return greedy_cover(nearer[None], k)[0]
+    return (x @ x.mT).add_(near - 1).clamp_(min=0).mul_(demand)
