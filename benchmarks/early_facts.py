@@ -35,10 +35,12 @@ def questions(n: int, frames: int, seed: int) -> list[tuple[Any, Any]]:
     return found
 
 
-def memories(tokens: int, pruner: str, budget: float) -> dict[str, dict[str, Any]]:
+def memories(model: Any, tokens: int, pruner: str, budget: float) -> dict[str, dict[str, Any]]:
     """Sessions by name; `tokens` are the visual tokens of a whole clip."""
     half, quarter = tokens // 2, tokens // 4
     pruned = dict(strategy=pruner, budget=budget)
+    retrieval = dict(memory="rekv", memory_options={"n_local": quarter, "topk": 4})
+    rekv = {} if hasattr(model.base_model, "get_rope_index") else {"rekv, 4 frames retrieved": retrieval}
     return {
         "default": {},
         "half of the tokens": dict(max_tokens=half, memory_options={"recent": 2}),
@@ -46,8 +48,9 @@ def memories(tokens: int, pruner: str, budget: float) -> dict[str, dict[str, Any
         f"{pruner}, budget {budget}": pruned,
         f"{pruner}, budget {budget}, half of those tokens": pruned
         | dict(max_tokens=int(half * budget), memory_options={"recent": 2}),
+        "only the latest 4 frames": dict(frames=4),
         "only the latest half": dict(max_tokens=half, memory_options={"recent": 10**6, "sinks": 0}),
-    }
+    } | rekv
 
 
 def ask(
@@ -98,7 +101,7 @@ def main() -> None:
     tokens = ask(model, processor, [(first, pairs[0][1])], {})[1]
     rows["all frames"]["visual_tokens"] = tokens
     print("all frames", rows["all frames"], flush=True)
-    for name, options in memories(tokens, arguments.strategy, arguments.budget).items():
+    for name, options in memories(model, tokens, arguments.strategy, arguments.budget).items():
         if arguments.only and name not in arguments.only:
             continue
         rows[name] = row(*ask(model, processor, pairs, options))

@@ -33,6 +33,7 @@ SCALE = {"tiny": "tiny", "small": "cpu", "7b": "full"}
 TOKENS = {"tiny": 256, "small": 1024, "7b": 12544}  # visual tokens that a memory may hold
 SESSIONS: dict[str, dict[str, Any]] = {
     "session, no strategy": {},
+    "session, the latest 4 frames": dict(frames=4),
     "session, stc_cacher": dict(strategy="stc_cacher"),
     "session, stc_pruner": dict(strategy="stc_pruner", budget=0.3),
     "session, stc": dict(strategy="stc", budget=0.3),

@@ -361,3 +361,26 @@ def test_bad_frames_and_questions_get_a_sentence():
         session.ask(" ")
     with pytest.raises(ValueError, match="does not fit a memory of 3 tokens"):
         session_of("llava_onevision", max_tokens=3).push(frame, 0.0)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
+def test_the_newest_frames_alone_are_the_model_asked_about_them(name):
+    """With `frames=4`, the prompt is that of the last four frames, and nothing of earlier ones is left."""
+    frames = frames_of(10)
+    with fed(session_of(name, frames=4), frames) as session, fed(session_of(name), frames[6:]) as short:
+        assert session.ask(Q, **SHORT).frames_used == (3.0, 3.5, 4.0, 4.5)
+        assert torch.allclose(logits_of(session), logits_of(short), atol=1e-5)
+        assert session.stats["frames"] == 10 and session.stats["bytes"] == short.stats["bytes"]
+    with fed(session_of(name, "uniform", 0.5, frames=4), frames) as session:
+        assert len(session.ask(Q, **SHORT).frames_used) == 4
+
+
+def test_a_number_of_frames_that_no_memory_keeps():
+    for options, words in (
+        (dict(frames=3), "multiple of 2"),
+        (dict(frames=0), "multiple of 2"),
+        (dict(frames=4, memory_options={"sinks": 1}), "sets sinks too"),
+        (dict(frames=4, memory="rekv"), "memory='rekv' does not do"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            session_of("qwen2_5_vl", **options)

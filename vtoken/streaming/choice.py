@@ -32,6 +32,7 @@ def make_memory(
     max_bytes: int | None,
     max_tokens: int | None,
     options: dict[str, Any],
+    newest: int | None = None,
 ) -> RecentMemory | ReKVMemory:
     """Make a memory by its name; bounds of None get defaults.
 
@@ -39,12 +40,15 @@ def make_memory(
 
     Args:
         renumber: whether prompts count only the kept tokens, not all tokens of the unpruned model.
+        newest: number of the latest frames that are kept alone, None for no such bound.
     """
     if name not in OPTIONS:
         raise ValueError(f"Unknown memory {name!r}: use {' or '.join(OPTIONS)}.")
     unknown = ", ".join(sorted(set(options) - set(OPTIONS[name])))
     if unknown:
         raise ValueError(f"memory={name!r} has no option {unknown}: it has {', '.join(OPTIONS[name])}.")
+    if newest is not None:
+        options = options | _window(name, newest, prompts.frames.unit, options)
     positions = int(getattr(adapter.decoder.config, "max_position_embeddings", 4096))
     if name == "rekv":
         if max_tokens is not None:
@@ -61,6 +65,19 @@ def make_memory(
         max_rows=room if counts_rows else None,
         **options,
     )
+
+
+def _window(name: str, newest: int, unit: int, options: dict[str, Any]) -> dict[str, int]:
+    """Options of the memory that keeps the newest frames alone, `unit` of them in a step."""
+    if name != "recent":
+        raise ValueError(f"frames={newest} keeps the newest frames alone, which memory={name!r} does not do.")
+    if both := sorted({"sinks", "recent", "max_steps"} & set(options)):
+        raise ValueError(f"frames={newest} sets {', '.join(both)} too: leave out one of them.")
+    if newest < unit or newest % unit:
+        raise ValueError(
+            f"frames must be a multiple of {unit}, which the vision tower joins into one step; found {newest}."
+        )
+    return {"sinks": 0, "recent": newest // unit, "max_steps": newest // unit}
 
 
 class SharedPatch:

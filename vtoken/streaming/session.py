@@ -47,6 +47,8 @@ class StreamSession:
         memory: "recent" keeps visual tokens, see `vtoken.streaming.RecentMemory`; "rekv" keeps the LLM's keys
             and values and retrieves per question, see `vtoken.streaming.ReKVMemory`, for models without
             multimodal rope.
+        frames: keep the newest frames alone, so many ("recent"); a multiple of those that the vision tower
+            joins into one step (2 for Qwen-VL). A frame that waits for its second is seen in addition.
         max_bytes: upper bound of the memory in bytes; None for 256 MiB ("recent") or 4 GiB ("rekv").
         max_tokens: visual tokens of a prompt ("recent"); None for as many as the LLM's positions allow.
         memory_options: `sinks`, `recent` (in steps), `history_tokens` of "recent"; `n_local`, `topk`,
@@ -80,6 +82,7 @@ class StreamSession:
         budget: float | int | None = None,
         *,
         memory: str = "recent",
+        frames: int | None = None,
         max_bytes: int | None = None,
         max_tokens: int | None = None,
         memory_options: dict[str, Any] | None = None,
@@ -124,6 +127,7 @@ class StreamSession:
                 max_bytes,
                 max_tokens,
                 memory_options or {},
+                frames,
             )
         except BaseException:
             self._shared.release()
