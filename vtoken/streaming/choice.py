@@ -75,7 +75,7 @@ def _window(name: str, newest: int, unit: int, options: dict[str, Any]) -> dict[
         raise ValueError(f"frames={newest} sets {', '.join(both)} too: leave out one of them.")
     if newest < unit or newest % unit:
         raise ValueError(
-            f"frames must be a multiple of {unit}, which the vision tower joins into one step; found {newest}."
+            f"frames must be a multiple of {unit}, which the tower joins into one step, found {newest}."
         )
     return {"sinks": 0, "recent": newest // unit, "max_steps": newest // unit}
 
