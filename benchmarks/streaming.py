@@ -24,6 +24,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtoken
+from vtoken.bench.processors import QUESTION, onevision
 from vtoken.bench.report import machine
 from vtoken.bench.shapes import PLACEHOLDER, SHAPES
 from vtoken.bench.timing import spread
@@ -39,44 +40,8 @@ SESSIONS: dict[str, dict[str, Any]] = {
     "session, stc": dict(strategy="stc", budget=0.3),
     "session, rekv and stc": dict(strategy="stc", budget=0.3, memory="rekv"),
 }
-QUESTION, WINDOW, SCENE = "what is here ?", 32, 30
+WINDOW, SCENE = 32, 30
 COUNTED = 8  # frames whose FLOPs are counted, a multiple of every interval
-
-
-def processor_for(model: Any) -> Any:
-    """A processor of the model's kind with a word-level vocabulary."""
-    import transformers as tf
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = [
-        "<pad>",
-        "<s>",
-        "</s>",
-        "<unk>",
-        "user",
-        "<video>",
-        "<image>",
-        *QUESTION.split(),
-        ":",
-        "assistant",
-    ]
-    assert words[PLACEHOLDER] == "<video>"
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens = dict(image_token="<image>", video_token="<video>")
-    text = tf.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", extra_special_tokens=tokens
-    )
-    vision = model.config.vision_config
-    size = {"height": vision.image_size, "width": vision.image_size}
-    return tf.LlavaOnevisionProcessor(
-        image_processor=tf.LlavaOnevisionImageProcessor(size=size),
-        video_processor=tf.LlavaOnevisionVideoProcessor(size=size),
-        tokenizer=text,
-        num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
-        vision_feature_select_strategy="full",
-        chat_template="user : <video> {{ messages[-1]['content'][-1]['text'] }} assistant :",
-    )
 
 
 def picture(index: int, side: int) -> np.ndarray:
@@ -212,7 +177,7 @@ def main() -> None:
     work = SHAPES["llava-onevision-7b-video"].build(
         "llava-onevision", SCALE[arguments.shape], arguments.device
     )
-    processor, vision = processor_for(work.model), work.model.config.vision_config
+    processor, vision = onevision(work.model, PLACEHOLDER), work.model.config.vision_config
     per_frame = (-(-vision.image_size // vision.patch_size // 2)) ** 2
     old = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
     facts = {"shape": arguments.shape, "tokens_per_frame": per_frame, "max_tokens": tokens, **work.about}

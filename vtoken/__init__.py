@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .streaming import StreamSession
     from .streams import FrameTokens, Reuse, StreamState, stream
     from .tokens import Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
+    from .video_answers import VideoAnswer, answer, answers
     from .videos import video_embeddings
 
 __all__ = [
@@ -46,8 +47,11 @@ __all__ = [
     "StreamState",
     "TowerInfo",
     "VTokenConfig",
+    "VideoAnswer",
     "VisualTokens",
     "__version__",
+    "answer",
+    "answers",
     "applied",
     "disabled",
     "kept_tokens",
@@ -83,6 +87,7 @@ _LAZY = {
     "save_strategy": "saving",
     "visualize": "drawing",
     "StreamSession": "streaming",
+    **dict.fromkeys(("VideoAnswer", "answer", "answers"), "video_answers"),
     **dict.fromkeys(("applied", "disabled", "kept_tokens", "patch", "report", "unpatch"), "patching"),
     **dict.fromkeys(("EncoderStrategy", "Strategy", "StrategyInfo"), "strategies"),
     **dict.fromkeys(("register", "strategy_info"), "strategies"),

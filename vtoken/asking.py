@@ -69,14 +69,14 @@ def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 
-def prompt(processor: Any, question: str) -> str:
-    """The chat prompt of a question about one image; LLaVA's wording if there is no template."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+def prompt(processor: Any, question: str, medium: str = "image") -> str:
+    """The chat prompt of a question about one image or video; LLaVA's wording if there is no template."""
+    content = [{"type": medium}, {"type": "text", "text": question}]
     if getattr(processor, "chat_template", None):
         return processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
-    return f"USER: {getattr(processor, 'image_token', '<image>')}\n{question} ASSISTANT:"
+    return f"USER: {getattr(processor, f'{medium}_token', f'<{medium}>')}\n{question} ASSISTANT:"
 
 
 def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> Any:

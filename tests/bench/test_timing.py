@@ -10,6 +10,7 @@ import torch
 import vtoken
 from vtoken.bench import cells, timing
 from vtoken.bench.shapes import build
+from vtoken.stage_times import PHASES, phases
 from vtoken.strategies import FastV, HiRED
 
 
@@ -83,7 +84,7 @@ def test_watching_changes_nothing(work, strategy):
             # transformers puts hooks of its own on a model that is called first
             want = model(**work.inputs).logits
             before = traces(model)
-            with timing.phases(work):
+            with phases(model):
                 got = model(**work.inputs).logits
                 assert traces(model) != before
         assert traces(model) == before and torch.equal(got, want)
@@ -134,7 +135,7 @@ def test_a_cell_computes_ratios_of_neighbours_and_promises_by_the_split(work):
     cell.facts = {"flops": [400.0, 100.0], "kv_bytes": [8, 2], "peak_bytes": [8, 4], "tokens": [36, 18]}
 
     def times(tower, choose, llm, rest):
-        return dict(zip((*timing.PHASES, "total"), (tower, choose, llm, rest, tower + choose + llm + rest)))
+        return dict(zip((*PHASES, "total"), (tower, choose, llm, rest, tower + choose + llm + rest)))
 
     cell.dense = [times(1, 0, 8, 1), times(1, 0, 8, 1), times(2, 0, 16, 2)]
     cell.short = [times(1, 1, 3, 1), times(1, 1, 4, 0), times(2, 2, 2, 2)]

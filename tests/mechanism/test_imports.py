@@ -89,6 +89,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "tokens",
     ),
     "mechanism": ("_threads", "adapters", "hooks", "kernels", "streams", "selection", "temporal", "tokens"),
+    "stage_times": ("recorder",),
     "recorder": ("_threads", "accounting", "llm_shape", "mechanism", "streams"),
     "config": ("_json", "checks", "strategies"),
     "resize": ("strategies",),
@@ -141,6 +142,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "selection",
         "tokens",
     ),
+    "video_answers": ("asking", "checks", "limits", "patching", "stage_times", "video"),
     # the public face, as users import it: `import vtoken`
     "vtoken": (
         *(
@@ -164,11 +166,25 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "tokens",
             "version",
             "video",
+            "video_answers",
             "videos",
         ),
     ),
     "fine_tuning": ("_json", "config", "extras", "images", "patching", "saving", "strategies", "video"),
-    "bench": ("_json", "asking", "checks", "extras", "mechanism", "recorder", "strategies", "tiny", "vtoken"),
+    "bench": (
+        *(
+            "_json",
+            "asking",
+            "checks",
+            "extras",
+            "mechanism",
+            "recorder",
+            "stage_times",
+            "strategies",
+            "tiny",
+        ),
+        "vtoken",
+    ),
     "eval": (
         "_json",
         "asking",

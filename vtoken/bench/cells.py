@@ -11,9 +11,10 @@ from typing import Any
 
 import vtoken
 
+from ..stage_times import PHASES, Times
 from ..strategies.budgets import Budget
 from .shapes import Workload
-from .timing import PHASES, Times, decode, floor, peak_bytes, prefill, spread
+from .timing import decode, floor, peak_bytes, prefill, spread
 
 SHARED_DENSE = 3  # cells that are compared with the run of the unpatched model just before them
 

@@ -1,15 +1,8 @@
-"""Times of the stages of one call, and the bytes it holds.
-
-A call is split without gaps: every moment belongs to the vision tower, to vtoken (all its hooks: scoring,
-selection, gathering), to the LLM, or to the rest. On a GPU the bounds are CUDA events on the
-model's stream.
-"""
+"""Times of the stages of one call of a workload, and the bytes it holds."""
 
 from __future__ import annotations
 
-import functools
 import statistics
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,15 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..mechanism.transformers_names import cache_in
 from ..recorder import Stopwatch
+from ..stage_times import Phases, Times, now, phases
 from .shapes import Workload
-
-PHASES = ("tower", "choose", "llm", "rest")
-Times = dict[str, float]
-
-
-def now(work: Workload) -> Any:
-    """A point in time on the workload's clock."""
-    return time.process_time() if work.clock == "cpu" else Stopwatch.mark(work.model.device)
 
 
 @contextmanager
@@ -43,85 +29,9 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class Phases:
-    """The current phase of a call; `seconds()` adds up the time of each."""
-
-    def __init__(self, work: Workload) -> None:
-        self.work = work
-        self.marks: list[tuple[str, Any]] = [("rest", now(work))]
-
-    def switch(self, phase: str) -> str:
-        """Begin a phase and return the one before."""
-        before = self.marks[-1][0]
-        self.marks.append((phase, now(self.work)))
-        return before
-
-    def during(self, phase: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(fn)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            before = self.switch(phase)
-            try:
-                return fn(*args, **kwargs)
-            finally:
-                self.switch(before)
-
-        return call
-
-    def seconds(self) -> Times:
-        """Per phase, and "total"; ends the measurement and waits for the device."""
-        self.switch("end")
-        watch = Stopwatch()
-        for (phase, start), (_, end) in zip(self.marks, self.marks[1:]):
-            watch.add(phase, start, end)
-        watch.add("total", self.marks[0][1], self.marks[-1][1])
-        return dict.fromkeys(PHASES, 0.0) | watch.seconds()
-
-
-def _ours(hook: Any) -> bool:
-    return (getattr(getattr(hook, "func", hook), "__module__", None) or "").startswith("vtoken.")
-
-
-@contextmanager
-def phases(work: Workload) -> Iterator[Phases]:
-    """Time the phases of a model's calls inside the block, patched or not; the model is left as it was."""
-    watch, undo = Phases(work), []
-    base, decoder = work.model.base_model, work.model.get_decoder()
-    for module in work.model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in [*hooks.items()]:
-                if _ours(hook):
-                    hooks[key] = watch.during("choose", hook)
-                    undo.append(functools.partial(hooks.__setitem__, key, hook))
-    for name in ("get_image_features", "get_video_features"):
-        if hasattr(base, name):
-            was, current = base.__dict__.get(name), getattr(base, name)
-            timed = watch.during("tower", current if was is None else was.original)
-            if was is not None:  # vtoken's own part around the model's method
-                part = functools.partial(watch.during("choose", was.instead), timed)
-                timed = functools.update_wrapper(part, current)
-            base.__dict__[name] = timed
-            undo.append(functools.partial(_restore, base, name, was))
-    before: list[str] = []
-    first = decoder.register_forward_pre_hook(lambda *_: before.append(watch.switch("llm")), prepend=True)
-    last = decoder.register_forward_hook(lambda *_: watch.switch(before.pop()) and None)
-    undo += [first.remove, last.remove]
-    try:
-        yield watch
-    finally:
-        for step in undo:
-            step()
-
-
-def _restore(owner: Any, name: str, was: Any) -> None:
-    if was is None:
-        owner.__dict__.pop(name, None)
-    else:
-        owner.__dict__[name] = was
-
-
 def prefill(work: Workload) -> Times:
     """Seconds of reading the prompt, per phase."""
-    with torch.inference_mode(), phases(work) as watch:
+    with torch.inference_mode(), phases(work.model, work.clock) as watch:
         work.model(**work.inputs, use_cache=True, logits_to_keep=1)
         return watch.seconds()
 
@@ -131,7 +41,7 @@ def floor(work: Workload, tokens: int) -> float:
     decoder = work.model.get_decoder()
     embeds = torch.randn(1, tokens, decoder.config.hidden_size, device=work.model.device).to(work.model.dtype)
     with torch.inference_mode():
-        watch = Phases(work)
+        watch = Phases(work.model.device, work.clock)
         decoder(inputs_embeds=embeds, use_cache=True)
         return watch.seconds()["total"]
 
@@ -139,14 +49,15 @@ def floor(work: Workload, tokens: int) -> float:
 def decode(work: Workload, steps: int, call: Callable[[], Any] | None = None) -> Times:
     """Seconds of `generate`, or of `call`: "total", and "decode" for the steps after the first token."""
     ends: list[Any] = []
+    device = work.model.device
     hook = work.model.get_decoder().register_forward_hook
-    handle = hook(lambda *_: ends.append(now(work)) if not ends else None)
+    handle = hook(lambda *_: ends.append(now(device, work.clock)) if not ends else None)
     try:
-        watch, start = Stopwatch(), now(work)
+        watch, start = Stopwatch(), now(device, work.clock)
         config = dict(do_sample=False, min_new_tokens=steps + 1, max_new_tokens=steps + 1)
         with torch.inference_mode():
             work.model.generate(**work.inputs, **config) if call is None else call()
-        end = now(work)
+        end = now(device, work.clock)
     finally:
         handle.remove()
     watch.add("decode", ends[0], end)

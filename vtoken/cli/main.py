@@ -12,6 +12,7 @@ from .options import MODEL, Budget, Group, console, fail
 @click.group(
     cls=Group,
     lazy={
+        "ask": "vtoken.cli.ask:ask",
         "compare": "vtoken.cli.compare:compare",
         "eval": "vtoken.cli.evaluate:evaluate",
         "train": "vtoken.cli.train:train",

@@ -1,0 +1,176 @@
+"""From a video file to an answer, stage by stage: plain transformers, and vtoken with each of its parts.
+
+    python benchmarks/video.py --out benchmarks/results/video_cpu.json
+    python benchmarks/video.py --scale full --device cuda --frames 32 --out benchmarks/results/gpu/video.json
+
+Random weights of the shapes of `vtoken bench`; clips of `video_clips.py`. "plain" loads the file with
+`processor(videos=[path])`, as transformers does by default, and generates with the unpatched model. Every row
+takes the same frames and generates the same number of tokens; the rows of one clip are measured in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from video_clips import KINDS, write
+
+import vtoken
+from vtoken.asking import prompt
+from vtoken.bench.processors import QUESTION, onevision, qwen2_5_vl
+from vtoken.bench.report import machine
+from vtoken.bench.shapes import PLACEHOLDER, SHAPES
+from vtoken.stage_times import phases
+from vtoken.video_answers import STAGES
+
+MODELS = ("qwen2.5-vl-7b-video", "llava-onevision-7b-video")
+PIXELS = {"tiny": 112**2, "cpu": 308**2, "full": 392**2}  # of a frame, at most
+# name: (strategy, whether frames are scaled while they are decoded)
+ROWS: dict[str, tuple[Any, bool]] = {
+    "sampled decoding": (None, False),
+    "scaled decoding": (None, True),
+    "scaled, farcover": ("farcover", True),
+    "scaled, still_patches": ("still_patches", True),
+    "scaled, still_patches, farcover": (["still_patches", "farcover"], True),
+}
+WHOLE = "scaled, still_patches, farcover"
+
+
+def plain(model: Any, processor: Any, path: Path, frames: int, steps: int) -> dict[str, float]:
+    """Seconds per stage of `processor(videos=[path])` and `generate`."""
+    part = processor.video_processor
+    load, spent = type(part).fetch_videos, []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        out = load(part, *args, **kwargs)
+        spent.append(time.perf_counter() - start)
+        return out
+
+    start = time.perf_counter()
+    part.fetch_videos = timed
+    try:
+        given = dict(text=[prompt(processor, QUESTION, "video")], videos=[str(path)], return_tensors="pt")
+        inputs = processor(**given, num_frames=frames, fps=None, do_sample_frames=True)
+    finally:
+        del part.fetch_videos
+    inputs = inputs.to(model.device, model.dtype)
+    process = time.perf_counter() - start - sum(spent)
+    with torch.no_grad(), phases(model, steps="decode") as watch:
+        model.generate(**inputs, do_sample=False, min_new_tokens=steps, max_new_tokens=steps)
+        seconds = watch.seconds()
+    seconds["prefill"] = seconds.pop("llm")
+    return {"decode": 0.0, **seconds, "read": sum(spent), "process": process}
+
+
+def ours(
+    model: Any,
+    processor: Any,
+    path: Path,
+    frames: int,
+    steps: int,
+    strategy: Any,
+    scaled: bool,
+    budget: float,
+    notes: dict[str, Any],
+) -> dict[str, float]:
+    """Seconds per stage of `vtoken.answer`; `notes` gains the tokens that the LLM reads."""
+    named = [strategy] if isinstance(strategy, str) else strategy or []
+    share = budget if "farcover" in named else None
+    patched: AbstractContextManager[Any] = (
+        nullcontext() if strategy is None else vtoken.applied(model, strategy, budget=share)
+    )
+    with patched:
+        out = vtoken.answer(
+            *(model, processor, str(path), QUESTION),
+            frames=frames,
+            scaled=scaled,
+            min_new_tokens=steps,
+            max_new_tokens=steps,
+        )
+    notes["frames"], notes["prompt_tokens"] = len(out.frames), out.tokens
+    if out.report is not None:
+        notes["visual_tokens"] = out.report.tokens_out
+    return out.seconds
+
+
+def middle(times: list[dict[str, float]]) -> dict[str, float]:
+    """Medians of the stages, and of their sum."""
+    out = {name: statistics.median(t[name] for t in times) for name in STAGES}
+    return out | {"total": statistics.median(sum(t[name] for name in STAGES) for t in times)}
+
+
+def clip_rows(calls: dict[str, Callable[[], dict[str, float]]], repeats: int) -> dict[str, dict[str, float]]:
+    """Stage medians of every call, measured in turns after one turn that is not counted."""
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            seconds = call()
+            if turn:
+                times[name].append(seconds)
+    return {name: middle(found) for name, found in times.items()}
+
+
+def processor_of(name: str, model: Any, scale: str) -> Any:
+    if name.startswith("qwen"):
+        return qwen2_5_vl(model, PLACEHOLDER, PIXELS[scale])
+    return onevision(model, PLACEHOLDER)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=PIXELS, default="cpu")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--frames", type=int, nargs="+", default=[32])
+    parser.add_argument("--seconds", type=float, default=30, help="length of a clip")
+    parser.add_argument("--fps", type=int, default=30)
+    parser.add_argument("--size", type=int, nargs=2, default=[720, 1280], help="height and width")
+    parser.add_argument("--steps", type=int, default=16, help="tokens of the answer")
+    parser.add_argument("--budget", type=float, default=0.25)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    a = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = {
+            kind: write(Path(folder) / f"{i}.mp4", kind, a.seconds, a.fps, tuple(a.size))
+            for i, kind in enumerate(a.kinds)
+        }
+        for name in a.models:
+            model = SHAPES[name].build(name, a.scale, a.device).model
+            processor = processor_of(name, model, a.scale)
+            for kind, path in files.items():
+                for frames in a.frames:
+                    notes: dict[str, dict[str, Any]] = {row: {} for row in ROWS}
+                    common = (model, processor, path, frames, a.steps)
+                    calls = {"plain": partial(plain, *common)} | {
+                        row: partial(ours, *common, *given, a.budget, notes[row])
+                        for row, given in ROWS.items()
+                    }
+                    found = clip_rows(calls, a.repeats)
+                    for row, seconds in found.items():
+                        speed = found["plain"]["total"] / seconds["total"]
+                        about = {"model": name, "clip": kind, "frames": frames, "row": row}
+                        rows.append(about | notes.get(row, {}) | {"seconds": seconds, "speed": speed})
+                        print(json.dumps(rows[-1]), flush=True)
+    if a.out:
+        about = {k: v for k, v in vars(a).items() if k != "out"}
+        report = {"about": about, "machine": machine(torch.device(a.device)), "rows": rows}
+        a.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""`answer`: from a video to a model's answer in one call, with the time of every stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .asking import prompt
+from .checks import checked
+from .limits import STANDARD, Limits
+from .patching import patch_of, report
+from .stage_times import phases
+
+STAGES = ("read", "process", "tower", "choose", "prefill", "decode", "rest")
+
+
+@dataclass(frozen=True)
+class VideoAnswer:
+    """One answer about one video.
+
+    Attributes:
+        text: the answer, without special tokens.
+        frames: presentation times of the frames that the model has seen, in seconds.
+        tokens: length of the prompt before any visual token was dropped.
+        new_tokens: tokens of the answer.
+        seconds: wall time of the stages `STAGES`: "read" decodes the frames, "process" resizes and cuts them
+            into patches, "choose" is what the strategy takes, "prefill" the LLM's first forward, "decode" the
+            others. "read" and "process" may overlap with the answer before, see `answers`.
+        report: of a patched model, None of one that is not.
+    """
+
+    text: str
+    frames: tuple[float, ...]
+    tokens: int
+    new_tokens: int
+    seconds: dict[str, float]
+    report: Any
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {self.seconds[name]:.2f} s" for name in STAGES)
+        counts = (
+            f"{len(self.frames)} frames, {self.tokens} tokens in the prompt, {self.new_tokens} new tokens"
+        )
+        return "\n".join([counts, times] + ([] if self.report is None else [str(self.report)]))
+
+
+@checked
+def answer(
+    model: Any,
+    processor: Any,
+    video: Any,
+    question: str,
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    scaled: bool = False,
+    max_new_tokens: int = 128,
+    on_text: Callable[[str], Any] | None = None,
+    limits: Limits | None = STANDARD,
+    **generate: Any,
+) -> VideoAnswer:
+    """Ask a model, patched or not, one question about one video.
+
+    The frames are those that the processor itself would take, see `vtoken.video.sample`; only they are
+    decoded, and they stay uint8 until they are on the model's device.
+
+    Args:
+        model: a transformers model that reads videos; one call at a time.
+        processor: its processor.
+        video: path, address or file object, see `vtoken.video.open_video`; or a `SampledVideo`, to ask
+            several questions about frames that are read once.
+        question: the question; it goes through the processor's chat template if there is one.
+        frames, fps, scaled, limits: see `vtoken.video.sample`.
+        max_new_tokens: tokens of the answer at most.
+        on_text: called with each piece of the answer as it comes.
+        generate: further arguments of `model.generate`; decoding is greedy unless they say otherwise.
+
+    Raises:
+        vtoken.video.VideoError: the video cannot be read.
+        ValueError: the processor reads no videos.
+    """
+    taken = dict(frames=frames, fps=fps, scaled=scaled, limits=limits)
+    prepared = _prepare(model, processor, video, question, taken)
+    return _generate(model, processor, prepared, on_text, {"max_new_tokens": max_new_tokens} | generate)
+
+
+@checked
+def answers(
+    model: Any,
+    processor: Any,
+    asked: Iterable[tuple[Any, str]],
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    scaled: bool = False,
+    max_new_tokens: int = 128,
+    limits: Limits | None = STANDARD,
+    **generate: Any,
+) -> Iterator[VideoAnswer]:
+    """As `answer` for each (video, question); the next video is read while the model answers.
+
+    Raises:
+        as `answer`, when it is the turn of the video in question.
+    """
+    taken = dict(frames=frames, fps=fps, scaled=scaled, limits=limits)
+    return _in_turn(model, processor, asked, taken, {"max_new_tokens": max_new_tokens} | generate)
+
+
+def _in_turn(
+    model: Any, processor: Any, asked: Iterable[tuple[Any, str]], taken: dict[str, Any], options: Any
+) -> Iterator[VideoAnswer]:
+    with ThreadPoolExecutor(1, "vtoken-read") as reader:
+        waiting = None
+        for video, question in asked:
+            coming = reader.submit(_prepare, model, processor, video, question, taken)
+            if waiting is not None:
+                yield _generate(model, processor, waiting.result(), None, options)
+            waiting = coming
+        if waiting is not None:
+            yield _generate(model, processor, waiting.result(), None, options)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    inputs: Any
+    frames: tuple[float, ...]
+    seconds: dict[str, float]
+
+
+def _prepare(model: Any, processor: Any, video: Any, question: str, taken: dict[str, Any]) -> _Prepared:
+    from .video import SampledVideo, sample
+
+    start = time.perf_counter()
+    if not isinstance(video, SampledVideo):
+        video = sample(video, processor=processor, **taken)
+    read = time.perf_counter()
+    on_device = replace(video, frames=video.frames.to(model.device))
+    text = prompt(processor, question, "video")
+    inputs = processor(text=[text], **on_device.inputs, return_tensors="pt").to(model.device, model.dtype)
+    end = time.perf_counter()
+    return _Prepared(inputs, video.seconds, {"read": read - start, "process": end - read})
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, processor: Any, prepared: _Prepared, on_text: Any, options: dict[str, Any]
+) -> VideoAnswer:
+    if on_text is not None:
+        options = options | {"streamer": _streamer(processor.tokenizer, on_text)}
+    length = prepared.inputs["input_ids"].shape[1]
+    with phases(model, steps="decode") as watch:
+        out = model.generate(**prepared.inputs, **({"do_sample": False} | options))
+        measured = watch.seconds()
+    new = getattr(out, "sequences", out)[0, length:]
+    seconds = {"decode": 0.0, **measured, **prepared.seconds}
+    seconds["prefill"] = seconds.pop("llm")
+    return VideoAnswer(
+        text=processor.tokenizer.decode(new, skip_special_tokens=True).strip(),
+        frames=prepared.frames,
+        tokens=length,
+        new_tokens=len(new),
+        seconds={name: seconds[name] for name in STAGES},
+        report=None if patch_of(model) is None else report(model),
+    )
+
+
+def _streamer(tokenizer: Any, on_text: Callable[[str], Any]) -> Any:
+    from transformers import TextStreamer
+
+    class Pieces(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                on_text(text)
+
+    return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
