@@ -11,6 +11,7 @@ from .errors import VideoError
 from .frame import Frame, VideoReader
 from .live import LiveReader, LiveStats
 from .reader import BACKENDS, open_video
+from .sampled import SampledVideo, sample
 from .sampling import at_fps, sample_fps, sample_uniform, uniform_indices
 from .synthetic import SyntheticReader
 
@@ -20,11 +21,13 @@ __all__ = [
     "Limits",
     "LiveReader",
     "LiveStats",
+    "SampledVideo",
     "SyntheticReader",
     "VideoError",
     "VideoReader",
     "at_fps",
     "open_video",
+    "sample",
     "sample_fps",
     "sample_uniform",
     "uniform_indices",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 _IDR, _SPS = 5, 7  # types of NAL units: instantaneous refresh, sequence parameters (the size of the pictures)
@@ -10,9 +11,40 @@ _LENGTH = 4  # byte of an avcC record that says how long the length of a NAL uni
 _WHOLE = {"vp8", "vp9", "av1"}  # codecs in which nothing after a key frame refers to what was before it
 
 
+def hides_frames(packet: Any) -> bool:
+    """Whether packets of its stream may hold pictures that are never shown, see `hidden`."""
+    return codec_of(packet) == "vp8"
+
+
 def hidden(packet: Any) -> bool:
     """Whether a VP8 packet holds a reference that is never shown: bit 4 of its frame tag (RFC 6386, 9.1)."""
-    return codec_of(packet) == "vp8" and not bytes(packet)[0] >> 4 & 1
+    return not bytes(packet)[0] >> 4 & 1
+
+
+@dataclass(frozen=True)
+class Regularity:
+    """What the packets of a file say about all of its pictures.
+
+    Attributes:
+        closed: decoding starts cleanly at every key frame, see `is_closed`.
+        steady: all pictures surely have the size that the file's header says, see `keeps_size`.
+    """
+
+    closed: bool
+    steady: bool
+
+
+def regularity(packets: Iterable[Any]) -> Regularity:
+    """The `Regularity` of a file from all of its packets."""
+    closed = steady = True
+    for packet in packets:
+        if packet.size:
+            steady = steady and keeps_size(packet)
+            shown = not packet.is_discard and not (hides_frames(packet) and hidden(packet))
+            closed = closed and (not (shown and packet.is_keyframe) or is_closed(packet))
+        if not (closed or steady):
+            break
+    return Regularity(closed, steady)
 
 
 def is_closed(packet: Any) -> bool:

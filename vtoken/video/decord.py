@@ -33,7 +33,7 @@ def unfit(reader: PyAVReader) -> str | None:
         return "decord is not exact in fragmented mp4 files"
     if track.turned:
         return "decord does not read rotated video right"
-    if not reader.table.closed:
+    if not reader.regularity.closed:
         return "decord is exact only where each key frame is known to start a closed group of pictures"
     if not one_size(reader):
         return (
@@ -52,7 +52,7 @@ def one_size(reader: PyAVReader) -> bool:
 
     PyAV has decoded the first picture within it, and the others have its size.
     """
-    return reader.limits.pixels is None or (reader.track.turned is not None and reader.table.steady)
+    return reader.limits.pixels is None or (reader.track.turned is not None and reader.regularity.steady)
 
 
 class DecordPicker:

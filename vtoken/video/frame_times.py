@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .bitstream import hidden, is_closed, keeps_size
+from .bitstream import hidden, hides_frames
 
 # seconds that a time may lie back and still be a frame out of order rather than a clock set anew
 _REORDER = 1.0
@@ -23,16 +23,11 @@ class FrameTable:
         seconds: (n,) float64, strictly increasing, 0 at the start of the source.
         pts: (n,) int64 in units of `time_base`, strictly increasing; None where frames can only be counted.
         keys: (k,) int64, pts of those frames at which decoding can start, ascending.
-        closed: whether it starts cleanly at every one of them, see `bitstream.is_closed`.
-        steady: whether all pictures surely have the size that the file's header says, see
-            `bitstream.keeps_size`.
     """
 
     seconds: np.ndarray
     pts: np.ndarray | None = None
     keys: np.ndarray | None = None
-    closed: bool = False
-    steady: bool = False
 
     def __len__(self) -> int:
         return len(self.seconds)
@@ -64,18 +59,20 @@ class FrameTable:
 
 def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None) -> FrameTable | None:
     """The table of a file from its packets alone; None for missing, repeated or decreasing times."""
-    pts, keys, last, closed, steady = [], [], None, True, True
+    pts, keys, last = [], [], None
+    hides = None
     for packet in packets:
-        steady = steady and (not packet.size or keeps_size(packet))
-        if not packet.size or packet.is_discard or hidden(packet):
+        if hides is None:
+            hides = hides_frames(packet)
+        if not packet.size or packet.is_discard or (hides and hidden(packet)):
             continue
-        if packet.pts is None or (last is not None and packet.dts is not None and packet.dts < last):
+        at, decoded_at = packet.pts, packet.dts
+        if at is None or (last is not None and decoded_at is not None and decoded_at < last):
             return None
-        last = packet.dts if packet.dts is not None else last
-        pts.append(packet.pts)
+        last = decoded_at if decoded_at is not None else last
+        pts.append(at)
         if packet.is_keyframe:
-            keys.append(packet.pts)
-            closed = closed and is_closed(packet)
+            keys.append(at)
     if not pts or not keys:
         return None
     if max(pts) - min(pts) >= 2**62:  # no clock runs that long, and differences would overflow
@@ -85,7 +82,7 @@ def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None
         return None
     start = int(times[0]) if origin is None or origin < times[0] - 2**62 else min(origin, int(times[0]))
     seconds = (times - start).astype(np.float64) * time_base.numerator / time_base.denominator
-    return FrameTable(seconds, times, np.unique(np.asarray(keys, np.int64)), closed, steady)
+    return FrameTable(seconds, times, np.unique(np.asarray(keys, np.int64)))
 
 
 class Clock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,12 +121,18 @@ def _refusal(av: Any, error: Exception, source: Source, timeout: float) -> Video
     return VideoError(f"cannot open {name}: {brief(error)}")
 
 
-def decoded(packets: Iterable[Any], damage: Damage, limits: Limits) -> Iterator[Any]:
-    """Frames of PyAV in the decoder's order; undecodable or too large ones are counted and skipped."""
+def decoded(
+    packets: Iterable[Any], damage: Damage, limits: Limits, decode: Callable[[Any], list[Any]] | None = None
+) -> Iterator[Any]:
+    """Frames of PyAV in the decoder's order; undecodable or too large ones are counted and skipped.
+
+    Args:
+        decode: frames of one packet; None for all that it completes.
+    """
     av = load("av", "PyAV")
     for packet in packets:
         try:
-            frames = packet.decode()
+            frames = packet.decode() if decode is None else decode(packet)
         except av.error.EOFError:
             return
         except Exception:  # libav's own errors, and PyAV's for unexpected values
@@ -195,15 +201,22 @@ def orientation(frame: Any) -> tuple[bool, int, int]:
     return transpose, -1 if rows < 0 else 1, -1 if columns < 0 else 1
 
 
-def to_rgb(frame: Any) -> np.ndarray:
+def to_rgb(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
     """(height, width, 3) uint8 RGB of a PyAV frame, upright.
+
+    Args:
+        size: (height, width) to scale to (bicubic, low-pass filtered where it shrinks), None for its own.
 
     Raises:
         VideoError: its pixels cannot be converted.
     """
     try:
-        image = frame.to_ndarray(format="rgb24")
         transpose, rows, columns = orientation(frame)
+        if size is None:
+            image = frame.to_ndarray(format="rgb24")
+        else:
+            height, width = size[::-1] if transpose else size
+            image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
     except Exception as error:
         raise VideoError(
             f"a picture of {frame.width} x {frame.height} cannot be converted: {brief(error)}"

@@ -5,21 +5,22 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..limits import Held, Limits
+from .bitstream import Regularity, regularity
 from .errors import VideoError, brief
 from .frame import Frame
 from .frame_times import Clock, FrameTable, from_packets
 from .libav import Damage, decoded, to_rgb
+from .random_access import RandomAccess
 from .source import Source
 from .stream_track import Track
 
-# key frames that the decoder goes back where it cannot decode a frame from the nearest
-_FURTHER = (1, 2, 4, 8)
+# frames that another package decodes at a time, so that no more than those are held twice
+_AT_A_TIME = 8
 
 
 class Picker(Protocol):
@@ -100,6 +101,20 @@ class PyAVReader:
             raise self._nothing()
         return found
 
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """(height, width) of the first frame, turned upright."""
+        found = self.track.upright
+        if found is None:
+            raise self._nothing()
+        return found
+
+    @cached_property
+    def regularity(self) -> Regularity:
+        """What other packages need to know of a file's packets, all of which are read through for it."""
+        self.track.rewind()
+        return regularity(self._counted(self.track.packets()))
+
     def __len__(self) -> int:
         try:
             return len(self.table)
@@ -126,8 +141,25 @@ class PyAVReader:
             wanted = self._checked(indices)
         else:
             wanted = self.table.on_screen(self._within(seconds or ())).tolist()
-        found = self._pick(sorted(set(wanted)), exact=indices is not None)
+        found = dict(self._picked(sorted(set(wanted)), exact=indices is not None))
         return [found[i] for i in wanted]
+
+    def each(self, indices: Iterable[int], size: tuple[int, int] | None = None) -> Iterator[Frame]:
+        """The frames at `indices` in ascending order, each once, decoded while they are asked for.
+
+        Args:
+            size: (height, width) to which libav scales (bicubic) while it converts to RGB; None for the
+                frames' own. Only PyAV scales.
+
+        Raises:
+            VideoError: as `get_frames`, or another package decodes this file and a size is given.
+        """
+        self.track.check()
+        self.track.watch.start()
+        if size and self._picker is not None:
+            raise VideoError(f"{self.backend} scales no frames here; ask for backend='pyav'")
+        wanted = sorted(set(self._checked(indices)))
+        return (frame for _, frame in self._picked(wanted, exact=True, size=size))
 
     def close(self) -> None:
         """Release the source. Closing twice is harmless; reading afterwards raises VideoError."""
@@ -180,7 +212,7 @@ class PyAVReader:
     def _read(self) -> Iterator[Frame]:
         ordinal = -1
         while True:
-            run = self._frames_from(ordinal + 1)
+            run = self._access.frames_from(ordinal + 1)
             self.track.watch.start()
             for ordinal, frame in run:
                 turn = self.track.turn
@@ -193,9 +225,14 @@ class PyAVReader:
         if ordinal < 0:
             raise self._nothing()
 
-    def _frame(self, ordinal: int, frame: Any) -> Frame:
-        still = None if ordinal else self.track.still()
-        return Frame(to_rgb(frame) if still is None else still, float(self.table.seconds[ordinal]), ordinal)
+    @cached_property
+    def _access(self) -> RandomAccess:
+        return RandomAccess(self.track, self.table)
+
+    def _frame(self, ordinal: int, frame: Any, size: tuple[int, int] | None = None) -> Frame:
+        still = None if ordinal or size else self.track.still()
+        image = to_rgb(frame, size) if still is None else still
+        return Frame(image, float(self.table.seconds[ordinal]), ordinal)
 
     def _nothing(self, where: str = "") -> VideoError:
         """The error of a source without frames; a too large picture is not decoded even for its size."""
@@ -241,91 +278,42 @@ class PyAVReader:
                 raise VideoError(f"{t:g} s lies outside {self.source.name!r}, which lasts {end:.3f} s")
         return times
 
-    def _pick(self, ordinals: list[int], exact: bool) -> dict[int, Frame]:
-        width, height = self.track.size
+    def _picked(
+        self, ordinals: list[int], exact: bool, size: tuple[int, int] | None = None
+    ) -> Iterator[tuple[int, Frame]]:
+        """(wanted, frame) for ascending ordinals; `exact` raises for a damaged frame."""
+        height, width = size or self.track.size[::-1]
         self._afford(len(ordinals), 3 * width * height * len(ordinals))
+        done = 0
         if self._picker is not None:
-            try:
-                images = self._picker.images(ordinals)
-                times = self.table.seconds[ordinals].tolist()
-                return {i: Frame(image, t, i) for i, image, t in zip(ordinals, images, times, strict=True)}
-            except VideoError as error:
-                self._picker.close()
-                self.why = f"PyAV, because {self.backend} failed: {brief(error)}"
-                self._picker, self.backend = None, "pyav"
-        found: dict[int, Frame] = {}
+            for frame in self._by_picker(ordinals):
+                done += 1
+                yield frame.index, frame
         nbytes = 0
-        for wanted, (ordinal, frame) in self._decode(ordinals):
-            if exact and ordinal != wanted:
+        for count, (wanted, found) in enumerate(self._access.pick(ordinals[done:]), done + 1):
+            if found is None:
+                raise self._nothing(f" around {self.table.seconds[wanted]:.3f} s")
+            if exact and found[0] != wanted:
                 name = repr(self.source.name)
                 raise VideoError(
                     f"frame {wanted} of {name} is damaged; get_frames(seconds=...) shows its neighbour"
                 )
-            nbytes += 3 * frame.width * frame.height
-            self._afford(len(found) + 1, nbytes)
-            found[wanted] = self._frame(ordinal, frame)
-        return found
+            frame = self._frame(*found, size)
+            nbytes += frame.image.nbytes
+            self._afford(count, nbytes)
+            yield wanted, frame
 
-    def _decode(self, ordinals: list[int]) -> Iterator[tuple[int, tuple[int, Any]]]:
-        """(wanted, (ordinal, frame)) for ascending ordinals; a neighbour where the wanted one is damaged."""
-        run: Iterator[tuple[int, Any]] = iter(())
-        ahead: tuple[int, Any] | None = None  # the decoder's last frame
-        for wanted in ordinals:
-            before = None
-            if ahead is None or (ahead[0] < wanted and self._key_between(ahead[0], wanted)):
-                run = self._frames_from(wanted)
-                ahead = next(run, None)
-            while ahead is not None and ahead[0] < wanted:
-                before, ahead = ahead, next(run, None)
-            if ahead is not None and ahead[0] == wanted:
-                yield wanted, ahead
-                continue
-            nearest = self._again(wanted) or before or ahead
-            ahead = None  # the track has been moved
-            if nearest is None:
-                raise self._nothing(f" around {self.table.seconds[wanted]:.3f} s")
-            yield wanted, nearest
-
-    def _again(self, wanted: int) -> tuple[int, Any] | None:
-        """The last frame up to `wanted` that can be decoded, starting from earlier key frames.
-
-        A picture that is refreshed bit by bit takes more than one of them.
-        """
-        best: tuple[int, Any] | None = None
-        for back in _FURTHER:
-            for ordinal, frame in self._frames_from(wanted, back):
-                if ordinal > wanted:
-                    break
-                if best is None or ordinal > best[0]:
-                    best = ordinal, frame
-            if best is not None and best[0] == wanted:
-                break
-        return best
-
-    def _key_between(self, at: int, wanted: int) -> bool:
-        table = self.table
-        return table.pts is not None and table.key_before(wanted) > table.pts[at]
-
-    def _frames_from(self, ordinal: int, back: int = 0) -> Iterator[tuple[int, Any]]:
-        """(ordinal, frame) ascending, from `ordinal` on, or from `back` key frames before its own."""
-        table = self.table
-        if ordinal >= len(table):
-            return
-        if table.pts is None:
-            yield from self._count_from(0 if back else ordinal)
-            return
-        key = table.key_before(ordinal, back)
-        # frames before the key frame refer to frames that were not decoded
-        least = (table.ordinal(key) or 0) if back else ordinal
-        for frame in decoded(self.track.packets_from(key), self.damage, self.limits):
-            place = None if frame.pts is None else table.ordinal(frame.pts)
-            if place is not None and place >= least:
-                least = place + 1
-                yield place, frame
-
-    def _count_from(self, ordinal: int) -> Iterator[tuple[int, Any]]:
-        self.track.rewind()
-        # decoding damage in another way may bring more frames than were counted
-        yield from islice(
-            enumerate(decoded(self.track.packets(), self.damage, self.limits)), ordinal, len(self.table)
-        )
+    def _by_picker(self, ordinals: list[int]) -> Iterator[Frame]:
+        """Frames by the other package, up to the first that it cannot decode; it is left then."""
+        for start in range(0, len(ordinals), _AT_A_TIME):
+            part = ordinals[start : start + _AT_A_TIME]
+            assert self._picker is not None
+            try:
+                images = self._picker.images(part)
+            except VideoError as error:
+                self._picker.close()
+                self.why = f"PyAV, because {self.backend} failed: {brief(error)}"
+                self._picker, self.backend = None, "pyav"
+                return
+            for ordinal, image in zip(part, images, strict=True):
+                yield Frame(image, float(self.table.seconds[ordinal]), ordinal)

@@ -70,9 +70,22 @@ class Track:
     @cached_property
     def turned(self) -> bool | None:
         """Whether the first frame has a display matrix that turns or mirrors it; None if none decodes."""
+        return None if self._first is None else self._first[0] != (False, 1, 1)
+
+    @property
+    def upright(self) -> tuple[int, int] | None:
+        """(height, width) of the first frame, turned upright; None if none decodes."""
+        if self._first is None:
+            return None
+        (transpose, _, _), height, width = self._first
+        return (width, height) if transpose else (height, width)
+
+    @cached_property
+    def _first(self) -> tuple[tuple[bool, int, int], int, int] | None:
+        """Orientation, height and width of the first frame."""
         self.rewind()
         first = next(decoded(self.packets(), self.damage, self.limits), None)
-        return None if first is None else orientation(first) != (False, 1, 1)
+        return None if first is None else (orientation(first), first.height, first.width)
 
     @property
     def time_base(self) -> Any:
