@@ -135,6 +135,11 @@ class _Prepared:
 def _prepare(model: Any, processor: Any, video: Any, question: str, taken: dict[str, Any]) -> _Prepared:
     from .video import SampledVideo, sample
 
+    if not hasattr(processor, "video_processor"):
+        raise ValueError(
+            f"{type(processor).__name__} reads no videos: use a model that does, such as LLaVA-OneVision or"
+            " Qwen2.5-VL."
+        )
     start = time.perf_counter()
     if not isinstance(video, SampledVideo):
         video = sample(video, processor=processor, **taken)

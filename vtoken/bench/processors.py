@@ -1,4 +1,4 @@
-"""Processors of transformers' own classes for models with random weights, with a vocabulary of a few words."""
+"""Processors of transformers' own classes for models with random weights; their vocabulary is a few words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PATCH = 14
 
 
 def _tokenizer(placeholder: int, **names: str) -> Any:
-    """A word-level tokenizer that writes the video's placeholder as the id `placeholder`, the image's after it.
+    """A word-level tokenizer; the video's placeholder has the id `placeholder`, the image's the next one.
 
     Args:
         names: the special tokens by their names in transformers; `video_token` and `image_token` among them.

@@ -1,0 +1,92 @@
+"""`vtoken.answer`: the model's own answer about the frames that its processor takes, with fewer tokens."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from transformers.video_utils import load_video
+
+import vtoken
+from tests.streaming.common import model_of, processor_of
+from tests.video.media import write
+from vtoken.asking import prompt
+from vtoken.cli.main import cli
+from vtoken.video import VideoError, sample
+from vtoken.video_answers import STAGES
+
+Q = "what is here ?"
+NAMES = ["llava_onevision", "qwen2_5_vl", "qwen3_vl"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return str(write(tmp_path_factory.mktemp("clips") / "clip.mp4"))
+
+
+def plain(name: str, path: str, frames: int, steps: int) -> tuple[torch.Tensor, int]:
+    """New tokens of `generate` on what transformers itself loads, and the length of the prompt."""
+    processor = processor_of(name)
+    choose = partial(processor.video_processor.sample_frames, num_frames=frames, fps=None)
+    video, metadata = load_video(path, sample_indices_fn=choose)
+    given = dict(text=[prompt(processor, Q, "video")], videos=[video], video_metadata=[metadata])
+    inputs = processor(**given, do_sample_frames=False, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    out = model_of(name).generate(**inputs, do_sample=False, max_new_tokens=steps)
+    return out[0, length:], length
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unpatched_model_answers_as_it_does_on_the_file(name, path):
+    new, length = plain(name, path, 4, 6)
+    pieces: list[str] = []
+    given = (model_of(name), processor_of(name), path, Q)
+    out = vtoken.answer(*given, frames=4, max_new_tokens=6, on_text=pieces.append)
+    assert out.text == processor_of(name).tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert (out.tokens, out.new_tokens, len(out.frames)) == (length, len(new), 4)
+    assert "".join(pieces).strip() == out.text and out.report is None
+    assert tuple(out.seconds) == STAGES and min(out.seconds.values()) >= 0 < out.seconds["tower"]
+    assert all(word in str(out) for word in ("4 frames", "prefill"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_patched_model_reads_its_share_and_the_model_is_left_as_it_was(name, path):
+    model, processor = model_of(name), processor_of(name)
+    dense = vtoken.answer(model, processor, path, Q, frames=4, max_new_tokens=2)
+    with vtoken.applied(model, "uniform", budget=0.5):
+        out = vtoken.answer(model, processor, path, Q, frames=4, max_new_tokens=2)
+        assert str(out.report) in str(out) and out.report.tokens_out <= 0.6 * out.report.tokens_in
+    assert out.tokens == dense.tokens
+    again = vtoken.answer(model, processor, path, Q, frames=4, max_new_tokens=2)
+    assert (again.text, again.report) == (dense.text, None)
+
+
+def test_answers_in_turn_are_those_one_by_one(path):
+    model, processor = model_of("qwen2_5_vl"), processor_of("qwen2_5_vl")
+    video = sample(path, 4, processor=processor)
+    questions = [(path, Q), (video, "is here ?"), (path, Q)]
+    out = list(vtoken.answers(model, processor, questions, frames=4, max_new_tokens=4))
+    one = [vtoken.answer(model, processor, v, q, frames=4, max_new_tokens=4) for v, q in questions]
+    assert [o.text for o in out] == [o.text for o in one] and out[0].frames == video.seconds
+    turns = vtoken.answers(model, processor, [(path, Q), ("nothing.mp4", Q)], frames=4, max_new_tokens=4)
+    with pytest.raises(VideoError, match="no such file"):
+        list(turns)
+    assert list(vtoken.answers(model, processor, [])) == []
+
+
+def test_what_cannot_be_asked_gets_one_sentence(path):
+    with pytest.raises(ValueError, match="LlavaProcessor reads no videos: use a model that does"):
+        vtoken.answer(model_of("llava"), processor_of("llava"), path, Q)
+    given = (model_of("qwen2_5_vl"), processor_of("qwen2_5_vl"))
+    with pytest.raises(VideoError, match="frames or fps"):
+        vtoken.answer(*given, path, Q, frames=4, fps=1.0)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        vtoken.answer(*given, path, Q, max_new_tokens="3")
+
+
+def test_the_command(path, capsys):
+    arguments = ["ask", "--video", path, "--question", "which digit is shown now?", "--frames", "4"]
+    cli.main([*arguments, "--budget", "0.25", "--max-new-tokens", "3"], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "farcover(budget=0.25)" in said and "4 frames" in said and "tower" in said
