@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import fit_field, has_field
 from ..selection import EncoderMerge, Selection
-from ..streams import Reuse
+from ..streams import PixelReuse, Reuse
 from ..temporal import Temporal
 from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 from .budgets import Budget, check_budget
@@ -196,7 +196,7 @@ class Strategy(metaclass=_CheckedOptions):
         """Merge tokens in a layer, of every sequence equally many; None leaves them."""
         raise NotImplementedError(f"{type(self).__name__} does not act inside the vision tower.")
 
-    def reuse(self, tower: TowerInfo) -> Reuse | None:
+    def reuse(self, tower: TowerInfo) -> Reuse | PixelReuse | None:
         """Reuse between frames in the vision tower; None for methods that compute every frame in full."""
         return None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checks import found
 from ..selection import EncoderMerge, Selection
-from ..streams import Reuse
+from ..streams import PixelReuse, Reuse
 from ..temporal import Temporal
 from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 from .base import Positions, Strategy
@@ -150,7 +150,7 @@ class Composite(Strategy):
     def acts_between_frames(self) -> bool:
         return self.between is not None
 
-    def reuse(self, tower: TowerInfo) -> Reuse | None:
+    def reuse(self, tower: TowerInfo) -> Reuse | PixelReuse | None:
         return None if self.between is None or self.between.is_identity else self.between.reuse(tower)
 
     def temporal(self, tower: TowerInfo) -> Temporal | None:

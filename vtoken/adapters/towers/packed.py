@@ -67,6 +67,15 @@ class PackedTower(Tower):
         each = cells.split([h * w for h, w in sizes])
         return [value.view(size) for value, size in zip(each, sizes, strict=True)]
 
+    def frame_patches(self, args: Any, kwargs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """For towers whose input has the patches of a cell side by side."""
+        packing, names = self.packing(args, kwargs), ("hidden_states", "pixel_values")
+        pixels: Tensor = args[0] if args else next(kwargs[name] for name in names if name in kwargs)
+        cells, places = pixels.view(*packing.patches.shape, -1), packing.patches.cpu()
+        sizes = [cells for count, cells in packing.items for _ in range(count)]
+        frames = zip(cells.split(sizes), places.split(sizes), strict=True)
+        return [(frame, mine - mine.min()) for frame, mine in frames]
+
     def taps(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Hook]:
         layers, states = sorted({*needs.received_attention, *needs.keys}), sorted(set(needs.states))
         if not layers and not states:
