@@ -62,8 +62,8 @@ class PixelReuse:
 
     Attributes:
         interval: frames from one that is computed in full to the next, infinity for the first alone.
-        changed: `changed(pixels, reference) -> (places,) bool`, of (places, patches, values) each, in the
-            units of the tower's input: the places to compute.
+        changed: `changed(pixels, reference) -> (rows, columns) bool`, the places to compute, of the pixels
+            (rows, columns, patches, values) of all places in the units of the tower's input.
     """
 
     interval: float
@@ -108,7 +108,7 @@ class References:
         layers: per tower layer, keys (n, C), values (n, C), and the layer's addition to the hidden states
             (n, C). With `PixelReuse` rotated keys, values and outputs, of every token when it was computed
             last; of a layer that computes all tokens only the outputs.
-        pixels: (places, patches, values) of every place when it was computed last, with `PixelReuse`.
+        pixels: (rows, columns, patches, values) of every place when it was computed last, with `PixelReuse`.
     """
 
     signature: Hashable

@@ -43,37 +43,42 @@ def patched(models):
 
 
 def places_of(kind: str, frame: torch.Tensor, grid=GRID):
-    """Per place the pixels and the tokens of its patches in the tower's order, one by one."""
+    """By row and column of a place the pixels and the tokens of its patches in the tower's order."""
     if not kind.startswith("qwen"):
         side = frame.shape[-1] // 7
-        return [
-            (frame[:, 7 * r : 7 * r + 7, 7 * c : 7 * c + 7].flatten(), [r * side + c])
+        return {
+            (r, c): (frame[:, 7 * r : 7 * r + 7, 7 * c : 7 * c + 7].flatten(), [r * side + c])
             for r in range(side)
             for c in range(side)
-        ]
+        }
     rows, columns = grid[0] // 2, grid[1] // 2
     cells = [(r, c) for r in range(rows) for c in range(columns)]
     order = cells
     if kind == "qwen2.5":  # windows of 2 x 2 cells
         order = sorted(cells, key=lambda cell: (cell[0] // 2, cell[1] // 2, cell[0] % 2, cell[1] % 2))
-    return [
-        (frame[4 * i : 4 * i + 4].flatten(), [4 * order.index(cell) + k for k in range(4)])
+    return {
+        cell: (frame[4 * i : 4 * i + 4].flatten(), [4 * order.index(cell) + k for k in range(4)])
         for i, cell in enumerate(cells)
-    ]
+    }
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return sum(abs(float(x)) for x in a - b) / len(a)
 
 
 @torch.no_grad()
-def naive(model, kind: str, video, threshold: float, refresh=None, grid=GRID):
+def naive(model, kind: str, video, threshold: float, margin: int, refresh=None, grid=GRID):
     """After every layer (frames * n, C), and per frame the set of computed tokens, frame after frame."""
     geometry, layers = facts(model, kind, video[0], grid), layers_of(model)
     prefix, kept, pixels, computed_of = int(kind == "clip"), [{} for _ in layers], {}, []
     outs = [[] for _ in range(len(layers) + 1)]
     for number, frame in enumerate(video):
-        computed = set()
-        for place, (now, tokens) in enumerate(places_of(kind, frame, grid)):
-            new = number == 0 or (refresh is not None and number % refresh == 0)
-            if new or float((now - pixels[place]).abs().sum()) / len(now) > threshold:
-                pixels[place] = now
+        computed, new = set(), number == 0 or (refresh is not None and number % refresh == 0)
+        places = places_of(kind, frame, grid)
+        moved = [p for p, (now, _) in places.items() if new or distance(now, pixels[p]) > threshold]
+        for (row, column), (now, tokens) in places.items():
+            if any(abs(row - r) <= margin and abs(column - c) <= margin for r, c in moved):
+                pixels[row, column] = now
                 computed |= {prefix + t for t in tokens}
         computed |= set(range(prefix)) if computed else set()
         computed_of.append(computed)
@@ -100,12 +105,15 @@ def naive(model, kind: str, video, threshold: float, refresh=None, grid=GRID):
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-@pytest.mark.parametrize(("threshold", "refresh"), [(THRESHOLD, None), (THRESHOLD, 3), (0.0, None), (9.0, 4)])
-def test_equals_the_second_writing(models, patched, kind, threshold, refresh):
+@pytest.mark.parametrize(
+    ("threshold", "margin", "refresh"),
+    [(THRESHOLD, 0, None), (THRESHOLD, 0, 3), (0.8, 1, None), (0.0, 1, None), (9.0, 1, 4)],
+)
+def test_equals_the_second_writing(models, patched, kind, threshold, margin, refresh):
     video = film(kind, 6)
-    want, computed = naive(vtoken.unpatch(models(kind)), kind, video, threshold, refresh)
+    want, computed = naive(vtoken.unpatch(models(kind)), kind, video, threshold, margin, refresh)
     dense = run(vtoken.unpatch(models(kind)), kind, video)[-1]
-    model, state = patched(kind, threshold=threshold, refresh=refresh), StreamState()
+    model, state = patched(kind, threshold=threshold, margin=margin, refresh=refresh), StreamState()
     got = run(model, kind, video)
     for layer, (a, b) in enumerate(zip(got[1:], want[1:], strict=True)):
         torch.testing.assert_close(a, b, **CLOSE, msg=f"layer {layer}")
@@ -114,7 +122,7 @@ def test_equals_the_second_writing(models, patched, kind, threshold, refresh):
     assert state.last.recomputed == [len(c) for c in computed]
     n = len(want[0]) // len(video)
     sizes = {len(c) for c in computed[1:]}
-    if threshold == THRESHOLD:
+    if 0 < threshold < 9:
         assert any(0 < size < n for size in sizes) and (dense - want[-1]).abs().max() > 0.02
     assert sizes == ({n} if threshold == 0 else {0, n} if threshold == 9 else sizes)
     if threshold == 0:
@@ -126,7 +134,9 @@ def test_identical_frames_are_one_frame(models, patched, kind):
     frame = film(kind, 1)[0]
     (one,) = run(vtoken.unpatch(models(kind)), kind, [frame])[-1:]
     model, passed = patched(kind, threshold=0.0), []
-    handles = [layer.mlp.register_forward_hook(lambda m, a, o: passed.append(o)) for layer in layers_of(model)]
+    handles = [
+        layer.mlp.register_forward_hook(lambda m, a, o: passed.append(o)) for layer in layers_of(model)
+    ]
     assert torch.equal(run(model, kind, [frame] * 5)[-1], one.repeat(5, 1))
     assert len(passed) == len(layers_of(model))
     state, per_frame = StreamState(), passed[0][..., 0].numel()
@@ -140,7 +150,7 @@ def test_identical_frames_are_one_frame(models, patched, kind):
 @pytest.mark.parametrize("kind", TOWERS)
 @pytest.mark.parametrize("refresh", [None, 3])
 def test_frame_by_frame_equals_one_call(patched, kind, refresh):
-    video, model = film(kind, 7), patched(kind, threshold=THRESHOLD, refresh=refresh)
+    video, model = film(kind, 7), patched(kind, margin=0, threshold=THRESHOLD, refresh=refresh)
     whole = run(model, kind, video)[-1]
     torch.testing.assert_close(feed(model, kind, video), whole, **CLOSE)
     with vtoken.stream(model):  # in pieces
@@ -151,7 +161,7 @@ def test_frame_by_frame_equals_one_call(patched, kind, refresh):
 @pytest.mark.parametrize("kind", TOWERS)
 def test_videos_of_a_batch_are_streams_of_their_own(patched, kind):
     one, other = film(kind, 4), film(kind, 4, seed=1)
-    model = patched(kind, threshold=THRESHOLD)
+    model = patched(kind, margin=0, threshold=THRESHOLD)
     both = run(model, kind, one, other)[-1]
     torch.testing.assert_close(both, torch.cat([run(model, kind, v)[-1] for v in (one, other)]), **CLOSE)
     with pytest.raises(ValueError, match="one video per call, found 2"), vtoken.stream(model):
@@ -160,7 +170,7 @@ def test_videos_of_a_batch_are_streams_of_their_own(patched, kind):
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2.5", "qwen3"])
 def test_another_grid_is_a_new_reference(patched, kind):
-    model, state, small = patched(kind, threshold=THRESHOLD), StreamState(), (4, 12)
+    model, state, small = patched(kind, margin=0, threshold=THRESHOLD), StreamState(), (4, 12)
     frames, others = film(kind, 3), film(kind, 2, grid=small)
     feed(model, kind, frames, state)
     got = feed(model, kind, others, state, small)
@@ -172,7 +182,7 @@ def test_another_grid_is_a_new_reference(patched, kind):
 
 @pytest.mark.parametrize("kind", TOWERS)
 def test_flops_fall_as_reported(patched, kind):
-    video, model, state = film(kind, 5), patched(kind, threshold=THRESHOLD), StreamState()
+    video, model, state = film(kind, 5), patched(kind, margin=0, threshold=THRESHOLD), StreamState()
 
     def measure() -> int:
         with FlopCounterMode(display=False, custom_mapping=SDPA) as counter, vtoken.stream(model, state):
@@ -190,11 +200,13 @@ def test_flops_fall_as_reported(patched, kind):
 def test_layers_that_are_read_give_the_same(patched, kind):
     """A layer whose attention is read for the projector strategy is computed for all tokens."""
     video, state = film(kind, 5), StreamState()
-    want = run(patched(kind, threshold=THRESHOLD), kind, video)[-1]
+    want = run(patched(kind, margin=0, threshold=THRESHOLD), kind, video)[-1]
     name = "divprune" if kind != "clip" else "visionzip"
     reading = "vispruner" if kind == "clip" else "hiprune"
     for other in (name, reading):
-        model = patched(kind, ["still_patches", other], budget=0.25, still_patches=dict(threshold=THRESHOLD))
+        model = patched(
+            kind, ["still_patches", other], budget=0.25, still_patches=dict(margin=0, threshold=THRESHOLD)
+        )
         torch.testing.assert_close(run(model, kind, video)[-1], want, **CLOSE)
         torch.testing.assert_close(feed(model, kind, video), want, **CLOSE)
         with vtoken.stream(model, state):
@@ -204,7 +216,7 @@ def test_layers_that_are_read_give_the_same(patched, kind):
 
 @pytest.mark.parametrize("kind", TOWERS)
 def test_state_can_be_pickled_and_does_not_grow(patched, kind):
-    model, state, video = patched(kind, threshold=THRESHOLD), StreamState(), film(kind, 9)
+    model, state, video = patched(kind, margin=0, threshold=THRESHOLD), StreamState(), film(kind, 9)
     sizes = []
     for frame in video[:6]:
         feed(model, kind, [frame], state)
@@ -215,7 +227,7 @@ def test_state_can_be_pickled_and_does_not_grow(patched, kind):
 
 
 def test_a_call_that_fails_leaves_the_stream_as_it_was(patched):
-    model, video, state = patched("qwen2.5", threshold=THRESHOLD), film("qwen2.5", 4), StreamState()
+    model, video, state = patched("qwen2.5", margin=0, threshold=THRESHOLD), film("qwen2.5", 4), StreamState()
     want = feed(model, "qwen2.5", video)
     feed(model, "qwen2.5", video[:2], state)
 
@@ -232,7 +244,7 @@ def test_a_call_that_fails_leaves_the_stream_as_it_was(patched):
 def test_images_are_untouched_unless_they_are_a_stream():
     family = FAMILIES["llava"]
     clean = family.build(dtype=torch.float64)
-    model = vtoken.patch(family.build(dtype=torch.float64), "still_patches", threshold=THRESHOLD)
+    model = vtoken.patch(family.build(dtype=torch.float64), "still_patches", margin=0, threshold=THRESHOLD)
     pixels = torch.stack(film("clip", 5))
 
     def encoded(m, x):
@@ -265,16 +277,13 @@ def test_features_of_a_still_video_are_those_of_one_frame(name):
 
 def taps_of(output) -> list[torch.Tensor]:
     """The features of one video, and those of middle layers."""
-    return [
-        output.pooler_output[0].flatten(0, -2),
-        *(getattr(output, "deepstack_features", None) or []),
-    ]
+    return [output.pooler_output[0].flatten(0, -2), *(getattr(output, "deepstack_features", None) or [])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["clip", "qwen2.5"])
 def test_half_precision_and_inference_mode(kind, dtype):
-    model = vtoken.patch(build(kind, dtype), "still_patches", threshold=THRESHOLD)
+    model = vtoken.patch(build(kind, dtype), "still_patches", margin=0, threshold=THRESHOLD)
     video, state = film(kind, 4, dtype=dtype), StreamState()
     with torch.inference_mode():
         feed(model, kind, video[:2], state)
@@ -290,7 +299,7 @@ def test_towers_that_cannot_serve_are_refused(name):
 
 
 def test_gradients_flow(patched):
-    model, video = patched("siglip", threshold=THRESHOLD), film("siglip", 4)
+    model, video = patched("siglip", margin=0, threshold=THRESHOLD), film("siglip", 4)
     out = features(model, "siglip", video).pooler_output
     weight = layers_of(model)[0].mlp.fc1.weight
     (grad,) = torch.autograd.grad(out.double().square().sum(), weight)

@@ -71,10 +71,11 @@ class PackedTower(Tower):
         """For towers whose input has the patches of a cell side by side."""
         packing, names = self.packing(args, kwargs), ("hidden_states", "pixel_values")
         pixels: Tensor = args[0] if args else next(kwargs[name] for name in names if name in kwargs)
-        cells, places = pixels.view(*packing.patches.shape, -1), packing.patches.cpu()
-        sizes = [cells for count, cells in packing.items for _ in range(count)]
-        frames = zip(cells.split(sizes), places.split(sizes), strict=True)
-        return [(frame, mine - mine.min()) for frame, mine in frames]
+        cells, tokens = pixels.view(*packing.patches.shape, -1), packing.patches.cpu()
+        grids = [grid for grid, (n, _) in zip(packing.grids, packing.items, strict=True) for _ in range(n)]
+        sizes = [rows * columns for rows, columns in grids]
+        frames = zip(cells.split(sizes), tokens.split(sizes), grids, strict=True)
+        return [(x.unflatten(0, grid), (mine - mine.min()).unflatten(0, grid)) for x, mine, grid in frames]
 
     def taps(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Hook]:
         layers, states = sorted({*needs.received_attention, *needs.keys}), sorted(set(needs.states))

@@ -12,8 +12,6 @@ from torch import Tensor
 from ...streams import PixelReuse, References, keep
 from .capture import Entry, FramePass
 
-import os
-WITHIN = bool(os.environ.get("WITHIN"))
 
 @dataclass
 class PixelPass(FramePass):
@@ -24,7 +22,7 @@ class PixelPass(FramePass):
 
     Attributes:
         computed: per frame (tokens,) bool on the CPU, what is computed.
-        pixels: (places, patches, values), the reference of the last frame.
+        pixels: (rows, columns, patches, values), the reference of the last frame.
         uses_stored: whether the pool begins with the stored reference.
         whole: (a,) int64, the rows of all frames that are computed in full, among the tokens of the call.
         some: (m,) int64, the computed rows of the other frames.
@@ -54,31 +52,35 @@ class PixelPass(FramePass):
         """
         self.signatures = [(grid, kind) for grid in self.grids]
         changed = self._changed([pixels for pixels, _ in places], reuse)
-        sizes = [len(c) for c in changed]
+        sizes = [c.numel() for c in changed]
         self.computed = []
-        for mine, (_, tokens) in zip(torch.cat(changed).cpu().split(sizes), places, strict=True):
+        for mine, (_, tokens) in zip(
+            torch.cat([c.flatten() for c in changed]).cpu().split(sizes), places, strict=True
+        ):
             out = torch.zeros(prefix + tokens.numel(), dtype=torch.bool)
-            out[prefix + tokens[mine].flatten()] = True
+            out[prefix + tokens.flatten(0, 1)[mine].flatten()] = True
             out[:prefix] = mine.any()
             self.computed.append(out)
         self.sizes = [len(c) for c in self.computed]
         self._tabulate(places[0][0].device)
 
     def _changed(self, pixels: list[Tensor], reuse: PixelReuse) -> list[Tensor]:
-        """Per frame (places,) bool, those that differ from their reference or have none."""
+        """Per frame (rows, columns) bool, the places that differ from their reference or have none."""
         out: list[Tensor] = []
         for count in self.videos:
             old = None if self.state is None else self.state.references
-            reference, signature, age = (None, None, 0) if old is None else (old.pixels, old.signature, old.age)
+            reference, signature, age = (
+                (None, None, 0) if old is None else (old.pixels, old.signature, old.age)
+            )
             for i in range(len(out), len(out) + count):
                 now = pixels[i]
                 if reference is None or signature != self.signatures[i] or age >= reuse.interval:
-                    differs = torch.ones(len(now), dtype=torch.bool, device=now.device)
+                    differs = torch.ones(now.shape[:2], dtype=torch.bool, device=now.device)
                     reference, signature, age = now, self.signatures[i], 0
                 else:
                     with torch.no_grad():
                         differs = reuse.changed(now, reference)
-                    reference = torch.where(differs[:, None, None], now, reference)
+                    reference = torch.where(differs[:, :, None, None], now, reference)
                 out.append(differs)
                 age += 1
             self.pixels, self.age = reference, age
@@ -136,10 +138,6 @@ class PixelPass(FramePass):
             some = (shapes == shape).all(1).nonzero()
             m, n = shape.tolist()
             query, at = first_query[some] + torch.arange(m), first_key[some] + torch.arange(n)
-            if WITHIN:
-                base = len(self.whole) + (self.sizes[0] if self.uses_stored else 0)
-                groups.append((query.to(self.some.device), (query + base).to(self.some.device)))
-                continue
             groups.append((query.to(self.some.device), keys[at].to(self.some.device)))
         self.queries[key] = groups
         return groups
