@@ -77,7 +77,7 @@ def page(info: StrategyInfo) -> str:
         "Input": " and ".join(modalities(info)),
         "Reads": reads(strategy),
         "A budget counts": info.budget_counts
-        or ("not told" if has_budget(info) else "nothing: there is none"),
+        or ("not told" if "budget" in info.defaults else "nothing: there is none"),
         "Counts": (
             "known from the grids before anything is encoded"
             if strategy.static_counts
@@ -106,10 +106,6 @@ def page(info: StrategyInfo) -> str:
     if measured.is_file():
         lines += ["", measured.read_text().rstrip()]
     return "\n".join([*lines, ""])
-
-
-def has_budget(info: StrategyInfo) -> bool:
-    return any(f.name == "budget" and f.init for f in fields(info.cls))
 
 
 def modalities(info: StrategyInfo) -> tuple[str, ...]:

@@ -22,7 +22,6 @@ PROJECTOR = [n for n in list_names() if strategy_info(n).stages == ("projector",
 IMAGE = [n for n in PROJECTOR if "image" in create(n).needs(None).modalities]
 VIDEO = [n for n in PROJECTOR if "video" in create(n).needs(None).modalities]
 BUNDLED = [n for n in list_names() if strategy_info(n).cls.__module__.startswith("vtoken.")]
-NO_BUDGET = ["still_patches"]
 BUDGETS = [0.01, 0.3, 3, 10_000]
 EXACT_PER_SEGMENT = ["cdpruner", "coverage", "mmtok", "random", "scope", "stc_pruner", "uniform", "visionzip"]
 EXACT_PER_SEGMENT += ["vtc_cls"]
@@ -154,7 +153,7 @@ MEANINGS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(set(BUNDLED) - set(NO_BUDGET)))
+@pytest.mark.parametrize("name", [n for n in BUNDLED if "budget" in strategy_info(n).defaults])
 def test_every_method_tells_what_its_budget_counts(name):
     means = next((m for m, names in MEANINGS.items() if name in names), "entrance")
     info = strategy_info(name)

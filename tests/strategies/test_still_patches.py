@@ -62,6 +62,7 @@ def test_what_is_declared():
     assert strategy.acts_between_frames and not strategy.acts_on_projector and not strategy.acts_inside
     assert create("still_patches", refresh=1).is_identity and not strategy.is_identity
     assert strategy.counts(video(3).segments) == [8, 8, 8] and strategy.total(video(3).segments) == 24
+    assert strategy.total(video(3).segments, budget=0.5) == 24 and "budget" not in strategy.info.defaults
     assert strategy.describe() == "still_patches(threshold=0.1, refresh=4)"
     assert strategy.info.stages == ("pixels",) and strategy.budget_counts() == ""
 

@@ -97,8 +97,9 @@ class Strategy(metaclass=_CheckedOptions):
         return self.budget is not None and self.allowance().is_all
 
     def allowance(self, budget: float | int | None = None) -> Budget:
-        """The budget, or the one given in its place, as tokens. Raises ValueError if it is none."""
-        return Budget(self.budget if budget is None else budget)
+        """The budget, or the one given in its place, as tokens; all without one. ValueError if wrong."""
+        budget = self.budget if budget is None else budget
+        return Budget(1.0 if budget is None else budget)
 
     def needs(self, tower: TowerInfo | None) -> Needs:
         """Inputs that `select` reads in addition to features, segments and cells."""
@@ -205,8 +206,8 @@ class Strategy(metaclass=_CheckedOptions):
         return None
 
     def with_budget(self, budget: float | int) -> Strategy:
-        """The same strategy under another budget."""
-        return replace(self, budget=budget)
+        """The same strategy under another budget; itself if it has none."""
+        return replace(self, budget=budget) if self.__dataclass_fields__["budget"].init else self
 
     def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         """Raise ValueError if the method cannot serve an LLM of this many layers with this budget."""

@@ -55,4 +55,4 @@ class StrategyInfo:
     @property
     def defaults(self) -> dict[str, Any]:
         """Hyper-parameters with their defaults."""
-        return {f.name: f.default for f in fields(self.cls)}
+        return {f.name: f.default for f in fields(self.cls) if f.init}

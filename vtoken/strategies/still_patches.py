@@ -12,7 +12,6 @@ from torch import Tensor
 from ..streams import PixelReuse
 from ..tokens import TowerInfo
 from .base import Strategy
-from .budgets import Budget
 from .registry import register
 
 
@@ -69,10 +68,6 @@ class StillPatches(Strategy):
     @property
     def is_identity(self) -> bool:
         return self.refresh == 1
-
-    def allowance(self, budget: float | int | None = None) -> Budget:
-        """All visual tokens enter the LLM."""
-        return Budget(1.0 if budget is None else budget)
 
     def reuse(self, tower: TowerInfo) -> PixelReuse:
         return PixelReuse(math.inf if self.refresh is None else self.refresh, self.changed)
