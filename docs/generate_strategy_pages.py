@@ -19,6 +19,7 @@ NOTE = (
     "<!-- Written by docs/generate_strategy_pages.py; edit the strategy's docstring and metadata instead. -->"
 )
 STAGES = {
+    "pixels": "before the vision tower",
     "encoder": "inside the vision tower",
     "projector": "between the vision tower and the LLM",
     "prefill": "inside the LLM, while the prompt is read",
@@ -75,7 +76,8 @@ def page(info: StrategyInfo) -> str:
         "Stage": "; ".join(f"{s} ({STAGES[s]})" for s in info.stages),
         "Input": " and ".join(modalities(info)),
         "Reads": reads(strategy),
-        "A budget counts": info.budget_counts or "not told",
+        "A budget counts": info.budget_counts
+        or ("not told" if "budget" in info.defaults else "nothing: there is none"),
         "Counts": (
             "known from the grids before anything is encoded"
             if strategy.static_counts
@@ -145,7 +147,9 @@ def reads(strategy: Strategy) -> str:
         parts.append("the prompt's text up to a layer of the LLM, and what its last token looks at there")
     if with_cls.together:
         parts.append("all images of a prompt at once, as the frames of one video")
-    if strategy.reuse(CLIP) is not None:
+    if "pixels" in strategy.info.stages:
+        parts.append("the pixels of every frame, with those of earlier frames")
+    elif strategy.reuse(CLIP) is not None:
         parts.append("attention keys of every tower layer, with those of an earlier frame")
     encoder = strategy.encoder_layers(CLIP)
     if isinstance(strategy, EncoderStrategy):

@@ -24,9 +24,9 @@ from tests.record import note
 from vtoken.adapters.registry import adapter_for
 from vtoken.fit import lacking_of, needs_of
 from vtoken.requested import make_strategy
-from vtoken.strategies.registry import list_names
+from vtoken.strategies.registry import list_names, strategy_info
 
-OPTIONS: dict[str, dict] = {}
+OPTIONS: dict[str, dict] = {"still_patches": {"threshold": 9.0}}
 COMBINED = {"visionzip + fastv": ["visionzip", "fastv"]}
 ROWS = {name: name for name in list_names()} | COMBINED
 EQUAL_FRAMES = ("evs", "flashvid", "v_cast", "vidcom2")
@@ -37,7 +37,8 @@ WHOLE = ("llava", "llava_onevision/video", "qwen3_vl/video")
 
 def make(row: str):
     options = dict(OPTIONS.get(row, {}))
-    return make_strategy(ROWS[row], options.pop("budget", 0.5), options)
+    without = row in list_names() and "budget" not in strategy_info(row).defaults
+    return make_strategy(ROWS[row], options.pop("budget", None if without else 0.5), options)
 
 
 @functools.cache
@@ -113,7 +114,9 @@ def test_equals_the_oracle_or_refuses(family, row, sighted):
         return
     with patched(model, strategy) as spy:
         whole, again = first_turn(model, inputs, steps=2)
-        made = "encoder" in stages(parts) or any(answer.features is not None for _, answer in spy.items)
+        made = {"encoder", "pixels"} & stages(parts) or any(
+            answer.features is not None for _, answer in spy.items
+        )
         seen = dict(features=spy.by_row(FAMILIES[family], inputs)) if made else {}
         planes = spy.planes_by_row(FAMILIES[family], inputs)
         second = run(model, again, 2)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .selection import Selection
     from .strategies import EncoderStrategy, Strategy, StrategyInfo, register, strategy_info
     from .streaming import StreamSession
-    from .streams import FrameTokens, Reuse, StreamState, stream
+    from .streams import FrameTokens, PixelReuse, Reuse, StreamState, stream
     from .tokens import Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
     from .video_answers import VideoAnswer, answer, answers
     from .videos import video_embeddings
@@ -36,6 +36,7 @@ __all__ = [
     "EncoderStrategy",
     "FrameTokens",
     "Needs",
+    "PixelReuse",
     "PrefillTokens",
     "Report",
     "Reuse",
@@ -91,7 +92,7 @@ _LAZY = {
     **dict.fromkeys(("applied", "disabled", "kept_tokens", "patch", "report", "unpatch"), "patching"),
     **dict.fromkeys(("EncoderStrategy", "Strategy", "StrategyInfo"), "strategies"),
     **dict.fromkeys(("register", "strategy_info"), "strategies"),
-    **dict.fromkeys(("FrameTokens", "Reuse", "StreamState", "stream"), "streams"),
+    **dict.fromkeys(("FrameTokens", "PixelReuse", "Reuse", "StreamState", "stream"), "streams"),
     **dict.fromkeys(("Needs", "PrefillTokens", "Segment", "TowerInfo", "VisualTokens"), "tokens"),
     "Selection": "selection",
 }

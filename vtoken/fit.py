@@ -17,7 +17,7 @@ from .mechanism.drop_schedule import DropSchedule
 from .mechanism.recurrent_states import layers_of_fixed_length
 from .strategies import EncoderStrategy, Strategy, list_names, strategy_info
 from .strategies.trained import trained_part
-from .streams import Reuse
+from .streams import PixelReuse, Reuse
 from .temporal import Temporal
 from .tokens import Needs
 
@@ -39,7 +39,7 @@ class Design:
     schedule: DropSchedule
     needs: dict[str, Needs]
     merging: dict[str, tuple[int, ...]]
-    reuse: dict[str, Reuse]
+    reuse: dict[str, Reuse | PixelReuse]
     positions: str
     temporal: dict[str, Temporal] = field(default_factory=dict)
     fuses_text: bool = False
@@ -83,7 +83,7 @@ def merging_layers(adapter: Adapter, strategy: Strategy) -> dict[str, tuple[int,
     return {m: some for m, some in layers.items() if some}
 
 
-def reuse_of(adapter: Adapter, strategy: Strategy) -> dict[str, Reuse]:
+def reuse_of(adapter: Adapter, strategy: Strategy) -> dict[str, Reuse | PixelReuse]:
     """By modality, the tower's reuse between frames, if the tower can reuse and the strategy wants it."""
     towers = {m: tower for m, tower in adapter.towers.items() if tower.can_reuse}
     declared = {m: strategy.reuse(tower.info) for m, tower in towers.items()}

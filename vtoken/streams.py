@@ -51,6 +51,25 @@ class Reuse:
     shared: bool = False
 
 
+@dataclass(frozen=True)
+class PixelReuse:
+    """Reuse of the places of a frame whose pixels hardly changed: their tokens pass no layer of the tower.
+
+    A place is a patch, or the patches that a tower merges into one cell. The first frame is computed in full.
+    Of a later frame the tokens of the changed places are computed, and attend to all tokens of the frame. The
+    keys, values and outputs of the others are those of the frame in which their place was computed last, and
+    their pixels are compared with that frame's.
+
+    Attributes:
+        interval: frames from one that is computed in full to the next, infinity for the first alone.
+        changed: `changed(pixels, reference) -> (rows, columns) bool`, the places to compute, of the pixels
+            (rows, columns, patches, values) of all places in the units of the tower's input.
+    """
+
+    interval: float
+    changed: Callable[[Tensor, Tensor], Tensor]
+
+
 @dataclass
 class TowerUse:
     """Work of the tower for the frames of one call, in order.
@@ -87,12 +106,15 @@ class References:
         signature: grid, dtype and device; a frame is compared only with a reference of the same signature.
         age: frames since, 1 for the first frame after it.
         layers: per tower layer, keys (n, C), values (n, C), and the layer's addition to the hidden states
-            (n, C).
+            (n, C). With `PixelReuse` rotated keys, values and outputs, of every token when it was computed
+            last; of a layer that computes all tokens only the outputs.
+        pixels: (rows, columns, patches, values) of every place when it was computed last, with `PixelReuse`.
     """
 
     signature: Hashable
     age: int
     layers: dict[int, tuple[Tensor, Tensor, Tensor]]
+    pixels: Tensor | None = None
 
 
 class StreamState:
@@ -158,7 +180,8 @@ class StreamState:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that are kept."""
-        return _nbytes([self.memory, self.past, None if self.references is None else self.references.layers])
+        kept = self.references
+        return _nbytes([self.memory, self.past, None if kept is None else [kept.layers, kept.pixels]])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}

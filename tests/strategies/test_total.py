@@ -13,7 +13,7 @@ from vtoken.tokens import Segment
 
 from .common import answer, anyres, image, video
 
-NAMES = list_names()
+NAMES = [n for n in list_names() if "budget" in strategy_info(n).defaults]
 # told for every input that the method serves; the others: None on some
 ALWAYS = [
     "cdpruner",

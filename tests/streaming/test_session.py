@@ -384,3 +384,14 @@ def test_a_number_of_frames_that_no_memory_keeps():
     ):
         with pytest.raises(ValueError, match=words):
             session_of("qwen2_5_vl", **options)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
+def test_frames_that_stand_still_are_computed_once(name):
+    """The reference of a session's tower goes on from push to push."""
+    frames = frames_of(2)[[0, 0, 0, 0, 1, 1, 1, 1]]
+    with fed(session_of(name, "still_patches"), frames) as session:
+        answer, state = logits_of(session), session.state
+        # Qwen reads them in pairs
+        assert 2 * state.tokens == state.recomputed * state.frames and 0 < state.flops < state.flops_dense
+    assert torch.equal(answer, plain(name, frames)[1])

@@ -8,7 +8,7 @@ one by one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -25,28 +25,42 @@ from .tower_attention import attend
 from .tower_rows import Rows, stack
 
 
-class FrameReuse:
-    """The wrapped layers of one tower.
+class TowerReuse:
+    """The wrapped layers of one tower that reuses what was computed for an earlier frame.
+
+    Subclasses write `begin`, `layer` and `counted`.
 
     Args:
         tower: with `tower.can_reuse`.
-        reuse: the strategy's declaration.
-        read: layers whose projections are read by taps; they are computed in full.
+        layers: those that reuse; the others are computed in full.
         active: the capture of the running `get_*_features` call, if any.
     """
 
-    def __init__(
-        self, tower: Tower, reuse: Reuse, read: set[int], active: Callable[[], Capture | None]
-    ) -> None:
-        self.tower, self.reuse, self.active = tower, reuse, active
+    def __init__(self, tower: Tower, layers: set[int], active: Callable[[], Capture | None]) -> None:
+        self.tower, self.layers, self.active = tower, layers, active
         self.prefix = int(tower.has_cls)
-        self.layers = set(reuse.layers) - read
         self.now: list[Any] = []  # the tower's layers
         self.blocks: list[Block] = []
         self.wrapped = Wrapped()
         self._wrap()
         self.hooks = Hooks(self._find)
 
+    # -- to override -----------------------------------------------------------------------------------------
+    def begin(self, run: Any, kind: Hashable, args: Any, kwargs: dict[str, Any]) -> None:
+        """Plan a forward of the tower; frames of another `kind` are never compared."""
+        raise NotImplementedError
+
+    def layer(
+        self, i: int, run: Any, original: Callable[..., Tensor], x: Tensor, args: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The output of a layer."""
+        raise NotImplementedError
+
+    def counted(self, run: Any) -> tuple[list[int], list[Tensor]]:
+        """Per frame the tokens that were computed, and per patch (patches,) in which share of the layers."""
+        raise NotImplementedError
+
+    # -- provided --------------------------------------------------------------------------------------------
     def _wrap(self) -> None:
         self.now = self.tower.layers
         self.blocks = [self.tower.block(i) for i in range(len(self.now))]
@@ -82,7 +96,6 @@ class FrameReuse:
         capture = self.active()
         return None if capture is None else capture.frames
 
-    # -- the tower -------------------------------------------------------------------------------------------
     def _before_tower(self, module: Any, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         run = self._running()
         if run is None or kwargs is None:
@@ -93,18 +106,16 @@ class FrameReuse:
                 f"The tower was given {len(run.grids)} frames but the call has {sum(run.videos)}: "
                 "the adapter does not know this kind of input."
             )
-        run.plan((str(module.dtype), str(module.device)), self.reuse.interval)
+        self.begin(run, (str(module.dtype), str(module.device)), args, kwargs)
 
     def _after_tower(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any = None) -> None:
         run = self._running()
         if run is None or out is None or not run.layers:
             return
         run.use.tokens = run.sizes
-        run.use.recomputed = [round(float(count.sum()) / run.layers) for count in run.counts]
-        shares = [count[self.prefix :] / run.layers for count in run.counts]
+        run.use.recomputed, shares = self.counted(run)
         run.use.shares = self.tower.on_grid(shares, run.grids, args, kwargs)
 
-    # -- one layer -------------------------------------------------------------------------------------------
     def _layer(
         self, i: int, original: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -116,16 +127,51 @@ class FrameReuse:
                 "Reusing frames keeps state, which gradient checkpointing would meet twice: call model.eval()"
                 " or model.gradient_checkpointing_disable()."
             )
-        rows, block, use = Rows(hidden_states, run, kwargs), self.blocks[i], run.use
+        return self.layer(i, run, original, hidden_states, args, kwargs)
+
+
+class FrameReuse(TowerReuse):
+    """The wrapped layers of a tower whose layers choose the tokens to compute.
+
+    Args:
+        tower: with `tower.can_reuse`.
+        reuse: the strategy's declaration.
+        read: layers whose projections are read by taps; they are computed in full.
+        active: the capture of the running `get_*_features` call, if any.
+    """
+
+    def __init__(
+        self, tower: Tower, reuse: Reuse, read: set[int], active: Callable[[], Capture | None]
+    ) -> None:
+        self.reuse = reuse
+        super().__init__(tower, set(reuse.layers) - read, active)
+
+    def begin(self, run: FramePass, kind: Hashable, args: Any, kwargs: dict[str, Any]) -> None:
+        run.plan(kind, self.reuse.interval)
+
+    def counted(self, run: FramePass) -> tuple[list[int], list[Tensor]]:
+        computed = [round(float(count.sum()) / run.layers) for count in run.counts]
+        return computed, [count[self.prefix :] / run.layers for count in run.counts]
+
+    def layer(
+        self,
+        i: int,
+        run: FramePass,
+        original: Callable[..., Tensor],
+        x: Tensor,
+        args: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        rows, block, use = Rows(x, run, kwargs), self.blocks[i], run.use
         every = list(range(len(rows.sizes)))
         full, groups = (run.full, run.groups) if i in self.layers else (every, [])
         use.flops_dense += sum(block.dense_flops(rows.windows[j]) for j in every)
         use.flops += sum(block.dense_flops(rows.windows[j]) for j in full)
         if i not in self.layers:
-            return original(hidden_states, *args, **kwargs)
+            return original(x, *args, **kwargs)
         if not run.layers:
             run.sizes = rows.sizes
-            run.counts = [torch.zeros(n, device=hidden_states.device) for n in rows.sizes]
+            run.counts = [torch.zeros(n, device=x.device) for n in rows.sizes]
         run.layers += 1
         made = self._in_full(i, run, rows, full, original, args, kwargs) if full else None
         if made is not None and not groups:
@@ -133,12 +179,12 @@ class FrameReuse:
         parts = [self._in_part(i, run, rows, group) for group in groups]
         run.entries = {}
         if made is None and len(parts) == 1:
-            return parts[0].view_as(hidden_states)
-        out = torch.empty_like(hidden_states)
-        for frames, x in zip(
+            return parts[0].view_as(x)
+        out = torch.empty_like(x)
+        for frames, part in zip(
             [full, *groups] if full else groups, parts if made is None else [made, *parts], strict=True
         ):
-            rows.put(out, frames, x)
+            rows.put(out, frames, part)
         return out
 
     def _in_full(

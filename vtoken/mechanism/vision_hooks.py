@@ -19,15 +19,17 @@ from torch import Tensor
 
 from ..adapters.base import Adapter, Layout
 from ..adapters.towers.capture import Capture, FramePass
+from ..adapters.towers.pixel_pass import PixelPass
 from ..hooks import Hooks, Wrapped, rebuilt
 from ..selection import Selection
-from ..streams import Reuse, StreamState, TowerUse, current_stream
+from ..streams import PixelReuse, Reuse, StreamState, TowerUse, current_stream
 from ..temporal import Temporal, TemporalPass
 from ..tokens import TOWER_NEEDS, Needs, VisualTokens
 from .forward_context import ENCODED, Admission, ForwardContext
 from .prompt import EncodedVisuals, tensors_of
 from .tower_frames import TowerFrames
 from .tower_merging import EncoderMerging
+from .tower_pixels import PixelSkipping
 from .tower_reuse import FrameReuse
 from .transformers_names import check_features
 
@@ -60,7 +62,7 @@ class VisionHooks:
         timer: Callable[[str], Any],
         merging: dict[str, tuple[int, ...]] | None = None,
         merging_strategy: Any = None,
-        reuse: dict[str, Reuse] | None = None,
+        reuse: dict[str, Reuse | PixelReuse] | None = None,
         used: Callable[[str, TowerUse], None] | None = None,
         select: Callable[[VisualTokens], Selection] | None = None,
         handed_out: Callable[[EncodedVisuals], None] | None = None,
@@ -95,7 +97,10 @@ class VisionHooks:
             if id(tower.module) not in modules:
                 modules.add(id(tower.module))
                 read = {layer for needs in self.needs.values() for layer in needs.tower_layers}
-                self.hooks.append(FrameReuse(tower, reuse, read, self._capture))
+                if isinstance(reuse, PixelReuse):
+                    self.hooks.append(PixelSkipping(tower, reuse, read, self._capture))
+                else:
+                    self.hooks.append(FrameReuse(tower, reuse, read, self._capture))
 
     def remove(self) -> None:
         for hooks in self.hooks:
@@ -269,7 +274,8 @@ class VisionHooks:
             )
         if not frames:
             return None
-        return FramePass(frames if stream is None else [sum(frames)], stream)
+        kind = PixelPass if isinstance(self.reuse[modality], PixelReuse) else FramePass
+        return kind(frames if stream is None else [sum(frames)], stream)
 
     def _temporal_pass(
         self, modality: str, given: dict[str, Any], stream: StreamState | None

@@ -37,6 +37,7 @@ from .sparsevlm import SparseVLM as SparseVLM
 from .stc import STC as STC
 from .stc_cacher import STCCacher as STCCacher
 from .stc_pruner import STCPruner as STCPruner
+from .still_patches import StillPatches as StillPatches
 from .tempme import TempMe as TempMe
 from .token_corr import TokenCorr as TokenCorr
 from .tome import ToMe as ToMe

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import fit_field, has_field
 from ..selection import EncoderMerge, Selection
-from ..streams import Reuse
+from ..streams import PixelReuse, Reuse
 from ..temporal import Temporal
 from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 from .budgets import Budget, check_budget
@@ -97,8 +97,9 @@ class Strategy(metaclass=_CheckedOptions):
         return self.budget is not None and self.allowance().is_all
 
     def allowance(self, budget: float | int | None = None) -> Budget:
-        """The budget, or the one given in its place, as tokens. Raises ValueError if it is none."""
-        return Budget(self.budget if budget is None else budget)
+        """The budget, or the one given in its place, as tokens; all without one. ValueError if wrong."""
+        budget = self.budget if budget is None else budget
+        return Budget(1.0 if budget is None else budget)
 
     def needs(self, tower: TowerInfo | None) -> Needs:
         """Inputs that `select` reads in addition to features, segments and cells."""
@@ -196,7 +197,7 @@ class Strategy(metaclass=_CheckedOptions):
         """Merge tokens in a layer, of every sequence equally many; None leaves them."""
         raise NotImplementedError(f"{type(self).__name__} does not act inside the vision tower.")
 
-    def reuse(self, tower: TowerInfo) -> Reuse | None:
+    def reuse(self, tower: TowerInfo) -> Reuse | PixelReuse | None:
         """Reuse between frames in the vision tower; None for methods that compute every frame in full."""
         return None
 
@@ -205,8 +206,8 @@ class Strategy(metaclass=_CheckedOptions):
         return None
 
     def with_budget(self, budget: float | int) -> Strategy:
-        """The same strategy under another budget."""
-        return replace(self, budget=budget)
+        """The same strategy under another budget; itself if it has none."""
+        return replace(self, budget=budget) if self.__dataclass_fields__["budget"].init else self
 
     def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         """Raise ValueError if the method cannot serve an LLM of this many layers with this budget."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checks import found
 from ..selection import EncoderMerge, Selection
-from ..streams import Reuse
+from ..streams import PixelReuse, Reuse
 from ..temporal import Temporal
 from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
 from .base import Positions, Strategy
@@ -31,7 +31,7 @@ class Composite(Strategy):
     projector strategy is held to `b ** split`, which with the default of one half lets both drop by the same
     factor. For a whole number b of tokens per image or frame of n tokens the projector strategy keeps `n * (b
     / n) ** split`. Without `budget` every part keeps its own. A strategy that only acts between frames, such
-    as stc_cacher, keeps its own budget in any case.
+    as stc_cacher, keeps its own budget in any case, and still_patches has none.
 
     Args:
         budget: shared by all parts, None to leave theirs as they are.
@@ -68,7 +68,8 @@ class Composite(Strategy):
             if self.then not in only:
                 self.then = self.then.with_budget(self.budget)
         self.entering = self.first.budget if both and isinstance(self.first.budget, float) else 1.0
-        self.ordered = [*(p for p in only if p not in (self.first, self.then)), self.first, self.then]
+        later = [self.first] if self.first is self.then else [self.first, self.then]
+        self.ordered = [*only, *(p for p in later if p not in only)]
         self.between = next((p for p in self.ordered if p.acts_between_frames), None)
         self.info = StrategyInfo(  # type: ignore[misc]
             name="+".join(p.info.name for p in self.parts),
@@ -150,7 +151,7 @@ class Composite(Strategy):
     def acts_between_frames(self) -> bool:
         return self.between is not None
 
-    def reuse(self, tower: TowerInfo) -> Reuse | None:
+    def reuse(self, tower: TowerInfo) -> Reuse | PixelReuse | None:
         return None if self.between is None or self.between.is_identity else self.between.reuse(tower)
 
     def temporal(self, tower: TowerInfo) -> Temporal | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-Stage = Literal["encoder", "projector", "prefill", "cache"]
+Stage = Literal["pixels", "encoder", "projector", "prefill", "cache"]
 BudgetMeans = Literal["entrance", "average", "cut", "tower", "encoder", "cache"]
 BUDGET_MEANS: dict[str, str] = {
     "entrance": "visual tokens that enter the LLM",
@@ -24,7 +24,7 @@ class StrategyInfo:
     Attributes:
         name: the name that `vtoken.patch` takes.
         summary: one sentence.
-        stages: where it acts: "encoder", "projector", "prefill", "cache".
+        stages: where it acts: "pixels", "encoder", "projector", "prefill", "cache".
         paper: title and arXiv id, empty for a baseline.
         code: the published reference implementation.
         code_licence: its licence, "no licence stated" where the code names none.
@@ -55,4 +55,4 @@ class StrategyInfo:
     @property
     def defaults(self) -> dict[str, Any]:
         """Hyper-parameters with their defaults."""
-        return {f.name: f.default for f in fields(self.cls)}
+        return {f.name: f.default for f in fields(self.cls) if f.init}

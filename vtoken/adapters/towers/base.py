@@ -120,6 +120,20 @@ class Tower:
         patch: Any = self.module.config.patch_size  # type: ignore[union-attr]
         return [(pixels.shape[-2] // patch, pixels.shape[-1] // patch)] * len(pixels)
 
+    def frame_patches(self, args: Any, kwargs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """Per frame, the places that are computed together, with the same arguments as `frame_grids`.
+
+        Returns:
+            (rows, columns, patches, values), pixels in the units of the tower's input; and (rows, columns,
+            patches) int64, the tokens of these patches among those of the frame, without CLS.
+        """
+        pixels: Tensor = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        side: Any = self.module.config.patch_size  # type: ignore[union-attr]
+        patches = pixels.unfold(2, side, side).unfold(3, side, side)  # (frames, 3, rows, columns, side, side)
+        each = patches.permute(0, 2, 3, 1, 4, 5).flatten(3)[:, :, :, None]
+        tokens = torch.arange(each.shape[1] * each.shape[2]).view(*each.shape[1:3], 1)
+        return [(frame, tokens) for frame in each]
+
     def on_grid(
         self, values: list[Tensor], grids: list[tuple[int, int]], args: Any, kwargs: dict[str, Any]
     ) -> list[Tensor]:

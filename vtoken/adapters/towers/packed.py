@@ -67,6 +67,16 @@ class PackedTower(Tower):
         each = cells.split([h * w for h, w in sizes])
         return [value.view(size) for value, size in zip(each, sizes, strict=True)]
 
+    def frame_patches(self, args: Any, kwargs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """For towers whose input has the patches of a cell side by side."""
+        packing, names = self.packing(args, kwargs), ("hidden_states", "pixel_values")
+        pixels: Tensor = args[0] if args else next(kwargs[name] for name in names if name in kwargs)
+        cells, tokens = pixels.view(*packing.patches.shape, -1), packing.patches.cpu()
+        grids = [grid for grid, (n, _) in zip(packing.grids, packing.items, strict=True) for _ in range(n)]
+        sizes = [rows * columns for rows, columns in grids]
+        frames = zip(cells.split(sizes), tokens.split(sizes), grids, strict=True)
+        return [(x.unflatten(0, grid), (mine - mine.min()).unflatten(0, grid)) for x, mine, grid in frames]
+
     def taps(self, needs: Needs, active: Callable[[], Capture | None]) -> list[Hook]:
         layers, states = sorted({*needs.received_attention, *needs.keys}), sorted(set(needs.states))
         if not layers and not states:

@@ -1,0 +1,127 @@
+"""Skip the places of a stream's frames whose pixels hardly changed, in all layers of a vision tower.
+
+The computed tokens of all frames of a call pass a layer together, as one sequence without the others. Frames
+that are computed in full pass the original layer, and a call of such frames alone is the plain tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adapters.towers.base import Tower
+from ..adapters.towers.blocks import Block
+from ..adapters.towers.capture import Capture
+from ..adapters.towers.packed import rotate
+from ..adapters.towers.pixel_pass import PixelPass
+from ..streams import PixelReuse
+from .tower_reuse import TowerReuse
+from .tower_rows import Rows
+
+
+class PixelSkipping(TowerReuse):
+    """The wrapped layers of one tower.
+
+    Args:
+        tower: with `tower.can_reuse`.
+        reuse: the strategy's declaration.
+        read: layers whose projections are read by taps; all tokens pass them.
+        active: the capture of the running `get_*_features` call, if any.
+    """
+
+    def __init__(
+        self, tower: Tower, reuse: PixelReuse, read: set[int], active: Callable[[], Capture | None]
+    ) -> None:
+        self.reuse = reuse
+        super().__init__(tower, set(range(tower.info.num_layers)) - read, active)
+
+    def begin(self, run: PixelPass, kind: Hashable, args: Any, kwargs: dict[str, Any]) -> None:
+        run.compare(kind, self.tower.frame_patches(args, kwargs), self.reuse, self.prefix)
+
+    def counted(self, run: PixelPass) -> tuple[list[int], list[Tensor]]:
+        return [int(c.sum()) for c in run.computed], [c[self.prefix :].float() for c in run.computed]
+
+    def layer(
+        self,
+        i: int,
+        run: PixelPass,
+        original: Callable[..., Tensor],
+        x: Tensor,
+        args: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        rows, block, full = Rows(x, run, kwargs), self.blocks[i], run.full
+        every = list(range(len(rows.sizes)))
+        run.use.flops_dense += sum(block.dense_flops(rows.windows[j]) for j in every)
+        passing = full if i in self.layers else every
+        run.use.flops += sum(block.dense_flops(rows.windows[j]) for j in passing)
+        run.layers += 1
+        if len(full) == len(every) and run.state is None:
+            return original(x, *args, **kwargs)
+        if i not in self.layers:  # every token passes it, the skipped ones with the rows of their reference
+            made = original(x, *args, **kwargs).flatten(0, -2)
+            none = made.new_empty(0)
+            out = run.pool(i, 2, [made[run.whole], made[run.some]])
+            run.store(i, (none, none, out))
+            return out[run.source].view_as(x)
+        parts = [self._in_full(run, rows, block, original, args, kwargs)] if full else []
+        if len(run.some):
+            parts.append(self._in_part(i, run, rows, block, parts))
+        key, value, out = (run.pool(i, what, [part[what] for part in parts]) for what in range(3))
+        run.store(i, (key, value, out))
+        return out[run.source].view_as(x)
+
+    def _in_full(
+        self,
+        run: PixelPass,
+        rows: Rows,
+        block: Block,
+        original: Callable[..., Tensor],
+        args: Any,
+        kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated keys, values and outputs (rows, C) of frames, through the original layer."""
+        parts: dict[str, Tensor] = {}
+        run.parts = parts
+        try:
+            made = original(rows.take(run.full), *args, **(kwargs | rows.arguments(run.full)))
+        finally:
+            run.parts = None
+        key, value = (parts[name].flatten(0, -2) for name in ("key", "value"))
+        return rotated(key, block, rows, run.whole), value, made.flatten(0, -2)
+
+    def _in_part(
+        self, i: int, run: PixelPass, rows: Rows, block: Block, full: list[tuple[Tensor, Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated keys, values and outputs (m, C) of the computed tokens of the other frames."""
+        x = rows.x.flatten(0, -2)[run.some]
+        normed = block.norm1(x)
+        key = rotated(block.key(normed), block, rows, run.some)
+        query, value = block.query_value(normed)
+        query = rotated(query, block, rows, run.some)
+        keys = run.pool(i, 0, [*(part[0] for part in full), key])
+        values = run.pool(i, 1, [*(part[1] for part in full), value])
+        mixed, bounds = torch.empty_like(value), rows.kwargs.get("cu_seqlens") if rows.packed else None
+        for mine, seen in run.attending(rows.windows, id(bounds)):
+            q, k, v = (
+                y.unflatten(-1, (block.heads, -1)).transpose(1, 2)
+                for y in (query[mine].to(value), keys[seen].to(value), values[seen].to(value))
+            )
+            out = F.scaled_dot_product_attention(q, k, v, scale=block.scale)
+            mixed[mine] = out.transpose(1, 2).flatten(2)
+            run.use.flops += 4 * block.width * mine.numel() * seen.shape[1]
+        run.use.flops += len(x) * (block.key_flops + block.chosen_flops)
+        x = x + block.out(mixed)
+        return key, value, x + block.mlp(block.norm2(x))
+
+
+def rotated(x: Tensor, block: Block, rows: Rows, at: Tensor) -> Tensor:
+    """Queries or keys (m, C) of the rows `at` of a layer's input after rotary embedding, if there is one."""
+    rotary = rows.kwargs.get("position_embeddings") if rows.packed else None
+    if rotary is None:
+        return x
+    return rotate(x.unflatten(-1, (block.heads, -1)), (rotary[0][at], rotary[1][at])).flatten(-2)
