@@ -2,7 +2,9 @@
 
 It returns wrong frames without an error for MPEG-TS, AVI, FLV and fragmented mp4, for MPEG-4 with B-frames,
 for HEVC, and for H.264 with open groups of pictures or gradual refresh; and four channels for a rotated
-video. So it provides pixels only, and only of files that it reads right; the frame numbers come from PyAV.
+video. Decord2 3.4 waits for its decoder a counted number of times, then shows the frame that it has: so it
+does in long files. So it provides pixels only, and only of files that it reads right; the frame numbers come
+from PyAV.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from .pyav import PyAVReader, check_count
 
 _STRICT = 1e-9  # share of a video's frames that decord may replace by others before it raises
 _STATED = 2**22  # frames that a file may state to have
+_LONGEST = 2**12  # frames of a file; in longer ones decord gives up on the way to a frame, and shows another
 _WORK = 2**36  # pixels that may have to be decoded for one frame: decord cannot be interrupted
 
 
@@ -33,6 +36,8 @@ def unfit(reader: PyAVReader) -> str | None:
         return "decord is not exact in fragmented mp4 files"
     if track.turned:
         return "decord does not read rotated video right"
+    if len(reader.table) > _LONGEST:
+        return f"decord has been seen to give other frames in files of more than {_LONGEST:,} frames"
     if not reader.regularity.closed:
         return "decord is exact only where each key frame is known to start a closed group of pictures"
     if not one_size(reader):

@@ -167,12 +167,12 @@ def _stacked(each: Iterable[Frame], indices: tuple[int, ...]) -> tuple[Tensor, t
     places: dict[int, list[int]] = {}
     for place, index in enumerate(indices):
         places.setdefault(index, []).append(place)
-    out: Tensor | None = None
+    out: np.ndarray | None = None
     seconds = [0.0] * len(indices)
     for frame in each:
-        image = torch.from_numpy(frame.image)
+        image = frame.image
         if out is None:
-            out = torch.empty((len(indices), *image.shape), dtype=torch.uint8)
+            out = np.empty((len(indices), *image.shape), np.uint8)
         if image.shape != out.shape[1:]:
             raise VideoError(
                 f"frame {frame.index} has {image.shape[1]} x {image.shape[0]} pixels and the ones before it"
@@ -181,4 +181,4 @@ def _stacked(each: Iterable[Frame], indices: tuple[int, ...]) -> tuple[Tensor, t
         for place in places[frame.index]:
             out[place], seconds[place] = image, frame.seconds
     assert out is not None
-    return out.permute(0, 3, 1, 2), tuple(seconds)
+    return torch.from_numpy(out).permute(0, 3, 1, 2), tuple(seconds)
