@@ -1,6 +1,6 @@
 """Seconds and memory from a video file to sampled frames: vtoken's readers and those of transformers.
 
-    python benchmarks/video_readers.py                       # clips that ship, generated clips up to 60 minutes
+    python benchmarks/video_readers.py                       # shipped clips, generated ones up to an hour
     python benchmarks/video_readers.py --minutes 1 --heights 720
 
 Every reader takes the same evenly spread frames in a process of its own. `transformers-*` is `load_video` of
@@ -143,7 +143,9 @@ def worker(reader: str, path: str, frames: int) -> None:
         return
     held = sum(image.nbytes for image in images)
     marks = [hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest() for image in images]
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": memory() - before, "held": held, "marks": marks}))
+    print(
+        json.dumps({"seconds": seconds, "cpu": cpu, "peak": memory() - before, "held": held, "marks": marks})
+    )
 
 
 def memory() -> float:
@@ -185,7 +187,9 @@ def compared(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Measure and print; write the JSON where asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--heights", type=int, nargs="*", default=[720, 1080])
     parser.add_argument("--minutes", type=int, nargs="*", default=[1, 10, 60])

@@ -20,7 +20,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.video_utils import load_video
 
 from tests.video.media import number, write
-from vtoken.video import Limits, VideoError, open_video, sample, uniform_indices
+from vtoken.video import Limits, VideoError, fast_processor, open_video, sample, uniform_indices
 from vtoken.video.random_access import RandomAccess
 
 ROOT = Path(__file__).parents[2]
@@ -152,8 +152,10 @@ def test_scaled_while_decoding(clip, kind):
     own, mine = (kind(do_normalize=False)(**v.inputs, return_tensors="pt") for v in (full, got))
     own, mine = own["pixel_values_videos"], mine["pixel_values_videos"]
     assert own.shape == mine.shape and (own - mine).abs().mean() < 3 / 255
-    assert torch.equal(kind(do_resize=False, do_normalize=False)(**got.inputs, return_tensors="pt")[
-        "pixel_values_videos"], mine)
+    assert torch.equal(
+        kind(do_resize=False, do_normalize=False)(**got.inputs, return_tensors="pt")["pixel_values_videos"],
+        mine,
+    )
 
 
 def test_a_size(clip, tmp_path):
@@ -162,7 +164,31 @@ def test_a_size(clip, tmp_path):
     turned = write(tmp_path / "t.mp4", 4, rotation=90)
     assert sample(turned, 2).frames.shape == (2, 3, 128, 48)
     turned = sample(turned, 2, size=(64, 24))
-    assert turned.frames.shape == (2, 3, 64, 24) and (turned.metadata.height, turned.metadata.width) == (128, 48)
+    assert turned.frames.shape == (2, 3, 64, 24) and (turned.metadata.height, turned.metadata.width) == (
+        128,
+        48,
+    )
+
+
+@pytest.mark.parametrize("kind", MAIN)
+@pytest.mark.parametrize(
+    "given", [{}, {"do_normalize": False}, {"do_resize": False}, {"rescale_factor": 1 / 128}]
+)
+def test_a_fast_processor_changes_no_bit(kind, given):
+    draw = np.random.default_rng(3)
+    sizes = (
+        ((5, 3, 96, 160), (4, 3, 64, 64), (4, 3, 64, 64)) if "do_resize" not in given else ((4, 3, 448, 448),)
+    )
+    videos = [torch.from_numpy(draw.integers(0, 256, size, np.uint8)) for size in sizes]
+    if kind is LlavaOnevisionVideoProcessor:
+        videos = videos[:1]
+    for some in (videos, [v.numpy().transpose(0, 2, 3, 1) for v in videos], [v.float() for v in videos]):
+        own = kind(**given)
+        fast = fast_processor(own)
+        mine = fast(videos=some, return_tensors="pt", do_sample_frames=False)
+        plain = own(videos=some, return_tensors="pt", do_sample_frames=False)
+        assert mine.keys() == plain.keys() and all(torch.equal(mine[k], plain[k]) for k in plain)
+    assert "_preprocess" not in vars(own) and (fast is own) == (kind is LlavaOnevisionVideoProcessor)
 
 
 @pytest.mark.parametrize("between", [0, 3])
@@ -181,7 +207,11 @@ def test_pictures_that_nothing_refers_to_are_not_decoded(tmp_path, between):
 def test_memory_is_bounded_by_the_frames_asked_for(tmp_path):
     """An hour of video, of which all frames would take 0.4 GB."""
     path = write(
-        tmp_path / "hour.mp4", [i % 256 for i in range(3600)], fps=1, size=(256, 144), group=250,
+        tmp_path / "hour.mp4",
+        [i % 256 for i in range(3600)],
+        fps=1,
+        size=(256, 144),
+        group=250,
         options={"preset": "ultrafast"},
     )
     code = f"""

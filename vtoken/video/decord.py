@@ -15,7 +15,8 @@ import numpy as np
 
 from .allowed import by_itself
 from .errors import VideoError, brief, load
-from .pyav import PyAVReader, check_count
+from .picker import check_count
+from .pyav import PyAVReader
 
 _STRICT = 1e-9  # share of a video's frames that decord may replace by others before it raises
 _STATED = 2**22  # frames that a file may state to have

@@ -30,9 +30,9 @@ def open_video(
     Args:
         source: path, address (http, rtsp, rtmp, srt, tcp, udp), binary file object, camera number, or
             "synthetic://SEED".
-        backend: "auto" takes PyAV, which is measured as fast as the others and checks the time of every frame;
-            "pyav", "decord" or "torchcodec" ask for one, the latter two for random access in files that they
-            read right.
+        backend: "auto" takes PyAV, which is measured as fast as the others and checks the time of every
+            frame; "pyav", "decord" or "torchcodec" ask for one, the latter two for random access in files
+            that they read right.
         format: demuxer of libav, None to probe; "lavfi" and "v4l2" name devices.
         options: options of libav for the source, such as {"rtsp_transport": "tcp"}.
         timeout: seconds that a stream of the network may stay silent.

@@ -46,7 +46,7 @@ class SampledVideo:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Arguments for a processor, which then neither loads nor samples: ``processor(text=text, **inputs)``."""
+        """Arguments for a processor, ``processor(text=text, **inputs)``, which then samples no more."""
         return {"videos": [self.frames], "video_metadata": [self.metadata], "do_sample_frames": False}
 
 
@@ -128,7 +128,9 @@ def _metadata(reader: Any) -> Any:
         total = len(reader)
     except TypeError as error:
         raise VideoError(f"sample takes videos with an end ({error})") from None
-    height, width = reader.upright_size if isinstance(reader, PyAVReader) else next(iter(reader)).image.shape[:2]
+    height, width = (
+        reader.upright_size if isinstance(reader, PyAVReader) else next(iter(reader)).image.shape[:2]
+    )
     return VideoMetadata(
         total_num_frames=total, fps=reader.fps, width=width, height=height, duration=total / reader.fps
     )

@@ -9,7 +9,8 @@ import numpy as np
 from .allowed import by_itself
 from .decord import one_size
 from .errors import VideoError, brief, load
-from .pyav import PyAVReader, check_count
+from .picker import check_count
+from .pyav import PyAVReader
 
 
 class TorchcodecPicker:
