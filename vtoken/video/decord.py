@@ -75,7 +75,7 @@ class DecordPicker:
             self._reader = decord.VideoReader(reader.source.path, ctx=decord.cpu(0), fault_tol=_STRICT)
         except Exception as error:
             raise VideoError(f"decord cannot open {reader.source.name!r}: {brief(error)}") from error
-        check_count(self.name, len(self._reader), reader)
+        check_count(self.name, len(self._reader), len(reader.table), reader.source.name)
 
     def images(self, ordinals: Sequence[int]) -> list[np.ndarray]:
         """See `Picker`."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from .errors import VideoError
-
-if TYPE_CHECKING:
-    from .pyav import PyAVReader
 
 
 class Picker(Protocol):
@@ -24,9 +21,7 @@ class Picker(Protocol):
     def close(self) -> None: ...
 
 
-def check_count(name: str, count: int, reader: PyAVReader) -> None:
-    """Raise VideoError if another package counts other frames than PyAV, so that its numbers differ."""
-    if count != len(reader.table):
-        raise VideoError(
-            f"{name} counts {count} frames in {reader.source.name!r} and PyAV {len(reader.table)}"
-        )
+def check_count(name: str, count: int, total: int, source: str) -> None:
+    """Raise VideoError if another package does not count the `total` of PyAV: its numbers differ then."""
+    if count != total:
+        raise VideoError(f"{name} counts {count} frames in {source!r} and PyAV {total}")

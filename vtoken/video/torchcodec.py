@@ -32,7 +32,7 @@ class TorchcodecPicker:
             )
         except Exception as error:
             raise VideoError(f"torchcodec cannot open {reader.source.name!r}: {brief(error)}") from error
-        check_count(self.name, len(self._decoder), reader)
+        check_count(self.name, len(self._decoder), len(reader.table), reader.source.name)
 
     def images(self, ordinals: Sequence[int]) -> list[np.ndarray]:
         """See `Picker`."""
