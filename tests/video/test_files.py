@@ -147,7 +147,7 @@ def test_every_frame_is_found(made, kind):
 def test_decord_is_as_exact_where_it_serves(made, kind):
     def work():
         if kind not in DECORD:
-            with pytest.raises(VideoError, match="needs backend 'pyav'|decord cannot open"):
+            with pytest.raises(VideoError, match=r"needs backend 'pyav'|decord cannot open"):
                 open_video(made(kind), "decord")
             return
         with open_video(made(kind), "decord") as reader:

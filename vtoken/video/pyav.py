@@ -277,10 +277,8 @@ class PyAVReader:
             if found is None:
                 raise self._nothing(f" around {self.table.seconds[wanted]:.3f} s")
             if exact and found[0] != wanted:
-                name = repr(self.source.name)
-                raise VideoError(
-                    f"frame {wanted} of {name} is damaged; get_frames(seconds=...) shows its neighbour"
-                )
+                name, way = repr(self.source.name), "get_frames(seconds=...) shows its neighbour"
+                raise VideoError(f"frame {wanted} of {name} is damaged; {way}")
             frame = self._frame(*found, size)
             nbytes += frame.image.nbytes
             self._afford(count, nbytes)
