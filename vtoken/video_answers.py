@@ -133,7 +133,7 @@ class _Prepared:
 
 
 def _prepare(model: Any, processor: Any, video: Any, question: str, taken: dict[str, Any]) -> _Prepared:
-    from .video import SampledVideo, sample
+    from .video import SampledVideo, fast_processor, sample
 
     if not hasattr(processor, "video_processor"):
         raise ValueError(
@@ -146,7 +146,8 @@ def _prepare(model: Any, processor: Any, video: Any, question: str, taken: dict[
     read = time.perf_counter()
     on_device = replace(video, frames=video.frames.to(model.device))
     text = prompt(processor, question, "video")
-    inputs = processor(text=[text], **on_device.inputs, return_tensors="pt").to(model.device, model.dtype)
+    fast = fast_processor(processor)
+    inputs = fast(text=[text], **on_device.inputs, return_tensors="pt").to(model.device, model.dtype)
     end = time.perf_counter()
     return _Prepared(inputs, video.seconds, {"read": read - start, "process": end - read})
 

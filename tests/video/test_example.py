@@ -23,5 +23,5 @@ def test_asking_about_a_file(tmp_path, capsys):
         ["--model", str(tmp_path / "model"), "--video", str(path), "--frames", "4", "--budget", "0.25"]
     )
     said = capsys.readouterr().out
-    assert "4 of 24 frames over 1.0 s, read by decord" in said
+    assert "4 of 24 frames over 1.0 s, read by pyav" in said
     assert "all tokens:" in said and "vidcom2 0.25:" in said and "visual tokens" in said

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.video.media import SIZE, in_time, number, write
-from vtoken.video import Limits, VideoReader, open_video
+from vtoken.video import Limits, VideoError, VideoReader, decord, open_video
 
 JITTER = np.cumsum(random.Random(4).choices(range(1, 30), k=24)).tolist()
 X265 = "log-level=none:pools=1:frame-threads=1"
@@ -144,31 +144,34 @@ def test_every_frame_is_found(made, kind):
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if KINDS[k][0] in (".mp4", ".mov", ".mkv", ".webm")])
-def test_auto_is_as_exact(made, kind):
+def test_decord_is_as_exact_where_it_serves(made, kind):
     def work():
-        with open_video(made(kind)) as reader:
-            chosen = reader.backend
-            assert reader.why
+        if kind not in DECORD:
+            with pytest.raises(VideoError, match=r"needs backend 'pyav'|decord cannot open"):
+                open_video(made(kind), "decord")
+            return
+        with open_video(made(kind), "decord") as reader:
             check(reader, kind)
-            return chosen, reader.backend
+            assert reader.backend == "decord", "decord was chosen and then failed"
 
-    chosen, after = in_time(work)
-    assert chosen == after, "decord was chosen and then failed"
-    assert chosen == ("decord" if kind in DECORD else "pyav")
+    in_time(work)
+
+
+def test_decord_serves_no_long_files(made, monkeypatch):
+    monkeypatch.setattr(decord, "_LONGEST", 20)
+    with pytest.raises(VideoError, match="other frames in files of more than 20 frames"):
+        open_video(made("mp4"), "decord")
 
 
 @pytest.mark.parametrize("kind", ["mp4, AV1", "webm, VP9"])
 def test_decord_is_exact_where_pictures_may_grow(made, kind):
-    with open_video(made(kind), limits=Limits(pixels=None)) as reader:
-        assert reader.backend == "decord"
+    with open_video(made(kind), "decord", limits=Limits(pixels=None)) as reader:
         check(reader, kind)
         assert reader.backend == "decord"
 
 
 @pytest.mark.parametrize("kind", ["transport stream", "avi", "flv", "gif", "mp4 in fragments"])
 def test_decord_is_not_trusted_where_it_is_wrong(made, kind):
-    with open_video(made(kind)) as reader:
-        assert reader.backend == "pyav" and "decord" in reader.why
     with pytest.raises(ValueError, match=r"decord is not exact in .* needs backend 'pyav'"):
         open_video(made(kind), backend="decord")
 

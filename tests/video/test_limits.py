@@ -203,21 +203,21 @@ def test_decord_gets_no_picture_that_may_be_too_large(tmp_path, name, codec):
     path, few = growing(tmp_path / name, codec), Limits(pixels=128 * 48)
     with open_video(path) as video:
         assert {f.image.shape for f in video.get_frames(range(16))} == {(48, 128, 3), (816, 1280, 3)}
-        assert video.backend == "pyav" and "may grow" in video.why
+        assert video.backend == "pyav"
     with open_video(path, limits=few) as video:
         assert {f.image.shape for f in video.get_frames(seconds=[0, 0.2, 0.5])} == {
             (48, 128, 3)
         } and video.damage
     with pytest.raises(VideoError, match=r"no bound on pixels.*limits=Limits\(pixels=None\)"):
         open_video(path, "decord", limits=few)
-    with open_video(path, limits=Limits(pixels=None)) as video:
+    with open_video(path, "decord", limits=Limits(pixels=None)) as video:
         assert video.backend == "decord"
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libvpx"])
 def test_decord_serves_pictures_of_one_size(tmp_path, codec):
     path = growing(tmp_path / "a.mkv", codec, large=(128, 48))
-    with open_video(path, limits=Limits(pixels=128 * 48)) as video:
+    with open_video(path, "decord", limits=Limits(pixels=128 * 48)) as video:
         assert video.backend == "decord" and [number(f.image) for f in video.get_frames([3, 11])] == [3, 3]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ..limits import Limits
 from .errors import VideoError
+from .fast_processor import fast_processor
 from .frame import Frame, VideoReader
 from .live import LiveReader, LiveStats
 from .reader import BACKENDS, open_video
@@ -26,6 +27,7 @@ __all__ = [
     "VideoError",
     "VideoReader",
     "at_fps",
+    "fast_processor",
     "open_video",
     "sample",
     "sample_fps",

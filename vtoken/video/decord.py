@@ -2,7 +2,9 @@
 
 It returns wrong frames without an error for MPEG-TS, AVI, FLV and fragmented mp4, for MPEG-4 with B-frames,
 for HEVC, and for H.264 with open groups of pictures or gradual refresh; and four channels for a rotated
-video. So it provides pixels only, and only of files that it reads right; the frame numbers come from PyAV.
+video. Decord2 3.4 waits for its decoder a counted number of times, then shows the frame that it has: so it
+does in long files. So it provides pixels only, and only of files that it reads right; the frame numbers come
+from PyAV.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import numpy as np
 
 from .allowed import by_itself
 from .errors import VideoError, brief, load
-from .pyav import PyAVReader, check_count
+from .picker import check_count
+from .pyav import PyAVReader
 
 _STRICT = 1e-9  # share of a video's frames that decord may replace by others before it raises
 _STATED = 2**22  # frames that a file may state to have
+_LONGEST = 2**12  # frames of a file; in longer ones decord gives up on the way to a frame, and shows another
 _WORK = 2**36  # pixels that may have to be decoded for one frame: decord cannot be interrupted
 
 
@@ -33,6 +37,8 @@ def unfit(reader: PyAVReader) -> str | None:
         return "decord is not exact in fragmented mp4 files"
     if track.turned:
         return "decord does not read rotated video right"
+    if len(reader.table) > _LONGEST:
+        return f"decord has been seen to give other frames in files of more than {_LONGEST:,} frames"
     if not reader.regularity.closed:
         return "decord is exact only where each key frame is known to start a closed group of pictures"
     if not one_size(reader):
@@ -69,7 +75,7 @@ class DecordPicker:
             self._reader = decord.VideoReader(reader.source.path, ctx=decord.cpu(0), fault_tol=_STRICT)
         except Exception as error:
             raise VideoError(f"decord cannot open {reader.source.name!r}: {brief(error)}") from error
-        check_count(self.name, len(self._reader), reader)
+        check_count(self.name, len(self._reader), len(reader.table), reader.source.name)
 
     def images(self, ordinals: Sequence[int]) -> list[np.ndarray]:
         """See `Picker`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -15,31 +15,13 @@ from .errors import VideoError, brief
 from .frame import Frame
 from .frame_times import Clock, FrameTable, from_packets
 from .libav import Damage, decoded, to_rgb
+from .picker import Picker
 from .random_access import RandomAccess
 from .source import Source
 from .stream_track import Track
 
 # frames that another package decodes at a time, so that no more than those are held twice
 _AT_A_TIME = 8
-
-
-class Picker(Protocol):
-    """Random access by another package, for files whose frames it numbers as the table does."""
-
-    name: str
-
-    def images(self, ordinals: Sequence[int]) -> list[np.ndarray]:
-        """(h, w, 3) uint8 RGB of frames in ascending order; VideoError where one is damaged."""
-
-    def close(self) -> None: ...
-
-
-def check_count(name: str, count: int, reader: PyAVReader) -> None:
-    """Raise VideoError if another package counts other frames than PyAV, so that its numbers differ."""
-    if count != len(reader.table):
-        raise VideoError(
-            f"{name} counts {count} frames in {reader.source.name!r} and PyAV {len(reader.table)}"
-        )
 
 
 class PyAVReader:
@@ -53,7 +35,10 @@ class PyAVReader:
 
     def __init__(self, source: Source, timeout: float, limits: Limits):
         self.source, self.limits, self.track = source, limits, Track(source, timeout, limits)
-        self.backend, self.why = "pyav", "PyAV reads everything"
+        self.backend, self.why = (
+            "pyav",
+            "PyAV reads everything, and compares the time of every frame with the one meant",
+        )
         self._picker: Picker | None = None
         self._clock, self._passed = Clock(self.fps), 0
 
@@ -237,13 +222,11 @@ class PyAVReader:
     def _nothing(self, where: str = "") -> VideoError:
         """The error of a source without frames; a too large picture is not decoded even for its size."""
         most, size = self.limits.pixels, self.track.size
-        perhaps = (
-            ""
-            if most is None or all(size)
-            else (
+        perhaps = ""
+        if most is not None and not all(size):
+            perhaps = (
                 f", or its pictures have more than {most:,} pixels, which limits=Limits(pixels=None) allows"
             )
-        )
         return VideoError(f"{self.source.name!r} holds no frame that can be decoded{where}{perhaps}")
 
     def _counted(self, frames: Iterable[Any]) -> Iterator[Any]:
@@ -294,10 +277,8 @@ class PyAVReader:
             if found is None:
                 raise self._nothing(f" around {self.table.seconds[wanted]:.3f} s")
             if exact and found[0] != wanted:
-                name = repr(self.source.name)
-                raise VideoError(
-                    f"frame {wanted} of {name} is damaged; get_frames(seconds=...) shows its neighbour"
-                )
+                name, way = repr(self.source.name), "get_frames(seconds=...) shows its neighbour"
+                raise VideoError(f"frame {wanted} of {name} is damaged; {way}")
             frame = self._frame(*found, size)
             nbytes += frame.image.nbytes
             self._afford(count, nbytes)

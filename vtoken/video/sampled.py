@@ -46,7 +46,7 @@ class SampledVideo:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Arguments for a processor, which then neither loads nor samples: ``processor(text=text, **inputs)``."""
+        """Arguments for a processor, ``processor(text=text, **inputs)``, which then samples no more."""
         return {"videos": [self.frames], "video_metadata": [self.metadata], "do_sample_frames": False}
 
 
@@ -128,7 +128,9 @@ def _metadata(reader: Any) -> Any:
         total = len(reader)
     except TypeError as error:
         raise VideoError(f"sample takes videos with an end ({error})") from None
-    height, width = reader.upright_size if isinstance(reader, PyAVReader) else next(iter(reader)).image.shape[:2]
+    height, width = (
+        reader.upright_size if isinstance(reader, PyAVReader) else next(iter(reader)).image.shape[:2]
+    )
     return VideoMetadata(
         total_num_frames=total, fps=reader.fps, width=width, height=height, duration=total / reader.fps
     )
@@ -167,12 +169,12 @@ def _stacked(each: Iterable[Frame], indices: tuple[int, ...]) -> tuple[Tensor, t
     places: dict[int, list[int]] = {}
     for place, index in enumerate(indices):
         places.setdefault(index, []).append(place)
-    out: Tensor | None = None
+    out: np.ndarray | None = None
     seconds = [0.0] * len(indices)
     for frame in each:
-        image = torch.from_numpy(frame.image)
+        image = frame.image
         if out is None:
-            out = torch.empty((len(indices), *image.shape), dtype=torch.uint8)
+            out = np.empty((len(indices), *image.shape), np.uint8)
         if image.shape != out.shape[1:]:
             raise VideoError(
                 f"frame {frame.index} has {image.shape[1]} x {image.shape[0]} pixels and the ones before it"
@@ -181,4 +183,4 @@ def _stacked(each: Iterable[Frame], indices: tuple[int, ...]) -> tuple[Tensor, t
         for place in places[frame.index]:
             out[place], seconds[place] = image, frame.seconds
     assert out is not None
-    return out.permute(0, 3, 1, 2), tuple(seconds)
+    return torch.from_numpy(out).permute(0, 3, 1, 2), tuple(seconds)

@@ -9,7 +9,8 @@ import numpy as np
 from .allowed import by_itself
 from .decord import one_size
 from .errors import VideoError, brief, load
-from .pyav import PyAVReader, check_count
+from .picker import check_count
+from .pyav import PyAVReader
 
 
 class TorchcodecPicker:
@@ -31,7 +32,7 @@ class TorchcodecPicker:
             )
         except Exception as error:
             raise VideoError(f"torchcodec cannot open {reader.source.name!r}: {brief(error)}") from error
-        check_count(self.name, len(self._decoder), reader)
+        check_count(self.name, len(self._decoder), len(reader.table), reader.source.name)
 
     def images(self, ordinals: Sequence[int]) -> list[np.ndarray]:
         """See `Picker`."""
