@@ -31,19 +31,19 @@ class FarCover(Strategy):
     in each frame, and a question may be about where it was when.
 
     `demand_j = 1 - relevance + relevance n p_j`: the LLM reads the prompt's text, without the picture, up to
-    a quarter of its layers; the query of the last text token there and the keys of the n tokens as they enter
+    one of its first layers; the query of the last text token there and the keys of the n tokens as they enter
     the LLM, both without positions, give a softmax per head, and `p` is its mean over heads. Without text
     `p_j = 1 / n`. The n x n products are held in float32: 157 MB for 6,272 tokens, of a video twice.
 
     Args:
         relevance: the question's share in the demand, in [0, 1); 0 reads no text, for streams and servers.
-        depth: the layer that looks, as a share of the LLM's layers, in [0, 1).
+        depth: the layer that looks, as a share of the LLM's layers, in [0, 1): layer 5 of 32.
         across: how much a token of a video counts for other frames, in [0, 1].
     """
 
     _: KW_ONLY
     relevance: float = 0.25
-    depth: float = 0.25
+    depth: float = 0.15
     across: float = 0.8
     segments_compete = True
 
