@@ -4,6 +4,7 @@
 #     benchmarks/gpu.sh                                   # the published shapes in bfloat16
 #     benchmarks/gpu.sh --device cpu --scale tiny         # a rehearsal without a GPU: seconds instead of minutes
 #     benchmarks/gpu.sh --python python3 --out /tmp/gpu   # another interpreter, another folder
+#     benchmarks/gpu.sh --part video                      # only the way from a video file to an answer, in five minutes
 #
 # Parts: the kernel tests, compute-sanitizer over them if it is there, the kernels at 7B shapes, every model shape with every
 # strategy. Each part runs in a process of its own under a time limit and writes as it goes: one that fails, hangs or is killed
@@ -11,11 +12,11 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-device=cuda scale=full kernel_shape=7b out=benchmarks/results/gpu python=.venv/bin/python
+part=models device=cuda scale=full kernel_shape=7b out=benchmarks/results/gpu python=.venv/bin/python
 while (($#)); do
     case $1 in
-        --device) device=$2 ;; --scale) scale=$2 ;; --out) out=$2 ;; --python) python=$2 ;;
-        *) echo "unknown option $1: --device, --scale, --out, --python" >&2; exit 2 ;;
+        --device) device=$2 ;; --scale) scale=$2 ;; --out) out=$2 ;; --python) python=$2 ;; --part) part=$2 ;;
+        *) echo "unknown option $1: --device, --scale, --out, --python, --part" >&2; exit 2 ;;
     esac
     shift 2
 done
@@ -27,8 +28,13 @@ if [[ $scale != full ]]; then # a rehearsal: few turns, and patience with a busy
     kernel_shape=small repeats=1 kernel_repeats=2 decode=2 tests=600 kernels=300 build=300
 fi
 mkdir -p "$out"
-rm -f "$out"/{models,kernels}.json # what there is would be joined
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+if [[ $part == video ]]; then
+    small=()
+    [[ $scale == full ]] || small=(--seconds 2 --size 144 176 --frames 8 --repeats 1 --steps 2)
+    exec "$python" benchmarks/video.py --scale "$scale" --device "$device" --out "$out/video.json" "${small[@]}"
+fi
+rm -f "$out"/{models,kernels}.json # what there is would be joined
 failed=()
 
 part() { # name, seconds, command...

@@ -199,8 +199,35 @@ def early_facts() -> str:
     return f"{told}\n\n{markdown(['memory', 'visual tokens', 'right', 'rate'], body)}"
 
 
+def video() -> str:
+    """Seconds of every stage from a video file to an answer, and speed-ups over plain transformers."""
+    stages = ("read", "process", "tower", "choose", "prefill", "decode", "total")
+    parts = []
+    for file in sorted(RESULTS.glob("video_cpu*.json")):
+        report = load(file)
+        about = report["about"]
+        for model in about["models"]:
+            body = [
+                [r["clip"], r["row"], str(r.get("visual_tokens", "all"))]
+                + [f"{r['seconds'][stage]:.2f}" for stage in stages]
+                + [f"{r['speed']:.2f}"]
+                for r in report["rows"]
+                if r["model"] == model
+            ]
+            height, width = about["size"]
+            clip = f"{about['seconds']:g} s of {width} x {height} at {about['fps']} per second"
+            where = _where(report["machine"] | {"clock": about["clock"]})
+            told = (
+                f"**{model}**, {about['scale']} scale, {about['frames'][0]} frames of {clip},"
+                f" {about['steps']} new tokens, budget {about['budget']}; {where}."
+            )
+            header = ["clip", "way", "visual tokens", *stages, "times as fast"]
+            parts += [f"{told}\n\n{markdown(header, body)}"]
+    return "\n\n".join(parts)
+
+
 PAGES: dict[Path, tuple[Callable[[], str], ...]] = {
-    ROOT / "docs" / "performance.md": (machine, goals, models, kernels, peers, encoders),
+    ROOT / "docs" / "performance.md": (machine, goals, models, video, kernels, peers, encoders),
     ROOT / "docs" / "serving.md": (serving,),
     ROOT / "docs" / "streaming.md": (streaming, early_facts),
 }

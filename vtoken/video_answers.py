@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,7 +28,7 @@ class VideoAnswer:
         frames: presentation times of the frames that the model has seen, in seconds.
         tokens: length of the prompt before any visual token was dropped.
         new_tokens: tokens of the answer.
-        seconds: wall time of the stages `STAGES`: "read" decodes the frames, "process" resizes and cuts them
+        seconds: times of the stages `STAGES`: "read" decodes the frames, "process" resizes and cuts them
             into patches, "choose" is what the strategy takes, "prefill" the LLM's first forward, "decode" the
             others. "read" and "process" may overlap with the answer before, see `answers`.
         report: of a patched model, None of one that is not.
@@ -62,6 +62,7 @@ def answer(
     max_new_tokens: int = 128,
     on_text: Callable[[str], Any] | None = None,
     limits: Limits | None = STANDARD,
+    clock: Literal["wall", "cpu"] = "wall",
     **generate: Any,
 ) -> VideoAnswer:
     """Ask a model, patched or not, one question about one video.
@@ -78,6 +79,7 @@ def answer(
         frames, fps, scaled, limits: see `vtoken.video.sample`.
         max_new_tokens: tokens of the answer at most.
         on_text: called with each piece of the answer as it comes.
+        clock: of the stages; "cpu" for the processor time of this process, on a CPU that others use too.
         generate: further arguments of `model.generate`; decoding is greedy unless they say otherwise.
 
     Raises:
@@ -85,8 +87,9 @@ def answer(
         ValueError: the processor reads no videos.
     """
     taken = dict(frames=frames, fps=fps, scaled=scaled, limits=limits)
-    prepared = _prepare(model, processor, video, question, taken)
-    return _generate(model, processor, prepared, on_text, {"max_new_tokens": max_new_tokens} | generate)
+    prepared = _prepare(model, processor, video, question, taken, clock)
+    options = {"max_new_tokens": max_new_tokens} | generate
+    return _generate(model, processor, prepared, on_text, options, clock)
 
 
 @checked
@@ -132,7 +135,9 @@ class _Prepared:
     seconds: dict[str, float]
 
 
-def _prepare(model: Any, processor: Any, video: Any, question: str, taken: dict[str, Any]) -> _Prepared:
+def _prepare(
+    model: Any, processor: Any, video: Any, question: str, taken: dict[str, Any], clock: str = "wall"
+) -> _Prepared:
     from .video import SampledVideo, fast_processor, sample
 
     if not hasattr(processor, "video_processor"):
@@ -140,26 +145,32 @@ def _prepare(model: Any, processor: Any, video: Any, question: str, taken: dict[
             f"{type(processor).__name__} reads no videos: use a model that does, such as LLaVA-OneVision or"
             " Qwen2.5-VL."
         )
-    start = time.perf_counter()
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    start = now()
     if not isinstance(video, SampledVideo):
         video = sample(video, processor=processor, **taken)
-    read = time.perf_counter()
+    read = now()
     on_device = replace(video, frames=video.frames.to(model.device))
     text = prompt(processor, question, "video")
     fast = fast_processor(processor)
     inputs = fast(text=[text], **on_device.inputs, return_tensors="pt").to(model.device, model.dtype)
-    end = time.perf_counter()
+    end = now()
     return _Prepared(inputs, video.seconds, {"read": read - start, "process": end - read})
 
 
 @torch.no_grad()
 def _generate(
-    model: Any, processor: Any, prepared: _Prepared, on_text: Any, options: dict[str, Any]
+    model: Any,
+    processor: Any,
+    prepared: _Prepared,
+    on_text: Any,
+    options: dict[str, Any],
+    clock: str = "wall",
 ) -> VideoAnswer:
     if on_text is not None:
         options = options | {"streamer": _streamer(processor.tokenizer, on_text)}
     length = prepared.inputs["input_ids"].shape[1]
-    with phases(model, steps="decode") as watch:
+    with phases(model, clock, steps="decode") as watch:
         out = model.generate(**prepared.inputs, **({"do_sample": False} | options))
         measured = watch.seconds()
     new = getattr(out, "sequences", out)[0, length:]

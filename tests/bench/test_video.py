@@ -1,0 +1,51 @@
+"""The benchmark of the way from a video file to an answer runs, and its rows take the same frames."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("video", "video_clips", "video_plot")
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield [importlib.import_module(name) for name in NAMES]
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+def test_benchmark(scripts, tmp_path, monkeypatch):
+    video, _, plot = scripts
+    out, whole = tmp_path / "video.json", "scaled, still_patches, farcover"
+    arguments = ["--scale", "tiny", "--models", "llava-onevision-7b-video", "--kinds", "slides", "--rows"]
+    arguments += ["sampled decoding", whole, "--frames", "4", "--seconds", "1", "--size", "96", "128"]
+    monkeypatch.setattr(
+        sys, "argv", ["video.py", *arguments, "--steps", "2", "--repeats", "1", "--out", str(out)]
+    )
+    video.main()
+    report = json.loads(out.read_text())
+    plain, dense, short = report["rows"]
+    assert [r["row"] for r in report["rows"]] == ["plain", "sampled decoding", whole]
+    assert dense["frames"] == short["frames"] == 4 and dense["prompt_tokens"] == short["prompt_tokens"]
+    assert short["visual_tokens"] < 0.3 * dense["prompt_tokens"] and plain["speed"] == 1
+    assert all(r["seconds"]["total"] > r["seconds"]["tower"] > 0 for r in report["rows"])
+    plot.draw([report], tmp_path / "stages.png")
+    assert (tmp_path / "stages.png").stat().st_size > 1000
+
+
+def test_kinds_of_clips(scripts):
+    _, clips, _ = scripts
+    changed = {}
+    for kind in clips.KINDS:
+        first, second = clips.frames(kind, 2, 10, (96, 128))
+        assert first.shape == (96, 128, 3) and first.dtype == np.uint8
+        changed[kind] = float((first != second).any(-1).mean())
+    assert changed["slides"] == 0 < changed["talking head"] < 0.3 < 0.9 < changed["hand-held"]
