@@ -97,7 +97,11 @@ def test_the_budget_is_the_projector_strategys_alone():
     assert three.first.budget == 0.5 and three.then.budget == 0.25
     inside = combine(["fastv", "still_patches"], 0.2)
     assert inside.acts_inside and inside.counts(video(2).segments) == [8, 8]
-    for rival, sentence in (("stc_cacher", "both act between frames"), ("mustdrop", "merges tokens")):
+    for rival, sentence in (
+        ("stc_cacher", "both act between frames"),
+        ("mustdrop", "merges tokens"),
+        ("pvc", "pvc lets frames attend to each other in the vision tower, where still_patches keeps"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             combine(["still_patches", rival], 0.5)
 
