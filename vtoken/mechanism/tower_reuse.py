@@ -145,12 +145,7 @@ class FrameReuse(TowerReuse):
     """
 
     def __init__(
-        self,
-        tower: Tower,
-        reuse: Reuse,
-        read: set[int],
-        active: Callable[[], Capture | None],
-        name: str = "",
+        self, tower: Tower, reuse: Reuse, read: set[int], active: Callable[[], Capture | None], name: str = ""
     ) -> None:
         self.reuse = reuse
         super().__init__(tower, set(reuse.layers) - read, active, name)

@@ -128,7 +128,9 @@ def _metadata(reader: Any) -> Any:
         total = len(reader)
     except TypeError as error:
         raise VideoError(f"sample takes videos with an end ({error})") from None
-    height, width = reader.upright_size if isinstance(reader, PyAVReader) else next(iter(reader)).image.shape[:2]
+    height, width = (
+        reader.upright_size if isinstance(reader, PyAVReader) else next(iter(reader)).image.shape[:2]
+    )
     return VideoMetadata(
         total_num_frames=total, fps=reader.fps, width=width, height=height, duration=total / reader.fps
     )
