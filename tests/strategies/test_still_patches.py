@@ -56,6 +56,15 @@ def test_a_difference_of_the_threshold_is_no_change():
     ]
 
 
+def test_pixels_that_are_no_numbers_are_a_change():
+    """The tower's own answer is no number either, where the picture before would hide it."""
+    reference, pixels = torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4)
+    pixels[0, 1, 0, 2] = math.nan
+    strategy = create("still_patches", threshold=0.25, margin=0)
+    assert strategy.changed(pixels, reference).tolist() == [[False, True, False]]
+    assert strategy.changed(reference, pixels).tolist() == [[False, True, False]]
+
+
 def test_what_is_declared():
     strategy = create("still_patches", threshold=0.1, refresh=4)
     assert strategy.reuse(TOWER).interval == 4 and create("still_patches").reuse(TOWER).interval == math.inf
