@@ -85,8 +85,8 @@ def phases(model: Any, clock: str = "wall", steps: str = "llm") -> Iterator[Phas
     with _lock:
         if decoder in _timed:
             raise RuntimeError(
-                f"This {type(model).__name__} is already timed, by vtoken.answer or another block: make one call"
-                " at a time, or give every thread a model of its own."
+                f"This {type(model).__name__} is already timed, by vtoken.answer or another block: make one"
+                " call at a time, or give every thread a model of its own."
             )
         _timed.add(decoder)
     watch, undo = Phases(model.device, clock), ExitStack()
