@@ -46,7 +46,7 @@ class SampledVideo:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Arguments for a processor that then neither loads nor samples: ``processor(text=text, **inputs)``."""
+        """Arguments for a processor, to neither load nor sample: ``processor(text=text, **inputs)``."""
         return {"videos": [self.frames], "video_metadata": [self.metadata], "do_sample_frames": False}
 
 
