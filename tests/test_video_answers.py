@@ -75,6 +75,34 @@ def test_answers_in_turn_are_those_one_by_one(path):
     assert list(vtoken.answers(model, processor, [])) == []
 
 
+def test_an_error_of_the_questions_comes_after_the_answers_before_it(path):
+    given = (model_of("qwen2_5_vl"), processor_of("qwen2_5_vl"))
+
+    def asked():
+        yield path, Q
+        raise OSError("no more")
+
+    turns = vtoken.answers(*given, asked(), frames=4, max_new_tokens=2)
+    assert next(turns).new_tokens == 2
+    with pytest.raises(OSError, match="no more"):
+        next(turns)
+    for odd in (path, (path, Q, 1), (path, None)):
+        with pytest.raises(ValueError, match=r"takes \(video, question\) pairs, found "):
+            list(vtoken.answers(*given, [odd]))
+
+
+def test_what_a_processor_refuses_is_told_with_what_would_work(path):
+    model, processor = model_of("qwen3_vl"), processor_of("qwen3_vl")
+    with pytest.raises(ValueError, match=r"about 1 frame of 128 x 48 .*temporal_factor.*frames=, at least 2"):
+        vtoken.answer(model, processor, path, Q, frames=1)
+    with pytest.raises(ValueError, match=r"2 <.video_pad.> tokens .*question without marks of images"):
+        vtoken.answer(model, processor, path, "is <|video_pad|> here", frames=4)
+    with pytest.raises(VideoError, match=r"cannot sample this video: .* no frame, try larger frames="):
+        vtoken.answer(model_of("qwen2_5_vl"), processor_of("qwen2_5_vl"), path, Q, frames=1)
+    with pytest.raises(ValueError, match="one text, found num_return_sequences=2: leave it out"):
+        vtoken.answer(model, processor, path, Q, num_beams=2, num_return_sequences=2)
+
+
 def test_what_cannot_be_asked_gets_one_sentence(path):
     with pytest.raises(ValueError, match="LlavaProcessor reads no videos: use a model that does"):
         vtoken.answer(model_of("llava"), processor_of("llava"), path, Q)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from .asking import prompt
-from .checks import checked
+from .checks import checked, found
 from .limits import STANDARD, Limits
 from .patching import patch_of, report
 from .stage_times import phases
@@ -84,8 +84,11 @@ def answer(
 
     Raises:
         vtoken.video.VideoError: the video cannot be read.
-        ValueError: the processor reads no videos.
+        ValueError: the processor reads no videos, or refuses these frames or this question; more than one
+            returned sequence is asked for.
+        RuntimeError: the model is answering another question.
     """
+    _check_one_answer(generate)
     taken = dict(frames=frames, fps=fps, scaled=scaled, limits=limits)
     prepared = _prepare(model, processor, video, question, taken, clock)
     options = {"max_new_tokens": max_new_tokens} | generate
@@ -110,8 +113,19 @@ def answers(
     Raises:
         as `answer`, when it is the turn of the video in question.
     """
+    _check_one_answer(generate)
     taken = dict(frames=frames, fps=fps, scaled=scaled, limits=limits)
     return _in_turn(model, processor, asked, taken, {"max_new_tokens": max_new_tokens} | generate)
+
+
+def _check_one_answer(generate: dict[str, Any]) -> None:
+    count = generate.get("num_return_sequences") or getattr(
+        generate.get("generation_config"), "num_return_sequences", None
+    )
+    if count not in (None, 1):
+        raise ValueError(
+            f"An answer is one text, found num_return_sequences={count}: leave it out, or use model.generate."
+        )
 
 
 def _in_turn(
@@ -119,13 +133,32 @@ def _in_turn(
 ) -> Iterator[VideoAnswer]:
     with ThreadPoolExecutor(1, "vtoken-read") as reader:
         waiting = None
-        for video, question in asked:
-            coming = reader.submit(_prepare, model, processor, video, question, taken)
+        turns = _turns(reader, asked, lambda pair: _prepare(model, processor, *_two(pair), taken))
+        for coming in turns:
             if waiting is not None:
                 yield _generate(model, processor, waiting.result(), None, options)
             waiting = coming
         if waiting is not None:
             yield _generate(model, processor, waiting.result(), None, options)
+
+
+def _turns(
+    reader: ThreadPoolExecutor, asked: Iterable[tuple[Any, str]], prepare: Callable[[Any], _Prepared]
+) -> Iterator[Future[_Prepared]]:
+    """What comes of each question in turn; an error of `asked` itself comes after the answers before it."""
+    try:
+        for pair in asked:
+            yield reader.submit(prepare, pair)
+    except Exception as error:
+        last: Future[_Prepared] = Future()
+        last.set_exception(error)
+        yield last
+
+
+def _two(pair: Any) -> tuple[Any, str]:
+    if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], str)):
+        raise ValueError(f"vtoken.answers takes (video, question) pairs, found {found(pair)}.")
+    return pair[0], pair[1]
 
 
 @dataclass(frozen=True)
@@ -139,6 +172,7 @@ def _prepare(
     model: Any, processor: Any, video: Any, question: str, taken: dict[str, Any], clock: str = "wall"
 ) -> _Prepared:
     from .video import SampledVideo, fast_processor, sample
+    from .video.errors import brief
 
     if not hasattr(processor, "video_processor"):
         raise ValueError(
@@ -152,8 +186,16 @@ def _prepare(
     read = now()
     on_device = replace(video, frames=video.frames.to(model.device))
     text = prompt(processor, question, "video")
-    fast = fast_processor(processor)
-    inputs = fast(text=[text], **on_device.inputs, return_tensors="pt").to(model.device, model.dtype)
+    try:
+        inputs = fast_processor(processor)(text=[text], **on_device.inputs, return_tensors="pt")
+    except (ValueError, IndexError) as error:
+        count, _, height, width = video.frames.shape
+        raise ValueError(
+            f"{type(processor).__name__} refuses this question about {count} frame{'s' * (count > 1)} of"
+            f" {width} x {height} ({brief(error)}): try other frames=, at least 2, and a question without"
+            " marks of images and videos."
+        ) from error
+    inputs = inputs.to(model.device, model.dtype)
     end = now()
     return _Prepared(inputs, video.seconds, {"read": read - start, "process": end - read})
 

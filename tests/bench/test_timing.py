@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections import OrderedDict
 
 import pytest
@@ -88,6 +90,50 @@ def test_watching_changes_nothing(work, strategy):
                 got = model(**work.inputs).logits
                 assert traces(model) != before
         assert traces(model) == before and torch.equal(got, want)
+    finally:
+        vtoken.unpatch(model)
+
+
+def test_a_model_that_others_wrapped_is_timed_and_left_as_it_was(work):
+    base = work.model.base_model
+    theirs = base.get_image_features = functools.partial(base.get_image_features)
+    try:
+        work.model(**work.inputs)
+        before = traces(work.model)
+        with phases(work.model) as watch:
+            work.model(**work.inputs)
+            assert watch.seconds()["tower"] > 0
+        assert traces(work.model) == before and base.get_image_features is theirs
+    finally:
+        del base.get_image_features
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_second_clock_is_refused_and_nothing_is_left(work, inside):
+    """Two clocks that end in the order in which they began would put each other's hooks back."""
+    model = vtoken.patch(work.model, HiRED(0.5))
+    try:
+        model(**work.inputs)
+        before, said = traces(model), []
+
+        def again():
+            try:
+                with phases(model):
+                    model(**work.inputs)
+            except RuntimeError as error:
+                said.append(str(error))
+
+        with phases(model):
+            thread = threading.Thread(target=again)
+            thread.run() if inside else thread.start()
+            if not inside:
+                thread.join()
+        assert len(said) == 1 and "already timed" in said[0] and "one call at a time" in said[0]
+        assert traces(model) == before
+        with phases(model):
+            vtoken.unpatch(model)
+        assert "vtoken" not in str(traces(model)[0])
+        assert not any(name.startswith("get_") for name in model.base_model.__dict__)
     finally:
         vtoken.unpatch(model)
 

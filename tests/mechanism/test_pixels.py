@@ -261,6 +261,18 @@ def test_images_are_untouched_unless_they_are_a_stream():
     assert state.last.references == 1 and (whole - encoded(clean, pixels))[1:].abs().max() > 0.01
 
 
+@pytest.mark.parametrize("strategy", ["still_patches", "stc_cacher"])
+def test_a_frame_is_not_compared_with_one_of_another_tower(strategy):
+    """Video-LLaVA reads images with one tower and videos with another."""
+    model, frame = FAMILIES["video_llava/video"].build(), torch.stack(film("clip", 1, dtype=torch.float32))
+    with torch.no_grad():
+        want = model.base_model.get_video_features(frame[:, None]).pooler_output
+        with vtoken.stream(vtoken.patch(model, strategy)) as state:
+            model.base_model.get_image_features(frame)
+            got = model.base_model.get_video_features(frame[:, None]).pooler_output
+    assert torch.equal(got, want) and state.last.references == 1
+
+
 @pytest.mark.parametrize("name", ["qwen3_vl/video", "qwen2_5_vl/video", "llava_onevision/video"])
 def test_features_of_a_still_video_are_those_of_one_frame(name):
     """The last features and, of Qwen3-VL, those of its middle layers."""

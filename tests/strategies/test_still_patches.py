@@ -56,6 +56,15 @@ def test_a_difference_of_the_threshold_is_no_change():
     ]
 
 
+def test_pixels_that_are_no_numbers_are_a_change():
+    """The tower's own answer is no number either, where the picture before would hide it."""
+    reference, pixels = torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4)
+    pixels[0, 1, 0, 2] = math.nan
+    strategy = create("still_patches", threshold=0.25, margin=0)
+    assert strategy.changed(pixels, reference).tolist() == [[False, True, False]]
+    assert strategy.changed(reference, pixels).tolist() == [[False, True, False]]
+
+
 def test_what_is_declared():
     strategy = create("still_patches", threshold=0.1, refresh=4)
     assert strategy.reuse(TOWER).interval == 4 and create("still_patches").reuse(TOWER).interval == math.inf
@@ -97,7 +106,11 @@ def test_the_budget_is_the_projector_strategys_alone():
     assert three.first.budget == 0.5 and three.then.budget == 0.25
     inside = combine(["fastv", "still_patches"], 0.2)
     assert inside.acts_inside and inside.counts(video(2).segments) == [8, 8]
-    for rival, sentence in (("stc_cacher", "both act between frames"), ("mustdrop", "merges tokens")):
+    for rival, sentence in (
+        ("stc_cacher", "both act between frames"),
+        ("mustdrop", "merges tokens"),
+        ("pvc", "pvc lets frames attend to each other in the vision tower, where still_patches keeps"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             combine(["still_patches", rival], 0.5)
 

@@ -31,13 +31,19 @@ class PixelSkipping(TowerReuse):
         reuse: the strategy's declaration.
         read: layers whose projections are read by taps; all tokens pass them.
         active: the capture of the running `get_*_features` call, if any.
+        name: of the tower.
     """
 
     def __init__(
-        self, tower: Tower, reuse: PixelReuse, read: set[int], active: Callable[[], Capture | None]
+        self,
+        tower: Tower,
+        reuse: PixelReuse,
+        read: set[int],
+        active: Callable[[], Capture | None],
+        name: str = "",
     ) -> None:
         self.reuse = reuse
-        super().__init__(tower, set(range(tower.info.num_layers)) - read, active)
+        super().__init__(tower, set(range(tower.info.num_layers)) - read, active, name)
 
     def begin(self, run: PixelPass, kind: Hashable, args: Any, kwargs: dict[str, Any]) -> None:
         run.compare(kind, self.tower.frame_patches(args, kwargs), self.reuse, self.prefix)

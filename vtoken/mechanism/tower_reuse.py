@@ -34,10 +34,13 @@ class TowerReuse:
         tower: with `tower.can_reuse`.
         layers: those that reuse; the others are computed in full.
         active: the capture of the running `get_*_features` call, if any.
+        name: tells the towers of a model apart; a frame is never compared with one of another tower.
     """
 
-    def __init__(self, tower: Tower, layers: set[int], active: Callable[[], Capture | None]) -> None:
-        self.tower, self.layers, self.active = tower, layers, active
+    def __init__(
+        self, tower: Tower, layers: set[int], active: Callable[[], Capture | None], name: str = ""
+    ) -> None:
+        self.tower, self.layers, self.active, self.name = tower, layers, active, name
         self.prefix = int(tower.has_cls)
         self.now: list[Any] = []  # the tower's layers
         self.blocks: list[Block] = []
@@ -106,7 +109,7 @@ class TowerReuse:
                 f"The tower was given {len(run.grids)} frames but the call has {sum(run.videos)}: "
                 "the adapter does not know this kind of input."
             )
-        self.begin(run, (str(module.dtype), str(module.device)), args, kwargs)
+        self.begin(run, (self.name, str(module.dtype), str(module.device)), args, kwargs)
 
     def _after_tower(self, module: Any, args: Any, kwargs: dict[str, Any], out: Any = None) -> None:
         run = self._running()
@@ -138,13 +141,14 @@ class FrameReuse(TowerReuse):
         reuse: the strategy's declaration.
         read: layers whose projections are read by taps; they are computed in full.
         active: the capture of the running `get_*_features` call, if any.
+        name: of the tower.
     """
 
     def __init__(
-        self, tower: Tower, reuse: Reuse, read: set[int], active: Callable[[], Capture | None]
+        self, tower: Tower, reuse: Reuse, read: set[int], active: Callable[[], Capture | None], name: str = ""
     ) -> None:
         self.reuse = reuse
-        super().__init__(tower, set(reuse.layers) - read, active)
+        super().__init__(tower, set(reuse.layers) - read, active, name)
 
     def begin(self, run: FramePass, kind: Hashable, args: Any, kwargs: dict[str, Any]) -> None:
         run.plan(kind, self.reuse.interval)

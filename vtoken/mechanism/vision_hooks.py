@@ -98,9 +98,9 @@ class VisionHooks:
                 modules.add(id(tower.module))
                 read = {layer for needs in self.needs.values() for layer in needs.tower_layers}
                 if isinstance(reuse, PixelReuse):
-                    self.hooks.append(PixelSkipping(tower, reuse, read, self._capture))
+                    self.hooks.append(PixelSkipping(tower, reuse, read, self._capture, modality))
                 else:
-                    self.hooks.append(FrameReuse(tower, reuse, read, self._capture))
+                    self.hooks.append(FrameReuse(tower, reuse, read, self._capture, modality))
 
     def remove(self) -> None:
         for hooks in self.hooks:

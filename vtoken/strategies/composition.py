@@ -40,7 +40,8 @@ class Composite(Strategy):
             itself.
 
     Raises:
-        ValueError: for fewer than two parts, two that act at one stage, or parts with different `positions`.
+        ValueError: for fewer than two parts, two that act at one stage or exclude each
+            other in the vision tower, or parts with different `positions`.
     """
 
     budget: float | int | None = None  # type: ignore[assignment]
@@ -107,6 +108,12 @@ class Composite(Strategy):
             raise ValueError(
                 f"{merging[0].info.name} merges tokens in the vision tower, where {between[0].info.name}"
                 " compares them with those of an earlier frame: choose one of them."
+            )
+        mixing = [p for p in self.parts if p.temporal(REFERENCE_TOWER)]
+        if mixing and (skipping := [p for p in between if "pixels" in p.info.stages]):
+            raise ValueError(
+                f"{mixing[0].info.name} lets frames attend to each other in the vision tower, where"
+                f" {skipping[0].info.name} keeps what an earlier frame gave: choose one of them."
             )
         places = {
             "between the tower and the LLM": at_projector,

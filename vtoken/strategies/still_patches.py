@@ -75,6 +75,7 @@ class StillPatches(Strategy):
     def changed(self, pixels: Tensor, reference: Tensor) -> Tensor:
         """(rows, columns) bool: the places to compute, of pixels (rows, columns, patches, values)."""
         wide = torch.promote_types(pixels.dtype, torch.float32)
-        moved = (pixels.to(wide) - reference.to(wide)).abs().mean((2, 3)) > self.threshold
+        still = (pixels.to(wide) - reference.to(wide)).abs().mean((2, 3)) <= self.threshold
+        moved = ~still  # also where a pixel is no number
         reach = min(self.margin, max(moved.shape))
         return F.max_pool2d(moved[None].float(), 2 * reach + 1, 1, reach)[0] > 0

@@ -95,5 +95,7 @@ def _run(part: Any, metadata: Any, given: dict[str, Any], size: bool) -> Asked:
         pass
     except Exception as error:
         if "indices" not in found:
-            raise VideoError(f"{type(part).__name__} cannot sample this video: {brief(error)}") from error
+            none = isinstance(error, ZeroDivisionError)  # Qwen2-VL rounds one frame down to none
+            why = "it comes down to no frame, try larger frames= or fps=" if none else brief(error)
+            raise VideoError(f"{type(part).__name__} cannot sample this video: {why}") from error
     return Asked(**found)
