@@ -182,7 +182,7 @@ def _prepare(model: Any, processor: Any, video: Any, question: str, taken: dict[
     text = prompt(processor, question, "video")
     try:
         inputs = processor(text=[text], **on_device.inputs, return_tensors="pt")
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, StopIteration) as error:  # the last from transformers 5.17
         count, _, height, width = video.frames.shape
         raise ValueError(
             f"{type(processor).__name__} refuses this question about {count} frame{'s' * (count > 1)} of"
