@@ -89,7 +89,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "tokens",
     ),
     "mechanism": ("_threads", "adapters", "hooks", "kernels", "streams", "selection", "temporal", "tokens"),
-    "stage_times": ("recorder",),
+    "stage_times": ("hooks", "recorder"),
     "recorder": ("_threads", "accounting", "llm_shape", "mechanism", "streams"),
     "config": ("_json", "checks", "strategies"),
     "resize": ("strategies",),
