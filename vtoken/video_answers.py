@@ -76,7 +76,7 @@ def answer(
         video: path, address or file object, see `vtoken.video.open_video`; or a `SampledVideo`, to ask
             several questions about frames that are read once.
         question: the question; it goes through the processor's chat template if there is one.
-        frames, fps, scaled, limits: see `vtoken.video.sample`.
+        frames, fps, scaled, limits: see `vtoken.video.sample`; not for a `SampledVideo`, which has them.
         max_new_tokens: tokens of the answer at most.
         on_text: called with each piece of the answer as it comes.
         clock: of the stages; "cpu" for the processor time of this process, on a CPU that others use too.
@@ -109,6 +109,8 @@ def answers(
     **generate: Any,
 ) -> Iterator[VideoAnswer]:
     """As `answer` for each (video, question); the next video is read while the model answers.
+
+    A pair is taken from `asked` before the answer to the one before it is given.
 
     Raises:
         as `answer`, when it is the turn of the video in question.
@@ -188,7 +190,7 @@ def _prepare(
     text = prompt(processor, question, "video")
     try:
         inputs = fast_processor(processor)(text=[text], **on_device.inputs, return_tensors="pt")
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, StopIteration) as error:  # the last from transformers 5.17
         count, _, height, width = video.frames.shape
         raise ValueError(
             f"{type(processor).__name__} refuses this question about {count} frame{'s' * (count > 1)} of"
