@@ -70,8 +70,8 @@ def sample(
     they are spread evenly (first and last included), or are those on screen every 1/fps seconds.
 
     By default the frames have the size of the video, and the processor's results are those of plain
-    transformers, but for turned video, which comes upright here. `scaled` and `size` make libav resize while it decodes, which is faster, takes less memory,
-    and changes pixels: docs/video.md says by how much.
+    transformers, but for turned video, which comes upright here. `scaled` and `size` make libav resize while
+    it decodes, which is faster, takes less memory, and changes pixels: docs/video.md says by how much.
 
     Args:
         source: anything with an end that `open_video` opens.
