@@ -38,7 +38,7 @@ def draw(reports: list[dict[str, Any]], out: Path) -> None:
         panel.set_yticks(range(len(mine)), [f"{row['clip']}: {row['row']}" for row in mine], fontsize=8)
         panel.invert_yaxis()
         panel.set(title=model, xlabel="seconds", xlim=(0, 1.08 * max(left)))
-        panel.legend(fontsize=8, ncols=2, loc="lower right")
+        panel.legend(fontsize=8, ncols=len(STAGES), loc="upper center", bbox_to_anchor=(0.4, -0.1))
     figure.tight_layout()
     figure.savefig(out, dpi=100)
 

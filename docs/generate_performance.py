@@ -204,7 +204,7 @@ def video() -> str:
     stages = ("read", "process", "tower", "choose", "prefill", "decode", "total")
     parts = []
     for file in sorted(RESULTS.glob("video_cpu*.json")):
-        report = load(file)
+        report = json.loads(file.read_text(encoding="utf-8"))
         about = report["about"]
         for model in about["models"]:
             body = [
