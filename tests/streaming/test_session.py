@@ -379,7 +379,7 @@ def test_a_number_of_frames_that_no_memory_keeps():
     for options, words in (
         (dict(frames=3), "multiple of 2"),
         (dict(frames=0), "multiple of 2"),
-        (dict(frames=4, memory_options={"sinks": 1}), "sets sinks too"),
+        (dict(frames=4, memory_options={"sinks": 1}), "no choice of sinks"),
         (dict(frames=4, memory="rekv"), "memory='rekv' does not do"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -71,8 +71,8 @@ def _window(name: str, newest: int, unit: int, options: dict[str, Any]) -> dict[
     """Options of the memory that keeps the newest frames alone, `unit` of them in a step."""
     if name != "recent":
         raise ValueError(f"frames={newest} keeps the newest frames alone, which memory={name!r} does not do.")
-    if both := sorted({"sinks", "recent", "max_steps"} & set(options)):
-        raise ValueError(f"frames={newest} sets {', '.join(both)} too: leave out one of them.")
+    if both := sorted({"sinks", "recent", "max_steps", "history_tokens"} & set(options)):
+        raise ValueError(f"frames={newest} leaves no choice of {', '.join(both)}: leave out one of them.")
     if newest < unit or newest % unit:
         raise ValueError(
             f"frames must be a multiple of {unit}, which the tower joins into one step, found {newest}."
