@@ -257,3 +257,9 @@ def test_other_sources(clip):
     with pytest.raises(VideoError, match="videos with an end"):
         sample("synthetic://1?fps=2", 4)
     assert sample(clip, 4, backend="decord").backend == "decord"
+
+
+def test_a_rate_beyond_the_limits_is_refused_before_its_times_are_listed(tmp_path):
+    path = write(tmp_path / "clip.mp4", 8)
+    with pytest.raises(VideoError, match="more than 4,194,304 frames"):
+        sample(str(path), fps=1e12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from .frame import Frame
 from .processor_sampling import ask, video_part
 from .pyav import PyAVReader
 from .reader import open_video
-from .sampling import uniform_indices
+from .sampling import check_rate, instants, uniform_indices
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +88,7 @@ def sample(
             or the video; the source cannot be opened, counted or decoded; a frame is damaged; its pictures
             differ in size.
     """
-    if frames is not None and fps is not None:
-        raise VideoError(f"sample takes frames or fps, got frames={frames} and fps={fps:g}")
-    if processor is None and (scaled or (frames is None and fps is None)):
-        raise VideoError("sample needs frames= or fps=, and processor= for scaled=True")
-    if scaled and size is not None:
-        raise VideoError("sample takes size= or scaled=True, not both")
-    if frames is not None and frames < 1:
-        raise VideoError(f"sample takes at least 1 frame, got frames={frames}")
-    if fps is not None and not (fps > 0 and math.isfinite(fps)):
-        raise VideoError(f"a frame rate is a number above 0, got {fps!r}")
-    if processor is not None:
-        video_part(processor)
+    _check(frames, fps, processor, size, scaled)
     scaling = scaled or size is not None
     with open_video(source, "pyav" if scaling and backend == "auto" else backend, limits=limits) as reader:
         metadata = _metadata(reader)
@@ -118,6 +106,23 @@ def sample(
         metadata.frames_indices = list(indices)
         metadata.video_backend = reader.backend
         return SampledVideo(*shown, indices, metadata, reader.backend, reader.why)
+
+
+def _check(
+    frames: int | None, fps: float | None, processor: Any, size: tuple[int, int] | None, scaled: bool
+) -> None:
+    if frames is not None and fps is not None:
+        raise VideoError(f"sample takes frames or fps, got frames={frames} and fps={fps:g}")
+    if processor is None and (scaled or (frames is None and fps is None)):
+        raise VideoError("sample needs frames= or fps=, and processor= for scaled=True")
+    if scaled and size is not None:
+        raise VideoError("sample takes size= or scaled=True, not both")
+    if frames is not None and frames < 1:
+        raise VideoError(f"sample takes at least 1 frame, got frames={frames}")
+    if fps is not None:
+        check_rate(fps)
+    if processor is not None:
+        video_part(processor)
 
 
 def _metadata(reader: Any) -> Any:
@@ -140,8 +145,8 @@ def _without_processor(reader: Any, frames: int | None, fps: float | None) -> tu
     if frames is not None:
         return tuple(uniform_indices(len(reader), frames))
     assert fps is not None
-    end = reader.duration
-    times = np.arange(max(math.ceil(end * fps - 1e-6), 1)) / fps
+    times = instants(reader, fps, 0.0, reader.duration)
+    times = times if len(times) else np.zeros(1)
     if isinstance(reader, PyAVReader):
         return tuple(reader.table.on_screen(times).tolist())
     return tuple(np.floor(times * reader.fps + 1e-6).astype(int).tolist())

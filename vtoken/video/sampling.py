@@ -73,7 +73,7 @@ def sample_fps(reader: VideoReader, fps: float, start: float = 0.0, end: float |
         VideoError: fps not above 0, a span outside the video, more frames than the reader's limits, or a
             source without random access.
     """
-    _check_rate(fps)
+    check_rate(fps)
     if end is None:
         end = reader.duration
         if end is None:
@@ -82,12 +82,20 @@ def sample_fps(reader: VideoReader, fps: float, start: float = 0.0, end: float |
         raise VideoError(
             f"cannot sample from {start:g} s to {end:g} s; a span begins at 0 or later and ends after that"
         )
+    return reader.get_frames(seconds=instants(reader, fps, start, end).tolist())
+
+
+def instants(reader: VideoReader, fps: float, start: float, end: float) -> np.ndarray:
+    """(n,) seconds: `start`, `start` + 1/fps, ... below `end`.
+
+    Raises:
+        VideoError: they are more than the reader's limits on frames.
+    """
     span = (end - start) * fps
     excess = getattr(reader, "limits", STANDARD).excess_frames(span)
     if excess:
         raise VideoError(f"{fps:g} frames per second from {start:g} s to {end:g} s are {excess}")
-    count = math.ceil(span - 1e-6)
-    return reader.get_frames(seconds=(start + np.arange(count) / fps).tolist())
+    return start + np.arange(math.ceil(span - 1e-6)) / fps
 
 
 @checked
@@ -97,7 +105,7 @@ def at_fps(frames: Iterable[Frame], fps: float) -> Iterator[Frame]:
     Raises:
         VideoError: fps not above 0.
     """
-    _check_rate(fps)
+    check_rate(fps)
     return _thinned(frames, fps)
 
 
@@ -110,6 +118,7 @@ def _thinned(frames: Iterable[Frame], fps: float) -> Iterator[Frame]:
             yield frame
 
 
-def _check_rate(fps: float) -> None:
+def check_rate(fps: float) -> None:
+    """Raise VideoError for a rate that is not above 0."""
     if not (fps > 0 and math.isfinite(fps)):
         raise VideoError(f"a frame rate is a number above 0, got {fps!r}")
