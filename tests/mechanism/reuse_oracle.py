@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
+import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import sdpa_flop_count
 
+import vtoken
 from tests.models import FAMILIES
 from vtoken.adapters.registry import adapter_for
 
@@ -16,6 +21,14 @@ TOWERS = {
     "qwen3": "qwen3_vl/video",
 }
 GRID = (6, 8)  # patches of a Qwen frame; windows of 4 x 4, some of them cut
+CLOSE = dict(rtol=0, atol=1e-5)  # float64, but transformers rotates and normalises in float32
+THRESHOLD = 0.3  # of still_patches: between the flicker of a film, 0.02, and its changes, 0.4 and more
+# torch 2.14 counts nothing for this one
+SDPA = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: (
+        sdpa_flop_count(q, k, v)
+    )
+}
 
 
 def build(kind: str, dtype: torch.dtype = torch.float64):
@@ -169,3 +182,37 @@ def oracle(model, kind: str, video: list[Tensor], interval: int, ratio: float | 
             sets.append(computed)
         picked.append(sets)
     return [torch.cat(o) for o in outs], picked
+
+
+def shared_models():
+    """A fixture: `models(kind)`, built once per file."""
+
+    @pytest.fixture(scope="module")
+    def models():
+        return functools.cache(build)
+
+    return models
+
+
+def patched_with(default: str):
+    """A fixture: `patched(kind, **options)`, the shared model with a strategy on it, for one test."""
+
+    @pytest.fixture
+    def patched(models):
+        touched = []
+
+        def get(kind: str, strategy=default, **options):
+            touched.append(vtoken.unpatch(models(kind)))
+            return vtoken.patch(touched[-1], strategy, **options)
+
+        yield get
+        for model in touched:
+            vtoken.unpatch(model)
+
+    return patched
+
+
+def feed(model, kind: str, video, state=None, grid=GRID):
+    """The last layer's output, frame after frame in calls of their own."""
+    with vtoken.stream(model, state):
+        return torch.cat([run(model, kind, [frame], grid=grid)[-1] for frame in video])

@@ -12,34 +12,27 @@ import vtoken
 from tests.models import FAMILIES
 from vtoken import StreamState
 
-from .reuse_oracle import GRID, TOWERS, anatomy, build, facts, features, film, layers_of, run, turn
-from .test_reuse import CLOSE, SDPA, feed
+from .reuse_oracle import (
+    CLOSE,
+    GRID,
+    SDPA,
+    THRESHOLD,
+    TOWERS,
+    anatomy,
+    build,
+    facts,
+    features,
+    feed,
+    film,
+    layers_of,
+    patched_with,
+    run,
+    shared_models,
+    turn,
+)
 
-THRESHOLD = 0.3  # between the flicker of a film, 0.02, and its changes, 0.4 and more
-
-
-@pytest.fixture(scope="module")
-def models():
-    made = {}
-
-    def get(kind: str):
-        return made.setdefault(kind, build(kind))
-
-    return get
-
-
-@pytest.fixture
-def patched(models):
-    """`patched(kind, **options)`: the shared model with the strategy on it, for this test."""
-    touched = []
-
-    def get(kind: str, strategy="still_patches", **options):
-        touched.append(vtoken.unpatch(models(kind)))
-        return vtoken.patch(touched[-1], strategy, **options)
-
-    yield get
-    for model in touched:
-        vtoken.unpatch(model)
+models = shared_models()
+patched = patched_with("still_patches")
 
 
 def places_of(kind: str, frame: torch.Tensor, grid=GRID):
@@ -145,27 +138,6 @@ def test_identical_frames_are_one_frame(models, patched, kind):
     assert state.recomputed == len(one) and state.frames == 5
     for handle in handles:
         handle.remove()
-
-
-@pytest.mark.parametrize("kind", TOWERS)
-@pytest.mark.parametrize("refresh", [None, 3])
-def test_frame_by_frame_equals_one_call(patched, kind, refresh):
-    video, model = film(kind, 7), patched(kind, margin=0, threshold=THRESHOLD, refresh=refresh)
-    whole = run(model, kind, video)[-1]
-    torch.testing.assert_close(feed(model, kind, video), whole, **CLOSE)
-    with vtoken.stream(model):  # in pieces
-        pieces = torch.cat([run(model, kind, part)[-1] for part in (video[:1], video[1:5], video[5:])])
-    torch.testing.assert_close(pieces, whole, **CLOSE)
-
-
-@pytest.mark.parametrize("kind", TOWERS)
-def test_videos_of_a_batch_are_streams_of_their_own(patched, kind):
-    one, other = film(kind, 4), film(kind, 4, seed=1)
-    model = patched(kind, margin=0, threshold=THRESHOLD)
-    both = run(model, kind, one, other)[-1]
-    torch.testing.assert_close(both, torch.cat([run(model, kind, v)[-1] for v in (one, other)]), **CLOSE)
-    with pytest.raises(ValueError, match="one video per call, found 2"), vtoken.stream(model):
-        run(model, kind, one, other)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2.5", "qwen3"])

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 import vtoken
 from tests.models import FAMILIES
@@ -16,47 +16,30 @@ from vtoken import StreamState
 from vtoken.adapters.registry import adapter_for
 
 from .common import checkpointing
-from .reuse_oracle import GRID, TOWERS, build, features, film, layers_of, oracle, run
+from .reuse_oracle import (
+    CLOSE,
+    GRID,
+    SDPA,
+    THRESHOLD,
+    TOWERS,
+    build,
+    features,
+    feed,
+    film,
+    layers_of,
+    oracle,
+    patched_with,
+    run,
+    shared_models,
+)
 
-CLOSE = dict(rtol=0, atol=1e-5)  # float64, but transformers rotates and normalises in float32
-
-
-@pytest.fixture(scope="module")
-def models():
-    made = {}
-
-    def get(kind: str):
-        return made.setdefault(kind, build(kind))
-
-    return get
-
-
-# torch 2.14 counts nothing for this one
-SDPA = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *args, **kwargs: (
-        sdpa_flop_count(q, k, v)
-    )
-}
-
-
-@pytest.fixture
-def patched(models):
-    """`patched(kind, **options)`: the shared model with the cacher on it, for this test."""
-    touched = []
-
-    def get(kind: str, strategy="stc_cacher", **options):
-        touched.append(vtoken.unpatch(models(kind)))
-        return vtoken.patch(touched[-1], strategy, **options)
-
-    yield get
-    for model in touched:
-        vtoken.unpatch(model)
-
-
-def feed(model, kind: str, video, state=None, grid=GRID):
-    """Behind the last layer, frame after frame in calls of their own."""
-    with vtoken.stream(model, state):
-        return torch.cat([run(model, kind, [frame], grid=grid)[-1] for frame in video])
+models = shared_models()
+patched = patched_with("stc_cacher")
+EITHER = [  # of the two strategies, options under which some tokens are computed
+    ("stc_cacher", dict(budget=0.3, interval=3)),
+    ("still_patches", dict(margin=0, threshold=THRESHOLD)),
+    ("still_patches", dict(margin=0, threshold=THRESHOLD, refresh=3)),
+]
 
 
 @pytest.mark.parametrize("kind", TOWERS)
@@ -78,8 +61,9 @@ def test_equals_the_oracle(models, patched, kind, interval, ratio, shared):
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_frame_by_frame_equals_one_call(patched, kind):
-    video, model = film(kind, 7), patched(kind, budget=0.3, interval=3)
+@pytest.mark.parametrize(("strategy", "options"), EITHER)
+def test_frame_by_frame_equals_one_call(patched, kind, strategy, options):
+    video, model = film(kind, 7), patched(kind, strategy, **options)
     whole = run(model, kind, video)[-1]
     torch.testing.assert_close(feed(model, kind, video), whole, **CLOSE)
     with vtoken.stream(model):  # in pieces
@@ -88,9 +72,10 @@ def test_frame_by_frame_equals_one_call(patched, kind):
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_videos_of_a_batch_are_streams_of_their_own(patched, kind):
+@pytest.mark.parametrize(("strategy", "options"), EITHER[:2])
+def test_videos_of_a_batch_are_streams_of_their_own(patched, kind, strategy, options):
     one, other = film(kind, 4), film(kind, 4, seed=1)
-    model = patched(kind, budget=0.3, interval=3)
+    model = patched(kind, strategy, **options)
     both = run(model, kind, one, other)[-1]
     torch.testing.assert_close(both, torch.cat([run(model, kind, v)[-1] for v in (one, other)]), **CLOSE)
     with pytest.raises(ValueError, match="one video per call, found 2"), vtoken.stream(model):
