@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vtoken
 from vtoken.bench.processors import QUESTION, onevision
 from vtoken.bench.report import machine
-from vtoken.bench.shapes import PLACEHOLDER, SHAPES
+from vtoken.bench.shapes import SHAPES
 from vtoken.bench.timing import spread
 
 Clock = Callable[[], float]
@@ -177,7 +177,7 @@ def main() -> None:
     work = SHAPES["llava-onevision-7b-video"].build(
         "llava-onevision", SCALE[arguments.shape], arguments.device
     )
-    processor, vision = onevision(work.model, PLACEHOLDER), work.model.config.vision_config
+    processor, vision = onevision(work.model), work.model.config.vision_config
     per_frame = (-(-vision.image_size // vision.patch_size // 2)) ** 2
     old = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
     facts = {"shape": arguments.shape, "tokens_per_frame": per_frame, "max_tokens": tokens, **work.about}

@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -29,9 +28,9 @@ import vtoken
 from vtoken.asking import prompt
 from vtoken.bench.processors import QUESTION, onevision, qwen2_5_vl
 from vtoken.bench.report import machine
-from vtoken.bench.shapes import PLACEHOLDER, SHAPES
-from vtoken.stage_times import phases
-from vtoken.video_answers import STAGES
+from vtoken.bench.shapes import SHAPES
+from vtoken.stage_times import now
+from vtoken.video_answers import STAGES, generate_timed
 
 MODELS = ("qwen2.5-vl-7b-video", "llava-onevision-7b-video")
 PIXELS = {"tiny": 112**2, "cpu": 308**2, "full": 392**2}  # of a frame, at most
@@ -48,19 +47,15 @@ WHOLE = "scaled, still_patches, farcover"
 
 def plain(model: Any, processor: Any, path: Path, frames: int, steps: int, clock: str) -> dict[str, float]:
     """Seconds per stage of transformers' `load_video`, the processor and `generate`."""
-    now = time.process_time if clock == "cpu" else time.perf_counter
     choose = partial(processor.video_processor.sample_frames, num_frames=frames, fps=None)
-    start = now()
+    start = now(None, clock)
     video, metadata = load_video(str(path), sample_indices_fn=choose)
-    read = now()
+    read = now(None, clock)
     given = dict(text=[prompt(processor, QUESTION, "video")], videos=[video], video_metadata=[metadata])
     inputs = processor(**given, do_sample_frames=False, return_tensors="pt").to(model.device, model.dtype)
-    process = now()
-    with torch.no_grad(), phases(model, clock, steps="decode") as watch:
-        model.generate(**inputs, do_sample=False, min_new_tokens=steps, max_new_tokens=steps)
-        seconds = watch.seconds()
-    seconds["prefill"] = seconds.pop("llm")
-    return {"decode": 0.0, **seconds, "read": read - start, "process": process - read}
+    process = now(None, clock)
+    _, seconds = generate_timed(model, inputs, {"min_new_tokens": steps, "max_new_tokens": steps}, clock)
+    return seconds | {"read": read - start, "process": process - read}
 
 
 def ours(
@@ -115,8 +110,8 @@ def clip_rows(calls: dict[str, Callable[[], dict[str, float]]], repeats: int) ->
 
 def processor_of(name: str, model: Any, scale: str) -> Any:
     if name.startswith("qwen"):
-        return qwen2_5_vl(model, PLACEHOLDER, PIXELS[scale])
-    return onevision(model, PLACEHOLDER)
+        return qwen2_5_vl(model, PIXELS[scale])
+    return onevision(model)
 
 
 def main() -> None:

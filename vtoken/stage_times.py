@@ -24,8 +24,12 @@ PHASES = ("tower", "choose", "llm", "rest")
 Times = dict[str, float]
 
 
-def now(device: torch.device, clock: str = "wall") -> Any:
-    """A point in time: "wall" on the device's own clock, "cpu" for the processor time of this process."""
+def now(device: torch.device | None, clock: str = "wall") -> Any:
+    """A point in time: "wall" on the device's own clock, "cpu" for the processor time of this process.
+
+    Args:
+        device: None for the host.
+    """
     return time.process_time() if clock == "cpu" else Stopwatch.mark(device)
 
 

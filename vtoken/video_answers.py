@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from .asking import prompt
 from .checks import checked, found
 from .limits import STANDARD, Limits
 from .patching import patch_of, report
-from .stage_times import phases
+from .stage_times import now, phases
 
 STAGES = ("read", "process", "tower", "choose", "prefill", "decode", "rest")
 
@@ -181,11 +180,10 @@ def _prepare(
             f"{type(processor).__name__} reads no videos: use a model that does, such as LLaVA-OneVision or"
             " Qwen2.5-VL."
         )
-    now = time.process_time if clock == "cpu" else time.perf_counter
-    start = now()
+    start = now(None, clock)
     if not isinstance(video, SampledVideo):
         video = sample(video, processor=processor, **taken)
-    read = now()
+    read = now(None, clock)
     on_device = replace(video, frames=video.frames.to(model.device))
     text = prompt(processor, question, "video")
     try:
@@ -198,11 +196,22 @@ def _prepare(
             " marks of images and videos."
         ) from error
     inputs = inputs.to(model.device, model.dtype)
-    end = now()
+    end = now(None, clock)
     return _Prepared(inputs, video.seconds, {"read": read - start, "process": end - read})
 
 
 @torch.no_grad()
+def generate_timed(
+    model: Any, inputs: Any, options: dict[str, Any], clock: str = "wall"
+) -> tuple[Any, dict[str, float]]:
+    """The output of `model.generate`, greedy unless `options` say otherwise, and seconds of its stages."""
+    with phases(model, clock, steps="decode") as watch:
+        out = model.generate(**inputs, **({"do_sample": False} | options))
+        seconds = {"decode": 0.0} | watch.seconds()
+    seconds["prefill"] = seconds.pop("llm")
+    return out, seconds
+
+
 def _generate(
     model: Any,
     processor: Any,
@@ -214,12 +223,9 @@ def _generate(
     if on_text is not None:
         options = options | {"streamer": _streamer(processor.tokenizer, on_text)}
     length = prepared.inputs["input_ids"].shape[1]
-    with phases(model, clock, steps="decode") as watch:
-        out = model.generate(**prepared.inputs, **({"do_sample": False} | options))
-        measured = watch.seconds()
+    out, measured = generate_timed(model, prepared.inputs, options, clock)
     new = getattr(out, "sequences", out)[0, length:]
-    seconds = {"decode": 0.0, **measured, **prepared.seconds}
-    seconds["prefill"] = seconds.pop("llm")
+    seconds = measured | prepared.seconds
     return VideoAnswer(
         text=processor.tokenizer.decode(new, skip_special_tokens=True).strip(),
         frames=prepared.frames,

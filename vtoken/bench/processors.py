@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from .shapes import PATCH, PLACEHOLDER
+
 QUESTION = "what is here ?"
-PATCH = 14
 
 
-def _tokenizer(placeholder: int, **names: str) -> Any:
-    """A word-level tokenizer; the video's placeholder has the id `placeholder`, the image's the next one.
+def _tokenizer(**names: str) -> Any:
+    """A word-level tokenizer; the video's placeholder has the id `PLACEHOLDER`, the image's the next one.
 
     Args:
         names: the special tokens by their names in transformers; `video_token` and `image_token` among them.
@@ -20,7 +21,7 @@ def _tokenizer(placeholder: int, **names: str) -> Any:
     words = ["<pad>", "<s>", "</s>", "<unk>", "user", names["video_token"], names["image_token"]]
     words += [name for key, name in names.items() if key not in ("video_token", "image_token")]
     words += [*QUESTION.split(), ":", "assistant"]
-    assert words.index(names["video_token"]) == placeholder
+    assert words.index(names["video_token"]) == PLACEHOLDER
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tf.PreTrainedTokenizerFast(
@@ -32,7 +33,7 @@ def _template(video: str) -> str:
     return f"user : {video} {{{{ messages[-1]['content'][-1]['text'] }}}} assistant :"
 
 
-def onevision(model: Any, placeholder: int) -> Any:
+def onevision(model: Any) -> Any:
     """The processor of a LLaVA-OneVision."""
     import transformers as tf
 
@@ -41,14 +42,14 @@ def onevision(model: Any, placeholder: int) -> Any:
     return tf.LlavaOnevisionProcessor(
         image_processor=tf.LlavaOnevisionImageProcessor(size=size),
         video_processor=tf.LlavaOnevisionVideoProcessor(size=size),
-        tokenizer=_tokenizer(placeholder, image_token="<image>", video_token="<video>"),
+        tokenizer=_tokenizer(image_token="<image>", video_token="<video>"),
         num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
         vision_feature_select_strategy="full",
         chat_template=_template("<video>"),
     )
 
 
-def qwen2_5_vl(model: Any, placeholder: int, pixels: int) -> Any:
+def qwen2_5_vl(model: Any, pixels: int) -> Any:
     """The processor of a Qwen2.5-VL; a frame is resized to at most `pixels`."""
     import transformers as tf
 
@@ -59,6 +60,6 @@ def qwen2_5_vl(model: Any, placeholder: int, pixels: int) -> Any:
     return tf.Qwen2_5_VLProcessor(
         image_processor=tf.Qwen2VLImageProcessor(size=size, **patches),
         video_processor=tf.Qwen2VLVideoProcessor(size=size, **patches),
-        tokenizer=_tokenizer(placeholder, **names),
+        tokenizer=_tokenizer(**names),
         chat_template=_template("<|vision_start|> <|video_pad|> <|vision_end|>"),
     )

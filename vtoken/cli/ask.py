@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .options import Budget, Command, console
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 TINY = "qwen2_5_vl"
 
@@ -41,19 +38,7 @@ def ask(
 
     Prints the answer as it comes, then what each stage took.
     """
-    run(console(), video, question, model_id, strategy, budget, options)
-
-
-def run(
-    out: Console,
-    video: str,
-    question: str,
-    model_id: str | None,
-    strategy: str | None,
-    budget: float | int | None,
-    options: dict[str, Any],
-) -> None:
-    """Load the model, patch it if there is a strategy or a budget, and answer."""
+    out = console()
     with out.status("loading the model") as status:
         import vtoken
 
