@@ -2,9 +2,9 @@
 
 It returns wrong frames without an error for MPEG-TS, AVI, FLV and fragmented mp4, for MPEG-4 with B-frames,
 for HEVC, and for H.264 with open groups of pictures or gradual refresh; and four channels for a rotated
-video. Decord2 3.4 waits for its decoder a counted number of times, then shows the frame that it has: so it
-does in long files. So it provides pixels only, and only of files that it reads right; the frame numbers come
-from PyAV.
+video. In long files decord2 3.4 shows other frames than those asked for, because it waits for its decoder a
+fixed number of times. So it provides pixels only, and only of files that it reads right; the frame numbers
+come from PyAV.
 """
 
 from __future__ import annotations

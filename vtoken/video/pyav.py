@@ -35,10 +35,8 @@ class PyAVReader:
 
     def __init__(self, source: Source, timeout: float, limits: Limits):
         self.source, self.limits, self.track = source, limits, Track(source, timeout, limits)
-        self.backend, self.why = (
-            "pyav",
-            "PyAV reads everything, and compares the time of every frame with the one meant",
-        )
+        self.backend = "pyav"
+        self.why = "PyAV reads everything, and compares the time of every frame with the one meant"
         self._picker: Picker | None = None
         self._clock, self._passed = Clock(self.fps), 0
 
