@@ -10,7 +10,7 @@ export OMP_NUM_THREADS=1
 rm -f $results/cpu.json $results/kernels_cpu.json $results/peers.json
 .venv/bin/vtoken bench --shape llava-1.5-7b --scale cpu --device cpu --clock cpu --repeats "$repeats" --decode "$steps" \
     --output $results/cpu.json
-for shape in llava-next-7b qwen2.5-vl-7b-image qwen2.5-vl-7b-video llava-onevision-7b-video; do
+for shape in llava-next-7b qwen2.5-vl-7b-image qwen2.5-vl-7b-video qwen3-vl-8b-video llava-onevision-7b-video; do
     .venv/bin/vtoken bench --shape $shape --scale cpu --device cpu --clock cpu --repeats "$repeats" --decode "$steps" \
         --budget 0.2 --output $results/cpu.json
 done

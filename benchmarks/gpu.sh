@@ -22,8 +22,8 @@ while (($#)); do
 done
 # seconds: kernel tests, sanitizer, one group of kernel cases; of measuring each model shape, and of building it
 tests=80 sanitize=25 kernels=35 build=15 repeats=5 kernel_repeats=20 decode=64
-declare -A limits=([llava-1.5-7b]=40 [llava-next-7b]=55 [qwen2.5-vl-7b-image]=50 [qwen2.5-vl-7b-video]=65
-    [llava-onevision-7b-video]=80)
+declare -A limits=([llava-1.5-7b]=35 [llava-next-7b]=50 [qwen2.5-vl-7b-image]=40 [qwen2.5-vl-7b-video]=50
+    [qwen3-vl-8b-video]=45 [llava-onevision-7b-video]=55)
 if [[ $scale != full ]]; then # a rehearsal: few turns, and patience with a busy CPU
     kernel_shape=small repeats=1 kernel_repeats=2 decode=2 tests=600 kernels=300 build=300
 fi
@@ -53,7 +53,7 @@ for group in 'gather|kv' attention 'match|point|map'; do
     part "kernels-${group//|/-}" $kernels "$python" benchmarks/kernels.py --device "$device" --shape $kernel_shape \
         --repeats $kernel_repeats --only "$group" --out "$out/kernels.json"
 done
-for name in llava-1.5-7b llava-next-7b qwen2.5-vl-7b-image qwen2.5-vl-7b-video llava-onevision-7b-video; do
+for name in llava-1.5-7b llava-next-7b qwen2.5-vl-7b-image qwen2.5-vl-7b-video qwen3-vl-8b-video llava-onevision-7b-video; do
     part "model-$name" $((limits[$name] + build)) "$python" -m vtoken bench --shape "$name" --scale "$scale" \
         --device "$device" --repeats $repeats --decode $decode --limit "${limits[$name]}" --output "$out/models.json" \
         --plot "$out/models.png"

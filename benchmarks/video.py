@@ -26,13 +26,13 @@ from video_clips import KINDS, write
 
 import vtoken
 from vtoken.asking import prompt
-from vtoken.bench.processors import QUESTION, onevision, qwen2_5_vl
+from vtoken.bench.processors import QUESTION, onevision, qwen2_5_vl, qwen3_vl
 from vtoken.bench.report import machine
 from vtoken.bench.shapes import SHAPES
 from vtoken.stage_times import now
 from vtoken.video_answers import STAGES, generate_timed
 
-MODELS = ("qwen2.5-vl-7b-video", "llava-onevision-7b-video")
+MODELS = ("qwen2.5-vl-7b-video", "qwen3-vl-8b-video", "llava-onevision-7b-video")
 PIXELS = {"tiny": 112**2, "cpu": 308**2, "full": 392**2}  # of a frame, at most
 # name: (strategy, whether frames are scaled while they are decoded)
 ROWS: dict[str, tuple[Any, bool]] = {
@@ -108,10 +108,12 @@ def clip_rows(calls: dict[str, Callable[[], dict[str, float]]], repeats: int) ->
     return {name: middle(found) for name, found in times.items()}
 
 
-def processor_of(name: str, model: Any, scale: str) -> Any:
-    if name.startswith("qwen"):
-        return qwen2_5_vl(model, PIXELS[scale])
-    return onevision(model)
+def processor_of(name: str, model: Any, scale: str, frames: int) -> Any:
+    if name.startswith("llava"):
+        return onevision(model)
+    if name.startswith("qwen3"):
+        return qwen3_vl(model, PIXELS[scale], frames)
+    return qwen2_5_vl(model, PIXELS[scale])
 
 
 def main() -> None:
@@ -124,7 +126,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--frames", type=int, nargs="+", default=[32])
-    parser.add_argument("--seconds", type=float, default=30, help="length of a clip")
+    parser.add_argument("--seconds", type=float, default=60, help="length of a clip")
     parser.add_argument("--fps", type=int, default=30)
     parser.add_argument("--size", type=int, nargs=2, default=[720, 1280], help="height and width")
     parser.add_argument("--steps", type=int, default=16, help="tokens of the answer")
@@ -143,9 +145,9 @@ def main() -> None:
         }
         for name in a.models:
             model = SHAPES[name].build(name, a.scale, a.device).model
-            processor = processor_of(name, model, a.scale)
             for kind, path in files.items():
                 for frames in a.frames:
+                    processor = processor_of(name, model, a.scale, frames)
                     notes: dict[str, dict[str, Any]] = {row: {} for row in a.rows}
                     common = (model, processor, path, frames, a.steps, a.clock)
                     calls = {"plain": partial(plain, *common)} | {

@@ -14,9 +14,11 @@ PUBLISHED = {
     "llava-next-7b": (2880 + 48, 6.48e9),  # 5 x 576 patches, one newline per row of the tiles
     "qwen2.5-vl-7b-image": (1296, 6.53e9),
     "qwen2.5-vl-7b-video": (16 * 196, 6.53e9),
+    "qwen3-vl-8b-video": (16 * 144, 6.95e9),
     "llava-onevision-7b-video": (32 * 196 + 1, 6.53e9),
 }
-TOWERS = {"llava": 0.30e9, "qwen2": 0.63e9}  # CLIP ViT-L/14 at 336; the 600M-class ViT of Qwen2.5-VL
+# CLIP ViT-L/14 at 336, the 600M-class ViT of Qwen2.5-VL, SigLIP2-SO-400M of Qwen3-VL
+TOWERS = {"llava": 0.30e9, "qwen2": 0.63e9, "qwen3": 0.41e9}
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .shapes import PATCH, PLACEHOLDER
+from .shapes import PATCH, PATCH_QWEN3, PLACEHOLDER
 
 QUESTION = "what is here ?"
 
@@ -53,13 +53,32 @@ def qwen2_5_vl(model: Any, pixels: int) -> Any:
     """The processor of a Qwen2.5-VL; a frame is resized to at most `pixels`."""
     import transformers as tf
 
-    size = {"shortest_edge": 4 * PATCH**2, "longest_edge": pixels}
-    patches = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
+    given = {"size": {"shortest_edge": 4 * PATCH**2, "longest_edge": pixels}, **_patches(PATCH)}
+    # the cap of the reference implementation would come on top of `pixels`
+    videos = tf.Qwen2VLVideoProcessor(cap_pixels_per_frame=False, **given)
+    return tf.Qwen2_5_VLProcessor(
+        image_processor=tf.Qwen2VLImageProcessor(**given), video_processor=videos, **_qwen()
+    )
+
+
+def qwen3_vl(model: Any, pixels: int, frames: int) -> Any:
+    """The processor of a Qwen3-VL; `frames` frames together are resized to at most `pixels` each."""
+    import transformers as tf
+
+    edge = {"shortest_edge": 4 * PATCH_QWEN3**2, "longest_edge": pixels}
+    videos = tf.Qwen3VLVideoProcessor(
+        size=edge | {"longest_edge": frames * pixels}, cap_pixels_per_frame=False, **_patches(PATCH_QWEN3)
+    )
+    images = tf.Qwen2VLImageProcessor(size=edge, **_patches(PATCH_QWEN3))
+    return tf.Qwen3VLProcessor(image_processor=images, video_processor=videos, **_qwen())
+
+
+def _patches(side: int) -> dict[str, int]:
+    return {"patch_size": side, "temporal_patch_size": 2, "merge_size": 2}
+
+
+def _qwen() -> dict[str, Any]:
     names = {"video_token": "<|video_pad|>", "image_token": "<|image_pad|>"}
     names |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
-    return tf.Qwen2_5_VLProcessor(
-        image_processor=tf.Qwen2VLImageProcessor(size=size, **patches),
-        video_processor=tf.Qwen2VLVideoProcessor(size=size, **patches),
-        tokenizer=_tokenizer(**names),
-        chat_template=_template("<|vision_start|> <|video_pad|> <|vision_end|>"),
-    )
+    template = _template("<|vision_start|> <|video_pad|> <|vision_end|>")
+    return {"tokenizer": _tokenizer(**names), "chat_template": template}

@@ -37,7 +37,9 @@ QWEN_VIT = {
     "quick": (128, 342, 8, 2),
     "tiny": (16, 32, 4, 2),
 }
-PATCH = 14
+QWEN3 = {"full": (4096, 12288, 36, 32, 8), **{k: v for k, v in QWEN.items() if k != "full"}}
+QWEN3_VIT = {**QWEN_VIT, "full": (1152, 4304, 27, 16)}
+PATCH, PATCH_QWEN3 = 14, 16
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,14 @@ class Workload:
     clock: str = "wall"
 
 
+Runs = tuple[int, ...]  # visual tokens that stand together, a text token between one run and the next
+
+
 @dataclass(frozen=True)
 class Shape:
     """One model family at all scales; `size` is the picture or video size that `make` takes."""
 
-    make: Callable[[Shape, str], tuple[str, Any, int, dict[str, Any]]]
+    make: Callable[[Shape, str], tuple[str, Any, Runs, dict[str, Any]]]
     llm: Mapping[str, tuple[int, ...]]
     tower: Mapping[str, tuple[int, ...]]
     size: Mapping[str, tuple[int, ...]]
@@ -78,15 +83,17 @@ class Shape:
         if scale not in SCALES:
             raise ValueError(f"Unknown scale {scale!r}: choose one of {', '.join(SCALES)}.")
         dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-        architecture, config, tokens, vision = self.make(self, scale)
+        architecture, config, runs, vision = self.make(self, scale)
         torch.manual_seed(0)
         with torch.device(device):
             model = getattr(transformers, architecture)._from_config(config, dtype=dtype).eval()
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
-        text = 12 if scale == "tiny" else 48
+        text, tokens, place = 12 if scale == "tiny" else 48, sum(runs), 4
         ids = torch.randint(10, VOCAB[scale], (1, text + tokens), generator=torch.Generator().manual_seed(0))
-        ids[:, 4 : 4 + tokens] = PLACEHOLDER
+        for run in runs:
+            ids[:, place : place + run] = PLACEHOLDER
+            place += run + 1
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **vision}
         if architecture.startswith("Qwen"):
             inputs["mm_token_type_ids"] = (ids == PLACEHOLDER).int() * (
@@ -126,7 +133,7 @@ def _pixels(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def llava(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]:
+def llava(shape: Shape, scale: str) -> tuple[str, Any, Runs, dict[str, Any]]:
     """LLaVA-1.5: one picture of side x side patches."""
     import transformers as tf
 
@@ -138,12 +145,12 @@ def llava(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]:
     return (
         "LlavaForConditionalGeneration",
         config,
-        side**2,
+        (side**2,),
         {"pixel_values": _pixels(1, 3, side * PATCH, side * PATCH)},
     )
 
 
-def llava_next(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]:
+def llava_next(shape: Shape, scale: str) -> tuple[str, Any, Runs, dict[str, Any]]:
     """LLaVA-NeXT: the picture whole and in 2 x 2 tiles; one newline token per row of the tiles."""
     import transformers as tf
 
@@ -159,18 +166,16 @@ def llava_next(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]
         "pixel_values": _pixels(1, 5, 3, pixels, pixels),
         "image_sizes": torch.tensor([[2 * pixels] * 2]),
     }
-    return "LlavaNextForConditionalGeneration", config, 5 * side**2 + 2 * side, vision
+    return "LlavaNextForConditionalGeneration", config, (5 * side**2 + 2 * side,), vision
 
 
-def qwen2_5_vl(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]:
+def qwen2_5_vl(shape: Shape, scale: str) -> tuple[str, Any, Runs, dict[str, Any]]:
     """Qwen2.5-VL: (frame pairs, height, width) in patches, merged 2 x 2; one frame pair is an image."""
     import transformers as tf
 
     t, h, w = shape.size[scale]
     hidden, intermediate, depth, heads = shape.tower[scale]
     text = _llm(shape, scale)
-    eighth = text["hidden_size"] // text["num_attention_heads"] // 16
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2 * eighth, 3 * eighth, 3 * eighth]}
     tower = dict(
         depth=depth, hidden_size=hidden, intermediate_size=intermediate, num_heads=heads,
         out_hidden_size=text["hidden_size"], patch_size=PATCH, spatial_merge_size=2, temporal_patch_size=2,
@@ -180,7 +185,7 @@ def qwen2_5_vl(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]
     tokens = {"image_token_id": 6, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
     kind = "image" if t == 1 else "video"
     tokens[f"{kind}_token_id"] = PLACEHOLDER
-    config = tf.Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=tower, **tokens)
+    config = tf.Qwen2_5_VLConfig(text_config=text | _mrope(text), vision_config=tower, **tokens)
     pixels = _pixels(t * h * w, 3 * 2 * PATCH**2)
     vision = {
         "pixel_values" if t == 1 else "pixel_values_videos": pixels,
@@ -188,10 +193,38 @@ def qwen2_5_vl(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]
     }
     if t > 1:
         vision["second_per_grid_ts"] = torch.tensor([1.0])
-    return "Qwen2_5_VLForConditionalGeneration", config, t * h * w // 4, vision
+    return "Qwen2_5_VLForConditionalGeneration", config, (t * h * w // 4,), vision
 
 
-def llava_onevision(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, Any]]:
+def _mrope(text: dict[str, Any]) -> dict[str, Any]:
+    eighth = text["hidden_size"] // text["num_attention_heads"] // 16
+    sections = [2 * eighth, 3 * eighth, 3 * eighth]
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}}
+
+
+def qwen3_vl(shape: Shape, scale: str) -> tuple[str, Any, Runs, dict[str, Any]]:
+    """Qwen3-VL: (frame pairs, height, width) in patches, merged 2 x 2, a text token between pairs."""
+    import transformers as tf
+
+    t, h, w = shape.size[scale]
+    hidden, intermediate, depth, heads = shape.tower[scale]
+    text, third = _llm(shape, scale), max(depth // 3, 1)
+    text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+    tower = dict(
+        depth=depth, hidden_size=hidden, intermediate_size=intermediate, num_heads=heads,
+        out_hidden_size=text["hidden_size"], patch_size=PATCH_QWEN3, spatial_merge_size=2,
+        temporal_patch_size=2, num_position_embeddings=48**2,
+        deepstack_visual_indexes=list(range(third - 1, depth, third))[:3],
+    )  # fmt: skip
+    tokens = {"image_token_id": 6, "video_token_id": PLACEHOLDER}
+    tokens |= {"vision_start_token_id": 7, "vision_end_token_id": 8}
+    config = tf.Qwen3VLConfig(text_config=text | _mrope(text), vision_config=tower, **tokens)
+    pixels = _pixels(t * h * w, 3 * 2 * PATCH_QWEN3**2)
+    vision = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[t, h, w]])}
+    return "Qwen3VLForConditionalGeneration", config, (h * w // 4,) * t, vision
+
+
+def llava_onevision(shape: Shape, scale: str) -> tuple[str, Any, Runs, dict[str, Any]]:
     """LLaVA-OneVision: frames of side x side patches, pooled to half the side, and one newline token."""
     import transformers as tf
 
@@ -203,7 +236,7 @@ def llava_onevision(shape: Shape, scale: str) -> tuple[str, Any, int, dict[str, 
         video_token_id=PLACEHOLDER,
     )
     vision = {"pixel_values_videos": _pixels(1, frames, 3, side * PATCH, side * PATCH)}
-    return "LlavaOnevisionForConditionalGeneration", config, frames * (-(-side // 2)) ** 2 + 1, vision
+    return "LlavaOnevisionForConditionalGeneration", config, (frames * (-(-side // 2)) ** 2 + 1,), vision
 
 
 SHAPES = {
@@ -222,6 +255,12 @@ SHAPES = {
         QWEN,
         QWEN_VIT,
         {"full": (16, 28, 28), "cpu": (4, 22, 22), "quick": (4, 22, 22), "tiny": (3, 8, 8)},
+    ),
+    "qwen3-vl-8b-video": Shape(
+        qwen3_vl,
+        QWEN3,
+        QWEN3_VIT,
+        {"full": (16, 24, 24), "cpu": (4, 20, 20), "quick": (4, 20, 20), "tiny": (3, 8, 8)},
     ),
     "llava-onevision-7b-video": Shape(
         llava_onevision, QWEN, SIGLIP, {"full": (32, 27), "cpu": (8, 16), "quick": (8, 16), "tiny": (3, 8)}
