@@ -1,4 +1,4 @@
-"""Skip the places of a stream's frames whose pixels hardly changed, in all layers of a vision tower.
+"""Skip the places of frames that take their rows from others or from earlier frames, in a tower's layers.
 
 The computed tokens of all frames of a call pass a layer together, as one sequence without the others. Frames
 that are computed in full pass the original layer, and a call of such frames alone is the plain tower.
@@ -66,9 +66,9 @@ class PixelSkipping(TowerReuse):
         passing = full if i in self.layers else every
         run.use.flops += sum(block.dense_flops(rows.windows[j]) for j in passing)
         run.layers += 1
-        if len(full) == len(every) and run.state is None:
+        if len(full) == len(every) and not run.keeps:
             return original(x, *args, **kwargs)
-        if i not in self.layers:  # every token passes it, the skipped ones with the rows of their reference
+        if i not in self.layers:  # every token passes it, the skipped ones with the rows of their origin
             made = original(x, *args, **kwargs).flatten(0, -2)
             none = made.new_empty(0)
             out = run.pool(i, 2, [made[run.whole], made[run.some]])
