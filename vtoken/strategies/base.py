@@ -44,8 +44,7 @@ class Strategy(metaclass=_CheckedOptions):
         aligned_layers: for methods that shrink the KV cache of earlier layers once the prompt has been read.
         encoder_layers, merge_in_encoder: for methods that merge after layers of an encoder; `EncoderStrategy`
             is for those between attention and MLP.
-        reuse: for methods that compute a part of a frame inside the vision tower and reuse it, or an earlier
-            one, for the rest.
+        reuse: for methods that compute a part of a frame in the vision tower and reuse it or an earlier one.
 
     Args:
         budget: a float in (0, 1] is the share of the visual tokens that the unpatched model would feed to the

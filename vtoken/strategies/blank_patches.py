@@ -18,7 +18,7 @@ from .registry import register
 @register("blank_patches", summary="Skip the blank patches of pages, before the tower.", stages=("pixels",))
 @dataclass
 class BlankPatches(Strategy):
-    """Reuse of one blank place for those around it, in images and in the frames of videos; of this project.
+    """Reuse of one blank place for those around it, in images and videos, a method of this project.
 
     A place is a patch, or the patches that the tower merges into one cell (Qwen-VL: 2 x 2 patches, of an
     image or of two sampled frames). It is blank if no pixel is farther than `threshold` from the mean of its
