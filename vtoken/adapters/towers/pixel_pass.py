@@ -30,6 +30,9 @@ class PixelPass(FramePass):
         some: (m,) int64, the computed rows of the other frames.
         source: (tokens of the call,) int64, the row of the pool that each token takes.
         last: (n,) int64, the rows of the pool that the stream keeps.
+        embedded: (tokens of the call,) bool, the rows of the pixels that are computed.
+        unit: patches of a place, which stand together.
+        outputs: (pool, C) of the latest layer, None where it computed every token.
         queries: by the bounds of attention windows, the queries that have equally many keys, see `attending`.
     """
 
@@ -41,6 +44,9 @@ class PixelPass(FramePass):
     some: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     source: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     last: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    embedded: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    unit: int = 1
+    outputs: Tensor | None = None
     queries: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def compare(
@@ -60,6 +66,9 @@ class PixelPass(FramePass):
         self.origins = [of_tokens(o, tokens, prefix) for o, (_, tokens) in zip(each, places, strict=True)]
         self.sizes = [len(o) for o in self.origins]
         self._tabulate(places[0][0].device)
+        self.unit = places[0][1].shape[-1]
+        own = [o == torch.arange(len(o)) for o in each]
+        self.embedded = torch.cat(own).repeat_interleave(self.unit).to(self.source.device)
 
     def _asked(self, pixels: list[Tensor], reuse: PixelReuse) -> list[Tensor]:
         """Per frame (rows, columns) int64, the strategy's answers."""
@@ -156,6 +165,10 @@ class PixelPass(FramePass):
         """(pool, C) of a layer's keys (0), values (1) or outputs (2), from the computed rows."""
         each = [*self._stored(layer, what), *rows]
         return torch.cat(each) if len(each) > 1 else each[0]
+
+    def merged(self, made: Tensor) -> Tensor:
+        """Rows of all places of the call, from those of the places of the pool."""
+        return made[self.source[:: self.unit] // self.unit]
 
     def commit(self) -> None:
         """Store the reference in the stream, once the whole call has succeeded."""
