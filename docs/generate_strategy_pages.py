@@ -148,7 +148,8 @@ def reads(strategy: Strategy) -> str:
     if with_cls.together:
         parts.append("all images of a prompt at once, as the frames of one video")
     if "pixels" in strategy.info.stages:
-        parts.append("the pixels of every frame, with those of earlier frames")
+        alone = strategy.reuse(CLIP).interval == 1
+        parts.append("the pixels of every frame" + ("" if alone else ", with those of earlier frames"))
     elif strategy.reuse(CLIP) is not None:
         parts.append("attention keys of every tower layer, with those of an earlier frame")
     encoder = strategy.encoder_layers(CLIP)

@@ -24,9 +24,10 @@ from tests.record import note
 from vtoken.adapters.registry import adapter_for
 from vtoken.fit import lacking_of, needs_of
 from vtoken.requested import make_strategy
+from vtoken.strategies.composition import REFERENCE_TOWER
 from vtoken.strategies.registry import list_names, strategy_info
 
-OPTIONS: dict[str, dict] = {"still_patches": {"threshold": 9.0}}
+OPTIONS: dict[str, dict] = {"still_patches": {"threshold": 9.0}, "blank_patches": {"threshold": 9.0}}
 COMBINED = {"visionzip + fastv": ["visionzip", "fastv"]}
 ROWS = {name: name for name in list_names()} | COMBINED
 EQUAL_FRAMES = ("evs", "flashvid", "v_cast", "vidcom2")
@@ -122,7 +123,7 @@ def test_equals_the_oracle_or_refuses(family, row, sighted):
         second = run(model, again, 2)
     seen |= dict(deepstack=planes) if planes else {}
     ids, logits = expected(family, inputs, spy, 2, **seen)
-    still = strategy.acts_between_frames and not strategy.acts_on_projector and modality == "image"
+    still = modality == "image" and compares_frames(strategy)
     start = inputs["input_ids"].shape[1]
     assert whole["input_ids"][:, start : start + 2].tolist() == ids.tolist()
     first = dense(family)
@@ -134,6 +135,12 @@ def test_equals_the_oracle_or_refuses(family, row, sighted):
     note(sighted, FAMILIES[family], row, True)
     if converses(family):
         assert_same(second, whole, expected(family, whole, spy, 2, read=start, **seen))
+
+
+def compares_frames(strategy) -> bool:
+    """Whether it does nothing but reuse earlier frames: then it leaves images as they are."""
+    reuse = None if strategy.acts_on_projector else strategy.reuse(REFERENCE_TOWER)
+    return reuse is not None and reuse.interval > 1
 
 
 def stages(parts: list[str]) -> set[str]:

@@ -30,7 +30,7 @@ class Design:
         schedule: drops inside the LLM.
         needs: by modality, the values read for the strategy.
         merging: by modality, the tower layers after which tokens are merged.
-        reuse: by modality, the tower's reuse between frames.
+        reuse: by modality, the reuse inside the tower.
         temporal: by modality, the strategy's attention across frames inside the tower.
         fuses_text: whether the prompt's text embeddings are replaced.
         positions: "original" or "renumber".
@@ -84,10 +84,11 @@ def merging_layers(adapter: Adapter, strategy: Strategy) -> dict[str, tuple[int,
 
 
 def reuse_of(adapter: Adapter, strategy: Strategy) -> dict[str, Reuse | PixelReuse]:
-    """By modality, the tower's reuse between frames, if the tower can reuse and the strategy wants it."""
+    """By modality, the reuse inside the tower, if the tower can reuse and the strategy wants it."""
     towers = {m: tower for m, tower in adapter.towers.items() if tower.can_reuse}
     declared = {m: strategy.reuse(tower.info) for m, tower in towers.items()}
-    return {m: reuse for m, reuse in declared.items() if reuse is not None and reuse.interval > 1}
+    wanted = {m: reuse for m, reuse in declared.items() if reuse is not None}
+    return {m: reuse for m, reuse in wanted.items() if isinstance(reuse, PixelReuse) or reuse.interval > 1}
 
 
 def needs_of(adapter: Adapter, strategy: Strategy, modality: str) -> Needs:

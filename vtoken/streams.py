@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,21 +53,25 @@ class Reuse:
 
 @dataclass(frozen=True)
 class PixelReuse:
-    """Reuse of the places of a frame whose pixels hardly changed: their tokens pass no layer of the tower.
+    """Reuse of computed places for others, chosen on the pixels: these tokens pass no layer of the tower.
 
-    A place is a patch, or the patches that a tower merges into one cell. The first frame is computed in full.
-    Of a later frame the tokens of the changed places are computed, and attend to all tokens of the frame. The
-    keys, values and outputs of the others are those of the frame in which their place was computed last, and
-    their pixels are compared with that frame's.
+    A place is a patch, or the patches that a tower merges into one cell. The tokens of the computed places
+    attend to all tokens of their frame. The keys, values and outputs of the others are those of a computed
+    place of the same frame, or those with which their own place was computed last in an earlier frame.
 
     Attributes:
-        interval: frames from one that is computed in full to the next, infinity for the first alone.
-        changed: `changed(pixels, reference) -> (rows, columns) bool`, the places to compute, of the pixels
-            (rows, columns, patches, values) of all places in the units of the tower's input.
+        interval: frames from one without a reference to the next: infinity for the first alone; 1 for methods
+            that look at every frame by itself, which serve images outside of streams too.
+        origins: `origins(pixels, reference) -> (rows, columns) int64`, of the pixels (rows, columns, patches,
+            values) of all places in the units of the tower's input, and of those with which they were
+            computed last, or None. Per place, the place of this frame, counted row by row, whose rows it
+            takes: itself where it is computed, `EARLIER` for its own in the reference.
     """
 
+    EARLIER: ClassVar[int] = -1
+
     interval: float
-    changed: Callable[[Tensor, Tensor], Tensor]
+    origins: Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass

@@ -60,6 +60,26 @@ def film(
     return out
 
 
+def places_of(kind: str, frame: torch.Tensor, grid=GRID):
+    """By row and column of a place the pixels and the tokens of its patches in the tower's order."""
+    if not kind.startswith("qwen"):
+        side = frame.shape[-1] // 7
+        return {
+            (r, c): (frame[:, 7 * r : 7 * r + 7, 7 * c : 7 * c + 7].flatten(), [r * side + c])
+            for r in range(side)
+            for c in range(side)
+        }
+    rows, columns = grid[0] // 2, grid[1] // 2
+    cells = [(r, c) for r in range(rows) for c in range(columns)]
+    order = cells
+    if kind == "qwen2.5":  # windows of 2 x 2 cells
+        order = sorted(cells, key=lambda cell: (cell[0] // 2, cell[1] // 2, cell[0] % 2, cell[1] % 2))
+    return {
+        cell: (frame[4 * i : 4 * i + 4].flatten(), [4 * order.index(cell) + k for k in range(4)])
+        for i, cell in enumerate(cells)
+    }
+
+
 def features(model, kind: str, *videos: list[Tensor], grid=GRID):
     """What `get_video_features` gives for videos of equal length; releases differ in the name of its first
     argument.

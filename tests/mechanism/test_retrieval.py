@@ -106,7 +106,7 @@ def test_equals_the_oracle_or_refuses(name, row, sighted):
         got = embeddings(model, inputs)
         kept = vtoken.kept_tokens(model)
         report = vtoken.report(model)
-    want = expected(name, inputs, spy, "encoder" in stages(parts))
+    want = expected(name, inputs, spy, bool({"encoder", "pixels"} & stages(parts)))
     assert_rows(got, want)
     assert kept.sum(1).tolist() == [len(mine) for mine in want]
     assert report.tokens_in == int(RETRIEVERS[name].visual(inputs).sum())

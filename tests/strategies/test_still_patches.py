@@ -109,7 +109,7 @@ def test_the_budget_is_the_projector_strategys_alone():
     for rival, sentence in (
         ("stc_cacher", "both act between frames"),
         ("mustdrop", "merges tokens"),
-        ("pvc", "pvc lets frames attend to each other in the vision tower, where still_patches keeps"),
+        ("pvc", "pvc lets frames attend to each other in the vision tower, where still_patches reuses"),
     ):
         with pytest.raises(ValueError, match=sentence):
             combine(["still_patches", rival], 0.5)

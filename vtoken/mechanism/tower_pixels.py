@@ -1,4 +1,4 @@
-"""Skip the places of a stream's frames whose pixels hardly changed, in all layers of a vision tower.
+"""Skip the places of frames that take their rows from others or from earlier frames, in a tower's layers.
 
 The computed tokens of all frames of a call pass a layer together, as one sequence without the others. Frames
 that are computed in full pass the original layer, and a call of such frames alone is the plain tower.
@@ -18,6 +18,7 @@ from ..adapters.towers.blocks import Block
 from ..adapters.towers.capture import Capture
 from ..adapters.towers.packed import rotate
 from ..adapters.towers.pixel_pass import PixelPass
+from ..hooks import Hook
 from ..streams import PixelReuse
 from .tower_reuse import TowerReuse
 from .tower_rows import Rows
@@ -48,6 +49,47 @@ class PixelSkipping(TowerReuse):
     def begin(self, run: PixelPass, kind: Hashable, args: Any, kwargs: dict[str, Any]) -> None:
         run.compare(kind, self.tower.frame_patches(args, kwargs), self.reuse, self.prefix)
 
+    def _find(self) -> list[Hook]:
+        hooks, embedding = super()._find(), self.tower.embedding
+        if embedding is not None and 0 in self.layers:  # else all of its rows are read
+            hooks += [
+                Hook(embedding, self._before_embedding, before=True),
+                Hook(embedding, self._after_embedding),
+            ]
+        for merger in self.tower.mergers:
+            hooks += [Hook(merger, self._before_merger, before=True), Hook(merger, self._after_merger)]
+        return hooks
+
+    def _skipping(self) -> PixelPass | None:
+        run = self._running()
+        return run if isinstance(run, PixelPass) and run.computed and not bool(run.embedded.all()) else None
+
+    def _before_embedding(self, module: Any, args: Any) -> Any:
+        run = self._skipping()
+        return None if run is None else (args[0][run.embedded], *args[1:])
+
+    def _after_embedding(self, module: Any, args: Any, out: Tensor) -> Any:
+        run = self._skipping()
+        if run is None:
+            return None
+        rows = out.new_zeros(len(run.embedded), out.shape[-1])  # no layer reads the others
+        rows[run.embedded] = out
+        return rows
+
+    def _merging(self) -> PixelPass | None:
+        """The pass, if its pool has fewer rows than its frames."""
+        run = self._skipping()
+        fewer = run is not None and run.outputs is not None and len(run.outputs) < len(run.source)
+        return run if fewer else None
+
+    def _before_merger(self, module: Any, args: Any) -> Any:
+        run = self._merging()
+        return None if run is None else (run.outputs, *args[1:])
+
+    def _after_merger(self, module: Any, args: Any, out: Tensor) -> Any:
+        run = self._merging()
+        return None if run is None else run.merged(out)
+
     def counted(self, run: PixelPass) -> tuple[list[int], list[Tensor]]:
         return [int(c.sum()) for c in run.computed], [c[self.prefix :].float() for c in run.computed]
 
@@ -66,19 +108,22 @@ class PixelSkipping(TowerReuse):
         passing = full if i in self.layers else every
         run.use.flops += sum(block.dense_flops(rows.windows[j]) for j in passing)
         run.layers += 1
-        if len(full) == len(every) and run.state is None:
+        run.outputs = None
+        if len(full) == len(every) and not run.keeps:
             return original(x, *args, **kwargs)
-        if i not in self.layers:  # every token passes it, the skipped ones with the rows of their reference
+        if i not in self.layers:  # every token passes it, the skipped ones with the rows of their origin
             made = original(x, *args, **kwargs).flatten(0, -2)
             none = made.new_empty(0)
             out = run.pool(i, 2, [made[run.whole], made[run.some]])
             run.store(i, (none, none, out))
+            run.outputs = out
             return out[run.source].view_as(x)
         parts = [self._in_full(run, rows, block, original, args, kwargs)] if full else []
         if len(run.some):
             parts.append(self._in_part(i, run, rows, block, parts))
         key, value, out = (run.pool(i, what, [part[what] for part in parts]) for what in range(3))
         run.store(i, (key, value, out))
+        run.outputs = out
         return out[run.source].view_as(x)
 
     def _in_full(

@@ -104,6 +104,7 @@ class TowerReuse:
         if run is None or kwargs is None:
             return
         run.grids = self.tower.frame_grids(args, kwargs)
+        run.videos = run.videos or [1] * len(run.grids)
         if len(run.grids) != sum(run.videos):
             raise RuntimeError(
                 f"The tower was given {len(run.grids)} frames but the call has {sum(run.videos)}: "

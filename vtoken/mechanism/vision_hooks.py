@@ -45,7 +45,7 @@ class VisionHooks:
         timer: `timer(name)` is a context manager that times a stage.
         merging: per modality, the tower layers after which tokens are merged, if the tower allows it.
         merging_strategy: asked in these layers.
-        reuse: per modality, the tower's reuse between frames.
+        reuse: per modality, the reuse inside the tower.
         temporal: per modality, () -> the strategy's attention across frames.
         used: called with the work of a tower that reuses: `used(modality, TowerUse)`.
         select: `select(VisualTokens) -> Selection`, called once for every frame of a stream, for its memory;
@@ -264,7 +264,10 @@ class VisionHooks:
 
     def _frames(self, modality: str, given: dict[str, Any], stream: StreamState | None) -> FramePass | None:
         """The frames of a call that reuses: every video is a stream, or all continue the given stream."""
-        if modality not in self.reuse or (stream is None and modality != "video"):
+        reuse = self.reuse.get(modality)
+        if isinstance(reuse, PixelReuse) and reuse.interval == 1:
+            return PixelPass([], stream)
+        if reuse is None or (stream is None and modality != "video"):
             return None
         frames = self.adapter.frames(modality, given)
         if stream is not None and modality == "video" and len(frames) > 1:
@@ -274,7 +277,7 @@ class VisionHooks:
             )
         if not frames:
             return None
-        kind = PixelPass if isinstance(self.reuse[modality], PixelReuse) else FramePass
+        kind = PixelPass if isinstance(reuse, PixelReuse) else FramePass
         return kind(frames if stream is None else [sum(frames)], stream)
 
     def _temporal_pass(

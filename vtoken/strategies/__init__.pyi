@@ -8,6 +8,7 @@ from .info import StrategyInfo as StrategyInfo
 from .merging import EncoderStrategy as EncoderStrategy, ScheduledMerging as ScheduledMerging
 from .registry import create as create, list_names as list_names, register as register, registered as registered, strategy_info as strategy_info
 from .scored import ScoredStrategy as ScoredStrategy
+from .blank_patches import BlankPatches as BlankPatches
 from .cdpruner import CDPruner as CDPruner
 from .coverage import Coverage as Coverage
 from .dart import DART as DART

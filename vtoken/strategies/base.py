@@ -44,7 +44,7 @@ class Strategy(metaclass=_CheckedOptions):
         aligned_layers: for methods that shrink the KV cache of earlier layers once the prompt has been read.
         encoder_layers, merge_in_encoder: for methods that merge after layers of an encoder; `EncoderStrategy`
             is for those between attention and MLP.
-        reuse: for methods that compute a part of a frame inside the vision tower and reuse an earlier one.
+        reuse: for methods that compute a part of a frame in the vision tower and reuse it or an earlier one.
 
     Args:
         budget: a float in (0, 1] is the share of the visual tokens that the unpatched model would feed to the
@@ -198,7 +198,7 @@ class Strategy(metaclass=_CheckedOptions):
         raise NotImplementedError(f"{type(self).__name__} does not act inside the vision tower.")
 
     def reuse(self, tower: TowerInfo) -> Reuse | PixelReuse | None:
-        """Reuse between frames in the vision tower; None for methods that compute every frame in full."""
+        """Reuse in the vision tower; None for methods that compute every frame in full."""
         return None
 
     def temporal(self, tower: TowerInfo) -> Temporal | None:
@@ -240,7 +240,7 @@ class Strategy(metaclass=_CheckedOptions):
 
     @property
     def acts_between_frames(self) -> bool:
-        """Whether it reuses in the vision tower what an earlier frame computed."""
+        """Whether it reuses in the vision tower what was computed for an earlier frame or another place."""
         return type(self).reuse is not Strategy.reuse
 
 

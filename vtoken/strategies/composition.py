@@ -24,14 +24,14 @@ REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L
 class Composite(Strategy):
     """Combination of a projector strategy and one that drops inside the LLM, as one strategy.
 
-    Either of the two may also be combined with a strategy that acts between frames.
+    Either of the two may also be combined with a strategy that reuses tokens inside the vision tower.
 
     How one budget b is shared: the strategy inside the LLM is held to b itself, in its own meaning (what
     remains after its cut, or its average over the layers), of what the unpatched model would feed. The
     projector strategy is held to `b ** split`, which with the default of one half lets both drop by the same
     factor. For a whole number b of tokens per image or frame of n tokens the projector strategy keeps `n * (b
-    / n) ** split`. Without `budget` every part keeps its own. A strategy that only acts between frames, such
-    as stc_cacher, keeps its own budget in any case, and still_patches has none.
+    / n) ** split`. Without `budget` every part keeps its own. A strategy that only reuses in the tower, such
+    as stc_cacher, keeps its own budget in any case; still_patches and blank_patches have none.
 
     Args:
         budget: shared by all parts, None to leave theirs as they are.
@@ -107,13 +107,13 @@ class Composite(Strategy):
         if between and merging:
             raise ValueError(
                 f"{merging[0].info.name} merges tokens in the vision tower, where {between[0].info.name}"
-                " compares them with those of an earlier frame: choose one of them."
+                " reuses some of them: choose one of them."
             )
         mixing = [p for p in self.parts if p.temporal(REFERENCE_TOWER)]
         if mixing and (skipping := [p for p in between if "pixels" in p.info.stages]):
             raise ValueError(
                 f"{mixing[0].info.name} lets frames attend to each other in the vision tower, where"
-                f" {skipping[0].info.name} keeps what an earlier frame gave: choose one of them."
+                f" {skipping[0].info.name} reuses some of their tokens: choose one of them."
             )
         places = {
             "between the tower and the LLM": at_projector,

@@ -70,7 +70,12 @@ class StillPatches(Strategy):
         return self.refresh == 1
 
     def reuse(self, tower: TowerInfo) -> PixelReuse:
-        return PixelReuse(math.inf if self.refresh is None else self.refresh, self.changed)
+        return PixelReuse(math.inf if self.refresh is None else self.refresh, self.origins)
+
+    def origins(self, pixels: Tensor, reference: Tensor | None) -> Tensor:
+        """(rows, columns) int64, see `PixelReuse`: every place itself or its earlier state."""
+        own = torch.arange(pixels[:, :, 0, 0].numel(), device=pixels.device).view(pixels.shape[:2])
+        return own if reference is None else own.where(self.changed(pixels, reference), PixelReuse.EARLIER)
 
     def changed(self, pixels: Tensor, reference: Tensor) -> Tensor:
         """(rows, columns) bool: the places to compute, of pixels (rows, columns, patches, values)."""

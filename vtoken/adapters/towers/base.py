@@ -140,6 +140,16 @@ class Tower:
         """Per frame, values of its patches in the tower's order (patches,) -> (rows, columns)."""
         return [value.view(grid) for value, grid in zip(values, grids, strict=True)]
 
+    @property
+    def embedding(self) -> nn.Module | None:
+        """The module that embeds the pixels of each patch alone, in the order of `frame_patches`, if any."""
+        return None
+
+    @property
+    def mergers(self) -> list[nn.Module]:
+        """Modules that make one row of the patches of each place alone, from a layer's output."""
+        return []
+
     # -- provided --------------------------------------------------------------------------------------------
     @property
     def can_reuse(self) -> bool:

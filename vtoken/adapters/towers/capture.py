@@ -24,7 +24,7 @@ class FramePass:
     """The frames of one `get_*_features` call while they pass through the tower.
 
     Attributes:
-        videos: frames of every video, in tower order.
+        videos: frames of every video, in tower order; none where each frame is looked at by itself.
         state: the stream that they continue; without one, every video is a stream of its own.
         grids: per frame (rows, columns) of patches.
         signatures: per frame, the facts that it must share with its reference.

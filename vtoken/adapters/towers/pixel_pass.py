@@ -1,4 +1,4 @@
-"""Frames of one call whose unchanged places are taken from earlier frames, as tables of rows."""
+"""Frames of one call of which some places are taken from others or from earlier frames, as tables of rows."""
 
 from __future__ import annotations
 
@@ -21,23 +21,32 @@ class PixelPass(FramePass):
     that are computed in full, and the computed rows of the other frames, in this order.
 
     Attributes:
-        computed: per frame (tokens,) bool on the CPU, what is computed.
+        origins: per frame (tokens,) int64 on the CPU, the computed token of the frame whose row each takes,
+            `PixelReuse.EARLIER` for its own in the reference.
+        keeps: whether the stream's next frames may take what is computed.
         pixels: (rows, columns, patches, values), the reference of the last frame.
         uses_stored: whether the pool begins with the stored reference.
         whole: (a,) int64, the rows of all frames that are computed in full, among the tokens of the call.
         some: (m,) int64, the computed rows of the other frames.
         source: (tokens of the call,) int64, the row of the pool that each token takes.
         last: (n,) int64, the rows of the pool that the stream keeps.
+        embedded: (tokens of the call,) bool, the rows of the pixels that are computed.
+        unit: patches of a place, which stand together.
+        outputs: (pool, C) of the latest layer, None where it computed every token.
         queries: by the bounds of attention windows, the queries that have equally many keys, see `attending`.
     """
 
-    computed: list[Tensor] = field(default_factory=list)
+    origins: list[Tensor] = field(default_factory=list)
+    keeps: bool = False
     pixels: Tensor | None = None
     uses_stored: bool = False
     whole: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     some: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     source: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     last: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    embedded: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    unit: int = 1
+    outputs: Tensor | None = None
     queries: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def compare(
@@ -51,21 +60,18 @@ class PixelPass(FramePass):
             prefix: tokens at the start of a frame that are no patch; computed with any place.
         """
         self.signatures = [(grid, kind) for grid in self.grids]
-        changed = self._changed([pixels for pixels, _ in places], reuse)
-        sizes = [c.numel() for c in changed]
-        self.computed = []
-        for mine, (_, tokens) in zip(
-            torch.cat([c.flatten() for c in changed]).cpu().split(sizes), places, strict=True
-        ):
-            out = torch.zeros(prefix + tokens.numel(), dtype=torch.bool)
-            out[prefix + tokens.flatten(0, 1)[mine].flatten()] = True
-            out[:prefix] = mine.any()
-            self.computed.append(out)
-        self.sizes = [len(c) for c in self.computed]
+        self.keeps = self.state is not None and reuse.interval > 1
+        origins = self._asked([pixels for pixels, _ in places], reuse)
+        each = torch.cat([o.flatten() for o in origins]).cpu().split([o.numel() for o in origins])
+        self.origins = [of_tokens(o, tokens, prefix) for o, (_, tokens) in zip(each, places, strict=True)]
+        self.sizes = [len(o) for o in self.origins]
         self._tabulate(places[0][0].device)
+        self.unit = places[0][1].shape[-1]
+        own = [o == torch.arange(len(o)) for o in each]
+        self.embedded = torch.cat(own).repeat_interleave(self.unit).to(self.source.device)
 
-    def _changed(self, pixels: list[Tensor], reuse: PixelReuse) -> list[Tensor]:
-        """Per frame (rows, columns) bool, the places that differ from their reference or have none."""
+    def _asked(self, pixels: list[Tensor], reuse: PixelReuse) -> list[Tensor]:
+        """Per frame (rows, columns) int64, the strategy's answers."""
         out: list[Tensor] = []
         for count in self.videos:
             old = None if self.state is None else self.state.references
@@ -74,14 +80,15 @@ class PixelPass(FramePass):
             )
             for i in range(len(out), len(out) + count):
                 now = pixels[i]
-                if reference is None or signature != self.signatures[i] or age >= reuse.interval:
-                    differs = torch.ones(now.shape[:2], dtype=torch.bool, device=now.device)
-                    reference, signature, age = now, self.signatures[i], 0
+                if signature != self.signatures[i] or age >= reuse.interval:
+                    reference, signature, age = None, self.signatures[i], 0
+                with torch.no_grad():
+                    out.append(reuse.origins(now, reference))
+                if reference is None:
+                    reference = now
                 else:
-                    with torch.no_grad():
-                        differs = reuse.changed(now, reference)
-                    reference = torch.where(differs[:, :, None, None], now, reference)
-                out.append(differs)
+                    earlier = out[-1] == reuse.EARLIER
+                    reference = torch.where(earlier[:, :, None, None], reference, now)
                 age += 1
             self.pixels, self.age = reference, age
         return out
@@ -98,11 +105,17 @@ class PixelPass(FramePass):
         place = torch.empty(sum(self.sizes), dtype=torch.long)  # in the pool, of every computed token
         place[torch.cat([at_whole, at_some])] = known + torch.arange(len(at_whole) + len(at_some))
         last, source = torch.arange(known), []
-        for i, mine in enumerate(every):
-            last = place[mine] if i in self.full else last.where(~self.computed[i], place[mine])
+        for mine, origin in zip(every, self.origins, strict=True):
+            here, earlier = place[mine][origin], origin == PixelReuse.EARLIER
+            last = last.where(earlier, here) if bool(earlier.any()) else here
             source.append(last)
         self.whole, self.some = at_whole.to(device), at_some.to(device)
         self.source, self.last = torch.cat(source).to(device), last.to(device)
+
+    @cached_property
+    def computed(self) -> list[Tensor]:
+        """Per frame (tokens,) bool on the CPU, what is computed."""
+        return [origin == torch.arange(len(origin)) for origin in self.origins]
 
     @cached_property
     def full(self) -> list[int]:
@@ -153,20 +166,46 @@ class PixelPass(FramePass):
         each = [*self._stored(layer, what), *rows]
         return torch.cat(each) if len(each) > 1 else each[0]
 
+    def merged(self, made: Tensor) -> Tensor:
+        """Rows of all places of the call, from those of the places of the pool."""
+        return made[self.source[:: self.unit] // self.unit]
+
     def commit(self) -> None:
         """Store the reference in the stream, once the whole call has succeeded."""
-        if self.state is None or not self.computed or self.pixels is None:
+        if self.state is None or self.pixels is None:
             return
-        signature = self.signatures[-1]
-        self.state.references = References(signature, self.age, self.stored, keep(self.pixels))
+        if self.keeps:
+            signature = self.signatures[-1]
+            self.state.references = References(signature, self.age, self.stored, keep(self.pixels))
         self.state.add(self.use)
 
     def store(self, layer: int, pools: Entry) -> None:
         """Keep what later calls take of a layer; pools without rows stay empty."""
-        if self.state is None:
+        if not self.keeps or self.state is None:
             return
         if self.state.references is not None and not self.full and not self.in_part:
             self.stored[layer] = self.state.references.layers[layer]
             return
         key, value, out = (keep(pool[self.last]) if len(pool) else pool for pool in pools)
         self.stored[layer] = key, value, out
+
+
+def of_tokens(origins: Tensor, tokens: Tensor, prefix: int) -> Tensor:
+    """Origins of places (places,) as those of tokens (n,) int64: place by place, patch by patch.
+
+    Args:
+        tokens: (rows, columns, patches) int64 without the prefix, see `Tower.frame_patches`.
+        prefix: tokens at the start of a frame that are no patch; computed with any place.
+
+    Raises:
+        ValueError: for an origin that takes the rows of another place itself.
+    """
+    taken = origins[origins != PixelReuse.EARLIER]
+    if not torch.equal(origins[taken], taken):
+        raise ValueError("PixelReuse.origins must name places that are computed, which name themselves.")
+    tokens, earlier = prefix + tokens.flatten(0, 1), origins == PixelReuse.EARLIER
+    out = torch.arange(prefix + tokens.numel())
+    out[tokens] = tokens[origins].masked_fill(earlier[:, None], PixelReuse.EARLIER)
+    if bool(earlier.all()):
+        out[:prefix] = PixelReuse.EARLIER
+    return out

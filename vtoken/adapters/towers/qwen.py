@@ -60,6 +60,15 @@ class QwenTower(PackedTower):
     def block(self, layer: int) -> Block:
         return FusedBlock(self.layers[layer])
 
+    @property
+    def embedding(self) -> nn.Module | None:
+        return getattr(self.module, "patch_embed", None)
+
+    @property
+    def mergers(self) -> list[nn.Module]:
+        more: Any = getattr(self.module, "deepstack_merger_list", ())
+        return [m for m in (getattr(self.module, "merger", None), *more) if isinstance(m, nn.Module)]
+
     def frame_grids(self, args: Any, kwargs: dict[str, Any]) -> list[tuple[int, int]]:
         return [(h, w) for t, h, w in self._grid(args, kwargs).tolist() for _ in range(t)]
 

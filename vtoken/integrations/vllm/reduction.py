@@ -219,7 +219,7 @@ def why_not(adapter: Adapter, strategy: Strategy) -> str:
     if strategy.acts_inside:
         return "drops tokens inside the LLM"
     if strategy.acts_between_frames:
-        return "reuses frames of a stream inside the vision tower"
+        return "reuses tokens inside the vision tower"
     if any(strategy.encoder_layers(tower.info) for tower in adapter.towers.values()):
         return "merges tokens inside the vision tower"
     needs = [needs_of(adapter, strategy, modality) for modality in MODALITIES]
