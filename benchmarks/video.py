@@ -112,7 +112,8 @@ def processor_of(name: str, model: Any, scale: str, frames: int) -> Any:
     if name.startswith("llava"):
         return onevision(model)
     if name.startswith("qwen3"):
-        return qwen3_vl(model, PIXELS[scale], frames)
+        # patches of 16 pixels in place of 14: as many tokens
+        return qwen3_vl(model, PIXELS[scale] * 16**2 // 14**2, frames)
     return qwen2_5_vl(model, PIXELS[scale])
 
 

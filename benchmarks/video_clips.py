@@ -2,7 +2,7 @@
 
 "talking head": a still photograph in which one region moves, and slight noise of the sensor in that region.
 "hand-held": the camera shakes and pans over a photograph, with noise in every frame.
-"slides": a page that stands for ten seconds, then another.
+"slides": a page that stands for twenty seconds, then another.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 KINDS = ("talking head", "hand-held", "slides")
-NOISE, SLIDE = 2, 10  # grey levels; seconds
+NOISE, SLIDE = 2, 20  # grey levels; seconds
 
 
 def _photograph(which: int, size: tuple[int, int]) -> np.ndarray:
