@@ -226,8 +226,22 @@ def video() -> str:
     return "\n\n".join(parts)
 
 
+def video_answers() -> str:
+    """Right answers about clips of the boards, read from files."""
+    report = json.loads((RESULTS / "video_answers.json").read_text(encoding="utf-8"))
+    about, rows = report["about"], report["rows"]
+    body = [
+        [r["model"], r["row"], f"{r.get('visual_tokens', 'all')}", f"{r.get('computed', 1):.0%}"]
+        + [f"{r['right']} of {r['asked']}", f"{r['right'] / r['asked']:.1%}"]
+        for r in rows
+    ]
+    told = f"Budget {about['budget']}, H.264 at crf {about['crf']}; {_where(report['machine'])}."
+    header = ["tiny model", "way", "visual tokens", "tower tokens computed", "right", "rate"]
+    return f"{told}\n\n{markdown(header, body)}"
+
+
 PAGES: dict[Path, tuple[Callable[[], str], ...]] = {
-    ROOT / "docs" / "performance.md": (machine, goals, models, video, kernels, peers, encoders),
+    ROOT / "docs" / "performance.md": (machine, goals, models, video, video_answers, kernels, peers, encoders),
     ROOT / "docs" / "serving.md": (serving,),
     ROOT / "docs" / "streaming.md": (streaming, early_facts),
 }

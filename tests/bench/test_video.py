@@ -41,6 +41,18 @@ def test_benchmark(scripts, tmp_path, monkeypatch):
     assert (tmp_path / "stages.png").stat().st_size > 1000
 
 
+def test_answers(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script, out = importlib.import_module("video_answers"), tmp_path / "answers.json"
+    arguments = ["--models", "llava_onevision", "--n", "4", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["video_answers.py", *arguments])
+    script.main()
+    dense, pruned, whole = json.loads(out.read_text())["rows"]
+    assert [r["asked"] for r in (dense, pruned, whole)] == [2, 2, 2] and dense["right"] >= 1
+    assert 0 < whole["computed"] < 1 and pruned["visual_tokens"] == whole["visual_tokens"]
+    sys.modules.pop("video_answers")
+
+
 def test_kinds_of_clips(scripts):
     _, clips, _ = scripts
     changed = {}
