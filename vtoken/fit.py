@@ -15,6 +15,7 @@ from .checks import listed
 from .mechanism.attention_rows import check_projections, projects_visual_tokens
 from .mechanism.drop_schedule import DropSchedule
 from .mechanism.recurrent_states import layers_of_fixed_length
+from .storage import Storage
 from .strategies import EncoderStrategy, Strategy, list_names, strategy_info
 from .strategies.trained import trained_part
 from .streams import PixelReuse, Reuse
@@ -33,6 +34,7 @@ class Design:
         reuse: by modality, the reuse inside the tower.
         temporal: by modality, the strategy's attention across frames inside the tower.
         fuses_text: whether the prompt's text embeddings are replaced.
+        storage: the form of the KV cache, None for that of transformers.
         positions: "original" or "renumber".
     """
 
@@ -43,6 +45,7 @@ class Design:
     positions: str
     temporal: dict[str, Temporal] = field(default_factory=dict)
     fuses_text: bool = False
+    storage: Storage | None = None
 
     @property
     def wants_text(self) -> bool:
@@ -67,7 +70,8 @@ def design_of(adapter: Adapter, strategy: Strategy, layers: int) -> Design:
     schedule = DropSchedule(layers, drops, aligned, part is not None and part.hides_pictures)
     merging, reuse = merging_layers(adapter, strategy), reuse_of(adapter, strategy)
     fuses = part is not None and part.fuses_text
-    return Design(schedule, needs, merging, reuse, strategy.positions, temporal_of(adapter, strategy), fuses)
+    temporal, storage = temporal_of(adapter, strategy), strategy.storage(layers)
+    return Design(schedule, needs, merging, reuse, strategy.positions, temporal, fuses, storage)
 
 
 def temporal_of(adapter: Adapter, strategy: Strategy) -> dict[str, Temporal]:

@@ -119,7 +119,8 @@ class Patch:
         select = self.strategy.select_in_prefill
         adapt = self._adapt if schedule.hides else None
         layers = LayerHooks(adapter.decoder, schedule, select, context, positions, adapt)
-        return VisualTurn(adapter, planner, layers, positions, context, self.gate, self.recorder)
+        given = positions, context, self.gate, self.recorder, design.storage
+        return VisualTurn(adapter, planner, layers, *given)
 
     def _text_reading(self) -> TextReading | None:
         if not self.design.wants_text:

@@ -62,6 +62,7 @@ GROUND = (
     "llm_shape",
     "plugins",
     "selection",
+    "storage",
     "streams",
     "version",
     "videos",
@@ -76,7 +77,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tiny": ("extras", "videos"),
     "asking": ("tiny",),
     "video": ("checks", "images", "limits", "tiny"),
-    "strategies": ("checks", "kernels", "llm_shape", "plugins", "streams", "selection", "temporal", "tokens"),
+    "strategies": (
+        *("checks", "kernels", "llm_shape", "plugins", "storage", "streams", "selection", "temporal"),
+        "tokens",
+    ),
     "adapters": (
         "_threads",
         "checks",
@@ -88,7 +92,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "temporal",
         "tokens",
     ),
-    "mechanism": ("_threads", "adapters", "hooks", "kernels", "streams", "selection", "temporal", "tokens"),
+    "mechanism": (
+        *("_threads", "adapters", "hooks", "kernels", "storage", "streams", "selection", "temporal"),
+        "tokens",
+    ),
     "stage_times": ("hooks", "recorder"),
     "recorder": ("_threads", "accounting", "llm_shape", "mechanism", "streams"),
     "config": ("_json", "checks", "strategies"),
@@ -96,7 +103,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "call_frames": (),
     "active": ("call_frames", "streams"),
     "gate": ("active", "call_frames"),
-    "fit": ("adapters", "checks", "mechanism", "strategies", "streams", "selection", "temporal", "tokens"),
+    "fit": (
+        *("adapters", "checks", "mechanism", "storage", "strategies", "streams", "selection", "temporal"),
+        "tokens",
+    ),
     "requested": ("adapters", "config", "fit", "strategies"),
     "trained_weights": ("adapters", "llm_shape", "strategies"),
     "saving": ("config", "patching", "strategies", "trained_weights"),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..storage import PromptTokens, Storage
 from .forward_context import Admission, Call, ForwardContext, ForwardObserver, Plan, ReadTokens, Run
 from .generation import prompt_ends, queries_of
 from .layer_hooks import LayerHooks
@@ -19,6 +20,7 @@ from .masks import both_ways, cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import USUAL, check_cut, expand_batch, overwrite, right_aligned, take, take_merged, tokenwise
 from .recurrent_states import check_filler, counting_layers, has_length
+from .stored_cache import adopt_storage, announce
 from .transformers_names import (
     FOR_LAYERS,
     cache_in,
@@ -63,6 +65,7 @@ class VisualTurn:
         context: shared with the other hooks.
         gate: tells which calls belong to the patch.
         observer: notified before and after the language model.
+        storage: the form of the KV cache, None for that of transformers.
     """
 
     def __init__(
@@ -74,7 +77,9 @@ class VisualTurn:
         context: ForwardContext,
         gate: Admission,
         observer: ForwardObserver,
+        storage: Storage | None = None,
     ) -> None:
+        self.storage = storage
         self.decoder, self.planner, self.layers = adapter.decoder, planner, layers
         self.in_layers = adapter.features_in_layers
         self.arguments = set(inspect.signature(self.decoder.forward).parameters)
@@ -94,11 +99,15 @@ class VisualTurn:
         self._find_real(turn, call)
         run, plan = self._plan(turn, call, cache, visual, kwargs)
         self.context.read = ReadTokens(turn.real, turn.real)
-        if plan is None and turn.fresh and (not self.schedule.count or self.context.disabled):
+        stores = self.storage is not None and cache is not None and not self.context.disabled
+        inside = self.schedule.count and not self.context.disabled
+        if plan is None and turn.fresh and not inside and not stores:
             self._observe(run, turn)
             return None  # nothing to drop
         self._own_cache(turn, run)
         kwargs = self._gather(turn, run, plan, kwargs)
+        if stores:
+            self._announce(run, kwargs["inputs_embeds"])
         self._observe(run, turn)
         return args, kwargs
 
@@ -185,11 +194,17 @@ class VisualTurn:
         self.context.run = run
         ledger.announced = True
 
+    @staticmethod
+    def _announce(run: Run, embeds: Tensor) -> None:
+        assert run.index is not None and run.visual is not None
+        valid = run.now[0][1]
+        announce(run.cache, PromptTokens(run.visual.gather(1, run.index) & valid, valid, embeds))
+
     def _adopt(self, cache: Any, ledger: Ledger) -> None:
-        schedule = self.schedule
-        make_logical(
-            cache, ledger, self.decoder.config.num_hidden_layers, schedule.count > 0, bool(schedule.aligned)
-        )
+        schedule, layers = self.schedule, self.decoder.config.num_hidden_layers
+        if self.storage is not None and not self.context.disabled:
+            adopt_storage(cache, self.storage, layers)
+        make_logical(cache, ledger, layers, schedule.count > 0, bool(schedule.aligned))
 
     def _gather(self, turn: Turn, run: Run, plan: Plan | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         real, embeds = turn.real, kwargs["inputs_embeds"]

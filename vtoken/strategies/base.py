@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-from abc import ABCMeta
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ..checks import fit_field, has_field
 from ..selection import EncoderMerge, Selection
+from ..storage import Storage
 from ..streams import PixelReuse, Reuse
 from ..temporal import Temporal
 from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
-from .budgets import Budget, check_budget
+from .budgets import Budget
+from .checked_options import CheckedOptions
 from .info import StrategyInfo
 
 Positions = Literal["original", "renumber"]
 REFERENCE_DEPTH = 32  # of the LLMs for which layer numbers are published; deep enough for every method
 
 
-class _CheckedOptions(ABCMeta):
-    """Marks an object once it is made: an assignment from then on is checked as an argument is."""
-
-    def __call__(cls, /, *args: Any, **kwargs: Any) -> Any:
-        made = super().__call__(*args, **kwargs)
-        made.__dict__["_made"] = True
-        return made
-
-
 @dataclass
-class Strategy(metaclass=_CheckedOptions):
+class Strategy(CheckedOptions):
     """Base of all strategies: subclass it as a dataclass, register it, write `select`.
 
     Override:
@@ -44,6 +34,7 @@ class Strategy(metaclass=_CheckedOptions):
         aligned_layers: for methods that shrink the KV cache of earlier layers once the prompt has been read.
         encoder_layers, merge_in_encoder: for methods that merge after layers of an encoder; `EncoderStrategy`
             is for those between attention and MLP.
+        storage: for methods that hold the LLM's KV cache in a form of their own.
         reuse: for methods that compute a part of a frame in the vision tower and reuse it or an earlier one.
 
     Args:
@@ -67,29 +58,6 @@ class Strategy(metaclass=_CheckedOptions):
     info: ClassVar[StrategyInfo]
     static_counts: ClassVar[bool] = True
     segments_compete: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Override to check ranges, after `super().__post_init__()`; types have been checked."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not has_field(type(self), name):
-            super().__setattr__(name, value)
-            return
-        value = (
-            check_budget(value)
-            if name == "budget" and value is not None
-            else fit_field(type(self), name, value)
-        )
-        if not self.__dict__.get("_made"):
-            super().__setattr__(name, value)
-            return
-        trial = copy.copy(self)
-        trial.__dict__["_made"] = False
-        setattr(trial, name, value)
-        if self.__dataclass_fields__[name].init:
-            trial.__post_init__()
-        super().__setattr__(name, getattr(trial, name))
-        self.__dict__.update(trial.__dict__, _made=True)
 
     @property
     def is_identity(self) -> bool:
@@ -189,6 +157,10 @@ class Strategy(metaclass=_CheckedOptions):
         """LLM layers whose KV cache keeps only what survived the last drop, once the prompt has been read."""
         return ()
 
+    def storage(self, num_layers: int) -> Storage | None:
+        """Form in which the LLM's KV cache holds the tokens; None for the cache as it is."""
+        return None
+
     def encoder_layers(self, tower: TowerInfo) -> tuple[int, ...]:
         """Ascending tower layers in which `merge_in_encoder` is asked; empty if nothing merges there."""
         return ()
@@ -237,6 +209,11 @@ class Strategy(metaclass=_CheckedOptions):
     @property
     def acts_on_projector(self) -> bool:
         return type(self).select is not Strategy.select
+
+    @property
+    def acts_on_cache(self) -> bool:
+        """Whether it holds the LLM's KV cache in a form of its own."""
+        return type(self).storage is not Strategy.storage
 
     @property
     def acts_between_frames(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checks import found
 from ..selection import EncoderMerge, Selection
+from ..storage import Storage
 from ..streams import PixelReuse, Reuse
 from ..temporal import Temporal
 from ..tokens import EncoderTokens, Needs, PrefillTokens, Segment, TowerInfo, VisualTokens
@@ -24,14 +25,15 @@ REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L
 class Composite(Strategy):
     """Combination of a projector strategy and one that drops inside the LLM, as one strategy.
 
-    Either of the two may also be combined with a strategy that reuses tokens inside the vision tower.
+    Either of the two may also be combined with a strategy that reuses tokens inside the vision tower, and with
+    one that acts on the KV cache.
 
     How one budget b is shared: the strategy inside the LLM is held to b itself, in its own meaning (what
     remains after its cut, or its average over the layers), of what the unpatched model would feed. The
     projector strategy is held to `b ** split`, which with the default of one half lets both drop by the same
     factor. For a whole number b of tokens per image or frame of n tokens the projector strategy keeps `n * (b
-    / n) ** split`. Without `budget` every part keeps its own. A strategy that only reuses in the tower, such
-    as stc_cacher, keeps its own budget in any case; still_patches and blank_patches have none.
+    / n) ** split`. Without `budget` every part keeps its own. A strategy that only reuses in the tower or acts
+    on the KV cache keeps its own budget in any case, if it has one.
 
     Args:
         budget: shared by all parts, None to leave theirs as they are.
@@ -52,10 +54,10 @@ class Composite(Strategy):
 
     def __post_init__(self) -> None:
         self._check_parts()
-        at_projector, inside, between = self._places()
-        only = [p for p in between if not p.acts_on_projector and not p.acts_inside]
+        at_projector, inside, between, stored = self._places()
+        only = [p for p in (*between, *stored) if not p.acts_on_projector and not p.acts_inside]
         both = bool(at_projector and inside) and at_projector[0] is not inside[0]
-        if not both and not (only and len(self.parts) == 2):
+        if not both and not only:
             raise ValueError(
                 f"{' and '.join(p.info.name for p in self.parts)} do not complement each other: combine a"
                 " projector strategy such as visionzip with one that drops inside the LLM such as fastv."
@@ -70,8 +72,10 @@ class Composite(Strategy):
                 self.then = self.then.with_budget(self.budget)
         self.entering = self.first.budget if both and isinstance(self.first.budget, float) else 1.0
         later = [self.first] if self.first is self.then else [self.first, self.then]
-        self.ordered = [*only, *(p for p in later if p not in only)]
+        before = [p for p in only if p in between]
+        self.ordered = [*before, *(p for p in later if p not in only), *(p for p in only if p not in before)]
         self.between = next((p for p in self.ordered if p.acts_between_frames), None)
+        self.stored = next((p for p in self.ordered if p.acts_on_cache), None)
         self.info = StrategyInfo(  # type: ignore[misc]
             name="+".join(p.info.name for p in self.parts),
             summary=f"{', then '.join(p.info.name for p in self.ordered)}.",
@@ -98,11 +102,15 @@ class Composite(Strategy):
             each = ", ".join(f"{p.info.name}: {p.positions}" for p in self.parts)
             raise ValueError(f"All strategies of a combination need the same positions, found {each}.")
 
-    def _places(self) -> tuple[list[Strategy], list[Strategy], list[Strategy]]:
-        """Parts that act before the LLM, inside it, and between frames; ValueError for two at one place."""
+    def _places(self) -> tuple[list[Strategy], list[Strategy], list[Strategy], list[Strategy]]:
+        """Parts that act before the LLM, inside it, between frames and on the cache.
+
+        Raises ValueError for two at one place.
+        """
         at_projector = [p for p in self.parts if p.acts_on_projector]
         inside = [p for p in self.parts if p.acts_inside]
         between = [p for p in self.parts if p.acts_between_frames]
+        stored = [p for p in self.parts if p.acts_on_cache]
         merging = [p for p in self.parts if p.encoder_layers(REFERENCE_TOWER)]
         if between and merging:
             raise ValueError(
@@ -119,6 +127,7 @@ class Composite(Strategy):
             "between the tower and the LLM": at_projector,
             "inside the LLM": inside,
             "between frames": between,
+            "on the KV cache": stored,
         }
         for where, rivals in places.items():
             if len(rivals) > 1:
@@ -130,7 +139,7 @@ class Composite(Strategy):
                 raise ValueError(
                     f"{names_found} both act {where}, where only one can: choose one of them{off}."
                 )
-        return at_projector, inside, between
+        return at_projector, inside, between, stored
 
     def describe(self) -> str:
         """The parts in the order in which they act, and the budget that they share."""
@@ -157,6 +166,13 @@ class Composite(Strategy):
     @property
     def acts_between_frames(self) -> bool:
         return self.between is not None
+
+    @property
+    def acts_on_cache(self) -> bool:
+        return self.stored is not None
+
+    def storage(self, num_layers: int) -> Storage | None:
+        return None if self.stored is None or self.stored.is_identity else self.stored.storage(num_layers)
 
     def reuse(self, tower: TowerInfo) -> Reuse | PixelReuse | None:
         return None if self.between is None or self.between.is_identity else self.between.reuse(tower)
