@@ -15,6 +15,7 @@ from .checks import listed
 from .mechanism.attention_rows import check_projections, projects_visual_tokens
 from .mechanism.drop_schedule import DropSchedule
 from .mechanism.recurrent_states import layers_of_fixed_length
+from .mechanism.storage_fit import check_storage
 from .storage import Storage
 from .strategies import EncoderStrategy, Strategy, list_names, strategy_info
 from .strategies.trained import trained_part
@@ -199,6 +200,7 @@ def check_llm(adapter: Adapter, strategy: Strategy) -> None:
         )
     if not strategy.is_identity and strategy.acts_inside:
         check_inside(adapter, strategy)
+    check_cache(adapter, strategy)
     part = trained_part(strategy)
     if part is not None and part.hides_pictures and "flash" in attention:
         raise ValueError(
@@ -286,6 +288,22 @@ def check_inside(adapter: Adapter, strategy: Strategy) -> None:
     strategy.check_depth(len(decoder.layers))
 
 
+def check_cache(adapter: Adapter, strategy: Strategy) -> None:
+    """Raise ValueError, in one sentence, if the KV cache of this model cannot take the strategy's form."""
+    storage = strategy.storage(len(getattr(adapter.decoder, "layers", ())))
+    if storage is not None and not strategy.is_identity:
+        check_storage(adapter, storage, strategy.info.name, strategy.acts_inside)
+
+
+def holds_cache(adapter: Adapter, strategy: Strategy) -> bool:
+    """Whether the KV cache of this model can take the strategy's form."""
+    try:
+        check_cache(adapter, strategy)
+    except ValueError:
+        return False
+    return True
+
+
 def goes_inside(adapter: Adapter, strategy: Strategy) -> bool:
     """Whether a strategy can drop tokens inside the LLM of this model."""
     try:
@@ -305,6 +323,7 @@ def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
             and served_of(adapter, strategy)
             and not unmet(adapter, strategy)[1]
             and (not strategy.acts_inside or goes_inside(adapter, strategy))
+            and holds_cache(adapter, strategy)
             and not (adapter.features_in_layers and trained_part(strategy) is not None)
         ):
             out.append(name)

@@ -17,6 +17,7 @@ from .llm_shape import LanguageModelShape
 from .mechanism.drop_schedule import DropSchedule
 from .mechanism.forward_context import Run
 from .mechanism.planner import Chosen
+from .mechanism.stored_cache import stored_bytes
 from .streams import TowerUse
 
 
@@ -78,6 +79,8 @@ class Forward:
     # and per stage after the entrance the tokens that are still read
     item: Tensor | None = None
     reads: list[Tensor] = field(default_factory=list)
+    # bytes of a packed cache, before and after; None for any other
+    packed: tuple[int, int] | None = None
 
 
 @dataclass
@@ -170,6 +173,7 @@ class Recorder:
                 dense=real.sum(1),
                 tokens=[real.sum(1)],
                 visual=[(visual & real).sum(1)],
+                packed=None if (held := stored_bytes(run.cache)) is None else (held, held),
             )
         )
 
@@ -183,6 +187,8 @@ class Recorder:
         if run is None or run.visual is None or run.index is None:
             return
         forward = record.forwards[-1]
+        if (held := stored_bytes(run.cache)) is not None:
+            forward.packed = (forward.packed or (0, 0))[0], held
         forward.tokens, forward.visual = [], []
         for index, valid in run.now:
             visual = run.visual.gather(1, run.index.gather(1, index)) & valid
@@ -229,11 +235,17 @@ class Recorder:
             flops=flops,
             flops_text=text,
             kv_bytes_dense=sum(shape.kv_bytes(sum(prompt), itemsize) for shape in shapes),
-            kv_bytes=sum(shapes[i].kv_bytes(per_layer[i], itemsize) for i in layers),
+            kv_bytes=self._packed(record) or sum(shapes[i].kv_bytes(per_layer[i], itemsize) for i in layers),
             seconds=record.watch.seconds(),
             tower=record.tower,
             budget_counts=self.budget_counts,
         )
+
+    @staticmethod
+    def _packed(record: Record) -> int | None:
+        """Bytes by which a prompt made a packed cache longer, without beams' copies."""
+        first, last = (record.forwards[i].packed for i in (0, -1))
+        return None if first is None or last is None else (last[1] - first[0]) // record.beams
 
     def _with_layers(self, record: Record) -> list[VisualReport]:
         """The images and videos, each with the tokens that every LLM layer reads of it."""

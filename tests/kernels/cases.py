@@ -75,3 +75,21 @@ def masks(draw, batch: int, rows: int, n: int):
 def bounds(draw, n: int):
     cuts = draw(st.lists(st.integers(0, n), max_size=4))
     return [0, *sorted(cuts), n]
+
+
+@st.composite
+def packed_groups(draw):
+    """Arguments of `unpack_rows`, with the codes that are to be packed in place of the bytes."""
+    seed, levels = draw(seeds), draw(st.sampled_from([2, 3, 4, 16]))
+    batch, heads, groups = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    tokens, channels = draw(st.sampled_from([1, 4, 6])), draw(st.sampled_from([1, 5, 8, 12]))
+    blocks = draw(st.sampled_from([(1, channels), (tokens, 1), (1, 1)]))
+    generator = torch.Generator().manual_seed(seed)
+    shape = batch, heads, groups, tokens * channels
+    codes = torch.randint(levels, shape, generator=generator, dtype=torch.uint8)
+    step = tensor(seed, batch, heads, groups, *blocks, dtype=draw(dtypes))
+    zero = tensor(seed + 1, *step.shape, dtype=step.dtype) if draw(st.booleans()) else None
+    index = (
+        indices(seed, batch, groups * tokens, draw(st.integers(1, 9))).int() if draw(st.booleans()) else None
+    )
+    return codes, step, zero, levels, draw(st.sampled_from([0.0, 0.5, 1.0])), tokens, channels, index

@@ -12,7 +12,7 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vtoken.kernels.triton import attention, cover, gather, select
+from vtoken.kernels.triton import attention, cover, gather, pack, select
 
 TYPES = {
     **dict.fromkeys(["x", "q", "k"], "*bf16"), **dict.fromkeys(["index", "into", "partner", "start", "table"], "*i64"),
@@ -24,6 +24,8 @@ ROWS = dict(MASKED=True, WIDE=False, BLOCK_R=64, BLOCK_D=128)
 WINDOW = dict(WIDE=False, BLOCK_Q=64, BLOCK_K=64, BLOCK_D=128)
 GREEDY = dict(PROGRAMS=100, BLOCK_N=16, BLOCK_D=256, BLOCK_P=128)
 MOVE = dict(UNIT=tl.int64, ALIGN=16, STEP=2, BLOCK_M=8, BLOCK_W=256)
+SHAPE = dict(TOKENS=32, CHANNELS=128, WIDTH=820, ROWS=1, COLUMNS=128, BLOCK_M=32, BLOCK_C=128)
+READ = dict(SHAPE, LEVELS=3, PER=5, ZERO=True, GATHER=True)
 KERNELS = [
     (gather._gather_merge, dict(MERGE=True, WEIGHTED=True, BLOCK_D=4096), {"out": "*bf16"}, "ld.global.v4"),
     (gather._move_rows, dict(MOVE, IN_PLACE=True), {}, "ld.global.v2.b64"),
@@ -37,6 +39,13 @@ KERNELS = [
     (select._most_similar, dict(WIDE=False, BLOCK_A=64, BLOCK_B=64, BLOCK_D=64), {}, "mma"),
     (select._farthest, GREEDY, {"out": "*i64", "k": "i32"}, "acquire"),
     (select._greedy, dict(GREEDY, BLOCK_T=16), {"out": "*i64", "k": "i32", "factor": "*fp32"}, "acquire"),
+    (pack._pack, dict(LEVELS=3, PER=5, BLOCK=1024), {"codes": "*u8", "out": "*u8"}, "st.global"),
+    (
+        pack._unpack,
+        READ,
+        {"packed": "*u8", "step": "*fp16", "zero": "*fp16", "out": "*fp16", "centre": "fp32"},
+        "ld.global",
+    ),
     (cover._cover, GREEDY, {"out": "*i64", "k": "i32", "x": "*fp32"}, "acquire"),
 ]
 

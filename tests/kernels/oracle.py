@@ -104,3 +104,32 @@ def greedy_cover(values: Tensor, weight: Tensor, k: int) -> list[int]:
         chosen.append(max(range(len(v)), key=lambda i: (scores[i], -i)))
         covered = [max(x, c) for x, c in zip(v[chosen[-1]], covered)]
     return chosen
+
+
+def pack(codes: Tensor, levels: int) -> list:
+    """Bytes of the last axis, each the number whose digits are the next codes, the lowest first."""
+    if codes.ndim > 1:
+        return [pack(c, levels) for c in codes]
+    per, digits = int(math.log(256) / math.log(levels)), codes.tolist()
+    return [
+        sum(code * levels**i for i, code in enumerate(digits[first : first + per]))
+        for first in range(0, len(digits), per)
+    ]
+
+
+def unpack(
+    codes: Tensor, step: Tensor, zero: Tensor | None, centre: float, tokens: int, channels: int, index
+):
+    batch, heads, groups, _ = codes.shape
+    rows = torch.arange(groups * tokens).expand(batch, -1) if index is None else index.long()
+    out = torch.zeros(batch, heads, rows.shape[1], channels, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for j, row in enumerate(rows[b].tolist()):
+                g, t = divmod(row, tokens)
+                for c in range(channels):
+                    at = b, h, g, t * step.shape[3] // tokens, c * step.shape[4] // channels
+                    out[b, h, j, c] = (codes[b, h, g, t * channels + c].double() - centre) * step[at].double()
+                    if zero is not None:
+                        out[b, h, j, c] += zero[at].double()
+    return out

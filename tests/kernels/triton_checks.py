@@ -18,7 +18,20 @@ from vtoken import kernels
 from vtoken.kernels.triton import attention, select
 
 from . import oracle
-from .cases import DTYPES, TOLERANCE, bounds, dtypes, heads, indices, layouts, masks, merges, seeds, tensor
+from .cases import (
+    DTYPES,
+    TOLERANCE,
+    bounds,
+    dtypes,
+    heads,
+    indices,
+    layouts,
+    masks,
+    merges,
+    packed_groups,
+    seeds,
+    tensor,
+)
 
 DEVICE = os.environ.get("VTOKEN_TEST_DEVICE", "cpu")
 MANY = DEVICE == "cuda"
@@ -119,6 +132,25 @@ def test_kv_compaction(m):
             got = kernels.kv_compact(keys, values, index, inplace=inplace)
             assert all(torch.equal(a.cpu(), b) for g, w in zip(got, want) for a, b in zip(g, w))
             assert not inplace or not m or all(a.data_ptr() == b.data_ptr() for a, b in zip(got[0], keys))
+
+
+@common
+@given(seeds, st.sampled_from([2, 3, 4, 16]), st.integers(1, 4000 if MANY else 41))
+def test_packed_codes(seed, levels, n):
+    codes = torch.randint(levels, (3, 2, n), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    for given_codes in (codes, codes.transpose(0, 1)):
+        assert torch.equal(
+            triton("pack_codes", given_codes, levels), torch_twin("pack_codes", given_codes, levels)
+        )
+
+
+@common
+@given(packed_groups())
+def test_rows_of_packed_codes(case):
+    codes, step, *form = case
+    packed = torch_twin("pack_codes", codes, form[1])
+    got, want = triton("unpack_rows", packed, step, *form), torch_twin("unpack_rows", packed, step, *form)
+    assert got.dtype == want.dtype and torch.allclose(got, want, rtol=2 * TOLERANCE[step.dtype], atol=1e-5)
 
 
 @common

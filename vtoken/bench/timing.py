@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..mechanism.stored_cache import stored_bytes
 from ..mechanism.transformers_names import cache_in
 from ..recorder import Stopwatch
 from ..stage_times import Phases, Times, now, phases
@@ -115,8 +116,11 @@ def peak_bytes(work: Workload) -> tuple[int, int]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values in a dynamic cache."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    """Bytes of the keys and values in a dynamic or packed cache."""
+    held = stored_bytes(cache)
+    return (
+        held if held is not None else sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    )
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -18,11 +18,12 @@ from torch import Tensor
 from . import ops, reference
 from .dispatch import backend, get_backend, set_backend
 from .greedy import farthest_point, greedy_cover, greedy_map, shape_of
+from .packing import pack_codes, unpack_rows
 
 __all__ = [
     "Match", "attention_rows", "backend", "bipartite_match", "farthest_point", "gather_merge", "gather_rows",
-    "get_backend", "greedy_cover", "greedy_map", "kv_compact", "merge_weighted", "received_attention",
-    "set_backend",
+    "get_backend", "greedy_cover", "greedy_map", "kv_compact", "merge_weighted", "pack_codes",
+    "received_attention", "set_backend", "unpack_rows",
 ]  # fmt: skip
 
 

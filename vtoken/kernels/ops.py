@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import reference, reference_select
+from . import reference, reference_pack, reference_select
 from .dispatch import use_triton
 
 
@@ -154,3 +154,35 @@ def kv_compact_(tensors: list[Tensor], index: Tensor) -> None:
     if use_triton(index, any_dtype=True):
         return _triton().kv_compact_(tensors, index)
     return reference.kv_compact_(tensors, index)
+
+
+def _fake_pack_codes(codes, levels):
+    return codes.new_empty(*codes.shape[:-1], reference_pack.width_of(codes.shape[-1], levels))
+
+
+@_op(_fake_pack_codes)
+def pack_codes(codes: Tensor, levels: int) -> Tensor:
+    if use_triton(codes, any_dtype=True):
+        return _triton().pack_codes(codes, levels)
+    return reference_pack.pack_codes(codes, levels)
+
+
+def _fake_unpack_rows(packed, step, zero, levels, centre, tokens, channels, index):
+    rows = packed.shape[2] * tokens if index is None else index.shape[1]
+    return step.new_empty(*packed.shape[:2], rows, channels)
+
+
+@_op(_fake_unpack_rows)
+def unpack_rows(
+    packed: Tensor,
+    step: Tensor,
+    zero: Tensor | None,
+    levels: int,
+    centre: float,
+    tokens: int,
+    channels: int,
+    index: Tensor | None,
+) -> Tensor:
+    if use_triton(step):
+        return _triton().unpack_rows(packed, step, zero, levels, centre, tokens, channels, index)
+    return reference_pack.unpack_rows(packed, step, zero, levels, centre, tokens, channels, index)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._threads import PerThread
 from ..adapters.towers.capture import Capture
 from ..selection import Selection
+from ..storage import PromptTokens
 from .ledger import Ledger
 from .prompt import Choice, EncodedVisuals, Prompt
 
@@ -120,6 +121,7 @@ class Run:
     positions: Tensor | None = None  # position ids after the entrance, for positions="renumber"
     past_seen: Tensor | None = None  # (B, past_slots) bool: tokens of earlier forwards that the mask shows
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)  # per row, see PrefillTokens
+    tokens: PromptTokens | None = None  # after the entrance, for a cache in a strategy's form
 
     @property
     def static(self) -> bool:

@@ -30,6 +30,7 @@ from .ledger import Ledger
 from .masks import WINDOW_FULL, both_ways, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged, tokenwise
 from .recurrent_states import SPOILED, counting_layers
+from .stored_cache import announce
 from .transformers_names import cache_argument, changed, check_length, recomputes
 
 # Older releases checkpoint `__call__`: hooks run again in backward, after the state of the forward is gone.
@@ -250,6 +251,8 @@ class LayerHooks:
         sub, sub_valid = right_aligned(plan.keep)
         run.now.append((index.gather(1, sub), sub_valid))
         run.ragged.append(not bool(sub_valid.all()))
+        if run.tokens is not None and run.cache is not None:
+            announce(run.cache, run.tokens.take(*run.now[-1]), self.schedule.drops[stage - 1])
         return take_merged(hidden, sub, sub_valid, plan.into, plan.weight)
 
     def finish(self, run: Run, hidden: Tensor) -> None:

@@ -6,18 +6,20 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer
 
-from ..storage import PromptTokens, Storage
+from ..storage import Packed, PromptTokens, Storage
 from .cache_crop import name_of
+from .packed_cache import PackedLayer
 
 # declaration -> class of its cache layers, a subclass of DynamicLayer whose objects have `storage`
-LAYER_CLASSES: dict[type[Storage], type[Any]] = {}
+LAYER_CLASSES: dict[type[Storage], type[Any]] = {Packed: PackedLayer}
 
 
 def check_storable(cache: Any) -> None:
     """Raise NotImplementedError for a cache whose layers cannot change their form."""
     if getattr(cache, "offloading", False):
         raise NotImplementedError(
-            "This strategy stores the KV cache in its own form, found an offloaded cache."
+            "This strategy stores the KV cache in its own form, found an offloaded cache: use a DynamicCache"
+            " that is not offloaded."
         )
     for layer in getattr(cache, "layers", ()):
         if type(layer) is not DynamicLayer and not hasattr(layer, "storage"):
@@ -42,14 +44,30 @@ def adopt_storage(cache: Any, storage: Storage, num_layers: int) -> None:
         if found is None:
             layer.__class__ = LAYER_CLASSES[type(storage)]
             layer.begin(storage, i)
-        elif found != storage:
+    check_form(cache, storage)
+
+
+def check_form(cache: Any, storage: Storage) -> None:
+    """Raise ValueError for a cache that was filled in another form than `storage`."""
+    for layer in cache.layers:
+        found = getattr(layer, "storage", None)
+        if found != storage:
             raise ValueError(
-                f"This KV cache was filled in the form {found}, the present strategy has {storage}: go on"
-                " with the strategy that filled it, or start the conversation with a new cache."
+                f"This KV cache was filled in the form {found or name_of(layer)}, the present strategy has"
+                f" {storage}: go on with the strategy that filled it, or start the conversation with a new"
+                " cache."
             )
 
 
-def announce(cache: Any, tokens: PromptTokens) -> None:
-    """Tell the layers what they will be given."""
-    for layer in cache.layers:
+def announce(cache: Any, tokens: PromptTokens, first: int = 0) -> None:
+    """Tell the layers from `first` on what they will be given."""
+    for layer in cache.layers[first:]:
         layer.announce(tokens)
+
+
+def stored_bytes(cache: Any) -> int | None:
+    """Bytes of all tensors of a packed cache; None for any other."""
+    layers = getattr(cache, "layers", ())
+    if not layers or not all(isinstance(layer, PackedLayer) for layer in layers):
+        return None
+    return sum(layer.stored_bytes() for layer in layers)

@@ -20,7 +20,7 @@ from .masks import both_ways, cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import USUAL, check_cut, expand_batch, overwrite, right_aligned, take, take_merged, tokenwise
 from .recurrent_states import check_filler, counting_layers, has_length
-from .stored_cache import adopt_storage, announce
+from .stored_cache import adopt_storage, announce, check_form
 from .transformers_names import (
     FOR_LAYERS,
     cache_in,
@@ -99,7 +99,7 @@ class VisualTurn:
         self._find_real(turn, call)
         run, plan = self._plan(turn, call, cache, visual, kwargs)
         self.context.read = ReadTokens(turn.real, turn.real)
-        stores = self.storage is not None and cache is not None and not self.context.disabled
+        stores = self.storage is not None and not self.context.disabled
         inside = self.schedule.count and not self.context.disabled
         if plan is None and turn.fresh and not inside and not stores:
             self._observe(run, turn)
@@ -188,6 +188,8 @@ class VisualTurn:
         if turn.fresh and run.cache is not None:
             self._adopt(run.cache, ledger)
             ledger.follow(slots_in(run.cache), grow=True)  # a text turn went before
+        elif run.cache is not None and self.storage is not None and not self.context.disabled:
+            check_form(run.cache, self.storage)
         run.past_slots = ledger.slots[0].shape[1]
         if turn.mask_2d is not None and run.past_slots:
             run.past_seen = turn.mask_2d[:, ledger.dropped[0] : ledger.end].bool()
@@ -198,7 +200,9 @@ class VisualTurn:
     def _announce(run: Run, embeds: Tensor) -> None:
         assert run.index is not None and run.visual is not None
         valid = run.now[0][1]
-        announce(run.cache, PromptTokens(run.visual.gather(1, run.index) & valid, valid, embeds))
+        run.tokens = PromptTokens(run.visual.gather(1, run.index) & valid, valid, embeds)
+        if run.cache is not None:
+            announce(run.cache, run.tokens)
 
     def _adopt(self, cache: Any, ledger: Ledger) -> None:
         schedule, layers = self.schedule, self.decoder.config.num_hidden_layers
@@ -338,11 +342,11 @@ class VisualTurn:
             return None
         if run is not None and run.visual is not None and run.index is not None:
             self.layers.finish(run, hidden_states_of(out))
+            self._settle_cache(run, out)
         if not context.disabled:
             self.observer.after_prefill(run, device)
         if run is None or run.visual is None or run.index is None:
             return None
-        self._settle_cache(run, out)
         answered = hidden_states_of(out).shape[1]
         check_prompt(run, self.schedule, answered)
         if run.cache is not None:
@@ -371,12 +375,21 @@ class VisualTurn:
         if run.cache is None and (made := cache_in(out)) is not None:
             self._adopt(made, run.ledger)
             run.cache = made
+            self._settle_stored(run)
         if (
             recomputes(self.decoder)
             and run.cache is not None
             and not any(x.is_initialized for x in counting_layers(run.cache))
         ):
             run.cache = None  # transformers takes no cache to layers that are computed again in backward
+
+    def _settle_stored(self, run: Run) -> None:
+        """Let layers that were filled before they had a strategy's form take it."""
+        if run.tokens is None:
+            return
+        for i, layer in enumerate(run.cache.layers):
+            if layer.is_initialized:
+                layer.settle(run.tokens.take(*run.now[min(self.schedule.reads(i), len(run.now) - 1)]))
 
 
 def _kept(run: Run, final: Tensor, valid: Tensor) -> Tensor:

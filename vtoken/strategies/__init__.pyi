@@ -46,6 +46,7 @@ from .ts_llava import TSLLaVA as TSLLaVA
 from .uniform import Uniform as Uniform
 from .v_cast import VCAST as VCAST
 from .vidcom2 import VidCom2 as VidCom2
+from .vidkv import VidKV as VidKV
 from .visionzip import VisionZip as VisionZip
 from .vispruner import VisPruner as VisPruner
 from .voco import VoCo as VoCo

@@ -156,11 +156,13 @@ METHODS = {"select_in_prefill": "prefill_layers", "merge_in_encoder": "encoder_l
 
 def check_methods(cls: type[Strategy]) -> None:
     """Raise TypeError with one sentence if a class has no method that a patch would ever ask."""
-    written = {name for name in ("select", "reuse", *METHODS, *METHODS.values()) if _writes(cls, name)}
-    if not written & {"select", "reuse", *METHODS}:
+    written = {
+        name for name in ("select", "reuse", "storage", *METHODS, *METHODS.values()) if _writes(cls, name)
+    }
+    if not written & {"select", "reuse", "storage", *METHODS}:
         raise TypeError(
             f"{cls.__name__} would drop nothing: it writes none of select, select_in_prefill,"
-            " merge_in_encoder and reuse."
+            " merge_in_encoder, reuse and storage."
         )
     for method, layers in METHODS.items():
         if (method in written) != (layers in written):

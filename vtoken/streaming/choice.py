@@ -169,6 +169,11 @@ class SharedPatch:
                 " there is one: use a strategy that does not read the text, such as farcover with"
                 " relevance=0.0."
             )
+        if strategy.acts_on_cache:
+            raise ValueError(
+                f"{strategy.info.name} acts on the KV cache of a conversation, and a StreamSession begins one"
+                " for every question: use a strategy of the stages encoder and projector."
+            )
         if strategy.acts_inside:
             raise ValueError(
                 f"{strategy.info.name} drops inside the LLM, which a StreamSession does not do: use a"

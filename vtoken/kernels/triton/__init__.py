@@ -5,6 +5,7 @@ from __future__ import annotations
 from .attention import attention_rows, received_attention
 from .cover import greedy_cover
 from .gather import gather_merge, gather_rows, kv_compact_, kv_gather
+from .pack import pack_codes, unpack_rows
 from .select import bipartite_match, farthest_point, greedy_map
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "greedy_map",
     "kv_compact_",
     "kv_gather",
+    "pack_codes",
     "received_attention",
+    "unpack_rows",
 ]
