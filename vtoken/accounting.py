@@ -76,11 +76,13 @@ class Report:
         visual_per_layer: per LLM layer, visual tokens that it reads, summed over the batch.
         flops_dense, flops: LLM prefill FLOPs of the unpatched model and of this call.
         flops_text: those among `flops` with which the LLM read the prompt's text for the choice.
-        kv_bytes_dense, kv_bytes: KV-cache bytes of the prompt.
+        kv_bytes_dense, kv_bytes: KV-cache bytes of the prompt, and of `kv_answer` tokens after it.
         seconds: measured seconds by name: "tower", "select", "prefill"; GPU times are read when the report is
             made.
         tower: per modality, the work of a tower that reuses between frames, of its latest call; else empty.
         budget_counts: what the strategy's budget counts, in words; empty if unknown.
+        kv_answer: tokens that were read after the prompt, per row, where a strategy evicts tokens from the
+            KV cache; its bytes are those after the latest of them. None for other strategies.
     """
 
     strategy: str
@@ -96,6 +98,7 @@ class Report:
     tower: dict[str, TowerUse] = field(default_factory=dict)
     budget_counts: str = ""
     flops_text: float = 0.0
+    kv_answer: int | None = None
 
     @property
     def tokens_in(self) -> int:
@@ -141,6 +144,7 @@ class Report:
             "flops_text": self.flops_text,
             "kv_bytes_dense": self.kv_bytes_dense,
             "kv_bytes": self.kv_bytes,
+            "kv_answer": self.kv_answer,
             "seconds": self.seconds,
             "tower": {modality: use.to_dict() for modality, use in self.tower.items()},
         }
@@ -180,8 +184,9 @@ class Report:
             f"({change(self.flops, self.flops_dense)})"
             + (f", {_si(self.flops_text)}FLOP of it to choose by the text" if self.flops_text else "")
         )
+        more = f" and {self.kv_answer} tokens of the answer" if self.kv_answer else ""
         lines.append(
-            f"  KV cache of the prompt{'s' if many else ''}: {_si(self.kv_bytes)}B instead of"
+            f"  KV cache of the prompt{'s' if many else ''}{more}: {_si(self.kv_bytes)}B instead of"
             f" {_si(self.kv_bytes_dense)}B ({change(self.kv_bytes, self.kv_bytes_dense)})"
         )
         times = ", ".join(f"{name} {1000 * s:.2f} ms" for name, s in self.seconds.items())

@@ -112,7 +112,7 @@ class Patch:
     def _turn(self) -> VisualTurn:
         adapter, design, context = self.adapter, self.design, self.context
         schedule, positions = design.schedule, design.positions
-        inside = schedule.count > 0
+        inside = schedule.count > 0 or design.storage is not None
         planner = Planner(
             adapter, self._select, context, self._chosen, self._text_reading(), inside, design.together
         )
@@ -242,7 +242,7 @@ class Patch:
     def _warn_of_one_token(self, tokens: VisualTokens) -> None:
         """Warn once if a budget of 1, one token, may have been meant as 1.0, all tokens."""
         parts = getattr(self.strategy, "ordered", [self.strategy])
-        dropping = [p.budget for p in parts if p.acts_on_projector or p.acts_inside]
+        dropping = [p.budget for p in parts if p.acts_on_projector or p.acts_inside or p.acts_on_cache]
         most = _largest(tokens.segments)
         if not self.warned and most > 16 and any(type(b) is int and b == 1 for b in dropping):
             self.warned = True

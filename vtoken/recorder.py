@@ -93,6 +93,8 @@ class Record:
     forwards: list[Forward] = field(default_factory=list)
     tower: dict[str, TowerUse] = field(default_factory=dict)
     text: tuple[tuple[int, int], ...] = ()  # read for the choice: tokens, layers
+    # of a KV cache that tokens are evicted from: bytes of a row, and tokens that it counted first and now
+    held: tuple[int, int, int] | None = None
 
 
 class _Local(PerThread):
@@ -177,6 +179,12 @@ class Recorder:
             )
         )
 
+    def holds(self, nbytes: int, tokens: int) -> None:
+        record = self.local.record
+        if record is not None:
+            first = tokens if record.held is None else record.held[1]
+            record.held = nbytes, first, tokens
+
     def after_prefill(self, run: Run | None, device: torch.device) -> None:
         local = self.local
         record = local.record
@@ -225,6 +233,7 @@ class Recorder:
                 per_layer[i] += sum(tokens[stored])
                 visual[i] += visuals[stage]
                 flops += sum(shapes[i].layer_flops(n, forward.past[stage]) for n in tokens[stage])
+        answer = 0 if record.held is None else record.held[2] - record.held[1]
         return Report(
             strategy=self.describe,
             visuals=self._with_layers(record),
@@ -234,8 +243,15 @@ class Recorder:
             flops_dense=dense,
             flops=flops,
             flops_text=text,
-            kv_bytes_dense=sum(shape.kv_bytes(sum(prompt), itemsize) for shape in shapes),
-            kv_bytes=self._packed(record) or sum(shapes[i].kv_bytes(per_layer[i], itemsize) for i in layers),
+            kv_bytes_dense=sum(
+                shape.kv_bytes(sum(prompt) + len(prompt) * answer, itemsize) for shape in shapes
+            ),
+            kv_bytes=(
+                self._packed(record) or sum(shapes[i].kv_bytes(per_layer[i], itemsize) for i in layers)
+                if record.held is None
+                else record.held[0] * len(prompt)
+            ),
+            kv_answer=None if record.held is None else answer,
             seconds=record.watch.seconds(),
             tower=record.tower,
             budget_counts=self.budget_counts,

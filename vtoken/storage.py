@@ -46,6 +46,33 @@ class Packed(Storage):
     relevance: Callable[[PromptTokens], Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class SinkWindow(Storage):
+    """Each layer holds the first `sinks` tokens of a row and its last `recent` ones, in cache order."""
+
+    sinks: int
+    recent: int
+
+
+@dataclass(frozen=True)
+class AnswerEviction(Storage):
+    """Each layer loses visual tokens while the answer is generated, those that the answer looks at least.
+
+    Attributes:
+        share: of the visual tokens, those that stay; None if `tokens` tells.
+        tokens: that stay per image or frame; None if `share` tells.
+        every: tokens of the answer from one eviction to the next.
+        rounds: evictions until no more has to go.
+        newest: whether the newest token alone is asked, else all since the last eviction.
+    """
+
+    share: float | None
+    tokens: int | None
+    every: int
+    rounds: int
+    newest: bool
+
+
 @dataclass
 class PromptTokens:
     """The tokens of a forward with visual tokens as they enter the LLM, told to its cache layers before.

@@ -145,7 +145,7 @@ def test_names_of_the_last_release_say_how_they_are_written_now():
 
 
 MEANINGS = {
-    "cache": ["voco"],
+    "cache": ["decode_evict", "voco"],
     "average": ["flashvid", "mustdrop", "pyramiddrop", "sparsevlm"],
     "cut": ["dart", "fastv", "llavolta"],
     "tower": ["stc_cacher"],

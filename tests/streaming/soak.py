@@ -76,12 +76,12 @@ def picture(index: int) -> np.ndarray:
     return image
 
 
-def _resident() -> int:
+def resident_bytes() -> int:
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 
-def _tensors() -> tuple[int, int]:
+def tensors_alive() -> tuple[int, int]:
     gc.collect()
     alive = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
     stores = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
@@ -114,10 +114,10 @@ def run(
             if (index + 1) % every == 0:
                 counter.__exit__(None, None, None)
                 tokens = session.ask("what is here ?", max_new_tokens=2).tokens
-                alive = _tensors()
+                alive = tensors_alive()
                 flops, middle = counter.get_total_flops(), 1000 * statistics.median(times)
                 held = session.stats["bytes"]
-                yield Mark(index + 1, _resident(), *alive, flops, middle, held, tokens)
+                yield Mark(index + 1, resident_bytes(), *alive, flops, middle, held, tokens)
 
 
 def main() -> None:

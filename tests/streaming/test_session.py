@@ -307,6 +307,7 @@ def refused(match: str, name: str = "llava_onevision", error=ValueError, **kwarg
 def test_what_cannot_be_served_is_refused():
     refused("reads the question", strategy="cdpruner", name="llava")
     refused("drops inside the LLM", strategy="fastv")
+    refused('sink_window acts on the KV cache.*use memory="rekv"', strategy="sink_window")
     refused("Unknown memory 'all'", memory="all")
     refused("budget needs a strategy", budget=0.5)
     refused("recent must be at least 1", memory_options={"recent": 0}, strategy="uniform")

@@ -32,7 +32,7 @@ def check_projections(decoder: nn.Module, name: str, kind: str) -> None:
             f" embedding; the LLM of this {kind} model has {', '.join(sorted(odd))}: use a projector"
             " strategy."
         )
-    turned = all(map(_turns_halves, {type(a) for a in modules}))
+    turned = all(map(turns_halves, {type(a) for a in modules}))
     if not turned or not all(getattr(a, "use_rope", True) for a in modules):
         raise ValueError(
             f"{name} reads the LLM's attention, which vtoken recomputes with rotary embeddings that turn the"
@@ -132,13 +132,18 @@ def _tables(decoder: Any, hidden: Tensor, layer_type: str) -> tuple[Tensor, Tens
     """Cosines and sines (1, n, rotary_dim) of distant positions, as the decoder's layers are given them."""
     typed = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
     positions = torch.arange(hidden.shape[1], device=hidden.device)[None] * 37
+    return rotary_tables(decoder, hidden, positions, *[layer_type] * typed)
+
+
+def rotary_tables(decoder: Any, like: Tensor, positions: Tensor, *kind: str) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, n, rotary_dim) of the dtype of `like`, of positions (B, n) on all axes."""
     try:
-        return decoder.rotary_emb(hidden, positions, *[layer_type] * typed)  # type: ignore[no-any-return]
+        return decoder.rotary_emb(like, positions, *kind)  # type: ignore[no-any-return]
     except (IndexError, RuntimeError):  # of three axes
-        return decoder.rotary_emb(hidden, positions.expand(3, 1, -1), *[layer_type] * typed)  # type: ignore[no-any-return]
+        return decoder.rotary_emb(like, positions.expand(3, *positions.shape), *kind)  # type: ignore[no-any-return]
 
 
-def _turns_halves(attention: type) -> bool:
+def turns_halves(attention: type) -> bool:
     """Whether the module in which an attention class was written rotates as `rotate` does, if it tells.
 
     Cohere and GLM turn neighbouring channels (x[::2], x[1::2]) instead of halves, GLM-V in `rotate_half_llm`

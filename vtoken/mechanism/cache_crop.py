@@ -22,6 +22,11 @@ def begin_crop(layer: Any, tokens: int) -> Crop | None:
         return ledger.crop
     lead = layer if ledger.lead is None else ledger.lead
     length = max(0, physical_length(lead) + lead.dropped - tokens)
+    if ledger.evicted and length < ledger.end:
+        raise NotImplementedError(
+            "A KV cache that has lost tokens to make room cannot be cropped to before it lost them: keep a"
+            " copy of the cache as it was, or start with a new cache."
+        )
     cuts = ledger.cuts(length) if length < ledger.end else []
     for state in ledger.states:
         check_rolls_back(state)

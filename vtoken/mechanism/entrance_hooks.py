@@ -85,6 +85,7 @@ class EntranceHooks:
             handle.remove()
         self.handles = []
         self.layers.hooks.remove()
+        self.turn.eviction.hooks.remove()
         self.wrapped.remove()
 
     # -- calls of the models ---------------------------------------------------------------------------------
@@ -231,6 +232,7 @@ class EntranceHooks:
         call.read = True
         if not torch.compiler.is_compiling():
             self.layers.hooks.refresh()
+            self.turn.eviction.hooks.refresh()
         if ledger is not call.ledger:
             raise changed(
                 f"{type(self.base).__name__} did not hand its KV cache on to {type(decoder).__name__}"
@@ -238,6 +240,8 @@ class EntranceHooks:
         visual = self._visual(call, embeds) if call.visual or call.has_features else None
         if visual is None:
             self._without_visual(embeds)
+            if ledger is None:
+                ledger = self.turn.hold(cache, embeds, kwargs.get("attention_mask"))
             return None if ledger is None else self._text_turn(call, cache, ledger, args, dict(kwargs))
         return self.turn.enter(call, cache, ledger, visual, args, dict(kwargs))
 
@@ -290,14 +294,18 @@ class EntranceHooks:
                 start = cache.get_seq_length()
                 positions = (torch.arange(length, device=embeds.device) + start).expand(batch, length)  # type: ignore[union-attr]
             kwargs["position_ids"] = self.context.run.positions = positions - ledger.shift[0][:, None]
-        return args, kwargs
+        counted = self.turn.eviction.before_text(self.context.run, positions, mask, embeds)
+        return args, kwargs if counted is None else kwargs | {"position_ids": counted}
 
     # -- after the language model ----------------------------------------------------------------------------
     def _after_decoder(self, decoder: nn.Module, args: Any, out: Any) -> Any:
         run = self.context.run
         if run is not None:
             run.ledger.announced = False
+        left = None
         if self.context.reading is not None:
-            return self.turn.leave(out)
+            left = self.turn.leave(out)
         self.context.run = None
-        return None
+        if out is not None:
+            self.turn.eviction.after(run)
+        return left

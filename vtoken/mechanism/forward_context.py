@@ -202,5 +202,8 @@ class ForwardObserver(Protocol):
     def entered(self, run: Run, real: Tensor) -> None:
         """Note the gathered tokens; `real` (B, q) bool marks tokens that are not padding."""
 
+    def holds(self, nbytes: int, tokens: int) -> None:
+        """Note the bytes of a row of a KV cache that tokens are evicted from, and its logical tokens."""
+
     def after_prefill(self, run: Run | None, device: torch.device) -> None:
         """Note that the language model has answered; `run` is None if nothing was dropped."""

@@ -38,7 +38,8 @@ class Ledger:
     """The logical token in each slot of a KV cache, one table per stage (stage 0 = before the LLM).
 
     The tables end with the last visual token's forward. All later tokens take one slot each in every
-    layer, so that decoding never touches this object and needs no device synchronisation.
+    layer, so that decoding never touches this object and needs no device synchronisation. Where a cache
+    loses tokens after a forward (`keep`), the tables end with that forward.
 
     Attributes:
         slots: per stage (batch, slots) int64, the logical index of a slot's token; -1 for filler.
@@ -58,6 +59,11 @@ class Ledger:
         announced: whether a patched language model is reading the cache at this moment.
         crop: result of the first layer's crop, which the other layers apply.
         pending: visual tokens still to come in a chunked prefill; see `planner.ChunkedPlan`.
+        evicted: whether slots were lost after the forward that filled them.
+        places: (axes, batch, slots) int64, the position ids of the slots, where an eviction reads them.
+        origin: the position ids of later tokens are so much less than those that the model counts.
+        slid: slots that a window has lost since `origin` was changed.
+        lost: (batch,) bool, the rows that a window has lost tokens of; None before it has.
     """
 
     def __init__(
@@ -86,6 +92,10 @@ class Ledger:
         self.announced = False
         self.crop: Crop | None = None
         self.pending: Any = None
+        self.evicted = False
+        self.places: Tensor | None = None
+        self.lost: Tensor | None = None
+        self.origin = self.slid = 0
 
     @property
     def end(self) -> int:
@@ -121,6 +131,8 @@ class Ledger:
         self.columns = [t[rows] for t in self.columns]
         self.shift = [t[rows] for t in self.shift]
         self.real = self.real[rows]
+        self.places = None if self.places is None else self.places[:, rows]
+        self.lost = None if self.lost is None else self.lost[rows]
 
     def follow(self, physical: int, grow: bool) -> None:
         """Adapt to the first layer's physical length; `grow` adds text stored since then to the tables.
@@ -140,6 +152,22 @@ class Ledger:
             self.slots = [torch.cat([t, end + new], 1) for t in self.slots]
             self.columns = [torch.cat([t, width + new], 1) for t in self.columns]
             self.real = torch.cat([self.real, torch.ones_like(new, dtype=torch.bool)], 1)
+
+    def keep(self, index: Tensor, valid: Tensor | None) -> None:
+        """Lose all slots but `index` (B, m) of caches whose layers have one table.
+
+        Args:
+            index: ascending per row; tokens that other layers keep in its place are no padding either.
+            valid: (B, m) bool, False for filler; None if there is none.
+        """
+        end, slots = self.end, self.slots[0].gather(1, index)
+        self.slots = [slots if valid is None else torch.where(valid, slots, -1)]
+        self.columns = [torch.arange(index.shape[1], device=self.device).expand_as(index)]
+        self.ragged, self.dropped = [valid is not None and not bool(valid.all())], [end - index.shape[1]]
+        self.real = self.real[:, :0]  # read by crops alone, which an evicted cache refuses
+        if self.places is not None:
+            self.places = self.places.gather(2, index.expand(len(self.places), *index.shape))
+        self.evicted = True
 
     def cuts(self, length: int) -> list[Cut]:
         """Per stage, the cut that removes the logical tokens from `length` (less than `end`) on.

@@ -146,6 +146,13 @@ class Prompt:
         return last
 
     @property
+    def drafts(self) -> bool:
+        """Whether an assistant proposes tokens, which the model may take back."""
+        config = self.given.get("generation_config") or self.default
+        names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+        return any(self.given.get(name) or getattr(config, name, None) for name in names)
+
+    @property
     def new_tokens(self) -> int:
         """Tokens that may be generated, 0 if unknown."""
         config = self.given.get("generation_config") or self.default

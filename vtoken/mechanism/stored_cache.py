@@ -6,12 +6,17 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer
 
-from ..storage import Packed, PromptTokens, Storage
+from ..storage import AnswerEviction, Packed, PromptTokens, SinkWindow, Storage
 from .cache_crop import name_of
+from .evicting_layers import EvictingLayer
 from .packed_cache import PackedLayer
 
 # declaration -> class of its cache layers, a subclass of DynamicLayer whose objects have `storage`
-LAYER_CLASSES: dict[type[Storage], type[Any]] = {Packed: PackedLayer}
+LAYER_CLASSES: dict[type[Storage], type[Any]] = {
+    Packed: PackedLayer,
+    SinkWindow: EvictingLayer,
+    AnswerEviction: EvictingLayer,
+}
 
 
 def check_storable(cache: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..storage import PromptTokens, Storage
+from .eviction import Eviction
 from .forward_context import Admission, Call, ForwardContext, ForwardObserver, Plan, ReadTokens, Run
 from .generation import prompt_ends, queries_of
 from .layer_hooks import LayerHooks
@@ -85,6 +86,8 @@ class VisualTurn:
         self.arguments = set(inspect.signature(self.decoder.forward).parameters)
         self.schedule, self.renumber = layers.schedule, positions == "renumber"
         self.context, self.gate, self.observer = context, gate, observer
+        axes = 3 if hasattr(adapter.base, "get_rope_index") else 1
+        self.eviction = Eviction(self.decoder, storage, context, observer, axes)
 
     # Forwards with visual tokens depend on data (the survivors) and keep state: torch.compile leaves them to
     # eager mode, and traces decode steps and text turns as one graph.
@@ -106,7 +109,7 @@ class VisualTurn:
             return None  # nothing to drop
         self._own_cache(turn, run)
         kwargs = self._gather(turn, run, plan, kwargs)
-        if stores:
+        if stores and cache is not None:
             self._announce(run, kwargs["inputs_embeds"])
         self._observe(run, turn)
         return args, kwargs
@@ -162,6 +165,8 @@ class VisualTurn:
             run.first = packed_rows(self.decoder, kwargs, call.given.get("attention_mask"), cache)
         if self.schedule.count and not self.context.disabled:
             self._check_inside(run, turn.past + length)
+        if not self.context.disabled:
+            self.eviction.check(cache, turn.past + length, run.first is not None)
         return run, self.planner(call, run, kwargs["inputs_embeds"], real)
 
     def _check_inside(self, run: Run, tokens: int) -> None:
@@ -186,6 +191,7 @@ class VisualTurn:
         """Let the cache count prompt tokens, and note its content."""
         ledger = turn.ledger
         if turn.fresh and run.cache is not None:
+            self.eviction.check_history(run.cache)
             self._adopt(run.cache, ledger)
             ledger.follow(slots_in(run.cache), grow=True)  # a text turn went before
         elif run.cache is not None and self.storage is not None and not self.context.disabled:
@@ -203,6 +209,26 @@ class VisualTurn:
         run.tokens = PromptTokens(run.visual.gather(1, run.index) & valid, valid, embeds)
         if run.cache is not None:
             announce(run.cache, run.tokens)
+
+    def hold(self, cache: Any, embeds: Tensor, mask: Any) -> Ledger | None:
+        """A ledger for a cache that is read without visual tokens, if the strategy evicts text as well."""
+        if not self.eviction.evicts_text or self.gate.disabled():
+            return None
+        batch, length = embeds.shape[:2]
+        device = embeds.device
+        self.eviction.check(cache, length)
+        if cache is None:
+            return None
+        self.eviction.check_history(cache)
+        schedule = self.schedule
+        ledger = Ledger(1, batch, device, schedule.stored, self.renumber, self.layers.chunked)
+        self._adopt(cache, ledger)
+        ledger.follow(slots_in(cache), grow=True)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            seen = mask[:, : ledger.end].bool().to(device)
+            ledger.slots[0] = torch.where(seen, ledger.slots[0], -1)
+            ledger.ragged[0] = not bool(seen.all())
+        return ledger
 
     def _adopt(self, cache: Any, ledger: Ledger) -> None:
         schedule, layers = self.schedule, self.decoder.config.num_hidden_layers
@@ -253,7 +279,7 @@ class VisualTurn:
                 lost = lost - (lost - gone).gather(1, run.first)
             positions = positions - lost - ledger.shift[0][:, None]
             ledger.shift = [shift + lost[:, -1] for shift in ledger.shift]
-        return take(positions, index, dim=-1)
+        return take(positions - ledger.origin, index, dim=-1)
 
     def _mask(self, turn: Turn, run: Run, embeds: Tensor) -> Any:
         """The attention mask of the kept tokens (B, n, d)."""

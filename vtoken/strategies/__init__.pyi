@@ -12,6 +12,7 @@ from .blank_patches import BlankPatches as BlankPatches
 from .cdpruner import CDPruner as CDPruner
 from .coverage import Coverage as Coverage
 from .dart import DART as DART
+from .decode_evict import DecodeEvict as DecodeEvict
 from .diffrate import DiffRate as DiffRate
 from .divprune import DivPrune as DivPrune
 from .evs import EVS as EVS
@@ -34,6 +35,7 @@ from .quecc import QueCC as QueCC
 from .random import Random as Random
 from .random_merge import RandomMerge as RandomMerge
 from .scope import SCOPE as SCOPE
+from .sink_window import SinkWindow as SinkWindow
 from .sparsevlm import SparseVLM as SparseVLM
 from .stc import STC as STC
 from .stc_cacher import STCCacher as STCCacher

@@ -25,15 +25,15 @@ REFERENCE_TOWER = TowerInfo(24, 22, True, tuple(range(24)), 16)  # CLIP-L
 class Composite(Strategy):
     """Combination of a projector strategy and one that drops inside the LLM, as one strategy.
 
-    Either of the two may also be combined with a strategy that reuses tokens inside the vision tower, and with
-    one that acts on the KV cache.
+    Either of the two may also be combined with a strategy that reuses tokens inside the vision tower, and
+    with one that acts on the KV cache.
 
     How one budget b is shared: the strategy inside the LLM is held to b itself, in its own meaning (what
     remains after its cut, or its average over the layers), of what the unpatched model would feed. The
     projector strategy is held to `b ** split`, which with the default of one half lets both drop by the same
     factor. For a whole number b of tokens per image or frame of n tokens the projector strategy keeps `n * (b
-    / n) ** split`. Without `budget` every part keeps its own. A strategy that only reuses in the tower or acts
-    on the KV cache keeps its own budget in any case, if it has one.
+    / n) ** split`. Without `budget` every part keeps its own. A strategy that only reuses in the tower or
+    acts on the KV cache keeps its own budget in any case, if it has one.
 
     Args:
         budget: shared by all parts, None to leave theirs as they are.

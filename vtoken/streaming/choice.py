@@ -172,7 +172,8 @@ class SharedPatch:
         if strategy.acts_on_cache:
             raise ValueError(
                 f"{strategy.info.name} acts on the KV cache of a conversation, and a StreamSession begins one"
-                " for every question: use a strategy of the stages encoder and projector."
+                ' for every question: use memory="rekv", which keeps the keys and values of the stream, and a'
+                " strategy of the stages encoder and projector."
             )
         if strategy.acts_inside:
             raise ValueError(

@@ -218,6 +218,8 @@ def why_not(adapter: Adapter, strategy: Strategy) -> str:
         return "has weights of its own"
     if strategy.acts_inside:
         return "drops tokens inside the LLM"
+    if strategy.acts_on_cache:
+        return "holds the LLM's KV cache in a form of its own"
     if strategy.acts_between_frames:
         return "reuses tokens inside the vision tower"
     if any(strategy.encoder_layers(tower.info) for tower in adapter.towers.values()):
