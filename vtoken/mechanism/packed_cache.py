@@ -42,6 +42,8 @@ class PackedLayer(DynamicLayer):
         """Pack tokens that were stored before the layer had this form, `tokens` the last of them."""
         self._quantize(tokens)
 
+    # Packed parts grow in steps, each of which would be traced anew.
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
