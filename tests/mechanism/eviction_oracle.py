@@ -29,7 +29,8 @@ def exact(model):
     narrow = rotary.forward
 
     def wide(*args, **kwargs):
-        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        double = mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
+        with double, mock.patch.object(torch, "float", torch.float64):
             return narrow(*args, **kwargs)
 
     rotary.forward = wide

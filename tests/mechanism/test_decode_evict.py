@@ -115,13 +115,12 @@ def test_a_second_turn_goes_on_with_what_is_left():
 
 
 def test_beams():
-    model, inputs = precise("llava"), FAMILIES["llava"].batch("ragged", torch.float64)
+    model, inputs = precise("llava"), FAMILIES["llava"].batch("one", torch.float64)
     prompts, length = oracle.capture(model, inputs), inputs["input_ids"].shape[1]
     with vtoken.applied(model, "decode_evict", **OPTIONS):
         out = run(model, inputs, 9, num_beams=3, num_return_sequences=3, output_scores=True)
     said = out.sequences[:, length:]
-    rows = [row for b in range(3) for row in rows_of("llava", model, inputs, 0.25)]
-    rows = [rows[i] for i in (0, 2, 4, 1, 3, 5)]
+    rows = [row for _ in range(3) for row in rows_of("llava", model, inputs, 0.25)]
     logits = wanted_logits(rows, [p for p in prompts for _ in range(3)], said)
     chosen = logits.log_softmax(-1).gather(-1, said.T[..., None]).sum((0, 2)) / 9
     assert_close(out.sequences_scores, chosen, 1e-6)

@@ -132,7 +132,7 @@ def test_a_forward_that_makes_its_own_cache():
 
 def test_beams():
     """Beams of one prompt, against the same sequences scored alone."""
-    model, inputs = precise("llava"), FAMILIES["llava"].batch("ragged", torch.float64)
+    model, inputs = precise("llava"), FAMILIES["llava"].batch("one", torch.float64)
     prompts, length = oracle.capture(model, inputs), inputs["input_ids"].shape[1]
     with vtoken.applied(model, "sink_window", **SMALL):
         out = run(model, inputs, STEPS, num_beams=3, num_return_sequences=3, output_scores=True)
