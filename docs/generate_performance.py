@@ -241,7 +241,16 @@ def video_answers() -> str:
 
 
 PAGES: dict[Path, tuple[Callable[[], str], ...]] = {
-    ROOT / "docs" / "performance.md": (machine, goals, models, video, video_answers, kernels, peers, encoders),
+    ROOT / "docs" / "performance.md": (
+        machine,
+        goals,
+        models,
+        video,
+        video_answers,
+        kernels,
+        peers,
+        encoders,
+    ),
     ROOT / "docs" / "serving.md": (serving,),
     ROOT / "docs" / "streaming.md": (streaming, early_facts),
 }

@@ -160,6 +160,8 @@ def reads(strategy: Strategy) -> str:
     drops = strategy.prefill_layers(DEPTH)
     if drops:
         parts.append(f"what the LLM has computed before {numbers(drops)} (of {DEPTH})")
+    if strategy.attention() is not None:
+        parts.append("the attention of some tokens in every layer of the LLM")
     return "; ".join(parts) or "nothing but the grids"
 
 

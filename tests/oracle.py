@@ -9,6 +9,7 @@ out here in which dropped tokens are masked from their layer on.
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -87,7 +88,9 @@ class Inside:
     ``evict[i]`` is a bool (m,): what later forwards still find in the cache of layer i; the prompt that was
     read in the first forward ends before column ``read``. ``hide`` is a bool (m, m): the first m tokens that
     each of them must not see in any layer; those after them see what the last of them sees. ``renumber``
-    closes the gaps in the positions behind every drop.
+    closes the gaps in the positions behind every drop. ``attended[i]`` is a bool (m,): the tokens that the
+    attention of layer i reads; the others get zeros from it, and with ``keeps`` later forwards see them.
+    ``forgotten[i]`` is a bool (n, n): the tokens that each of them no longer finds in the cache of layer i.
     """
 
     drop: dict[int, Tensor] = field(default_factory=dict)
@@ -96,6 +99,9 @@ class Inside:
     read: int = 0
     renumber: bool = False
     hide: Tensor | None = None
+    attended: dict[int, Tensor] = field(default_factory=dict)
+    keeps: bool = False
+    forgotten: dict[int, Tensor] = field(default_factory=dict)
 
 
 def clone(inputs: dict) -> dict:
@@ -232,17 +238,39 @@ def _layer_by_layer(lm, prompt: Prompt, inside: Inside) -> Tensor:
         seen = allowed & (alive[None] | itself)
         if i in inside.evict:
             seen = seen & (_longer(inside.evict[i], n)[None] | ~later[:, None])
+        attends = torch.ones(n, dtype=torch.bool)
+        if i in inside.attended:
+            attends = _longer(inside.attended[i], n)
+            seen = seen & (attends[None] | itself | (later[:, None] if inside.keeps else False))
+        if i in inside.forgotten:
+            seen = seen & ~inside.forgotten[i]
         mask = torch.zeros(n, n, dtype=h.dtype).masked_fill(~seen, lowest)[None, None]
         gaps = (~alive).cumsum(0) if inside.renumber else 0
         rotary = lm.rotary_emb(h, (positions - gaps).clamp(min=0), *[kinds[i]] * typed)
         extra: dict = {} if per_layer is None else dict(per_layer_input=per_layer[:, :, i])
         if "shared_kv_states" in inspect.signature(layer.forward).parameters:
             extra["shared_kv_states"] = shared
-        h = layer(h, attention_mask=mask, position_embeddings=rotary, **extra)
+        with _silent(layer.self_attn, ~attends) if i in inside.attended else nullcontext():
+            h = layer(h, attention_mask=mask, position_embeddings=rotary, **extra)
         h = h[0] if isinstance(h, tuple) else h
         if prompt.deepstack is not None and i < len(prompt.deepstack):
             h = h + prompt.deepstack[i][None]
     return lm.norm(h)[0]
+
+
+@contextmanager
+def _silent(attention, rows: Tensor):
+    """Attention gives zeros to `rows` (n,) bool."""
+
+    def mute(module, args, out):
+        made = out[0].masked_fill(rows[None, :, None], 0)
+        return (made, *out[1:])
+
+    hook = attention.register_forward_hook(mute)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _longer(mask: Tensor, n: int) -> Tensor:
@@ -328,10 +356,12 @@ def generate(
     renumber: bool = False,
     forced: Tensor | None = None,
     hide: Tensor | None = None,
+    attended: dict[int, Tensor] | None = None,
+    keeps: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Greedy decoding -> ids (batch, steps) and logits (steps, batch, vocabulary).
 
-    ``drop`` and ``evict`` map a layer to a bool (batch, L), ``mix`` holds for each row ``{layer: matrix}``,
+    ``drop``, ``evict`` and ``attended`` map a layer to a bool (batch, L), ``mix`` holds for each row ``{layer: matrix}``,
     ``read`` is L unless some of the columns were said later (see ``Inside``); ``forced`` (batch, steps) are
     the ids to be scored instead of the greedy ones, ``hide`` a bool (batch, L, L). For the others see
     ``shortened``.
@@ -343,11 +373,12 @@ def generate(
         shortened(model, inputs, keep, merge, features, renumber, deepstack=deepstack)
     ):
         inside = None
-        if drop or evict or any(mix or ()) or hide is not None:
-            cuts = [{k: d[b, prompt.index] for k, d in (of or {}).items()} for of in (drop, evict)]
+        if drop or evict or attended or any(mix or ()) or hide is not None:
+            cuts = [{k: d[b, prompt.index] for k, d in (of or {}).items()} for of in (drop, evict, attended)]
             length = inputs["input_ids"].shape[1] if read is None else read
             hidden_here = None if hide is None else hide[b, prompt.index][:, prompt.index]
-            inside = Inside(cuts[0], mix[b] if mix else {}, cuts[1], length, renumber, hidden_here)
+            others = length, renumber, hidden_here, cuts[2], keeps
+            inside = Inside(cuts[0], mix[b] if mix else {}, cuts[1], *others)
         row_ids, row_logits = [], []
         for t in range(steps):
             out = head(hidden(model, prompt, inside)[-1])

@@ -33,7 +33,11 @@ OPTIONS: dict[str, dict] = {
     "blank_patches": {"threshold": 9.0},
     "vidkv": {"group": 1024, "residual": 1024},
 }
-COMBINED = {"visionzip + fastv": ["visionzip", "fastv"]}
+COMBINED = {
+    "visionzip + fastv": ["visionzip", "fastv"],
+    "hired + zipvl": ["hired", "zipvl"],
+    "tome + fastv + zipvl": ["tome", "fastv", "zipvl"],
+}
 ROWS = {name: name for name in list_names()} | COMBINED
 EQUAL_FRAMES = ("evs", "flashvid", "v_cast", "vidcom2")
 # one that reads the tower's attention and merges, one inside the tower, one inside the LLM

@@ -68,7 +68,8 @@ def design_of(adapter: Adapter, strategy: Strategy, layers: int) -> Design:
     drops = tuple(strategy.prefill_layers(layers))
     part = trained_part(strategy)
     aligned = tuple(strategy.aligned_layers(layers)) if drops else ()
-    schedule = DropSchedule(layers, drops, aligned, part is not None and part.hides_pictures)
+    hides = part is not None and part.hides_pictures
+    schedule = DropSchedule(layers, drops, aligned, hides, strategy.attention())
     merging, reuse = merging_layers(adapter, strategy), reuse_of(adapter, strategy)
     fuses = part is not None and part.fuses_text
     temporal, storage = temporal_of(adapter, strategy), strategy.storage(layers)
@@ -198,7 +199,7 @@ def check_llm(adapter: Adapter, strategy: Strategy) -> None:
             "flex_attention masks cannot be cut: load the model with attn_implementation='sdpa', 'eager' or "
             "'flash_attention_2'."
         )
-    if not strategy.is_identity and strategy.acts_inside:
+    if not strategy.is_identity and (strategy.acts_inside or strategy.acts_in_attention):
         check_inside(adapter, strategy)
     check_cache(adapter, strategy)
     part = trained_part(strategy)
@@ -285,6 +286,7 @@ def check_inside(adapter: Adapter, strategy: Strategy) -> None:
             f" this {kind} model has layers without positions: use a projector strategy."
         )
     check_projections(decoder, name, kind)
+    check_attention(decoder, strategy, kind)
     strategy.check_depth(len(decoder.layers))
 
 
@@ -302,6 +304,25 @@ def holds_cache(adapter: Adapter, strategy: Strategy) -> bool:
     except ValueError:
         return False
     return True
+
+
+def check_attention(decoder: Any, strategy: Strategy, kind: str) -> None:
+    """Raise ValueError if the LLM's layers cannot attend to tokens of a strategy's choice."""
+    sparse, name = strategy.attention(), strategy.info.name
+    if sparse is None:
+        return
+    if sparse.evicts and strategy.aligned_layers(len(decoder.layers)):
+        raise ValueError(
+            f"Two parts of {name} choose what the KV cache of a layer keeps: pass align_cache=False to the"
+            " one that drops inside the LLM, or choose one of them."
+        )
+    if strategy.storage(len(decoder.layers)) is not None:
+        raise ValueError(f"Two parts of {name} choose how the KV cache is stored: choose one of them.")
+    if not sparse.evicts and not all(getattr(x.self_attn, "v_proj", None) for x in decoder.layers):
+        raise ValueError(
+            f"{name} computes the values of all tokens from v_proj, which the LLM of this {kind} model lacks:"
+            " use kv='evict', or a projector strategy."
+        )
 
 
 def goes_inside(adapter: Adapter, strategy: Strategy) -> bool:
@@ -322,7 +343,7 @@ def fitting(adapter: Adapter, pattern: str = "*") -> list[str]:
             getattr(strategy, "serves_llms", True)
             and served_of(adapter, strategy)
             and not unmet(adapter, strategy)[1]
-            and (not strategy.acts_inside or goes_inside(adapter, strategy))
+            and (not (strategy.acts_inside or strategy.acts_in_attention) or goes_inside(adapter, strategy))
             and holds_cache(adapter, strategy)
             and not (adapter.features_in_layers and trained_part(strategy) is not None)
         ):

@@ -44,11 +44,27 @@ class LanguageModelShape:
             intermediate=intermediate,
         )
 
-    def layer_flops(self, tokens: float, past: float = 0) -> float:
-        """FLOPs of a gated-MLP layer on `tokens` after `past`: 2 per multiply-add, half the square map."""
+    def layer_flops(
+        self, tokens: float, past: float = 0, attended: float | None = None, probes: float = 0
+    ) -> float:
+        """FLOPs of a gated-MLP layer on `tokens` after `past`: 2 per multiply-add, half the square map.
+
+        Args:
+            tokens: that pass the MLP.
+            past: tokens in the KV cache.
+            attended: tokens that pass attention, None for all.
+            probes: queries whose attention to all tokens was computed before, to choose the attended ones.
+        """
+        attended = tokens if attended is None else attended
         projections = 2 * self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         mlp = 6 * self.hidden * self.intermediate
-        return tokens * (projections + mlp) + 4 * tokens * (past + tokens / 2) * self.heads * self.head_dim
+        attention = 4 * attended * (past + attended / 2) * self.heads * self.head_dim
+        choice = 0.0
+        if probes:
+            width = self.hidden * self.head_dim
+            choice = 2 * width * (tokens * self.kv_heads + probes * self.heads)
+            choice += 2 * probes * (past + tokens) * self.heads * self.head_dim
+        return attended * projections + tokens * mlp + attention + choice
 
     def kv_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of one layer's keys and values."""

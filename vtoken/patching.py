@@ -112,13 +112,14 @@ class Patch:
     def _turn(self) -> VisualTurn:
         adapter, design, context = self.adapter, self.design, self.context
         schedule, positions = design.schedule, design.positions
-        inside = schedule.count > 0 or design.storage is not None
+        inside = schedule.inside or design.storage is not None
         planner = Planner(
             adapter, self._select, context, self._chosen, self._text_reading(), inside, design.together
         )
         select = self.strategy.select_in_prefill
         adapt = self._adapt if schedule.hides else None
-        layers = LayerHooks(adapter.decoder, schedule, select, context, positions, adapt)
+        attend = self.strategy.attend if schedule.sparse is not None else None
+        layers = LayerHooks(adapter.decoder, schedule, select, context, positions, adapt, attend)
         given = positions, context, self.gate, self.recorder, design.storage
         return VisualTurn(adapter, planner, layers, *given)
 

@@ -75,6 +75,8 @@ class Forward:
     dense: Tensor  # (rows,)
     tokens: list[Tensor]  # per stage (rows,)
     visual: list[Tensor]
+    # per layer with sparse attention (rows,), queries whose attention was computed for the choice
+    probes: list[list[int]] = field(default_factory=list)
     # of a prompt that loses tokens inside the LLM: (rows, q), the image of its row that a token belongs to,
     # and per stage after the entrance the tokens that are still read
     item: Tensor | None = None
@@ -198,13 +200,15 @@ class Recorder:
         if (held := stored_bytes(run.cache)) is not None:
             forward.packed = (forward.packed or (0, 0))[0], held
         forward.tokens, forward.visual = [], []
-        for index, valid in run.now:
+        stages = run.stages()
+        for index, valid in stages:
             visual = run.visual.gather(1, run.index.gather(1, index)) & valid
             forward.tokens.append(valid[:: record.beams].sum(1))
             forward.visual.append(visual[:: record.beams].sum(1))
-        if len(run.now) > 1 and run.layout is not None:
+        forward.probes = [run.attended[i].probes[:: record.beams] for i in sorted(run.attended)]
+        if len(stages) > 1 and run.layout is not None:
             forward.item = run.layout.item[:: record.beams]
-            for index, valid in run.now[1:]:
+            for index, valid in stages[1:]:
                 times = torch.zeros_like(run.visual, dtype=torch.long)
                 # filler points anywhere and adds nothing
                 times.scatter_add_(1, run.index.gather(1, index), valid.long())
@@ -228,11 +232,21 @@ class Recorder:
             tokens = [t.tolist() for t in forward.tokens]
             visuals = [int(v.sum()) for v in forward.visual]
             for i in layers:
-                stage = min(self.schedule.reads(i), len(tokens) - 1)
-                stored = min(self.schedule.stores(i), len(tokens) - 1)
+                last = len(tokens) - 1
+                stage, stored = min(self.schedule.reads(i), last), min(self.schedule.stores(i), last)
+                attended = min(self.schedule.attends(i), last)
+                past = forward.past[stored if self.schedule.evicts else stage]
                 per_layer[i] += sum(tokens[stored])
-                visual[i] += visuals[stage]
-                flops += sum(shapes[i].layer_flops(n, forward.past[stage]) for n in tokens[stage])
+                visual[i] += visuals[attended]
+                flops += sum(
+                    shapes[i].layer_flops(n, past, m, probes)
+                    for n, m, probes in zip(
+                        tokens[stage],
+                        tokens[attended],
+                        forward.probes[i] if forward.probes else [0] * len(tokens[stage]),
+                        strict=True,
+                    )
+                )
         answer = 0 if record.held is None else record.held[2] - record.held[1]
         return Report(
             strategy=self.describe,
@@ -285,7 +299,7 @@ class Recorder:
         """Ranges of adjacent layers that read the same tokens."""
         out: list[LayersRead] = []
         for layer in range(self.schedule.layers):
-            keep = kept[min(self.schedule.reads(layer), len(kept) - 1)]
+            keep = kept[min(self.schedule.attends(layer), len(kept) - 1)]
             if out and torch.equal(out[-1].keep, keep):
                 out[-1] = replace(out[-1], last=layer)
             else:

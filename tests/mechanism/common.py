@@ -123,7 +123,9 @@ def expected(
     alive = functools.reduce(torch.logical_and, drop.values(), everything)
     evict = dict.fromkeys(spy.strategy.aligned_layers(4), alive) if drop else {}
     hide = spy.hidden(family, inputs) if getattr(spy.strategy, "hides_pictures", False) else None
-    inside = dict(drop=drop, mix=mix, evict=evict, hide=hide)
+    attended = spy.inside_attention(family, inputs) if spy.attended else {}
+    keeps = bool(attended) and not spy.strategy.attention().evicts
+    inside = dict(drop=drop, mix=mix, evict=evict, hide=hide, attended=attended, keeps=keeps)
     return oracle.generate(model, inputs, keep, steps, merge=merge, **inside, **kwargs)
 
 

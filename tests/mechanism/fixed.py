@@ -12,6 +12,7 @@ from tests.models import Family
 from vtoken import PrefillTokens, Selection, Strategy, StrategyInfo, VisualTokens
 from vtoken.mechanism.vision_hooks import VisionHooks
 from vtoken.patching import patch_of
+from vtoken.sparse_attention import AttentionTokens
 
 
 @dataclass
@@ -77,11 +78,14 @@ class Spy:
         planes: per early LLM layer what all visual tokens add there (DeepStack), if the tower reuses between
             frames.
         drops: per LLM layer, for every prompt asked about: columns of its visual tokens and the answer.
+        attended: per LLM layer, for every prompt asked about: the columns that its attention reads, and the
+            first column that is no part of the prompt.
     """
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy, self.items, self.features, self.drops, self.planes = strategy, [], [], {}, []
-        select, in_prefill = strategy.select, strategy.select_in_prefill
+        self.attended: dict[int, list[tuple[Tensor, int]]] = {}
+        select, in_prefill, attend = strategy.select, strategy.select_in_prefill, strategy.attend
 
         def spy_select(tokens: VisualTokens) -> Selection:
             answer = select(tokens)
@@ -94,12 +98,20 @@ class Spy:
             self.drops.setdefault(tokens.layer, []).append((tokens.positions[tokens.visual_rows], answer))
             return answer
 
-        strategy.select, strategy.select_in_prefill = spy_select, spy_prefill
+        def spy_attend(tokens: AttentionTokens) -> Selection:
+            answer = attend(tokens)
+            kept = tokens.positions[answer.keep].tolist()
+            last = int(tokens.positions[-1])
+            self.attended.setdefault(tokens.layer, []).append((torch.tensor([*kept, last]), last + 1))
+            return answer
+
+        strategy.select, strategy.select_in_prefill, strategy.attend = spy_select, spy_prefill, spy_attend
 
     def clear(self) -> None:
         self.items.clear()
         self.features.clear()
         self.drops.clear()
+        self.attended.clear()
 
     def once(self, family: Family, inputs: dict, times: int) -> None:
         """Forget repeated answers: some releases encode the images of a prompt again for every beam."""
@@ -199,6 +211,19 @@ class Spy:
                     mix[b][layer][places[answer.keep]] = rows
             assert next(answers, None) is None
         return drop, mix
+
+    def inside_attention(self, family: Family, inputs: dict) -> dict[int, Tensor]:
+        """What the answers about attention mean: per layer bool (batch, L)."""
+        visual, out = family.visual(inputs), {}
+        for layer, answers in self.attended.items():
+            answers, out[layer] = iter(answers), torch.ones_like(visual)
+            for b, row in enumerate(visual):
+                if row.any():
+                    columns, end = next(answers)
+                    out[layer][b, :end] = False
+                    out[layer][b, columns] = True
+            assert next(answers, None) is None
+        return out
 
 
 def matrix(answer: Selection, n: int) -> Tensor:

@@ -69,6 +69,7 @@ GROUND = (
 )
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(GROUND, ()),
+    "sparse_attention": ("selection",),
     "temporal": ("streams",),
     "tokens": ("selection",),
     "images": ("limits",),
@@ -78,8 +79,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "asking": ("tiny",),
     "video": ("checks", "images", "limits", "tiny"),
     "strategies": (
-        *("checks", "kernels", "llm_shape", "plugins", "storage", "streams", "selection", "temporal"),
-        "tokens",
+        *("checks", "kernels", "llm_shape", "plugins", "sparse_attention", "storage", "streams"),
+        *("selection", "temporal", "tokens"),
     ),
     "adapters": (
         "_threads",
@@ -93,8 +94,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "tokens",
     ),
     "mechanism": (
-        *("_threads", "adapters", "hooks", "kernels", "storage", "streams", "selection", "temporal"),
-        "tokens",
+        *("_threads", "adapters", "hooks", "kernels", "sparse_attention", "storage", "streams", "selection"),
+        *("temporal", "tokens"),
     ),
     "stage_times": ("hooks", "recorder"),
     "recorder": ("_threads", "accounting", "llm_shape", "mechanism", "streams"),

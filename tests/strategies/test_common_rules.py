@@ -149,6 +149,7 @@ MEANINGS = {
     "average": ["flashvid", "mustdrop", "pyramiddrop", "sparsevlm"],
     "cut": ["dart", "fastv", "llavolta"],
     "tower": ["stc_cacher"],
+    "attention": ["zipvl"],
     "encoder": ["diffrate", "prune_by_norm", "random_merge", "tempme", "tome"],
 }
 

@@ -281,7 +281,8 @@ class EntranceHooks:
         if not cache.is_compileable:
             ledger.follow(slots_in(cache), grow=False)
         self.layers.check_ledger(ledger)
-        self.context.run = Run(cache, ledger, length)
+        run = self.context.run = Run(cache, ledger, length)
+        run.reviews = self.layers.sparse is not None and self.layers.sparse.due(run)
         ledger.announced = True
         if isinstance(mask, Tensor) and mask.ndim == 2 and not call.mask_aligned:
             kwargs["attention_mask"] = self._align(ledger, cache, mask)
@@ -305,6 +306,8 @@ class EntranceHooks:
         left = None
         if self.context.reading is not None:
             left = self.turn.leave(out)
+        elif run is not None and run.reviews and out is not None and self.layers.sparse is not None:
+            self.layers.sparse.review(run)
         self.context.run = None
         if out is not None:
             self.turn.eviction.after(run)

@@ -88,6 +88,21 @@ class PromptLayout:
     units: list[int]
 
 
+@dataclass(frozen=True)
+class Attended:
+    """The tokens that the attention of one layer reads.
+
+    Attributes:
+        now: their places in stage 0 and whether they are no filler, as in `Run.now`.
+        rows: (B, m) int64, their places among the tokens that the layer reads; None for all of these.
+        probes: per row, queries whose attention was computed for the choice.
+    """
+
+    now: tuple[Tensor, Tensor]
+    rows: Tensor | None
+    probes: list[int]
+
+
 @dataclass
 class Run:
     """One forward of the language model on a shortened prompt, or after one."""
@@ -107,6 +122,9 @@ class Run:
     past_slots: int = 0
     now: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per stage: (index into stage 0, valid)
     ragged: list[bool] = field(default_factory=list)
+    reviews: bool = False  # whether tokens after the prompt are chosen among when the forward ends
+    # by layer, of layers with sparse attention
+    attended: dict[int, Attended] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
     # layer, attention, its input, rotary tables, mask
     tap: tuple[int, nn.Module, Tensor, Any, Any] | None = None
@@ -126,6 +144,10 @@ class Run:
     @property
     def static(self) -> bool:
         return self.cache is not None and self.cache.is_compileable
+
+    def stages(self) -> list[tuple[Tensor, Tensor]]:
+        """As `now`, with the stages of the layers with sparse attention."""
+        return [*self.now, *(self.attended[layer].now for layer in sorted(self.attended))]
 
     @property
     def candidates(self) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ..hooks import Hook, Hooks, rebuilt
 from ..selection import Selection
+from ..sparse_attention import AttentionTokens
 from ..tokens import PrefillTokens
 from .cache_alignment import align_cache
 from .cache_crop import settle
@@ -30,6 +31,7 @@ from .ledger import Ledger
 from .masks import WINDOW_FULL, both_ways, cut_mask
 from .ragged import expand_batch, right_aligned, take, take_merged, tokenwise
 from .recurrent_states import SPOILED, counting_layers
+from .sparse_layers import SparseLayers
 from .stored_cache import announce
 from .transformers_names import cache_argument, changed, check_length, recomputes
 
@@ -47,6 +49,7 @@ class LayerHooks:
         context: shared with the other hooks.
         positions: "original" or "renumber".
         adapt: `adapt(layer, hidden (m, d)) -> (m, d)` of the marked tokens, if pictures are hidden.
+        attend: `attend(AttentionTokens) -> Selection` of the tokens that a layer attends to, if it is sparse.
     """
 
     def __init__(
@@ -57,11 +60,13 @@ class LayerHooks:
         context: ForwardContext,
         positions: str = "original",
         adapt: Callable[[int, Tensor], Tensor] | None = None,
+        attend: Callable[[AttentionTokens], Selection] | None = None,
     ) -> None:
         self.decoder, self.schedule, self.select, self.context = decoder, schedule, select, context
         self.adapt = adapt
         self.renumber = positions == "renumber"
         self.views = LayerViews(decoder, schedule)
+        self.sparse = None if attend is None else SparseLayers(decoder, schedule, attend, context, self.views)
         self.chunked = getattr(decoder.config, "attention_chunk_size", None) is not None
         kinds = getattr(decoder.config, "layer_types", None)
         self.kind = list(kinds[: schedule.layers]) if kinds else [None] * schedule.layers
@@ -74,7 +79,7 @@ class LayerHooks:
     @property
     def hooks_layers(self) -> bool:
         """Whether the layers carry hooks."""
-        return self.schedule.count > 0 or self.flash
+        return self.schedule.inside or self.flash
 
     @property
     def flash(self) -> bool:
@@ -98,10 +103,17 @@ class LayerHooks:
                 if not hasattr(layer, "self_attn"):
                     raise rebuilt(f"Layer {i} of the LLM has no self_attn, whose attention is read")
                 hooks.append(Hook(layer.self_attn, functools.partial(self._tap, i), before=True, kwargs=True))
+            if self.sparse is not None:
+                hooks += self.sparse.hooks(i, layer.self_attn)
         return hooks
 
     # -- refusals --------------------------------------------------------------------------------------------
     def check_training(self) -> None:
+        if self.sparse is not None and recomputes(self.decoder):
+            raise NotImplementedError(
+                "Attention among chosen tokens cannot be computed again in backward: train without gradient"
+                " checkpointing, or prune before the LLM."
+            )
         if self.schedule.count and HOOKS_INSIDE_CHECKPOINT and recomputes(self.decoder):
             raise NotImplementedError(
                 "Dropping inside the LLM under gradient checkpointing needs a newer transformers, found "
@@ -130,7 +142,7 @@ class LayerHooks:
                 f" positions={own!r}: go on with the strategy that filled it, or start the conversation with"
                 " a new cache."
             )
-        if len(ledger.slots) != self.schedule.count + 1 or ledger.tables != self.schedule.stored:
+        if len(ledger.slots) != self.schedule.tables or ledger.tables != self.schedule.stored:
             raise ValueError(
                 "This KV cache was filled under a strategy that drops at other LLM layers than the present"
                 " one: go on with the strategy that filled it, or start the conversation with a new cache."
@@ -147,7 +159,7 @@ class LayerHooks:
         run = self.context.run
         if run is None or kwargs is None:
             return None
-        if not self.schedule.count and (run.ledger.states or "position_embeddings" not in kwargs):
+        if not self.schedule.inside and (run.ledger.states or "position_embeddings" not in kwargs):
             # flash attention alone needs the hook
             return None if run.visual is None else (args, kwargs | {"position_ids": run.ranks})
         if not args or "position_embeddings" not in kwargs:
@@ -347,12 +359,13 @@ class LayerHooks:
         if self.schedule.aligned:
             align_cache(run, self.schedule)
         ledger, end = run.ledger, run.ledger.end
-        entered = run.now[0][1].sum(1)
-        for stage, (index, valid) in enumerate(run.now):
+        entered, stages = run.now[0][1].sum(1), run.stages() if self.schedule.evicts else run.now
+        ragged = [*run.ragged, *(not bool(valid.all()) for _, valid in stages[len(run.now) :])]
+        for stage, (index, valid) in enumerate(stages):
             logical = run.index.gather(1, index)
-            ledger.append(stage, end, logical, run.past_slots + index, valid, run.ragged[stage])
+            ledger.append(stage, end, logical, run.past_slots + index, valid, ragged[stage])
             ledger.shift[stage] = ledger.shift[stage] + entered - valid.sum(1)
-        for stage in range(len(run.now)):
+        for stage in range(len(stages)):
             ledger.dropped[stage] = end + run.query_length - ledger.slots[stage].shape[1]
         if run.real is not None:
             ledger.real = torch.cat([ledger.real, run.real.to(ledger.device)], 1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sparse_attention import AttentionTokens
 from ..tokens import PrefillTokens
 from .attention_rows import heads, rotate, rows_of_attention
 from .cache_crop import name_of
@@ -86,6 +87,27 @@ class LayerViews:
             memory=run.memory.setdefault(b, {}),
         )
 
+    def attention_of(
+        self, run: Run, b: int, rows: Tensor, i: int, attention: Any, hidden: Tensor, given: dict[str, Any]
+    ) -> tuple[AttentionTokens, list[int]]:
+        """The strategy's view of sample b for the attention of layer i; queries asked for so far, by call.
+
+        Args:
+            rows: the prompt's tokens among those that the layer reads.
+            attention, hidden, given: the self-attention module, its input and its keyword arguments.
+        """
+        assert run.layout is not None and run.visual is not None and run.index is not None
+        places = run.index.gather(1, run.now[self.schedule.reads(i)][0])[b, rows]
+        rotary, mask = given["position_embeddings"], given.get("attention_mask")
+        asked: list[int] = []
+
+        def attention_rows(queries: Tensor) -> Tensor:
+            asked.append(len(queries))
+            return self._rows(run, b, rows, queries, i, attention, hidden, rotary, mask, stored=False)
+
+        units = run.layout.units[b]
+        return AttentionTokens(i, run.visual[b, places], places, attention_rows, units), asked
+
     def _rows(
         self,
         run: Run,
@@ -142,6 +164,7 @@ class LayerViews:
             and not getattr(run.cache, "offloading", False)
         )
         keys = cached.keys if readable and cached is not None and cached.is_initialized else None
+        stored = stored and not self.schedule.evicts  # the cache lacks tokens of this forward
         needed = width + (run.now[self.schedule.reads(i)][0].shape[1] if stored else 0)
         if keys is not None and keys.ndim == 4 and keys.shape[2] >= needed:
             if stored:  # a view if there is no padding to leave out

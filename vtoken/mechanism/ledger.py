@@ -215,6 +215,14 @@ class Ledger:
         past = mask.gather(1, slots.clamp(min=0)) * (slots >= 0).to(mask.dtype)
         return torch.cat([self._before(0, mask), past, mask[:, self.end :]], 1)
 
+    def lose(self, stage: int, index: Tensor, valid: Tensor) -> None:
+        """Lose all slots of one stage but `index` (B, m); `valid` (B, m) bool is False for filler."""
+        end = self.end
+        self.slots[stage] = torch.where(valid, self.slots[stage].gather(1, index), -1)
+        self.columns[stage] = self.columns[stage].gather(1, index)
+        self.ragged[stage] = not bool(valid.all())
+        self.dropped[stage] = end - index.shape[1]
+
     def validity(self, stage: int, now: Tensor) -> Tensor:
         """A mask of one stage, if there was none; `now` (batch, m): validity of tokens after the tables."""
         slots = self.slots[stage]

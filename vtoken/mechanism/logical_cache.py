@@ -171,7 +171,8 @@ def check_cache(cache: Cache, inside: bool, aligned: bool) -> None:
             instead = (
                 "a DynamicCache or StaticCache"
                 if not known
-                else "a DynamicCache or StaticCache, or align_cache=False"
+                else "a DynamicCache or StaticCache, or the option that leaves it whole (align_cache=False,"
+                " interval=0)"
             )
             doing = "be shortened after prefill" if aligned and known else "hold layers of different lengths"
             raise NotImplementedError(

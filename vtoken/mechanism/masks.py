@@ -83,3 +83,76 @@ def cut_mask(
     if run.static and out.shape[-1] < width:  # static keys have the length of the cache
         out = nn.functional.pad(out, (0, width - out.shape[-1]), value=off)
     return out
+
+
+def choice_mask(
+    slots: Tensor,
+    mask: Any,
+    now: tuple[Tensor, Tensor],
+    kind: tuple[str, torch.dtype],
+    hides: tuple[Tensor, Tensor] | None = None,
+    static: int = 0,
+) -> Any:
+    """The mask of a layer whose attention reads some of its tokens, as queries and as keys.
+
+    Args:
+        slots: (B, p) int64, what the layer's cache holds, -1 for filler.
+        mask: over these slots and all n tokens of the layer; None for attention as it is.
+        now: rows (B, m) int64 of the tokens among the n, and (B, m) bool, which of them are no filler.
+        kind: "flash", "both ways" or "causal", and the dtype of masks.
+        hides: all n tokens are keys, and of these (B, n) bool are hidden from the queries (B, m) bool.
+        static: keys that attention is given, if there are more than slots and tokens.
+    """
+    rows, there = now
+    past, batch = slots.shape[1], len(rows)
+    if mask is None and hides is None and (kind[0] == "flash" or not past) and bool(there.all()):
+        return None
+    columns, usable = rows, there
+    if hides is not None:
+        columns, usable = (
+            torch.arange(hides[0].shape[1], device=rows.device).expand(batch, -1),
+            hides[0] | True,
+        )
+    if kind[0] == "flash":
+        return _flash_mask(mask, slots, columns, usable, hides)
+    if mask is None:
+        seen = columns[:, None] <= rows[..., None]
+        seen = nn.functional.pad(seen | (kind[0] == "both ways"), (past, 0), value=True)[:, None]
+        out = torch.zeros(seen.shape, dtype=kind[1], device=rows.device)
+        out = out.masked_fill(~seen, torch.finfo(kind[1]).min)
+    else:
+        width = mask.shape[-1]
+        out = mask.expand(batch, *mask.shape[1:])
+        out = out.gather(2, rows[:, None, :, None].expand(batch, out.shape[1], rows.shape[1], width))
+        at = torch.cat([torch.arange(past, device=rows.device).expand(batch, -1), past + columns], 1)
+        out = out.gather(3, at[:, None, None].expand(batch, *out.shape[1:3], at.shape[1]))
+    off = False if out.dtype == torch.bool else torch.finfo(out.dtype).min
+    usable = torch.cat([slots >= 0, usable], 1)[:, None, None]
+    lost = ~usable & ~_itself(rows, there, past, usable.shape[-1])
+    if hides is not None:
+        unseen = hides[0][:, None] & hides[1][..., None]
+        lost = lost | nn.functional.pad(unseen, (past, 0))[:, None]
+    return nn.functional.pad(out.masked_fill(lost, off), (0, max(0, static - out.shape[-1])), value=off)
+
+
+def _itself(rows: Tensor, there: Tensor, past: int, width: int) -> Tensor:
+    """(B, 1, m, width) bool: filler and its own key, as a row without keys has no softmax."""
+    own = torch.eye(rows.shape[1], width - past, dtype=torch.bool, device=rows.device)
+    return nn.functional.pad(own & ~there[..., None], (past, 0))[:, None]
+
+
+def _flash_mask(
+    mask: Any, slots: Tensor, columns: Tensor, usable: Tensor, hides: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """(B, slots + m): the keys that are there, as flash attention reads masks."""
+    if hides is not None:
+        raise NotImplementedError(
+            "Flash attention cannot hide from the prompt what its answer, in the same forward, reads of the"
+            " KV cache: load the model with attn_implementation='sdpa'."
+        )
+    past = slots >= 0
+    if mask is None:
+        return torch.cat([past, usable], 1).long()
+    mask = mask.expand(len(slots), -1)
+    width = slots.shape[1]
+    return torch.cat([mask[:, :width] * past, mask.gather(1, width + columns) * usable], 1)

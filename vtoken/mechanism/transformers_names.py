@@ -176,7 +176,9 @@ def check_prompt(run: Run, schedule: DropSchedule, tokens: int) -> None:
     """
     if len(run.now) <= schedule.count:
         raise changed(f"{len(run.now) - 1} of {schedule.count} drops inside the LLM took place")
-    planned = [index.shape[1] for index, _ in run.now]
+    if schedule.sparse is not None and len(run.attended) != schedule.layers:
+        raise changed(f"{len(run.attended)} of {schedule.layers} layers chose the tokens that they attend to")
+    planned = [index.shape[1] for index, _ in run.stages()]
     if tokens != run.asked or tokens > planned[schedule.last]:
         check_length("The language model answered for", tokens, planned[schedule.last])
     layers = [] if run.cache is None else run.cache.layers[: schedule.layers]
@@ -186,7 +188,8 @@ def check_prompt(run: Run, schedule: DropSchedule, tokens: int) -> None:
         if isinstance(layer, DynamicLayer | StaticLayer) and (layer.is_initialized or not used):
             stored = physical_length(layer) if layer.is_initialized else 0
             before = run.ledger.slots[schedule.stores(i)].shape[1]
-            check_length(f"The KV cache of layer {i} holds", stored, before + planned[schedule.reads(i)])
+            given = schedule.stores(i) if schedule.evicts else schedule.reads(i)
+            check_length(f"The KV cache of layer {i} holds", stored, before + planned[given])
 
 
 def check_length(what: str, found: int, planned: int) -> None:

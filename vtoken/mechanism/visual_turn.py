@@ -103,7 +103,7 @@ class VisualTurn:
         run, plan = self._plan(turn, call, cache, visual, kwargs)
         self.context.read = ReadTokens(turn.real, turn.real)
         stores = self.storage is not None and not self.context.disabled
-        inside = self.schedule.count and not self.context.disabled
+        inside = self.schedule.inside and not self.context.disabled
         if plan is None and turn.fresh and not inside and not stores:
             self._observe(run, turn)
             return None  # nothing to drop
@@ -132,7 +132,7 @@ class VisualTurn:
         real = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         if ledger is None:
             schedule = self.schedule
-            of_stage = schedule.count + 1, len(embeds), embeds.device, schedule.stored
+            of_stage = schedule.tables, len(embeds), embeds.device, schedule.stored
             new = Ledger(*of_stage, self.renumber, self.layers.chunked)
             past = 0 if cache is None else int(cache.get_seq_length())
             return Turn(new, True, past, mask, None, real)
@@ -163,7 +163,7 @@ class VisualTurn:
         run.asked = asked if isinstance(asked, int) else 0
         if not turn.past:
             run.first = packed_rows(self.decoder, kwargs, call.given.get("attention_mask"), cache)
-        if self.schedule.count and not self.context.disabled:
+        if self.schedule.inside and not self.context.disabled:
             self._check_inside(run, turn.past + length)
         if not self.context.disabled:
             self.eviction.check(cache, turn.past + length, run.first is not None)
@@ -234,7 +234,8 @@ class VisualTurn:
         schedule, layers = self.schedule, self.decoder.config.num_hidden_layers
         if self.storage is not None and not self.context.disabled:
             adopt_storage(cache, self.storage, layers)
-        make_logical(cache, ledger, layers, schedule.count > 0, bool(schedule.aligned))
+        cuts = bool(schedule.aligned or (schedule.sparse is not None and schedule.sparse.interval))
+        make_logical(cache, ledger, layers, schedule.inside, cuts)
 
     def _gather(self, turn: Turn, run: Run, plan: Plan | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         real, embeds = turn.real, kwargs["inputs_embeds"]

@@ -53,3 +53,4 @@ from .visionzip import VisionZip as VisionZip
 from .vispruner import VisPruner as VisPruner
 from .voco import VoCo as VoCo
 from .vtc_cls import VTCCLS as VTCCLS
+from .zipvl import ZipVL as ZipVL

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ..selection import EncoderMerge, Selection
+from ..sparse_attention import AttentionTokens, SparseAttention
 from ..storage import Storage
 from ..streams import PixelReuse, Reuse
 from ..temporal import Temporal
@@ -34,6 +35,7 @@ class Strategy(CheckedOptions):
         aligned_layers: for methods that shrink the KV cache of earlier layers once the prompt has been read.
         encoder_layers, merge_in_encoder: for methods that merge after layers of an encoder; `EncoderStrategy`
             is for those between attention and MLP.
+        attention, attend: for methods whose LLM layers attend to tokens of their own choice.
         storage: for methods that hold the LLM's KV cache in a form of their own.
         reuse: for methods that compute a part of a frame in the vision tower and reuse it or an earlier one.
 
@@ -157,6 +159,17 @@ class Strategy(CheckedOptions):
         """LLM layers whose KV cache keeps only what survived the last drop, once the prompt has been read."""
         return ()
 
+    def attention(self) -> SparseAttention | None:
+        """Attention of LLM layers to the tokens that `attend` chooses; None for attention to all."""
+        return None
+
+    def attend(self, tokens: AttentionTokens) -> Selection:
+        """Choose, of one prompt, the tokens that pass the attention of LLM layer `tokens.layer`.
+
+        The last token passes in any case, and so do tokens after the prompt.
+        """
+        raise NotImplementedError(f"{type(self).__name__} leaves the LLM's attention as it is.")
+
     def storage(self, num_layers: int) -> Storage | None:
         """Form in which the LLM's KV cache holds the tokens; None for the cache as it is."""
         return None
@@ -214,6 +227,11 @@ class Strategy(CheckedOptions):
     def acts_on_cache(self) -> bool:
         """Whether it holds the LLM's KV cache in a form of its own."""
         return type(self).storage is not Strategy.storage
+
+    @property
+    def acts_in_attention(self) -> bool:
+        """Whether LLM layers attend to tokens of its choice."""
+        return self.attention() is not None
 
     @property
     def acts_between_frames(self) -> bool:

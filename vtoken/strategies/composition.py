@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checks import found
 from ..selection import EncoderMerge, Selection
+from ..sparse_attention import AttentionTokens, SparseAttention
 from ..storage import Storage
 from ..streams import PixelReuse, Reuse
 from ..temporal import Temporal
@@ -26,14 +27,14 @@ class Composite(Strategy):
     """Combination of a projector strategy and one that drops inside the LLM, as one strategy.
 
     Either of the two may also be combined with a strategy that reuses tokens inside the vision tower, and
-    with one that acts on the KV cache.
+    with one that acts on the KV cache or attends to tokens of its own choice.
 
     How one budget b is shared: the strategy inside the LLM is held to b itself, in its own meaning (what
     remains after its cut, or its average over the layers), of what the unpatched model would feed. The
     projector strategy is held to `b ** split`, which with the default of one half lets both drop by the same
     factor. For a whole number b of tokens per image or frame of n tokens the projector strategy keeps `n * (b
-    / n) ** split`. Without `budget` every part keeps its own. A strategy that only reuses in the tower or
-    acts on the KV cache keeps its own budget in any case, if it has one.
+    / n) ** split`. Without `budget` every part keeps its own. A strategy that only reuses in the tower, acts
+    in attention or acts on the KV cache keeps its own budget in any case, if it has one.
 
     Args:
         budget: shared by all parts, None to leave theirs as they are.
@@ -75,7 +76,7 @@ class Composite(Strategy):
         before = [p for p in only if p in between]
         self.ordered = [*before, *(p for p in later if p not in only), *(p for p in only if p not in before)]
         self.between = next((p for p in self.ordered if p.acts_between_frames), None)
-        self.stored = next((p for p in self.ordered if p.acts_on_cache), None)
+        self.stored = next((p for p in self.ordered if p.acts_on_cache or p.acts_in_attention), None)
         self.info = StrategyInfo(  # type: ignore[misc]
             name="+".join(p.info.name for p in self.parts),
             summary=f"{', then '.join(p.info.name for p in self.ordered)}.",
@@ -110,7 +111,7 @@ class Composite(Strategy):
         at_projector = [p for p in self.parts if p.acts_on_projector]
         inside = [p for p in self.parts if p.acts_inside]
         between = [p for p in self.parts if p.acts_between_frames]
-        stored = [p for p in self.parts if p.acts_on_cache]
+        stored = [p for p in self.parts if p.acts_on_cache or p.acts_in_attention]
         merging = [p for p in self.parts if p.encoder_layers(REFERENCE_TOWER)]
         if between and merging:
             raise ValueError(
@@ -169,7 +170,14 @@ class Composite(Strategy):
 
     @property
     def acts_on_cache(self) -> bool:
-        return self.stored is not None
+        return self.stored is not None and self.stored.acts_on_cache
+
+    def attention(self) -> SparseAttention | None:
+        return None if self.stored is None or self.stored.is_identity else self.stored.attention()
+
+    def attend(self, tokens: AttentionTokens) -> Selection:
+        assert self.stored is not None
+        return self.stored.attend(tokens)
 
     def storage(self, num_layers: int) -> Storage | None:
         return None if self.stored is None or self.stored.is_identity else self.stored.storage(num_layers)

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 Stage = Literal["pixels", "encoder", "projector", "prefill", "cache"]
-BudgetMeans = Literal["entrance", "average", "cut", "tower", "encoder", "cache"]
+BudgetMeans = Literal["entrance", "average", "cut", "tower", "encoder", "cache", "attention"]
 BUDGET_MEANS: dict[str, str] = {
     "entrance": "visual tokens that enter the LLM",
     "average": "visual tokens that an LLM layer reads, the average over all layers",
     "cut": "visual tokens that the LLM reads after the cut",
     "tower": "tokens of a frame that the vision tower computes",
     "cache": "visual tokens that the KV cache keeps; the LLM reads them all once",
+    "attention": "tokens of the prompt, text included, that pass the attention of an LLM layer",
     "encoder": "patch tokens that are left after the encoder's last layer, the visual tokens of an LLM",
 }
 

@@ -151,7 +151,7 @@ def list_names(pattern: str = "*") -> list[str]:
 
 
 # what is asked, and where
-METHODS = {"select_in_prefill": "prefill_layers", "merge_in_encoder": "encoder_layers"}
+METHODS = {"select_in_prefill": "prefill_layers", "merge_in_encoder": "encoder_layers", "attend": "attention"}
 
 
 def check_methods(cls: type[Strategy]) -> None:
@@ -162,7 +162,7 @@ def check_methods(cls: type[Strategy]) -> None:
     if not written & {"select", "reuse", "storage", *METHODS}:
         raise TypeError(
             f"{cls.__name__} would drop nothing: it writes none of select, select_in_prefill,"
-            " merge_in_encoder, reuse and storage."
+            " merge_in_encoder, attend, reuse and storage."
         )
     for method, layers in METHODS.items():
         if (method in written) != (layers in written):

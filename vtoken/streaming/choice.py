@@ -175,7 +175,7 @@ class SharedPatch:
                 ' for every question: use memory="rekv", which keeps the keys and values of the stream, and a'
                 " strategy of the stages encoder and projector."
             )
-        if strategy.acts_inside:
+        if strategy.acts_inside or strategy.acts_in_attention:
             raise ValueError(
                 f"{strategy.info.name} drops inside the LLM, which a StreamSession does not do: use a"
                 " strategy of the stages encoder and projector."

@@ -216,7 +216,7 @@ def why_not(adapter: Adapter, strategy: Strategy) -> str:
     """What a strategy does that a server with a paged KV cache and an encoder cache cannot do, in words."""
     if trained_part(strategy) is not None:
         return "has weights of its own"
-    if strategy.acts_inside:
+    if strategy.acts_inside or strategy.acts_in_attention:
         return "drops tokens inside the LLM"
     if strategy.acts_on_cache:
         return "holds the LLM's KV cache in a form of its own"
