@@ -187,7 +187,12 @@ def _stream(report: dict[str, Any]) -> str:
 
 
 def early_facts() -> str:
-    report = json.loads((RESULTS / "early_facts.json").read_text(encoding="utf-8"))
+    """Right answers about what only the first half of a clip shows, by memory; a table per model."""
+    files = sorted(RESULTS.glob("early_facts*.json"))
+    return "\n\n".join(_early_facts(json.loads(file.read_text(encoding="utf-8"))) for file in files)
+
+
+def _early_facts(report: dict[str, Any]) -> str:
     about = report["about"]
     body = [
         [name, str(row["visual_tokens"]), f"{row['right']} of {row['n']}", f"{100 * row['rate']:.1f} %"]
@@ -241,7 +246,16 @@ def video_answers() -> str:
 
 
 PAGES: dict[Path, tuple[Callable[[], str], ...]] = {
-    ROOT / "docs" / "performance.md": (machine, goals, models, video, video_answers, kernels, peers, encoders),
+    ROOT / "docs" / "performance.md": (
+        machine,
+        goals,
+        models,
+        video,
+        video_answers,
+        kernels,
+        peers,
+        encoders,
+    ),
     ROOT / "docs" / "serving.md": (serving,),
     ROOT / "docs" / "streaming.md": (streaming, early_facts),
 }
