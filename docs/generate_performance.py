@@ -240,7 +240,8 @@ def video_answers() -> str:
         + [f"{r['right']} of {r['asked']}", f"{r['right'] / r['asked']:.1%}"]
         for r in rows
     ]
-    told = f"Budget {about['budget']}, H.264 at crf {about['crf']}; {_where(report['machine'])}."
+    versions = ", ".join(f"{name} {report['machine'][name]}" for name in ("torch", "transformers"))
+    told = f"Budget {about['budget']}, H.264 at crf {about['crf']}; {versions}."
     header = ["tiny model", "way", "visual tokens", "tower tokens computed", "right", "rate"]
     return f"{told}\n\n{markdown(header, body)}"
 
