@@ -187,7 +187,12 @@ def _stream(report: dict[str, Any]) -> str:
 
 
 def early_facts() -> str:
-    report = json.loads((RESULTS / "early_facts.json").read_text(encoding="utf-8"))
+    """Right answers about what only the first half of a clip shows, by memory; a table per model."""
+    files = sorted(RESULTS.glob("early_facts*.json"))
+    return "\n\n".join(_early_facts(json.loads(file.read_text(encoding="utf-8"))) for file in files)
+
+
+def _early_facts(report: dict[str, Any]) -> str:
     about = report["about"]
     body = [
         [name, str(row["visual_tokens"]), f"{row['right']} of {row['n']}", f"{100 * row['rate']:.1f} %"]
@@ -235,7 +240,8 @@ def video_answers() -> str:
         + [f"{r['right']} of {r['asked']}", f"{r['right'] / r['asked']:.1%}"]
         for r in rows
     ]
-    told = f"Budget {about['budget']}, H.264 at crf {about['crf']}; {_where(report['machine'])}."
+    versions = ", ".join(f"{name} {report['machine'][name]}" for name in ("torch", "transformers"))
+    told = f"Budget {about['budget']}, H.264 at crf {about['crf']}; {versions}."
     header = ["tiny model", "way", "visual tokens", "tower tokens computed", "right", "rate"]
     return f"{told}\n\n{markdown(header, body)}"
 
