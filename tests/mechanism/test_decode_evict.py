@@ -174,3 +174,29 @@ def test_the_report_tells_the_bytes_of_the_cache():
     assert report.kv_bytes == sum(t.numel() * t.element_size() for t in tensors)
     assert report.kv_bytes < report.kv_bytes_dense
     assert report.kv_bytes_dense % (2 * 4 * 2 * (LM["hidden_size"] // 4) * LM["num_hidden_layers"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [("sink_window", dict(recent=14)), ("decode_evict", OPTIONS)],
+    ids=["window", "evict"],
+)
+def test_compiled_decode_is_right(strategy, options):
+    """torch.compile breaks the graph where a cache loses tokens, and the answer stays."""
+    torch.compiler.reset()
+    model, inputs = subject("llava"), FAMILIES["llava"].batch("one")
+
+    def logits(forward) -> torch.Tensor:
+        out, said = model(**inputs, use_cache=True), []
+        cache, length = out[CACHE], inputs["input_ids"].shape[1]
+        for i in range(8):
+            mask = torch.ones(1, length + i + 1, dtype=torch.long)
+            token = oracle.pick(out.logits[:, -1:])
+            out = forward(input_ids=token, attention_mask=mask, use_cache=True, **{CACHE: cache})
+            said.append(out.logits[:, -1])
+        return torch.stack(said)
+
+    with vtoken.applied(model, strategy, **options), torch.no_grad():
+        want = logits(model)
+        assert_close(logits(torch.compile(model.forward, backend="eager")), want)

@@ -58,10 +58,16 @@ class EntranceHooks:
         h = self.handles
         if self.model is not self.base:
             h.append(self.model.register_forward_pre_hook(self._before_model))
-        h.append(self.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
-        h.append(self.base.register_forward_hook(self._after_base, always_call=True))
-        h.append(self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
-        h.append(self.decoder.register_forward_hook(self._after_decoder, always_call=True))
+        eager = turn.eviction.storage is not None
+        before, after = (
+            (self._base_begins, self._base_ends) if eager else (self._before_base, self._after_base)
+        )
+        h.append(self.base.register_forward_pre_hook(before, with_kwargs=True))
+        h.append(self.base.register_forward_hook(after, always_call=True))
+        before, after = self._before_decoder, self._after_decoder
+        before, after = (self._decoder_begins, self._decoder_ends) if eager else (before, after)
+        h.append(self.decoder.register_forward_pre_hook(before, with_kwargs=True))
+        h.append(self.decoder.register_forward_hook(after, always_call=True))
         if hasattr(self.base, "get_placeholder_mask"):
             self.wrapped.wrap(self.base, "get_placeholder_mask", self._placeholders)
         if hasattr(self.decoder, "_deepstack_process"):
@@ -87,6 +93,23 @@ class EntranceHooks:
         self.layers.hooks.remove()
         self.turn.eviction.hooks.remove()
         self.wrapped.remove()
+
+    # Evictions break a traced graph, which then loses its writes to thread-local state: all four run eagerly.
+    @torch.compiler.disable
+    def _base_begins(self, *given: Any) -> Any:
+        return self._before_base(*given)
+
+    @torch.compiler.disable
+    def _base_ends(self, *given: Any) -> None:
+        self._after_base(*given)
+
+    @torch.compiler.disable
+    def _decoder_begins(self, *given: Any) -> Any:
+        return self._before_decoder(*given)
+
+    @torch.compiler.disable
+    def _decoder_ends(self, *given: Any) -> Any:
+        return self._after_decoder(*given)
 
     # -- calls of the models ---------------------------------------------------------------------------------
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -56,6 +56,7 @@ class Eviction:
         taps = [functools.partial(self._tap, i) for i in range(len(attentions))]
         return [Hook(m, tap, before=True, kwargs=True) for m, tap in zip(attentions, taps, strict=True)]  # type: ignore[arg-type]
 
+    @torch.compiler.disable
     def _tap(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         run = self.context.run
         if run is not None and run.visual is None and kwargs is not None:
