@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import vtoken
 from tests.models import FAMILIES
@@ -15,10 +14,10 @@ from vtoken.strategies import create
 from .reuse_oracle import (
     CLOSE,
     GRID,
-    SDPA,
     TOWERS,
     anatomy,
     build,
+    check_flops,
     facts,
     features,
     feed,
@@ -118,16 +117,7 @@ def test_a_frame_without_blank_places_is_the_plain_tower(patched, kind):
 @pytest.mark.parametrize("kind", TOWERS)
 def test_flops_fall_as_reported(patched, kind):
     frames, model, state = [picture(kind, seed) for seed in range(3)], patched(kind, **OPTIONS), StreamState()
-
-    def measure() -> int:
-        with FlopCounterMode(display=False, custom_mapping=SDPA) as counter, vtoken.stream(model, state):
-            run(model, kind, frames)
-        return counter.get_total_flops()
-
-    sparse = measure()
-    use = state.last
-    vtoken.unpatch(model)
-    assert measure() - sparse == use.flops_dense - use.flops > 0
+    check_flops(kind, model, state, lambda: run(model, kind, frames))
 
 
 @pytest.mark.parametrize("kind", TOWERS)
