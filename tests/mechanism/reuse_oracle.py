@@ -55,6 +55,14 @@ def check_flops(kind: str, model, state, read: Callable[[], object]) -> None:
     assert few == pytest.approx(share * rows) and (few > 0) == kind.startswith("qwen")
 
 
+def check_gradients(model, video) -> None:
+    """Check that the features of a patched SigLIP have a gradient in the first layer's MLP."""
+    out = features(model, "siglip", video).pooler_output
+    weight = layers_of(model)[0].mlp.fc1.weight
+    (grad,) = torch.autograd.grad(out.double().square().sum(), weight)
+    assert bool(torch.isfinite(grad).all()) and float(grad.abs().sum()) > 0
+
+
 def build(kind: str, dtype: torch.dtype = torch.float64):
     return FAMILIES[TOWERS[kind]].build(dtype=dtype)
 
