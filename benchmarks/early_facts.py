@@ -10,7 +10,6 @@ positions.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import vtoken
-from vtoken.bench.report import machine
+from vtoken.bench.report import save_run
 from vtoken.tiny import clips, load
 from vtoken.tiny.questions import answers
 
@@ -106,10 +105,7 @@ def main() -> None:
             continue
         rows[name] = row(*ask(model, processor, pairs, options))
         print(name, rows[name], f"{time.perf_counter() - began:.0f} s", flush=True)
-    facts = {k: v for k, v in vars(arguments).items() if k != "out"}
-    if arguments.out:
-        report = {"about": facts, "machine": machine(model.device), "memories": rows}
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    save_run(arguments, model.device, memories=rows)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 #     benchmarks/gpu.sh                                   # the published shapes in bfloat16
 #     benchmarks/gpu.sh --device cpu --scale tiny         # a rehearsal without a GPU: seconds instead of minutes
 #     benchmarks/gpu.sh --python python3 --out /tmp/gpu   # another interpreter, another folder
-#     benchmarks/gpu.sh --part video                      # only the way from a video file to an answer, in five minutes
+#     benchmarks/gpu.sh --part video                      # only the way from a video file to an answer
 #
 # Parts: the kernel tests, compute-sanitizer over them if it is there, the kernels at 7B shapes, every model shape with every
 # strategy. Each part runs in a process of its own under a time limit and writes as it goes: one that fails, hangs or is killed

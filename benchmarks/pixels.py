@@ -13,7 +13,6 @@ random model, in turns with the unpatched tower, on frames of which a square cha
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 import vtoken
-from vtoken.bench.report import machine
+from vtoken.bench.report import save_run
 from vtoken.bench.shapes import SHAPES
 from vtoken.tiny import clips, load, pages, scenes, scenes_wide
 from vtoken.tiny.questions import LENGTHS, answers, score
@@ -232,10 +231,7 @@ def main() -> None:
         rows = measure_answers(arguments.strategy, arguments.model, arguments.n, arguments.pruned)
     else:
         rows = measure_time(arguments.strategy, arguments.shape, arguments.repeats)
-    if arguments.out:
-        facts = {k: v for k, v in vars(arguments).items() if k != "out"}
-        report = {"about": facts, "machine": machine(torch.device("cpu")), "rows": rows}
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    save_run(arguments, torch.device("cpu"), rows=rows)
 
 
 if __name__ == "__main__":

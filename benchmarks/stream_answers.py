@@ -11,7 +11,6 @@ that the demo proposes, asked as well each time.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import vtoken
-from vtoken.bench.report import machine
+from vtoken.bench.report import save_run
 from vtoken.cli.stream import EXAMPLES, TINY, TINY_STEPS, make_session
 from vtoken.tiny import load
 from vtoken.tiny.clips import KINDS, Stream
@@ -113,10 +112,7 @@ def main() -> None:
             for key in ("all by frames", "examples by frames", "all by kind", "digits by answer"):
                 shown = {k: v["rate"] for k, v in results[name][key].items()}
                 print(f"{name}: {key}: {shown}, {time.perf_counter() - began:.0f} s", flush=True)
-    facts = {k: v for k, v in vars(arguments).items() if k != "out"}
-    if arguments.out:
-        report = {"about": facts, "machine": machine(model.device), "memories": results}
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    save_run(arguments, model.device, memories=results)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from video_clips import KINDS, write
 import vtoken
 from vtoken.asking import prompt
 from vtoken.bench.processors import QUESTION, onevision, qwen2_5_vl, qwen3_vl
-from vtoken.bench.report import machine
+from vtoken.bench.report import save_run
 from vtoken.bench.shapes import SHAPES
 from vtoken.stage_times import now
 from vtoken.video_answers import STAGES, generate_timed
@@ -113,8 +113,8 @@ def processor_of(name: str, model: Any, scale: str, frames: int) -> Any:
         return onevision(model)
     if name.startswith("qwen3"):
         # patches of 16 pixels in place of 14: as many tokens
-        return qwen3_vl(model, PIXELS[scale] * 16**2 // 14**2, frames)
-    return qwen2_5_vl(model, PIXELS[scale])
+        return qwen3_vl(PIXELS[scale] * 16**2 // 14**2, frames)
+    return qwen2_5_vl(PIXELS[scale])
 
 
 def main() -> None:
@@ -160,10 +160,7 @@ def main() -> None:
                         about = {"model": name, "clip": kind, "frames": frames, "row": row}
                         rows.append(about | notes.get(row, {}) | {"seconds": seconds, "speed": speed})
                         print(json.dumps(rows[-1]), flush=True)
-    if a.out:
-        about = {k: v for k, v in vars(a).items() if k != "out"}
-        report = {"about": about, "machine": machine(torch.device(a.device)), "rows": rows}
-        a.out.write_text(json.dumps(report, indent=1) + "\n")
+    save_run(a, torch.device(a.device), rows=rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import vtoken
-from vtoken.bench.report import machine
+from vtoken.bench.report import save_run
 from vtoken.tiny import load
 from vtoken.tiny.questions import held_out
 
@@ -49,8 +49,7 @@ def write(path: Path, clip: Any, crf: int) -> None:
 def ask(model: Any, processor: Any, path: Path, question: str, row: str, budget: float) -> Any:
     """The answer of one row."""
     strategy, scaled = ROWS[row]
-    share = None if strategy is None else budget
-    patched = nullcontext() if strategy is None else vtoken.applied(model, strategy, budget=share)
+    patched = nullcontext() if strategy is None else vtoken.applied(model, strategy, budget=budget)
     with patched:
         return vtoken.answer(model, processor, str(path), question, scaled=scaled, max_new_tokens=8)
 
@@ -96,10 +95,7 @@ def main() -> None:
                 told["visual_tokens"] = round(sums["tokens"] / len(asked), 1)
             rows.append(told)
             print(json.dumps(told), flush=True)
-    if a.out:
-        about = {k: v for k, v in vars(a).items() if k != "out"}
-        report = {"about": about, "machine": machine(torch.device("cpu")), "rows": rows}
-        a.out.write_text(json.dumps(report, indent=1) + "\n")
+    save_run(a, torch.device("cpu"), rows=rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("video", "video_clips", "video_plot")
+NAMES = ("video", "video_clips", "video_plot", "video_answers")
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def scripts(monkeypatch):
 
 
 def test_benchmark(scripts, tmp_path, monkeypatch):
-    video, _, plot = scripts
+    video, _, plot, _ = scripts
     out, whole = tmp_path / "video.json", "scaled, still_patches, farcover"
     arguments = ["--scale", "tiny", "--models", "llava-onevision-7b-video", "--kinds", "slides", "--rows"]
     arguments += ["sampled decoding", whole, "--frames", "4", "--seconds", "1", "--size", "96", "128"]
@@ -41,20 +41,18 @@ def test_benchmark(scripts, tmp_path, monkeypatch):
     assert (tmp_path / "stages.png").stat().st_size > 1000
 
 
-def test_answers(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script, out = importlib.import_module("video_answers"), tmp_path / "answers.json"
+def test_answers(scripts, monkeypatch, tmp_path):
+    script, out = scripts[3], tmp_path / "answers.json"
     arguments = ["--models", "llava_onevision", "--n", "4", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["video_answers.py", *arguments])
     script.main()
     dense, pruned, whole = json.loads(out.read_text())["rows"]
     assert [r["asked"] for r in (dense, pruned, whole)] == [2, 2, 2] and dense["right"] >= 1
     assert 0 < whole["computed"] < 1 and pruned["visual_tokens"] == whole["visual_tokens"]
-    sys.modules.pop("video_answers")
 
 
 def test_kinds_of_clips(scripts):
-    _, clips, _ = scripts
+    _, clips, *_ = scripts
     changed = {}
     for kind in clips.KINDS:
         first, second = clips.frames(kind, 2, 10, (96, 128))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import vtoken
 from tests.models import FAMILIES
@@ -29,6 +31,36 @@ SDPA = {
         sdpa_flop_count(q, k, v)
     )
 }
+
+# modules of Qwen's towers that read every patch or place alone
+OUTSIDE = re.compile(r".*\.(patch_embed|merger|deepstack_merger_list\.\d+)")
+
+
+def check_flops(kind: str, model, state, read: Callable[[], object]) -> None:
+    """Compare the FLOPs that torch counts in a patched and an unpatched model with those reported."""
+
+    def measure() -> tuple[int, int]:
+        with FlopCounterMode(display=False, custom_mapping=SDPA) as counter, vtoken.stream(model, state):
+            read()
+        counts = {name: sum(of.values()) for name, of in counter.get_flop_counts().items()}
+        rows = sum(n for name, n in counts.items() if OUTSIDE.fullmatch(name))
+        return counter.get_total_flops() - rows, rows
+
+    sparse, few = measure()
+    use = state.last
+    vtoken.unpatch(model)
+    layers, rows = measure()
+    assert layers - sparse == use.flops_dense - use.flops > 0
+    share = sum(use.recomputed) / sum(use.tokens)
+    assert few == pytest.approx(share * rows) and (few > 0) == kind.startswith("qwen")
+
+
+def check_gradients(model, video) -> None:
+    """Check that the features of a patched SigLIP have a gradient in the first layer's MLP."""
+    out = features(model, "siglip", video).pooler_output
+    weight = layers_of(model)[0].mlp.fc1.weight
+    (grad,) = torch.autograd.grad(out.double().square().sum(), weight)
+    assert bool(torch.isfinite(grad).all()) and float(grad.abs().sum()) > 0
 
 
 def build(kind: str, dtype: torch.dtype = torch.float64):

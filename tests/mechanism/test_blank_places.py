@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import vtoken
 from tests.models import FAMILIES
@@ -15,12 +14,12 @@ from vtoken.strategies import create
 from .reuse_oracle import (
     CLOSE,
     GRID,
-    SDPA,
     TOWERS,
     anatomy,
     build,
+    check_flops,
+    check_gradients,
     facts,
-    features,
     feed,
     layers_of,
     patched_with,
@@ -118,16 +117,7 @@ def test_a_frame_without_blank_places_is_the_plain_tower(patched, kind):
 @pytest.mark.parametrize("kind", TOWERS)
 def test_flops_fall_as_reported(patched, kind):
     frames, model, state = [picture(kind, seed) for seed in range(3)], patched(kind, **OPTIONS), StreamState()
-
-    def measure() -> int:
-        with FlopCounterMode(display=False, custom_mapping=SDPA) as counter, vtoken.stream(model, state):
-            run(model, kind, frames)
-        return counter.get_total_flops()
-
-    sparse = measure()
-    use = state.last
-    vtoken.unpatch(model)
-    assert measure() - sparse == use.flops_dense - use.flops > 0
+    check_flops(kind, model, state, lambda: run(model, kind, frames))
 
 
 @pytest.mark.parametrize("kind", TOWERS)
@@ -202,11 +192,7 @@ def test_half_precision(kind, dtype):
 
 
 def test_gradients_flow(patched):
-    model = patched("siglip", **OPTIONS)
-    out = features(model, "siglip", [picture("siglip", 0)]).pooler_output
-    weight = layers_of(model)[0].mlp.fc1.weight
-    (grad,) = torch.autograd.grad(out.double().square().sum(), weight)
-    assert bool(torch.isfinite(grad).all()) and float(grad.abs().sum()) > 0
+    check_gradients(patched("siglip", **OPTIONS), [picture("siglip", 0)])
 
 
 def test_the_report_tells_what_the_tower_computed():

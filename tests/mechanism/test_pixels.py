@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pickle
-import re
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import vtoken
 from tests.models import FAMILIES
@@ -16,11 +14,12 @@ from vtoken import StreamState
 from .reuse_oracle import (
     CLOSE,
     GRID,
-    SDPA,
     THRESHOLD,
     TOWERS,
     anatomy,
     build,
+    check_flops,
+    check_gradients,
     facts,
     features,
     feed,
@@ -77,10 +76,6 @@ def naive(model, kind: str, video, threshold: float, margin: int, refresh=None, 
             x = torch.stack([kept[i][t][2] for t in range(len(x))])
             outs[i + 1].append(x)
     return [torch.cat(o) for o in outs], computed_of
-
-
-# modules of Qwen's towers that read every patch or place alone
-OUTSIDE = re.compile(r".*\.(patch_embed|merger|deepstack_merger_list\.\d+)")
 
 
 @pytest.mark.parametrize("kind", TOWERS)
@@ -141,21 +136,8 @@ def test_another_grid_is_a_new_reference(patched, kind):
 @pytest.mark.parametrize("kind", TOWERS)
 def test_flops_fall_as_reported(patched, kind):
     video, model, state = film(kind, 5), patched(kind, margin=0, threshold=THRESHOLD), StreamState()
-
-    def measure() -> tuple[int, int]:
-        with FlopCounterMode(display=False, custom_mapping=SDPA) as counter, vtoken.stream(model, state):
-            run(model, kind, video)
-        counts = {name: sum(of.values()) for name, of in counter.get_flop_counts().items()}
-        rows = sum(n for name, n in counts.items() if OUTSIDE.fullmatch(name))
-        return counter.get_total_flops() - rows, rows
-
-    sparse, few = measure()
+    check_flops(kind, model, state, lambda: run(model, kind, video))
     use = state.last
-    vtoken.unpatch(model)
-    layers, rows = measure()
-    assert layers - sparse == use.flops_dense - use.flops > 0
-    share = sum(use.recomputed) / sum(use.tokens)
-    assert few == pytest.approx(share * rows) and (few > 0) == kind.startswith("qwen")
     assert (state.frames, state.tokens, state.recomputed) == (5, sum(use.tokens), sum(use.recomputed))
 
 
@@ -274,11 +256,7 @@ def test_towers_that_cannot_serve_are_refused(name):
 
 
 def test_gradients_flow(patched):
-    model, video = patched("siglip", margin=0, threshold=THRESHOLD), film("siglip", 4)
-    out = features(model, "siglip", video).pooler_output
-    weight = layers_of(model)[0].mlp.fc1.weight
-    (grad,) = torch.autograd.grad(out.double().square().sum(), weight)
-    assert bool(torch.isfinite(grad).all()) and float(grad.abs().sum()) > 0
+    check_gradients(patched("siglip", margin=0, threshold=THRESHOLD), film("siglip", 4))
 
 
 def test_the_report_tells_what_the_tower_computed():

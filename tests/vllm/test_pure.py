@@ -183,7 +183,7 @@ def test_overrides_say_what_is_served():
         (LLAVA, "cdpruner", {}, "reads the question"),
         (LLAVA, "tome", {}, "merges tokens inside the vision tower"),
         (LLAVA, "ts_llava", {}, "reads all images of a prompt together"),
-        (QWEN, "stc_cacher", {}, "reuses frames"),
+        (QWEN, "stc_cacher", {}, "reuses tokens"),
         (QWEN, "hired", {}, 'pass score="received"'),
         (QWEN, "divprune", {"positions": "renumber"}, "multimodal rope"),
         (LLAVA, "vidcom2", {}, "defined for video input"),

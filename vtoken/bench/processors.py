@@ -49,7 +49,7 @@ def onevision(model: Any) -> Any:
     )
 
 
-def qwen2_5_vl(model: Any, pixels: int) -> Any:
+def qwen2_5_vl(pixels: int) -> Any:
     """The processor of a Qwen2.5-VL; a frame is resized to at most `pixels`."""
     import transformers as tf
 
@@ -61,7 +61,7 @@ def qwen2_5_vl(model: Any, pixels: int) -> Any:
     )
 
 
-def qwen3_vl(model: Any, pixels: int, frames: int) -> Any:
+def qwen3_vl(pixels: int, frames: int) -> Any:
     """The processor of a Qwen3-VL; `frames` frames together are resized to at most `pixels` each."""
     import transformers as tf
 

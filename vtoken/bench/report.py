@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -100,6 +101,13 @@ def save(report: Report, path: str | Path) -> None:
     half = target.with_name(target.name + ".part")
     half.write_text(compact(report, 4) + "\n", encoding="utf-8")
     half.replace(target)
+
+
+def save_run(asked: Namespace, device: torch.device, **found: Any) -> None:
+    """Save what a script was asked, the machine and what it found to `asked.out`, if there is one."""
+    if asked.out:
+        about = {name: value for name, value in vars(asked).items() if name != "out"}
+        save({"about": about, "machine": machine(device), **found}, asked.out)
 
 
 def _ratio(value: dict[str, float] | None) -> str:

@@ -61,8 +61,9 @@ class PixelSkipping(TowerReuse):
         return hooks
 
     def _skipping(self) -> PixelPass | None:
+        """The pass, if it leaves places out; told on the CPU, so that no device is waited for."""
         run = self._running()
-        return run if isinstance(run, PixelPass) and run.computed and not bool(run.embedded.all()) else None
+        return run if isinstance(run, PixelPass) and len(run.full) < len(run.origins) else None
 
     def _before_embedding(self, module: Any, args: Any) -> Any:
         run = self._skipping()
@@ -78,9 +79,10 @@ class PixelSkipping(TowerReuse):
 
     def _merging(self) -> PixelPass | None:
         """The pass, if its pool has fewer rows than its frames."""
-        run = self._skipping()
-        fewer = run is not None and run.outputs is not None and len(run.outputs) < len(run.source)
-        return run if fewer else None
+        run = self._running()
+        if not isinstance(run, PixelPass) or run.outputs is None:
+            return None
+        return run if len(run.outputs) < len(run.source) else None
 
     def _before_merger(self, module: Any, args: Any) -> Any:
         run = self._merging()
