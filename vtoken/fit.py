@@ -16,7 +16,7 @@ from .mechanism.attention_rows import check_projections, projects_visual_tokens
 from .mechanism.drop_schedule import DropSchedule
 from .mechanism.recurrent_states import layers_of_fixed_length
 from .mechanism.storage_fit import check_storage
-from .storage import Storage
+from .storage import MixedPrecision, Storage
 from .strategies import EncoderStrategy, Strategy, list_names, strategy_info
 from .strategies.trained import trained_part
 from .streams import PixelReuse, Reuse
@@ -316,7 +316,8 @@ def check_attention(decoder: Any, strategy: Strategy, kind: str) -> None:
             f"Two parts of {name} choose what the KV cache of a layer keeps: pass align_cache=False to the"
             " one that drops inside the LLM, or choose one of them."
         )
-    if strategy.storage(len(decoder.layers)) is not None:
+    storage = strategy.storage(len(decoder.layers))
+    if storage is not None and not isinstance(storage, MixedPrecision):
         raise ValueError(f"Two parts of {name} choose how the KV cache is stored: choose one of them.")
     if not sparse.evicts and not all(getattr(x.self_attn, "v_proj", None) for x in decoder.layers):
         raise ValueError(

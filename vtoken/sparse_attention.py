@@ -16,9 +16,11 @@ class SparseAttention:
 
     Attributes:
         evicts: whether a layer's KV cache holds the keys and values of its chosen tokens only, or of all.
-        interval: tokens after the prompt from one choice among them to the next, 0 for none; needs `evicts`.
+        interval: tokens after the prompt from one choice among them to the next, 0 for none; needs `evicts`
+            or a `MixedPrecision` as the storage.
         retain: `retain((heads, m) float32) -> Selection` of the latest m tokens after the prompt by what the
-            last of them, which stays in any case, pays to them; the others leave a layer's cache.
+            last of them, which stays in any case, pays to them; the others leave a layer's cache, or have
+            fewer bits there.
     """
 
     evicts: bool

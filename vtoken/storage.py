@@ -47,6 +47,18 @@ class Packed(Storage):
 
 
 @dataclass(frozen=True)
+class MixedPrecision(Storage):
+    """Tokens that a layer attends to as codes of `high` bits, its other tokens of `low`: 2 or 4.
+
+    Goes with a `SparseAttention` that evicts nothing: once a layer has read a prompt, and after every
+    `interval` tokens of the answer, the tokens that it stored since are packed.
+    """
+
+    high: int
+    low: int
+
+
+@dataclass(frozen=True)
 class SinkWindow(Storage):
     """Each layer holds the first `sinks` tokens of a row and its last `recent` ones, in cache order."""
 

@@ -31,6 +31,9 @@ class EvictingLayer(DynamicLayer):
     def announce(self, tokens: PromptTokens) -> None:
         """The forward itself tells all that an eviction reads."""
 
+    def settle(self, tokens: PromptTokens) -> None:
+        """Likewise."""
+
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values, and of what is held beside them."""

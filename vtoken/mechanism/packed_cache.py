@@ -55,9 +55,13 @@ class PackedLayer(DynamicLayer):
         if self.packed_keys is not None and self.packed_values is not None:
             keys = torch.cat([self.packed_keys.read().to(keys.dtype), keys], dim=-2)
             values = torch.cat([self.packed_values.read().to(values.dtype), values], dim=-2)
-        if coming is not None or self.keys.shape[-2] >= self.storage.residual:
+        if self.is_due(coming):
             self._quantize(coming)
         return keys, values
+
+    def is_due(self, coming: PromptTokens | None) -> bool:
+        """Whether tokens are packed after a forward, whose tokens are `coming` if it had pictures."""
+        return coming is not None or self.keys.shape[-2] >= self.storage.residual
 
     def _check_heads(self, values: Tensor) -> None:
         group, width = self.storage.group, values.shape[-1]
@@ -87,9 +91,12 @@ class PackedLayer(DynamicLayer):
         keys, values = self.keys[:, :, :n], self.values[:, :, :n]
         channels = None if self.packed_keys is None else self.packed_keys.channels
         new_keys = PackedKeys.of(keys, real, form, channels)
-        new_values = PackedValues.of(values, real, form, protected)
-        self.packed_keys = new_keys if self.packed_keys is None else self.packed_keys.join(new_keys)
-        self.packed_values = new_values if self.packed_values is None else self.packed_values.join(new_values)
+        self._store(new_keys, PackedValues.of(values, real, form, protected), n)
+
+    def _store(self, keys: Any, values: Any, n: int) -> None:
+        """Add the packed form of the first `n` tokens that are not packed, and let these go."""
+        self.packed_keys = keys if self.packed_keys is None else self.packed_keys.join(keys)
+        self.packed_values = values if self.packed_values is None else self.packed_values.join(values)
         self.keys, self.values = self.keys[:, :, n:].clone(), self.values[:, :, n:].clone()
 
     def _protected(self, tokens: PromptTokens, before: int, n: int) -> Tensor | None:

@@ -26,6 +26,7 @@ from .forward_context import Attended, ForwardContext, Run
 from .layer_views import LayerViews
 from .logical_cache import slots_in
 from .masks import choice_mask
+from .mixed_precision import MixedLayer
 from .ragged import expand_batch, right_aligned, take, tokenwise
 from .recurrent_states import counting_layers
 from .transformers_names import cache_argument, cache_in, changed
@@ -147,7 +148,25 @@ class SparseLayers:
 
     def _after(self, i: int, module: nn.Module, args: Any, out: Any) -> Any:
         run = self.context.run
-        return None if run is None or run.visual is None else self._spread(run, i, out)
+        if run is None or run.visual is None:
+            return None
+        self.pack(run, i)
+        return self._spread(run, i, out)
+
+    @torch.compiler.disable
+    def pack(self, run: Run, i: int) -> None:
+        """Tell a layer of mixed precision which of the prompt's tokens, that it stores, are important."""
+        layer = None if run.cache is None else run.cache.layers[i]
+        if not isinstance(layer, MixedLayer):
+            return
+        valid, attended = run.now[self.schedule.reads(i)][1], run.attended[i]
+        important = valid
+        if attended.rows is not None:
+            there = attended.now[1]
+            important = (
+                torch.zeros_like(valid, dtype=torch.long).scatter_add(1, attended.rows, there.long()) > 0
+            )
+        layer.pack(important, valid)
 
     @torch.compiler.disable
     def _spread(self, run: Run, i: int, out: Any) -> Any:
@@ -180,22 +199,29 @@ class SparseLayers:
     @torch.compiler.disable
     @torch.no_grad()
     def review(self, run: Run) -> None:
-        """Let every layer's cache lose the tokens since the last choice that are not chosen now."""
+        """Choose anew among the tokens since the last choice; every layer's cache loses the others, or packs
+        them in fewer bits.
+        """
         ledger, sparse = run.ledger, self.schedule.sparse
         assert sparse is not None and sparse.retain is not None
         end = ledger.end
         ledger.follow(slots_in(run.cache), grow=True)
         latest = ledger.end - end
         for i in range(self.schedule.layers):
-            layer, table = run.cache.layers[i], self.schedule.own(i)
-            rows = self._newest_rows(run, i, layer.keys, ledger.slots[table] >= 0)
-            keep = ledger.slots[table] >= 0
+            layer, table = run.cache.layers[i], self.schedule.stores(i)
+            mixed, real = isinstance(layer, MixedLayer), ledger.slots[table] >= 0
+            rows = self._newest_rows(run, i, layer.read_keys() if mixed else layer.keys, real)
+            keep = real.clone()
             for b, row in enumerate(rows[..., -latest:]):
                 chosen = sparse.retain(row).check(latest).keep
                 gone = torch.ones(latest, dtype=torch.bool, device=keep.device)
                 gone[chosen.to(keep.device)] = False
                 gone[-1] = False
                 keep[b, -latest:] &= ~gone
+            if mixed:
+                waiting = layer.keys.shape[2]
+                layer.pack(keep[:, -waiting:], real[:, -waiting:])
+                continue
             index, valid = right_aligned(keep, least=0)
             cut_layers([layer], index.to(layer.keys.device))
             ledger.lose(table, index, valid)

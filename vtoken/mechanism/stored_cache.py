@@ -6,14 +6,16 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer
 
-from ..storage import AnswerEviction, Packed, PromptTokens, SinkWindow, Storage
+from ..storage import AnswerEviction, MixedPrecision, Packed, PromptTokens, SinkWindow, Storage
 from .cache_crop import name_of
 from .evicting_layers import EvictingLayer
+from .mixed_precision import MixedLayer
 from .packed_cache import PackedLayer
 
 # declaration -> class of its cache layers, a subclass of DynamicLayer whose objects have `storage`
 LAYER_CLASSES: dict[type[Storage], type[Any]] = {
     Packed: PackedLayer,
+    MixedPrecision: MixedLayer,
     SinkWindow: EvictingLayer,
     AnswerEviction: EvictingLayer,
 }

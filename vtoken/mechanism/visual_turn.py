@@ -109,7 +109,7 @@ class VisualTurn:
             return None  # nothing to drop
         self._own_cache(turn, run)
         kwargs = self._gather(turn, run, plan, kwargs)
-        if stores and cache is not None:
+        if stores:
             self._announce(run, kwargs["inputs_embeds"])
         self._observe(run, turn)
         return args, kwargs
@@ -234,7 +234,7 @@ class VisualTurn:
         schedule, layers = self.schedule, self.decoder.config.num_hidden_layers
         if self.storage is not None and not self.context.disabled:
             adopt_storage(cache, self.storage, layers)
-        cuts = bool(schedule.aligned or (schedule.sparse is not None and schedule.sparse.interval))
+        cuts = bool(schedule.aligned or (schedule.evicts and schedule.sparse.interval))
         make_logical(cache, ledger, layers, schedule.inside, cuts)
 
     def _gather(self, turn: Turn, run: Run, plan: Plan | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -417,6 +417,8 @@ class VisualTurn:
         for i, layer in enumerate(run.cache.layers):
             if layer.is_initialized:
                 layer.settle(run.tokens.take(*run.now[min(self.schedule.reads(i), len(run.now) - 1)]))
+                if self.layers.sparse is not None:
+                    self.layers.sparse.pack(run, i)
 
 
 def _kept(run: Run, final: Tensor, valid: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..selection import Selection
 from ..sparse_attention import AttentionTokens, SparseAttention
+from ..storage import MixedPrecision
 from .base import Strategy, top_k
 from .budgets import Budget
 from .registry import register
@@ -27,11 +28,11 @@ from .registry import register
     "same probes, and the last token always passes. Text tokens are candidates, as in the equations. A "
     "prompt without pictures attends to all its tokens; one on the KV cache of earlier turns chooses among "
     "its own tokens, by the attention to these. So does an answer: `tau` is the share of the newest token's "
-    "attention to the latest. The KV cache in 4 and 2 bits of the paper's first version is left out.",
+    "attention to the latest.",
 )
 @dataclass
 class ZipVL(Strategy):
-    """ZipVL (arXiv 2410.08584), of its second version: tokens that are not important leave the KV cache.
+    """ZipVL (arXiv 2410.08584): tokens that are not important leave the KV cache, or have fewer bits there.
 
     While an LLM layer reads a prompt, probes look at all its tokens: the last `recent` tokens and `probes`
     random ones before them. With `a` what a token receives from them, averaged over heads, the layer has as
@@ -48,12 +49,15 @@ class ZipVL(Strategy):
             more. 1.0 is the unpatched model.
         recent: latest tokens that are probes.
         probes: random tokens before these that are probes too.
-        kv: "evict" stores keys and values of a layer's important tokens, "full" those of all tokens; an
-            extension, whose answers read what the prompt's tokens did not.
+        kv: "evict" stores keys and values of a layer's important tokens alone (the paper's second version);
+            "quant" those of all tokens, important ones in 4 bits and others in 2 (its first version), by
+            ZipCache's quantiser: keys have a scale and a zero per channel, values are divided by the root of
+            their channel's largest magnitude and have them per token; "full" those of all tokens as they
+            are, an extension.
         seed: of the random probes.
         interval: generated tokens from one choice among them, by the attention of the newest, to the next:
-            those that are not important leave the KV cache too. 0 keeps them all, as do a static cache,
-            decoding with drafts, kv="full" and a whole-number budget.
+            those that are not important leave the KV cache, or have 2 bits, too. 0 keeps them all as they
+            are, as do a static cache, decoding with drafts and kv="full"; a whole-number budget evicts none.
     """
 
     budget: float | int | None = None  # type: ignore[assignment]
@@ -61,7 +65,7 @@ class ZipVL(Strategy):
     _: KW_ONLY
     recent: int = 64
     probes: int = 64
-    kv: Literal["evict", "full"] = "evict"
+    kv: Literal["evict", "quant", "full"] = "evict"
     seed: int = 0
     interval: int = 100
 
@@ -81,8 +85,14 @@ class ZipVL(Strategy):
         return self.tau == 1 if self.budget is None else super().is_identity
 
     def attention(self) -> SparseAttention:
-        evicts = self.kv == "evict"
-        return SparseAttention(evicts, self.interval if evicts else 0, self.retain)
+        return SparseAttention(self.kv == "evict", 0 if self.kv == "full" else self.interval, self.retain)
+
+    def storage(self, num_layers: int) -> MixedPrecision | None:
+        return MixedPrecision(high=4, low=2) if self.kv == "quant" else None
+
+    @property
+    def acts_on_cache(self) -> bool:
+        return self.kv == "quant"
 
     def attend(self, tokens: AttentionTokens) -> Selection:
         n, device = len(tokens), tokens.visual.device
