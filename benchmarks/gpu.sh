@@ -5,6 +5,7 @@
 #     benchmarks/gpu.sh --device cpu --scale tiny         # a rehearsal without a GPU: seconds instead of minutes
 #     benchmarks/gpu.sh --python python3 --out /tmp/gpu   # another interpreter, another folder
 #     benchmarks/gpu.sh --part video                      # only the way from a video file to an answer
+#     benchmarks/gpu.sh --part cache                      # only the strategies of the KV cache
 #
 # Parts: the kernel tests, compute-sanitizer over them if it is there, the kernels at 7B shapes, every model shape with every
 # strategy. Each part runs in a process of its own under a time limit and writes as it goes: one that fails, hangs or is killed
@@ -33,6 +34,11 @@ if [[ $part == video ]]; then
     small=()
     [[ $scale == full ]] || small=(--seconds 2 --size 144 176 --frames 8 --repeats 1 --steps 2)
     exec "$python" benchmarks/video.py --scale "$scale" --device "$device" --out "$out/video.json" "${small[@]}"
+fi
+if [[ $part == cache ]]; then
+    small=()
+    [[ $scale == full ]] || small=(--tokens 1k --turns 2)
+    exec "$python" benchmarks/cache.py --scale "$scale" --device "$device" --out "$out/cache.json" "${small[@]}"
 fi
 rm -f "$out"/{models,kernels}.json # what there is would be joined
 failed=()

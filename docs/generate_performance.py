@@ -1,4 +1,4 @@
-"""Fill the tables of performance.md, serving.md and streaming.md from benchmarks/results.
+"""Fill the tables of performance.md, cache.md, serving.md and streaming.md from benchmarks/results.
 
 python docs/generate_performance.py
 """
@@ -246,6 +246,40 @@ def video_answers() -> str:
     return f"{told}\n\n{markdown(header, body)}"
 
 
+def cache() -> str:
+    """Bytes of the KV cache, and times per token of an answer."""
+    report = json.loads((RESULTS / "cache_cpu.json").read_text(encoding="utf-8"))
+    about, m, found = report["about"], report["machine"], report["rows"]
+    lengths = list(dict.fromkeys(r["tokens"] for r in found))
+
+    def cells(row: str) -> list[str]:
+        of = {r["tokens"]: r for r in found if r["row"] == row}
+        fewer = [f"{of[n]['times_fewer_bytes']:.1f}" for n in lengths]
+        return [*fewer, *(f"{of[n]['ms_per_token']:.1f} ({of[n]['speed']['median']:.2f})" for n in lengths)]
+
+    body = [[row, *cells(row)] for row in dict.fromkeys(r["row"] for r in found)]
+    header = ["", *(f"times fewer bytes, {n}" for n in lengths)]
+    header += [f"ms per token, {n} (times as fast)" for n in lengths]
+    told = f"{about['scale']} scale, {about['dtype']}, batch 1; {_where(m | {'clock': about['clock']})}."
+    return f"{told}\n\n{markdown(header, body)}"
+
+
+def cache_answers() -> str:
+    """Right answers that were read from the caches, a table per model."""
+    report = json.loads((RESULTS / "cache_answers.json").read_text(encoding="utf-8"))
+    about, parts = report["about"], []
+    for model in dict.fromkeys(r["model"] for r in report["rows"]):
+        found = [r for r in report["rows"] if r["model"] == model]
+        body = [
+            [r["row"], f"{r.get('times_fewer_bytes', 1):.1f}", *(f"{r[way]:.1%}" for way in ("prompt", "after", "long"))]
+            for r in found
+        ]
+        told = f"**{model}**, {found[0]['asked']} questions about {about['n']} pictures or clips; {about['steps']} words."
+        header = ["", "times fewer bytes", "right, in the prompt", "right, after", "long answers agree"]
+        parts.append(f"{told}\n\n{markdown(header, body)}")
+    return "\n\n".join(parts)
+
+
 PAGES: dict[Path, tuple[Callable[[], str], ...]] = {
     ROOT / "docs" / "performance.md": (
         machine,
@@ -257,6 +291,7 @@ PAGES: dict[Path, tuple[Callable[[], str], ...]] = {
         peers,
         encoders,
     ),
+    ROOT / "docs" / "cache.md": (cache, cache_answers),
     ROOT / "docs" / "serving.md": (serving,),
     ROOT / "docs" / "streaming.md": (streaming, early_facts),
 }
