@@ -38,7 +38,7 @@ fi
 if [[ $part == cache ]]; then
     small=()
     [[ $scale == full ]] || small=(--tokens 1k --turns 2)
-    exec "$python" benchmarks/cache.py --scale "$scale" --device "$device" --out "$out/cache.json" "${small[@]}"
+    exec "$python" benchmarks/cache.py --scale "$scale" --device "$device" --dtype bfloat16 --out "$out/cache.json" "${small[@]}"
 fi
 rm -f "$out"/{models,kernels}.json # what there is would be joined
 failed=()

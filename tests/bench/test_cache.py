@@ -35,7 +35,7 @@ def test_bytes_and_times(scripts, monkeypatch, tmp_path):
     )
     full = rows[script.FULL]
     assert set(rows) == {script.FULL, *asked}
-    # 1 key-value head of 16 channels, 8 layers, bfloat16; the prompt and 12 tokens of the answer
+    # 1 key-value head of 16 channels, 8 layers, 16 bits; the prompt and 12 tokens of the answer
     assert full["bytes"] == (full["prompt"] + 12) * 16 * 2 * 2 * 8 and full["speed"]["median"] == 1
     assert rows["vidkv, 2 bits"]["times_fewer_bytes"] == pytest.approx(4.7, abs=0.1)
     assert rows["decode_evict, half"]["times_fewer_bytes"] == pytest.approx(1.95, abs=0.02)

@@ -149,15 +149,16 @@ class PackedLayer(DynamicLayer):
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda t: t.repeat_interleave(repeats, dim=0))
+        self.each(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(indices)
 
     def _select(self, rows: Tensor) -> None:
-        self._each(lambda t: t[rows.to(t.device)])
+        self.each(lambda t: t[rows.to(t.device)])
 
-    def _each(self, fn: Rows) -> None:
+    def each(self, fn: Rows) -> None:
+        """Put `fn` of every tensor in its place."""
         if not self.is_initialized or self.keys.ndim == 1:
             return
         self.keys, self.values = fn(self.keys), fn(self.values)
