@@ -34,7 +34,7 @@ def fast_processor(processor: Any) -> Any:
     if type(part).__name__ not in _FAMILIES:
         return processor
     fast = copy.copy(part)
-    fast.__class__ = _fast_class(type(part))
+    fast.__class__ = _fast_class(type(part))  # type: ignore[arg-type]
     if part is processor:
         return fast
     whole = copy.copy(processor)
