@@ -54,7 +54,8 @@ def plain(model: Any, processor: Any, path: Path, frames: int, steps: int, clock
     given = dict(text=[prompt(processor, QUESTION, "video")], videos=[video], video_metadata=[metadata])
     inputs = processor(**given, do_sample_frames=False, return_tensors="pt").to(model.device, model.dtype)
     process = now(None, clock)
-    _, seconds = generate_timed(model, inputs, {"min_new_tokens": steps, "max_new_tokens": steps}, clock)
+    options = {"min_new_tokens": steps, "max_new_tokens": steps, "do_sample": False}
+    _, seconds = generate_timed(model, inputs, options, clock)
     return seconds | {"read": read - start, "process": process - read}
 
 

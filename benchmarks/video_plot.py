@@ -16,18 +16,23 @@ COLOURS = dict(zip(STAGES, ("#4c78a8", "#72b7b2", "#f58518", "#e45756", "#54a24b
 
 
 def draw(reports: list[dict[str, Any]], out: Path) -> None:
-    """One panel per model."""
+    """One panel per model and number of frames, two side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [row for report in reports for row in report["rows"]]
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    height = 1 + 0.28 * max(sum(row["model"] == model for row in rows) for model in models)
-    figure, panels = pyplot.subplots(1, len(models), figsize=(8 * len(models), height), squeeze=False)
-    for panel, model in zip(panels[0], models, strict=True):
-        mine = [row for row in rows if row["model"] == model]
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["frames"]), []).append(row)
+    across = min(2, len(groups))
+    down = -(-len(groups) // across)
+    height = down * (1 + 0.28 * max(map(len, groups.values())))
+    figure, panels = pyplot.subplots(down, across, figsize=(8 * across, height), squeeze=False)
+    for panel in panels.flat[len(groups) :]:
+        panel.remove()
+    for panel, ((model, frames), mine) in zip(panels.flat, groups.items(), strict=False):
         left = [0.0] * len(mine)
         for stage in STAGES:
             width = [row["seconds"][stage] for row in mine]
@@ -37,7 +42,7 @@ def draw(reports: list[dict[str, Any]], out: Path) -> None:
             panel.text(end, place, f" {row['speed']:.1f}x", va="center", fontsize=8)
         panel.set_yticks(range(len(mine)), [f"{row['clip']}: {row['row']}" for row in mine], fontsize=8)
         panel.invert_yaxis()
-        panel.set(title=model, xlabel="seconds", xlim=(0, 1.08 * max(left)))
+        panel.set(title=f"{model}, {frames} frames", xlabel="seconds", xlim=(0, 1.08 * max(left)))
         panel.legend(fontsize=8, ncols=len(STAGES), loc="upper center", bbox_to_anchor=(0.4, -0.1))
     figure.tight_layout()
     figure.savefig(out, dpi=100)

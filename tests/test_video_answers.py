@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 from transformers.video_utils import load_video
 
 import vtoken
 from tests.streaming.common import model_of, processor_of
 from tests.video.media import write
-from vtoken.asking import prompt
+from vtoken.asking import prompt, to_model
 from vtoken.cli.main import cli
 from vtoken.video import VideoError, sample
 from vtoken.video_answers import STAGES
@@ -62,12 +64,42 @@ def test_a_patched_model_reads_its_share_and_the_model_is_left_as_it_was(name, p
     assert (again.text, again.report) == (dense.text, None)
 
 
+def test_a_generation_config_is_followed(path):
+    model, processor = model_of("qwen2_5_vl"), processor_of("qwen2_5_vl")
+    config = GenerationConfig(max_new_tokens=5, do_sample=True, temperature=3.0)
+    told = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        told.append(vtoken.answer(model, processor, path, Q, frames=4, generation_config=config))
+    assert [t.new_tokens for t in told] == [5, 5] and told[0].text != told[1].text
+    (short,) = vtoken.answers(model, processor, [(path, Q)], max_new_tokens=2, generation_config=config)
+    assert short.new_tokens == 2
+
+
+def test_only_pixels_take_the_dtype_of_the_model(path):
+    """The time between frames tells positions, which bfloat16 would round."""
+    processor = processor_of("qwen2_5_vl")
+    inputs = processor(
+        text=[prompt(processor, Q, "video")],
+        **sample(path, 4, processor=processor).inputs,
+        return_tensors="pt",
+    )
+    inputs["second_per_grid_ts"] = torch.tensor([0.3922])
+    cast = to_model(model_of("qwen2_5_vl").to(torch.bfloat16), inputs)
+    assert cast["pixel_values_videos"].dtype == torch.bfloat16
+    assert cast["second_per_grid_ts"].dtype == torch.float32
+
+
 def test_answers_in_turn_are_those_one_by_one(path):
     model, processor = model_of("qwen2_5_vl"), processor_of("qwen2_5_vl")
     video = sample(path, 4, processor=processor)
     questions = [(path, Q), (video, "is here ?"), (path, Q)]
     out = list(vtoken.answers(model, processor, questions, frames=4, max_new_tokens=4))
-    one = [vtoken.answer(model, processor, v, q, frames=4, max_new_tokens=4) for v, q in questions]
+    counts = (4, None, 4)  # the second video has its frames
+    one = [
+        vtoken.answer(model, processor, v, q, frames=n, max_new_tokens=4)
+        for (v, q), n in zip(questions, counts, strict=True)
+    ]
     assert [o.text for o in out] == [o.text for o in one] and out[0].frames == video.seconds
     turns = vtoken.answers(model, processor, [(path, Q), ("nothing.mp4", Q)], frames=4, max_new_tokens=4)
     with pytest.raises(VideoError, match="no such file"):
@@ -109,8 +141,18 @@ def test_what_cannot_be_asked_gets_one_sentence(path):
     given = (model_of("qwen2_5_vl"), processor_of("qwen2_5_vl"))
     with pytest.raises(VideoError, match="frames or fps"):
         vtoken.answer(*given, path, Q, frames=4, fps=1.0)
+    with pytest.raises(ValueError, match="A SampledVideo has its frames: leave frames="):
+        vtoken.answer(*given, sample(path, 4, processor=given[1]), Q, frames=4)
     with pytest.raises(ValueError, match="max_new_tokens"):
         vtoken.answer(*given, path, Q, max_new_tokens="3")
+
+
+def test_the_command_with_a_file_name_that_looks_like_markup(path, tmp_path, capsys):
+    (tmp_path / "x[").mkdir()
+    (tmp_path / "x[" / "b].mp4").write_bytes(Path(path).read_bytes())
+    asked = ["--question", "which digit is shown now?", "--frames", "4"]
+    cli.main(["ask", "--video", f"{tmp_path}/x[/b].mp4", *asked], standalone_mode=False)
+    assert "4 frames" in capsys.readouterr().out
 
 
 def test_the_command(path, capsys):

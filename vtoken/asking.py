@@ -81,8 +81,16 @@ def prompt(processor: Any, question: str, medium: str = "image") -> str:
 
 def prepare(model: Any, processor: Any, image: Image.Image, question: str) -> Any:
     """Model inputs of one question about one image, on the model's device and in its dtype."""
-    inputs = processor(images=image, text=prompt(processor, question), return_tensors="pt").to(model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    inputs = processor(images=image, text=prompt(processor, question), return_tensors="pt")
+    return to_model(model, inputs)
+
+
+def to_model(model: Any, inputs: Any) -> Any:
+    """Inputs on the model's device, pixels in its dtype; times keep theirs, from which positions are made."""
+    inputs = inputs.to(model.device)
+    for name in inputs:
+        if name.startswith("pixel_values"):
+            inputs[name] = inputs[name].to(model.dtype)
     return inputs
 
 

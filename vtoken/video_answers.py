@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from .asking import prompt
+from .asking import prompt, to_model
 from .checks import checked, found
 from .limits import STANDARD, Limits
 from .patching import patch_of, report
@@ -42,8 +42,10 @@ class VideoAnswer:
 
     def __str__(self) -> str:
         times = ", ".join(f"{name} {self.seconds[name]:.2f} s" for name in STAGES)
+        seen, new = len(self.frames), self.new_tokens
         counts = (
-            f"{len(self.frames)} frames, {self.tokens} tokens in the prompt, {self.new_tokens} new tokens"
+            f"{seen} frame{'s' * (seen != 1)}, {self.tokens} tokens in the prompt,"
+            f" {new} new token{'s' * (new != 1)}"
         )
         return "\n".join([counts, times] + ([] if self.report is None else [str(self.report)]))
 
@@ -58,7 +60,7 @@ def answer(
     frames: int | None = None,
     fps: float | None = None,
     scaled: bool = False,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     on_text: Callable[[str], Any] | None = None,
     limits: Limits | None = STANDARD,
     clock: Literal["wall", "cpu"] = "wall",
@@ -76,21 +78,28 @@ def answer(
             several questions about frames that are read once.
         question: the question; it goes through the processor's chat template if there is one.
         frames, fps, scaled, limits: see `vtoken.video.sample`; not for a `SampledVideo`, which has them.
-        max_new_tokens: tokens of the answer at most.
+        max_new_tokens: tokens of the answer at most; 128, or what a `generation_config` says.
         on_text: called with each piece of the answer as it comes.
         clock: of the stages; "cpu" for the processor time of this process, on a CPU that others use too.
-        generate: further arguments of `model.generate`; decoding is greedy unless they say otherwise.
+        generate: further arguments of `model.generate`; decoding is greedy unless these, or their
+            `generation_config`, say otherwise.
 
     Raises:
         vtoken.video.VideoError: the video cannot be read.
         ValueError: the processor reads no videos, or refuses these frames or this question; more than one
-            returned sequence is asked for.
+            returned sequence is asked for; frames are asked for of a `SampledVideo`.
         RuntimeError: the model is answering another question.
     """
     _check_one_answer(generate)
+    from .video import SampledVideo
+
+    if isinstance(video, SampledVideo) and (frames is not None or fps is not None or scaled):
+        raise ValueError(
+            "A SampledVideo has its frames: leave frames=, fps= and scaled= out, or give the file."
+        )
     taken = dict(frames=frames, fps=fps, scaled=scaled, limits=limits)
     prepared = _prepare(model, processor, video, question, taken, clock)
-    options = {"max_new_tokens": max_new_tokens} | generate
+    options = _options(max_new_tokens, generate)
     return _generate(model, processor, prepared, on_text, options, clock)
 
 
@@ -103,7 +112,7 @@ def answers(
     frames: int | None = None,
     fps: float | None = None,
     scaled: bool = False,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     limits: Limits | None = STANDARD,
     **generate: Any,
 ) -> Iterator[VideoAnswer]:
@@ -116,7 +125,14 @@ def answers(
     """
     _check_one_answer(generate)
     taken = dict(frames=frames, fps=fps, scaled=scaled, limits=limits)
-    return _in_turn(model, processor, asked, taken, {"max_new_tokens": max_new_tokens} | generate)
+    return _in_turn(model, processor, asked, taken, _options(max_new_tokens, generate))
+
+
+def _options(max_new_tokens: int | None, generate: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate`: a short greedy answer where nothing else is said."""
+    given = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    configured = generate.get("generation_config") is not None
+    return ({} if configured else {"max_new_tokens": 128, "do_sample": False}) | given | generate
 
 
 def _check_one_answer(generate: dict[str, Any]) -> None:
@@ -195,7 +211,7 @@ def _prepare(
             f" {width} x {height} ({brief(error)}): try other frames=, at least 2, and a question without"
             " marks of images and videos."
         ) from error
-    inputs = inputs.to(model.device, model.dtype)
+    inputs = to_model(model, inputs)
     end = now(None, clock)
     return _Prepared(inputs, video.seconds, {"read": read - start, "process": end - read})
 
@@ -204,9 +220,9 @@ def _prepare(
 def generate_timed(
     model: Any, inputs: Any, options: dict[str, Any], clock: str = "wall"
 ) -> tuple[Any, dict[str, float]]:
-    """The output of `model.generate`, greedy unless `options` say otherwise, and seconds of its stages."""
+    """The output of `model.generate`, and seconds of its stages."""
     with phases(model, clock, steps="decode") as watch:
-        out = model.generate(**inputs, **({"do_sample": False} | options))
+        out = model.generate(**inputs, **options)
         seconds = {"decode": 0.0} | watch.seconds()
     seconds["prefill"] = seconds.pop("llm")
     return out, seconds

@@ -232,6 +232,25 @@ def test_features_of_a_still_video_are_those_of_one_frame(name):
         assert torch.equal(torch.cat([a] * 3), b)
 
 
+@pytest.mark.parametrize("name", ["glm4v/video", "glm46v/video", "qwen2_vl/video", "qwen3_vl_moe/video"])
+def test_a_still_video_of_other_packed_towers(name):
+    """GLM's tower has steps of its own between the last layer and the merger."""
+    model = FAMILIES[name].build()
+    vision = model.config.vision_config
+    merge, width = vision.spatial_merge_size, 3 * vision.temporal_patch_size * vision.patch_size**2
+    frame = torch.randn(6 * merge * merge, width, generator=torch.Generator().manual_seed(0))
+
+    def features_of(frames: int) -> torch.Tensor:
+        grid = torch.tensor([[frames, 2 * merge, 3 * merge]])
+        out = model.base_model.get_video_features(frame.repeat(frames, 1), video_grid_thw=grid)
+        return torch.cat(list(out.pooler_output))
+
+    with torch.no_grad():
+        one = features_of(1)
+        vtoken.patch(model, "still_patches", threshold=0.0)
+        torch.testing.assert_close(features_of(3), one.repeat(3, 1))
+
+
 def taps_of(output) -> list[torch.Tensor]:
     """The features of one video, and those of middle layers."""
     return [output.pooler_output[0].flatten(0, -2), *(getattr(output, "deepstack_features", None) or [])]

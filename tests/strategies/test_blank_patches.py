@@ -133,3 +133,12 @@ def test_a_config_makes_the_same_strategy_again():
     made = assemble("blank_patches", None, dict(threshold=0.07, margin=2, block=8))
     config = VTokenConfig.from_dict(VTokenConfig.of(made).to_dict())
     assert assemble(config.strategy, config.budget, dict(config.options)) == made
+
+
+@pytest.mark.parametrize("level", [0, 1, 128, 255])
+def test_exactly_equal_pixels_are_blank_at_threshold_0(level):
+    strategy = create("blank_patches", threshold=0.0, margin=0)
+    pixels = torch.full((8, 8, 1, 588), (level / 255 - 0.4815) / 0.2686)
+    assert len(strategy.origins(pixels).unique()) == 4
+    pixels[3, 3, 0, 5] += 1e-4
+    assert len(strategy.origins(pixels).unique()) == 5

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import pickle
 import pkgutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -189,6 +192,52 @@ def test_a_fast_processor_changes_no_bit(kind, given):
         plain = own(videos=some, return_tensors="pt", do_sample_frames=False)
         assert mine.keys() == plain.keys() and all(torch.equal(mine[k], plain[k]) for k in plain)
     assert "_preprocess" not in vars(own) and (fast is own) == (kind is LlavaOnevisionVideoProcessor)
+
+
+@pytest.mark.parametrize("kind", MAIN[:2])
+def test_a_fast_processor_is_written_and_shown_as_the_original(kind, tmp_path):
+    own = kind()
+    fast = fast_processor(own)
+    assert repr(fast) == repr(own) and fast.to_json_string() == own.to_json_string()
+    fast.save_pretrained(tmp_path)
+    assert kind.from_pretrained(tmp_path).to_dict() == own.to_dict()
+    again = pickle.loads(pickle.dumps(copy.deepcopy(own)))
+    video = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    mine, plain = (p(videos=[video], return_tensors="np", do_sample_frames=False) for p in (fast, again))
+    assert all(np.array_equal(mine[k], plain[k]) and type(mine[k]) is type(plain[k]) for k in plain)
+
+
+def test_a_step_that_rounds_to_one_past_the_last_frame(tmp_path):
+    """Float steps of 367 frames at 24 per second end at 367.0."""
+    path = write(tmp_path / "a.mp4", [i % 256 for i in range(367)], fps=24)
+    got = sample(path, fps=2.0, processor=Qwen2VLVideoProcessor())
+    assert got.indices[-1] < 367 and len(got.indices) == len(got.frames)
+    assert list(got.indices) == loaded(Qwen2VLVideoProcessor, str(path), "fps", 2.0)[1][: len(got.indices)]
+
+
+@pytest.mark.parametrize("cut", [0, 10, 12])
+def test_a_trimmed_file_starts_inside_a_group(tmp_path, cut):
+    """The frames before the cut are decoded, not shown: a copy without encoding starts at a key frame."""
+    whole, path = write(tmp_path / "whole.mp4", 24, between=0, group=12), tmp_path / "cut.mp4"
+    options = {"use_editlist": "1", "avoid_negative_ts": "disabled"}
+    with av.open(str(whole)) as given, av.open(str(path), "w", options=options) as out:
+        stream = given.streams.video[0]
+        copied = out.add_stream_from_template(stream)
+        late = int(cut * 0.04 / stream.time_base)
+        for packet in given.demux(stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - late, packet.dts - late, copied
+                out.mux(packet)
+    with av.open(str(path)) as shown:
+        want = [number(f.to_ndarray(format="rgb24")) for f in shown.decode(video=0)]
+    assert want == list(range(cut, 24))
+    with open_video(path) as reader:
+        assert [number(f.image) for f in reader] == want
+        assert [number(f.image) for f in reader.get_frames([0, 3])] == [want[0], want[3]]
+    for frames in (1, 4, len(want)):
+        got = sample(path, frames=frames)
+        shown = [number(np.ascontiguousarray(f)) for f in got.frames.permute(0, 2, 3, 1).numpy()]
+        assert shown == [want[i] for i in got.indices]
 
 
 @pytest.mark.parametrize("between", [0, 3])

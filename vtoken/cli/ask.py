@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from .options import Budget, Command, console
 
@@ -47,7 +48,7 @@ def ask(
         model, processor = load(model_id, TINY)
         patched = strategy is not None or budget is not None
         with vtoken.applied(model, strategy, budget=budget) if patched else nullcontext():
-            status.update(f"reading {video}")
+            status.update(f"reading {escape(video)}")
 
             def show(piece: str) -> None:
                 status.stop()

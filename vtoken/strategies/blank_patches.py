@@ -67,7 +67,8 @@ class BlankPatches(Strategy):
         rows, columns = pixels.shape[:2]
         wide = torch.promote_types(pixels.dtype, torch.float32)
         channels = pixels.to(wide).unflatten(-1, (3, -1))  # (rows, columns, patches, 3, values)
-        mean = channels.mean((2, 4), keepdim=True)
+        base = channels[:, :, :1, :, :1]  # the mean of equal numbers is that number then
+        mean = base + (channels - base).mean((2, 4), keepdim=True)
         content = ~((channels - mean).abs().amax((2, 3, 4)) <= self.threshold)  # also what is no number
         reach = min(self.margin, max(rows, columns))
         free = F.max_pool2d(content[None].float(), 2 * reach + 1, 1, reach)[0].flatten() == 0

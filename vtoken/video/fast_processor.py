@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def fast_processor(processor: Any) -> Any:
     if type(part).__name__ not in _FAMILIES:
         return processor
     fast = copy.copy(part)
-    fast._preprocess = partial(_preprocess, part)
+    fast.__class__ = _fast_class(type(part))  # type: ignore[arg-type]
     if part is processor:
         return fast
     whole = copy.copy(processor)
@@ -42,8 +42,18 @@ def fast_processor(processor: Any) -> Any:
     return whole
 
 
-def _preprocess(part: Any, videos: list[Tensor], **kwargs: Any) -> Any:
-    own = type(part)._preprocess
+@cache
+def _fast_class(own: type[Any]) -> type[Any]:
+    """A subclass that is written to files, and named, as `own`."""
+
+    def preprocess(self: Any, videos: list[Tensor], **kwargs: Any) -> Any:
+        return _preprocess(self, own._preprocess, videos, **kwargs)
+
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (own,), {**names, "_preprocess": preprocess})
+
+
+def _preprocess(part: Any, own: Any, videos: list[Tensor], **kwargs: Any) -> Any:
     floats = any(v.dtype != torch.uint8 or v.shape[-3] != 3 for v in videos)
     if floats or not (kwargs["do_rescale"] and kwargs["do_normalize"]):
         return own(part, videos=videos, **kwargs)
@@ -54,8 +64,9 @@ def _preprocess(part: Any, videos: list[Tensor], **kwargs: Any) -> Any:
         return images
 
     moving.rescale_and_normalize = later
+    kind = kwargs.pop("return_tensors", None)
     out = own(moving, videos=videos, **kwargs)
     patches = out["pixel_values_videos"]
     colours = patches.reshape(len(patches), 3, -1, 1)
     out["pixel_values_videos"] = part.rescale_and_normalize(colours, *asked[0]).reshape(patches.shape)
-    return out
+    return out if kind is None else out.convert_to_tensors(kind)

@@ -64,9 +64,13 @@ def from_packets(packets: Iterable[Any], time_base: Fraction, origin: int | None
     for packet in packets:
         if hides is None:
             hides = hides_frames(packet)
-        if not packet.size or packet.is_discard or (hides and hidden(packet)):
+        if not packet.size or (hides and hidden(packet)):
             continue
         at, decoded_at = packet.pts, packet.dts
+        if packet.is_discard:  # cut off at the start, where the first frames may still be decoded from
+            if packet.is_keyframe and at is not None:
+                keys.append(at)
+            continue
         if at is None or (last is not None and decoded_at is not None and decoded_at < last):
             return None
         last = decoded_at if decoded_at is not None else last

@@ -77,7 +77,8 @@ def _run(part: Any, metadata: Any, given: dict[str, Any], size: bool) -> Asked:
     def fetch_videos(videos: Any, sample_indices_fn: Any = None) -> Any:
         seen = copy.copy(metadata)
         taken = sample_indices_fn(metadata=seen) if sample_indices_fn else range(seen.total_num_frames)
-        found["indices"] = tuple(int(i) for i in taken)
+        # float steps of some lengths and rates end one past the last frame, which no file has
+        found["indices"] = tuple(i for i in map(int, taken) if i < seen.total_num_frames)
         if not size:
             raise _Known
         seen.frames_indices = list(found["indices"])
@@ -96,6 +97,8 @@ def _run(part: Any, metadata: Any, given: dict[str, Any], size: bool) -> Asked:
     except Exception as error:
         if "indices" not in found:
             none = isinstance(error, ZeroDivisionError)  # Qwen2-VL rounds one frame down to none
-            why = "it comes down to no frame, try larger frames= or fps=" if none else brief(error)
+            why = (
+                "it comes down to no frame, try larger frames= or fps=, or neither" if none else brief(error)
+            )
             raise VideoError(f"{type(part).__name__} cannot sample this video: {why}") from error
     return Asked(**found)

@@ -66,6 +66,8 @@ class QwenTower(PackedTower):
 
     @property
     def mergers(self) -> list[nn.Module]:
+        if hasattr(self.module, "downsample"):  # GLM's, between the last block and the merger
+            return []
         more: Any = getattr(self.module, "deepstack_merger_list", ())
         return [m for m in (getattr(self.module, "merger", None), *more) if isinstance(m, nn.Module)]
 
