@@ -76,13 +76,16 @@ class Report:
         visual_per_layer: per LLM layer, visual tokens that it reads, summed over the batch.
         flops_dense, flops: LLM prefill FLOPs of the unpatched model and of this call.
         flops_text: those among `flops` with which the LLM read the prompt's text for the choice.
-        kv_bytes_dense, kv_bytes: KV-cache bytes of the prompt, and of `kv_answer` tokens after it.
+        kv_bytes_dense, kv_bytes: KV-cache bytes of the prompt, of `kv_answer` tokens after it, and of
+            `kv_earlier` ones before it.
         seconds: measured seconds by name: "tower", "select", "prefill"; GPU times are read when the report is
             made.
         tower: per modality, the work of a tower that reuses between frames, of its latest call; else empty.
         budget_counts: what the strategy's budget counts, in words; empty if unknown.
         kv_answer: tokens that were read after the prompt, per row, where a strategy evicts tokens from the
             KV cache; its bytes are those after the latest of them. None for other strategies.
+        kv_earlier: tokens of earlier turns in the KV cache, per row, where a strategy holds it in a form of
+            its own, whose bytes are counted as a whole; 0 for other strategies.
     """
 
     strategy: str
@@ -99,6 +102,7 @@ class Report:
     budget_counts: str = ""
     flops_text: float = 0.0
     kv_answer: int | None = None
+    kv_earlier: int = 0
 
     @property
     def tokens_in(self) -> int:
@@ -145,6 +149,7 @@ class Report:
             "kv_bytes_dense": self.kv_bytes_dense,
             "kv_bytes": self.kv_bytes,
             "kv_answer": self.kv_answer,
+            "kv_earlier": self.kv_earlier,
             "seconds": self.seconds,
             "tower": {modality: use.to_dict() for modality, use in self.tower.items()},
         }
@@ -184,7 +189,8 @@ class Report:
             f"({change(self.flops, self.flops_dense)})"
             + (f", {_si(self.flops_text)}FLOP of it to choose by the text" if self.flops_text else "")
         )
-        more = f" and {self.kv_answer} tokens of the answer" if self.kv_answer else ""
+        more = f", {self.kv_earlier} tokens before" if self.kv_earlier else ""
+        more += f" and {self.kv_answer} tokens of the answer" if self.kv_answer else ""
         lines.append(
             f"  KV cache of the prompt{'s' if many else ''}{more}: {_si(self.kv_bytes)}B instead of"
             f" {_si(self.kv_bytes_dense)}B ({change(self.kv_bytes, self.kv_bytes_dense)})"

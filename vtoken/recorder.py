@@ -81,8 +81,7 @@ class Forward:
     # and per stage after the entrance the tokens that are still read
     item: Tensor | None = None
     reads: list[Tensor] = field(default_factory=list)
-    # bytes of a packed cache, before and after; None for any other
-    packed: tuple[int, int] | None = None
+    packed: int | None = None  # bytes of a packed cache afterwards; None for any other
 
 
 @dataclass
@@ -177,7 +176,7 @@ class Recorder:
                 dense=real.sum(1),
                 tokens=[real.sum(1)],
                 visual=[(visual & real).sum(1)],
-                packed=None if (held := stored_bytes(run.cache)) is None else (held, held),
+                packed=stored_bytes(run.cache),
             )
         )
 
@@ -197,8 +196,7 @@ class Recorder:
         if run is None or run.visual is None or run.index is None:
             return
         forward = record.forwards[-1]
-        if (held := stored_bytes(run.cache)) is not None:
-            forward.packed = (forward.packed or (0, 0))[0], held
+        forward.packed = stored_bytes(run.cache)
         forward.tokens, forward.visual = [], []
         stages = run.stages()
         for index, valid in stages:
@@ -248,6 +246,10 @@ class Recorder:
                     )
                 )
         answer = 0 if record.held is None else record.held[2] - record.held[1]
+        kv_bytes = self._held(record, len(prompt))
+        earlier = 0 if kv_bytes is None else record.forwards[0].past_dense
+        if kv_bytes is None:
+            kv_bytes = sum(shapes[i].kv_bytes(per_layer[i], itemsize) for i in layers)
         return Report(
             strategy=self.describe,
             visuals=self._with_layers(record),
@@ -258,13 +260,10 @@ class Recorder:
             flops=flops,
             flops_text=text,
             kv_bytes_dense=sum(
-                shape.kv_bytes(sum(prompt) + len(prompt) * answer, itemsize) for shape in shapes
+                shape.kv_bytes(sum(prompt) + len(prompt) * (answer + earlier), itemsize) for shape in shapes
             ),
-            kv_bytes=(
-                self._packed(record) or sum(shapes[i].kv_bytes(per_layer[i], itemsize) for i in layers)
-                if record.held is None
-                else record.held[0] * len(prompt)
-            ),
+            kv_bytes=kv_bytes,
+            kv_earlier=earlier,
             kv_answer=None if record.held is None else answer,
             seconds=record.watch.seconds(),
             tower=record.tower,
@@ -272,10 +271,12 @@ class Recorder:
         )
 
     @staticmethod
-    def _packed(record: Record) -> int | None:
-        """Bytes by which a prompt made a packed cache longer, without beams' copies."""
-        first, last = (record.forwards[i].packed for i in (0, -1))
-        return None if first is None or last is None else (last[1] - first[0]) // record.beams
+    def _held(record: Record, rows: int) -> int | None:
+        """Bytes of a cache in a strategy's form, without beams' copies; None for any other."""
+        if record.held is not None:
+            return record.held[0] * rows
+        packed = record.forwards[-1].packed
+        return None if packed is None else packed // record.beams
 
     def _with_layers(self, record: Record) -> list[VisualReport]:
         """The images and videos, each with the tokens that every LLM layer reads of it."""

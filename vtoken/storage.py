@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -43,7 +43,7 @@ class Packed(Storage):
     scale: bool = True
     sign: bool = True
     protect: float = 0.0
-    relevance: Callable[[PromptTokens], Tensor] | None = None
+    relevance: Callable[[PromptTokens], Tensor] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

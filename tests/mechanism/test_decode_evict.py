@@ -170,7 +170,7 @@ def test_the_report_tells_the_bytes_of_the_cache():
     with vtoken.applied(model, "decode_evict", **OPTIONS):
         cache = run(model, inputs, 9)[CACHE]
         report = vtoken.report(model)
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values, *layer.beside.values())]
+    tensors = [t for x in cache.layers for t in (x.keys, x.values, *x.beside.values(), *sum(x.asked, ()))]
     assert report.kv_bytes == sum(t.numel() * t.element_size() for t in tensors)
     assert report.kv_bytes < report.kv_bytes_dense
     assert report.kv_bytes_dense % (2 * 4 * 2 * (LM["hidden_size"] // 4) * LM["num_hidden_layers"]) == 0

@@ -14,7 +14,6 @@ from .attention_rows import heads, rotate
 from .cache_alignment import cut_layers
 from .cache_crop import physical_length, settle
 from .forward_context import Run
-from .ledger import Ledger
 from .ragged import right_aligned
 
 
@@ -55,7 +54,7 @@ def ask(run: Run, layers: list[Any]) -> None:
         ]
 
 
-def evict(ledger: Ledger, layers: list[Any], decoder: Any) -> None:
+def evict(run: Run, layers: list[Any], decoder: Any) -> None:
     """Score the visual tokens and evict a part of them, once enough tokens of the answer are there."""
     storage: AnswerEviction = layers[0].storage
     if len(layers[0].asked) < storage.every:
@@ -70,8 +69,10 @@ def evict(ledger: Ledger, layers: list[Any], decoder: Any) -> None:
         for layer in layers:
             layer.asked = []
         return
-    stored = physical_length(layers[0])
-    ledger.follow(stored, grow=True)
+    ledger = run.ledger
+    ledger.follow(physical_length(layers[0]), grow=True)
+    if run.seen is not None:  # what is hidden goes too, as it would lie elsewhere in every layer
+        ledger.hide(run.seen)
     real, first = ledger.slots[0] >= 0, None
     for layer in layers:
         _score(layer, decoder.layers[layer.number].self_attn, real, storage.newest)

@@ -56,6 +56,7 @@ def crop_layer(layer: Any, tokens: int, crop_slots: Any) -> None:
     if crop is None:  # tokens that every layer stores, one slot each
         _check_window(layer, tokens)
         layer.physically(crop_slots, -tokens)
+        _cut_places(layer, ledger)
         return
     cut, stored = crop.cuts[ledger.table(layer.number)], physical_length(layer)
     if layer.number in crop.done or crop.length != max(0, stored + layer.dropped - tokens):
@@ -76,7 +77,13 @@ def crop_layer(layer: Any, tokens: int, crop_slots: Any) -> None:
     elif gone:
         layer.physically(crop_slots, -gone)
     crop.done.add(layer.number)
+    _cut_places(layer, ledger)
     settle(layer, ledger)
+
+
+def _cut_places(layer: Any, ledger: Ledger) -> None:
+    if ledger.places is not None and layer.number == ledger.counter:
+        ledger.places = ledger.places[:, :, : physical_length(layer)]
 
 
 def _check_window(layer: Any, gone: int, whole: bool = False) -> None:

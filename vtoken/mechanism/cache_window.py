@@ -80,12 +80,9 @@ def fill_positions(run: Run, stored: int, axes: int) -> None:
     """Enter a forward's tokens into the ledger, and the position ids of all `stored` slots."""
     ledger, positions = run.ledger, run.positions
     assert positions is not None
-    before = ledger.slots[0].shape[1]
     ledger.follow(stored, grow=True)
-    if run.visual is None and run.real is not None:
-        now = ledger.slots[0][:, before:]
-        ledger.slots[0] = torch.cat([ledger.slots[0][:, :before], torch.where(run.real, now, -1)], 1)
-        ledger.ragged[0] = True
+    if run.seen is not None and run.query_length > 1:  # within an answer a mask hides nothing more
+        ledger.hide(run.seen)
     positions = positions[None] if positions.ndim == 2 else positions
     positions = positions[-axes:].to(ledger.device)
     positions = positions.expand(axes, ledger.batch_size, positions.shape[-1])

@@ -318,7 +318,9 @@ class EntranceHooks:
                 start = cache.get_seq_length()
                 positions = (torch.arange(length, device=embeds.device) + start).expand(batch, length)  # type: ignore[union-attr]
             kwargs["position_ids"] = self.context.run.positions = positions - ledger.shift[0][:, None]
-        counted = self.turn.eviction.before_text(self.context.run, positions, mask, embeds)
+        if self.turn.storage is not None or self.layers.sparse is not None:
+            self.turn.note_text(run, kwargs.get("attention_mask"))
+        counted = self.turn.eviction.before_text(self.context.run, positions, embeds)
         return args, kwargs if counted is None else kwargs | {"position_ids": counted}
 
     # -- after the language model ----------------------------------------------------------------------------
@@ -329,8 +331,8 @@ class EntranceHooks:
         left = None
         if self.context.reading is not None:
             left = self.turn.leave(out)
-        elif run is not None and run.reviews and out is not None and self.layers.sparse is not None:
-            self.layers.sparse.review(run)
+        elif run is not None and out is not None and self.layers.sparse is not None:
+            self.layers.sparse.after_text(run)
         self.context.run = None
         if out is not None:
             self.turn.eviction.after(run)

@@ -37,8 +37,30 @@ class EvictingLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values, and of what is held beside them."""
-        tensors: list[Any] = [self.keys, self.values, *self.beside.values()]
+        asked = (x for token in self.asked for x in token)
+        tensors: list[Any] = [self.keys, self.values, *self.beside.values(), *asked]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, and what was noted of them.
+
+        Raises:
+            NotImplementedError: if an eviction counts images, and some go.
+        """
+        gone = abs(tokens_to_remove)
+        left = max(0, self.keys.shape[2] - gone) if self.is_initialized else 0
+        visual = self.beside.get("visual")
+        if gone and visual is not None and visual.shape[1] > left:
+            pictures = visual[:, left:].sum(1)
+            if bool(pictures.any()) and getattr(self.storage, "tokens", None) is not None:
+                raise NotImplementedError(
+                    "A KV cache whose budget counts tokens per image cannot be cropped into an image: keep a"
+                    " copy of the cache as it was, or start with a new cache."
+                )
+            self.beside["total"] = self.beside["total"] - pictures
+            self.beside |= {name: self.beside[name][:, :left] for name in ("visual", "score")}
+        self.asked = self.asked[: max(0, len(self.asked) - gone)] if gone else self.asked
+        super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         self.beside, self.asked = {}, []

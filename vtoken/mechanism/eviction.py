@@ -97,7 +97,7 @@ class Eviction:
         storage, new = self.storage, prompt.new_tokens
         if isinstance(storage, SinkWindow):
             return not new or tokens + new > storage.sinks + storage.recent
-        return isinstance(storage, AnswerEviction) and (not new or new >= storage.every)
+        return isinstance(storage, AnswerEviction)  # drafts count as tokens until they are taken back
 
     def check_history(self, cache: Any) -> None:
         """Raise NotImplementedError for a cache that was filled before, if its position ids are needed."""
@@ -108,7 +108,7 @@ class Eviction:
                 " strategy was there: start the conversation with a new cache."
             )
 
-    def before_text(self, run: Run, positions: Any, mask: Any, given: Tensor) -> Tensor | None:
+    def before_text(self, run: Run, positions: Any, given: Tensor) -> Tensor | None:
         """Note what an eviction after a forward without visual tokens will read; `given` (B, q, ...).
 
         Returns the position ids in place of those that the model counts; None if they are the same.
@@ -117,15 +117,13 @@ class Eviction:
         if not (layers and isinstance(layers[0], EvictingLayer)):
             return None
         start = int(run.cache.get_seq_length())
-        if length > 1 and not self.context.disabled:
-            self.check(run.cache, start + length)
+        prompt = self.context.prompt
+        if prompt is not None and start < prompt.length and not self.context.disabled:
+            self.check(run.cache, prompt.length)
         if run.positions is None:
             ahead = torch.arange(start, start + length, device=given.device)[None]
             run.positions = ahead if positions is None else positions
         run.positions = run.positions - run.ledger.origin
-        if length > 1 and isinstance(mask, Tensor) and mask.ndim == 2:
-            real = mask[:, -length:].bool().to(given.device)
-            run.real = None if bool(real.all()) else real
         return run.positions if run.ledger.origin else None
 
     # -- after a forward -------------------------------------------------------------------------------------
@@ -148,7 +146,7 @@ class Eviction:
             note_visual(run, layers)
         elif self._answers(run, layers):
             ask(run, layers)
-            evict(run.ledger, layers, self.decoder)
+            evict(run, layers, self.decoder)
         else:
             for layer in layers:  # the tokens asked are the last ones
                 layer.asked = []

@@ -359,6 +359,8 @@ class LayerHooks:
         if self.schedule.aligned:
             align_cache(run, self.schedule)
         ledger, end = run.ledger, run.ledger.end
+        pictured = run.visual.any(1)
+        ledger.pictured = pictured if ledger.pictured is None else ledger.pictured | pictured
         entered, stages = run.now[0][1].sum(1), run.stages() if self.schedule.evicts else run.now
         ragged = [*run.ragged, *(not bool(valid.all()) for _, valid in stages[len(run.now) :])]
         for stage, (index, valid) in enumerate(stages):

@@ -158,13 +158,14 @@ class LayerViews:
         key = past = None
         cached = run.cache.layers[i] if run.cache is not None else None
         width = run.ledger.slots[self.schedule.stores(i)].shape[1]
-        readable = (
-            cached is not None
-            and not hasattr(cached, "_quantize")
-            and not getattr(run.cache, "offloading", False)
-        )
-        keys = cached.keys if readable and cached is not None and cached.is_initialized else None
-        stored = stored and not self.schedule.evicts  # the cache lacks tokens of this forward
+        keys = None
+        if cached is not None and cached.is_initialized and not getattr(run.cache, "offloading", False):
+            if hasattr(cached, "read_keys"):
+                keys = cached.read_keys()
+            elif not hasattr(cached, "_quantize"):
+                keys = cached.keys
+        # the cache lacks tokens of this forward, or holds them as codes
+        stored = stored and not (self.schedule.evicts or hasattr(cached, "read_keys"))
         needed = width + (run.now[self.schedule.reads(i)][0].shape[1] if stored else 0)
         if keys is not None and keys.ndim == 4 and keys.shape[2] >= needed:
             if stored:  # a view if there is no padding to leave out

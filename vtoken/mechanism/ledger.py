@@ -64,6 +64,7 @@ class Ledger:
         origin: the position ids of later tokens are so much less than those that the model counts.
         slid: slots that a window has lost since `origin` was changed.
         lost: (batch,) bool, the rows that a window has lost tokens of; None before it has.
+        pictured: (batch,) bool, the rows that have had visual tokens; None before there were any.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Ledger:
         self.evicted = False
         self.places: Tensor | None = None
         self.lost: Tensor | None = None
+        self.pictured: Tensor | None = None
         self.origin = self.slid = 0
 
     @property
@@ -133,6 +135,7 @@ class Ledger:
         self.real = self.real[rows]
         self.places = None if self.places is None else self.places[:, rows]
         self.lost = None if self.lost is None else self.lost[rows]
+        self.pictured = None if self.pictured is None else self.pictured[rows]
 
     def follow(self, physical: int, grow: bool) -> None:
         """Adapt to the first layer's physical length; `grow` adds text stored since then to the tables.
@@ -168,6 +171,14 @@ class Ledger:
         if self.places is not None:
             self.places = self.places.gather(2, index.expand(len(self.places), *index.shape))
         self.evicted = True
+
+    def hide(self, seen: Tensor) -> None:
+        """Take as filler what a mask over the slots of stage 0, (B, slots) bool, does not show."""
+        self.slots = [
+            torch.where(seen.gather(1, columns), slots, -1)
+            for slots, columns in zip(self.slots, self.columns, strict=True)
+        ]
+        self.ragged = [bool((slots < 0).any()) for slots in self.slots]
 
     def cuts(self, length: int) -> list[Cut]:
         """Per stage, the cut that removes the logical tokens from `length` (less than `end`) on.

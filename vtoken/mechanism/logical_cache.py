@@ -197,7 +197,9 @@ def make_logical(
     lead = counting_layers(cache)[0]
     ledger.states = [layer for layer in cache.layers if has_state(layer)]
     ledger.counter, ledger.lead = lead.number, lead if ledger.states else None
-    ledger.gather = all(_plain(cache, layer) for layer in counting_layers(cache))
+    ledger.gather = all(
+        _plain(cache, layer) and not hasattr(layer, "storage") for layer in counting_layers(cache)
+    )
 
 
 def _known(layer: Any) -> bool:

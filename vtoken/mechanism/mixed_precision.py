@@ -101,11 +101,6 @@ class MixedLayer(PackedLayer):
     def is_due(self, coming: PromptTokens | None) -> bool:
         return False
 
-    def read_keys(self) -> Tensor:
-        """(B, H, n, D): the keys of all tokens."""
-        packed = [] if self.packed_keys is None else [self.packed_keys.read()]
-        return torch.cat([*packed, self.keys], 2)
-
     @torch.no_grad()
     def pack(self, important: Tensor, real: Tensor) -> None:
         """Pack all tokens that are not packed yet; `important` and `real` (B, n) bool are of the last ones.

@@ -26,12 +26,13 @@ class PackedLayer(DynamicLayer):
     values: Any
     storage: Packed
     coming: PromptTokens | None
+    waits: bool  # whether tokens of an answer are not packed, as they may be taken back
     packed_keys: PackedKeys | None
     packed_values: PackedValues | None
 
     def begin(self, storage: Packed, number: int) -> None:
         """Take the form; tokens that the layer has stay as they are for now."""
-        self.storage, self.coming = storage, None
+        self.storage, self.coming, self.waits = storage, None, False
         self.packed_keys = self.packed_values = None
 
     def announce(self, tokens: PromptTokens) -> None:
@@ -51,9 +52,8 @@ class PackedLayer(DynamicLayer):
         coming, self.coming = self.coming, None
         self.keys = torch.cat([self.keys, key_states], dim=-2)
         self.values = torch.cat([self.values, value_states], dim=-2)
-        keys, values = self.keys, self.values
-        if self.packed_keys is not None and self.packed_values is not None:
-            keys = torch.cat([self.packed_keys.read().to(keys.dtype), keys], dim=-2)
+        keys, values = self.read_keys(), self.values
+        if self.packed_values is not None:
             values = torch.cat([self.packed_values.read().to(values.dtype), values], dim=-2)
         if self.is_due(coming):
             self._quantize(coming)
@@ -61,7 +61,12 @@ class PackedLayer(DynamicLayer):
 
     def is_due(self, coming: PromptTokens | None) -> bool:
         """Whether tokens are packed after a forward, whose tokens are `coming` if it had pictures."""
-        return coming is not None or self.keys.shape[-2] >= self.storage.residual
+        return coming is not None or (not self.waits and self.keys.shape[-2] >= self.storage.residual)
+
+    def read_keys(self) -> Tensor:
+        """(B, H, n, D): the keys of all tokens."""
+        packed = [] if self.packed_keys is None else [self.packed_keys.read().to(self.keys.dtype)]
+        return torch.cat([*packed, self.keys], dim=-2)
 
     def _check_heads(self, values: Tensor) -> None:
         group, width = self.storage.group, values.shape[-1]

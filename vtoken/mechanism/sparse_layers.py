@@ -196,6 +196,25 @@ class SparseLayers:
             return False
         return bool(run.cache.get_seq_length() + 1 - run.ledger.end >= sparse.interval)
 
+    def after_text(self, run: Run) -> None:
+        """Choose among the tokens of an answer; tokens of a text turn stay in any case."""
+        if run.reviews:
+            self.review(run)
+        elif self.schedule.sparse is not None and self.schedule.sparse.interval and run.query_length > 1:
+            self._take_in(run)
+
+    @torch.compiler.disable
+    def _take_in(self, run: Run) -> None:
+        """Enter all tokens that were read into the tables, but for those that the mask hides."""
+        prompt = self.context.prompt
+        if run.static or (prompt is not None and prompt.drafts):
+            return
+        run.ledger.follow(slots_in(run.cache), grow=True)
+        if run.seen is not None:
+            run.ledger.hide(run.seen)
+        for layer in counting_layers(run.cache):
+            settle(layer, run.ledger)
+
     @torch.compiler.disable
     @torch.no_grad()
     def review(self, run: Run) -> None:
@@ -206,13 +225,18 @@ class SparseLayers:
         assert sparse is not None and sparse.retain is not None
         end = ledger.end
         ledger.follow(slots_in(run.cache), grow=True)
+        if run.seen is not None:
+            ledger.hide(run.seen)
         latest = ledger.end - end
+        pictured = [True] * ledger.batch_size if ledger.pictured is None else ledger.pictured.tolist()
         for i in range(self.schedule.layers):
             layer, table = run.cache.layers[i], self.schedule.stores(i)
             mixed, real = isinstance(layer, MixedLayer), ledger.slots[table] >= 0
             rows = self._newest_rows(run, i, layer.read_keys() if mixed else layer.keys, real)
             keep = real.clone()
             for b, row in enumerate(rows[..., -latest:]):
+                if not pictured[b]:
+                    continue
                 chosen = sparse.retain(row).check(latest).keep
                 gone = torch.ones(latest, dtype=torch.bool, device=keep.device)
                 gone[chosen.to(keep.device)] = False

@@ -11,6 +11,7 @@ from .cache_crop import name_of
 from .evicting_layers import EvictingLayer
 from .mixed_precision import MixedLayer
 from .packed_cache import PackedLayer
+from .prompt import Prompt
 
 # declaration -> class of its cache layers, a subclass of DynamicLayer whose objects have `storage`
 LAYER_CLASSES: dict[type[Storage], type[Any]] = {
@@ -64,6 +65,31 @@ def check_form(cache: Any, storage: Storage) -> None:
                 f" {storage}: go on with the strategy that filled it, or start the conversation with a new"
                 " cache."
             )
+
+
+def check_read_at_once(storage: Storage | None, prompt: Prompt | None, tokens: int, cache: Any) -> None:
+    """Raise NotImplementedError if a `generate` stores nothing, or packs a prompt while it is read.
+
+    Args:
+        tokens: of the prompt, those in the cache included, once the present forward has been read.
+    """
+    if prompt is None or not isinstance(storage, Packed | MixedPrecision):
+        return
+    if cache is None:
+        raise NotImplementedError(
+            "This strategy acts on the KV cache, found use_cache=False: leave it out, or unpatch the model."
+        )
+    if prompt.length > tokens:
+        raise NotImplementedError(
+            "A strategy that packs the KV cache reads a prompt at once: leave out prefill_chunk_size."
+        )
+
+
+def hold_back(cache: Any, drafts: bool) -> None:
+    """Let packed layers wait while an assistant proposes tokens, which may be taken back."""
+    for layer in cache.layers:
+        if isinstance(layer, PackedLayer):
+            layer.waits = drafts
 
 
 def announce(cache: Any, tokens: PromptTokens, first: int = 0) -> None:

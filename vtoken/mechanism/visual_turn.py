@@ -21,7 +21,7 @@ from .masks import both_ways, cut_mask, sees_itself
 from .packed_rows import packed_lengths, packed_mask, packed_rows, ranks_of, within
 from .ragged import USUAL, check_cut, expand_batch, overwrite, right_aligned, take, take_merged, tokenwise
 from .recurrent_states import check_filler, counting_layers, has_length
-from .stored_cache import adopt_storage, announce, check_form
+from .stored_cache import adopt_storage, announce, check_form, check_read_at_once, hold_back
 from .transformers_names import (
     FOR_LAYERS,
     cache_in,
@@ -167,6 +167,7 @@ class VisualTurn:
             self._check_inside(run, turn.past + length)
         if not self.context.disabled:
             self.eviction.check(cache, turn.past + length, run.first is not None)
+            check_read_at_once(self.storage, self.context.prompt, turn.past + length, cache)
         return run, self.planner(call, run, kwargs["inputs_embeds"], real)
 
     def _check_inside(self, run: Run, tokens: int) -> None:
@@ -209,6 +210,20 @@ class VisualTurn:
         run.tokens = PromptTokens(run.visual.gather(1, run.index) & valid, valid, embeds)
         if run.cache is not None:
             announce(run.cache, run.tokens)
+
+    def note_text(self, run: Run, mask: Any) -> None:
+        """Note what a forward without visual tokens shows, and how the cache packs it.
+
+        Raises:
+            ValueError: the cache was filled in another form than that of the strategy.
+        """
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            run.seen = mask[:, run.ledger.dropped[0] :].bool().to(run.ledger.device)
+        if self.storage is None or self.context.disabled:
+            return
+        check_form(run.cache, self.storage)
+        prompt = self.context.prompt
+        hold_back(run.cache, prompt is not None and prompt.drafts)
 
     def hold(self, cache: Any, embeds: Tensor, mask: Any) -> Ledger | None:
         """A ledger for a cache that is read without visual tokens, if the strategy evicts text as well."""

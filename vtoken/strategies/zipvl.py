@@ -40,13 +40,13 @@ class ZipVL(Strategy):
     whose `a`, divided by the number of probes that see them, is largest, as more probes see early tokens.
     Attention runs among the important tokens alone, at their original positions. The others get nothing from
     it and go on to the MLP and the next layer, which chooses anew. A prompt without pictures is read as
-    without a patch.
+    without a patch; so is a later turn without pictures, of which nothing leaves the KV cache.
 
     Args:
         budget: None for `tau`; or a fixed number of important tokens in every layer, the paper's "fixed": of
             all tokens, text included.
         tau: share of the attention that the important tokens receive; the paper has 0.975, or 0.96 to save
-            more. 1.0 is the unpatched model.
+            more. 1.0 is the unpatched model, but for kv="quant", which has all tokens in 4 bits.
         recent: latest tokens that are probes.
         probes: random tokens before these that are probes too.
         kv: "evict" stores keys and values of a layer's important tokens alone (the paper's second version);
@@ -82,7 +82,7 @@ class ZipVL(Strategy):
 
     @property
     def is_identity(self) -> bool:
-        return self.tau == 1 if self.budget is None else super().is_identity
+        return self.kv != "quant" and (self.tau == 1 if self.budget is None else super().is_identity)
 
     def attention(self) -> SparseAttention:
         return SparseAttention(self.kv == "evict", 0 if self.kv == "full" else self.interval, self.retain)
