@@ -143,6 +143,8 @@ def test_what_cannot_be_asked_gets_one_sentence(path):
         vtoken.answer(*given, path, Q, frames=4, fps=1.0)
     with pytest.raises(ValueError, match="A SampledVideo has its frames: leave frames="):
         vtoken.answer(*given, sample(path, 4, processor=given[1]), Q, frames=4)
+    with pytest.raises(ValueError, match=r"asks a model as it is, found budget=: call it within"):
+        vtoken.answer(*given, path, Q, frames=4, budget=0.25)
     with pytest.raises(ValueError, match="max_new_tokens"):
         vtoken.answer(*given, path, Q, max_new_tokens="3")
 

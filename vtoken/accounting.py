@@ -172,7 +172,8 @@ class Report:
             lines += [f"    {r}: {n} of {v.tokens_in} ({change(n, v.tokens_in)})" for r, n in read]
         for modality, use in self.tower.items():
             lines.append(
-                f"  {modality} tower: {len(use.tokens)} frames, {use.references} of them in full,"
+                f"  {modality} tower: {len(use.tokens)} frame{'s' * (len(use.tokens) != 1)},"
+                f" {use.references} of them in full,"
                 f" {sum(use.recomputed)} of {sum(use.tokens)} tokens computed, {_si(use.flops)}FLOP instead"
                 f" of {_si(use.flops_dense)}FLOP ({change(use.flops, use.flops_dense)})"
             )

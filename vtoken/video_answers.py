@@ -136,6 +136,11 @@ def _options(max_new_tokens: int | None, generate: dict[str, Any]) -> dict[str, 
 
 
 def _check_one_answer(generate: dict[str, Any]) -> None:
+    if of_patch := {"budget", "strategy"} & set(generate):
+        raise ValueError(
+            f"vtoken.answer asks a model as it is, found {min(of_patch)}=: call it within"
+            " vtoken.applied(model, strategy, budget=...)."
+        )
     count = generate.get("num_return_sequences") or getattr(
         generate.get("generation_config"), "num_return_sequences", None
     )

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import vtoken
+from tests.video.media import write
 from vtoken import tiny
 from vtoken.adapters.registry import list_families
 
@@ -66,6 +67,7 @@ def test_code_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     image = Image.new("RGB", (96, 96))
     stream = {"source": "synthetic://0?fps=2&frames=3", "somebody_asks": lambda: True}
+    stream["clip"] = str(write(tmp_path / "clip.mp4", 40))
     run("README.md", monkeypatch, model=model, inputs=inputs, image=image, folder=tmp_path, **stream)
     assert (tmp_path / "kept.png").is_file() and (tmp_path / "vtoken_config.json").is_file()
     assert vtoken.patching.patch_of(model).strategy.describe() == "hired(budget=0.2, alpha=0.4)"

@@ -6,24 +6,28 @@ from contextlib import nullcontext
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from .options import Budget, Command, console
 
-TINY = "qwen2_5_vl"
+TINY, FRAMES = "qwen2_5_vl", 32
 
 
 @click.command("ask", cls=Command, short_help="Ask a model about a video.")
 @click.option("--video", required=True, help="File or address of a video with an end.")
 @click.option("--question", required=True)
 @click.option(
-    "--model", "model_id", help="Hub id or folder of a model that reads videos; default: a shipped tiny one."
+    "--model",
+    "model_id",
+    help="Hub id or folder of a model that reads videos; default: a shipped tiny one, which knows digits and"
+    " shapes that appear one after the other.",
 )
 @click.option("--strategy", help="See `vtoken list`; two are joined by +. [default: farcover]")
 @click.option(
-    "--budget", type=Budget(), help="A share such as 0.25, or a count: 64. [default: all visual tokens]"
+    "--budget",
+    type=Budget(),
+    help="A share such as 0.25, or a count per frame: 64. [default: all visual tokens]",
 )
-@click.option("--frames", type=click.IntRange(min=1), help="Of the video. [default: the processor's choice]")
+@click.option("--frames", type=click.IntRange(min=1), help="Of the video. [default: 32, unless --fps]")
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True), help="Frames per second, not --frames.")
 @click.option("--scaled", is_flag=True, help="Resize while decoding: faster, and other pixels.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
@@ -39,7 +43,11 @@ def ask(
 
     Prints the answer as it comes, then what each stage took.
     """
+    if options["frames"] is None and options["fps"] is None:
+        options["frames"] = FRAMES
     out = console()
+    from rich.markup import escape
+
     with out.status("loading the model") as status:
         import vtoken
 
@@ -55,5 +63,5 @@ def ask(
                 out.out(piece, end="", highlight=False)
 
             answer = vtoken.answer(model, processor, video, question, on_text=show, **options)
-    out.out("\n")
+    out.out("\n" if answer.text else "The model ended its answer without a word.\n")
     out.print(str(answer), highlight=False, markup=False, style="dim")

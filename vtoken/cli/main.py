@@ -50,16 +50,20 @@ def list_command(pattern: str, names: bool) -> None:
 @click.argument("name")
 def info(name: str) -> None:
     """Facts about a strategy: paper, code, hyper-parameters with defaults; two are joined by +."""
-    from ..strategies import combine
+    from ..strategies import combine, strategy_info
     from ..strategies.registry import parse_strategy
 
     names = parse_strategy(name)
     if isinstance(names, list):
         combine(names)  # raises if they do not fit together
-    for part in [names] if isinstance(names, str) else names:
+    parts = [names] if isinstance(names, str) else names
+    for part in parts:
         show_info(part)
+    budget = (
+        ", budget=0.2" if any(strategy_info(p).cls.__dataclass_fields__["budget"].init for p in parts) else ""
+    )
     given = f'"{names}"' if isinstance(names, str) else str(names).replace("'", '"')
-    console().print(f"vtoken.patch(model, {given}, budget=0.2)", style="cyan", highlight=False, markup=False)
+    console().print(f"vtoken.patch(model, {given}{budget})", style="cyan", highlight=False, markup=False)
 
 
 def show_info(name: str) -> None:
