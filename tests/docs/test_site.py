@@ -26,7 +26,7 @@ def script(name: str):
 
 
 @pytest.fixture(scope="module")
-def site(request):
+def site():
     """docs/generate_site.py, which imports the scripts beside it."""
     path = list(sys.path)
     yield script("generate_site")
