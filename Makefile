@@ -20,11 +20,11 @@ py := $(VENV)/bin/python
 pip := -m pip install --quiet --disable-pip-version-check
 release := .venv-transformers-$(OLDEST_TRANSFORMERS)
 
-.PHONY: help demo test test-oldest test-next test-vllm harness lint format bench docs wheel clean
+.PHONY: help demo test test-oldest test-next test-vllm harness lint format bench docs site wheel clean
 .SECONDARY: # keep what only other rules ask for
 
 help:
-	@echo "make demo | test | test-oldest | test-next | test-vllm | harness | lint | format | bench | docs | wheel | clean"
+	@echo "make demo | test | test-oldest | test-next | test-vllm | harness | lint | format | bench | docs | site | wheel | clean"
 
 # One stamp per set of extras: pip runs again only after pyproject.toml has changed.
 $(VENV)/.stamp-%: pyproject.toml
@@ -98,11 +98,15 @@ docs: $(VENV)/.stamp-dev
 	$(py) docs/generate_readme.py
 	$(py) docs/generate_performance.py
 
+# The documentation site, into site/; a warning is an error. The variables silence notices of mkdocs' plugins.
+site: $(VENV)/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(py) -m mkdocs build --strict
+
 # Builds dist/ and checks what a package index will show.
 wheel: $(VENV)/.stamp-dev
 	$(py) -m build --quiet
 	$(py) -m twine check --strict dist/*
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv-*
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv-*
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,5 +1,5 @@
-"""Fill the tables of README.md and docs/families.md, from the registries, docs/board/llava.json and what the
-tests saw of the model families.
+"""Fill the tables of README.md, docs/families.md and docs/choosing.md, from the registries, docs/board,
+benchmarks/results/cpu.json and what the tests saw of the model families.
 
     python docs/generate_readme.py
     python docs/generate_readme.py FILE  # of pytest --record-families FILE: writes docs/families.json first
@@ -21,11 +21,16 @@ from vtoken.adapters.refused import (
     WINDOW_AFTER_PROMPT,
 )
 from vtoken.adapters.registry import adapter_class, list_families
-from vtoken.eval.board.board import Board
+from vtoken.bench.report import load
+from vtoken.eval.board.board import Board, key
+from vtoken.eval.board.ranking import counts
 from vtoken.strategies import list_names, strategy_info
+from vtoken.strategies.trained import trained_names
 
 ROOT = Path(__file__).parents[1]
 SHOWN = ("hired", "vtc_cls", "random", "uniform", "pool")
+BUDGETS = (0.33, 0.2, 0.1, 0.05, 0.02)
+FASTER = ("divprune", "fastv", "stc")  # before the LLM, inside it, in the tower: the same in every shape
 FAMILIES = ROOT / "docs" / "families.json"
 COLUMNS = {
     "image": "images",
@@ -103,6 +108,47 @@ def refused() -> str:
     return table(["models", "why"], [[", ".join(kinds), why] for why, kinds in alike.items()])
 
 
+def answers() -> str:
+    """Of each board farcover and the best strategy without weights, by budget."""
+    trained, rows = set(trained_names()), []
+    for file in sorted((ROOT / "docs" / "board").glob("*.json")):
+        if "medium" not in json.loads(file.read_text(encoding="utf-8")).get("settings", {}):
+            continue  # encoders
+        board = Board.load(file)
+        row = [board.title.removeprefix("Tiny "), f"{100 * board.at[key('dense', 1.0)].accuracy:.1f}"]
+        for budget in BUDGETS:
+            of = {c.strategy: c for c in board.cells if c.budget == budget and counts(c)}
+            best = max(
+                (c for c in of.values() if c.strategy not in trained), key=lambda c: c.right, default=None
+            )
+            told = [f"{100 * of['farcover'].accuracy:.1f}"] if "farcover" in of else []
+            if best and (not told or best.right > of["farcover"].right):
+                told.append(f"{best.strategy} {100 * best.accuracy:.1f}")
+            row.append("; ".join(told))
+        rows.append(row)
+    header = ["tiny model", "all tokens", *(f"budget {b}" for b in BUDGETS)]
+    return table(header, rows)
+
+
+def command() -> str:
+    """How the boards were made, as their page tells."""
+    page = (ROOT / "docs" / "board.md").read_text(encoding="utf-8")
+    return re.search(r"^Made by `vtoken eval tiny .*`\.$", page, re.M)[0]
+
+
+def speed() -> str:
+    """Of each shape the shares of tower and LLM, and how much faster three kinds of strategies make it."""
+    rows = []
+    for name, shape in load(ROOT / "benchmarks" / "results" / "cpu.json")["shapes"].items():
+        of = {c["strategy"]: c for c in shape["cells"] if c["budget"] == 0.2 and "refused" not in c}
+        times = of[FASTER[0]]["ms_dense"]
+        shares = [f"{times[part] / times['total']:.0%}" for part in ("tower", "llm")]
+        gains = [(of[s]["measured"]["prefill"]["median"], of[s]["end_to_end"]["median"]) for s in FASTER]
+        rows.append([name, str(shape["visual_tokens"]), *shares, *(f"{a:.1f}, {b:.1f}" for a, b in gains)])
+    columns = [f"`{s}` ({', '.join(strategy_info(s).stages)})" for s in FASTER]
+    return table(["shape", "visual tokens", "tower", "LLM", *columns], rows)
+
+
 def save_families(record: Path) -> None:
     """Write docs/families.json from what a run of the tests recorded; what it did not run stays."""
     known: dict[str, list[str]] = json.loads(FAMILIES.read_text("utf-8")) if FAMILIES.exists() else {}
@@ -124,7 +170,11 @@ def filled(page: str, *tables: Callable[[], str]) -> str:
     return text
 
 
-PAGES = {"README.md": (board, strategies, families), "docs/families.md": (families, refused)}
+PAGES = {
+    "README.md": (board, strategies, families),
+    "docs/families.md": (families, refused),
+    "docs/choosing.md": (speed, answers, command),
+}
 
 
 if __name__ == "__main__":

@@ -119,9 +119,7 @@ def answers(
     """As `answer` for each (video, question); the next video is read while the model answers.
 
     A pair is taken from `asked` before the answer to the one before it is given.
-
-    Raises:
-        as `answer`, when it is the turn of the video in question.
+    Raises as `answer` does, when it is the turn of the video in question.
     """
     _check_one_answer(generate)
     taken = dict(frames=frames, fps=fps, scaled=scaled, limits=limits)
