@@ -20,11 +20,11 @@ py := $(VENV)/bin/python
 pip := -m pip install --quiet --disable-pip-version-check
 release := .venv-transformers-$(OLDEST_TRANSFORMERS)
 
-.PHONY: help demo test test-oldest test-next test-vllm harness lint format bench docs wheel clean
+.PHONY: help demo test test-oldest test-next test-vllm harness lint format bench docs wheel release-check clean
 .SECONDARY: # keep what only other rules ask for
 
 help:
-	@echo "make demo | test | test-oldest | test-next | test-vllm | harness | lint | format | bench | docs | wheel | clean"
+	@echo "make demo | test | test-oldest | test-next | test-vllm | harness | lint | format | bench | docs | wheel | release-check | clean"
 
 # One stamp per set of extras: pip runs again only after pyproject.toml has changed.
 $(VENV)/.stamp-%: pyproject.toml
@@ -100,8 +100,19 @@ docs: $(VENV)/.stamp-dev
 
 # Builds dist/ and checks what a package index will show.
 wheel: $(VENV)/.stamp-dev
+	rm -rf dist
 	$(py) -m build --quiet
 	$(py) -m twine check --strict dist/*
+
+# What a user gets: the wheel, then the sdist, in a venv with the core dependencies alone.
+release-check: wheel
+	$(py) tests/release/contents.py dist
+	rm -rf .venv-release
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python $(pip) dist/*.whl
+	.venv-release/bin/python -I tests/release/first_lines.py --bare
+	.venv-release/bin/python $(pip) --no-deps --force-reinstall dist/*.tar.gz
+	.venv-release/bin/python -I tests/release/first_lines.py --bare
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv-*
