@@ -87,3 +87,17 @@ def test_workflows_have_no_secrets_pin_actions_and_call_targets_that_exist(path)
             )  # text of others in a shell
             for target in re.findall(r"^make ([\w-]+)", run, re.M):
                 assert target in targets
+
+
+def test_only_the_last_jobs_of_a_release_may_write():
+    release = ROOT / ".github" / "workflows" / "release.yml"
+    told = {name: (job.get("environment"), job.get("permissions")) for name, job in jobs(release).items()}
+    assert told == {
+        "build": (None, None),
+        "publish": ("pypi", {"id-token": "write"}),
+        "notes": (None, {"contents": "write"}),
+    }
+    order = {name: job.get("needs") for name, job in jobs(release).items()}
+    assert order == {"build": None, "publish": "build", "notes": "publish"}
+    # PyYAML reads the key `on` as True
+    assert yaml.safe_load(release.read_text(encoding="utf-8"))[True] == {"push": {"tags": ["v*"]}}
