@@ -97,6 +97,7 @@ docs: $(VENV)/.stamp-dev
 	$(py) docs/generate_stub.py
 	$(py) docs/generate_readme.py
 	$(py) docs/generate_performance.py
+	$(py) docs/generate_board.py
 
 # Builds dist/ and checks what a package index will show.
 wheel: $(VENV)/.stamp-dev
