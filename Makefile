@@ -20,11 +20,11 @@ py := $(VENV)/bin/python
 pip := -m pip install --quiet --disable-pip-version-check
 release := .venv-transformers-$(OLDEST_TRANSFORMERS)
 
-.PHONY: help demo test test-oldest test-next test-vllm harness lint format bench docs wheel release-check clean
+.PHONY: help demo test test-oldest test-next test-vllm harness lint format bench docs wheel release-check space clean
 .SECONDARY: # keep what only other rules ask for
 
 help:
-	@echo "make demo | test | test-oldest | test-next | test-vllm | harness | lint | format | bench | docs | wheel | release-check | clean"
+	@echo "make demo | test | test-oldest | test-next | test-vllm | harness | lint | format | bench | docs | wheel | release-check | space | clean"
 
 # One stamp per set of extras: pip runs again only after pyproject.toml has changed.
 $(VENV)/.stamp-%: pyproject.toml
@@ -114,6 +114,12 @@ release-check: wheel
 	.venv-release/bin/python -I tests/release/first_lines.py --bare
 	.venv-release/bin/python $(pip) --no-deps --force-reinstall dist/*.tar.gz
 	.venv-release/bin/python -I tests/release/first_lines.py --bare
+
+# What a Space of the Hub holds, in build/space.
+space:
+	rm -rf build/space
+	mkdir -p build/space
+	cp spaces/README.md spaces/app.py spaces/requirements.txt docs/board.md build/space/
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv-*

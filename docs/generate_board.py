@@ -8,11 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from vtoken.eval.board.page import between
-from vtoken.eval.board.submission import Submission, table
+from vtoken.eval.board.submission import BEGIN, END, Submission, table
 
 DOCS = Path(__file__).parent
 PAGE, FOLDER = DOCS / "board.md", DOCS / "board" / "submissions"
-BEGIN, END = "<!-- submissions: made by docs/generate_board.py -->", "<!-- submissions: end -->"
 
 
 def filled() -> str:

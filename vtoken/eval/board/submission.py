@@ -16,6 +16,8 @@ from ...checks import fit, found
 from .board import Cell, key
 from .page import row
 
+# marks of docs/board.md around the table
+BEGIN, END = "<!-- submissions: made by docs/generate_board.py -->", "<!-- submissions: end -->"
 MOST_BYTES = 16 * 2**20  # of a file; the largest of Video-MME with ten runs has one
 MOST_CELLS = 1000
 MOST_SETTINGS = 40
