@@ -120,6 +120,7 @@ def test_a_result_is_written_in_the_form_of_a_board(tmp_path, monkeypatch):
         ("settings.model", None, "name no model"),
         ("settings.questions", None, "questions must be a whole number"),
         ("settings.questions", 17, "say 17 questions, a cell has 16"),
+        ("settings.data", None, "do not tell the questions"),
         ("settings.data", [[1]], "the setting data must be"),
         ("settings.data", "x" * 201, "201 characters, more than 200"),
         ("title", None, "the title is not recorded"),

@@ -90,6 +90,10 @@ class Submission:
         questions = fit("questions", settings.pop("questions", None), int)
         if other := [cell.asked for cell in cells if cell.asked != questions]:
             raise ValueError(f"its settings say {questions} questions, a cell has {other[0]}.")
+        if not {"data", "seed"} & set(settings):
+            raise ValueError(
+                "its settings do not tell the questions: neither their digest 'data' nor a 'seed'."
+            )
         dataset = str(settings.get("task") or title)
         return cls(title, dataset, model, command, questions, versions, settings, cells)
 
