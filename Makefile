@@ -20,11 +20,11 @@ py := $(VENV)/bin/python
 pip := -m pip install --quiet --disable-pip-version-check
 release := .venv-transformers-$(OLDEST_TRANSFORMERS)
 
-.PHONY: help demo test test-oldest test-next test-vllm harness lint format bench docs site wheel clean
+.PHONY: help demo test test-oldest test-next test-vllm harness lint format bench docs site wheel release-check space clean
 .SECONDARY: # keep what only other rules ask for
 
 help:
-	@echo "make demo | test | test-oldest | test-next | test-vllm | harness | lint | format | bench | docs | site | wheel | clean"
+	@echo "make demo | test | test-oldest | test-next | test-vllm | harness | lint | format | bench | docs | site | wheel | release-check | space | clean"
 
 # One stamp per set of extras: pip runs again only after pyproject.toml has changed.
 $(VENV)/.stamp-%: pyproject.toml
@@ -97,6 +97,7 @@ docs: $(VENV)/.stamp-dev
 	$(py) docs/generate_stub.py
 	$(py) docs/generate_readme.py
 	$(py) docs/generate_performance.py
+	$(py) docs/generate_board.py
 
 # The documentation site, into site/; a warning is an error. The variables silence notices of mkdocs' plugins.
 site: $(VENV)/.stamp-docs
@@ -104,8 +105,25 @@ site: $(VENV)/.stamp-docs
 
 # Builds dist/ and checks what a package index will show.
 wheel: $(VENV)/.stamp-dev
+	rm -rf dist
 	$(py) -m build --quiet
 	$(py) -m twine check --strict dist/*
+
+# What a user gets: the wheel, then the sdist, in a venv with the core dependencies alone.
+release-check: wheel
+	$(py) tests/release/contents.py dist
+	rm -rf .venv-release
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python $(pip) dist/*.whl
+	.venv-release/bin/python -I tests/release/first_lines.py --bare
+	.venv-release/bin/python $(pip) --no-deps --force-reinstall dist/*.tar.gz
+	.venv-release/bin/python -I tests/release/first_lines.py --bare
+
+# What a Space of the Hub holds, in build/space.
+space:
+	rm -rf build/space
+	mkdir -p build/space
+	cp spaces/README.md spaces/app.py spaces/requirements.txt docs/board.md build/space/
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv-*

@@ -368,7 +368,7 @@ assert not heavy, heavy
 @pytest.mark.parametrize(
     "command",
     ["", "list", "info", "demo", "demo stream", "bench", "eval", "eval mme", "eval videomme", "eval tiny"]
-    + ["eval imagenet", "eval retrieval", "train", "compare", "ask"],
+    + ["eval imagenet", "eval retrieval", "train", "compare", "ask", "board", "board submit"],
 )
 def test_help_imports_nothing_heavy(command):
     done = subprocess.run(
@@ -379,9 +379,10 @@ def test_help_imports_nothing_heavy(command):
 
 
 def test_every_command_has_a_help_page_that_is_tested():
-    commands = {"list", "info", "ask", "compare", "demo", "bench", "eval", "train"}
+    commands = {"list", "info", "ask", "board", "compare", "demo", "bench", "eval", "train"}
     assert set(cli.list_commands(None)) == commands
     assert set(cli.get_command(None, "demo").list_commands(None)) == {"stream"}
+    assert set(cli.get_command(None, "board").list_commands(None)) == {"submit"}
     assert set(cli.get_command(None, "eval").list_commands(None)) == {
         "mme",
         "videomme",

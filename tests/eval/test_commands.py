@@ -48,6 +48,7 @@ def test_mme_over_budgets(whole):
     stored = json.loads((out / "results.json").read_text())
     runs = {(r["strategy"], r["budget"]): r for r in stored["runs"]}
     assert list(runs) == [("dense", 1.0), ("hired", 0.2), ("random", 0.2)]
+    assert stored["command"].startswith("vtoken eval mme --example --budgets 1.0,0.2 --baselines random")
     assert stored["settings"]["protocol"] == "strict" and stored["settings"]["questions"] == 16
     dense = runs["dense", 1.0]
     # the tiny LLaVA knows these questions; what it says is compared with its records

@@ -134,7 +134,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         ),
         *("streams", "selection", "temporal", "tokens", "trained_weights"),
     ),
-    "integrations": ("_json", "adapters", "config", "fit", "kernels", "requested", "strategies", "tokens"),
+    "integrations": (
+        *("_json", "adapters", "config", "extras", "fit", "kernels", "requested", "strategies", "tokens"),
+    ),
     "retrieval_training": ("checks", "extras", "patching", "strategies", "streams", "videos"),
     "streaming": (
         *(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.release.contents import LARGEST, LEFT_OUT_OF_THE_WHEEL
 from training.tiny.evaluate import pruned_accuracy
 from training.tiny.language import SLOTS, choose, layout, pack
 from training.tiny.models import build_tokenizer
@@ -29,9 +30,8 @@ def shipped():
 
 def test_what_ships_is_bfloat16_and_small():
     package = Path(tiny.__file__).parents[1]
-    out_of_the_wheel = ("training_log.json", "curve.png")
     files = [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    assert sum(p.stat().st_size for p in files if p.name not in out_of_the_wheel) < 40e6
+    assert sum(p.stat().st_size for p in files if p.name not in LEFT_OUT_OF_THE_WHEEL) < LARGEST
     for name in tiny.names():
         assert {t.dtype for t in load_file(tiny.path(name) / "model.safetensors").values()} == {
             torch.bfloat16

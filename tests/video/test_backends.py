@@ -136,7 +136,7 @@ def test_torchcodec(tmp_path, monkeypatch):
 def test_torchcodec_that_is_missing_or_does_not_load(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4", 2)
     monkeypatch.setitem(sys.modules, "torchcodec", None)
-    with pytest.raises(VideoError, match="torchcodec is not installed"):
+    with pytest.raises(VideoError, match="torchcodec is not installed; pip install torchcodec"):
         open_video(path, "torchcodec")
     monkeypatch.delitem(sys.modules, "torchcodec")
     (tmp_path / "torchcodec").mkdir()

@@ -9,7 +9,7 @@ import click
 
 from ..asking import quiet
 from ..extras import require
-from .options import Budget, Command, console, progress, separated
+from .options import Budget, Command, command_line, console, progress, separated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,6 +123,7 @@ def measured(
         task = bar.add_task(subject.stem, total=len(plan(chosen, shares)) * asked)
 
         def cell_done(board: Board, cell: Cell) -> None:
+            board.command = command_line()
             board.save(path)
             said = f"{cell.right} of {cell.asked} right with {cell.tokens:.1f} visual tokens"
             bar.console.print(

@@ -11,7 +11,7 @@ import click
 
 from ..asking import quiet
 from ..extras import require
-from .options import MODEL, Budget, Command, Group, console, progress, separated
+from .options import MODEL, Budget, Command, Group, command_line, console, progress, separated
 
 if TYPE_CHECKING:
     from ..eval.benchmarks.task import Task
@@ -229,5 +229,5 @@ def one_task(
     for sentence in left_out:
         out.print(f"left out, {sentence}", highlight=False, markup=False)
     show(out, f"\n{title}; * marks baselines" if optional else f"\n{title}", summary(outcomes))
-    for path in save(folder, title, outcomes, task.settings() | settings, left_out):
+    for path in save(folder, title, outcomes, task.settings() | settings, left_out, command_line()):
         out.print(f"wrote {path}", highlight=False)

@@ -13,6 +13,7 @@ from .options import MODEL, Budget, Group, console, fail
     cls=Group,
     lazy={
         "ask": "vtoken.cli.ask:ask",
+        "board": "vtoken.cli.submit:board",
         "compare": "vtoken.cli.compare:compare",
         "eval": "vtoken.cli.evaluate:evaluate",
         "train": "vtoken.cli.train:train",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+ARGUMENTS = "vtoken.arguments"  # key in a click context's `meta`
 SYNTHETIC = "synthetic://0"  # the source of `vtoken demo stream`
 MODEL = (
     "Hub id or folder of a vision-language model, or a tiny one that ships with vtoken: llava,"
@@ -131,8 +134,32 @@ class Group(Sentences, click.Group):
         module, _, attribute = self.lazy[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        given = list(args)  # parsing empties the list
+        context = super().make_context(info_name, args, parent, **extra)
+        if parent is None:
+            context.meta[ARGUMENTS] = given
+        return context
+
 
 Group.group_class = Group
+
+
+def command_line() -> str:
+    """The command that runs, to be recorded beside its results; empty outside of one.
+
+    Of absolute paths the last part is left, as the others say nothing to another reader.
+    """
+    context = click.get_current_context(silent=True)
+    given = context.meta.get(ARGUMENTS) if context else None
+    return shlex.join(["vtoken", *map(_relative, given)]) if given else ""
+
+
+def _relative(argument: str) -> str:
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return option + equals + (os.path.basename(value.rstrip(os.sep)) if os.path.isabs(value) else value)
 
 
 def separated(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str]:

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from ..extras import require
+
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
 PHOTOGRAPHS = {
     "train": (
@@ -98,6 +100,7 @@ def photograph(path: Path) -> np.ndarray:
 
 def build(file: Path = FILE, seed: int = 0) -> None:
     """Writes the asset file; needs scikit-image for the photographs."""
+    require("skimage", extra="dev")
     import skimage
 
     rng = np.random.default_rng(seed)

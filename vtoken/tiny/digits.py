@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..extras import require
 from .assets import CANVAS
 
 DIGITS = tuple("0123456789")
@@ -55,6 +56,7 @@ def glyph(digit: str, font: Path, rng: np.random.Generator) -> np.ndarray:
 
 def build(file: Path = FILE, seed: int = 0) -> None:
     """Writes the file; needs matplotlib for the fonts."""
+    require("matplotlib", extra="demo")
     import matplotlib
 
     rng = np.random.default_rng(seed)

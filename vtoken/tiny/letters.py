@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..extras import require
+
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
 FONTS = {
     "train": (
@@ -59,6 +61,7 @@ def face(font: Path, height: int, rng: np.random.Generator) -> tuple[np.ndarray,
 
 def build(file: Path = FILE, seed: int = 0) -> None:
     """Writes the file; needs matplotlib for the fonts."""
+    require("matplotlib", extra="demo")
     import matplotlib
 
     rng = np.random.default_rng(seed)

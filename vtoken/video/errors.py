@@ -24,8 +24,8 @@ def checked(function: F) -> F:
     return checks.checked(function, VideoError)
 
 
-def load(module: str, package: str) -> Any:
-    """Import an optional package of the `video` extra.
+def load(module: str, package: str, brought_by: str = "'vtoken[video]'") -> Any:
+    """Import an optional package, of the `video` extra unless pip takes it by another name.
 
     Raises:
         VideoError: it is missing, or is there and does not load.
@@ -34,7 +34,7 @@ def load(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:  # a binary package that does not load raises OSError, RuntimeError and others
         cause = "is not installed" if isinstance(error, ImportError) else f"does not load ({brief(error)})"
-        raise VideoError(f"{package} {cause}; pip install 'vtoken[video]'") from error
+        raise VideoError(f"{package} {cause}; pip install {brought_by}") from error
 
 
 def brief(error: BaseException) -> str:

@@ -19,7 +19,7 @@ class TorchcodecPicker:
     name = "torchcodec"
 
     def __init__(self, reader: PyAVReader):
-        decoders = load("torchcodec.decoders", "torchcodec")
+        decoders = load("torchcodec.decoders", "torchcodec", "torchcodec")
         fit = reader.source.kind == "file" and not reader.track.turned and by_itself(reader.source.path)
         if not fit or not one_size(reader):
             raise VideoError(

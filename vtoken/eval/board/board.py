@@ -154,14 +154,17 @@ class Board:
         title: model and kind of questions.
         settings: model, number of questions, seed, versions.
         cells: the unpatched model first.
+        command: what measured the newest cell, empty if no command did.
     """
 
     title: str
     settings: dict[str, Any]
     cells: list[Cell]
+    command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"title": self.title, "settings": self.settings, "cells": [c.to_dict() for c in self.cells]}
+        told = {"title": self.title} | ({"command": self.command} if self.command else {})
+        return told | {"settings": self.settings, "cells": [c.to_dict() for c in self.cells]}
 
     @classmethod
     def load(cls, path: str | Path) -> Board:
@@ -169,7 +172,8 @@ class Board:
         values = read(Path(path))
         try:
             made = {n: fit(n, fit("the file", values, dict).get(n), h) for n, h in SHAPE.items()}
-            return cls(made["title"], made["settings"], [Cell.from_dict(c) for c in made["cells"]])
+            cells = [Cell.from_dict(c) for c in made["cells"]]
+            return cls(made["title"], made["settings"], cells, fit("command", values.get("command", ""), str))
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is no board of `vtoken eval`: {error}") from None
 

@@ -103,16 +103,21 @@ def write(page: Path, boards: Sequence[Board], command: str, pictures: Sequence[
         ValueError: if only one mark of a pair is there.
     """
     text = page.read_text(encoding="utf-8") if page.is_file() else "# The board\n"
-    text = _between(page, text, SUMMARY, SUMMARY_END, summary(boards, command, pictures))
-    text = _between(page, text, BEGIN, END, tables(boards))
+    text = between(page, text, SUMMARY, SUMMARY_END, summary(boards, command, pictures))
+    text = between(page, text, BEGIN, END, tables(boards))
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text, encoding="utf-8")
 
 
-def _between(page: Path, text: str, begin: str, end: str, made: str) -> str:
-    """`text` with `made` between the marks, at its end if there are none."""
+def made(text: str, begin: str, end: str) -> str:
+    """What stands between two marks of a page, "" if they are not there."""
+    return text.partition(begin)[2].partition(end)[0].strip()
+
+
+def between(page: Path, text: str, begin: str, end: str, new: str) -> str:
+    """`text` with `new` between the marks, at its end if there are none."""
     if (begin in text) != (end in text):
         raise ValueError(f"{page} has one of the marks {begin!r} and {end!r}: put both, or none.")
     before, _, rest = text.partition(begin)
     after = rest.partition(end)[2]
-    return f"{before.rstrip()}\n\n{begin}\n{made}\n{end}{after or chr(10)}"
+    return f"{before.rstrip()}\n\n{begin}\n{new}\n{end}{after or chr(10)}"

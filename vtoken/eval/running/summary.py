@@ -90,12 +90,21 @@ def show(out: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
 
 
 def save(
-    folder: Path, title: str, outcomes: Sequence[Outcome], settings: dict[str, Any], left_out: Sequence[str]
+    folder: Path,
+    title: str,
+    outcomes: Sequence[Outcome],
+    settings: dict[str, Any],
+    left_out: Sequence[str],
+    command: str = "",
 ) -> list[Path]:
-    """Write results.json, results.md and, for several runs, results.png; returns their paths."""
+    """Write results.json, results.md and, for several runs, results.png; returns their paths.
+
+    `command` is what measured, for those who get the file.
+    """
     paths = [folder / "results.json", folder / "results.md"]
     values = {
         "title": title,
+        "command": command,
         "settings": settings,
         "runs": [o.to_dict() for o in outcomes],
         "left_out": list(left_out),

@@ -12,6 +12,7 @@ import copy
 from typing import Any
 
 from ...config import VTokenConfig
+from ...extras import require
 
 PREFIX = "VToken"
 MODELS = {  # config.model_type, the name of the family's file: vLLM's architecture
@@ -29,7 +30,11 @@ def register() -> None:
     """Make vtoken's architectures known to vLLM, which calls this in each of its processes.
 
     Their modules are imported when a model is loaded.
+
+    Raises:
+        ImportError: without vLLM.
     """
+    require("vllm", extra="vllm")
     from vllm import ModelRegistry
 
     known = ModelRegistry.get_supported_archs()
