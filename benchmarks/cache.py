@@ -1,11 +1,12 @@
 """Bytes of the KV cache and time per token of an answer, for every cache strategy beside the full cache.
 
     python benchmarks/cache.py --out benchmarks/results/cache_cpu.json
-    python benchmarks/cache.py --scale full --device cuda --dtype bfloat16 --out benchmarks/results/gpu/cache.json
+    python benchmarks/cache.py --scale full --device cuda --dtype bfloat16 --out cache_gpu.json
 
 Random weights of the shape of `vtoken bench` for Qwen2.5-VL, and a video of as many visual tokens as wanted.
 Every strategy reads the prompt once; then all answer in turns, a few tokens each time, from the caches that
-they hold, so that a ratio compares neighbours. Bytes are those of 16-bit numbers, whatever the model computes in.
+they hold, so that a ratio compares neighbours. Bytes are those of 16-bit numbers, whatever the model computes
+in.
 """
 
 from __future__ import annotations

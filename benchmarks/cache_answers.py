@@ -72,7 +72,11 @@ class Reader:
     def answer(self, ids: Tensor, words: Tensor, cache: Any) -> str:
         """The answer to `words`, after the tokens `ids` that a copy of `cache` holds."""
         whole = torch.cat([ids, words], 1)
-        given = {"input_ids": whole, "attention_mask": torch.ones_like(whole), self.cache: copy.deepcopy(cache)}
+        given = {
+            "input_ids": whole,
+            "attention_mask": torch.ones_like(whole),
+            self.cache: copy.deepcopy(cache),
+        }
         out = self.model.generate(**given, max_new_tokens=6, do_sample=False)
         return self.processor.decode(out[0, whole.shape[1] :], skip_special_tokens=True).strip()
 
@@ -115,7 +119,9 @@ def ask(reader: Reader, row: str, example: Any, questions: list[Any], said: Tens
             inputs = dict(prepare(reader.processor, [(example, question)]))
             length = inputs["input_ids"].shape[1]
             out = reader.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, length:]
-            found["prompt"] += reader.processor.decode(out, skip_special_tokens=True).strip() == question.answer
+            found["prompt"] += (
+                reader.processor.decode(out, skip_special_tokens=True).strip() == question.answer
+            )
         found["long"] += reader.follow(whole, said)
     return found
 
@@ -142,7 +148,9 @@ def main() -> None:
         with torch.inference_mode():
             for example, _ in held_out(name, a.n, a.seed):
                 every = QUESTIONS[name](example)
-                chosen = [every[i] for i in torch.randperm(len(every), generator=draw)[: a.questions].tolist()]
+                chosen = [
+                    every[i] for i in torch.randperm(len(every), generator=draw)[: a.questions].tolist()
+                ]
                 if len(chosen) < 2:
                     continue
                 asked += len(chosen)

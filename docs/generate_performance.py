@@ -271,10 +271,15 @@ def cache_answers() -> str:
     for model in dict.fromkeys(r["model"] for r in report["rows"]):
         found = [r for r in report["rows"] if r["model"] == model]
         body = [
-            [r["row"], f"{r.get('times_fewer_bytes', 1):.1f}", *(f"{r[way]:.1%}" for way in ("prompt", "after", "long"))]
+            [
+                r["row"],
+                f"{r.get('times_fewer_bytes', 1):.1f}",
+                *(f"{r[way]:.1%}" for way in ("prompt", "after", "long")),
+            ]
             for r in found
         ]
-        told = f"**{model}**, {found[0]['asked']} questions about {about['n']} pictures or clips; {about['steps']} words."
+        questions, media = found[0]["asked"], about["n"]
+        told = f"**{model}**, {questions} questions about {media} pictures or clips; {about['steps']} words."
         header = ["", "times fewer bytes", "right, in the prompt", "right, after", "long answers agree"]
         parts.append(f"{told}\n\n{markdown(header, body)}")
     return "\n\n".join(parts)

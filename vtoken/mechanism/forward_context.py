@@ -137,7 +137,7 @@ class Run:
     drops: dict[tuple[int, int], Selection] = field(default_factory=dict)
     choice: Choice | None = None  # if every step reads the prompt again
     positions: Tensor | None = None  # position ids after the entrance, for positions="renumber"
-    # (B, slots + q) bool: what the mask of a forward without visual tokens shows, for tokens that a cache loses
+    # (B, slots + q) bool: what the mask of a forward without visual tokens shows of a cache that loses tokens
     seen: Tensor | None = None
     past_seen: Tensor | None = None  # (B, past_slots) bool: tokens of earlier forwards that the mask shows
     memory: dict[int, dict[str, Any]] = field(default_factory=dict)  # per row, see PrefillTokens
