@@ -106,6 +106,7 @@ ENTRIES: dict[tuple[str, str], list[Callable[[Path], Any]]] = {
 }
 # what an extra brings although vtoken does not import it under that extra
 BROUGHT = {("demo", "torchvision"): "processors of transformers resize with it"}
+TOOLS = ("dev", "docs")  # for the tests and the site, besides packages of other extras
 CASES = [(extra, module, call) for (extra, module), calls in ENTRIES.items() for call in calls]
 # of no extra: with torch, in an environment of its own, or chosen by a user who has it
 FREE = {"triton", "lmms_eval", "vlmeval", "torchcodec"}
@@ -157,11 +158,11 @@ def test_every_extra_has_an_entry_point_or_is_a_group():
     known = project()["optional-dependencies"]
     for extra in known:
         modules, others = split(extra, known)
-        if extra == "dev":  # tools of the tests besides, which the package does not import
+        if extra in TOOLS:  # which the package does not import
             modules &= {module for module in modules if module in imported_by()}
         told = {m for e, m in (*ENTRIES, *BROUGHT) if e == extra}
         assert modules <= told, f"{extra} brings {modules - told}, which no entry point of the table needs"
-        assert told or others
+        assert told or others or extra in TOOLS
 
 
 def test_every_optional_package_is_in_the_table():
