@@ -514,7 +514,7 @@ def test_compiled_prefill_is_right(case):
     assert dynamo.utils.counters["stats"]["unique_graphs"] > 1
 
 
-@pytest.mark.slow
+@pytest.mark.product  # three quarters of a minute of compilation
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.12"), reason="dynamo of torch 2.11 cannot guard hooks' state"
 )
