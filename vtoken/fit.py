@@ -292,6 +292,12 @@ def check_inside(adapter: Adapter, strategy: Strategy) -> None:
 
 def check_cache(adapter: Adapter, strategy: Strategy) -> None:
     """Raise ValueError, in one sentence, if the KV cache of this model cannot take the strategy's form."""
+    acts = (strategy.acts_on_cache or strategy.acts_in_attention) and not strategy.is_identity
+    if acts and not adapter.answers:
+        raise ValueError(
+            f"{strategy.info.name} acts on what an answer reads, and this {adapter.config.model_type} model"
+            " generates none: use a projector strategy."
+        )
     storage = strategy.storage(len(getattr(adapter.decoder, "layers", ())))
     if storage is not None and not strategy.is_identity:
         check_storage(adapter, storage, strategy.info.name, strategy.acts_inside)

@@ -179,7 +179,7 @@ def test_overrides_say_what_is_served():
     [
         (LLAVA, "fastv", {}, "fastv drops tokens inside the LLM, which vLLM cannot do"),
         (LLAVA, "visionzip+fastv", {}, "drops tokens inside the LLM"),
-        (LLAVA, "sink_window", {}, "holds the LLM's KV cache in a form of its own"),
+        (LLAVA, "decode_evict", {}, "holds the LLM's KV cache in a form of its own"),
         (LLAVA, "cdpruner", {}, "reads the question"),
         (LLAVA, "tome", {}, "merges tokens inside the vision tower"),
         (LLAVA, "ts_llava", {}, "reads all images of a prompt together"),

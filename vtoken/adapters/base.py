@@ -56,6 +56,7 @@ class Adapter:
             before; the features are then those of all these layers side by side.
         rotates_everywhere: False for an LLM with layers without positions that none of its parts tell.
         caches: whether the language model has a KV cache; an encoder has none.
+        answers: whether the model generates text; one that embeds documents does not.
         short_outputs: whether the model's outputs per token are those of the tokens that the LLM read; the
             others repeat the kept one before them.
         merge: for models whose head encodes pictures and merges them into the embeddings.
@@ -82,6 +83,7 @@ class Adapter:
     rotates_everywhere: ClassVar[bool] = True
     features_in_layers: ClassVar[bool] = False
     caches: ClassVar[bool] = True
+    answers: ClassVar[bool] = True
     short_outputs: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from .registry import register_adapter
 class RetrievalAdapter(Adapter):
     """Their embeddings are those of the tokens that the body read: fewer per page."""
 
+    answers = False
     short_outputs = True
 
     @classmethod

@@ -69,7 +69,7 @@ class Submission:
         try:
             return cls.from_dict(values)
         except ValueError as error:
-            raise ValueError(f"{found(str(path))} cannot be submitted: {error}") from None
+            raise ValueError(f"{found(path.name)} cannot be submitted: {error}") from None
 
     @classmethod
     def from_dict(cls, values: Any) -> Submission:
