@@ -34,19 +34,26 @@ from vtoken.stage_times import now
 
 SHAPE, PATCHES = "qwen2.5-vl-7b-video", 22  # a frame pair has 22 x 22 patches, 121 visual tokens
 TOKENS = {"1k": 8, "4k": 33, "16k": 135}  # frame pairs
-ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "full cache": (None, {}),
-    "vidkv": ("vidkv", {}),
-    "vidkv, groups of 512": ("vidkv", dict(group=512, residual=512, protect=0)),
-    "vidkv, 2 bits": ("vidkv", dict(key_bits=2, value_bits=2)),
-    "vidkv, 4 bits": ("vidkv", dict(key_bits=4, value_bits=4)),
-    "zipvl": ("zipvl", {}),
-    "zipvl, 4 and 2 bits": ("zipvl", dict(kv="quant")),
-    "decode_evict, half": ("decode_evict", dict(budget=0.5, decode_every=2, rounds=1)),
-    "sink_window of 512": ("sink_window", dict(recent=512)),
-    "farcover, 25 %": ("farcover", dict(budget=0.25)),
-    "farcover, 25 %, vidkv": (["farcover", "vidkv"], dict(budget=0.25)),
-}
+
+
+def rows(window: int, **evict: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Name: strategy and options, for a window of so many tokens and options of `decode_evict`."""
+    return {
+        "full cache": (None, {}),
+        "vidkv": ("vidkv", {}),
+        "vidkv, groups of 512": ("vidkv", dict(group=512, residual=512, protect=0)),
+        "vidkv, 2 bits": ("vidkv", dict(key_bits=2, value_bits=2)),
+        "vidkv, 4 bits": ("vidkv", dict(key_bits=4, value_bits=4)),
+        "zipvl": ("zipvl", {}),
+        "zipvl, 4 and 2 bits": ("zipvl", dict(kv="quant")),
+        "decode_evict, half": ("decode_evict", dict(budget=0.5, **evict)),
+        f"sink_window of {window}": ("sink_window", dict(recent=window)),
+        "farcover, 25 %": ("farcover", dict(budget=0.25)),
+        "farcover, 25 %, vidkv": (["farcover", "vidkv"], dict(budget=0.25)),
+    }
+
+
+ROWS = rows(512, decode_every=2, rounds=1)
 FULL = next(iter(ROWS))
 
 

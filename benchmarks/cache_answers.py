@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cache import rows
 from torch import Tensor
 
 import vtoken
@@ -34,19 +35,7 @@ QUESTIONS: dict[str, Callable[[Any], list[Any]]] = {
     "llava_clutter": lambda scene: [question for question, _ in clutter.questions(scene)],
     "qwen2_5_vl_long": partial(long_clips.questions, passing=False),
 }
-ROWS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "full cache": (None, {}),
-    "vidkv": ("vidkv", {}),
-    "vidkv, groups of 512": ("vidkv", dict(group=512, residual=512, protect=0)),
-    "vidkv, 2 bits": ("vidkv", dict(key_bits=2, value_bits=2)),
-    "vidkv, 4 bits": ("vidkv", dict(key_bits=4, value_bits=4)),
-    "zipvl": ("zipvl", {}),
-    "zipvl, 4 and 2 bits": ("zipvl", dict(kv="quant")),
-    "decode_evict, half": ("decode_evict", dict(budget=0.5)),
-    "sink_window of 128": ("sink_window", dict(recent=128)),
-    "farcover, 25 %": ("farcover", dict(budget=0.25)),
-    "farcover, 25 %, vidkv": (["farcover", "vidkv"], dict(budget=0.25)),
-}
+ROWS = rows(128)
 
 
 def parts_of(processor: Any, example: Any, questions: list[Any]) -> tuple[dict[str, Any], list[Tensor]]:
@@ -139,7 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     quiet()
-    rows = []
+    found_rows: list[dict[str, Any]] = []
     for name in a.models:
         model, processor = load(name)
         reader, sums = Reader(model, processor), {row: Counter[str]() for row in a.rows}
@@ -163,9 +152,9 @@ def main() -> None:
             told["long"] = round(found["long"] / (a.steps * a.n), 4)
             if found["bytes"]:
                 told["times_fewer_bytes"] = round(found["bytes_full"] / found["bytes"], 2)
-            rows.append(told)
+            found_rows.append(told)
             print(json.dumps(told), flush=True)
-    save_run(a, torch.device("cpu"), rows=rows)
+    save_run(a, torch.device("cpu"), rows=found_rows)
 
 
 if __name__ == "__main__":

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 NAMES = ("cache", "cache_answers")
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield [importlib.import_module(name) for name in NAMES]
-    for name in NAMES:
-        sys.modules.pop(name, None)
 
 
 def report(script, monkeypatch, out: Path, *arguments: str) -> dict[str, dict]:

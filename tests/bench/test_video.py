@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
 
-ROOT = Path(__file__).parents[2]
 NAMES = ("video", "video_clips", "video_plot", "video_answers")
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield [importlib.import_module(name) for name in NAMES]
-    for name in NAMES:
-        sys.modules.pop(name, None)
 
 
 def test_benchmark(scripts, tmp_path, monkeypatch):

@@ -60,9 +60,7 @@ def info(name: str) -> None:
     parts = [names] if isinstance(names, str) else names
     for part in parts:
         show_info(part)
-    budget = (
-        ", budget=0.2" if any(strategy_info(p).cls.__dataclass_fields__["budget"].init for p in parts) else ""
-    )
+    budget = ", budget=0.2" if any(strategy_info(p).cls.takes_budget() for p in parts) else ""
     given = f'"{names}"' if isinstance(names, str) else str(names).replace("'", '"')
     console().print(f"vtoken.patch(model, {given}{budget})", style="cyan", highlight=False, markup=False)
 

@@ -148,9 +148,9 @@ Group.group_class = Group
 
 
 def command_line() -> str:
-    """The command that runs, to be recorded beside its results; empty outside of one.
+    """The `vtoken` command that is being run, which the files of its results name; "" if none is.
 
-    Of absolute paths the last part is left, as the others say nothing to another reader.
+    An absolute path is cut to its last part, as the others say nothing to another reader.
     """
     context = click.get_current_context(silent=True)
     given = context.meta.get(ARGUMENTS) if context else None

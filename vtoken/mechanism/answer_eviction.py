@@ -70,9 +70,8 @@ def evict(run: Run, layers: list[Any], decoder: Any) -> None:
             layer.asked = []
         return
     ledger = run.ledger
-    ledger.follow(physical_length(layers[0]), grow=True)
-    if run.seen is not None:  # what is hidden goes too, as it would lie elsewhere in every layer
-        ledger.hide(run.seen)
+    # what is hidden goes too, as it would lie elsewhere in every layer
+    ledger.follow(physical_length(layers[0]), grow=True, seen=run.seen)
     real, first = ledger.slots[0] >= 0, None
     for layer in layers:
         _score(layer, decoder.layers[layer.number].self_attn, real, storage.newest)

@@ -80,9 +80,8 @@ def fill_positions(run: Run, stored: int, axes: int) -> None:
     """Enter a forward's tokens into the ledger, and the position ids of all `stored` slots."""
     ledger, positions = run.ledger, run.positions
     assert positions is not None
-    ledger.follow(stored, grow=True)
-    if run.seen is not None and run.query_length > 1:  # within an answer a mask hides nothing more
-        ledger.hide(run.seen)
+    # within an answer a mask hides nothing more
+    ledger.follow(stored, grow=True, seen=run.seen if run.query_length > 1 else None)
     positions = positions[None] if positions.ndim == 2 else positions
     positions = positions[-axes:].to(ledger.device)
     positions = positions.expand(axes, ledger.batch_size, positions.shape[-1])
@@ -159,7 +158,10 @@ def _count_anew(ledger: Ledger, layers: list[Any], decoder: Any, tokens: int) ->
 
 
 def _rotate(layers: list[Any], decoder: Any, slots: slice, distance: Tensor, of: str = "") -> None:
-    """Rotate keys by `distance` (B,) positions; the keys `of` a tensor beside them if it is named."""
+    """Rotate the keys in `slots` by `distance` (B,) positions.
+
+    With `of`, what is rotated are the keys that the layer holds beside its own under this name.
+    """
     wide = torch.promote_types(layers[0].keys.dtype, torch.float32)
     turn = _turn(decoder, layers[0].keys.new_zeros(1, dtype=wide), distance[:, None])
     for layer in layers:

@@ -137,8 +137,10 @@ class Ledger:
         self.lost = None if self.lost is None else self.lost[rows]
         self.pictured = None if self.pictured is None else self.pictured[rows]
 
-    def follow(self, physical: int, grow: bool) -> None:
+    def follow(self, physical: int, grow: bool, seen: Tensor | None = None) -> None:
         """Adapt to the first layer's physical length; `grow` adds text stored since then to the tables.
+
+        What a mask `seen` over the slots of stage 0, (B, slots) bool, does not show is filler from then on.
 
         Raises:
             RuntimeError: if slots of the tables are gone.
@@ -155,6 +157,12 @@ class Ledger:
             self.slots = [torch.cat([t, end + new], 1) for t in self.slots]
             self.columns = [torch.cat([t, width + new], 1) for t in self.columns]
             self.real = torch.cat([self.real, torch.ones_like(new, dtype=torch.bool)], 1)
+        if seen is not None:
+            self.slots = [
+                torch.where(seen.gather(1, columns), slots, -1)
+                for slots, columns in zip(self.slots, self.columns, strict=True)
+            ]
+            self.ragged = [bool((slots < 0).any()) for slots in self.slots]
 
     def keep(self, index: Tensor, valid: Tensor | None) -> None:
         """Lose all slots but `index` (B, m) of caches whose layers have one table.
@@ -171,14 +179,6 @@ class Ledger:
         if self.places is not None:
             self.places = self.places.gather(2, index.expand(len(self.places), *index.shape))
         self.evicted = True
-
-    def hide(self, seen: Tensor) -> None:
-        """Take as filler what a mask over the slots of stage 0, (B, slots) bool, does not show."""
-        self.slots = [
-            torch.where(seen.gather(1, columns), slots, -1)
-            for slots, columns in zip(self.slots, self.columns, strict=True)
-        ]
-        self.ragged = [bool((slots < 0).any()) for slots in self.slots]
 
     def cuts(self, length: int) -> list[Cut]:
         """Per stage, the cut that removes the logical tokens from `length` (less than `end`) on.

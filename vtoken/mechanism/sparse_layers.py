@@ -209,9 +209,7 @@ class SparseLayers:
         prompt = self.context.prompt
         if run.static or (prompt is not None and prompt.drafts):
             return
-        run.ledger.follow(slots_in(run.cache), grow=True)
-        if run.seen is not None:
-            run.ledger.hide(run.seen)
+        run.ledger.follow(slots_in(run.cache), grow=True, seen=run.seen)
         for layer in counting_layers(run.cache):
             settle(layer, run.ledger)
 
@@ -224,9 +222,7 @@ class SparseLayers:
         ledger, sparse = run.ledger, self.schedule.sparse
         assert sparse is not None and sparse.retain is not None
         end = ledger.end
-        ledger.follow(slots_in(run.cache), grow=True)
-        if run.seen is not None:
-            ledger.hide(run.seen)
+        ledger.follow(slots_in(run.cache), grow=True, seen=run.seen)
         latest = ledger.end - end
         pictured = [True] * ledger.batch_size if ledger.pictured is None else ledger.pictured.tolist()
         for i in range(self.schedule.layers):

@@ -192,7 +192,12 @@ class Strategy(CheckedOptions):
 
     def with_budget(self, budget: float | int) -> Strategy:
         """The same strategy under another budget; itself if it has none."""
-        return replace(self, budget=budget) if self.__dataclass_fields__["budget"].init else self
+        return replace(self, budget=budget) if self.takes_budget() else self
+
+    @classmethod
+    def takes_budget(cls) -> bool:
+        """Whether the method has a budget."""
+        return cls.__dataclass_fields__["budget"].init
 
     def check_depth(self, num_layers: int, entering: float = 1.0) -> None:
         """Raise ValueError if the method cannot serve an LLM of this many layers with this budget."""
