@@ -6,6 +6,7 @@ python docs/generate_strategy_pages.py
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import textwrap
 from dataclasses import MISSING, Field, fields
@@ -95,6 +96,7 @@ def page(info: StrategyInfo) -> str:
         lines += ["**Experimental:** parts of the method are not published.", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
     lines += ["## Idea", "", about or info.summary, ""]
+    lines += kept(info.name)
     lines += ["## Use", "", "```python", example(info, strategy), "```", ""]
     lines += ["## Options", "", "| option | default | meaning |", "|---|---|---|"]
     for f in fields(info.cls):
@@ -106,6 +108,30 @@ def page(info: StrategyInfo) -> str:
     if measured.is_file():
         lines += ["", measured.read_text().rstrip()]
     return "\n".join([*lines, ""])
+
+
+def kept(name: str) -> list[str]:
+    """The picture of what the strategy keeps; no lines for a strategy that has none."""
+    told = json.loads((FOLDER.parent / "kept" / "kept.json").read_text(encoding="utf-8"))[name]
+    if "none" in told:
+        return []
+    budget = f" with `budget={told['budget']}`" if "budget" in told else " with its defaults"
+    subject = "a photograph" if told["medium"] == "image" else "a clip of it"
+    counts = f"{told['after']:g} of {told['before']} visual tokens"
+    average = ", averaged over the LLM's layers," if told.get("average") else ""
+    words = (
+        f"{counts}{average}{budget}, chosen by the shipped `{told['model']}`. The photograph is the same on every"
+        " page; the model is tiny and was trained on drawings, so that it looks elsewhere than a large one does."
+    )
+    return [
+        "## What it keeps",
+        "",
+        f"![{name}: {counts} of {subject}](../kept/{name}.webp)",
+        "",
+        *textwrap.wrap(words, 118),
+        f"Made by `python docs/generate_kept.py {name}`.",
+        "",
+    ]
 
 
 def modalities(info: StrategyInfo) -> tuple[str, ...]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vtoken.strategies import Random, list_names, strategy_info
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def generator():
-    spec = importlib.util.spec_from_file_location(
-        "generate_strategy_pages", DOCS / "generate_strategy_pages.py"
-    )
+def generator(name="generate_strategy_pages"):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -52,6 +53,24 @@ def test_the_page_says_what_a_reader_needs(name):
     for option, value in info.defaults.items():
         assert f"| `{option}` | `{value!r}` |" in page
     assert f'vtoken.patch(model, "{name}"' in page
+
+
+def test_the_page_shows_what_is_kept():
+    """Every strategy has a picture or a reason for none, and a picture shows what the strategy keeps today."""
+    kept = generator("generate_kept")
+    told = json.loads(kept.FACTS.read_text(encoding="utf-8"))
+    drawn = {name for name in told if "none" not in told[name]}
+    assert set(told) == set(NAMES) and len(drawn) > len(NAMES) / 2
+    assert drawn == {path.stem for path in kept.FOLDER.glob("*.webp")}
+    for name in NAMES:
+        assert (f"(../kept/{name}.webp)" in PAGES[f"{name}.md"]) == (name in drawn)
+    for name in ("hired", "fastv", "vidkv", "tome"):
+        pytest.importorskip("timm" if name == "tome" else "skimage")
+        picture, facts = kept.draw(name)
+        assert facts == told[name] and (picture is None) == ("none" in facts)
+    with Image.open(kept.FOLDER / "hired.webp") as shown:
+        again = np.asarray(kept.draw("hired")[0], float)
+        assert np.abs(np.asarray(shown.convert("RGB"), float) - again).mean() < 8  # of 255: it is compressed
 
 
 def test_a_class_without_a_docstring_has_its_summary_for_an_idea():
