@@ -121,8 +121,8 @@ def kept(name: str) -> list[str]:
     average = ", averaged over the LLM's layers," if told.get("average") else ""
     words = (
         f"{counts}{average}{budget}, chosen by the shipped `{told['model']}`. The photograph is the"
-        " same on every page; the model is tiny and was trained on drawings, so that it looks elsewhere than a"
-        " large one does."
+        " same on every page; the model is tiny and was trained on drawings, so that it looks elsewhere than"
+        " a large one does."
     )
     return [
         "## What it keeps",

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 REPOSITORY = re.search(r'^Repository = "(.*)"', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)[1]
 # files of the repository's root that are pages of the site
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+NOTE = re.compile(r"\A<!--.*?-->\s*", re.S)
 LINK = re.compile(r"```.*?^ *```|`[^`\n]+`|(\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)", re.M | re.S)
 
 
@@ -39,6 +40,7 @@ def _unfolded(nav: list[Any], pages: list[str]) -> list[Any]:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     shown = {file.src_uri for file in files if file.inclusion.is_included()}
+    markdown = NOTE.sub("", markdown)  # so that the heading, which the navigation shows, comes first
     return relinked(markdown, page.file.src_uri, shown)
 
 
