@@ -76,6 +76,13 @@ def picture(index: int) -> np.ndarray:
     return image
 
 
+# a bound on the bytes that a short stream fills
+OPTIONS = {
+    "recent": dict(max_bytes=20_000),
+    "rekv": dict(max_bytes=30_000, memory_options=dict(n_local=16, topk=4)),
+}
+
+
 def resident_bytes() -> int:
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
@@ -126,7 +133,7 @@ def main() -> None:
     parser.add_argument("--memory", choices=("recent", "rekv"), default="recent")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for mark in run(arguments.frames, memory=arguments.memory, max_bytes=200_000):
+    for mark in run(arguments.frames, memory=arguments.memory, **OPTIONS[arguments.memory]):
         print(json.dumps(asdict(mark)), flush=True)
 
 

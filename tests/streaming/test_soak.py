@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.streaming.soak import Mark, run
-
-OPTIONS = {
-    "recent": dict(max_bytes=20_000),
-    "rekv": dict(max_bytes=30_000, memory_options=dict(n_local=16, topk=4)),
-}
+from tests.streaming.soak import OPTIONS, Mark, run
 
 
 def check_flat(marks: list[Mark]) -> list[Mark]:
