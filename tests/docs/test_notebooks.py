@@ -7,8 +7,11 @@ import os
 import re
 import sys
 import tempfile
+from contextlib import contextmanager
 
 import pytest
+
+import vtoken
 
 from .test_guides import ROOT
 
@@ -45,9 +48,9 @@ def code(notebook) -> list[str]:
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.fixture
-def client(monkeypatch):
-    """A new kernel of this interpreter in a folder of its own, over files instead of ports."""
+@contextmanager
+def kernel():
+    """A client of a new kernel of this interpreter in a folder of its own, over files instead of ports."""
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_core.utils import run_sync
@@ -58,17 +61,22 @@ def client(monkeypatch):
             return KernelSpec(argv=start, language="python", display_name="Python 3")
 
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    for key, value in {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)  # a reader has not set it
-    with tempfile.TemporaryDirectory(prefix="nb") as folder:  # short: a socket's path is
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="nb") as folder,  # a socket's path has to be short
+    ):
+        for key, value in {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}.items():
+            patch.setenv(key, value)
+        patch.delenv("TRANSFORMERS_VERBOSITY", raising=False)  # a reader has not set it
         manager = AsyncKernelManager(
             kernel_spec_manager=Own(), transport="ipc", connection_file=f"{folder}/kernel.json"
         )
-        yield nbclient.NotebookClient(
-            nbformat.v4.new_notebook(), km=manager, timeout=300, resources={"metadata": {"path": folder}}
-        )
-        run_sync(manager.shutdown_kernel)(now=True)
+        try:
+            yield nbclient.NotebookClient(
+                nbformat.v4.new_notebook(), km=manager, timeout=300, resources={"metadata": {"path": folder}}
+            )
+        finally:
+            run_sync(manager.shutdown_kernel)(now=True)
 
 
 def run(client, notebook) -> tuple[str, int]:
@@ -113,6 +121,8 @@ def test_it_is_stripped_and_valid(name):
 def test_it_opens_in_colab_and_installs_nowhere_else(name):
     notebook = read(name)
     assert f"[Open in Colab]({COLAB}/{name}.ipynb)" in notebook.cells[0].source
+    page = (ROOT / "docs/notebooks.md").read_text(encoding="utf-8")
+    assert f"[{name}](../notebooks/{name}.ipynb)" in page and f"[open]({COLAB}/{name}.ipynb)" in page
     install, *others = code(notebook)
     assert INSTALL.fullmatch(install) and "%pip" not in "".join(others) and "!" not in [s[:1] for s in others]
     assert len(code(notebook)) <= 13 and len(MODEL.findall("\n".join(others))) == 1
@@ -123,8 +133,8 @@ def test_it_opens_in_colab_and_installs_nowhere_else(name):
 @pytest.fixture(scope="module")
 def shared():
     """One kernel for all, as most of a notebook's time goes to the import of transformers."""
-    with pytest.MonkeyPatch.context() as patch:
-        yield from client.__wrapped__(patch)
+    with kernel() as client:
+        yield client
 
 
 def anew(notebook):
@@ -143,20 +153,23 @@ def test_it_runs(name, shared):
 @pytest.mark.parametrize(
     "name, model, patterns",
     [
-        ("first_steps", "qwen2_5_vl", ("100 -> 25 visual tokens", "as before: True")),
+        # a folder is loaded as a model of the Hub is
+        ("first_steps", str(vtoken.tiny.path("qwen2_5_vl")), ("100 -> 25 visual tokens", "as before: True")),
         ("prune_a_video", "llava_onevision", (r"289 -> \d\d visual tokens", r"32 frames.* 288 of 1153 ")),
     ],
+    ids=["folder", "video"],
 )
 def test_another_model_takes_one_line(name, model, patterns, shared):
     notebook = anew(read(name))
     for cell in notebook.cells:
-        cell.source = MODEL.sub(f'MODEL = "{model}"', cell.source)
+        cell.source = MODEL.sub(lambda _: f"MODEL = {model!r}", cell.source)
     said, pictures = run(shared, notebook)
     assert pictures == SHOWS[name][0] and all(re.search(p, said) for p in patterns), said
 
 
 @pytest.mark.product
 @every
-def test_it_runs_alone(name, client):
+def test_it_runs_alone(name):
     """In a process of its own, so that a warning of an import is seen in each."""
-    check(name, *run(client, read(name)))
+    with kernel() as client:
+        check(name, *run(client, read(name)))
