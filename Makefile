@@ -88,6 +88,7 @@ lint: $(VENV)/.stamp-dev
 format: $(VENV)/.stamp-dev
 	$(py) -m ruff check --fix .
 	$(py) -m ruff format .
+	$(py) notebooks/strip.py
 
 bench: $(VENV)/.stamp-dev
 	benchmarks/cpu.sh
