@@ -18,6 +18,7 @@ ROOT = site_hooks.ROOT
 # page -> modules; those with `__all__` show it, the others what they define
 REFERENCE = {
     "vtoken": ["vtoken"],
+    "asking": ["vtoken.asking"],
     "strategies": ["vtoken.strategies"],
     "inputs": ["vtoken.tokens", "vtoken.selection"],
     "streams": ["vtoken.streams", "vtoken.streaming"],
