@@ -20,11 +20,11 @@ py := $(VENV)/bin/python
 pip := -m pip install --quiet --disable-pip-version-check
 release := .venv-transformers-$(OLDEST_TRANSFORMERS)
 
-.PHONY: help demo test test-oldest test-next test-vllm harness lint format bench docs site wheel release-check space clean
+.PHONY: help demo test test-oldest test-next test-integrations test-vllm harness lint format bench docs site wheel release-check space clean
 .SECONDARY: # keep what only other rules ask for
 
 help:
-	@echo "make demo | test | test-oldest | test-next | test-vllm | harness | lint | format | bench | docs | site | wheel | release-check | space | clean"
+	@echo "make demo | test | test-oldest | test-next | test-integrations | test-vllm | harness | lint | format | bench | docs | site | wheel | release-check | space | clean"
 
 # One stamp per set of extras: pip runs again only after pyproject.toml has changed.
 $(VENV)/.stamp-%: pyproject.toml
@@ -46,6 +46,10 @@ $(VENV)/.stamp-%: pyproject.toml
 .venv-harness/.stamp: .venv-harness/.layered
 	$(@D)/bin/python $(pip) lmms-eval==$(LMMS_EVAL)
 	$(@D)/bin/python $(pip) --no-deps -e .
+	@touch $@
+
+.venv-integrations/.stamp: .venv-integrations/.layered
+	$(@D)/bin/python $(pip) -e '.[integrations]'
 	@touch $@
 
 # vLLM pins torch and transformers, so it has an environment of its own. The package index has torchaudio and
@@ -80,6 +84,10 @@ harness: .venv-harness/.stamp
 
 test-vllm: .venv-vllm/.stamp
 	.venv-vllm/bin/python -m pytest -q -m 'vllm or not vllm' tests/vllm $(PYTEST_ARGS)
+
+# Where torchao is installed, transformers imports it and torch logs lines about it: it has an environment of its own.
+test-integrations: .venv-integrations/.stamp
+	.venv-integrations/bin/python -m pytest -q tests/docs/test_quantization.py tests/docs/test_trl.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(py) -m ruff check .

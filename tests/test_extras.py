@@ -105,7 +105,10 @@ ENTRIES: dict[tuple[str, str], list[Callable[[Path], Any]]] = {
     ("dev", "skimage"): [lambda folder: assets.build(folder / "a.npz")],
 }
 # what an extra brings although vtoken does not import it under that extra
-BROUGHT = {("demo", "torchvision"): "processors of transformers resize with it"}
+BROUGHT = {
+    ("demo", "torchvision"): "processors of transformers resize with it",
+    **{("integrations", m): "docs/integrations" for m in ("peft", "trl", "torchao", "bitsandbytes")},
+}
 TOOLS = ("dev", "docs")  # for the tests and the site, besides packages of other extras
 CASES = [(extra, module, call) for (extra, module), calls in ENTRIES.items() for call in calls]
 # of no extra: with torch, in an environment of its own, or chosen by a user who has it

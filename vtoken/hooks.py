@@ -98,6 +98,8 @@ class Method:
         self.original, self.before = original, before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is not None and args[0] is getattr(self.original, "__self__", None):
+            args = args[1:]  # bound once more, as accelerate's unwrap_model(keep_fp32_wrapper=False) does
         if self.instead is None:
             return self.original(*args, **kwargs)
         return self.instead(self.original, *args, **kwargs)

@@ -94,8 +94,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "tokens",
     ),
     "mechanism": (
-        *("_threads", "adapters", "hooks", "kernels", "sparse_attention", "storage", "streams", "selection"),
-        *("temporal", "tokens"),
+        *("_threads", "adapters", "call_frames", "hooks", "kernels", "sparse_attention", "storage"),
+        *("streams", "selection", "temporal", "tokens"),
     ),
     "stage_times": ("hooks", "recorder"),
     "recorder": ("_threads", "accounting", "llm_shape", "mechanism", "streams"),

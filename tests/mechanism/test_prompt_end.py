@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -73,6 +74,19 @@ def with_answers(inputs: dict, answers: list[list[int]], side: str) -> tuple[dic
 ANSWERS = [[text(5, 1), text(2, 2)], [text(5, 3), text(2, 4)], [text(1, 5), text(9, 6)]]
 
 
+def keeps_labels(self, *, labels: Tensor, **inputs):
+    return self.base_model(**inputs)
+
+
+def replaced(model, **inputs) -> None:
+    """A forward that another package puts in place of the model's, as trl's head and Liger's do."""
+    before, model.forward = model.forward, MethodType(keeps_labels, model)
+    try:
+        model.forward(**inputs)
+    finally:
+        model.forward = before
+
+
 # -- labels, prompt_length -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
@@ -92,6 +106,7 @@ def test_the_answer_does_not_choose(case, name, side):
             ways = {
                 "labels": lambda x, y=labels: model(**x, labels=y),
                 "forward": lambda x, y=labels: model.forward(**x, labels=y),  # as PEFT calls it
+                "replaced": lambda x, y=labels: replaced(model, **x, labels=y),
                 "list": lambda x: model(**x),
                 "tensor": lambda x: model(**x),
             }

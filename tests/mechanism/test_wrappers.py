@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import vtoken
 from tests.models import FAMILIES, SPECIAL
 from tests.models.common import IMG, PAD
+from tests.oracle import clone
 
 from .common import BOTH, SOME, assert_moved, assert_same, expected, run, subject
 from .fixed import Fixed, Spy, patched
@@ -53,6 +54,30 @@ def test_dispatched_model(name):
     with patched(model, **BOTH) as spy:
         out = run(model, inputs)
     assert_same(out, inputs, expected(name, inputs, spy))
+
+
+@pytest.mark.parametrize("order", ["prepare, then patch", "patch, then prepare"])
+def test_mixed_precision_taken_off_again(order):
+    """`unwrap_model` binds the patch's own forward to the model."""
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
+    with torch.no_grad(), vtoken.applied(model, Fixed()):
+        want = model(**clone(inputs)).logits
+    accelerate.state.AcceleratorState._reset_state(True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    if order.startswith("patch"):
+        vtoken.patch(model, Fixed())
+    model = accelerator.prepare(model)
+    if order.startswith("prepare"):
+        vtoken.patch(model, Fixed())
+    with torch.no_grad():
+        rounded = model(**clone(inputs)).logits
+        model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        assert torch.equal(model(**clone(inputs)).logits, want)
+        assert not torch.equal(rounded, want)
+        vtoken.unpatch(model)
+        dense = FAMILIES["llava"].build()(**clone(inputs)).logits
+        assert torch.equal(model(**clone(inputs)).logits, dense) and not torch.equal(dense, want)
+    accelerate.state.AcceleratorState._reset_state(True)
 
 
 def processor() -> transformers.LlavaProcessor:

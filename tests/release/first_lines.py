@@ -18,6 +18,7 @@ from pathlib import Path
 OPTIONAL = (
     *("av", "decord", "torchcodec", "matplotlib", "gradio", "timm", "open_clip", "torchvision", "pandas"),
     *("pyarrow", "pysubs2", "accelerate", "peft", "vllm", "lmms_eval", "skimage", "sklearn", "scipy"),
+    *("trl", "torchao", "bitsandbytes", "datasets"),
 )
 SIDE, PATCH = 28, 7
 

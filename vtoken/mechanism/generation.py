@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call_frames import labels_given
 from .forward_context import ForwardContext
 from .prompt import Prompt
 
@@ -98,10 +99,11 @@ def _lengths(tokens: Any) -> Tensor:
     return given.long()
 
 
-def prompt_ends(context: ForwardContext, past: int, real: Tensor) -> Tensor:
+def prompt_ends(model: Any, context: ForwardContext, past: int, real: Tensor) -> Tensor:
     """(B,) int64: the position in this forward at which each row's prompt ends; its length if all is prompt.
 
     Args:
+        model: whose forward it is.
         context: state of the forward.
         past: tokens in the KV cache.
         real: (B, q) bool, tokens that are not padding.
@@ -114,7 +116,8 @@ def prompt_ends(context: ForwardContext, past: int, real: Tensor) -> Tensor:
     if prompt is not None:
         end = prompt.length - past
         return torch.full((batch,), end if 0 < end < length else length, device=real.device)
-    ends, told, labels = torch.full((batch,), length, device=real.device), _told.get(), context.labels
+    ends, told = torch.full((batch,), length, device=real.device), _told.get()
+    labels = labels_given(model) if context.labels is None else context.labels
     if told is not None:
         if told.ndim and len(told) != batch:
             raise ValueError(

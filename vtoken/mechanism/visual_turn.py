@@ -81,7 +81,8 @@ class VisualTurn:
         storage: Storage | None = None,
     ) -> None:
         self.storage = storage
-        self.decoder, self.planner, self.layers = adapter.decoder, planner, layers
+        self.model, self.decoder = adapter.model, adapter.decoder
+        self.planner, self.layers = planner, layers
         self.in_layers = adapter.features_in_layers
         self.arguments = set(inspect.signature(self.decoder.forward).parameters)
         self.schedule, self.renumber = layers.schedule, positions == "renumber"
@@ -155,7 +156,7 @@ class VisualTurn:
         self, turn: Turn, call: Call, cache: Any, visual: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Run, Plan | None]:
         real, length = turn.real, turn.real.shape[1]
-        ends = prompt_ends(self.context, turn.past, real)
+        ends = prompt_ends(self.model, self.context, turn.past, real)
         queries = queries_of(ends, real, visual)
         run = Run(cache, turn.ledger, length, visual=visual, ends=ends, queries=queries, real=real)
         run.tokenwise = tokenwise(kwargs, *real.shape)
