@@ -112,7 +112,7 @@ CASES = [(extra, module, call) for (extra, module), calls in ENTRIES.items() for
 FREE = {"triton", "lmms_eval", "vlmeval", "torchcodec"}
 # imports without a check of their own, and why they are reached with the package only
 LATER = {"adapters/encoders/timm.py": "a timm model is there", "cli/stream_visitors.py": "gradio brings pandas",
-         "cli/stream_server.py": "cli/stream_page.py comes first"}  # fmt: skip
+         "cli/page_server.py": "the module of the page comes first"}  # fmt: skip
 
 
 def project() -> dict[str, Any]:

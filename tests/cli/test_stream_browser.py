@@ -11,10 +11,11 @@ import threading
 import pytest
 
 from vtoken import tiny
+from vtoken.cli.page_server import Service, listen, private_folder
+from vtoken.cli.page_visitors import Desks
 from vtoken.cli.stream import EXAMPLES, TINY, TINY_STEPS, make_session
-from vtoken.cli.stream_page import build_page
-from vtoken.cli.stream_server import Service, listen, private_folder
-from vtoken.cli.stream_visitors import Desk, Desks
+from vtoken.cli.stream_page import CSS, build_page
+from vtoken.cli.stream_visitors import Desk
 from vtoken.tiny.clips import stream
 
 pytestmark = pytest.mark.browser
@@ -44,7 +45,7 @@ def address(desks):
         page = build_page(
             desks, ["stc_pruner", "none"], f"synthetic://{SEED}", allow_sources=True, examples=EXAMPLES
         )
-        service = Service(page, listening, uploads=folder, max_upload=2**20)
+        service = Service(page, listening, uploads=folder, max_upload=2**20, css=CSS)
         service.start()
         yield service.url
         service.stop()
