@@ -1,0 +1,228 @@
+"""The page of `vtoken demo explore`: an input, a question, two strategies and a budget, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+try:
+    import gradio as gr
+except ImportError:
+    raise ImportError("The page needs gradio: pip install 'vtoken[stream]'.") from None
+
+from .explore_html import CSS, LEGEND, TITLE, panel, times
+from .explore_inputs import Subject
+from .explore_state import Explorer, Outcome
+from .page_visitors import MAX_QUESTION, Desks, Held
+
+MAX_UPLOAD = 64 * 2**20  # bytes of all uploaded files together; each goes as soon as it is read
+GONE = "That is not on the page any more: choose another, or upload it again."
+SETTLE = 250  # ms for which the slider rests before the model is asked
+# a call to the model only for the value at which it rests; keys move it too, which is no release
+REST = f"""() => new Promise(done => {{
+  clearTimeout(window.vtokenRest);
+  window.vtokenRest = setTimeout(() => done(Date.now()), {SETTLE});
+}})"""
+
+
+class Visit(Held):
+    """What one browser has uploaded.
+
+    Args:
+        explorer: forgets what was asked about it when the browser leaves.
+    """
+
+    def __init__(self, explorer: Explorer) -> None:
+        self.explorer, self.touched = explorer, time.monotonic()
+        self.subject: Subject | None = None
+
+    def take(self, subject: Subject) -> None:
+        """Put a file in the place of the one before it."""
+        self.close()
+        self.subject = subject
+
+    def close(self) -> None:
+        if self.subject is not None:
+            self.explorer.forget(self.subject)
+            self.subject = None
+
+
+def build_page(
+    explorer: Explorer,
+    desks: Desks[Visit],
+    subjects: Sequence[Subject],
+    question: str = "",
+    strategies: Sequence[str] = (),
+    budget: float = 0.2,
+    allow_uploads: bool = False,
+) -> Any:
+    """The page as a `gradio.Blocks`, not yet served.
+
+    Args:
+        explorer: the model.
+        desks: what browsers have uploaded.
+        subjects: what may be asked about; the first is shown.
+        question: the first question, that of the first subject if empty.
+        strategies: the two to begin with, where they fit.
+        budget: initial position of the slider.
+        allow_uploads: whether visitors may upload files.
+    """
+    first = subjects[0]
+    buttons = Controls(explorer, desks, subjects, strategies, allow_uploads)
+    own: dict[str, Any] = dict(api_visibility="private", show_progress="hidden", queue=True)
+    many = own | dict(concurrency_limit=desks.most)
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
+        gr.HTML(f"<h1>{escape(TITLE)}</h1>")
+        with gr.Row(equal_height=True):
+            which = gr.Dropdown(
+                [s.name for s in subjects],
+                value=first.name,
+                label="picture or clip",
+                min_width=200,
+                elem_id="which",
+            )
+            text = gr.Textbox(
+                question or buttons.first_question(first),
+                label="question",
+                max_length=MAX_QUESTION,
+                max_lines=1,
+                scale=2,
+                min_width=260,
+                elem_id="question",
+            )
+            with gr.Column(scale=0, min_width=140, elem_id="actions"):
+                go = gr.Button("Ask", variant="primary", elem_id="ask")
+                if allow_uploads:
+                    upload = gr.UploadButton("Upload", file_types=["image", "video"], elem_id="upload")
+        tries = gr.Radio(label="questions to try", elem_id="tries", **buttons.tries(first))
+        with gr.Row(equal_height=True, elem_id="choice"):
+            one, two = explorer.two(first.kind, strategies)
+            offered = explorer.strategies(first.kind)
+            a = gr.Dropdown(offered, value=one, label="strategy A", min_width=130, elem_id="first")
+            b = gr.Dropdown(offered, value=two, label="strategy B", min_width=130, elem_id="second")
+            share = gr.Slider(
+                0.01, 1.0, value=budget, step=0.01, label="budget: share of the tokens", elem_id="budget"
+            )
+        message = gr.HTML(elem_id="message", padding=False)
+        with gr.Row(elem_id="panels"):
+            panels = [gr.HTML(elem_id=f"panel-{name}", padding=False) for name in ("all", "a", "b")]
+        gr.HTML(f"<small>{escape(LEGEND)} {escape(times(explorer.tiny))}</small>")
+        turn = gr.Number(0, visible="hidden", elem_id="turn", label="turn")
+        chosen = [text, tries, a, b, message, turn]
+        which.input(buttons.choose, [which, a, b, turn], chosen, **many)
+        if allow_uploads:
+            upload.upload(buttons.upload, [upload, a, b, turn], [which, *chosen], **many)
+        tries.input(buttons.tried, [tries, turn], [text, turn], **many)
+        share.change(None, None, turn, js=REST, trigger_mode="multiple", **own)
+        asked = [turn.change, a.input, b.input, text.submit, go.click]
+        model = own | dict(
+            concurrency_limit=1,
+            concurrency_id="model",
+            trigger_mode="always_last",
+            show_progress="hidden" if explorer.tiny else "minimal",
+        )
+        gr.on(asked, buttons.show_a, [which, text, a, share], panels[1], **model)
+        gr.on(asked, buttons.show_all, [which, text, a, b, share], panels[0], **model)
+        gr.on(asked, buttons.show_b, [which, text, b, share], panels[2], **model)
+        page.load(buttons.begin, None, turn, **many)
+        page.unload(buttons.leave)
+    page.queue(max_size=32 * desks.most, api_open=False, default_concurrency_limit=desks.most)
+    return page
+
+
+class Controls:
+    """Event handlers of the page. All shown text is escaped."""
+
+    def __init__(
+        self,
+        explorer: Explorer,
+        desks: Desks[Visit],
+        subjects: Sequence[Subject],
+        wanted: Sequence[str],
+        allow_uploads: bool,
+    ) -> None:
+        self.explorer, self.desks, self.wanted = explorer, desks, wanted
+        self.subjects = {subject.name: subject for subject in subjects}
+        self.allow_uploads = allow_uploads
+
+    def first_question(self, subject: Subject) -> str:
+        return subject.asked[0][0] if subject.asked else ""
+
+    def tries(self, subject: Subject) -> dict[str, Any]:
+        """The questions to try, as a radio group shows them."""
+        known = [question for question, truth in subject.asked if truth]
+        return dict(choices=known, value=known[0] if known else None, visible=bool(known))
+
+    def begin(self) -> int:
+        return 1
+
+    def choose(self, name: str, a: str, b: str, turn: float, request: gr.Request) -> tuple[Any, ...]:
+        subject = self._subject(name, request)
+        if subject is None:
+            return *(gr.skip() for _ in range(4)), escape(GONE), gr.skip()
+        one, two = self.explorer.two(subject.kind, [a, b, *self.wanted])
+        offered = self.explorer.strategies(subject.kind)
+        return (
+            self.first_question(subject),
+            gr.Radio(**self.tries(subject)),
+            gr.Dropdown(offered, value=one),
+            gr.Dropdown(offered, value=two),
+            "",
+            turn + 1,
+        )
+
+    def upload(self, path: str, a: str, b: str, turn: float, request: gr.Request) -> tuple[Any, ...]:
+        kept = tuple(gr.skip() for _ in range(5))
+        if not self.allow_uploads:
+            return *kept, escape("This page takes no files."), gr.skip()
+        try:
+            desk = self.desks.open(request.session_hash)
+            desk.take(self.explorer.read(Path(path), "what is shown here?"))
+        except ValueError as error:
+            Path(path).unlink(missing_ok=True)
+            return *kept, escape(" ".join(str(error).split())), gr.skip()
+        assert desk.subject is not None
+        names = [*self.subjects, desk.subject.name]
+        which = gr.Dropdown(names, value=desk.subject.name)
+        return which, *self.choose(desk.subject.name, a, b, turn, request)
+
+    def tried(self, question: str, turn: float) -> tuple[str, float]:
+        return question, turn + 1
+
+    def show_a(self, name: str, question: str, strategy: str, budget: float, request: gr.Request) -> str:
+        return self._panel(self._subject(name, request), question, strategy, budget)
+
+    def show_b(self, name: str, question: str, strategy: str, budget: float, request: gr.Request) -> str:
+        return self._panel(self._subject(name, request), question, strategy, budget)
+
+    def show_all(self, name: str, question: str, a: str, b: str, budget: float, request: gr.Request) -> str:
+        """The answer with all tokens; what they cost is in the report of a strategy."""
+        subject = self._subject(name, request)
+        if subject is None:
+            return panel("all visual tokens", Outcome("", refused=GONE), Outcome(""))
+        dense = self.explorer.everything(subject, question)
+        outcomes = (self.explorer.outcome(subject, question, strategy, budget) for strategy in (a, b))
+        told = next((outcome for outcome in outcomes if outcome.report is not None), None)
+        return panel("all visual tokens", dense, dense, told, truth=subject.truth(question))
+
+    def leave(self, request: gr.Request) -> None:
+        self.desks.leave(request.session_hash)
+
+    def _panel(self, subject: Subject | None, question: str, strategy: str, budget: float) -> str:
+        if subject is None:
+            return panel(strategy, Outcome(strategy, refused=GONE), Outcome(""))
+        outcome = self.explorer.outcome(subject, question, strategy, budget)
+        dense = self.explorer.everything(subject, question) if not outcome.refused else Outcome("")
+        return panel(strategy, outcome, dense, truth=subject.truth(question))
+
+    def _subject(self, name: str, request: gr.Request) -> Subject | None:
+        desk = self.desks.of(request.session_hash)
+        if desk is not None and desk.subject is not None and desk.subject.name == name:
+            return desk.subject
+        return self.subjects.get(name)
+
+
+__all__ = ["CSS", "MAX_UPLOAD", "Visit", "build_page"]
