@@ -48,10 +48,15 @@ def many_processes(folder: Path) -> None:
         Processes.found()
 
 
-def stream_page(folder: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(sys.modules, "vtoken.cli.stream_page", raising=False)
-        importlib.import_module("vtoken.cli.stream_page")
+def page(name: str) -> Callable[[Path], None]:
+    """Import the module of a page anew."""
+
+    def call(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(sys.modules, f"vtoken.cli.{name}", raising=False)
+            importlib.import_module(f"vtoken.cli.{name}")
+
+    return call
 
 
 def train(folder: Path) -> None:
@@ -100,7 +105,7 @@ ENTRIES: dict[tuple[str, str], list[Callable[[Path], Any]]] = {
         lambda folder: digits.build(folder / "a.npz"),
         lambda folder: letters.build(folder / "a.npz"),
     ],
-    ("stream", "gradio"): [stream_page],
+    ("stream", "gradio"): [page("stream_page"), page("explore_page")],
     ("vllm", "vllm"): [lambda folder: vllm.register()],
     ("dev", "skimage"): [lambda folder: assets.build(folder / "a.npz")],
 }

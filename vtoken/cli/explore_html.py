@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from .explore_state import Outcome
 from .page_parts import picture_html
 
+ALL = "all visual tokens"
 TITLE = "vtoken: what a strategy keeps, and what it answers"
 LEGEND = "Outlined: visual tokens that the language model reads. Paler: dropped, the earlier the paler."
 CSS = """
@@ -20,12 +21,7 @@ h1 { font-size: 1.3rem; margin: 0; }
 #panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); gap: 12px;
   align-items: start; }
 #panels .html-container, #message .html-container { padding: 0; }
-@media (max-width: 640px) {
-  .gradio-container > .main { padding: 12px; }
-  .gradio-container { overflow: visible !important; }
-  #choice { position: sticky; top: 0; z-index: 5; }
-  #actions { flex-direction: row; min-width: 100% !important; }
-}
+@media (max-width: 640px) { #actions { flex-direction: row; min-width: 100% !important; } }
 .panel { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px;
   background: var(--background-fill-primary); color: var(--body-text-color); }
 .panel h2 { font-size: 1rem; margin: 0 0 8px; overflow-wrap: anywhere; color: inherit; }
@@ -41,6 +37,14 @@ h1 { font-size: 1.3rem; margin: 0; }
 .panel th { opacity: 0.75; }
 .panel td { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 footer { display: none; }
+"""
+# what gradio's own elements need, which it keeps a page's style sheet from: the choice stays in sight
+PHONE = """
+@media (max-width: 640px) {
+  .gradio-container { overflow: visible !important; }
+  .gradio-container > .main { padding: 12px !important; }
+  #choice { position: sticky; top: 0; z-index: 5; }
+}
 """
 
 
@@ -61,7 +65,7 @@ def panel(title: str, outcome: Outcome, dense: Outcome, told: Outcome | None = N
         title: heading.
         outcome: of a strategy, or of all visual tokens.
         dense: the answer with all visual tokens.
-        told: for the panel of all tokens, an outcome whose report says what these cost; None if none does.
+        told: for the panel of all tokens, an outcome whose report says what these cost.
         truth: the right answer, "" if it is not known.
     """
     head = f"<h2>{escape(title)}</h2>"
@@ -69,8 +73,10 @@ def panel(title: str, outcome: Outcome, dense: Outcome, told: Outcome | None = N
         return _section(title, head + f'<p class="refused" role="status">{escape(outcome.refused)}</p>')
     whole = outcome is dense
     source = told if whole else outcome
-    rows = [] if source is None else _costs(source.report, whole)
-    pictures = "" if source is None else _pictures(title, source, whole)
+    if source is None or source.report is None:
+        rows, pictures = [], ""
+    else:
+        rows, pictures = _costs(source.report, whole), _pictures(title, source, whole)
     table = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
         for name, value in [*rows, ("time of the answer", f"{1000 * outcome.seconds:.0f} ms")]

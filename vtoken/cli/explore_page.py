@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ try:
 except ImportError:
     raise ImportError("The page needs gradio: pip install 'vtoken[stream]'.") from None
 
-from .explore_html import CSS, LEGEND, TITLE, panel, times
+from .explore_html import ALL, CSS, LEGEND, PHONE, TITLE, panel, times
 from .explore_inputs import Subject
 from .explore_state import Explorer, Outcome
 from .page_visitors import MAX_QUESTION, Desks, Held
@@ -75,7 +75,7 @@ def build_page(
     own: dict[str, Any] = dict(api_visibility="private", show_progress="hidden", queue=True)
     many = own | dict(concurrency_limit=desks.most)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
-        gr.HTML(f"<h1>{escape(TITLE)}</h1>")
+        gr.HTML(f"<style>{PHONE}</style><h1>{escape(TITLE)}</h1>")
         with gr.Row(equal_height=True):
             which = gr.Dropdown(
                 [s.name for s in subjects],
@@ -124,9 +124,8 @@ def build_page(
             trigger_mode="always_last",
             show_progress="hidden" if explorer.tiny else "minimal",
         )
-        gr.on(asked, buttons.show_a, [which, text, a, share], panels[1], **model)
-        gr.on(asked, buttons.show_all, [which, text, a, b, share], panels[0], **model)
-        gr.on(asked, buttons.show_b, [which, text, b, share], panels[2], **model)
+        # one event: several of this mode on one trigger would call each other without an end
+        gr.on(asked, buttons.show, [which, text, a, b, share], panels, **model)
         page.load(buttons.begin, None, turn, **many)
         page.unload(buttons.leave)
     page.queue(max_size=32 * desks.most, api_open=False, default_concurrency_limit=desks.most)
@@ -192,31 +191,26 @@ class Controls:
     def tried(self, question: str, turn: float) -> tuple[str, float]:
         return question, turn + 1
 
-    def show_a(self, name: str, question: str, strategy: str, budget: float, request: gr.Request) -> str:
-        return self._panel(self._subject(name, request), question, strategy, budget)
-
-    def show_b(self, name: str, question: str, strategy: str, budget: float, request: gr.Request) -> str:
-        return self._panel(self._subject(name, request), question, strategy, budget)
-
-    def show_all(self, name: str, question: str, a: str, b: str, budget: float, request: gr.Request) -> str:
-        """The answer with all tokens; what they cost is in the report of a strategy."""
+    def show(
+        self, name: str, question: str, a: str, b: str, budget: float, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """The panels of all tokens, of A and of B, as they come; a strategy's report says what all cost."""
         subject = self._subject(name, request)
         if subject is None:
-            return panel("all visual tokens", Outcome("", refused=GONE), Outcome(""))
+            gone = Outcome("", refused=GONE)
+            yield tuple(panel(title, gone, gone) for title in (ALL, a, b))
+            return
+        truth = subject.truth(question)
+        one = self.explorer.outcome(subject, question, a, budget)
         dense = self.explorer.everything(subject, question)
-        outcomes = (self.explorer.outcome(subject, question, strategy, budget) for strategy in (a, b))
-        told = next((outcome for outcome in outcomes if outcome.report is not None), None)
-        return panel("all visual tokens", dense, dense, told, truth=subject.truth(question))
+        left = panel(a, one, dense, truth=truth)
+        yield panel(ALL, dense, dense, one, truth), left, gr.skip()
+        two = self.explorer.outcome(subject, question, b, budget)
+        told = two if one.report is None else one
+        yield panel(ALL, dense, dense, told, truth), left, panel(b, two, dense, truth=truth)
 
     def leave(self, request: gr.Request) -> None:
         self.desks.leave(request.session_hash)
-
-    def _panel(self, subject: Subject | None, question: str, strategy: str, budget: float) -> str:
-        if subject is None:
-            return panel(strategy, Outcome(strategy, refused=GONE), Outcome(""))
-        outcome = self.explorer.outcome(subject, question, strategy, budget)
-        dense = self.explorer.everything(subject, question) if not outcome.refused else Outcome("")
-        return panel(strategy, outcome, dense, truth=subject.truth(question))
 
     def _subject(self, name: str, request: gr.Request) -> Subject | None:
         desk = self.desks.of(request.session_hash)
