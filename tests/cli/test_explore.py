@@ -102,6 +102,12 @@ def test_the_drawn_tokens_of_a_picture_are_those_of_the_report(asked, subjects):
     assert kept_on(whole, subjects[0].media, visual.segments[0].grid, cell).all()
 
 
+def test_a_budget_of_1_is_all_tokens(asked, subjects):
+    """As a browser sends the end of the slider."""
+    told = asked.outcome(subjects[0], "how many objects are there?", "divprune", 1)
+    assert told.report.tokens_out == told.report.tokens_in == 100
+
+
 def test_the_drawn_tokens_of_a_clip_are_those_of_the_report(asked):
     clip = max((s for s in examples("qwen2_5_vl_long", asked.processor)), key=lambda s: len(s.media))
     frames = [Image.fromarray(f.permute(1, 2, 0).numpy()) for f in clip.media.frames]

@@ -75,6 +75,8 @@ def test_strategies_and_the_budget_change_what_is_read(made, address, browser, m
     reads(page, "a", "100 of 100")
     assert page.locator("#panel-a img").get_attribute("alt").endswith("enter the language model")
     page.get_by_label("number input for budget").fill("0.05")
+    reads(page, "a", "5 of 100")
+    choose(page, "second", "sparsevlm")
     reads(page, "b", "choose more")  # a refusal, in place of the picture
     assert page.locator("#panel-b img").count() == 0 and page.locator("#panel-a img").count() == 1
     page.locator("#question input, #question textarea").first.fill(HOSTILE)

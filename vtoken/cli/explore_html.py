@@ -21,7 +21,7 @@ h1 { font-size: 1.3rem; margin: 0; }
 #panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); gap: 12px;
   align-items: start; }
 #panels .html-container, #message .html-container { padding: 0; }
-@media (max-width: 640px) { #actions { flex-direction: row; min-width: 100% !important; } }
+@media (max-width: 640px) { #actions { min-width: 100% !important; } }
 .panel { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px;
   background: var(--background-fill-primary); color: var(--body-text-color); }
 .panel h2 { font-size: 1rem; margin: 0 0 8px; overflow-wrap: anywhere; color: inherit; }

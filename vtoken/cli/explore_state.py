@@ -150,7 +150,7 @@ class Explorer:
             return Outcome(strategy, refused="That strategy is not on the page for this input.")
         if not 0 < budget <= 1:
             return Outcome(strategy, refused="The budget is a share above 0, of 1 at most.")
-        share = budget if _takes_budget(strategy) else None
+        share = float(budget) if _takes_budget(strategy) else None  # a browser sends 1.0 as 1, one token
         key = (subject, question, strategy, share)
         return self.recent.get(key, lambda: self._asked(subject, question, strategy, share))
 
