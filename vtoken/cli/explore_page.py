@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 try:
@@ -72,64 +73,72 @@ def build_page(
     """
     first = subjects[0]
     buttons = Controls(explorer, desks, subjects, strategies, allow_uploads)
-    own: dict[str, Any] = dict(api_visibility="private", show_progress="hidden", queue=True)
-    many = own | dict(concurrency_limit=desks.most)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
-        gr.HTML(f"<style>{PHONE}</style><h1>{escape(TITLE)}</h1>")
-        with gr.Row(equal_height=True):
-            which = gr.Dropdown(
-                [s.name for s in subjects],
-                value=first.name,
-                label="picture or clip",
-                min_width=200,
-                elem_id="which",
-            )
-            text = gr.Textbox(
-                question or buttons.first_question(first),
-                label="question",
-                max_length=MAX_QUESTION,
-                max_lines=1,
-                scale=2,
-                min_width=260,
-                elem_id="question",
-            )
-            with gr.Column(scale=0, min_width=140, elem_id="actions"):
-                go = gr.Button("Ask", variant="primary", elem_id="ask")
-                if allow_uploads:
-                    upload = gr.UploadButton("Upload", file_types=["image", "video"], elem_id="upload")
-        tries = gr.Radio(label="questions to try", elem_id="tries", **buttons.tries(first))
-        with gr.Row(equal_height=True, elem_id="choice"):
-            one, two = explorer.two(first.kind, strategies)
-            offered = explorer.strategies(first.kind)
-            a = gr.Dropdown(offered, value=one, label="strategy A", min_width=130, elem_id="first")
-            b = gr.Dropdown(offered, value=two, label="strategy B", min_width=130, elem_id="second")
-            share = gr.Slider(
-                0.01, 1.0, value=budget, step=0.01, label="budget: share of the tokens", elem_id="budget"
-            )
-        message = gr.HTML(elem_id="message", padding=False)
-        with gr.Row(elem_id="panels"):
-            panels = [gr.HTML(elem_id=f"panel-{name}", padding=False) for name in ("all", "a", "b")]
-        gr.HTML(f"<small>{escape(LEGEND)} {escape(times(explorer.tiny))}</small>")
-        turn = gr.Number(0, visible="hidden", elem_id="turn", label="turn")
-        chosen = [text, tries, a, b, message, turn]
-        which.input(buttons.choose, [which, a, b, turn], chosen, **many)
-        if allow_uploads:
-            upload.upload(buttons.upload, [upload, a, b, turn], [which, *chosen], **many)
-        tries.input(buttons.tried, [tries, turn], [text, turn], **many)
-        share.change(None, None, turn, js=REST, trigger_mode="multiple", **own)
-        asked = [turn.change, a.input, b.input, text.submit, go.click]
-        model = own | dict(
-            concurrency_limit=1,
-            concurrency_id="model",
-            trigger_mode="always_last",
-            show_progress="hidden" if explorer.tiny else "minimal",
-        )
-        # one event: several of this mode on one trigger would call each other without an end
-        gr.on(asked, buttons.show, [which, text, a, b, share], panels, **model)
-        page.load(buttons.begin, None, turn, **many)
-        page.unload(buttons.leave)
+        f = _fields(buttons, first, question or buttons.first_question(first), budget)
+        _connect(page, f, buttons)
     page.queue(max_size=32 * desks.most, api_open=False, default_concurrency_limit=desks.most)
     return page
+
+
+def _fields(buttons: Controls, first: Subject, question: str, budget: float) -> SimpleNamespace:
+    """The parts of the page from top to bottom, by name."""
+    explorer, f = buttons.explorer, SimpleNamespace(upload=None)
+    gr.HTML(f"<style>{PHONE}</style><h1>{escape(TITLE)}</h1>")
+    with gr.Row(equal_height=True):
+        f.which = gr.Dropdown(
+            [*buttons.subjects], value=first.name, label="picture or clip", min_width=200, elem_id="which"
+        )
+        f.text = gr.Textbox(
+            question,
+            label="question",
+            max_length=MAX_QUESTION,
+            max_lines=1,
+            scale=2,
+            min_width=260,
+            elem_id="question",
+        )
+        with gr.Column(scale=0, min_width=140, elem_id="actions"):
+            f.go = gr.Button("Ask", variant="primary", elem_id="ask")
+            if buttons.allow_uploads:
+                f.upload = gr.UploadButton("Upload", file_types=["image", "video"], elem_id="upload")
+    f.tries = gr.Radio(label="questions to try", elem_id="tries", **buttons.tries(first))
+    with gr.Row(equal_height=True, elem_id="choice"):
+        one, two = explorer.two(first.kind, buttons.wanted)
+        offered = explorer.strategies(first.kind)
+        f.a = gr.Dropdown(offered, value=one, label="strategy A", min_width=130, elem_id="first")
+        f.b = gr.Dropdown(offered, value=two, label="strategy B", min_width=130, elem_id="second")
+        f.share = gr.Slider(
+            0.01, 1.0, value=budget, step=0.01, label="budget: share of the tokens", elem_id="budget"
+        )
+    f.message = gr.HTML(elem_id="message", padding=False)
+    with gr.Row(elem_id="panels"):
+        f.panels = [gr.HTML(elem_id=f"panel-{name}", padding=False) for name in ("all", "a", "b")]
+    gr.HTML(f"<small>{escape(LEGEND)} {escape(times(explorer.tiny))}</small>")
+    f.turn = gr.Number(0, visible="hidden", elem_id="turn", label="turn")
+    return f
+
+
+def _connect(page: Any, f: SimpleNamespace, buttons: Controls) -> None:
+    """Connect the parts of the page with their handlers; whatever changes `turn` asks the model."""
+    own: dict[str, Any] = dict(api_visibility="private", show_progress="hidden", queue=True)
+    many = own | dict(concurrency_limit=buttons.desks.most)
+    chosen = [f.text, f.tries, f.a, f.b, f.message, f.turn]
+    f.which.input(buttons.choose, [f.which, f.a, f.b, f.turn], chosen, **many)
+    if f.upload is not None:
+        f.upload.upload(buttons.upload, [f.upload, f.a, f.b, f.turn], [f.which, *chosen], **many)
+    f.tries.input(buttons.tried, [f.tries, f.turn], [f.text, f.turn], **many)
+    f.share.change(None, None, f.turn, js=REST, trigger_mode="multiple", **own)
+    asked = [f.turn.change, f.a.input, f.b.input, f.text.submit, f.go.click]
+    model = own | dict(
+        concurrency_limit=1,
+        concurrency_id="model",
+        trigger_mode="always_last",
+        show_progress="hidden" if buttons.explorer.tiny else "minimal",
+    )
+    # one event: several of this mode on one trigger would call each other without an end
+    gr.on(asked, buttons.show, [f.which, f.text, f.a, f.b, f.share], f.panels, **model)
+    page.load(buttons.begin, None, f.turn, **many)
+    page.unload(buttons.leave)
 
 
 class Controls:
