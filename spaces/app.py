@@ -15,9 +15,10 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 
 from vtoken.asking import load
+from vtoken.cli.page_visitors import Desks
 from vtoken.cli.stream import EXAMPLES, PAGE_BYTES, SESSIONS, STRATEGIES, TINY, TINY_STEPS, make_session
 from vtoken.cli.stream_page import CSS, build_page
-from vtoken.cli.stream_visitors import Desk, Desks
+from vtoken.cli.stream_visitors import Desk
 from vtoken.eval.board import page, submission
 
 HERE = Path(__file__).parent

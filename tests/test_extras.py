@@ -48,10 +48,15 @@ def many_processes(folder: Path) -> None:
         Processes.found()
 
 
-def stream_page(folder: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(sys.modules, "vtoken.cli.stream_page", raising=False)
-        importlib.import_module("vtoken.cli.stream_page")
+def page(name: str) -> Callable[[Path], None]:
+    """Import the module of a page anew."""
+
+    def call(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delitem(sys.modules, f"vtoken.cli.{name}", raising=False)
+            importlib.import_module(f"vtoken.cli.{name}")
+
+    return call
 
 
 def train(folder: Path) -> None:
@@ -100,7 +105,7 @@ ENTRIES: dict[tuple[str, str], list[Callable[[Path], Any]]] = {
         lambda folder: digits.build(folder / "a.npz"),
         lambda folder: letters.build(folder / "a.npz"),
     ],
-    ("stream", "gradio"): [stream_page],
+    ("stream", "gradio"): [page("stream_page"), page("explore_page")],
     ("vllm", "vllm"): [lambda folder: vllm.register()],
     ("dev", "skimage"): [lambda folder: assets.build(folder / "a.npz")],
 }
@@ -115,7 +120,7 @@ CASES = [(extra, module, call) for (extra, module), calls in ENTRIES.items() for
 FREE = {"triton", "lmms_eval", "vlmeval", "torchcodec"}
 # imports without a check of their own, and why they are reached with the package only
 LATER = {"adapters/encoders/timm.py": "a timm model is there", "cli/stream_visitors.py": "gradio brings pandas",
-         "cli/stream_server.py": "cli/stream_page.py comes first"}  # fmt: skip
+         "cli/page_server.py": "the module of the page comes first"}  # fmt: skip
 
 
 def project() -> dict[str, Any]:

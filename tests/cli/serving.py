@@ -12,10 +12,11 @@ from typing import Any
 import httpx
 
 from tests.streaming.common import model_of, processor_of
+from vtoken.cli.page_server import Service, listen, private_folder
+from vtoken.cli.page_visitors import Desks
 from vtoken.cli.stream import make_session
-from vtoken.cli.stream_page import build_page
-from vtoken.cli.stream_server import Service, listen, private_folder
-from vtoken.cli.stream_visitors import Desk, Desks
+from vtoken.cli.stream_page import CSS, build_page
+from vtoken.cli.stream_visitors import Desk
 
 NAME = "qwen2_5_vl"
 SOURCE = "synthetic://3?fps=2&frames=9"
@@ -39,7 +40,8 @@ def served(
         page = build_page(
             desks, ["none", "stc_pruner"], source, allow_sources=bool(room), examples=["what ?"]
         )
-        service = Service(page, listening, host, uploads=folder if room else None, max_upload=room, **options)
+        uploads = folder if room else None
+        service = Service(page, listening, host, uploads=uploads, max_upload=room, css=CSS, **options)
         service.desks, service.folder, service.page = desks, folder, page
         service.start()
         try:

@@ -294,6 +294,7 @@ def test_a_fault_of_the_program_is_no_sentence(monkeypatch):
         (("eval", "videomme", "--subtitles", "both"), "pysubs2", "eval"),
         (("eval", "tiny"), "matplotlib", "eval"),
         (("demo", "stream", "--no-open"), "gradio", "stream"),
+        (("demo", "explore", "--no-open"), "gradio", "stream"),
         (("demo", "stream", "--source", "clip.mp4", "--terminal"), "av", "stream"),
     ],
 )
@@ -367,7 +368,19 @@ assert not heavy, heavy
 
 @pytest.mark.parametrize(
     "command",
-    ["", "list", "info", "demo", "demo stream", "bench", "eval", "eval mme", "eval videomme", "eval tiny"]
+    [
+        "",
+        "list",
+        "info",
+        "demo",
+        "demo explore",
+        "demo stream",
+        "bench",
+        "eval",
+        "eval mme",
+        "eval videomme",
+        "eval tiny",
+    ]
     + ["eval imagenet", "eval retrieval", "train", "compare", "ask", "board", "board submit"],
 )
 def test_help_imports_nothing_heavy(command):
@@ -381,7 +394,7 @@ def test_help_imports_nothing_heavy(command):
 def test_every_command_has_a_help_page_that_is_tested():
     commands = {"list", "info", "ask", "board", "compare", "demo", "bench", "eval", "train"}
     assert set(cli.list_commands(None)) == commands
-    assert set(cli.get_command(None, "demo").list_commands(None)) == {"stream"}
+    assert set(cli.get_command(None, "demo").list_commands(None)) == {"explore", "stream"}
     assert set(cli.get_command(None, "board").list_commands(None)) == {"submit"}
     assert set(cli.get_command(None, "eval").list_commands(None)) == {
         "mme",

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vtoken.cli.page_visitors import Desks
 from vtoken.cli.stream import SESSIONS
-from vtoken.cli.stream_visitors import Desk, Desks
+from vtoken.cli.stream_visitors import Desk
 
 gr = pytest.importorskip("gradio")
 SPACE = Path(__file__).parents[2] / "spaces"

@@ -14,8 +14,9 @@ from rich.console import Console
 import vtoken
 from tests.streaming.common import model_of, processor_of
 from vtoken.cli.main import cli
+from vtoken.cli.page_visitors import Desks
 from vtoken.cli.stream import make_session
-from vtoken.cli.stream_page import PLOTS, Desk, Desks, build_page
+from vtoken.cli.stream_page import PLOTS, Desk, build_page
 from vtoken.cli.stream_player import COMPUTED, Player, draw_step, passes_by
 from vtoken.cli.stream_terminal import recite, show_status
 from vtoken.streaming.memory import Step

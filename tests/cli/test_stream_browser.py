@@ -5,26 +5,20 @@ pip install playwright && apt install chromium && pytest -m browser tests/cli/te
 
 from __future__ import annotations
 
-import shutil
 import threading
 
 import pytest
 
+from tests.cli.browser import opened
 from vtoken import tiny
+from vtoken.cli.page_server import Service, listen, private_folder
+from vtoken.cli.page_visitors import Desks
 from vtoken.cli.stream import EXAMPLES, TINY, TINY_STEPS, make_session
-from vtoken.cli.stream_page import build_page
-from vtoken.cli.stream_server import Service, listen, private_folder
-from vtoken.cli.stream_visitors import Desk, Desks
+from vtoken.cli.stream_page import CSS, build_page
+from vtoken.cli.stream_visitors import Desk
 from vtoken.tiny.clips import stream
 
 pytestmark = pytest.mark.browser
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-quic",
-]
 SEED = 0
 
 
@@ -44,38 +38,14 @@ def address(desks):
         page = build_page(
             desks, ["stc_pruner", "none"], f"synthetic://{SEED}", allow_sources=True, examples=EXAMPLES
         )
-        service = Service(page, listening, uploads=folder, max_upload=2**20)
+        service = Service(page, listening, uploads=folder, max_upload=2**20, css=CSS)
         service.start()
         yield service.url
         service.stop()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-def opened(browser, address, **kwargs):
-    """A page in a context of its own, and what it asked of other sites."""
-    page, foreign = browser.new_context(**kwargs).new_page(), []
-    page.on(
-        "request",
-        lambda r: foreign.append(r.url) if not r.url.startswith((address, "data:", "blob:")) else None,
-    )
-    page.goto(address)
-    page.locator("#play").wait_for(timeout=60_000)
-    return page, foreign
-
-
 def test_play_ask_and_see_the_right_answer(desks, address, browser, tmp_path):
-    page, foreign = opened(browser, address, viewport={"width": 1400, "height": 1250})
+    page, foreign = opened(browser, address, "#play", viewport={"width": 1400, "height": 1250})
     page.locator("#play").click()
     labels = stream(SEED)
     page.wait_for_function(
@@ -112,7 +82,7 @@ def test_play_ask_and_see_the_right_answer(desks, address, browser, tmp_path):
     page.locator("#ask").click()
     page.get_by_text(hostile).wait_for(timeout=60_000)
     assert page.locator("#chat img").count() == 0 and foreign == []
-    other, _ = opened(browser, address)
+    other, _ = opened(browser, address, "#play")
     other.wait_for_timeout(1500)
     assert (
         other.locator("#frame img").count() == 0
@@ -129,7 +99,7 @@ def test_play_ask_and_see_the_right_answer(desks, address, browser, tmp_path):
 
 
 def test_play_is_in_the_first_screen_of_a_phone(address, browser, tmp_path):
-    page, _ = opened(browser, address, viewport={"width": 390, "height": 844})
+    page, _ = opened(browser, address, "#play", viewport={"width": 390, "height": 844})
     page.screenshot(path=tmp_path / "phone.png")
     box = page.locator("#play").bounding_box()
     assert box["y"] >= 0 and box["y"] + box["height"] <= 844 and box["x"] + box["width"] <= 390
@@ -138,7 +108,7 @@ def test_play_is_in_the_first_screen_of_a_phone(address, browser, tmp_path):
 
 
 def test_a_source_that_is_not_there_is_said_on_the_page(address, browser):
-    page, _ = opened(browser, address)
+    page, _ = opened(browser, address, "#play")
     page.locator("#source textarea, #source input").first.fill("nowhere.mp4")
     page.locator("#play").click()
     page.get_by_text("no such file").first.wait_for(timeout=60_000)

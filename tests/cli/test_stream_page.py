@@ -20,10 +20,11 @@ from click.testing import CliRunner
 from tests.cli.serving import SOURCE, Visitor, served
 from vtoken.cli import stream_page as page_module
 from vtoken.cli.main import cli
-from vtoken.cli.stream_guard import LOOPBACK, MAX_BODY, MAX_PENDING, Guard, Shares
+from vtoken.cli.page_guard import LOOPBACK, MAX_BODY, MAX_PENDING, Guard, Shares
+from vtoken.cli.page_server import listen, private_folder
+from vtoken.cli.page_visitors import Desks
 from vtoken.cli.stream_page import talk_html
-from vtoken.cli.stream_server import listen, private_folder
-from vtoken.cli.stream_visitors import Desk, Desks, Said
+from vtoken.cli.stream_visitors import Desk, Said
 
 ROOM = 300_000
 
@@ -305,7 +306,7 @@ def test_shares_of_sessions_and_addresses():
 
 
 def test_open_requests_of_one_address_are_bounded(monkeypatch):
-    monkeypatch.setattr("vtoken.cli.stream_guard.MAX_OPEN", 3)
+    monkeypatch.setattr("vtoken.cli.page_guard.MAX_OPEN", 3)
     with served() as service, httpx.Client(base_url=service.url, trust_env=False, timeout=30) as http:
         with ExitStack() as beats:
             for i in range(3):

@@ -97,7 +97,7 @@ def show_info(name: str) -> None:
 @cli.group(
     invoke_without_command=True,
     short_help="Ask a model with all visual tokens and with fewer.",
-    lazy={"stream": "vtoken.cli.stream:stream_command"},
+    lazy={"explore": "vtoken.cli.explore:explore_command", "stream": "vtoken.cli.stream:stream_command"},
 )
 @click.option("--image", type=click.Path(), help="Ask about this image instead of a generated scene.")
 @click.option("--question", help="The question; needed with --image unless the tiny model answers.")

@@ -29,6 +29,7 @@ EXAMPLES = (
 )
 SESSIONS = 4  # browsers at a time
 PAGE_BYTES = 256 * 2**20  # of the memories of all of them
+SOURCES = "Warning: visitors may open files, addresses and cameras of this machine."
 
 
 @click.command("stream", cls=Command)
@@ -147,9 +148,10 @@ def show_page(
     """Serve the page until interrupted; the address is tried before the model is loaded."""
     from ..asking import load
     from ..strategies.budgets import Budget as Allowance
-    from .stream_page import MAX_UPLOAD, build_page
-    from .stream_server import Service, listen, private_folder
-    from .stream_visitors import Desk, Desks
+    from .page_server import Service, announce, listen, private_folder
+    from .page_visitors import Desks
+    from .stream_page import CSS, MAX_UPLOAD, build_page
+    from .stream_visitors import Desk
 
     if not Allowance(budget).is_share:
         raise ValueError(
@@ -173,30 +175,12 @@ def show_page(
         try:
             page = build_page(desks, names, source, budget, fps, allow_sources, examples)
             room = MAX_UPLOAD if allow_sources else 0
-            service = Service(page, listening, host, hosts, folder if allow_sources else None, room)
-            announce(service, allow_sources, show)
+            service = Service(page, listening, host, hosts, folder if allow_sources else None, room, CSS)
+            announce(service, "watch the stream and ask", SOURCES if allow_sources else "", show)
             with suppress(KeyboardInterrupt):
                 service.run()
         finally:
             desks.close()
-
-
-def announce(service: Any, allow_sources: bool, show: bool) -> None:
-    """Print the address of the page and its audience, and open it in a browser."""
-    out = console()
-    out.print(f"The page is at {service.url} (Ctrl+C ends it).", highlight=False, soft_wrap=True)
-    if service.token is not None:
-        out.print(
-            "Warning: other machines can reach this page by the addresses of this one. Whoever has the"
-            " address with its token can watch the stream and ask; it travels unencrypted.",
-            style="yellow",
-        )
-    if allow_sources:
-        out.print("Warning: visitors may open files, addresses and cameras of this machine.", style="yellow")
-    if show:
-        import webbrowser
-
-        webbrowser.open(service.url)
 
 
 def make_session(

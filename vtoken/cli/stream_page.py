@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -15,7 +13,9 @@ except ImportError:
     raise ImportError("The page needs gradio: pip install 'vtoken[stream]', or use --terminal.") from None
 
 from .options import SYNTHETIC
-from .stream_visitors import MAX_QUESTION, NOTHING, PLOTS, Desk, Desks, Said
+from .page_parts import picture_html
+from .page_visitors import MAX_QUESTION, Desks
+from .stream_visitors import NOTHING, PLOTS, Desk, Said
 
 EVERY = 0.5  # seconds between two looks at the stream
 MAX_FPS = 10.0
@@ -35,7 +35,7 @@ footer { display: none; }
 
 
 def build_page(
-    desks: Desks,
+    desks: Desks[Desk],
     strategies: list[str],
     source: str = SYNTHETIC,
     budget: float = 0.5,
@@ -126,7 +126,7 @@ def build_page(
 class Buttons:
     """Event handlers of the page, each for the desk of its own browser. All shown text is escaped."""
 
-    def __init__(self, desks: Desks, strategies: list[str], source: str, allow_sources: bool) -> None:
+    def __init__(self, desks: Desks[Desk], strategies: list[str], source: str, allow_sources: bool) -> None:
         self.desks, self.strategies, self.source, self.allow_sources = (
             desks,
             strategies,
@@ -190,7 +190,7 @@ class Buttons:
             return gr.skip(), gr.skip(), *(gr.skip() for _ in PLOTS)
         player, session = desk.player, desk.session
         picture = player.picture() if player is not None else None
-        shown = "" if picture is None else picture_html(picture)
+        shown = "" if picture is None else picture_html(picture, "the latest frame")
         table = desk.table()
         tops = {name: table[name].max() if len(table) else 0 for name in PLOTS}
         if session is not None:
@@ -219,14 +219,4 @@ def talk_html(talk: Any) -> str:
     return "".join(lines)
 
 
-def picture_html(picture: Any) -> str:
-    """A picture embedded in the page: no file is written for it."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return (
-        '<img alt="the latest frame"'
-        f' src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-    )
-
-
-__all__ = ["PLOTS", "Desk", "Desks", "build_page"]
+__all__ = ["PLOTS", "Desk", "build_page"]

@@ -1,4 +1,4 @@
-"""The state of the page for each browser: one stream with its questions and answers."""
+"""The state of the stream page for each browser: one stream with its questions and answers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from ..patching import disabled
 from ..streaming.session import StreamSession
+from .page_visitors import MAX_QUESTION
 from .stream_player import Player
 
 PLOTS = {  # column -> title
@@ -23,7 +24,6 @@ PLOTS = {  # column -> title
 }
 WINDOW = 120  # readings in a plot
 TALK = 20  # questions that are kept with their answers
-MAX_QUESTION = 500  # characters
 BUSY = "One at a time: wait until that is done."
 NOTHING = "There is no frame to ask about yet: press Play first."
 
@@ -225,61 +225,3 @@ class Desk:
         readings = list(player.readings)[-WINDOW:] if player is not None else []
         rows = [(r.seconds, r.tokens, 100 * r.saved, r.held, 1000 * r.latency) for r in readings]
         return pd.DataFrame(rows, columns=["seconds", *PLOTS], dtype=float)
-
-
-class Desks:
-    """One desk per browser, with a bounded number of browsers at a time.
-
-    Args:
-        make: function that makes one.
-        most: largest number of browsers at a time.
-        idle: seconds without a request after which a desk is freed, for browsers that left without notice.
-    """
-
-    def __init__(self, make: Callable[[], Desk], most: int = 4, idle: float = 300.0) -> None:
-        self.make, self.most, self.idle = make, most, idle
-        self._desks: dict[str, Desk] = {}
-        self._lock, self._ended = threading.Lock(), threading.Event()
-        threading.Thread(target=self._watch, name="vtoken-desks", daemon=True).start()
-
-    def __len__(self) -> int:
-        return len(self._desks)
-
-    def of(self, browser: str | None) -> Desk | None:
-        """A browser's desk if it has one."""
-        desk = self._desks.get(browser or "")
-        if desk is not None:
-            desk.touched = time.monotonic()
-        return desk
-
-    def open(self, browser: str | None) -> Desk:
-        """A browser's desk, a new one if there is room. Raises ValueError if full or without a browser."""
-        if not browser:
-            raise ValueError("Open the page first: a request needs its session.")
-        with self._lock:
-            if browser not in self._desks:
-                if self._ended.is_set() or len(self._desks) >= self.most:
-                    raise ValueError(
-                        f"All {self.most} places are taken: try again when another browser has left."
-                    )
-                self._desks[browser] = self.make()
-            return self.of(browser)  # type: ignore[return-value]
-
-    def leave(self, browser: str | None) -> None:
-        """Forget a browser's stream."""
-        with self._lock:
-            desk = self._desks.pop(browser or "", None)
-        if desk is not None:
-            desk.close()
-
-    def close(self) -> None:
-        """Close all desks and accept no new ones."""
-        self._ended.set()
-        for browser in list(self._desks):
-            self.leave(browser)
-
-    def _watch(self) -> None:
-        while not self._ended.wait(min(self.idle, 10.0)):
-            for browser, desk in list(self._desks.items()):
-                if time.monotonic() - desk.touched > self.idle:
-                    self.leave(browser)

@@ -1,4 +1,4 @@
-"""Serves the page: its socket, server and folder, and an access token on any host but loopback."""
+"""Serves a page: its socket, server and folder, and an access token on any host but loopback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .stream_guard import LOOPBACK, Guard, Shares
+from .options import console
+from .page_guard import LOOPBACK, Guard, Shares
 
 FIRST_PORT, PORTS = 7860, 100
 MAX_CONNECTIONS = 256
@@ -96,6 +97,7 @@ class Service:
         hosts: further names under which a browser may reach it.
         uploads: folder for uploaded files, None to take none.
         max_upload: bytes that they may have together.
+        css: style sheet of the page.
 
     Attributes:
         url: address of the page, with the token if there is one.
@@ -111,12 +113,11 @@ class Service:
         hosts: tuple[str, ...] = (),
         uploads: Path | None = None,
         max_upload: int = 0,
+        css: str = "",
     ) -> None:
         import gradio as gr
         import uvicorn
         from fastapi import FastAPI
-
-        from .stream_page import CSS
 
         address, port = listening.getsockname()[:2]
         known = LOOPBACK | {host.lower(), *(name.lower() for name in hosts)}
@@ -145,7 +146,7 @@ class Service:
             pwa=False,
             mcp_server=False,
             theme=fonts,
-            css=CSS,
+            css=css,
         )
         shares = Shares(partial(pending, page._queue), (page._queue.max_size or MAX_CONNECTIONS) // 2)
         self.guard = Guard(app, frozenset(known), self.token, uploads, max_upload, shares)
@@ -179,3 +180,27 @@ class Service:
         if self._thread is not None:
             self._thread.join()
         self._listening.close()
+
+
+def announce(service: Service, may: str, warning: str = "", show: bool = True) -> None:
+    """Print the address of the page and its audience, and open it in a browser.
+
+    Args:
+        may: what whoever has the address can do, in words.
+        warning: a further sentence for the operator; none if empty.
+        show: whether to open it.
+    """
+    out = console()
+    out.print(f"The page is at {service.url} (Ctrl+C ends it).", highlight=False, soft_wrap=True)
+    if service.token is not None:
+        out.print(
+            "Warning: other machines can reach this page by the addresses of this one. Whoever has the"
+            f" address with its token can {may}; it travels unencrypted.",
+            style="yellow",
+        )
+    if warning:
+        out.print(warning, style="yellow")
+    if show:
+        import webbrowser
+
+        webbrowser.open(service.url)

@@ -1,4 +1,4 @@
-"""Filter of requests to the page: known routes, same origin, bounded size, and the token if there is one."""
+"""Filter of requests to a page: known routes, same origin, bounded size, and the token if there is one."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Guard:
             if not secrets.compare_digest(given.encode(), self.token.encode()):
                 await _drain(receive)
                 return await _answer(
-                    send, 403, "Open the address with the token that `vtoken demo stream` has printed."
+                    send, 403, "Open the address with the token that the command of this page has printed."
                 )
             cookie = f"{COOKIE}={self.token}; HttpOnly; SameSite=Lax; Path=/"
             return await _answer(send, 303, "", {"location": "/", "set-cookie": cookie})
@@ -166,7 +166,7 @@ class Guard:
             return (
                 421,
                 (
-                    "This server does not go by that name: use the address that `vtoken demo stream` has"
+                    "This server does not go by that name: use the address that the command of this page has"
                     " printed."
                 ),
             )

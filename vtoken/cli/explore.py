@@ -1,0 +1,123 @@
+"""The command `vtoken demo explore`: two strategies side by side on a page, at any budget."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import click
+
+from ..extras import require
+from .options import Budget, Command, fail, separated
+
+TINY = "qwen2_5_vl"  # reads pictures and clips
+SESSIONS = 8  # browsers with a file of their own at a time
+QUESTION = "what is shown here?"
+UPLOADS = "Warning: visitors may upload pictures and clips, which this machine decodes."
+
+
+@click.command("explore", cls=Command)
+@click.option("--image", type=click.Path(), help="Begin with this image; generated ones are there too.")
+@click.option("--video", help="Begin with this video: eight frames of it.")
+@click.option("--question", help="The first question.")
+@click.option(
+    "--model",
+    "model_id",
+    help="Hub id or folder of a vision-language model, or a tiny one that ships with vtoken."
+    f"  [default: {TINY}]",
+)
+@click.option(
+    "--strategies", callback=separated, help="The two to begin with, separated by a comma; a+b joins two."
+)
+@click.option(
+    "--budget", type=Budget(), default="0.2", show_default=True, help="Share of the visual tokens to keep."
+)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address of the page; others than this need a token.",
+)
+@click.option("--port", type=int, help="Its port; default: a free one from 7860.")
+@click.option(
+    "--allow-host", "hosts", multiple=True, help="A further name that browsers may reach the page by."
+)
+@click.option("--allow-uploads", is_flag=True, help="Visitors may upload pictures and clips.")
+@click.option("--open/--no-open", "show", default=True, show_default=True, help="Open the page in a browser.")
+def explore_command(**options: Any) -> None:
+    """Compare two strategies on a page: what they keep, answer and cost, redrawn as you move the budget."""
+    try:
+        run(**options)
+    except (ValueError, OSError, ImportError) as error:
+        raise fail(error) from None
+
+
+def run(
+    image: str | None,
+    video: str | None,
+    question: str | None,
+    model_id: str | None,
+    strategies: list[str],
+    budget: float | int,
+    host: str,
+    port: int | None,
+    hosts: tuple[str, ...],
+    allow_uploads: bool,
+    show: bool,
+) -> None:
+    """Serve the page until interrupted; the address is tried before the model is loaded."""
+    require("gradio", extra="stream")
+    if image is not None and video is not None:
+        raise ValueError("The page begins with one file: give --image or --video.")
+    from ..strategies.budgets import Budget as Allowance
+    from ..strategies.registry import parse_strategy
+
+    if not Allowance(budget).is_share:
+        raise ValueError(f"The page takes a share such as --budget 0.2, found {budget}.")
+    if len(strategies) > 2:
+        raise ValueError(f"The page shows two strategies, found {len(strategies)}: {', '.join(strategies)}.")
+    for name in strategies:
+        parse_strategy(name)
+    from .page_server import Service, announce, listen, private_folder
+
+    with listen(host, port) as listening, private_folder() as folder:
+        page, desks, room = _page(image, video, question, model_id, strategies, budget, allow_uploads)
+        try:
+            from .explore_html import CSS
+
+            uploads = folder if allow_uploads else None
+            service = Service(page, listening, host, hosts, uploads, room, CSS)
+            announce(service, "ask this model", UPLOADS if allow_uploads else "", show)
+            with suppress(KeyboardInterrupt):
+                service.run()
+        finally:
+            desks.close()
+
+
+def _page(
+    image: str | None,
+    video: str | None,
+    question: str | None,
+    model_id: str | None,
+    strategies: list[str],
+    budget: float,
+    allow_uploads: bool,
+) -> tuple[Any, Any, int]:
+    """The page, what its visitors have, and the bytes that they may upload."""
+    from .. import tiny
+    from ..asking import TINY_QUESTION, load
+    from .explore_inputs import examples, of_the_owner
+    from .explore_page import MAX_UPLOAD, Visit, build_page
+    from .explore_state import Explorer
+    from .page_visitors import Desks
+
+    small = model_id is None or model_id in tiny.names()
+    model, processor = load(model_id, TINY)
+    usual = TINY_QUESTION if small and video is None else QUESTION
+    own = of_the_owner(image, video, question or usual, processor)
+    shown = [*([] if own is None else [own]), *examples(model_id, processor)]
+    explorer = Explorer(model, processor, strategies, small)
+    explorer.check(strategies, shown[0].kind)
+    desks: Desks[Visit] = Desks(lambda: Visit(explorer), SESSIONS)
+    page = build_page(explorer, desks, shown, question or "", strategies, budget, allow_uploads)
+    return page, desks, MAX_UPLOAD if allow_uploads else 0
