@@ -102,6 +102,7 @@ bench: $(VENV)/.stamp-dev
 	benchmarks/cpu.sh
 
 docs: $(VENV)/.stamp-dev
+	$(py) docs/generate_kept.py
 	$(py) docs/generate_strategy_pages.py
 	$(py) docs/generate_stub.py
 	$(py) docs/generate_readme.py

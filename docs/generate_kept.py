@@ -1,6 +1,6 @@
 """Write docs/kept/: what every strategy keeps of one photograph, drawn, and the counts as kept.json.
 
-python docs/generate_kept.py [name ...]
+python docs/generate_kept.py [name ...]    # no name: the strategies that are not in kept.json yet
 """
 
 from __future__ import annotations
@@ -126,22 +126,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", help="strategies; all that ship where none is given")
-    names = parser.parse_args().names or [n for n in list_names() if shipped(n)]
+    parser.add_argument("names", nargs="*", help="strategies; those without an entry where none is given")
+    parser.add_argument("--all", action="store_true", help="every strategy that ships, about a minute")
+    a = parser.parse_args()
     quiet()
     FOLDER.mkdir(exist_ok=True)
+    ships = [n for n in list_names() if strategy_info(n).cls.__module__.startswith("vtoken.")]
     told = json.loads(FACTS.read_text(encoding="utf-8")) if FACTS.is_file() else {}
-    for name in names:
+    told = {name: facts for name, facts in told.items() if name in ships}
+    for name in a.names or [n for n in ships if a.all or n not in told]:
         picture, told[name] = draw(name)
         if picture is not None:
             picture.save(FOLDER / f"{name}.webp", quality=80, method=6)
         else:
             (FOLDER / f"{name}.webp").unlink(missing_ok=True)
     FACTS.write_text(json.dumps(dict(sorted(told.items())), indent=1) + "\n", encoding="utf-8")
-
-
-def shipped(name: str) -> bool:
-    return strategy_info(name).cls.__module__.startswith("vtoken.")
 
 
 if __name__ == "__main__":

@@ -112,8 +112,8 @@ def page(info: StrategyInfo) -> str:
 
 def kept(name: str) -> list[str]:
     """The picture of what the strategy keeps; no lines for a strategy that has none."""
-    told = json.loads((FOLDER.parent / "kept" / "kept.json").read_text(encoding="utf-8"))[name]
-    if "none" in told:
+    told = json.loads((FOLDER.parent / "kept" / "kept.json").read_text(encoding="utf-8")).get(name)
+    if told is None or "none" in told:
         return []
     budget = f" with `budget={told['budget']}`" if "budget" in told else " with its defaults"
     subject = "a photograph" if told["medium"] == "image" else "a clip of it"
