@@ -21,23 +21,34 @@ def itself(model):
     return model
 
 
+WAYS = {"torch.compile": outer, "model.compile": itself}
+BY_DEFAULT = [  # each way and order; half a minute a row
+    ("llava", "divprune", "torch.compile", "patch, compile"),
+    ("qwen2_5_vl", "divprune", "model.compile", "compile, patch"),
+    ("llava", "fastv", "model.compile", "patch, compile"),
+]
+MODELS = [("llava", "divprune"), ("qwen2_5_vl", "divprune"), ("llava", "fastv")]
+ROWS = [
+    (*model, way, order) for model in MODELS for way in WAYS for order in ("compile, patch", "patch, compile")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["compile, patch", "patch, compile"])
-@pytest.mark.parametrize("compiling", [outer, itself], ids=["torch.compile", "model.compile"])
 @pytest.mark.parametrize(
-    ("name", "strategy"), [("llava", "divprune"), ("qwen2_5_vl", "divprune"), ("llava", "fastv")]
+    ("name", "strategy", "way", "order"),
+    [pytest.param(*row, marks=() if row in BY_DEFAULT else pytest.mark.product) for row in ROWS],
 )
 @torch.no_grad()
-def test_a_compiled_model(name, strategy, compiling, order):
+def test_a_compiled_model(name, strategy, way, order):
     """The answer of the patched model that is not compiled; disabled and unpatched, the dense one."""
     torch.compiler.reset()
     inputs, model = FAMILIES[name].batch("ragged"), FAMILIES[name].build()
     dense = model(**clone(inputs)).logits
     want = vtoken.patch(FAMILIES[name].build(), strategy, budget=0.4)(**clone(inputs)).logits
     if order.startswith("patch"):
-        compiled = compiling(vtoken.patch(model, strategy, budget=0.4))
+        compiled = WAYS[way](vtoken.patch(model, strategy, budget=0.4))
     else:
-        compiled = compiling(model)
+        compiled = WAYS[way](model)
         assert vtoken.patch(compiled, strategy, budget=0.4) is compiled
     assert_close(compiled(**clone(inputs)).logits, want)
     assert vtoken.report(compiled).tokens_in == int(FAMILIES[name].visual(inputs).sum())
