@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
 
+TINY_KNOWS = (
+    "A tiny model knows generated scenes only: what it says about other pictures means nothing. Give --model."
+)
 TINY_QUESTION = "how many objects are there?"
 
 

@@ -8,7 +8,7 @@ import threading
 from types import CodeType, FrameType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 FORWARD = nn.Module._call_impl.__code__
 
@@ -36,17 +36,22 @@ def generate_frame(model: Any) -> FrameType | None:
     return None if code is None else frame_of(code, model)
 
 
-def labels_given(model: Any) -> Any:
-    """The `labels` of a running function of this model: a forward of another package in place of its own,
-    which keeps them for a loss of its own. None if there is none.
+def labels_given(model: Any, input_ids: Tensor | None) -> Tensor | None:
+    """The `labels` of a running function of this model that was given these `input_ids` too.
+
+    A forward of another package in place of the model's own keeps them for a loss of its own. None if there
+    is none, or if they are no token ids.
     """
-    frame = sys._getframe(1)
+    frame = sys._getframe(1) if input_ids is not None else None
     while frame is not None:
         code = frame.f_code
         if "labels" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
             found = frame.f_locals
-            if found.get("self") is model and found["labels"] is not None:
-                return found["labels"]
+            mappings = (found, *(value for value in found.values() if isinstance(value, dict)))
+            if found.get("self") is model and any(m.get("input_ids") is input_ids for m in mappings):
+                labels = found.get("labels")
+                ids = isinstance(labels, Tensor) and not labels.is_floating_point()
+                return labels if ids else None
         frame = frame.f_back  # type: ignore[assignment]
     return None
 

@@ -92,13 +92,20 @@ class Method:
     bound to itself.
     """
 
-    def __init__(self, instead: Callable[..., Any], original: Callable[..., Any], before: Any) -> None:
+    def __init__(
+        self, instead: Callable[..., Any], original: Callable[..., Any], before: Any, owner: Any
+    ) -> None:
         functools.update_wrapper(self, original)
         self.instead: Callable[..., Any] | None = instead
-        self.original, self.before = original, before
+        self.original, self.before, self.owner = original, before, owner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and args[0] is not None and args[0] is getattr(self.original, "__self__", None):
+        if args and isinstance(args[0], type(self.owner)):
+            if args[0] is not self.owner:  # `copy` copies no function that is bound
+                raise RuntimeError(
+                    "A patched model was copied after its forward had been bound once more, as accelerate's"
+                    " unwrap_model does: call vtoken.unpatch(model) before you copy it."
+                )
             args = args[1:]  # bound once more, as accelerate's unwrap_model(keep_fp32_wrapper=False) does
         if self.instead is None:
             return self.original(*args, **kwargs)
@@ -107,15 +114,15 @@ class Method:
     def __getstate__(self) -> tuple[Any, ...]:
         original: Any = self.original
         if not isinstance(original, MethodType):
-            return self.instead, original, None, self.before
+            return self.instead, original, None, self.before, self.owner
         # by its name only: an owner that is being unpickled might answer with this object
-        return self.instead, original.__name__, original.__self__, self.before
+        return self.instead, original.__name__, original.__self__, self.before, self.owner
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        instead, original, owner, before = state
+        instead, original, bound, before, owner = state
         if isinstance(original, str):
-            original = MethodType(getattr(type(owner), original), owner)
-        self.__init__(instead, original, before)  # type: ignore[misc]
+            original = MethodType(getattr(type(bound), original), bound)
+        self.__init__(instead, original, before, owner)  # type: ignore[misc]
 
     def remove(self, owner: Any, name: str) -> None:
         """Restore the previous attribute, also if others have wrapped this one since."""
@@ -143,7 +150,7 @@ class Wrapped:
     def wrap(self, owner: Any, name: str, instead: Callable[..., Any], original: Any = None) -> None:
         """Replace the method `name` of `owner` by `instead(original, ...)`."""
         original = getattr(owner, name) if original is None else original
-        method = Method(instead, original, owner.__dict__.get(name))
+        method = Method(instead, original, owner.__dict__.get(name), owner)
         owner.__dict__[name] = method
         self.places.append((owner, name, method))
 

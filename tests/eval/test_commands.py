@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,15 @@ def test_mme_over_budgets(whole):
     assert "| existence | 8 |" in page and "results.png" in page
     with Image.open(out / "results.png") as plot:
         assert len(plot.convert("RGB").getcolors(maxcolors=1 << 20)) > 20
+
+
+def test_a_command_without_a_plot_leaves_no_earlier_one(whole, tmp_path):
+    out, _, _ = whole
+    there = shutil.copytree(out, tmp_path / "out")
+    result = run("mme", "--example", "--budget", "0.2", "--output", str(there))
+    assert result.exit_code == 0, result.output
+    assert (out / "results.png").is_file() and not (there / "results.png").exists()
+    assert [r["strategy"] for r in json.loads((there / "results.json").read_text())["runs"]] == ["hired"]
 
 
 def test_a_second_run_takes_the_answers_over(whole):

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -89,6 +90,8 @@ def test_a_result_is_written_in_the_form_of_a_board(tmp_path, monkeypatch):
         and f"Made by `{GOOD['command']}`: model llava, questions 16, task MME, protocol strict" in said
     )
     assert "| hired | 0.2 | 28.0 of 144.0 | 23.0 % | 75.0 [50.5, 89.8] |" in said and "| *dense* |" in said
+    assert "A part of MME, which has 2,374, or other data. Made by" in said
+    assert "A part" not in "\n".join(table([replace(again, questions=2374)]))
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             "extras",
             "fine_tuning",
             "images",
+            "limits",
             "patching",
             "strategies",
             "streaming",

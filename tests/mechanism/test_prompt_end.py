@@ -87,6 +87,38 @@ def replaced(model, **inputs) -> None:
         model.forward = before
 
 
+def outer(self, *, labels, inner, deleted=False):
+    """A function of the model with labels, inside which another sequence is read."""
+    if deleted:
+        del labels
+    return self(**inner)
+
+
+def kept_by(model, call) -> list:
+    with patched(model, made(next(iter(READERS)))) as spy:
+        call()
+        return kept(spy)
+
+
+def test_labels_of_another_sequence_are_not_taken():
+    """Only a function that was given the same `input_ids` has labels of this forward."""
+    model, inputs = subject("llava"), FAMILIES["llava"].batch("ragged")
+    full, labels, _ = with_answers(inputs, ANSWERS[0], "left")
+    length = full["input_ids"].shape[1] - 3
+    ways = [
+        lambda: model(**full),
+        lambda: outer(model, labels=labels, inner=clone(full)),
+        lambda: outer(model, labels=labels, inner=clone(full), deleted=True),
+        lambda: replaced(model, **full, labels=labels.float()),
+    ]
+    with torch.no_grad():
+        found = [kept_by(model, way) for way in ways]
+        assert found[1:] == found[:1] * 3 and kept_by(model, lambda: model(**full, labels=labels)) != found[0]
+        with vtoken.prompt_length(length):
+            want = kept_by(model, lambda: model(**full))
+            assert kept_by(model, lambda: replaced(model, **full, labels=labels)) == want
+
+
 # -- labels, prompt_length -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])

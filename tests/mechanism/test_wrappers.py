@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import accelerate
 import numpy as np
 import pytest
@@ -77,6 +79,21 @@ def test_mixed_precision_taken_off_again(order):
         vtoken.unpatch(model)
         dense = FAMILIES["llava"].build()(**clone(inputs)).logits
         assert torch.equal(model(**clone(inputs)).logits, dense) and not torch.equal(dense, want)
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+def test_a_copy_after_mixed_precision_was_taken_off():
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].batch("ragged")
+    accelerate.state.AcceleratorState._reset_state(True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare(vtoken.patch(model, Fixed()))
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"call vtoken.unpatch\(model\) before you copy it"),
+    ):
+        copy.deepcopy(model)(**clone(inputs))  # of the first model's weights, if it ran
+    vtoken.unpatch(model)
     accelerate.state.AcceleratorState._reset_state(True)
 
 

@@ -34,6 +34,21 @@ class Told(ScoredStrategy):
         return torch.arange(tokens.num_cells).view(count, -1).double(), range(count)
 
 
+class Divided(ScoredStrategy):
+    """Nothing over nothing in the last cell."""
+
+    def scores(self, tokens):
+        found = tokens.by_cell(tokens.features.float().square().sum(-1))
+        found[-1, -1] *= torch.inf - torch.inf
+        return found
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    tokens = edge_cases()["tall"]
+    with pytest.raises(ValueError, match="scores of Divided must be numbers, found nan for 1 of 18 tokens"):
+        Divided(budget=0.5).select(tokens)
+
+
 class Wrong(ScoredStrategy):
     def scores(self, tokens):
         return torch.zeros(len(tokens))

@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 # the first five that fit the model: one for each idea, and a baseline
-USUAL = ("visionzip", "scope", "divprune", "hired", "uniform", "fastv", "cdpruner", "pool", "random")
+USUAL = (
+    "farcover",
+    "visionzip",
+    "divprune",
+    "hired",
+    "uniform",
+    "scope",
+    "fastv",
+    "cdpruner",
+    "pool",
+    "random",
+)
 COUNT, COLUMNS = 5, 3
 
 
@@ -59,7 +70,7 @@ def compare(
     """
     from rich.markup import escape
 
-    from ..asking import ask, load, prepare
+    from ..asking import TINY_KNOWS, ask, load, prepare
     from ..strategies.registry import parse_strategy
     from .demo import check_output, question_about
 
@@ -86,6 +97,8 @@ def compare(
                 outcomes.append(Outcome(name, said, vtoken.report(model)))
             bar.advance(task)
     print_answers(out, text, known, dense, outcomes)
+    if image is not None and (model_id is None or model_id in vtoken.tiny.names()):
+        out.print(TINY_KNOWS, highlight=False)
     sheet(processor, inputs, picture, dense, outcomes).save(output)
     out.print(f"The kept tokens are drawn in [bold]{escape(output)}[/bold]", highlight=False)
 
@@ -123,21 +136,26 @@ def check_strategies(model: Any, names: Mapping[str, str | list[str]], budget: f
 def print_answers(
     out: Console, question: str, known: str | None, dense: str, outcomes: Sequence[Outcome]
 ) -> None:
-    """Print one row for all tokens and one for every strategy."""
+    """Print a row for all tokens and one per strategy, and below what a budget counts if it is not these."""
     from rich.markup import escape
     from rich.table import Table
 
+    from ..strategies.info import BUDGET_MEANS
+
     told = question if known is None else f"{question} ({known})"
-    table = Table(
-        "strategy", "visual tokens", "of the LLM's FLOPs", "answer", "as with all", title=escape(told)
-    )
-    table.add_row("all", str(outcomes[0].report.tokens_in), "100 %", escape(dense), "")
+    columns = ("strategy", "visual tokens", "LLM FLOPs", "KV cache", "answer", "as with all")
+    table = Table(*columns, title=escape(told))
+    table.add_row("all", str(outcomes[0].report.tokens_in), "100 %", "100 %", escape(dense), "")
     for one in outcomes:
-        share = one.report.flops / one.report.flops_dense
+        shares = (one.report.flops / one.report.flops_dense, one.report.kv_bytes / one.report.kv_bytes_dense)
         same = "yes" if one.said == dense else "no"
         tokens = f"{one.report.average_visual_tokens:.0f}"
-        table.add_row(one.name, tokens, f"{100 * share:.0f} %", escape(one.said), same)
+        table.add_row(one.name, tokens, *(f"{100 * share:.0f} %" for share in shares), escape(one.said), same)
     out.print(table)
+    for one in outcomes:
+        if one.report.budget_counts != BUDGET_MEANS["entrance"]:
+            words = f"{one.name}: the budget counts {one.report.budget_counts or 'nothing that is told'}"
+            out.print(words, highlight=False, markup=False)
 
 
 def sheet(

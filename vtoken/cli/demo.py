@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..asking import TINY_QUESTION, ask, load, prepare
+from ..asking import TINY_KNOWS, TINY_QUESTION, ask, load, prepare
 from ..images import open_image
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def run(
     _draw(picture, cases[-1][2], processor, report, caption).save(output)
     out.print(f"The kept tokens are drawn in [bold]{escape(output)}[/bold]", highlight=False)
     if model_id is None or model_id in tiny.names():
+        if image is not None:
+            out.print(TINY_KNOWS, highlight=False)
         _print_real_shape(out, strategy, budget)
 
 
@@ -79,7 +81,7 @@ def _print_real_shape(out: Console, strategy: str, budget: float | int) -> None:
     """Say what the times of a tiny model mean, and measure a larger shape."""
     out.print(
         "\nThe times above say nothing about speed: a call of a model this small is mostly overhead,"
-        " whatever it reads. It shows that the answers survive.",
+        " whatever it reads.",
         highlight=False,
     )
     with out.status("measuring LLaVA-1.5's shape"):

@@ -51,7 +51,8 @@ def common(default_output: str) -> Callable[[Callable[..., None]], Callable[...,
         click.option("--max-new-tokens", type=click.IntRange(min=1),
                      help="Of an answer; default: the protocol's."),
         click.option("--output", type=click.Path(file_okay=False), default=default_output, show_default=True,
-                     help="Folder of the answers; a run that is there is continued."),
+                     help="Folder of the answers; a run that is there is continued."
+                     " results.* hold the runs of this command."),
         click.option("--example", is_flag=True, help="Use a few generated questions instead of a data set."),
     ]  # fmt: skip
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from .page_uploads import names_other_files
+
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 READ = (
     "/",
@@ -85,7 +87,7 @@ class Guard:
         token: required of visitors; None for loopback.
         uploads: the folder that uploaded files go to; None to take none.
         max_upload: bytes of one upload, and of all that lie in the folder.
-        shares: limits for one visitor, None for no limit.
+        shares: limits for one visitor; None for no limit on events.
     """
 
     def __init__(
@@ -97,8 +99,10 @@ class Guard:
         max_upload: int = 0,
         shares: Shares | None = None,
     ) -> None:
-        self.app, self.hosts, self.token, self.shares = app, hosts, token, shares
+        self.app, self.hosts, self.token = app, hosts, token
+        self.shares = shares or Shares(lambda session: 0, queue=1)
         self.uploads, self.max_upload = uploads, max_upload
+        self._coming = 0  # bytes of uploads on their way
 
     async def __call__(
         self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
@@ -128,15 +132,18 @@ class Guard:
                 message = message | {"headers": own + [(k.encode(), v.encode()) for k, v in HEADERS.items()]}
             await send(message)
 
-        if self.shares is None:
-            return await self.app(scope, receive, answer)
-        await self._within(self.shares, scope, receive, answer)
+        length = int(headers["content-length"]) if scope["path"] == UPLOAD else 0
+        self._coming += length  # no other request runs between the look at the room and this line
+        try:
+            await self._within(scope, receive, answer)
+        finally:
+            self._coming -= length
 
     async def _within(
-        self, shares: Shares, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
+        self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
     ) -> None:
-        """Pass a request on unless its visitor has too many open or waiting requests."""
-        address = (scope.get("client") or ("",))[0]
+        """Pass a request on unless its visitor has too many open or waiting requests, or names a file."""
+        shares, address = self.shares, (scope.get("client") or ("",))[0]
         shares.open[address] += 1
         try:
             if shares.open[address] > MAX_OPEN:
@@ -144,6 +151,8 @@ class Guard:
                 return await _answer(send, 429, "Your address has too many requests open: close some pages.")
             if scope["method"] == "POST" and scope["path"] == JOIN:
                 body = await _body(receive)
+                if names_other_files(body, self.uploads):
+                    return await _answer(send, 403, "An event names no file but one that was uploaded here.")
                 if shares.takes_too_much(address, body):
                     return await _answer(
                         send, 429, "Too much that you asked for is still waiting: try again later."
@@ -198,7 +207,7 @@ class Guard:
         """Bytes that may still be uploaded."""
         assert self.uploads is not None
         held = sum(f.stat().st_size for f in self.uploads.rglob("*") if f.is_file())
-        return self.max_upload - held
+        return self.max_upload - held - self._coming
 
     def _is_own(self, host: str) -> bool:
         try:

@@ -148,6 +148,7 @@ class Service:
             theme=fonts,
             css=css,
         )
+        page.has_launched = True  # else gradio serves events files of this machine that nobody uploaded
         shares = Shares(partial(pending, page._queue), (page._queue.max_size or MAX_CONNECTIONS) // 2)
         self.guard = Guard(app, frozenset(known), self.token, uploads, max_upload, shares)
         config = uvicorn.Config(

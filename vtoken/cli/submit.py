@@ -28,5 +28,8 @@ def submit(file: str, folder: str, name: str | None) -> None:
 
     submission = Submission.load(file)
     path = submission.save(folder, name)
-    cells = f"{len(submission.cells)} cells of {submission.questions} questions"
-    console().print(f"wrote {path}: {submission.title}, {cells}", highlight=False, markup=False)
+    count = len(submission.cells)
+    cells = f"{count} {'cell' if count == 1 else 'cells'} of {submission.questions} questions"
+    out = console()
+    out.print(f"wrote {path}: {submission.title}, {cells}", highlight=False, markup=False)
+    out.print("In a clone, `make docs` adds it to docs/board.md; send both in a pull request.", markup=False)

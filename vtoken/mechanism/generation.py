@@ -99,7 +99,9 @@ def _lengths(tokens: Any) -> Tensor:
     return given.long()
 
 
-def prompt_ends(model: Any, context: ForwardContext, past: int, real: Tensor) -> Tensor:
+def prompt_ends(
+    model: Any, context: ForwardContext, past: int, real: Tensor, input_ids: Tensor | None = None
+) -> Tensor:
     """(B,) int64: the position in this forward at which each row's prompt ends; its length if all is prompt.
 
     Args:
@@ -107,6 +109,7 @@ def prompt_ends(model: Any, context: ForwardContext, past: int, real: Tensor) ->
         context: state of the forward.
         past: tokens in the KV cache.
         real: (B, q) bool, tokens that are not padding.
+        input_ids: (B, q) int64 as the forward got them, None if it got embeddings.
 
     Raises:
         ValueError: if `prompt_length` does not fit the forward.
@@ -117,7 +120,9 @@ def prompt_ends(model: Any, context: ForwardContext, past: int, real: Tensor) ->
         end = prompt.length - past
         return torch.full((batch,), end if 0 < end < length else length, device=real.device)
     ends, told = torch.full((batch,), length, device=real.device), _told.get()
-    labels = labels_given(model) if context.labels is None else context.labels
+    labels = context.labels
+    if labels is None and told is None:
+        labels = labels_given(model, input_ids)
     if told is not None:
         if told.ndim and len(told) != batch:
             raise ValueError(

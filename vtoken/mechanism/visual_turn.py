@@ -156,7 +156,7 @@ class VisualTurn:
         self, turn: Turn, call: Call, cache: Any, visual: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Run, Plan | None]:
         real, length = turn.real, turn.real.shape[1]
-        ends = prompt_ends(self.model, self.context, turn.past, real)
+        ends = prompt_ends(self.model, self.context, turn.past, real, call.input_ids)
         queries = queries_of(ends, real, visual)
         run = Run(cache, turn.ledger, length, visual=visual, ends=ends, queries=queries, real=real)
         run.tokenwise = tokenwise(kwargs, *real.shape)

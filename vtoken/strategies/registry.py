@@ -89,9 +89,11 @@ def strategy_info(name: str) -> StrategyInfo:
         plugins.load()
     if name not in _registry:
         near = difflib.get_close_matches(name.lower().replace("-", "_"), _registry, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}" if near else f"there are {', '.join(sorted(_registry))}"
+        if near:
+            raise ValueError(f"Unknown strategy {name!r}: did you mean {' or '.join(near)}?")
         raise ValueError(
-            f"Unknown strategy {name!r}: {hint}?" if near else f"Unknown strategy {name!r}: {hint}."
+            f"Unknown strategy {name!r}: there are {', '.join(sorted(_registry))}, and what this program or"
+            " an installed plugin registers."
         )
     return _registry[name]
 

@@ -51,7 +51,17 @@ class ScoredStrategy(Strategy):
         for row, mine, cells, count in zip(scores, rows, local_cells(tokens, rows), counts, strict=True):
             kept.append(mine[top_k(row[cells], count)])
             of_tokens[mine] = row[cells]
+        _check_numbers(of_tokens, type(self).__name__)
         return Selection(torch.cat(kept).sort().values, scores=of_tokens)
+
+
+def _check_numbers(scores: Tensor, name: str) -> None:
+    """Raise ValueError if a score is nan, which would be sorted as the highest."""
+    if not torch.compiler.is_compiling() and (bad := int(scores.isnan().sum())):
+        raise ValueError(
+            f"scores of {name} must be numbers, found nan for {bad} of {len(scores)} tokens: a division by"
+            " zero, or features that are nan?"
+        )
 
 
 def _check(scores: Tensor, tokens: VisualTokens, name: str) -> None:

@@ -23,7 +23,8 @@ class Uniform(Strategy):
     """Keep `budget` of the patches of every image, crop or frame, evenly spaced in raster order.
 
     Token j of k kept among the n of a segment is the one at `floor((j + 0.5) * n / k)`. Separator rows
-    (image-newline) are dropped.
+    (image-newline) are dropped. Where the distance is a multiple of a grid's width, the kept patches are
+    columns: 0.1 of a grid of 10 x 10 is one.
     """
 
     def select(self, tokens: VisualTokens) -> Selection:

@@ -73,9 +73,11 @@ def draw(board: Board, path: str | Path) -> None:
             axes.plot(x, y, color=colour, marker="o", ms=5, lw=2, zorder=3, label=name)
         elif name in REFERENCES:
             dash = ("--", ":", "-.")[REFERENCES.index(name)]
-            axes.plot(x, y, color="black", linestyle=dash, lw=1.4, zorder=2, label=f"{name} (baseline)")
+            axes.plot(
+                x, y, color="black", linestyle=dash, marker=".", lw=1.4, zorder=2, label=f"{name} (baseline)"
+            )
         else:
-            axes.plot(x, y, color="0.8", lw=1, zorder=1, label=labelled)
+            axes.plot(x, y, color="0.8", marker=".", lw=1, zorder=1, label=labelled)
             labelled = "_"
     whole = next((c for c in board.cells if c.strategy == "dense"), None)
     if whole is not None:
@@ -84,11 +86,11 @@ def draw(board: Board, path: str | Path) -> None:
         )
     axes.set(xlabel="visual tokens that the language model reads per question", ylabel="right answers, %")
     axes.set(title=f"{board.title}: right answers with fewer visual tokens", xscale="log")
-    axes.set_xticks(
-        sorted(
-            {round(b * whole.tokens_in, 1) for b in board.budgets if isinstance(b, float)} if whole else []
-        )
-    )
+    if whole is not None:
+        shares = {b for b in board.budgets if isinstance(b, float)}
+        axes.set_xticks(sorted({round(share * whole.tokens_in, 1) for share in shares | {1.0}}))
+        least = min(cell.tokens for cell in board.cells)
+        axes.set_xlim(0.8 * least, 1.1 * whole.tokens_in)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)

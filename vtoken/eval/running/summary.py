@@ -99,6 +99,8 @@ def save(
 ) -> list[Path]:
     """Write results.json, results.md and, for several runs, results.png; returns their paths.
 
+    A plot of an earlier command is removed where this one draws none.
+
     `command` is what measured, for those who get the file.
     """
     paths = [folder / "results.json", folder / "results.md"]
@@ -110,11 +112,12 @@ def save(
         "left_out": list(left_out),
     }
     paths[0].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    text = markdown(title, outcomes, settings, left_out)
+    text, plot = markdown(title, outcomes, settings, left_out), folder / "results.png"
+    plot.unlink(missing_ok=True)
     if len(outcomes) > 1:
         from ..board.plot import draw
 
-        paths.append(folder / "results.png")
+        paths.append(plot)
         draw(Board(title, settings, [o.cell for o in outcomes]), paths[-1])
         text += f"\n![accuracy against kept tokens]({paths[-1].name})\n"
     paths[1].write_text(text, encoding="utf-8")
