@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 TINY_QUESTION = "how many objects are there?"
+TINY_KNOWS = (
+    "This tiny model knows generated scenes only: its answers about other pictures mean nothing; give"
+    " --model."
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
