@@ -329,7 +329,7 @@ def test_an_upload_is_its_visitors_alone_and_goes_with_them(page):
         got = a.press("upload", named, "divprune", "fastv", 1)
         assert TINY_KNOWS in got[5]["value"]
         assert not a.press("choose", "picture 1", "divprune", "fastv", 1)[4]["visible"]
-        assert got[0]["value"] == "yours: mine.png" and got[-1] == 2
+        assert got[0]["value"] == "yours: mine.png"
         left = [f for f in page.folder.rglob("*") if f.is_file()]
         assert not Path(path).exists() and not sum(f.stat().st_size for f in left)  # gradio makes empty ones
         question = ("what is shown here?", "divprune", "fastv", 0.2)

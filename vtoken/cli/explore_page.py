@@ -132,7 +132,9 @@ def _connect(page: Any, f: SimpleNamespace, buttons: Controls) -> None:
     chosen = [f.text, f.tries, f.a, f.b, f.note, f.message, f.turn]
     f.which.input(buttons.choose, [f.which, f.a, f.b, f.turn], chosen, **many)
     if f.upload is not None:
-        f.upload.upload(buttons.upload, [f.upload, f.a, f.b, f.turn], [f.which, *chosen], **many)
+        taken = f.upload.upload(buttons.upload, [f.upload, f.a, f.b, f.turn], [f.which, *chosen], **many)
+        # in an event of its own: one that changes `which` too would ask about the subject before it
+        taken.success(buttons.ask_again, f.turn, f.turn, **many)
     f.tries.input(buttons.tried, [f.tries, f.turn], [f.text, f.turn], **many)
     f.share.change(None, None, f.turn, js=REST, trigger_mode="multiple", **own)
     asked = [f.turn.change, f.a.input, f.b.input, f.text.submit, f.go.click]
@@ -208,7 +210,10 @@ class Controls:
         assert desk.subject is not None
         names = [*self.subjects, desk.subject.name]
         which = gr.Dropdown(names, value=desk.subject.name)
-        return which, *self.choose(desk.subject.name, a, b, turn, request)
+        return which, *self.choose(desk.subject.name, a, b, turn, request)[:-1], gr.skip()
+
+    def ask_again(self, turn: float) -> float:
+        return turn + 1
 
     def tried(self, question: str, turn: float) -> tuple[str, float]:
         return question, turn + 1
