@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from vtoken import lettering
 from vtoken.accounting import LayersRead
-from vtoken.drawing import KEPT, draw_cells, side_by_side, tower_images, visualize
+from vtoken.drawing import draw_cells, side_by_side, tower_images, visualize
+from vtoken.lettering import KEPT
 from vtoken.tokens import Segment
 
 BLUE = (20, 60, 220)
@@ -145,6 +147,26 @@ def test_the_legend_says_at_which_layer():
     assert (np.asarray(two)[128:] < 100).any()  # there are words
 
 
+def test_every_swatch_of_the_legend_is_in_the_picture(monkeypatch):
+    """The first is empty with the frame of the tokens that every layer reads."""
+    said = []
+    monkeypatch.setattr(lettering, "wrapped", lambda text, width: said.append(text) or [text])
+    grey = plain((110, 110, 110), (64, 64))
+    pixels = np.asarray(visualize(grey, in_layers(range(8), range(4), [3]), cell=32))
+    assert said == [
+        "outlined: read by every LLM layer, 1 token",
+        "dropped before LLM layer 2: 3 tokens",
+        "dropped before LLM layer 1: 4 tokens",
+        "not read by the LLM: 8 tokens",
+    ]
+    tops = [128 + 12 + i * 28 for i in range(4)]
+    assert (pixels[tops[0] + 1, :18] == KEPT).all() and (pixels[tops[0] + 9, 9] == 255).all()
+    for top, cell in zip(tops[1:], (1, 4, 8)):
+        row, column = divmod(cell, 4)
+        seen = pixels[row * 32 + 16, column * 32 + 16].astype(int)
+        assert np.abs(pixels[top + 9, 9] - seen).max() <= 1
+
+
 def test_a_report_of_several_images_asks_which():
     one = anyres()
     assert visualize(plain(), SimpleNamespace(visuals=[one])).size == visualize(plain(), one).size
@@ -152,11 +174,19 @@ def test_a_report_of_several_images_asks_which():
         visualize(plain(), SimpleNamespace(visuals=[one, one]))
 
 
-def test_captions_stand_below_and_fit():
-    bare = side_by_side([plain(), plain()])
-    short, long = (side_by_side([plain(), plain()], [text, ""]) for text in ("kept", "many words " * 6))
+def test_captions_stand_in_line_above_pictures_of_any_height():
+    red, blue = plain((250, 0, 0), (50, 90)), plain()
+    bare = side_by_side([red, blue])
+    short, long = (side_by_side([red, blue], [text, "kept"]) for text in ("kept", "many words " * 6))
     assert bare.width == short.width == long.width and bare.height < short.height < long.height
-    assert (np.asarray(short)[60:] < 100).any()
+    for sheet in (short, long):
+        pixels, top = np.asarray(sheet), sheet.height - bare.height + 12
+        assert (pixels[top : top + 90, 12:62] == (250, 0, 0)).all()
+        assert (pixels[top : top + 40, 74:124] == BLUE).all()
+        assert (pixels[:top] < 100).any() and not (pixels[top + 90 :] < 100).any()
+        dark = (pixels[:top] < 100).all(-1)  # the last lines stand at one height
+        assert dark[top - 28 : top - 6, 12:62].any() and dark[top - 28 : top - 6, 74:124].any()
+        assert dark[:, 74:124].nonzero()[0].min() >= top - 28
 
 
 def test_arguments_in_the_wrong_order_are_a_sentence():

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from .lettering import INK, KEPT, LINE, PAPER, font, with_legend, wrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-KEPT, PAPER, INK = (255, 221, 0), (255, 255, 255), (30, 30, 30)
 
 
 def tower_images(pixel_values: Tensor, image_processor: Any) -> list[Image.Image]:
@@ -144,7 +144,7 @@ def visualize(
     if crops:
         blocks.append(_canvas([panels[i] for i in crops], [segments[i].place for i in crops]))
     drawn = side_by_side(blocks) if len(blocks) > 1 else blocks[0]
-    return _with_legend(drawn, layers, levels, dim) if len(layers) > 1 else drawn
+    return with_legend(drawn, layers, levels, dim) if len(layers) > 1 else drawn
 
 
 def draw_groups(image: Image.Image, grid: tuple[int, int], owner: Any, *, cell: int = 16) -> Image.Image:
@@ -194,46 +194,17 @@ def _encoder_pictures(image: Image.Image | Sequence[Image.Image], report: Any, c
     return side_by_side(drawn) if len(drawn) > 1 else drawn[0]
 
 
-def _with_legend(picture: Image.Image, layers: Sequence[Any], levels: np.ndarray, dim: float) -> Image.Image:
-    """A picture over one line per shade: the layers that read these cells, and the number of cells."""
-    ranges = len(layers)
-    entries = [(ranges, "read by every LLM layer")]
-    entries += [(n, f"dropped before LLM layer {layers[n].first}") for n in range(ranges - 1, 0, -1)]
-    entries += [(0, "not read by the LLM")] * bool((levels == 0).any())
-    side, gap = 18, 6
-    lines = [
-        _wrap(f"{words}: {int((levels == n).sum())} cells", picture.width - side - gap)
-        for n, words in entries
-    ]
-    height = sum(max(1, len(line)) * 22 + gap for line in lines)
-    sheet = Image.new("RGB", (picture.width, picture.height + 2 * gap + height), PAPER)
-    sheet.paste(picture, (0, 0))
-    pen, y = ImageDraw.Draw(sheet), picture.height + 2 * gap
-    for (n, _), line in zip(entries, lines):
-        white = dim * (1 - n / ranges)
-        shade = tuple(round(110 * (1 - white) + 255 * white) for _ in range(3))
-        box = (0, y, side - 1, y + side - 1)
-        pen.rectangle(
-            box, fill=(40, 90, 200) if n == ranges else shade, outline=KEPT if n == ranges else INK, width=2
-        )
-        for words in line:
-            pen.text((side + gap, y - 1), words, fill=INK, font=_font())
-            y += 22
-        y += gap
-    return sheet
-
-
 def side_by_side(pictures: Sequence[Image.Image], captions: Sequence[str] = (), gap: int = 12) -> Image.Image:
-    """Pictures in a row on white, top-aligned, each over its caption, which is cut to the picture's width."""
-    lines = [_wrap(c, p.width) for c, p in zip(captions, pictures)]
-    text = max((len(line) for line in lines), default=0) * 22 + (gap if lines else 0)
+    """Pictures in a row on white, each under its caption, which is broken at the picture's width."""
+    lines = [wrapped(c, p.width) for c, p in zip(captions, pictures)]
+    top = gap + max((len(line) for line in lines), default=0) * LINE + (gap // 2 if lines else 0)
     width = sum(p.width for p in pictures) + gap * (len(pictures) + 1)
-    sheet = Image.new("RGB", (width, max(p.height for p in pictures) + text + 2 * gap), PAPER)
+    sheet = Image.new("RGB", (width, top + max(p.height for p in pictures) + gap), PAPER)
     pen, x = ImageDraw.Draw(sheet), gap
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (x, gap))
-        for j, line in enumerate(lines[i] if i < len(lines) else ()):
-            pen.text((x, picture.height + 2 * gap + 22 * j), line, fill=INK, font=_font())
+        sheet.paste(picture, (x, top))
+        for j, line in enumerate(reversed(lines[i] if i < len(lines) else ())):
+            pen.text((x, top - gap // 2 - LINE * (j + 1)), line, fill=INK, font=font())
         x += picture.width + gap
     return sheet
 
@@ -288,22 +259,6 @@ def _canvas(panels: list[Image.Image], places: list[tuple[int, int]], gap: int =
     for panel, (row, column) in zip(panels, places):
         sheet.paste(panel, (column * width, row * height))
     return sheet
-
-
-def _font() -> Any:
-    return ImageFont.load_default(size=17)
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    """`text` broken between words into lines of at most `width` px."""
-    font, lines = _font(), [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
 
 
 def _check_places(segments: list[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import time
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from tests.cli.serving import Visitor
 from tests.video.media import write
 from tests.video.test_limits import png
 from vtoken import tiny
-from vtoken.cli.explore_html import panel
-from vtoken.cli.explore_inputs import FRAMES, SIDE, examples, of_a_visitor, of_the_owner
+from vtoken.asking import TINY_KNOWS
+from vtoken.cli.explore_html import LEGEND, PERFORMANCE, panel, times_html
+from vtoken.cli.explore_inputs import FRAMES, SIDE, Subject, examples, of_a_visitor, of_the_owner
+from vtoken.cli.explore_page import Controls
 from vtoken.cli.explore_state import Outcome
 from vtoken.cli.main import cli
 from vtoken.tiny.questions import held_out, prepare
@@ -144,6 +147,7 @@ def test_strategies_fit_the_input(asked):
     }  # new weights; needs a CLS token
     assert asked.two("image", ["evs", "pool"]) == ("pool", "farcover")
     assert asked.two("video", ["pool", "pool"]) == ("pool", "farcover")
+    assert asked.two("image", ["pool + fastv", "tempme"]) == ("pool+fastv", "farcover")
     both = explorer(more=["pool+fastv"])
     assert "pool+fastv" in both.strategies("image") and both.two("image", ["pool+fastv"])[0] == "pool+fastv"
     with pytest.raises(ValueError, match="evs is not defined for image input"):
@@ -183,8 +187,17 @@ def test_refusals_are_sentences_in_place_of_the_picture(asked, subjects, monkeyp
     clip = subjects[1]
     for outcome, words in (
         (asked.outcome(subjects[0], "where?", "sparsevlm", 0.1), "choose more"),
-        (asked.outcome(clip, "where?", "globalcom2", 0.5), "not on the page"),
-        (asked.outcome(clip, "where?", "/etc/passwd", 0.5), "not on the page"),
+        (asked.outcome(clip, "where?", "globalcom2", 0.5), "globalcom2 is not defined for video input: use"),
+        (asked.outcome(clip, "where?", "/etc/passwd", 0.5), "Unknown strategy '/etc/passwd'"),
+        (asked.outcome(clip, "where?", "fastvv", 0.5), "did you mean fastv"),
+        (asked.outcome(clip, "where?", "x" * 9999, 0.5), "x" * 100 + "': there are"),
+        (asked.outcome(clip, "where?", "tempme", 0.5), "tempme is defined for plain encoders"),
+        (asked.outcome(clip, "where?", "hired+fastv", 0.5), "a CLS token, which the vision tower"),
+        (asked.outcome(clip, "where?", "pool+divprune", 0.5), "only one can"),
+        (asked.outcome(clip, "where?", "pool+", 0.5), "are joined as in"),
+        (asked.outcome(clip, "where?", "voco", 0.5), "voco needs trained weights"),
+        (asked.outcome(clip, "where?", None, 0.5), "Choose a strategy first"),
+        (asked.outcome(clip, "where?", ["pool"], 0.5), "Unknown strategy"),
         (asked.outcome(clip, "where?", "pool", float("nan")), "share above 0"),
         (asked.outcome(clip, "where?", "pool", 2.0), "share above 0"),
         (asked.outcome(clip, "  ", "pool", 0.5), "Ask a question first"),
@@ -203,6 +216,37 @@ def test_refusals_are_sentences_in_place_of_the_picture(asked, subjects, monkeyp
     monkeypatch.setattr(asked, "_answer", fail)
     assert asked.outcome(clip, "why?", "pool", 0.5).refused == "The model failed (KeyError)."
     assert not asked.model._forward_hooks  # and nothing stays patched
+
+
+def test_names_that_are_joined_by_a_plus_are_asked(asked, subjects, calls):
+    """As `vtoken.patch` does, whatever the spaces."""
+    question = "how many objects are there?"
+    told = [asked.outcome(subjects[0], question, name, 0.25) for name in ("pool+fastv", " pool + fastv ")]
+    assert told[0] is told[1] and len(calls) == 1 and not told[0].refused
+    with vtoken.applied(asked.model, "pool+fastv", budget=0.25):
+        asked._answer(subjects[0], question, "pool+fastv")
+        assert told[0].report.visual_per_layer == vtoken.report(asked.model).visual_per_layer
+
+
+def test_a_typed_name_is_what_box_and_card_show(page):
+    visitor = Visitor(page)
+    question = "how many objects are there?"
+    shown = visitor.press("show", "picture 1", question, "visionzip+fastv", HOSTILE, 0.2)
+    assert "<h2>visionzip+fastv</h2>" in shown[1] and "100 of 100" in shown[0] and "<img" in shown[1]
+    assert "Unknown strategy" in shown[2] and "<img" not in shown[2] and "&lt;img" in shown[2]
+    shown = visitor.press("show", "picture 1", question, "tempme", None, 0.2)
+    assert "defined for plain encoders" in shown[1] and "Choose a strategy first" in shown[2]
+    a, b = visitor.press("choose", "picture 2", "pool+fastv", "tempme", 4)[2:4]
+    assert (a["value"], b["value"]) == ("pool+fastv", "divprune")
+
+
+def test_the_words_below_are_true_of_every_strategy_and_lead_to_the_documentation():
+    project = Path(__file__).parents[2]
+    address = re.search(r'^Documentation = "(.*)"$', (project / "pyproject.toml").read_text(), re.M)[1]
+    assert PERFORMANCE.startswith(address + "/")
+    assert (project / "docs" / PERFORMANCE.removeprefix(address + "/")).is_file()
+    assert f'href="{PERFORMANCE}" target="_blank" rel="noopener noreferrer"' in times_html(True)
+    assert "the last layer" in LEGEND and "<a" not in times_html(False)
 
 
 def test_all_text_is_shown_as_it_is(asked, subjects):
@@ -253,6 +297,14 @@ def test_uploads_are_made_small_and_then_asked_about(asked, tmp_path):
         of_the_owner(None, str(tmp_path / "clip.mp4"), "what?", object())
 
 
+def test_only_a_tiny_model_and_a_file_have_a_note(asked, subjects, monkeypatch):
+    file = Subject("mine.png", subjects[0].media, own=True)
+    buttons = Controls(asked, None, subjects, (), False)
+    assert TINY_KNOWS in buttons.note(file)["value"] and not buttons.note(subjects[0])["visible"]
+    monkeypatch.setattr(asked, "tiny", False)
+    assert buttons.note(file) == {"value": "", "visible": False}
+
+
 def sent(visitor: Visitor, name: str, data: bytes):
     return visitor.http.post("gradio_api/upload", files={"files": (name, data)})
 
@@ -275,7 +327,9 @@ def test_an_upload_is_its_visitors_alone_and_goes_with_them(page):
         path = sent(a, "mine.png", file.getvalue()).json()[0]
         named = {"path": path, "meta": {"_type": "gradio.FileData"}}
         got = a.press("upload", named, "divprune", "fastv", 1)
-        assert got[0]["value"] == "yours: mine.png" and got[-1] == 2
+        assert TINY_KNOWS in got[5]["value"]
+        assert not a.press("choose", "picture 1", "divprune", "fastv", 1)[4]["visible"]
+        assert got[0]["value"] == "yours: mine.png"
         left = [f for f in page.folder.rglob("*") if f.is_file()]
         assert not Path(path).exists() and not sum(f.stat().st_size for f in left)  # gradio makes empty ones
         question = ("what is shown here?", "divprune", "fastv", 0.2)
@@ -300,8 +354,12 @@ def test_an_upload_is_its_visitors_alone_and_goes_with_them(page):
 
 def test_choosing_a_clip_changes_questions_and_strategies(page):
     visitor = Visitor(page)
-    text, tries, a, b, message, turn = visitor.press("choose", "clip 1, 4 frames", "globalcom2", "fastv", 4)
-    assert text == tries["value"] == "which digit came last?" and turn == 5 and not message
+    text, tries, a, b, note, message, turn = visitor.press(
+        "choose", "clip 1, 4 frames", "globalcom2", "fastv", 4
+    )
+    assert (
+        text == tries["value"] == "which digit came last?" and turn == 5 and not message and not note["value"]
+    )
     assert a["value"] == "fastv" and b["value"] == "divprune"  # globalcom2 reads no clips
     assert "evs" in {choice[0] for choice in a["choices"]}
 
@@ -366,6 +424,7 @@ def test_the_command_begins_with_the_file_of_its_owner(tmp_path, monkeypatch):
     assert said.exit_code == 0 and "The page is at" in said.output and "may upload" in said.output
     parts = built["page"].get_config_file()["components"]
     values = {c["props"].get("elem_id"): c["props"].get("value") for c in parts}
+    assert TINY_KNOWS in values["note"]
     assert values["which"] == "mine.png" and values["question"] == "how many objects are there?"
     assert (values["first"], values["second"], values["budget"]) == ("pool", "fastv", 0.5)
     labelled = [c for c in parts if c["type"] in ("dropdown", "textbox", "slider", "radio")]

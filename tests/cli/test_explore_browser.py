@@ -6,9 +6,11 @@ pip install playwright && apt install chromium && pytest -m browser tests/cli/te
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
 from tests.cli.browser import opened
 from tests.cli.exploring import explorer, served
+from vtoken.asking import TINY_KNOWS
 
 pytestmark = pytest.mark.browser
 READY = "#panel-b .said"
@@ -86,6 +88,27 @@ def test_strategies_and_the_budget_change_what_is_read(made, address, browser, m
     page.context.close()
 
 
+def test_a_typed_name_is_in_its_box_and_on_its_card(address, browser):
+    page, foreign = opened(browser, address, READY, viewport={"width": 1280, "height": 900})
+    box = page.locator("#first input")
+    for typed, words in (
+        ("visionzip+fastv", "20 of 100"),
+        ("tempme", "defined for plain encoders"),
+        (HOSTILE, "Unknown strategy"),
+    ):
+        box.fill(typed)
+        box.press("Enter")
+        reads(page, "a", words)
+        assert box.input_value() == typed
+        reads(page, "a", typed[:12])
+    assert page.locator("#panel-a img").count() == 0 and page.locator("#panel-b img").count() == 1
+    box.fill("pool+fastv")
+    page.locator("#panel-b h2").click()  # leaving the box asks too
+    reads(page, "a", "pool+fastv")
+    assert box.input_value() == "pool+fastv" and foreign == []
+    page.context.close()
+
+
 def test_a_clip_and_a_file(address, browser, tmp_path):
     page, foreign = opened(browser, address, READY, viewport={"width": 1280, "height": 900})
     choose(page, "which", "clip 1, 4 frames")
@@ -97,7 +120,13 @@ def test_a_clip_and_a_file(address, browser, tmp_path):
     bad.write_text("no picture")
     page.locator("input[type=file]").set_input_files(bad)
     page.get_by_text("is not an image that can be read").wait_for(timeout=60_000)
-    assert foreign == []
+    Image.new("RGB", (112, 56), "red").save(tmp_path / "mine.png")
+    page.locator("input[type=file]").set_input_files(tmp_path / "mine.png")
+    page.get_by_text(TINY_KNOWS).wait_for(timeout=60_000)
+    reads(page, "all", " of 120")  # the file itself, and not the clip before it
+    choose(page, "which", "picture 1")
+    reads(page, "all", "100 of 100")
+    assert page.get_by_text(TINY_KNOWS).count() == 0 and foreign == []
     page.context.close()
 
 
@@ -111,5 +140,12 @@ def test_a_phone_has_one_column_without_a_horizontal_scroll(address, browser, tm
         boxes = [page.locator(f"#panel-{panel} .panel").bounding_box() for panel in ("all", "a", "b")]
         assert all(box["x"] >= 0 and box["x"] + box["width"] <= size[0] for box in boxes)
         assert len({round(box["x"]) for box in boxes}) == (1 if name == "phone" else 3)
+        order = sorted(("all", "a", "b"), key=lambda p: page.locator(f"#panel-{p}").bounding_box()["y"])
+        assert order == (["a", "b", "all"] if name == "phone" else ["all", "a", "b"])
         page.screenshot(path=tmp_path / f"{name}_{scheme}.png", full_page=True)
+        if name == "phone":
+            page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+            slider = page.locator("#budget input[type=range]").bounding_box()
+            assert page.evaluate("window.scrollY") > 300 and 0 <= slider["y"] < size[1] / 2
+            page.screenshot(path=tmp_path / f"{name}_{scheme}_end.png")
         page.context.close()

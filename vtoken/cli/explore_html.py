@@ -12,7 +12,11 @@ from .page_parts import picture_html
 
 ALL = "all visual tokens"
 TITLE = "vtoken: what a strategy keeps, and what it answers"
-LEGEND = "Outlined: visual tokens that the language model reads. Paler: dropped, the earlier the paler."
+LEGEND = (
+    "Outlined: visual tokens that the last layer of the language model reads. Paler: dropped, the earlier the"
+    " paler."
+)
+PERFORMANCE = "https://github.com/vtoken/vtoken/tree/main/docs/performance.md"
 CSS = """
 h1 { font-size: 1.3rem; margin: 0; }
 #message { color: var(--error-text-color); min-height: 0; overflow-wrap: anywhere; }
@@ -20,7 +24,9 @@ h1 { font-size: 1.3rem; margin: 0; }
 #tries label { overflow-wrap: anywhere; }
 #panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(280px, 100%), 1fr)); gap: 12px;
   align-items: start; }
-#panels .html-container, #message .html-container { padding: 0; }
+#panels .html-container, #message .html-container, #note .html-container { padding: 0; }
+#note p { margin: 0; padding: 8px 12px; border-left: 4px solid var(--border-color-accent);
+  background: var(--background-fill-secondary); color: var(--body-text-color); }
 @media (max-width: 640px) { #actions { min-width: 100% !important; } }
 .panel { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px;
   background: var(--background-fill-primary); color: var(--body-text-color); }
@@ -36,6 +42,7 @@ h1 { font-size: 1.3rem; margin: 0; }
 .panel th, .panel td { border: 0; padding: 4px 0; text-align: left; font-weight: 400; color: inherit; }
 .panel th { opacity: 0.75; }
 .panel td { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+small a { margin: 0; padding: 0; }
 footer { display: none; }
 """
 # what gradio's own elements need, which it keeps a page's style sheet from: the choice stays in sight
@@ -44,16 +51,19 @@ PHONE = """
   .gradio-container { overflow: visible !important; }
   .gradio-container > .main { padding: 12px !important; }
   #choice { position: sticky; top: 0; z-index: 5; }
+  #panel-all { order: 3; }
 }
 """
 
 
-def times(tiny: bool) -> str:
-    """What the measured times say."""
+def times_html(tiny: bool) -> str:
+    """What the measured times say, as HTML."""
     if tiny:
+        # no referrer: the page's address may hold its token
+        link = f'<a href="{PERFORMANCE}" target="_blank" rel="noopener noreferrer">performance</a>'
         return (
             "Times say nothing about speed here: a call of a model this small is mostly overhead, whatever it"
-            " reads. See docs/performance.md for those of real shapes."
+            f" reads. See {link} for those of real shapes."
         )
     return "Times are those of one call each; the first calls of a model are slower."
 

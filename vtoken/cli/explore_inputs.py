@@ -31,11 +31,13 @@ class Subject:
         name: plain text, not escaped.
         media: an RGB picture, or frames that are ready for a processor.
         asked: questions to try, each with its right answer, "" where that is not known.
+        own: whether it is a file of the owner or of a visitor, not a generated example.
     """
 
     name: str
     media: Image.Image | SampledVideo
     asked: tuple[tuple[str, str], ...] = ()
+    own: bool = False
 
     @property
     def kind(self) -> str:
@@ -109,11 +111,12 @@ def of_the_owner(image: str | None, video: str | None, question: str, processor:
         ValueError: it cannot be read, or the model reads no videos.
     """
     if image is not None:
-        return Subject(Path(image).name, open_image(image), ((question, ""),))
+        return Subject(Path(image).name, open_image(image), ((question, ""),), own=True)
     if video is None:
         return None
     _check_video(processor)
-    return Subject(Path(video).name, sample(video, frames=FRAMES, processor=processor), ((question, ""),))
+    clip = sample(video, frames=FRAMES, processor=processor)
+    return Subject(Path(video).name, clip, ((question, ""),), own=True)
 
 
 def of_a_visitor(path: Path, question: str, processor: Any) -> Subject:
@@ -128,10 +131,10 @@ def of_a_visitor(path: Path, question: str, processor: Any) -> Subject:
     if (mimetypes.guess_type(path.name)[0] or "").startswith("video/"):
         _check_video(processor)
         clip = sample(path, FRAMES, processor=processor, backend="pyav", scaled=True, limits=UPLOAD)
-        return Subject(name, clip, ((question, ""),))
+        return Subject(name, clip, ((question, ""),), own=True)
     picture = open_image(path, UPLOAD, "your file")
     picture.thumbnail((SIDE, SIDE))
-    return Subject(name, picture, ((question, ""),))
+    return Subject(name, picture, ((question, ""),), own=True)
 
 
 def _check_video(processor: Any) -> None:

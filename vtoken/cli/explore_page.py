@@ -14,9 +14,10 @@ try:
 except ImportError:
     raise ImportError("The page needs gradio: pip install 'vtoken[stream]'.") from None
 
-from .explore_html import ALL, CSS, LEGEND, PHONE, TITLE, panel, times
+from ..asking import TINY_KNOWS
+from .explore_html import ALL, CSS, LEGEND, PHONE, TITLE, panel, times_html
 from .explore_inputs import Subject
-from .explore_state import Explorer, Outcome
+from .explore_state import Explorer, Outcome, tidy
 from .page_visitors import MAX_QUESTION, Desks, Held
 
 MAX_UPLOAD = 64 * 2**20  # bytes of all uploaded files together; each goes as soon as it is read
@@ -105,27 +106,35 @@ def _fields(buttons: Controls, first: Subject, question: str, budget: float) -> 
     with gr.Row(equal_height=True, elem_id="choice"):
         one, two = explorer.two(first.kind, buttons.wanted)
         offered = explorer.strategies(first.kind)
-        f.a = gr.Dropdown(offered, value=one, label="strategy A", min_width=130, elem_id="first")
-        f.b = gr.Dropdown(offered, value=two, label="strategy B", min_width=130, elem_id="second")
+        f.a = _strategies(offered, one, label="strategy A", elem_id="first")
+        f.b = _strategies(offered, two, label="strategy B", elem_id="second")
         f.share = gr.Slider(
             0.01, 1.0, value=budget, step=0.01, label="budget: share of the tokens", elem_id="budget"
         )
+    f.note = gr.HTML(elem_id="note", padding=False, **buttons.note(first))
     f.message = gr.HTML(elem_id="message", padding=False)
     with gr.Row(elem_id="panels"):
         f.panels = [gr.HTML(elem_id=f"panel-{name}", padding=False) for name in ("all", "a", "b")]
-    gr.HTML(f"<small>{escape(LEGEND)} {escape(times(explorer.tiny))}</small>")
+    gr.HTML(f"<small>{escape(LEGEND)} {times_html(explorer.tiny)}</small>")
     f.turn = gr.Number(0, visible="hidden", elem_id="turn", label="turn")
     return f
+
+
+def _strategies(offered: Sequence[str], value: str, **kwargs: Any) -> gr.Dropdown:
+    """A list of strategies, into which other names and names joined by "+" may be typed."""
+    return gr.Dropdown([*offered], value=value, allow_custom_value=True, min_width=130, **kwargs)
 
 
 def _connect(page: Any, f: SimpleNamespace, buttons: Controls) -> None:
     """Connect the parts of the page with their handlers; whatever changes `turn` asks the model."""
     own: dict[str, Any] = dict(api_visibility="private", show_progress="hidden", queue=True)
     many = own | dict(concurrency_limit=buttons.desks.most)
-    chosen = [f.text, f.tries, f.a, f.b, f.message, f.turn]
+    chosen = [f.text, f.tries, f.a, f.b, f.note, f.message, f.turn]
     f.which.input(buttons.choose, [f.which, f.a, f.b, f.turn], chosen, **many)
     if f.upload is not None:
-        f.upload.upload(buttons.upload, [f.upload, f.a, f.b, f.turn], [f.which, *chosen], **many)
+        taken = f.upload.upload(buttons.upload, [f.upload, f.a, f.b, f.turn], [f.which, *chosen], **many)
+        # in an event of its own: one that changes `which` too would ask about the subject before it
+        taken.success(buttons.ask_again, f.turn, f.turn, **many)
     f.tries.input(buttons.tried, [f.tries, f.turn], [f.text, f.turn], **many)
     f.share.change(None, None, f.turn, js=REST, trigger_mode="multiple", **own)
     asked = [f.turn.change, f.a.input, f.b.input, f.text.submit, f.go.click]
@@ -164,26 +173,32 @@ class Controls:
         known = [question for question, truth in subject.asked if truth]
         return dict(choices=known, value=known[0] if known else None, visible=bool(known))
 
+    def note(self, subject: Subject) -> dict[str, Any]:
+        """What a tiny model does not know of a file, as the page shows it."""
+        shown = self.explorer.tiny and subject.own
+        return dict(value=f'<p role="status">{escape(TINY_KNOWS)}</p>' if shown else "", visible=shown)
+
     def begin(self) -> int:
         return 1
 
     def choose(self, name: str, a: str, b: str, turn: float, request: gr.Request) -> tuple[Any, ...]:
         subject = self._subject(name, request)
         if subject is None:
-            return *(gr.skip() for _ in range(4)), escape(GONE), gr.skip()
+            return *(gr.skip() for _ in range(5)), escape(GONE), gr.skip()
         one, two = self.explorer.two(subject.kind, [a, b, *self.wanted])
         offered = self.explorer.strategies(subject.kind)
         return (
             self.first_question(subject),
             gr.Radio(**self.tries(subject)),
-            gr.Dropdown(offered, value=one),
-            gr.Dropdown(offered, value=two),
+            _strategies(offered, one),
+            _strategies(offered, two),
+            gr.HTML(**self.note(subject)),
             "",
             turn + 1,
         )
 
     def upload(self, path: str, a: str, b: str, turn: float, request: gr.Request) -> tuple[Any, ...]:
-        kept = tuple(gr.skip() for _ in range(5))
+        kept = tuple(gr.skip() for _ in range(6))
         if not self.allow_uploads:
             return *kept, escape("This page takes no files."), gr.skip()
         try:
@@ -195,7 +210,10 @@ class Controls:
         assert desk.subject is not None
         names = [*self.subjects, desk.subject.name]
         which = gr.Dropdown(names, value=desk.subject.name)
-        return which, *self.choose(desk.subject.name, a, b, turn, request)
+        return which, *self.choose(desk.subject.name, a, b, turn, request)[:-1], gr.skip()
+
+    def ask_again(self, turn: float) -> float:
+        return turn + 1
 
     def tried(self, question: str, turn: float) -> tuple[str, float]:
         return question, turn + 1
@@ -204,7 +222,7 @@ class Controls:
         self, name: str, question: str, a: str, b: str, budget: float, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         """The panels of all tokens, of A and of B, as they come; a strategy's report says what all cost."""
-        subject = self._subject(name, request)
+        subject, a, b = self._subject(name, request), tidy(a), tidy(b)
         if subject is None:
             gone = Outcome("", refused=GONE)
             yield tuple(panel(title, gone, gone) for title in (ALL, a, b))

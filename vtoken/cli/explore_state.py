@@ -29,6 +29,7 @@ from .page_visitors import MAX_QUESTION
 
 CACHED = 64  # answers that are kept with their tokens
 NEW_TOKENS = 32
+MAX_NAME = 100  # characters of a strategy's name that a visitor types
 SIDE, WIDE = 480, 800  # px of the longer side of a drawn picture or row of frames, and of a canvas of crops
 
 
@@ -119,7 +120,7 @@ class Explorer:
     def check(self, names: Sequence[str], kind: str) -> None:
         """Raise ValueError for a strategy that does not fit the model, or is not defined for this kind."""
         for name in names:
-            with applied(self.model, parse_strategy(name), budget=0.5 if _takes_budget(name) else None):
+            with applied(self.model, parse_strategy(name), budget=_middle(name)):
                 pass
             if name not in self.strategies(kind):
                 raise ValueError(
@@ -134,9 +135,33 @@ class Explorer:
     def two(self, kind: str, wanted: Sequence[str] = ()) -> tuple[str, str]:
         """Two different strategies for an "image" or a "video", the wanted ones if they fit."""
         offered = self.strategies(kind)
-        usual = ["farcover", "fastv", *USUAL, *offered]
-        chosen = [*dict.fromkeys(name for name in [*wanted, *usual] if name in offered)]
+        asked = [name for name in map(tidy, wanted) if not self.refusal(name, kind)]
+        usual = [name for name in ["farcover", "fastv", *USUAL, *offered] if name in offered]
+        chosen = [*dict.fromkeys([*asked, *usual])]
         return chosen[0], chosen[min(1, len(chosen) - 1)]
+
+    def refusal(self, name: str, kind: str) -> str:
+        """Why the page does not ask under a strategy, as one sentence; "" where it does.
+
+        Args:
+            name: of one strategy or of several that are joined by "+", as a visitor typed it.
+            kind: "image" or "video".
+        """
+        if not name:
+            return "Choose a strategy first."
+        try:
+            for part in _parts(name):
+                if issubclass(strategy_info(part).cls, TrainedStrategy) and part not in self._fit:
+                    return f"{part} needs trained weights, which this page does not load: choose another."
+                if kind not in modalities_of(part):
+                    offered = ", ".join(self.strategies(kind))
+                    return f"{part} is not defined for {kind} input: use {offered}."
+            if name not in self._fit:
+                with self._turn, applied(self.model, parse_strategy(name), budget=_middle(name)):
+                    pass
+        except (ValueError, NotImplementedError) as error:
+            return " ".join(str(error).split())
+        return ""
 
     def everything(self, subject: Subject, question: str) -> Outcome:
         """The answer with all visual tokens."""
@@ -146,8 +171,10 @@ class Explorer:
     def outcome(self, subject: Subject, question: str, strategy: str, budget: float) -> Outcome:
         """The answer under a strategy with a share of the visual tokens; refusals are outcomes too."""
         question = _cut(question)
-        if strategy not in self.strategies(subject.kind):
-            return Outcome(strategy, refused="That strategy is not on the page for this input.")
+        strategy = tidy(strategy)
+        refused = self.refusal(strategy, subject.kind)
+        if refused:
+            return Outcome(strategy, refused=refused)
         if not 0 < budget <= 1:
             return Outcome(strategy, refused="The budget is a share above 0, of 1 at most.")
         share = float(budget) if _takes_budget(strategy) else None  # a browser sends 1.0 as 1, one token
@@ -223,8 +250,18 @@ def _parts(name: str) -> list[str]:
     return [parsed] if isinstance(parsed, str) else parsed
 
 
+def tidy(name: Any) -> str:
+    """A name as a browser sends it, without spaces around its parts, cut to `MAX_NAME` characters."""
+    return "+".join(part.strip() for part in str(name or "").split("+"))[:MAX_NAME]
+
+
 def _takes_budget(name: str) -> bool:
     return any(strategy_info(part).cls.takes_budget() for part in _parts(name))
+
+
+def _middle(name: str) -> float | None:
+    """A budget to try whether a strategy fits a model, None where it takes none."""
+    return 0.5 if _takes_budget(name) else None
 
 
 def _cut(question: str) -> str:
