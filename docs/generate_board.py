@@ -5,6 +5,7 @@ python docs/generate_board.py
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from vtoken.eval.board.page import between
@@ -22,4 +23,7 @@ def filled() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(), encoding="utf-8")
+    try:
+        PAGE.write_text(filled(), encoding="utf-8")
+    except ValueError as error:
+        sys.exit(str(error))

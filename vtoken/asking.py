@@ -15,10 +15,6 @@ TINY_KNOWS = (
     "A tiny model knows generated scenes only: what it says about other pictures means nothing. Give --model."
 )
 TINY_QUESTION = "how many objects are there?"
-TINY_KNOWS = (
-    "This tiny model knows generated scenes only: its answers about other pictures mean nothing; give"
-    " --model."
-)
 
 
 def out_of_memory(error: BaseException) -> bool:

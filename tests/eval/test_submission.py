@@ -137,6 +137,12 @@ def test_a_result_is_written_in_the_form_of_a_board(tmp_path, monkeypatch):
         ("command", "vtoken eval mme; rm -r docs", "must be one of vtoken eval and no more"),
         ("command", "vtoken eval mme $(rm docs)", "must be one of vtoken eval and no more"),
         ("command", "vtoken eval 'mme", "must be one of vtoken eval and no more"),
+        ("command", "vtoken eval nothing", "must be one of mme, videomme, tiny"),
+        ("command", f"vtoken eval mme --hub-token hf_{'a' * 30}", "a token of the Hub: take it out"),
+        ("runs.1.flops", 1e300, "which cannot be"),
+        ("runs.0.budget", 0.1, "dense has a budget of 0.1"),
+        ("runs.1.strategy", "---", "no name of a strategy"),
+        ("settings.questions", 2**62, "which cannot be"),
     ],
 )
 def test_what_cannot_be_submitted_gets_one_sentence(path, value, words, tmp_path):
@@ -202,9 +208,12 @@ def test_a_folder_of_the_senders_machine_is_left_out():
     made = changed("title", "MME, /home/somebody/llava")
     made["settings"]["model"] = "/home/somebody/llava"
     told = Submission.from_dict(made)
-    assert (told.title, told.model) == ("MME, llava", "llava") and "somebody" not in json.dumps(
-        told.to_dict()
-    )
+    made["settings"]["file"] = "../somebody/x.tsv"
+    made["command"] = "vtoken eval mme --data=/home/somebody/MME/ --model /home/somebody/llava --output out/a"
+    told = Submission.from_dict(made)
+    assert (told.title, told.model) == ("MME, llava", "llava") and told.settings["file"] == "x.tsv"
+    assert told.command == "vtoken eval mme --data=MME --model llava --output out/a"
+    assert "somebody" not in json.dumps(told.to_dict())
 
 
 def test_commands_record_what_was_asked():

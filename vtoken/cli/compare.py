@@ -161,7 +161,7 @@ def print_answers(
 def sheet(
     processor: Any, inputs: Any, picture: Image.Image, dense: str, outcomes: Sequence[Outcome]
 ) -> Image.Image:
-    """The picture with all tokens and with those of every strategy, three in a row, answers below."""
+    """The picture with all tokens and with those of every strategy, three in a row, answers above."""
     import torch
     from PIL import Image
 

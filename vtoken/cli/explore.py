@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -115,7 +116,10 @@ def _page(
     model, processor = load(model_id, TINY)
     usual = TINY_QUESTION if small and video is None else QUESTION
     own = of_the_owner(image, video, question or usual, processor)
-    shown = [*([] if own is None else [own]), *examples(model_id, processor)]
+    shown = examples(model_id, processor)
+    if own is not None:
+        taken = own.name in {each.name for each in shown}
+        shown = [replace(own, name=f"{own.name} (file)") if taken else own, *shown]
     explorer = Explorer(model, processor, strategies, small)
     explorer.check(strategies, shown[0].kind)
     desks: Desks[Visit] = Desks(lambda: Visit(explorer), SESSIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mimetypes
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..video import SampledVideo, sample
 
 EXAMPLES, TRIES = 6, 4  # generated pictures and clips, and questions proposed for each
 FRAMES = 8  # of a video file
+DRAWN = 480  # px of the longer side of a clip's frame on the page
 SIDE = 1024  # px of the longer side of an uploaded picture, as the model gets it
 UPLOAD = Limits(pixels=2**25, frames=2**17, nbytes=2**28, seconds=20.0)
 
@@ -44,9 +46,20 @@ class Subject:
         """ "image" or "video"."""
         return "image" if isinstance(self.media, Image.Image) else "video"
 
+    @cached_property
+    def frames(self) -> list[Image.Image]:
+        """The frames of a clip, of up to `DRAWN` px, to be drawn on."""
+        assert isinstance(self.media, SampledVideo)
+        found = []
+        for frame in self.media.frames:
+            picture = Image.fromarray(frame.permute(1, 2, 0).numpy())
+            picture.thumbnail((DRAWN, DRAWN))
+            found.append(picture)
+        return found
+
     def truth(self, question: str) -> str:
         """The right answer to a question, "" if it is not known."""
-        return dict(self.asked).get(question, "")
+        return dict(self.asked).get(question.strip(), "")
 
 
 def reads_videos(processor: Any) -> bool:

@@ -69,6 +69,7 @@ class Recent:
     def __init__(self, most: int) -> None:
         self.most = most
         self._known: OrderedDict[tuple[Any, ...], Outcome] = OrderedDict()
+        self._asked: list[Subject] = []  # of answers that are being made, without those forgotten meanwhile
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -80,8 +81,15 @@ class Recent:
             if key in self._known:
                 self._known.move_to_end(key)
                 return self._known[key]
-        outcome = make()
-        if not outcome.refused:
+            self._asked.append(key[0])
+        try:
+            outcome = make()
+        finally:
+            with self._lock:
+                wanted = key[0] in self._asked
+                if wanted:
+                    self._asked.remove(key[0])
+        if wanted and not outcome.refused:
             with self._lock:
                 self._known[key] = outcome
                 while len(self._known) > self.most:
@@ -91,6 +99,7 @@ class Recent:
     def forget(self, subject: Subject) -> None:
         """Drop what is known about a subject."""
         with self._lock:
+            self._asked = [each for each in self._asked if each is not subject]
             for key in [key for key in self._known if key[0] is subject]:
                 del self._known[key]
 
@@ -127,6 +136,8 @@ class Explorer:
                     f"{name} is not defined for {kind} input, which the page begins with: use"
                     f" {', '.join(self.two(kind))}."
                 )
+            if refused := self.refusal(name, kind):
+                raise ValueError(refused)
 
     def strategies(self, kind: str) -> list[str]:
         """Those to choose from for an "image" or a "video"."""
@@ -151,7 +162,7 @@ class Explorer:
             return "Choose a strategy first."
         try:
             for part in _parts(name):
-                if issubclass(strategy_info(part).cls, TrainedStrategy) and part not in self._fit:
+                if issubclass(strategy_info(part).cls, TrainedStrategy):
                     return f"{part} needs trained weights, which this page does not load: choose another."
                 if kind not in modalities_of(part):
                     offered = ", ".join(self.strategies(kind))
@@ -218,8 +229,7 @@ class Explorer:
         start = time.perf_counter()
         got = answer(self.model, self.processor, subject.media, question, max_new_tokens=NEW_TOKENS)
         seconds = time.perf_counter() - start - got.seconds["read"] - got.seconds["process"]
-        frames = [Image.fromarray(frame) for frame in subject.media.frames.permute(0, 2, 3, 1).numpy()]
-        return Outcome(strategy, got.text, seconds, got.report, frames)
+        return Outcome(strategy, got.text, seconds, got.report, subject.frames)
 
 
 def sheets(seen: Any, visual: Any) -> list[Image.Image]:

@@ -25,8 +25,11 @@ LONGEST = 200  # characters of a title and of a setting
 LONGEST_COMMAND = 1000
 VERSIONS = ("vtoken", "transformers", "torch", "python")
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-STRATEGY = re.compile(r"[\w.+-]{1,80}", re.ASCII)
+STRATEGY = re.compile(r"[a-zA-Z][\w.+-]{0,79}", re.ASCII)
 COMMAND = "vtoken eval "
+TASKS = ("mme", "videomme", "tiny")
+TOKEN = re.compile(r"\bhf_\w{20,}")  # of the Hub
+MOST_QUESTIONS, MOST_FLOPS = 10**7, 10.0  # FLOPs of a strategy against all tokens
 PUBLISHED = {"MME": 2374, "Video-MME": 2700}  # questions; other numbers are a part, or data of one's own
 PLAIN = frozenset(string.printable) - frozenset("\t\n\r\x0b\x0c`<>|[]*")  # what a table shows as it stands
 
@@ -83,12 +86,13 @@ class Submission:
         command, title = _command(values.get("command")), _text("the title", values.get("title"))
         if not isinstance(model := settings.pop("model", None), str) or not model:
             raise ValueError("its settings name no model.")
-        if os.path.isabs(model):  # a folder of the sender's machine
-            title, model = title.replace(model, Path(model).name), Path(model).name
+        title = title.replace(values["settings"]["model"], model)  # which has lost the sender's folders
         versions = {name: settings.pop(name, None) for name in VERSIONS}
         if missing := [name for name, value in versions.items() if not isinstance(value, str)]:
             raise ValueError(f"its settings lack the version of {', '.join(missing)}.")
         questions = fit("questions", settings.pop("questions", None), int)
+        if not 0 < questions <= MOST_QUESTIONS:
+            raise ValueError(f"its settings say {questions} questions, which cannot be.")
         if other := [cell.asked for cell in cells if cell.asked != questions]:
             raise ValueError(f"its settings say {questions} questions, a cell has {other[0]}.")
         if not {"data", "seed"} & set(settings):
@@ -185,9 +189,21 @@ def _command(value: Any) -> str:
         plain = False
     if not plain or not command.startswith(COMMAND):
         raise ValueError(f"the command must be one of {COMMAND.strip()} and no more, found {found(command)}.")
-    if "--example" in shlex.split(command):
+    words = shlex.split(command)
+    if words[2] not in TASKS:
+        raise ValueError(f"the command must be one of {', '.join(TASKS)}, found {found(words[2])}.")
+    if "--example" in words:
         raise ValueError("the generated questions of --example are no data set.")
-    return command
+    if TOKEN.search(command):
+        raise ValueError("the command has a token of the Hub: take it out, and revoke it.")
+    return shlex.join(map(_without_folders, words))
+
+
+def _without_folders(word: str) -> str:
+    """A word of the command or a setting; of a path outside of the working folder its last part."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    outside = os.path.isabs(value) or value.startswith(f"..{os.sep}")
+    return option + equals + (os.path.basename(value.rstrip(os.sep)) if outside else value)
 
 
 def _settings(value: Any) -> dict[str, Any]:
@@ -197,7 +213,7 @@ def _settings(value: Any) -> dict[str, Any]:
     for name, each in value.items():
         name = _text("the name of a setting", name)
         if isinstance(each, str):
-            each = _text(f"the setting {name}", each) if each else each
+            each = _without_folders(_text(f"the setting {name}", each)) if each else each
         else:
             each = fit(f"the setting {name}", each, bool | int | float | None)
         out[name] = each
@@ -227,7 +243,9 @@ def _cell(value: Any) -> Cell:
         raise ValueError(f"{name} read {cell.tokens} of {cell.tokens_in} visual tokens, which cannot be.")
     if cell.strategy == "dense" and cell.tokens != cell.tokens_in:
         raise ValueError(f"dense read {cell.tokens} of {cell.tokens_in} visual tokens, it reads all.")
-    if cell.flops <= 0 or cell.seconds < 0:
+    if cell.strategy == "dense" and cell.budget != 1.0:
+        raise ValueError(f"dense has a budget of {cell.budget}, it reads all.")
+    if not 0 < cell.flops <= MOST_FLOPS or cell.seconds < 0:
         raise ValueError(f"{name} has FLOPs of {cell.flops} and {cell.seconds} seconds, which cannot be.")
     sums = tuple(sum(counts) for counts in zip(*cell.kinds.values())) or (cell.right, cell.asked)
     if sums != (cell.right, cell.asked):
