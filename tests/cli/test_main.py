@@ -447,7 +447,7 @@ def test_compare_draws_all_crops_of_all_tokens(tmp_path):
     assert run("compare", *options, "--output", str(picture)).exit_code == 0
     with Image.open(picture).convert("RGB") as drawn:
         width, gap = (drawn.width - 36) // 2, 12
-        panels = [drawn.crop((x, 0, x + width, drawn.height - 60)) for x in (gap, 2 * gap + width)]
+        panels = [drawn.crop((x, 80, x + width, drawn.height)) for x in (gap, 2 * gap + width)]
     assert panels[0].tobytes() == panels[1].tobytes()  # the budget keeps all, so both show the same
 
 
