@@ -36,6 +36,13 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
+def ships(model_id: str | None) -> bool:
+    """Whether `load` takes a tiny model that ships with vtoken."""
+    from . import tiny
+
+    return model_id is None or model_id in tiny.names()
+
+
 def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
     """Load a model in eval mode, and its processor.
 
@@ -50,7 +57,7 @@ def load(model_id: str | None, shipped: str = "llava") -> tuple[Any, Any]:
     from . import tiny
 
     quiet()
-    if model_id is None or model_id in tiny.names():
+    if model_id is None or ships(model_id):
         return tiny.load(model_id or shipped)
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import numbers
+import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,6 +49,13 @@ def fit(name: str, value: Any, hint: Any) -> Any:
         return _fit(value, hint)
     except _Unfit:
         raise ValueError(f"{name} must be {words(hint)}, found {found(value)}.") from None
+
+
+def without_folders(argument: str, above: bool = False) -> str:
+    """An argument of a command line, of an absolute path its last part; with `above` also of `../a/b`."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    outside = os.path.isabs(value) or (above and value.startswith(f"..{os.sep}"))
+    return option + equals + (os.path.basename(value.rstrip(os.sep)) if outside else value)
 
 
 def fit_field(cls: Any, name: str, value: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tests.cli.serving import running
 from vtoken import tiny
 from vtoken.cli.explore_html import CSS
 from vtoken.cli.explore_inputs import examples
@@ -31,10 +32,6 @@ def served(made: Explorer, room: int = 0, most: int = 2) -> Iterator[Any]:
         page = build_page(made, desks, subjects, strategies=["divprune", "fastv"], allow_uploads=bool(room))
         uploads = folder if room else None
         service = Service(page, listening, uploads=uploads, max_upload=room, css=CSS)
-        service.desks, service.folder, service.page, service.subjects = desks, folder, page, subjects
-        service.start()
-        try:
+        service.folder, service.page, service.subjects = folder, page, subjects
+        with running(service, desks):
             yield service
-        finally:
-            service.stop()
-            desks.close()

@@ -42,13 +42,21 @@ def served(
         )
         uploads = folder if room else None
         service = Service(page, listening, host, uploads=uploads, max_upload=room, css=CSS, **options)
-        service.desks, service.folder, service.page = desks, folder, page
-        service.start()
-        try:
+        service.folder, service.page = folder, page
+        with running(service, desks):
             yield service
-        finally:
-            service.stop()
-            desks.close()
+
+
+@contextmanager
+def running(service: Service, desks: Desks[Any]) -> Iterator[None]:
+    """Serve in the block, with the service's `.desks`; both are ended after it."""
+    service.desks = desks
+    service.start()
+    try:
+        yield
+    finally:
+        service.stop()
+        desks.close()
 
 
 class Visitor:

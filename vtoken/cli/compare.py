@@ -70,7 +70,7 @@ def compare(
     """
     from rich.markup import escape
 
-    from ..asking import TINY_KNOWS, ask, load, prepare
+    from ..asking import TINY_KNOWS, ask, load, prepare, ships
     from ..strategies.registry import parse_strategy
     from .demo import check_output, question_about
 
@@ -97,7 +97,7 @@ def compare(
                 outcomes.append(Outcome(name, said, vtoken.report(model)))
             bar.advance(task)
     print_answers(out, text, known, dense, outcomes)
-    if image is not None and (model_id is None or model_id in vtoken.tiny.names()):
+    if image is not None and ships(model_id):
         out.print(TINY_KNOWS, highlight=False)
     sheet(processor, inputs, picture, dense, outcomes).save(output)
     out.print(f"The kept tokens are drawn in [bold]{escape(output)}[/bold]", highlight=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..asking import TINY_KNOWS, TINY_QUESTION, ask, load, prepare
+from ..asking import TINY_KNOWS, TINY_QUESTION, ask, load, prepare, ships
 from ..images import open_image
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ def run(
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .. import tiny
     from ..strategies.registry import parse_strategy
 
     names = parse_strategy(strategy)
@@ -71,7 +70,7 @@ def run(
     )
     _draw(picture, cases[-1][2], processor, report, caption).save(output)
     out.print(f"The kept tokens are drawn in [bold]{escape(output)}[/bold]", highlight=False)
-    if model_id is None or model_id in tiny.names():
+    if ships(model_id):
         if image is not None:
             out.print(TINY_KNOWS, highlight=False)
         _print_real_shape(out, strategy, budget)
@@ -127,9 +126,7 @@ def _questions(
 ) -> tuple[Image.Image, list[tuple[str, str | None]]]:
     """The picture, and questions with their known answers (None: not known)."""
     if image is not None:
-        from .. import tiny
-
-        if question is None and model_id is not None and model_id not in tiny.names():
+        if question is None and not ships(model_id):
             raise ValueError("Give a --question about the image.")
         return open_image(image), [(question or TINY_QUESTION, None)]
     from ..tiny.scenes import KINDS, make_scene, questions

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import click
 
 from ..extras import require
-from .options import Budget, Command, fail, separated
+from .options import Budget, Command, fail, page_options, separated
 
 TINY = "qwen2_5_vl"  # reads pictures and clips
 SESSIONS = 8  # browsers with a file of their own at a time
@@ -33,18 +32,8 @@ UPLOADS = "Warning: visitors may upload pictures and clips, which this machine d
 @click.option(
     "--budget", type=Budget(), default="0.2", show_default=True, help="Share of the visual tokens to keep."
 )
-@click.option(
-    "--host",
-    default="127.0.0.1",
-    show_default=True,
-    help="Address of the page; others than this need a token.",
-)
-@click.option("--port", type=int, help="Its port; default: a free one from 7860.")
-@click.option(
-    "--allow-host", "hosts", multiple=True, help="A further name that browsers may reach the page by."
-)
+@page_options
 @click.option("--allow-uploads", is_flag=True, help="Visitors may upload pictures and clips.")
-@click.option("--open/--no-open", "show", default=True, show_default=True, help="Open the page in a browser.")
 def explore_command(**options: Any) -> None:
     """Compare two strategies on a page: what they keep, answer and cost, redrawn as you move the budget."""
     try:
@@ -79,7 +68,7 @@ def run(
         raise ValueError(f"The page shows two strategies, found {len(strategies)}: {', '.join(strategies)}.")
     for name in strategies:
         parse_strategy(name)
-    from .page_server import Service, announce, listen, private_folder
+    from .page_server import Service, listen, private_folder, serve
 
     with listen(host, port) as listening, private_folder() as folder:
         page, desks, room = _page(image, video, question, model_id, strategies, budget, allow_uploads)
@@ -88,9 +77,7 @@ def run(
 
             uploads = folder if allow_uploads else None
             service = Service(page, listening, host, hosts, uploads, room, CSS)
-            announce(service, "ask this model", UPLOADS if allow_uploads else "", show)
-            with suppress(KeyboardInterrupt):
-                service.run()
+            serve(service, "ask this model", UPLOADS if allow_uploads else "", show)
         finally:
             desks.close()
 
@@ -105,14 +92,13 @@ def _page(
     allow_uploads: bool,
 ) -> tuple[Any, Any, int]:
     """The page, what its visitors have, and the bytes that they may upload."""
-    from .. import tiny
-    from ..asking import TINY_QUESTION, load
+    from ..asking import TINY_QUESTION, load, ships
     from .explore_inputs import examples, of_the_owner
     from .explore_page import MAX_UPLOAD, Visit, build_page
     from .explore_state import Explorer
     from .page_visitors import Desks
 
-    small = model_id is None or model_id in tiny.names()
+    small = ships(model_id)
     model, processor = load(model_id, TINY)
     usual = TINY_QUESTION if small and video is None else QUESTION
     own = of_the_owner(image, video, question or usual, processor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import os
 import shlex
 import sys
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..asking import out_of_memory
+from ..checks import without_folders
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +44,27 @@ class Budget(click.ParamType):
                 else f"{value!r} is no number: use 0.2 or 128, for instance."
             )
             return self.fail(words, param, ctx)
+
+
+def page_options(command: Any) -> Any:
+    """Decorator: the options `host`, `port`, `hosts` and `show` of a command that serves a page."""
+    for option in (
+        click.option(
+            "--open/--no-open", "show", default=True, show_default=True, help="Open the page in a browser."
+        ),
+        click.option(
+            "--allow-host", "hosts", multiple=True, help="A further name that browsers may reach the page by."
+        ),
+        click.option("--port", type=int, help="Its port; default: a free one from 7860."),
+        click.option(
+            "--host",
+            default="127.0.0.1",
+            show_default=True,
+            help="Address of the page; others than this need a token.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def of_the_network(error: BaseException) -> bool:
@@ -154,12 +175,7 @@ def command_line() -> str:
     """
     context = click.get_current_context(silent=True)
     given = context.meta.get(ARGUMENTS) if context else None
-    return shlex.join(["vtoken", *map(_relative, given)]) if given else ""
-
-
-def _relative(argument: str) -> str:
-    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    return option + equals + (os.path.basename(value.rstrip(os.sep)) if os.path.isabs(value) else value)
+    return shlex.join(["vtoken", *map(without_folders, given)]) if given else ""
 
 
 def separated(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str]:

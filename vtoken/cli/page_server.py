@@ -10,7 +10,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -183,8 +183,8 @@ class Service:
         self._listening.close()
 
 
-def announce(service: Service, may: str, warning: str = "", show: bool = True) -> None:
-    """Print the address of the page and its audience, and open it in a browser.
+def serve(service: Service, may: str, warning: str = "", show: bool = True) -> None:
+    """Print the address of the page and its audience, open it in a browser, and serve until interrupted.
 
     Args:
         may: what whoever has the address can do, in words.
@@ -205,3 +205,5 @@ def announce(service: Service, may: str, warning: str = "", show: bool = True) -
         import webbrowser
 
         webbrowser.open(service.url)
+    with suppress(KeyboardInterrupt):
+        service.run()

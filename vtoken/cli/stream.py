@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..extras import require
-from .options import SYNTHETIC, Budget, Command, console, fail
+from .options import SYNTHETIC, Budget, Command, console, fail, page_options
 
 if TYPE_CHECKING:
     from ..streaming.session import StreamSession
@@ -60,23 +59,13 @@ SOURCES = "Warning: visitors may open files, addresses and cameras of this machi
 @click.option(
     "--ask", "questions", type=(float, str), multiple=True, help="SECONDS QUESTION; may be repeated."
 )
-@click.option(
-    "--host",
-    default="127.0.0.1",
-    show_default=True,
-    help="Address of the page; others than this need a token.",
-)
-@click.option("--port", type=int, help="Its port; default: a free one from 7860.")
-@click.option(
-    "--allow-host", "hosts", multiple=True, help="A further name that browsers may reach the page by."
-)
+@page_options
 @click.option(
     "--sessions", type=click.IntRange(min=1), default=SESSIONS, show_default=True, help="Browsers at a time."
 )
 @click.option(
     "--allow-sources", is_flag=True, help="Visitors may open files, addresses and cameras of this machine."
 )
-@click.option("--open/--no-open", "show", default=True, show_default=True, help="Open the page in a browser.")
 def stream_command(**options: Any) -> None:
     """Play a file, a camera, an address or a synthetic stream, and ask about it while it runs."""
     try:
@@ -148,7 +137,7 @@ def show_page(
     """Serve the page until interrupted; the address is tried before the model is loaded."""
     from ..asking import load
     from ..strategies.budgets import Budget as Allowance
-    from .page_server import Service, announce, listen, private_folder
+    from .page_server import Service, listen, private_folder, serve
     from .page_visitors import Desks
     from .stream_page import CSS, MAX_UPLOAD, build_page
     from .stream_visitors import Desk
@@ -176,9 +165,7 @@ def show_page(
             page = build_page(desks, names, source, budget, fps, allow_sources, examples)
             room = MAX_UPLOAD if allow_sources else 0
             service = Service(page, listening, host, hosts, folder if allow_sources else None, room, CSS)
-            announce(service, "watch the stream and ask", SOURCES if allow_sources else "", show)
-            with suppress(KeyboardInterrupt):
-                service.run()
+            serve(service, "watch the stream and ask", SOURCES if allow_sources else "", show)
         finally:
             desks.close()
 

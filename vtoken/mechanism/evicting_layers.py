@@ -36,7 +36,7 @@ class EvictingLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys, the values, the tensors in `beside` and those in `asked`."""
+        """Bytes of all tensors that the layer holds."""
         asked = (x for token in self.asked for x in token)
         tensors: list[Any] = [self.keys, self.values, *self.beside.values(), *asked]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)

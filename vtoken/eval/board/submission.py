@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import string
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._json import compact, read
-from ...checks import fit, found
+from ...checks import fit, found, without_folders
 from .board import Cell, key
 from .page import row
 
@@ -196,14 +195,7 @@ def _command(value: Any) -> str:
         raise ValueError("the generated questions of --example are no data set.")
     if TOKEN.search(command):
         raise ValueError("the command has a token of the Hub: take it out, and revoke it.")
-    return shlex.join(map(_without_folders, words))
-
-
-def _without_folders(word: str) -> str:
-    """A word of the command or a setting; of a path outside of the working folder its last part."""
-    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    outside = os.path.isabs(value) or value.startswith(f"..{os.sep}")
-    return option + equals + (os.path.basename(value.rstrip(os.sep)) if outside else value)
+    return shlex.join(without_folders(word, above=True) for word in words)
 
 
 def _settings(value: Any) -> dict[str, Any]:
@@ -213,7 +205,7 @@ def _settings(value: Any) -> dict[str, Any]:
     for name, each in value.items():
         name = _text("the name of a setting", name)
         if isinstance(each, str):
-            each = _without_folders(_text(f"the setting {name}", each)) if each else each
+            each = without_folders(_text(f"the setting {name}", each), above=True) if each else each
         else:
             each = fit(f"the setting {name}", each, bool | int | float | None)
         out[name] = each
