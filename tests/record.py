@@ -6,6 +6,7 @@ python docs/generate_readme.py FILE
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -47,13 +48,18 @@ def sighted(request: pytest.FixtureRequest) -> Callable[[str, str, bool], None]:
     return note
 
 
-def note(sighted: Callable[[str, str, bool], None], family: Family, row: str, works: bool) -> None:
-    """Record what one strategy on a batch of prompts shows of a family; of a type with several rows, the first."""
+@functools.cache
+def model_types() -> dict[Family, str]:
+    """Of every family, in their order."""
     from tests.models import FAMILIES
 
-    kind = family.config().model_type
-    rows = (f for f in FAMILIES.values() if f.modality == family.modality)
-    if next((f for f in rows if f.config().model_type == kind), family) != family:
+    return {family: family.config().model_type for family in FAMILIES.values()}
+
+
+def note(sighted: Callable[[str, str, bool], None], family: Family, row: str, works: bool) -> None:
+    """Record what one strategy on a batch of prompts shows of a family; of a type with several rows, the first."""
+    kind = model_types()[family]
+    if next(f for f, t in model_types().items() if t == kind and f.modality == family.modality) != family:
         return
     if family.modality == "image" and row in ABILITIES:
         sighted(kind, ABILITIES[row], works)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 import sys
@@ -190,6 +191,7 @@ def test_every_import_of_an_optional_package_has_a_check():
             assert path in LATER or checked.search(text), f"{path} imports {module} without a sentence"
 
 
+@functools.cache
 def imported_by() -> dict[str, set[str]]:
     """Per module from outside that the package imports or requires by name: the files that do so."""
     out: dict[str, set[str]] = {}

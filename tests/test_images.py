@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -215,3 +216,13 @@ def test_a_tilde_is_a_name(tmp_path, monkeypatch):
     for name in ("~.png", "~root", "~nobody-of-that-name"):
         photo().save(tmp_path / name, "PNG")
         assert open_image(name).size == (48, 32)
+
+
+def test_an_array_with_too_many_pixels_is_refused_before_it_is_copied():
+    huge = np.broadcast_to(np.zeros(3, np.uint8), (2**14, 2**14, 3))
+    for way in (lambda: pixels(huge), lambda: first(LiveReader([huge], speed=None))):
+        tracemalloc.start()
+        with pytest.raises(ValueError, match="has pictures of 16384 x 16384 pixels, more than"):
+            way()
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+        tracemalloc.stop()

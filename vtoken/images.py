@@ -67,7 +67,7 @@ def pixels(image: Any, limits: Limits | None = PHOTO) -> np.ndarray:
 
     Raises:
         TypeError: for another shape or dtype.
-        ValueError: for an array without pixels, and for a PIL image as `rgb`.
+        ValueError: for an array without pixels or with too many, and for a PIL image as `rgb`.
     """
     if isinstance(image, Image.Image):
         array = np.asarray(rgb(image, limits))
@@ -78,6 +78,9 @@ def pixels(image: Any, limits: Limits | None = PHOTO) -> np.ndarray:
     wrong = TypeError if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8 else ValueError
     if wrong is TypeError or not array.size:
         raise wrong(f"{_FRAME}, found {type(image).__name__} of shape {array.shape} and {array.dtype}.")
+    excess = given(limits).excess_pixels(array.shape[1], array.shape[0])
+    if excess:  # known before the copy
+        raise ValueError(f"The picture {excess}.")
     return np.ascontiguousarray(array)
 
 

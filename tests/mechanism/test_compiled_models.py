@@ -24,8 +24,7 @@ def itself(model):
 WAYS = {"torch.compile": outer, "model.compile": itself}
 BY_DEFAULT = [  # each way and order; half a minute a row
     ("llava", "divprune", "torch.compile", "patch, compile"),
-    ("qwen2_5_vl", "divprune", "model.compile", "compile, patch"),
-    ("llava", "fastv", "model.compile", "patch, compile"),
+    ("llava", "divprune", "model.compile", "compile, patch"),
 ]
 MODELS = [("llava", "divprune"), ("qwen2_5_vl", "divprune"), ("llava", "fastv")]
 ROWS = [
