@@ -19,7 +19,7 @@ from .streams import unwrapped
 
 
 class Patch(Protocol):
-    """The part of `vtoken.patching.Patch` that this module uses."""
+    """The part of `vtoken.model_patching.Patch` that this module uses."""
 
     adapter: Any
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..active import LOCK, patches_of
 from ..adapters.base import Adapter
-from ..patching import Patch, patch, patch_of, unpatch
+from ..model_patching import Patch
+from ..patching import patch, patch_of, unpatch
 from ..requested import make_strategy
 from ..strategies import Strategy
 from .layers import Layers
