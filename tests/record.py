@@ -49,17 +49,17 @@ def sighted(request: pytest.FixtureRequest) -> Callable[[str, str, bool], None]:
 
 
 @functools.cache
-def model_types() -> dict[Family, str]:
-    """Of every family, in their order."""
-    from tests.models import FAMILIES
-
-    return {family: family.config().model_type for family in FAMILIES.values()}
+def model_type(family: Family) -> str:
+    return family.config().model_type
 
 
 def note(sighted: Callable[[str, str, bool], None], family: Family, row: str, works: bool) -> None:
     """Record what one strategy on a batch of prompts shows of a family; of a type with several rows, the first."""
-    kind = model_types()[family]
-    if next(f for f, t in model_types().items() if t == kind and f.modality == family.modality) != family:
+    from tests.models import FAMILIES
+
+    kind = model_type(family)
+    rows = (f for f in FAMILIES.values() if f.modality == family.modality)
+    if next((f for f in rows if model_type(f) == kind), family) != family:
         return
     if family.modality == "image" and row in ABILITIES:
         sighted(kind, ABILITIES[row], works)

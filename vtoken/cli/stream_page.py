@@ -76,51 +76,62 @@ def build_page(
                 status = gr.HTML(escape("Nothing is playing."), elem_id="status")
             with gr.Column(scale=2):
                 chat = gr.HTML(elem_id="chat")
-                question = gr.Textbox(
-                    placeholder="Ask at any moment, then press Enter",
-                    show_label=False,
-                    elem_id="question",
-                    max_length=MAX_QUESTION,
-                )
-                send = gr.Button("Ask", variant="primary", elem_id="ask")
-                with gr.Row():
-                    pressed = [
-                        gr.Button(text, size="sm", min_width=120, elem_classes="example") for text in examples
-                    ]
+                _questions(buttons, chat, examples, many)
         with gr.Row():
-            where = gr.Textbox(
-                source if allow_sources else "",
-                label="source",
-                info="a file, an rtsp or http address, the number of a camera, or synthetic://SEED",
-                elem_id="source",
-                visible=allow_sources,
-                max_length=2000,
-            )
-            which = gr.Dropdown(strategies, value=strategies[0], label="strategy", elem_id="strategy")
-            share = gr.Slider(0.05, 1.0, value=budget, step=0.05, label="budget")
-            rate = gr.Slider(0.1, MAX_FPS, value=min(fps, MAX_FPS), step=0.1, label="frames per second")
+            settings = _settings(strategies, source if allow_sources else "", budget, fps, allow_sources)
             if allow_sources:
                 upload = gr.UploadButton("Open a file", file_types=["video"])
-                upload.upload(buttons.upload, upload, where, **own)
+                upload.upload(buttons.upload, upload, settings[0], **own)
         with gr.Row():
-            plots = [
-                gr.LinePlot(
-                    x="seconds", y=name, title=title, height=200, min_width=220, elem_id=f"plot-{name}"
-                )
-                for name, title in PLOTS.items()
-            ]
+            shown = [frame, status, *_plots()]
         gr.HTML(f"<small>{escape(LEGEND)}</small>")
-        start.click(buttons.play, [where, which, share, rate], status, **many)
+        start.click(buttons.play, settings, status, **many)
         pause.click(buttons.pause, None, None, **many)
         stop.click(buttons.stop, None, [frame, status, chat], **many)
-        gr.on([send.click, question.submit], buttons.ask, question, [question, chat], **many)
-        for button in pressed:
-            button.click(buttons.ask, button, [question, chat], **many)
-        gr.Timer(EVERY).tick(buttons.look, None, [frame, status, *plots], **many)
-        page.load(buttons.look, None, [frame, status, *plots], **many)
+        gr.Timer(EVERY).tick(buttons.look, None, shown, **many)
+        page.load(buttons.look, None, shown, **many)
         page.unload(buttons.leave)
     page.queue(max_size=32 * desks.most, api_open=False, default_concurrency_limit=desks.most)
     return page
+
+
+def _questions(buttons: Buttons, chat: Any, examples: Sequence[str], event: dict[str, Any]) -> None:
+    """The field for a question and the buttons that ask; answers go to `chat`."""
+    question = gr.Textbox(
+        placeholder="Ask at any moment, then press Enter",
+        show_label=False,
+        elem_id="question",
+        max_length=MAX_QUESTION,
+    )
+    send = gr.Button("Ask", variant="primary", elem_id="ask")
+    with gr.Row():
+        pressed = [gr.Button(text, size="sm", min_width=120, elem_classes="example") for text in examples]
+    gr.on([send.click, question.submit], buttons.ask, question, [question, chat], **event)
+    for button in pressed:
+        button.click(buttons.ask, button, [question, chat], **event)
+
+
+def _settings(
+    strategies: list[str], source: str, budget: float, fps: float, allow_sources: bool
+) -> list[Any]:
+    """The fields for the source, the strategy, its budget and the frame rate."""
+    where = gr.Textbox(
+        source,
+        label="source",
+        info="a file, an rtsp or http address, the number of a camera, or synthetic://SEED",
+        elem_id="source",
+        visible=allow_sources,
+        max_length=2000,
+    )
+    which = gr.Dropdown(strategies, value=strategies[0], label="strategy", elem_id="strategy")
+    share = gr.Slider(0.05, 1.0, value=budget, step=0.05, label="budget")
+    rate = gr.Slider(0.1, MAX_FPS, value=min(fps, MAX_FPS), step=0.1, label="frames per second")
+    return [where, which, share, rate]
+
+
+def _plots() -> list[Any]:
+    look: dict[str, Any] = dict(x="seconds", height=200, min_width=220)
+    return [gr.LinePlot(y=name, title=title, elem_id=f"plot-{name}", **look) for name, title in PLOTS.items()]
 
 
 class Buttons:
