@@ -192,7 +192,7 @@ class EntranceHooks:
             ledger.follow(slots_in(cache), grow=False)
         # here, because Gemma3 and PaliGemma make their masks between here and the decoder
         call.mask_aligned = True
-        if cache.is_compileable and self.layers.flash:
+        if cache.is_compileable and self.layers.masks.flash:
             x = given["inputs_embeds"] if call.input_ids is None else call.input_ids
             if mask.shape[1] != int(cache.get_seq_length()) + x.shape[1]:
                 return None  # generate() had it made by _masks_for_generate
@@ -222,7 +222,7 @@ class EntranceHooks:
     def _align(self, ledger: Ledger, cache: Any, mask: Tensor) -> Tensor:
         mask = ledger.align(mask)
         # flash attention + static cache: transformers slices the keys to the mask, which begins at slot 0
-        return mask[:, ledger.dropped[0] :] if cache.is_compileable and self.layers.flash else mask
+        return mask[:, ledger.dropped[0] :] if cache.is_compileable and self.layers.masks.flash else mask
 
     def _masks_for_generate(self, original: Callable[..., Any], **kwargs: Any) -> Any:
         """Static cache: generate() makes the 4-D mask itself, before and outside of the compiled forward."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .forward_context import Plan, Run
-from .layer_hooks import LayerHooks
+from .layer_masks import LayerMasks
 from .ledger import Ledger
 from .masks import both_ways, cut_mask
 from .packed_rows import packed_lengths, packed_mask, ranks_of
@@ -45,13 +45,13 @@ class KeptArguments:
 
     Args:
         decoder: the language model.
-        layers: the hooks inside it.
+        masks: those of its layers.
         renumber: whether positions are counted without the dropped tokens.
         in_layers: whether the layers add the features, to visual tokens that are zero before.
     """
 
-    def __init__(self, decoder: Any, layers: LayerHooks, renumber: bool, in_layers: bool) -> None:
-        self.decoder, self.layers, self.renumber, self.in_layers = decoder, layers, renumber, in_layers
+    def __init__(self, decoder: Any, masks: LayerMasks, renumber: bool, in_layers: bool) -> None:
+        self.decoder, self.masks, self.renumber, self.in_layers = decoder, masks, renumber, in_layers
         self.arguments = set(inspect.signature(decoder.forward).parameters)
 
     def of(self, turn: Turn, run: Run, plan: Plan | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class KeptArguments:
         assert run.index is not None
         mask, mask_2d, valid, ledger = turn.mask, turn.mask_2d, run.now[0][1], run.ledger
         if run.ranks is not None and mask is None:
-            return None if self.layers.flash else packed_mask(self.decoder.config, embeds, run.ranks)
+            return None if self.masks.flash else packed_mask(self.decoder.config, embeds, run.ranks)
         if isinstance(mask, dict):
             return {kind: self._mask_of_kind(kind, m, run, embeds) for kind, m in mask.items()}
         if mask is not None and mask_2d is None:
@@ -121,20 +121,20 @@ class KeptArguments:
 
     def _made(self, keys: Tensor, valid: Tensor) -> Tensor:
         """A mask in place of none, from (B, k) bool."""
-        return both_ways(keys, valid.shape[1]) if self.layers.both_ways else keys.long()
+        return both_ways(keys, valid.shape[1]) if self.masks.both_ways else keys.long()
 
     def _mask_of_kind(self, kind: str, mask: Any, run: Run, embeds: Tensor) -> Any:
         """The mask of one kind of layer, of several that were made before the language model."""
         valid, ledger = run.now[0][1], run.ledger
         unmade = mask is None and (run.ragged[0] or ledger.needs_mask)
-        if unmade and self.layers.both_ways:
+        if unmade and self.masks.both_ways:
             return self._made(ledger.validity(0, valid), valid)
         # chunks were counted over the whole prompt; a model with chunks makes no masks of its own
         if ledger.chunked or unmade:
             return mask_for_kind(
                 kind, self.decoder.config, embeds, ledger.validity(0, valid).long(), run.cache
             )
-        static, kinds = None, self.layers.kind
+        static, kinds = None, self.masks.kind
         if run.static and kind in kinds and has_length(layer := run.cache.layers[kinds.index(kind)]):
             # windows shorter than the prompt give it all
             static = int(layer.get_mask_sizes(embeds.shape[1])[0])

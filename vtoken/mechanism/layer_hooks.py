@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import transformers.modeling_layers
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
 
 from ..hooks import Hook, Hooks, rebuilt
 from ..selection import Selection
@@ -25,15 +24,16 @@ from .cache_alignment import align_cache
 from .cache_crop import settle
 from .drop_schedule import DropSchedule
 from .forward_context import ForwardContext, Plan, Run
-from .hidden_pictures import adapted, hidden_now, hide
+from .hidden_pictures import adapted
+from .layer_masks import LayerMasks
 from .layer_views import LayerViews
 from .ledger import Ledger
-from .masks import WINDOW_FULL, both_ways, cut_mask
+from .masks import WINDOW_FULL
 from .ragged import expand_batch, right_aligned, take, take_merged, tokenwise
 from .recurrent_states import SPOILED, counting_layers
 from .sparse_layers import SparseLayers
 from .stored_cache import announce
-from .transformers_names import cache_argument, changed, check_length, recomputes
+from .transformers_names import changed, check_length, recomputes
 
 # Older releases checkpoint `__call__`: hooks run again in backward, after the state of the forward is gone.
 HOOKS_INSIDE_CHECKPOINT = "__call__" in vars(transformers.modeling_layers.GradientCheckpointingLayer)
@@ -68,8 +68,7 @@ class LayerHooks:
         self.views = LayerViews(decoder, schedule)
         self.sparse = None if attend is None else SparseLayers(decoder, schedule, attend, context, self.views)
         self.chunked = getattr(decoder.config, "attention_chunk_size", None) is not None
-        kinds = getattr(decoder.config, "layer_types", None)
-        self.kind = list(kinds[: schedule.layers]) if kinds else [None] * schedule.layers
+        self.masks = LayerMasks(decoder, schedule, context)
         rotary = getattr(decoder, "rotary_emb", None)
         self.typed_rotary = (
             rotary is not None and "layer_type" in inspect.signature(rotary.forward).parameters
@@ -79,17 +78,7 @@ class LayerHooks:
     @property
     def hooks_layers(self) -> bool:
         """Whether the layers carry hooks."""
-        return self.schedule.inside or self.flash
-
-    @property
-    def flash(self) -> bool:
-        return "flash" in (self.decoder.config._attn_implementation or "")
-
-    @property
-    def both_ways(self) -> bool:
-        """Whether attention without a mask is in both directions, and masks are tensors of its pattern."""
-        layer = next(iter(getattr(self.decoder, "layers", ())), None)
-        return not self.flash and getattr(getattr(layer, "self_attn", None), "is_causal", True) is False
+        return self.schedule.inside or self.masks.flash
 
     def find(self) -> list[Hook]:
         """The hooks, on the layers that the decoder has now."""
@@ -97,7 +86,7 @@ class LayerHooks:
         if len(layers) != self.schedule.layers:
             raise rebuilt(f"The LLM has {len(layers)} layers where it had {self.schedule.layers}")
         for i, layer in enumerate(layers):
-            if self.schedule.stores(i) or self.flash:
+            if self.schedule.stores(i) or self.masks.flash:
                 hooks.append(Hook(layer, functools.partial(self._before_layer, i), before=True, kwargs=True))
             if i + 1 in self.schedule.drops:
                 if not hasattr(layer, "self_attn"):
@@ -123,7 +112,7 @@ class LayerHooks:
     def check_windows(self, tokens: int) -> None:
         """Raise before the first token if a prompt, with its answer, is longer than a sliding window."""
         window = getattr(self.decoder.config, "sliding_window", None)
-        slides = "sliding_attention" in self.kind if any(self.kind) else True
+        slides = "sliding_attention" in self.masks.kind if any(self.masks.kind) else True
         if window is not None and slides and tokens > window:
             raise NotImplementedError(
                 f"{WINDOW_FULL[:-1]} (window {window}, prompt and answer {tokens} tokens)."
@@ -170,16 +159,16 @@ class LayerHooks:
             if self.renumber and stage:
                 kwargs = kwargs | {"position_embeddings": self._rotary(run, i, stage, kwargs, args[0])}
             if mask is not None or run.ledger.ragged[table]:
-                kwargs = kwargs | {"attention_mask": self._mask(run, i, mask, args[0])}
+                kwargs = kwargs | {"attention_mask": self.masks.of(run, i, mask, args[0])}
             return args, kwargs
-        if self.flash:
+        if self.masks.flash:
             # rope uses position_embeddings; flash attention would read the gaps as packed sequences
             kwargs = kwargs | {"position_ids": run.ranks}
         hides = self.schedule.hides and run.layout is not None and not self.context.disabled
         if hides and self.adapt is not None:
             args = (adapted(run, i, args[0], self.adapt), *args[1:])
         same = stage == 0 and not run.past_slots and not hides
-        if table == 0 or (same and not self._evicts(run, i)):
+        if table == 0 or (same and not self.masks.evicts(run, i)):
             return args, kwargs
         if len(run.now) == stage:
             before = self._rotary(run, i, stage - 1, kwargs, args[0])
@@ -192,7 +181,7 @@ class LayerHooks:
                 index = run.now[stage][0]
                 kwargs["position_ids"] = take(expand_batch(positions, index.shape[0]), index, dim=-1)
             args, kwargs = self._tokenwise(run, stage, args, kwargs)
-        kwargs["attention_mask"] = self._mask(run, i, mask, args[0])
+        kwargs["attention_mask"] = self.masks.of(run, i, mask, args[0])
         return args, kwargs
 
     @staticmethod
@@ -208,10 +197,10 @@ class LayerHooks:
         """(cos, sin) of a stage's tokens; `kwargs` are those of layer i, with the tables of stage 0."""
         if stage == 0:
             return kwargs["position_embeddings"]
-        key = "rotary", stage, self.kind[i]
+        key = "rotary", stage, self.masks.kind[i]
         if key not in run.memo:
             if self.renumber:
-                typed = (self.kind[i],) if self.typed_rotary else ()
+                typed = (self.masks.kind[i],) if self.typed_rotary else ()
                 run.memo[key] = self.decoder.rotary_emb(hidden, self._renumbered(run, stage), *typed)
             else:
                 index = run.now[stage][0]
@@ -271,85 +260,6 @@ class LayerHooks:
         """The drop after the last layer, of whose tokens the output (B, n, d) has them all."""
         if self.schedule.drops_at_end and run.index is not None and len(run.now) == self.schedule.count:
             self._enter(run, self.schedule.count, hidden, self.decoder.layers[-1], None, None)
-
-    # -- masks -----------------------------------------------------------------------------------------------
-    def _mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
-        # not id(mask): torch.compile would guard on the object
-        key = "mask", self.schedule.reads(i), self.schedule.stores(i), self.kind[i]
-        if key not in run.memo:
-            made = self._make_mask(run, i, mask, hidden)
-            if self.schedule.hides and run.layout is not None and not self.context.disabled:
-                made = self._without_pictures(run, i, made)
-            run.memo[key] = self._evicted(run, i, made) if self._evicts(run, i) else made
-        return run.memo[key]
-
-    def _without_pictures(self, run: Run, i: int, mask: Any) -> Tensor:
-        """A mask of stage 0 in which tokens after a picture see only its marked tokens."""
-        if self.flash:
-            raise NotImplementedError(
-                "Flash attention cannot hide a picture from what follows it: load the model with"
-                " attn_implementation='sdpa'."
-            )
-        hidden, past = hidden_now(run), run.ledger.slots[self.schedule.stores(i)].shape[1]
-        # static keys have the length of the cache
-        keys = run.cache.layers[i].max_cache_len if run.static else past + hidden.shape[1]
-        return hide(mask, hidden, past, keys)
-
-    def _evicts(self, run: Run, i: int) -> bool:
-        """Whether a mask must hide dropped tokens from generated ones here, as there is no cache to cut."""
-        return i in self.schedule.aligned and run.choice is not None and run.choice.survivors is not None
-
-    def _evicted(self, run: Run, i: int, mask: Any) -> Tensor:
-        assert run.index is not None
-        if self.flash:
-            raise NotImplementedError(
-                "Flash attention without a KV cache cannot hide from the answer what an aligned cache loses:"
-                " leave out use_cache=False, or pass align_cache=False."
-            )
-        survivors = run.choice.survivors
-        place = run.index.gather(1, run.now[self.schedule.reads(i)][0])
-        answer = place >= survivors.shape[1]
-        lost = ~answer & ~survivors.gather(1, place.clamp(max=survivors.shape[1] - 1))
-        hidden = (answer[:, :, None] & lost[:, None])[:, None]
-        if mask is None:
-            mask = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device).tril()
-        off = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        return torch.where(
-            hidden.to(mask.device), torch.tensor(off, dtype=mask.dtype, device=mask.device), mask
-        )
-
-    def _make_mask(self, run: Run, i: int, mask: Any, hidden: Tensor) -> Any:
-        ledger, stage, table = run.ledger, self.schedule.reads(i), self.schedule.stores(i)
-        now = run.now[stage] if run.visual is not None else None
-        if mask is not None:
-            return cut_mask(
-                mask, run, table, now, run.query_length if run.index is None else run.index.shape[1]
-            )
-        if not (ledger.ragged[table] or (run.visual is not None and run.ragged[stage])):
-            return None
-        # this drop left rows of different lengths, so filler must be masked although the model passed no mask
-        if now is None:
-            tail = run.cache.get_seq_length() - ledger.end + run.query_length
-            valid = torch.ones(hidden.shape[0], tail, dtype=torch.bool, device=hidden.device)
-        else:
-            valid = now[1]
-        if self.both_ways:
-            return both_ways(ledger.validity(table, valid), hidden.shape[1])
-        layer = run.cache.layers[i] if run.cache is not None else None
-        saved = getattr(layer, "after_stage", None)
-        if layer is not None:
-            layer.after_stage = None  # the sizes of this layer itself
-        try:
-            return create_causal_mask(
-                config=self.decoder.config,
-                inputs_embeds=hidden,
-                attention_mask=ledger.validity(table, valid),
-                **{cache_argument(create_causal_mask): run.cache},
-                layer_idx=i if run.cache is not None else None,
-            )
-        finally:
-            if layer is not None:
-                layer.after_stage = saved
 
     # -- after the decoder -----------------------------------------------------------------------------------
     @torch.compiler.disable

@@ -56,7 +56,7 @@ class VisualTurn:
         self.planner, self.layers = planner, layers
         self.schedule, self.renumber = layers.schedule, positions == "renumber"
         self.context, self.gate, self.observer = context, gate, observer
-        self.kept = KeptArguments(self.decoder, layers, self.renumber, adapter.features_in_layers)
+        self.kept = KeptArguments(self.decoder, layers.masks, self.renumber, adapter.features_in_layers)
         axes = 3 if hasattr(adapter.base, "get_rope_index") else 1
         self.eviction = Eviction(self.decoder, storage, context, observer, axes)
 
