@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import Adapter, Layout
-from ..adapters.towers.capture import Capture, FramePass
-from ..adapters.towers.pixel_pass import PixelPass
+from ..adapters.towers.capture import Capture
 from ..hooks import Hooks, Wrapped, rebuilt
 from ..selection import Selection
 from ..streams import PixelReuse, Reuse, StreamState, TowerUse, current_stream
-from ..temporal import Temporal, TemporalPass
+from ..temporal import Temporal
 from ..tokens import TOWER_NEEDS, Needs, VisualTokens
 from .forward_context import ENCODED, Admission, ForwardContext
+from .frame_passes import FramePasses
 from .prompt import EncodedVisuals, tensors_of
 from .tower_frames import TowerFrames
 from .tower_merging import EncoderMerging
@@ -75,6 +75,7 @@ class VisionHooks:
         self.hooks: list[Any] = []  # each has refresh() and remove()
         self.merging = merging or {}
         self.temporal = temporal or {}
+        self.passes = FramePasses(adapter, self.reuse, self.temporal)
         self._wrap_towers()
         for modality in adapter.modalities:
             name = f"get_{modality}_features"
@@ -174,10 +175,9 @@ class VisionHooks:
             if context.call is not None:
                 context.call.encoded[modality] = getattr(known, ENCODED)
             return known
-        context.capture = capture = Capture(
-            modality, self.needs[modality], frames=self._frames(modality, given, stream)
-        )
-        capture.temporal = self._temporal_pass(modality, given, stream)
+        frames = self.passes.of_reuse(modality, given, stream)
+        context.capture = capture = Capture(modality, self.needs[modality], frames=frames)
+        capture.temporal = self.passes.of_attention(modality, given, stream)
         try:
             with self.timer("tower"):
                 output = original(*args, **kwargs)
@@ -261,46 +261,6 @@ class VisionHooks:
                     picks.append(self.select(replace(item, memory=memory)))
         stream.memory = memory
         encoded.picks = picks if self.select is not None else None
-
-    def _frames(self, modality: str, given: dict[str, Any], stream: StreamState | None) -> FramePass | None:
-        """The frames of a call that reuses: every video is a stream, or all continue the given stream."""
-        reuse = self.reuse.get(modality)
-        if isinstance(reuse, PixelReuse) and reuse.interval == 1:
-            return PixelPass([], stream)
-        if reuse is None or (stream is None and modality != "video"):
-            return None
-        frames = self.adapter.frames(modality, given)
-        if stream is not None and modality == "video" and len(frames) > 1:
-            raise ValueError(
-                f"A stream goes on with one video per call, found {len(frames)}: give each video a"
-                " vtoken.stream of its own."
-            )
-        if not frames:
-            return None
-        kind = PixelPass if isinstance(reuse, PixelReuse) else FramePass
-        return kind(frames if stream is None else [sum(frames)], stream)
-
-    def _temporal_pass(
-        self, modality: str, given: dict[str, Any], stream: StreamState | None
-    ) -> TemporalPass | None:
-        """The frames of a call with attention across them: a video, or what continues a stream."""
-        if modality not in self.temporal:
-            return None
-        first = min(self.temporal[modality]().layers)
-        if stream is None and modality == "image":
-            return TemporalPass(None, None, first)
-        frames = self.adapter.frames(modality, given)
-        if stream is not None and modality == "video" and len(frames) > 1:
-            raise ValueError(
-                f"A stream goes on with one video per call, found {len(frames)}: give each video a"
-                " vtoken.stream of its own."
-            )
-        if stream is not None and not frames:
-            raise ValueError(
-                "Images that the model cuts into crops are no frames of a stream for a strategy with"
-                " attention across frames: give them outside of vtoken.stream, or use another strategy."
-            )
-        return TemporalPass(frames if stream is None else [sum(frames)], stream, first)
 
     def _encode_frames(
         self, modality: str, original: Callable[..., Any], like: dict[str, Any], pixels: Tensor
