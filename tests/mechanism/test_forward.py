@@ -232,3 +232,22 @@ def test_numbers_per_token_that_are_not_shortened(monkeypatch):
     decoder.forward = reads
     with vtoken.applied(model, "random"), pytest.raises(NotImplementedError, match="given ngram_ids, a"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("options", [FRONT, BOTH], ids=["before", "both"])
+@pytest.mark.parametrize("expert", ["qwen3_vl_moe", "glm4v_moe"])
+@torch.no_grad()
+def test_the_load_balancing_loss_counts_the_tokens_that_are_read(expert, options):
+    """The model's head counts them by attention_mask, which has all tokens of the prompt."""
+    model, inputs = subject(expert), FAMILIES[expert].batch("one")
+    with patched(model, **options):
+        with pytest.raises(
+            NotImplementedError, match="mixture of experts counts every token of attention_mask"
+        ):
+            model(**clone(inputs), output_router_logits=True)
+        out = model(
+            **{k: x for k, x in clone(inputs).items() if k != "attention_mask"}, output_router_logits=True
+        )
+        kept = vtoken.report(model).tokens_per_layer
+        assert [len(x) for x in out.router_logits] == kept[-len(out.router_logits) :] and out.aux_loss > 0
+    assert model(**clone(inputs), output_router_logits=True).aux_loss > 0

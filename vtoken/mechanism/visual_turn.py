@@ -78,6 +78,7 @@ class VisualTurn:
         if plan is None and turn.fresh and not inside and not stores:
             self._observe(run, turn)
             return None  # nothing to drop
+        self._check_experts(turn, kwargs)
         self._own_cache(turn, run)
         kwargs = self.kept.of(turn, run, plan, kwargs)
         if stores:
@@ -157,6 +158,15 @@ class VisualTurn:
                 " prefill_chunk_size."
             )
         self.layers.check_windows(tokens + prompt.new_tokens)
+
+    def _check_experts(self, turn: Turn, kwargs: dict[str, Any]) -> None:
+        """Raise NotImplementedError if the model's head will count dropped tokens in a mixture's loss."""
+        if kwargs.get("output_router_logits") and turn.mask_2d is not None and not self.context.disabled:
+            raise NotImplementedError(
+                "The load-balancing loss of a mixture of experts counts every token of attention_mask, of"
+                " which the strategy drops some: leave out output_router_logits=True, or attention_mask if no"
+                " row is padded."
+            )
 
     # -- gather ----------------------------------------------------------------------------------------------
     def _own_cache(self, turn: Turn, run: Run) -> None:
