@@ -71,11 +71,17 @@ def kernel():
         manager = AsyncKernelManager(
             kernel_spec_manager=Own(), transport="ipc", connection_file=f"{folder}/kernel.json"
         )
+        client = nbclient.NotebookClient(
+            nbformat.v4.new_notebook(), km=manager, timeout=300, resources={"metadata": {"path": folder}}
+        )
         try:
-            yield nbclient.NotebookClient(
-                nbformat.v4.new_notebook(), km=manager, timeout=300, resources={"metadata": {"path": folder}}
-            )
+            yield client
         finally:
+            if (
+                client.kc is not None
+            ):  # its finaliser logs about open channels, to a stream that is closed by then
+                client.kc.stop_channels()
+                client.kc.context.destroy(linger=0)
             run_sync(manager.shutdown_kernel)(now=True)
 
 
