@@ -148,7 +148,9 @@ def test_a_broken_package_gives_one_warning_that_names_it(fresh, case):
     )
     names, said = listed()
     assert names == ["toy"] and len(said) == 1, said
-    with pytest.raises(ValueError, match="The package toy-broken adds 'toy_a', which cannot be used: ") as told:
+    with pytest.raises(
+        ValueError, match="The package toy-broken adds 'toy_a', which cannot be used: "
+    ) as told:
         strategies.create("toy_a")  # the warning may be far above by then, or in another log
     assert words in str(told.value)
     assert said[0].startswith("The package toy-broken adds to vtoken.strategies") and words in said[0]

@@ -19,13 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command, short_help="The board of the tiny models that ship with vtoken.")
-@listed(
-    "--model",
-    "models",
-    default=["llava"],
-    show_default=True,
-    help="Tiny models, separated by commas.",
-)
+@listed("--model", "models", default=["llava"], show_default=True, help="Tiny models, separated by commas.")
 @click.option("--all", "everything", is_flag=True, help="All tiny models that ship with vtoken.")
 @listed(
     "--strategies",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..asking import quiet
+from ..asking import TINY_KNOWS, quiet, ships
 from ..extras import require
 from .options import MODEL, Budget, Command, Group, command_line, console, listed, progress
 
@@ -173,6 +173,8 @@ def run(
         for where, task in made:
             task.max_new_tokens = max_new_tokens or task.max_new_tokens
             one_task(task, asker, where, runs, optional, batch_size, str(model_id or "llava"), processes)
+        if ships(model_id) and not example and not processes.index:
+            console().print(TINY_KNOWS, highlight=False)
 
 
 def one_task(
@@ -221,7 +223,7 @@ def one_task(
                 raise ValueError(f"{run.name}: {outcome}")
     if not main:
         return
-    title = f"{task.title}, {model}"
+    title = f"{task.title}, {'tiny ' * ships(model)}{model}"
     for o in outcomes:
         if o.run.strategy not in optional:
             show(out, f"\n{o.run.name}", o.breakdown.rows)

@@ -93,8 +93,8 @@ def strategy_info(name: str) -> StrategyInfo:
             raise ValueError(plugins.faults[name])
         if "," in name:
             raise ValueError(
-                f"One strategy is asked for here, found {name!r}: two that work together are joined by +, as in"
-                " 'visionzip+fastv'."
+                f"One strategy is asked for here, found {name!r}: two that work together are joined by +, as"
+                " in 'visionzip+fastv'."
             )
         near = difflib.get_close_matches(name.lower().replace("-", "_"), _registry, n=3, cutoff=0.5)
         if near:

@@ -75,8 +75,8 @@ def ask(processor: Any, metadata: Any, frames: int | None, fps: float | None, si
             if frames is None or frames <= most:
                 raise
             raise VideoError(
-                f"{type(part).__name__} cannot sample this video: it does not take frames={frames} of {total},"
-                f" ask for fewer, such as frames={most}"
+                f"{type(part).__name__} cannot sample this video: it does not take frames={frames} of"
+                f" {total}, ask for fewer, such as frames={most}"
             ) from error
 
 
