@@ -28,9 +28,18 @@ from vtoken.strategies import list_names, strategy_info
 from vtoken.strategies.trained import trained_names
 
 ROOT = Path(__file__).parents[1]
-SHOWN = ("hired", "vtc_cls", "random", "uniform", "pool")
+SHOWN = ("farcover", "hired", "vtc_cls", "random", "uniform", "pool")
 BUDGETS = (0.33, 0.2, 0.1, 0.05, 0.02)
 FASTER = ("divprune", "fastv", "stc")  # before the LLM, inside it, in the tower: the same in every shape
+PLACES = {
+    ("pixels",): "pixels, before the vision tower",
+    ("encoder",): "layers of the vision tower",
+    ("encoder", "projector"): "layers of the vision tower, and the tokens after it",
+    ("projector",): "tokens between the tower and the LLM",
+    ("prefill",): "tokens after some layers of the LLM",
+    ("cache",): "the KV cache",
+}
+SEVERAL = "several of these"
 FAMILIES = ROOT / "docs" / "families.json"
 COLUMNS = {
     "image": "images",
@@ -68,29 +77,43 @@ def board() -> str:
 
 
 def strategies() -> str:
-    infos = [strategy_info(n) for n in list_names() if strategy_info(n).cls.__module__.startswith("vtoken.")]
-    rows = [
-        [
-            f"[`{i.name}`](docs/strategies/{i.name}.md)",
-            ", ".join(i.stages),
-            i.summary,
-            "baseline" if i.baseline else i.paper.rpartition(", ")[2],
-        ]
-        for i in infos
-    ]
-    return table(["name", "where it acts", "what it does", "source"], rows)
+    """One row for all strategies that act at the same place; their index says what each does."""
+    alike: dict[str, list[str]] = {place: [] for place in (*PLACES.values(), SEVERAL)}
+    for info in map(strategy_info, list_names()):
+        if info.cls.__module__.startswith("vtoken."):
+            link = f"[`{info.name}`](docs/strategies/{info.name}.md)"
+            alike[PLACES.get(info.stages, SEVERAL)].append(f"*{link}*" if info.baseline else link)
+    return table(["acts on", "strategies"], [[place, ", ".join(links)] for place, links in alike.items()])
+
+
+def abilities() -> dict[str, tuple[str, ...]]:
+    """By model type of vtoken's own what the tests saw it do."""
+    known = json.loads(FAMILIES.read_text(encoding="utf-8"))
+    own = [kind for kind in list_families() if adapter_class(kind).__module__.startswith("vtoken.")]
+    return {kind: tuple(known.get(kind, ())) for kind in own}
+
+
+def served() -> str:
+    """The model types by what they read, and those that streams and vLLM take."""
+    known = abilities()
+    kinds = {
+        "images and videos": [kind for kind, can in known.items() if "video" in can],
+        "images": [kind for kind, can in known.items() if "video" not in can],
+        "live streams too": [kind for kind, can in known.items() if "streaming" in can],
+        "in vLLM too": [kind for kind, can in known.items() if "vllm" in can],
+    }
+    rows = [[what, ", ".join(f"`{kind}`" for kind in names)] for what, names in kinds.items()]
+    return table(["reads", "`config.model_type`"], rows)
 
 
 def families() -> str:
     """One row for all model types with the same abilities."""
-    known = json.loads(FAMILIES.read_text(encoding="utf-8"))
     alike: dict[tuple[str, ...], list[str]] = {}
-    for kind in list_families():
-        if adapter_class(kind).__module__.startswith("vtoken."):
-            alike.setdefault(tuple(known.get(kind, ())), []).append(f"`{kind}`")
+    for kind, can in abilities().items():
+        alike.setdefault(can, []).append(f"`{kind}`")
     rows = [
-        [", ".join(kinds), *("yes" if ability in abilities else "" for ability in COLUMNS)]
-        for abilities, kinds in sorted(alike.items(), key=lambda pair: pair[1])
+        [", ".join(kinds), *("yes" if ability in can else "" for ability in COLUMNS)]
+        for can, kinds in sorted(alike.items(), key=lambda pair: pair[1])
     ]
     return table(["`config.model_type`", *COLUMNS.values()], rows)
 
@@ -154,8 +177,8 @@ def save_families(record: Path) -> None:
     known: dict[str, list[str]] = json.loads(FAMILIES.read_text("utf-8")) if FAMILIES.exists() else {}
     for line in record.read_text(encoding="utf-8").splitlines():
         kind, ability, works = json.loads(line)
-        abilities = {*known.get(kind, ())} - {ability} | ({ability} if works else set())
-        known[kind] = [name for name in COLUMNS if name in abilities]
+        can = {*known.get(kind, ())} - {ability} | ({ability} if works else set())
+        known[kind] = [name for name in COLUMNS if name in can]
     known = dict(sorted(known.items()))
     FAMILIES.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
@@ -171,7 +194,7 @@ def filled(page: str, *tables: Callable[[], str]) -> str:
 
 
 PAGES = {
-    "README.md": (board, strategies, families),
+    "README.md": (board, strategies, served),
     "docs/families.md": (families, refused),
     "docs/choosing.md": (speed, answers, command),
 }

@@ -47,7 +47,8 @@ def pages() -> dict[str, str]:
 
 def index(infos: list[StrategyInfo]) -> str:
     rows = [
-        f"| [`{i.name}`]({i.name}.md) | {', '.join(i.stages)} | {', '.join(modalities(i))} | {i.summary} |"
+        f"| [`{i.name}`]({i.name}.md) | {', '.join(i.stages)} | {', '.join(modalities(i))} | {i.summary}"
+        f" | {'baseline' if i.baseline else i.paper.rpartition(', ')[2]} |"
         for i in infos
     ]
     return "\n".join(
@@ -62,8 +63,8 @@ def index(infos: list[StrategyInfo]) -> str:
             ),
             "model. The rival that needs none is a smaller image: `vtoken.resized(processor, budget)`.",
             "",
-            "| name | stage | input | what it does |",
-            "|---|---|---|---|",
+            "| name | stage | input | what it does | source |",
+            "|---|---|---|---|---|",
             *rows,
             "",
         ]

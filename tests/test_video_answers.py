@@ -13,7 +13,7 @@ from transformers.video_utils import load_video
 import vtoken
 from tests.streaming.common import model_of, processor_of
 from tests.video.media import write
-from vtoken.asking import prompt, to_model
+from vtoken.asking import TINY_KNOWS, prompt, to_model
 from vtoken.cli.main import cli
 from vtoken.video import VideoError, sample
 from vtoken.video_answers import STAGES
@@ -162,3 +162,4 @@ def test_the_command(path, capsys):
     cli.main([*arguments, "--budget", "0.25", "--max-new-tokens", "3"], standalone_mode=False)
     said = capsys.readouterr().out
     assert "farcover(budget=0.25)" in said and "4 frames" in said and "tower" in said
+    assert TINY_KNOWS in " ".join(said.split())

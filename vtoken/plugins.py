@@ -21,6 +21,7 @@ class Plugins:
 
     def __init__(self, group: str, adopt: Adopt) -> None:
         self.group, self.adopt = group, adopt
+        self.faults: dict[str, str] = {}  # by name of an entry point, why it cannot be used
         self.loaded, self.lock = False, threading.RLock()  # a plug-in may look a name up while it is imported
 
     def load(self) -> None:
@@ -37,6 +38,9 @@ class Plugins:
                     package = "unknown" if entry.dist is None else entry.dist.name
                     what = " ".join(f"{type(error).__name__}: {error}".split())
                     faults.setdefault(package, []).append(f"{entry.name} ({entry.value}): {what}")
+                    self.faults[entry.name] = (
+                        f"The package {package} adds {entry.name!r}, which cannot be used: {what}"
+                    )
         for package, found in faults.items():
             warnings.warn(
                 f"The package {package} adds to {self.group} what cannot be used, which is left out:"

@@ -37,6 +37,30 @@ def test_list_names_every_strategy():
     assert run("list", "--names", "*cls*").output.split() == vtoken.list_strategies("*cls*")
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        (("eval", "mme"), "--strategy", ["fastv", "uniform+fastv", "hired"]),
+        (("eval", "mme"), "--budgets", ["0.5", "0.2"]),
+        (("eval", "imagenet"), "--flops", ["0.7", "0.5"]),
+        (("eval", "tiny"), "--model", ["llava", "qwen2_5_vl"]),
+        (("compare",), "--strategies", ["farcover", "divprune"]),
+        (("demo", "explore"), "--strategies", ["farcover", "divprune"]),
+        (("bench",), "--strategy", ["farcover", "divprune"]),
+        (("bench",), "--shape", ["llava-1.5-7b", "llava-next-7b"]),
+    ],
+)
+def test_values_of_a_list_are_separated_by_commas_or_given_one_by_one(command, option, values):
+    """Neither form may lose a value without a word: commands of this one program look alike to their users."""
+    here = cli
+    for name in command:
+        here = here.get_command(None, name)
+    (parameter,) = (p for p in here.params if option in p.opts)
+    one_by_one = [word for value in values for word in (option, value)]
+    for given in ([option, ",".join(values)], one_by_one, [option, ", ".join(values)]):
+        assert here.make_context(command[-1], given).params[parameter.name] == values
+
+
 def test_info_shows_paper_and_defaults():
     shown = run("info", "hired").output
     for words in (
@@ -184,6 +208,8 @@ def test_bench_prints_a_ratio_per_case():
         (("eval", "tiny", "--budgets", "0"), "at least 1"),
         (("eval", "tiny", "--questions", "0"), "--questions"),
         (("nonsense",), "No such command"),
+        (("demo", "--budget", "0.2", "--seed", "1", "--budget", "0.5"), "--budget takes one value, found 2"),
+        (("eval", "mme", "--example", "--model", "a", "--model", "b"), "--model takes one value, found 2"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, tmp_path, scene_file):

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from vtoken.asking import TINY_KNOWS
 from vtoken.cli.main import cli
 
 from .canned import mme_folder
@@ -64,6 +65,15 @@ def test_mme_over_budgets(whole):
         assert len(plot.convert("RGB").getcolors(maxcolors=1 << 20)) > 20
 
 
+def test_a_tiny_model_asked_about_data_of_ones_own_says_what_it_knows(whole, tmp_path):
+    out, _, first = whole
+    given = ("--data", str(out / "example"), "--budget", "0.2", "--output", str(tmp_path / "out"))
+    result = run("mme", *given)
+    assert result.exit_code == 0 and TINY_KNOWS in " ".join(result.output.split()), result.output
+    assert TINY_KNOWS not in " ".join(first.output.split())
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["title"] == "MME, tiny llava"
+
+
 def test_a_command_without_a_plot_leaves_no_earlier_one(whole, tmp_path):
     out, _, _ = whole
     there = shutil.copytree(out, tmp_path / "out")
@@ -80,7 +90,8 @@ def test_a_second_run_takes_the_answers_over(whole):
     assert again.exit_code == 0 and "hired 0.2: 16 answers are there already" in again.output
     assert {path: path.read_bytes() for path in out.glob("*.jsonl")} == before
     assert (
-        again.output[again.output.index("MME, llava") :] == first.output[first.output.index("MME, llava") :]
+        again.output[again.output.index("MME, tiny llava") :]
+        == first.output[first.output.index("MME, tiny llava") :]
     )
     other = run(*arguments, "--protocol", "lmms-eval")
     assert (
@@ -143,7 +154,7 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
     assert {k: v for k, v in two[0].items() if k not in measured} == {
         k: v for k, v in one[1].items() if k not in measured
     }
-    assert made.stdout.count("perception") >= 1 and made.stdout.count("MME, llava") == 1
+    assert made.stdout.count("perception") >= 1 and made.stdout.count("MME, tiny llava") == 1
 
 
 @pytest.mark.parametrize(

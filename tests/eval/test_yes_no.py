@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -116,6 +118,17 @@ def test_images_are_those_of_their_rows(tmp_path, layout):
     seen = [task.prompt(item).image.getpixel((0, 0)) for item in task.items]
     assert seen == [(40 * (i // 2), 0, 0) for i in range(6)]
     assert task.items[0].name == "existence: existence/e1.png: Is a dog here? Please answer yes or no."
+
+
+@pytest.mark.parametrize("cell", ["e1.png", None, {"bytes": None, "path": "e1.png"}])
+def test_an_image_that_is_only_named_says_what_to_store(tmp_path, cell):
+    rows = [row | {"image": cell} for row in mme_rows()]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
+    item = load(tmp_path)[0]
+    with pytest.raises(
+        Unreadable, match=r"column 'image' has .* in this row: store the bytes of a PNG or JPEG"
+    ):
+        MME([item]).prompt(item)
 
 
 def spoiled(**changes):

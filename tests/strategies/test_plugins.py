@@ -148,11 +148,30 @@ def test_a_broken_package_gives_one_warning_that_names_it(fresh, case):
     )
     names, said = listed()
     assert names == ["toy"] and len(said) == 1, said
+    with pytest.raises(
+        ValueError, match="The package toy-broken adds 'toy_a', which cannot be used: "
+    ) as told:
+        strategies.create("toy_a")  # the warning may be far above by then, or in another log
+    assert words in str(told.value)
     assert said[0].startswith("The package toy-broken adds to vtoken.strategies") and words in said[0]
     assert "\n" not in said[0] and said[0].endswith(".") and "toy-good" not in said[0]
     assert listed() == (["toy"], []), "it is said once"
     with pytest.raises(ValueError, match="Unknown strategy 'toy_bad'"):
         strategies.create("toy_bad")
+
+
+def test_a_class_that_only_inherits_from_a_dataclass_says_why_it_has_no_option(fresh):
+    text = STRATEGY.format(name="toy", default=1.0).replace("@dataclass\n", "")
+    install(fresh, "toy_bare", {"vtoken.strategies": {"toy": "toy_bare"}}, __init__=text)
+    with pytest.raises(ValueError, match=r"no option 'power': it takes .*; write @dataclass above Toy"):
+        strategies.create("toy", power=2.0)
+    with pytest.raises(ValueError, match=r"no option 'powers': it takes [^;]*\.$"):
+        strategies.create("toy", powers=2.0)
+
+
+def test_two_names_with_a_comma_are_told_how_they_are_joined():
+    with pytest.raises(ValueError, match=r"found 'hired,fastv': .* joined by \+, as in 'visionzip\+fastv'"):
+        strategies.strategy_info("hired,fastv")
 
 
 def test_a_package_that_looks_a_name_up_while_it_is_imported(fresh):

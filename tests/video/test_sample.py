@@ -289,13 +289,24 @@ print(peak() - before)
         ({"frames": 2, "size": (8, 8), "backend": "decord"}, "decord scales no frames"),
         ({"frames": 2, "processor": 3}, "int has no video processor"),
         ({"frames": 2, "size": (8, 8), "scaled": True, "processor": Qwen2VLVideoProcessor()}, "not both"),
-        ({"frames": 97, "processor": LlavaOnevisionVideoProcessor()}, "cannot sample this video: .*exceeds"),
+        (
+            {"frames": 97, "processor": LlavaOnevisionVideoProcessor()},
+            "cannot sample this video: it does not take frames=97 of 96, ask for fewer, such as frames=96",
+        ),
         ({"frames": 50, "limits": Limits(nbytes=2**19)}, "0.0 GiB"),
     ],
 )
 def test_refusals(clip, asked, message):
     with pytest.raises(VideoError, match=message):
         sample(clip, **asked)
+
+
+def test_a_number_that_a_processor_rounds_up_is_told_with_one_that_works(tmp_path):
+    path, processor = str(write(tmp_path / "clip.mp4", 7)), Qwen2VLVideoProcessor()
+    for frames in (7, 32):
+        with pytest.raises(VideoError, match=f"does not take frames={frames} of 7, .* such as frames=6"):
+            sample(path, frames, processor=processor)
+    assert len(sample(path, 6, processor=processor).indices) == 6
 
 
 def test_other_sources(clip):

@@ -51,7 +51,7 @@ def ask(
     with out.status("loading the model") as status:
         import vtoken
 
-        from ..asking import load
+        from ..asking import TINY_KNOWS, load, ships
 
         model, processor = load(model_id, TINY)
         patched = strategy is not None or budget is not None
@@ -65,3 +65,5 @@ def ask(
             answer = vtoken.answer(model, processor, video, question, on_text=show, **options)
     out.out("\n" if answer.text else "The model ended its answer without a word.\n")
     out.print(str(answer), highlight=False, markup=False, style="dim")
+    if ships(model_id) and not video.startswith("synthetic:"):
+        out.print(TINY_KNOWS, highlight=False)

@@ -9,7 +9,7 @@ import click
 
 from ..asking import quiet
 from ..extras import require
-from .options import Budget, Command, command_line, console, progress, separated
+from .options import Budget, Command, command_line, console, listed, progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,23 +19,14 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command, short_help="The board of the tiny models that ship with vtoken.")
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    default=["llava"],
-    show_default=True,
-    help="A tiny model; may be repeated.",
-)
+@listed("--model", "models", default=["llava"], show_default=True, help="Tiny models, separated by commas.")
 @click.option("--all", "everything", is_flag=True, help="All tiny models that ship with vtoken.")
-@click.option(
+@listed(
     "--strategies",
-    callback=separated,
     help="Names separated by commas, hired,visionzip+fastv for instance; default: all that fit.",
 )
-@click.option(
+@listed(
     "--budgets",
-    callback=separated,
     help="Separated by commas; default: 0.5,0.33,0.2,0.1,0.05, of harder questions 0.33,0.2,0.1,0.05,0.02.",
 )
 @click.option(
@@ -57,7 +48,7 @@ if TYPE_CHECKING:
 )
 @click.option("--resume", is_flag=True, help="Take over cells of an interrupted run.")
 def tiny(
-    models: tuple[str, ...],
+    models: list[str],
     everything: bool,
     strategies: list[str],
     budgets: list[str],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import MODEL, Budget, Command, console, progress, separated
+from .options import MODEL, Budget, Command, console, listed, progress
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,10 +43,8 @@ class Outcome:
 @click.option("--image", type=click.Path(), help="Ask about this image instead of a generated scene.")
 @click.option("--question", help="The question; needed with --image unless a tiny model answers.")
 @click.option("--model", "model_id", help=MODEL)
-@click.option(
-    "--strategies",
-    callback=separated,
-    help="Names separated by commas; two are joined by +. [default: five that fit the model]",
+@listed(
+    "--strategies", help="Names separated by commas; two are joined by +. [default: five that fit the model]"
 )
 @click.option("--budget", type=Budget(), default="0.2", show_default=True, help="A share, or a count: 64.")
 @click.option("--output", type=click.Path(dir_okay=False), default="vtoken_compare.png", show_default=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import Budget, separated
+from .options import Budget, listed
 
 if TYPE_CHECKING:
     from ..eval.running.encoder_runs import EncoderRun
@@ -21,15 +21,15 @@ def common(strategy: str, batch_size: int, output: str) -> Callable[[Callable[..
         click.option("--pretrained", is_flag=True, help="Let timm download its weights; for timm:NAME only."),
         click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32",
                      show_default=True),
-        click.option("--strategy", "strategies", callback=separated, default=strategy, show_default=True,
-                     help="Names separated by commas."),
-        click.option("--r", "removed", callback=separated,
-                     help="Tokens removed per layer; several are several runs: 8,13,16."),
+        listed("--strategy", "strategies", default=[strategy], show_default=True,
+               help="Names separated by commas."),
+        listed("--r", "removed",
+               help="Tokens removed per layer; several are several runs: 8,13,16."),
         click.option("--budget", type=Budget(),
                      help="Share (or number) of patch tokens left after the last layer: 0.6."),
-        click.option("--budgets", callback=separated, help="Several budgets, separated by commas: 0.8,0.6."),
-        click.option("--flops", callback=separated,
-                     help="Shares of the unpatched model's FLOPs: 0.8,0.6."),
+        listed("--budgets", help="Several budgets, separated by commas: 0.8,0.6."),
+        listed("--flops",
+               help="Shares of the unpatched model's FLOPs: 0.8,0.6."),
         click.option("--prop-attn/--no-prop-attn", default=None,
                      help="Whether attention counts merged tokens by their size."),
         click.option("--option", "others", multiple=True, metavar="KEY=VALUE",

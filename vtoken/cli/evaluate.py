@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..asking import quiet
+from ..asking import TINY_KNOWS, quiet, ships
 from ..extras import require
-from .options import MODEL, Budget, Command, Group, command_line, console, progress, separated
+from .options import MODEL, Budget, Command, Group, command_line, console, listed, progress
 
 if TYPE_CHECKING:
     from ..eval.benchmarks.task import Task
@@ -38,13 +38,13 @@ def common(default_output: str) -> Callable[[Callable[..., None]], Callable[...,
     """The options that all benchmarks have."""
     options = [
         click.option("--model", "model_id", help=MODEL + " [default: llava]"),
-        click.option("--strategy", "strategies", callback=separated, default="hired", show_default=True,
-                     help="Names separated by commas; two that work together are joined by +."),
+        listed("--strategy", "strategies", default=["hired"], show_default=True,
+               help="Names separated by commas; two that work together are joined by +."),
         click.option("--budget", type=Budget(), help="One budget, such as 0.2, without baselines."),
-        click.option("--budgets", callback=separated,
-                     help="Several, such as 1.0,0.5,0.2, with baselines and a plot."),
-        click.option("--baselines", callback=separated, default=None,
-                     help=f"Baselines to run as well; default with --budgets: {BASELINES}. none: without."),
+        listed("--budgets",
+               help="Several, such as 1.0,0.5,0.2, with baselines and a plot."),
+        listed("--baselines",
+               help=f"Baselines to run as well; default with --budgets: {BASELINES}. none: without."),
         click.option("--protocol", type=click.Choice(PROTOCOLS), default="strict", show_default=True,
                      help="Whose prompts and reading of answers; see docs/evaluation.md."),
         click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True),
@@ -173,6 +173,8 @@ def run(
         for where, task in made:
             task.max_new_tokens = max_new_tokens or task.max_new_tokens
             one_task(task, asker, where, runs, optional, batch_size, str(model_id or "llava"), processes)
+        if ships(model_id) and not example and not processes.index:
+            console().print(TINY_KNOWS, highlight=False)
 
 
 def one_task(
@@ -221,7 +223,7 @@ def one_task(
                 raise ValueError(f"{run.name}: {outcome}")
     if not main:
         return
-    title = f"{task.title}, {model}"
+    title = f"{task.title}, {'tiny ' * ships(model)}{model}"
     for o in outcomes:
         if o.run.strategy not in optional:
             show(out, f"\n{o.run.name}", o.breakdown.rows)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..extras import require
-from .options import Budget, Command, fail, page_options, separated
+from .options import Budget, Command, fail, listed, page_options
 
 TINY = "qwen2_5_vl"  # reads pictures and clips
 SESSIONS = 8  # browsers with a file of their own at a time
@@ -26,9 +26,7 @@ UPLOADS = "Warning: visitors may upload pictures and clips, which this machine d
     help="Hub id or folder of a vision-language model, or a tiny one that ships with vtoken."
     f"  [default: {TINY}]",
 )
-@click.option(
-    "--strategies", callback=separated, help="The two to begin with, separated by a comma; a+b joins two."
-)
+@listed("--strategies", help="The two to begin with, separated by a comma; a+b joins two.")
 @click.option(
     "--budget", type=Budget(), default="0.2", show_default=True, help="Share of the visual tokens to keep."
 )

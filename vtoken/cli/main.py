@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import MODEL, Budget, Group, console, fail
+from .options import MODEL, Budget, Group, console, fail, listed
 
 
 @click.group(
@@ -124,14 +124,10 @@ def demo(context: click.Context, **options: Any) -> None:
 
 
 @cli.command(short_help="Time every stage with and without a strategy.")
-@click.option(
+@listed(
     "--shape",
     "shapes",
-    multiple=True,
-    help=(
-        "A published shape with random weights, or all; may be repeated. [default: llava-1.5-7b, 3"
-        " strategies]"
-    ),
+    help="Published shapes with random weights, separated by commas, or all. [default: llava-1.5-7b]",
 )
 @click.option("--model", "model_id", help=MODEL)
 @click.option(
@@ -140,11 +136,10 @@ def demo(context: click.Context, **options: Any) -> None:
     help="Of shapes: full is the published size. [default: full on a GPU, else cpu; quick without --shape]",
 )
 @click.option("--device", help="Where shapes are built; default: a GPU if there is one.")
-@click.option(
+@listed(
     "--strategy",
     "strategies",
-    multiple=True,
-    help="May be repeated; two are joined by +. [default: all that fit]",
+    help="Names separated by commas; two are joined by +. [default: all that fit; 3 without --shape]",
 )
 @click.option(
     "--budget",

@@ -6,6 +6,7 @@ import errno
 import importlib
 import shlex
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -115,7 +116,18 @@ def fail(what: object) -> click.ClickException:
 
 
 class Sentences(click.Command):
-    """Mixin: errors that a user can mend end the command with one sentence instead of a traceback."""
+    """Mixin: errors that a user can mend end the command with one sentence instead of a traceback.
+
+    An option of one value that is given twice is refused, where click takes the last and drops the others.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(list(args))
+        for param in {p.name: p for p in given}.values():
+            count = given.count(param)
+            if isinstance(param, click.Option) and count > 1 and not (param.multiple or param.is_flag):
+                ctx.fail(f"{param.opts[0]} takes one value, found {count}: leave the others out.")
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -178,9 +190,14 @@ def command_line() -> str:
     return shlex.join(["vtoken", *map(without_folders, given)]) if given else ""
 
 
-def separated(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str]:
-    """Callback of an option: the parts of a value, split at commas."""
-    return [part.strip() for part in (value or "").split(",") if part.strip()]
+def separated(ctx: click.Context, param: click.Parameter, value: Iterable[str]) -> list[str]:
+    """Callback of an option that may be repeated: the parts of its values, split at commas."""
+    return [part.strip() for one in value for part in one.split(",") if part.strip()]
+
+
+def listed(*names: str, **attributes: Any) -> Any:
+    """An option of several values, separated by commas or given one by one."""
+    return click.option(*names, multiple=True, callback=separated, **attributes)
 
 
 def console() -> Console:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
 from importlib.metadata import EntryPoint
@@ -88,6 +89,13 @@ def strategy_info(name: str) -> StrategyInfo:
     if name not in _registry:
         plugins.load()
     if name not in _registry:
+        if name in plugins.faults:
+            raise ValueError(plugins.faults[name])
+        if "," in name:
+            raise ValueError(
+                f"One strategy is asked for here, found {name!r}: two that work together are joined by +, as"
+                " in 'visionzip+fastv'."
+            )
         near = difflib.get_close_matches(name.lower().replace("-", "_"), _registry, n=3, cutoff=0.5)
         if near:
             raise ValueError(f"Unknown strategy {name!r}: did you mean {' or '.join(near)}?")
@@ -135,8 +143,10 @@ def create(name: str, **options: Any) -> Strategy:
     known = [f.name for f in fields(cls) if f.init]
     unknown = [o for o in options if o not in known]
     if unknown:
+        bare = "__dataclass_fields__" not in vars(cls) and set(unknown) & set(inspect.get_annotations(cls))
+        why = f"; write @dataclass above {cls.__name__} to make its fields options" if bare else ""
         raise ValueError(
-            f"{name} has no option {', '.join(map(repr, unknown))}: it takes {', '.join(known)}."
+            f"{name} has no option {', '.join(map(repr, unknown))}: it takes {', '.join(known)}{why}."
         )
     return cls(**options)
 

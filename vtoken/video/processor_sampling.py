@@ -67,7 +67,17 @@ def ask(processor: Any, metadata: Any, frames: int | None, fps: float | None, si
     except VideoError:
         # where the two exclude each other, the one in the processor's configuration must go
         setattr(part, other, None)
-        return _run(part, metadata, {**given, other: None}, size)
+        try:
+            return _run(part, metadata, {**given, other: None}, size)
+        except VideoError as error:
+            total = metadata.total_num_frames
+            most = total - total % 2 if total > 2 else total  # some round up to an even number
+            if frames is None or frames <= most:
+                raise
+            raise VideoError(
+                f"{type(part).__name__} cannot sample this video: it does not take frames={frames} of"
+                f" {total}, ask for fewer, such as frames={most}"
+            ) from error
 
 
 def _run(part: Any, metadata: Any, given: dict[str, Any], size: bool) -> Asked:

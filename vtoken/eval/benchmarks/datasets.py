@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from ...checks import found
 from ...images import open_image
 
 Row = dict[str, Any]
@@ -126,8 +127,10 @@ class ImageCell:
         """The file in the cell. Raises ValueError if there is none."""
         cell = _image_group(self.path, self.group, self.column)[self.row]
         data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not data:
-            raise ValueError(f"the column {self.column!r} has no bytes in this row")
+        if not isinstance(data, bytes) or not data:
+            raise ValueError(
+                f"the column {self.column!r} has {found(cell)} in this row: store the bytes of a PNG or JPEG"
+            )
         return io.BytesIO(data)
 
     def __call__(self) -> Image.Image:
