@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ._json import check_depth, read
 from .checks import fit_field, found
+from .naming import name_of, split_outside
 from .strategies import Strategy
 from .strategies.budgets import UNIT, Budget, check_budget, with_unit
 from .strategies.trained import trained_names
@@ -238,5 +239,5 @@ def _options(strategy: Strategy) -> dict[str, Any]:
 
 def is_trained(names: str | list[str]) -> bool:
     """Whether a strategy of these names has weights; False for names that are not known."""
-    some = names.split("+") if isinstance(names, str) else names
-    return not set(trained_names()).isdisjoint(map(str.strip, some))
+    some = split_outside(names, "+") if isinstance(names, str) else names
+    return not set(trained_names()).isdisjoint(map(name_of, some))

@@ -236,6 +236,8 @@ def test_a_typed_name_is_what_box_and_card_show(page):
     shown = visitor.press("show", "picture 1", question, "visionzip+fastv", HOSTILE, 0.2)
     assert "<h2>visionzip+fastv</h2>" in shown[1] and "100 of 100" in shown[0] and "<img" in shown[1]
     assert "Unknown strategy" in shown[2] and "<img" not in shown[2] and "&lt;img" in shown[2]
+    shown = visitor.press("show", "picture 1", question, "hired(score=received)", None, 0.2)
+    assert "A strategy gets its options when the page is started" in shown[1]
     shown = visitor.press("show", "picture 1", question, "tempme", None, 0.2)
     assert "defined for plain encoders" in shown[1] and "Choose a strategy first" in shown[2]
     a, b = visitor.press("choose", "picture 2", "pool+fastv", "tempme", 4)[2:4]

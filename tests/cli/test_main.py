@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import subprocess
 import sys
@@ -521,3 +522,14 @@ def test_compare_refuses_in_one_sentence(tmp_path, scene_file):
     assert Path(scene_file).read_bytes() == before
     shown = run("compare", "--image", str(scene_file), "--output", str(tmp_path / "own.png"))
     assert shown.exit_code == 0 and "how many objects" in shown.output
+
+
+def test_options_in_a_name_reach_the_strategy(tmp_path):
+    names = "random,random(seed=7),visionzip+fastv(layer=1)"
+    out = run("compare", "--strategies", names, "--budget", "0.3", "--output", str(tmp_path / "a.png")).output
+    assert "random(seed=7)" in out and "visionzip+fastv(layer=1)" in out
+    given = ["--example", "--strategy", "random,random(seed=7)", "--budget", "0.05"]
+    run("eval", "mme", *given, "--output", str(tmp_path / "mme"))
+    runs = json.loads((tmp_path / "mme" / "results.json").read_text())["runs"]
+    assert [r["run"]["strategy"] for r in runs] == ["random", "random(seed=7)"]
+    assert runs[0]["wrong"] != runs[1]["wrong"]

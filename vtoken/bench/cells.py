@@ -13,6 +13,7 @@ import vtoken
 
 from ..stage_times import PHASES, Times
 from ..strategies.budgets import Budget
+from ..strategies.registry import parse_strategy
 from .shapes import Workload
 from .timing import decode, floor, peak_bytes, prefill, spread
 
@@ -34,8 +35,7 @@ class Cell:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        names = self.strategy.split("+")
-        given = names if len(names) > 1 else names[0]
+        given = parse_strategy(self.strategy)
         with warnings.catch_warnings(), vtoken.applied(self.work.model, given, budget=self.budget):
             warnings.filterwarnings("ignore", "The weights of")  # new ones take the same time as trained ones
             yield

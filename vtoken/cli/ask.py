@@ -21,7 +21,11 @@ TINY, FRAMES = "qwen2_5_vl", 32
     help="Hub id or folder of a model that reads videos; default: a shipped tiny one, which knows digits and"
     " shapes that appear one after the other.",
 )
-@click.option("--strategy", help="See `vtoken list`; two are joined by +. [default: farcover]")
+@click.option(
+    "--strategy",
+    help="See `vtoken list`; two are joined by +, options stand in parentheses: 'fastv(layer=3)'."
+    " [default: farcover]",
+)
 @click.option(
     "--budget",
     type=Budget(),

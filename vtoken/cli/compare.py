@@ -44,7 +44,9 @@ class Outcome:
 @click.option("--question", help="The question; needed with --image unless a tiny model answers.")
 @click.option("--model", "model_id", help=MODEL)
 @listed(
-    "--strategies", help="Names separated by commas; two are joined by +. [default: five that fit the model]"
+    "--strategies",
+    help="Names separated by commas; two are joined by +, options stand in parentheses: 'fastv(layer=3)'."
+    " [default: five that fit the model]",
 )
 @click.option("--budget", type=Budget(), default="0.2", show_default=True, help="A share, or a count: 64.")
 @click.option("--output", type=click.Path(dir_okay=False), default="vtoken_compare.png", show_default=True)

@@ -39,7 +39,8 @@ def common(default_output: str) -> Callable[[Callable[..., None]], Callable[...,
     options = [
         click.option("--model", "model_id", help=MODEL + " [default: llava]"),
         listed("--strategy", "strategies", default=["hired"], show_default=True,
-               help="Names separated by commas; two that work together are joined by +."),
+               help="Names separated by commas; two that work together are joined by +, options stand in"
+                    " parentheses: 'fastv(layer=3)'."),
         click.option("--budget", type=Budget(), help="One budget, such as 0.2, without baselines."),
         listed("--budgets",
                help="Several, such as 1.0,0.5,0.2, with baselines and a plot."),

@@ -163,6 +163,8 @@ class Explorer:
                     offered = ", ".join(self.strategies(kind))
                     return f"{part} is not defined for {kind} input: use {offered}."
             if name not in self._fit:
+                if "(" in name:
+                    return "A strategy gets its options when the page is started: choose one from the list."
                 with self._turn, applied(self.model, parse_strategy(name), budget=_middle(name)):
                     pass
         except (ValueError, NotImplementedError) as error:

@@ -102,7 +102,10 @@ def show_info(name: str) -> None:
 @click.option("--image", type=click.Path(), help="Ask about this image instead of a generated scene.")
 @click.option("--question", help="The question; needed with --image unless the tiny model answers.")
 @click.option(
-    "--strategy", default="hired", show_default=True, help="See `vtoken list`; two are joined by +."
+    "--strategy",
+    default="hired",
+    show_default=True,
+    help="See `vtoken list`; two are joined by +, options stand in parentheses: 'fastv(layer=3)'.",
 )
 @click.option("--budget", type=Budget(), help="A share such as 0.2, or a count: 64.  [default: 0.2]")
 @click.option("--model", "model_id", help=MODEL)
@@ -139,7 +142,8 @@ def demo(context: click.Context, **options: Any) -> None:
 @listed(
     "--strategy",
     "strategies",
-    help="Names separated by commas; two are joined by +. [default: all that fit; 3 without --shape]",
+    help="Names separated by commas; two are joined by +, options stand in parentheses: 'fastv(layer=3)'."
+    " [default: all that fit; 3 without --shape]",
 )
 @click.option(
     "--budget",

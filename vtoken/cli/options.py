@@ -13,6 +13,7 @@ import click
 
 from ..asking import out_of_memory
 from ..checks import without_folders
+from ..naming import split_outside
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -192,7 +193,7 @@ def command_line() -> str:
 
 def separated(ctx: click.Context, param: click.Parameter, value: Iterable[str]) -> list[str]:
     """Callback of an option that may be repeated: the parts of its values, split at commas."""
-    return [part.strip() for one in value for part in one.split(",") if part.strip()]
+    return [part for one in value for part in split_outside(one, ",") if part]
 
 
 def listed(*names: str, **attributes: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..checks import found, number
+from ..naming import name_of, split_options
 from .base import Strategy
 from .composition import Composite
 from .registry import check_methods, create, parse_strategy, split_names
@@ -39,6 +40,7 @@ def combine(parts: Sequence[Any], budget: float | int | None = None, **options: 
     """
     split, positions = options.pop("split", 0.5), options.pop("positions", None)
     made: list[Strategy] = []
+    budgets: dict[str, Any] = {}  # of their own
     for part in split_names(parts):
         if isinstance(part, type) and issubclass(part, Strategy):
             part = part.info.name
@@ -50,7 +52,10 @@ def combine(parts: Sequence[Any], budget: float | int | None = None, **options: 
                 )
             made.append(part)
         elif isinstance(part, str):
-            given = options_of(part, options)
+            name, own = split_options(part)
+            given = options_of(name, options)
+            if "budget" in (told := given | own):
+                budgets[name] = told["budget"]
             made.append(create(part, **({} if positions is None else {"positions": positions}) | given))
         else:
             raise TypeError(
@@ -61,7 +66,14 @@ def combine(parts: Sequence[Any], budget: float | int | None = None, **options: 
             f"A combination takes split, positions and one mapping per strategy, found {', '.join(options)}: "
             f"write for example {made[-1].info.name}={{...}}."
         )
-    return Composite(budget, made, split=split)
+    whole = Composite(budget, made, split=split)
+    for part in whole.ordered:
+        if part.budget != budgets.get(part.info.name, part.budget):
+            raise ValueError(
+                f"{part.info.name} has a budget of its own, {budgets[part.info.name]}, and a part of"
+                f" budget={budget}, which is shared: leave one out."
+            )
+    return whole
 
 
 def assemble(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
@@ -74,7 +86,7 @@ def assemble(strategy: Any, budget: float | int | None, options: dict[str, Any])
 def _assemble(strategy: Any, budget: float | int | None, options: dict[str, Any]) -> Strategy:
     if isinstance(strategy, list | tuple) and len(strategy) == 1:
         strategy = strategy[0]
-        options = options_of(strategy, options) | options if isinstance(strategy, str) else options
+        options = options_of(name_of(strategy), options) | options if isinstance(strategy, str) else options
     if isinstance(strategy, str):
         strategy = parse_strategy(strategy)
     if isinstance(strategy, list | tuple):

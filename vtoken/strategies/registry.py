@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint
 from typing import Any, TypeVar
 
 from ..checks import fit, found
+from ..naming import name_of, split_options, split_outside
 from ..plugins import Plugins, same_package
 from .base import Strategy
 from .info import BudgetMeans, Stage, StrategyInfo
@@ -83,9 +84,15 @@ plugins = Plugins("vtoken.strategies", _adopt)
 
 
 def strategy_info(name: str) -> StrategyInfo:
-    """Metadata of one strategy. Raises ValueError with near names if there is none of that name."""
+    """Metadata of one strategy, named with or without options: "fastv", "fastv(layer=3)".
+
+    Raises:
+        TypeError: for what is no text.
+        ValueError: if there is none of that name, with near names.
+    """
     if not isinstance(name, str):
         raise TypeError(f"A strategy is named by a string, found {type(name).__name__}.")
+    name = name_of(name)
     if name not in _registry:
         plugins.load()
     if name not in _registry:
@@ -112,19 +119,20 @@ def modalities_of(name: str) -> tuple[str, ...]:
 
 
 def parse_strategy(text: str) -> str | list[str]:
-    """A registered name, or the list of several that are joined by "+".
+    """A registered name, or the list of several that are joined by "+", each with its options if it has some.
 
     Raises:
         TypeError: for what is no text.
-        ValueError: for a name that is not registered.
+        ValueError: for a name that is not registered, or for options that cannot be read.
     """
     if not isinstance(text, str):
         raise TypeError(f"A strategy is named by a string, found {found(text)}.")
-    names = [name.strip() for name in text.split("+")]
+    names = split_outside(text, "+")
     if len(names) > 1 and not all(names):
         raise ValueError(f'Names of strategies are joined as in "visionzip+fastv", found {found(text)}.')
     for name in names:
         strategy_info(name)
+        split_options(name)
     return names if len(names) > 1 else names[0]
 
 
@@ -138,8 +146,18 @@ def split_names(parts: Iterable[Any]) -> list[Any]:
 
 
 def create(name: str, **options: Any) -> Strategy:
-    """Make the strategy `name` with the given hyper-parameters; ValueError names those it does not have."""
+    """Make the strategy `name` with the given hyper-parameters, in addition to those that the name has.
+
+    Raises:
+        ValueError: for hyper-parameters that it does not have, or that are given twice.
+    """
     cls = strategy_info(name).cls
+    name, own = split_options(name)
+    if twice := sorted(own.keys() & options.keys()):
+        raise ValueError(
+            f"{name} is given {twice[0]} twice, {own[twice[0]]!r} and {options[twice[0]]!r}: leave one out."
+        )
+    options = own | options
     known = [f.name for f in fields(cls) if f.init]
     unknown = [o for o in options if o not in known]
     if unknown:

@@ -24,7 +24,7 @@ LONGEST = 200  # characters of a title and of a setting
 LONGEST_COMMAND = 1000
 VERSIONS = ("vtoken", "transformers", "torch", "python")
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-STRATEGY = re.compile(r"[a-zA-Z][\w.+-]{0,79}", re.ASCII)
+STRATEGY = re.compile(r"[a-zA-Z][\w.+()=,' /-]{0,199}", re.ASCII)
 COMMAND = "vtoken eval "
 TASKS = ("mme", "videomme", "tiny")
 TOKEN = re.compile(r"\bhf_\w{20,}")  # of the Hub

@@ -7,11 +7,12 @@ import hashlib
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ...naming import split_options
 from ...strategies.registry import parse_strategy
 from .board import BUDGETS, LOWER, Batch, Board, Cell, key, measure, versions
 from .tower_memo import TowerMemo
@@ -58,8 +59,12 @@ class Subject:
         from ... import tiny
         from ...config import VTokenConfig
 
-        folder = tiny.trained(self.name).get(name or "")
-        return name if folder is None else VTokenConfig.from_pretrained(folder)
+        plain, options = split_options(name or "")
+        folder = tiny.trained(self.name).get(plain)
+        if folder is None:
+            return name
+        config = VTokenConfig.from_pretrained(folder)
+        return replace(config, options=config.options | options)
 
     def fitting(self) -> list[str]:
         """Strategies that fit the model at budget 0.5 and the medium; for images none about frames.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...strategies import strategy_info
+from ...strategies.registry import split_names
 from ..benchmarks.encoder_task import EncoderTask
 from ..benchmarks.task import Breakdown
 from .answer_log import Record
@@ -54,7 +55,7 @@ def plan(strategies: Sequence[str], amounts: Mapping[str, Sequence[Any]], **opti
     """
     runs = [DENSE]
     for name in dict.fromkeys(strategies):
-        has_r = any("r" in strategy_info(part).defaults for part in name.split("+"))
+        has_r = any("r" in strategy_info(part).defaults for part in split_names([name]))
         pairs = [(key, v) for key, some in amounts.items() if key != "r" or has_r for v in some]
         if not pairs and any(amounts.values()):
             raise ValueError(f"{name} has no option 'r': give --budgets or --flops for it.")

@@ -83,7 +83,7 @@ def show(out: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for i, head in enumerate(rows[0]):
-        table.add_column(escape(head), justify="right" if i else "left", no_wrap=i > 0)
+        table.add_column(escape(head), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
     for row in rows[1:]:
         table.add_row(*map(escape, row))
     out.print(table)
