@@ -234,7 +234,10 @@ def test_a_tensor_with_too_many_pixels_is_refused_before_it_comes_from_its_devic
         def cpu(self, *args, **kwargs):
             raise AssertionError("it is copied")
 
-    for shape, match in (((2**14, 2**14, 3), "has pictures of 16384 x 16384"), ((2**14, 2**14), "A frame is")):
+    for shape, match in (
+        ((2**14, 2**14, 3), "has pictures of 16384 x 16384"),
+        ((2**14, 2**14), "A frame is"),
+    ):
         huge = torch.zeros(1, dtype=torch.uint8).expand(shape).as_subclass(Away)
         with pytest.raises((TypeError, ValueError), match=match):
             pixels(huge)
