@@ -87,11 +87,9 @@ def pixels(image: Any, limits: Limits | None = PHOTO) -> np.ndarray:
 
 def _check_array(image: Any, shape: tuple[int, ...], dtype: str, limits: Limits | None) -> None:
     """Refuse what is no frame or too large, before it is copied."""
-    frame = len(shape) == 3 and shape[-1] == 3 and dtype == "uint8"
-    if not frame or 0 in shape:
-        raise (ValueError if frame else TypeError)(
-            f"{_FRAME}, found {type(image).__name__} of shape {shape} and {dtype}."
-        )
+    wrong = TypeError if len(shape) != 3 or shape[-1] != 3 or dtype != "uint8" else ValueError
+    if wrong is TypeError or 0 in shape:
+        raise wrong(f"{_FRAME}, found {type(image).__name__} of shape {shape} and {dtype}.")
     excess = given(limits).excess_pixels(shape[1], shape[0])
     if excess:
         raise ValueError(f"The picture {excess}.")
