@@ -101,6 +101,18 @@ def test_names_that_no_file_can_have_are_refused(page):
     assert visitor.http.get("config", headers={"origin": "http://[x"}).status_code == 403
 
 
+def test_an_event_is_read_in_one_way_only(page):
+    """What two parsers of JSON may read differently is refused, whichever the server uses."""
+    http = Visitor(page).http
+    for body in (
+        b'{"data": [], "data": [{"path": "/etc/passwd"}], "fn_index": 0, "session_hash": "x"}',
+        b'{"data": [NaN], "fn_index": 0, "session_hash": "x"}',
+        '{"data": [], "fn_index": 0, "session_hash": "x"}'.encode("utf-16"),
+        b'{"data": ' + b"[" * 200 + b"]" * 200 + b', "fn_index": 0, "session_hash": "x"}',
+    ):
+        assert http.post("gradio_api/queue/join", content=body).status_code == 403
+
+
 # -- uploads -------------------------------------------------------------------------------------------------
 def test_an_upload_that_breaks_off_leaves_nothing(page):
     with connected(page) as connection:

@@ -7,7 +7,6 @@ name of an upload that is asked about.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import shutil
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .._json import parse
 
 MOST_FILES = 256  # that lie in the folder
 UNNAMED = 60.0  # seconds for which a file lies there without an event that names it
@@ -141,10 +142,13 @@ def _is_plain(path: str) -> bool:
 
 
 def files_named(body: bytes) -> list[dict[str, Any]] | None:
-    """The mappings in an event that gradio takes for files, wherever they stand; None if it is no JSON."""
+    """The mappings in an event that gradio takes for files, wherever they stand.
+
+    None if it is no JSON, or such as parsers read differently: a key is there twice, or it is not in UTF-8.
+    """
     try:
-        return list(_files(json.loads(body)))
-    except (ValueError, RecursionError):
+        return list(_files(parse(body)))
+    except ValueError:
         return None
 
 
