@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers.image_utils import load_image
 
 from vtoken.cli.demo import open_image as of_the_command_line
 from vtoken.eval.benchmarks.task import decoded
 from vtoken.images import open_image, pixels, rgb
 from vtoken.streaming.pictures import picture_of
-from vtoken.video import LiveReader, VideoError, open_video
+from vtoken.video import Limits, LiveReader, VideoError, open_video
 
 ORIENTATION = 0x112
 
@@ -226,3 +227,32 @@ def test_an_array_with_too_many_pixels_is_refused_before_it_is_copied():
             way()
         assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
         tracemalloc.stop()
+
+
+def test_a_tensor_with_too_many_pixels_is_refused_before_it_comes_from_its_device():
+    class Away(torch.Tensor):
+        def cpu(self, *args, **kwargs):
+            raise AssertionError("it is copied")
+
+    for shape, match in (
+        ((2**14, 2**14, 3), "has pictures of 16384 x 16384"),
+        ((2**14, 2**14), "A frame is"),
+    ):
+        huge = torch.zeros(1, dtype=torch.uint8).expand(shape).as_subclass(Away)
+        with pytest.raises((TypeError, ValueError), match=match):
+            pixels(huge)
+
+
+def test_an_icon_with_a_large_picture_is_not_decoded(tmp_path):
+    """Pillow decodes an icon while it opens it, whatever size the icon says it has."""
+    huge, path = io.BytesIO(), tmp_path / "a.png"
+    Image.new("L", (9000, 9000)).save(huge, "PNG")
+    data = huge.getvalue()
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(data), 22)
+    path.write_bytes(struct.pack("<HHH", 0, 1, 1) + entry + data)
+    with pytest.raises(ValueError, match=r"^[^\n]+\.$") as caught, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail(f"{image.size} are decoded"))
+        open_image(path, Limits(pixels=2**25))
+    assert "is an icon" in str(caught.value)
+    with path.open("rb") as file, pytest.raises(ValueError, match="is an icon"):
+        open_image(file)

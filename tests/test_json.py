@@ -288,3 +288,10 @@ def test_any_values_are_a_config_that_round_trips_or_one_sentence(values):
         return
     assert VTokenConfig.from_dict(config.to_dict()) == config
     assert config.budget == values.get("budget", 0.2) and config.options == values.get("options", {})
+
+
+def test_a_key_that_is_there_twice_among_many_is_found_at_once():
+    """Each key is looked at once: as many looks as pairs of keys would take hours here."""
+    text = "{" + ",".join(f'"{i}":0' for i in range(300_000)) + ',"299999":0}'
+    with pytest.raises(ValueError, match="the key '299999' is there twice"):
+        parse(text)

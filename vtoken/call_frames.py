@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
+from collections.abc import Mapping
 from types import CodeType, FrameType
 from typing import Any
 
@@ -47,13 +48,23 @@ def labels_given(model: Any, input_ids: Tensor | None) -> Tensor | None:
         code = frame.f_code
         if "labels" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
             found = frame.f_locals
-            mappings = (found, *(value for value in found.values() if isinstance(value, dict)))
-            if found.get("self") is model and any(m.get("input_ids") is input_ids for m in mappings):
+            if found.get("self") is model and _holds(found, input_ids):
                 labels = found.get("labels")
                 ids = isinstance(labels, Tensor) and not labels.is_floating_point()
                 return labels if ids else None
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _holds(found: dict[str, Any], input_ids: Any) -> bool:
+    """Whether one of the locals is this object, or a mapping or sequence with it."""
+    for value in found.values():
+        inner = (
+            value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+        )
+        if value is input_ids or any(each is input_ids for each in inner):
+            return True
+    return False
 
 
 def in_forward(base: Any) -> bool:

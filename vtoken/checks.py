@@ -51,11 +51,10 @@ def fit(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"{name} must be {words(hint)}, found {found(value)}.") from None
 
 
-def without_folders(argument: str, above: bool = False) -> str:
-    """An argument of a command line, of an absolute path its last part; with `above` also of `../a/b`."""
+def without_folders(argument: str) -> str:
+    """An argument of a command line, of an absolute path its last part."""
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    outside = os.path.isabs(value) or (above and value.startswith(f"..{os.sep}"))
-    return option + equals + (os.path.basename(value.rstrip(os.sep)) if outside else value)
+    return option + equals + (os.path.basename(value.rstrip(os.sep)) if os.path.isabs(value) else value)
 
 
 def fit_field(cls: Any, name: str, value: Any) -> Any:

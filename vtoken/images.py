@@ -10,8 +10,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .limits import Limits, given
 
-# Formats that are decoded in this process and name no other file; EPS, for instance, runs a program.
-FORMATS = "JPEG,MPO,PNG,WEBP,GIF,BMP,DIB,TIFF,PPM,AVIF,HEIF,JPEG2000,ICO,TGA,PCX,SGI,QOI,DDS,PSD"
+# Formats that are decoded in this process and name no other file; EPS, for instance, runs a program. No
+# icons: Pillow decodes them before their size can be looked at.
+FORMATS = "JPEG,MPO,PNG,WEBP,GIF,BMP,DIB,TIFF,PPM,AVIF,HEIF,JPEG2000,TGA,PCX,SGI,QOI,DDS,PSD"
+ICON = b"\0\0\1\0"  # its first bytes, which pass for a TGA
 PHOTO = Limits(pixels=2**27)  # large enough for the largest common phone sensor but one
 _FRAME = "A frame is an (h, w, 3) uint8 RGB array with h, w >= 1, or a PIL image"
 
@@ -34,6 +36,8 @@ def open_image(source: Any, limits: Limits | None = PHOTO, name: str | None = No
         _check_file(source, name)
     Image.init()
     try:
+        if _begins(source, ICON):
+            raise ValueError(f"{name} is an icon, which is not read: save it as a PNG or JPEG.")
         with Image.open(source, formats=[f for f in FORMATS.split(",") if f in Image.OPEN]) as image:
             return rgb(image, limits, f"The image {name}")
     except UnidentifiedImageError:
@@ -70,18 +74,25 @@ def pixels(image: Any, limits: Limits | None = PHOTO) -> np.ndarray:
         ValueError: for an array without pixels or with too many, and for a PIL image as `rgb`.
     """
     if isinstance(image, Image.Image):
-        array = np.asarray(rgb(image, limits))
-    else:
-        if getattr(image, "is_meta", False):
+        return np.ascontiguousarray(rgb(image, limits))
+    if hasattr(image, "detach"):
+        if image.is_meta:
             raise TypeError(f"{_FRAME}, found a tensor without data of shape {tuple(image.shape)}.")
-        array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
-    wrong = TypeError if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8 else ValueError
-    if wrong is TypeError or not array.size:
-        raise wrong(f"{_FRAME}, found {type(image).__name__} of shape {array.shape} and {array.dtype}.")
-    excess = given(limits).excess_pixels(array.shape[1], array.shape[0])
-    if excess:  # known before the copy
-        raise ValueError(f"The picture {excess}.")
+        _check_array(image, tuple(image.shape), str(image.dtype).removeprefix("torch."), limits)
+        image = image.detach().cpu()
+    array = np.asarray(image)
+    _check_array(image, array.shape, str(array.dtype), limits)
     return np.ascontiguousarray(array)
+
+
+def _check_array(image: Any, shape: tuple[int, ...], dtype: str, limits: Limits | None) -> None:
+    """Refuse what is no frame or too large, before it is copied."""
+    wrong = TypeError if len(shape) != 3 or shape[-1] != 3 or dtype != "uint8" else ValueError
+    if wrong is TypeError or 0 in shape:
+        raise wrong(f"{_FRAME}, found {type(image).__name__} of shape {shape} and {dtype}.")
+    excess = given(limits).excess_pixels(shape[1], shape[0])
+    if excess:
+        raise ValueError(f"The picture {excess}.")
 
 
 def _check_file(path: Any, name: str) -> None:
@@ -91,6 +102,17 @@ def _check_file(path: Any, name: str) -> None:
         found = False
     if not found:
         raise ValueError(f"There is no image file {name}.") from FileNotFoundError(name)
+
+
+def _begins(source: Any, first: bytes) -> bool:
+    """Whether a file has these first bytes."""
+    if not hasattr(source, "read"):
+        with open(source, "rb") as file:
+            return file.read(len(first)) == first
+    source.seek(0)
+    found = source.read(len(first)) == first
+    source.seek(0)  # where Pillow reads too
+    return found
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -36,8 +36,8 @@ def patch(
             heads, embedding heads (docs/patching.md).
         strategy: a name (`vtoken.list_strategies()`), a `vtoken.strategies` object or a `VTokenConfig`; or
             "visionzip+fastv" or the list ["visionzip", "fastv"], a projector strategy and one that drops
-            inside the LLM, under one budget. A name may have options: "fastv(layer=3)". None for "farcover", with
-            relevance=0 where the LLM's layers cannot tell what the question looks at.
+            inside the LLM, under one budget. A name may have options: "fastv(layer=3)". None for "farcover",
+            with relevance=0 where the LLM's layers cannot tell what the question looks at.
         budget: share of the visual tokens in (0, 1], or a whole number of tokens per image or frame; the
             strategy's default if None.
         adapter: None for the one of the model's type; "generic" for a type that has none; or a subclass of

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +142,9 @@ def test_a_result_is_written_in_the_form_of_a_board(tmp_path, monkeypatch):
         ("command", f"vtoken eval mme --hub-token hf_{'a' * 30}", "a token of the Hub: take it out"),
         ("runs.1.flops", 1e300, "which cannot be"),
         ("runs.0.budget", 0.1, "dense has a budget of 0.1"),
+        ("runs.0.budget", 1, "dense has a budget of 1 token"),
+        ("runs.0.flops", 0.5, "dense has FLOPs of 0.5"),
+        ("runs.1.tokens_in", 1e300, "which cannot be"),
         ("runs.1.strategy", "---", "no name of a strategy"),
         ("settings.questions", 2**62, "which cannot be"),
     ],
@@ -200,7 +204,7 @@ def test_nothing_is_overwritten(tmp_path):
 def test_a_name_of_any_title_is_one_that_is_taken():
     for title in ("../../etc/passwd", "MME, llava-hf/llava-1.5-7b-hf", "...", "x" * 200):
         assert Submission.from_dict(changed("title", title)).name in (
-            *("etc-passwd", "mme-llava-hf-llava-1-5-7b-hf", "results", "x" * 64),
+            *("passwd", "mme-llava-hf-llava-1-5-7b-hf", "results", "x" * 64),
         )
 
 
@@ -214,6 +218,48 @@ def test_a_folder_of_the_senders_machine_is_left_out():
     assert (told.title, told.model) == ("MME, llava", "llava") and told.settings["file"] == "x.tsv"
     assert told.command == "vtoken eval mme --data=MME --model llava --output out/a"
     assert "somebody" not in json.dumps(told.to_dict())
+
+
+PATHS = (
+    "/home/somebody/x",
+    "./../somebody/x",
+    "a/../../somebody/x",
+    "file:///home/somebody/x",
+    "a,/home/somebody/x",
+    "a, /home/somebody/my x",
+    "at /home/somebody/x",
+    "x:y=/home/somebody/x",
+    "~somebody/x",
+    "C:\\Users\\somebody\\x",
+    "..\\somebody\\x",
+    "\\\\server\\somebody\\x",
+)
+PLAIN = (
+    "llava-hf/llava-1.5-7b-hf",
+    "out/a",
+    "https://host/a/b.tsv",
+    "a,b",
+    "yes / no",
+    "~100",
+    "0.2",
+    "hf://a/b",
+)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("place", ["settings.file", "settings.model", "title", "command"])
+def test_no_folder_outside_is_told(place, path):
+    value = f"vtoken eval mme --data {shlex.quote(path)}" if place == "command" else path
+    told = json.dumps(Submission.from_dict(changed(place, value)).to_dict())
+    assert "somebody" not in told and "Users" not in told and "x" in told
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_what_is_no_folder_outside_stays(text):
+    told = Submission.from_dict(changed("settings.file", text))
+    assert told.settings["file"] == text
+    command = f"vtoken eval mme --data {shlex.quote(text)}"
+    assert Submission.from_dict(changed("command", command)).command == command
 
 
 def test_commands_record_what_was_asked():

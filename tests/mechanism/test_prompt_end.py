@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import UserDict
 from types import MethodType
 
 import numpy as np
@@ -78,11 +79,24 @@ def keeps_labels(self, *, labels: Tensor, **inputs):
     return self.base_model(**inputs)
 
 
-def replaced(model, **inputs) -> None:
+def in_a_batch(self, batch: UserDict, labels: Tensor):
+    return self.base_model(**batch)
+
+
+def by_position(self, *args, labels: Tensor, **inputs):
+    return self.base_model(*args, **inputs)
+
+
+def replaced(model, forward=keeps_labels, **inputs) -> None:
     """A forward that another package puts in place of the model's, as trl's head and Liger's do."""
-    before, model.forward = model.forward, MethodType(keeps_labels, model)
+    before, model.forward = model.forward, MethodType(forward, model)
     try:
-        model.forward(**inputs)
+        if forward is keeps_labels:
+            model.forward(**inputs)
+        elif forward is in_a_batch:
+            model.forward(labels=inputs.pop("labels"), batch=UserDict(inputs))
+        else:
+            model.forward(inputs.pop("input_ids"), **inputs)
     finally:
         model.forward = before
 
@@ -139,6 +153,8 @@ def test_the_answer_does_not_choose(case, name, side):
                 "labels": lambda x, y=labels: model(**x, labels=y),
                 "forward": lambda x, y=labels: model.forward(**x, labels=y),  # as PEFT calls it
                 "replaced": lambda x, y=labels: replaced(model, **x, labels=y),
+                "batch": lambda x, y=labels: replaced(model, in_a_batch, **x, labels=y),
+                "position": lambda x, y=labels: replaced(model, by_position, **x, labels=y),
                 "list": lambda x: model(**x),
                 "tensor": lambda x: model(**x),
             }

@@ -20,7 +20,7 @@ from .explore_inputs import Subject
 from .explore_state import Explorer, Outcome, tidy
 from .page_visitors import MAX_QUESTION, Desks, Held
 
-MAX_UPLOAD = 64 * 2**20  # bytes of all uploaded files together; each goes as soon as it is read
+MAX_UPLOAD = 128 * 2**20  # bytes of all uploaded files together, of one address half; each goes as it is read
 GONE = "That is not on the page any more: choose another, or upload it again."
 SETTLE = 250  # ms for which the slider rests before the model is asked
 # a call to the model only for the value at which it rests; keys move it too, which is no release

@@ -5,32 +5,22 @@ from __future__ import annotations
 import ipaddress
 import json
 import secrets
-from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from http.cookies import SimpleCookie
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from .page_uploads import names_other_files
+from .page_bodies import again, body_of, drain, in_time, stated_length
+from .page_shares import MAX_NAME, Shares, session_of
+from .page_uploads import Uploads, files_named
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-READ = (
-    "/",
-    "/config",
-    "/theme.css",
-    "/favicon.ico",
-    "/manifest.json",
-    "/robots.txt",
-    "/gradio_api/queue/data",
-)
+JOIN, DATA, UPLOAD = "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/upload"
+READ = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", DATA)
 READ_UNDER = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
-JOIN = "/gradio_api/queue/join"
 WRITE = (JOIN, "/gradio_api/cancel", "/gradio_api/reset")
-UPLOAD, PROGRESS = "/gradio_api/upload", "/gradio_api/upload_progress"
 MAX_BODY = 64 * 2**10  # bytes of a request that is no upload
-MAX_DRAINED = 2**20
-MAX_PENDING = 16  # events of one browser that wait or run
 MAX_OPEN = 64  # requests of one address at a time; a page takes two or three
 COOKIE = "vtoken_token"
 HEADERS = {
@@ -48,35 +38,6 @@ HEADERS = {
 }
 
 
-class Shares:
-    """Limits on one visitor's share of the queue and of the connections.
-
-    Args:
-        pending: tells how many events of a session wait or run.
-        queue: events that one address may have waiting or running, whatever number of sessions it says it
-            has.
-    """
-
-    def __init__(self, pending: Callable[[str], int], queue: int) -> None:
-        self.pending, self.queue = pending, queue
-        self.open: Counter[str] = Counter()
-        self._sessions: dict[str, set[str]] = {}
-
-    def takes_too_much(self, address: str, body: bytes) -> bool:
-        """Whether this event exceeds the limit of its session or address; counts it if not."""
-        try:
-            session = json.loads(body)["session_hash"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return False  # gradio refuses it
-        if not isinstance(session, str):
-            return False
-        known = {s for s in self._sessions.pop(address, set()) if self.pending(s)}
-        full = self.pending(session) >= MAX_PENDING or sum(map(self.pending, known)) >= self.queue
-        if known or not full:
-            self._sessions[address] = known if full else known | {session}
-        return full
-
-
 class Guard:
     """An ASGI application that passes on the page's own requests and refuses all others in one sentence.
 
@@ -85,8 +46,7 @@ class Guard:
         hosts: names that requests may address (`Host`), and addresses such as 192.168.1.5 if there is a
             token.
         token: required of visitors; None for loopback.
-        uploads: the folder that uploaded files go to; None to take none.
-        max_upload: bytes of one upload, and of all that lie in the folder.
+        uploads: takes uploaded files, in place of the page; None to take none.
         shares: limits for one visitor; None for no limit on events.
     """
 
@@ -95,14 +55,11 @@ class Guard:
         app: Callable[..., Any],
         hosts: frozenset[str] = LOOPBACK,
         token: str | None = None,
-        uploads: Path | None = None,
-        max_upload: int = 0,
+        uploads: Uploads | None = None,
         shares: Shares | None = None,
     ) -> None:
-        self.app, self.hosts, self.token = app, hosts, token
+        self.app, self.hosts, self.token, self.uploads = app, hosts, token, uploads
         self.shares = shares or Shares(lambda session: 0, queue=1)
-        self.uploads, self.max_upload = uploads, max_upload
-        self._coming = 0  # bytes of uploads on their way
 
     async def __call__(
         self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
@@ -112,14 +69,15 @@ class Guard:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
-        refusal = self.refusal(scope["method"], scope["path"], headers)
+        receive = in_time(receive, stated_length(headers) or 0)
+        refusal = self.refusal(scope["method"], scope["path"], headers, _address(scope))
         if refusal is not None:
-            await _drain(receive)
+            await drain(receive)
             return await _answer(send, *refusal)
         if self.token is not None and not self._knows_token(headers):
             given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
             if not secrets.compare_digest(given.encode(), self.token.encode()):
-                await _drain(receive)
+                await drain(receive)
                 return await _answer(
                     send, 403, "Open the address with the token that the command of this page has printed."
                 )
@@ -132,43 +90,69 @@ class Guard:
                 message = message | {"headers": own + [(k.encode(), v.encode()) for k, v in HEADERS.items()]}
             await send(message)
 
-        length = int(headers["content-length"]) if scope["path"] == UPLOAD else 0
-        self._coming += length  # no other request runs between the look at the room and this line
-        try:
+        # no other request runs between the look at the room and the count of this one
+        length = (stated_length(headers) or 0) if scope["path"] == UPLOAD else 0
+        with self.uploads.under_way(_address(scope), length) if self.uploads else nullcontext():
             await self._within(scope, receive, answer)
-        finally:
-            self._coming -= length
 
     async def _within(
         self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
     ) -> None:
-        """Pass a request on unless its visitor has too many open or waiting requests, or names a file."""
-        shares, address = self.shares, (scope.get("client") or ("",))[0]
+        """Pass a request on unless its visitor has too many open or waiting requests."""
+        shares, address, reads = self.shares, _address(scope), ""
+        if scope["path"] == DATA:
+            reads = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[-1]
         shares.open[address] += 1
+        shares.read[reads] += 1
         try:
             if shares.open[address] > MAX_OPEN:
-                await _drain(receive)
+                await drain(receive)
                 return await _answer(send, 429, "Your address has too many requests open: close some pages.")
+            if scope["method"] == "POST" and scope["path"] == UPLOAD:
+                return await self._upload(scope, receive, send)
             if scope["method"] == "POST" and scope["path"] == JOIN:
-                body = await _body(receive)
-                if names_other_files(body, self.uploads):
-                    return await _answer(send, 403, "An event names no file but one that was uploaded here.")
-                if shares.takes_too_much(address, body):
-                    return await _answer(
-                        send, 429, "Too much that you asked for is still waiting: try again later."
-                    )
-                receive = _again(body, receive)
+                body = await body_of(receive)
+                refusal = self._refused_event(body, address)
+                if refusal is not None:
+                    return await _answer(send, *refusal)
+                receive = again(body, receive)
             await self.app(scope, receive, send)
         finally:
-            shares.open[address] -= 1
-            if not shares.open[address]:
-                del shares.open[address]
+            for counted, name in ((shares.open, address), (shares.read, reads)):
+                counted[name] -= 1
+                if not counted[name]:
+                    del counted[name]
 
-    def refusal(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
+    async def _upload(
+        self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
+    ) -> None:
+        """Keep a file and answer as gradio does."""
+        assert self.uploads is not None
+        try:
+            path = await self.uploads.take(scope, receive)
+        except ValueError as error:
+            return await _answer(send, 400, str(error))
+        await _answer(send, 200, json.dumps([path]), {"content-type": "application/json"})
+
+    def _refused_event(self, body: bytes, address: str) -> tuple[int, str] | None:
+        """Status and sentence for an event that names a file or a session that it may not, or is too much."""
+        named, session = files_named(body), session_of(body)
+        if named is None or not (self.uploads.may_name(named) if self.uploads else not named):
+            return 403, "An event names no file but one that was uploaded here."
+        if session is not None and len(session) > MAX_NAME:
+            return 403, f"The name of a session has {MAX_NAME} characters at most."
+        if self.shares.takes_too_much(address, body):
+            return 429, "Too much that you asked for is still waiting: try again later."
+        return None
+
+    def refusal(
+        self, method: str, path: str, headers: dict[str, str], address: str = ""
+    ) -> tuple[int, str] | None:
         """Status and sentence for a request that is refused, None for one that is passed on.
 
         Args:
             headers: with names in lower case.
+            address: of the visitor.
         """
         host = headers.get("host", "")
         if not self._is_own(host):
@@ -180,34 +164,25 @@ class Guard:
                 ),
             )
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        foreign = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+        foreign = origin is not None and _netloc(origin) != host.lower()
         if foreign or (site in ("cross-site", "same-site") and (method, path) != ("GET", "/")):
             return 403, "Requests from other sites are refused."
         if method in ("GET", "HEAD"):
-            known = (
-                path in READ or path.startswith(READ_UNDER) or (path == PROGRESS and self.uploads is not None)
-            )
+            known = path in READ or path.startswith(READ_UNDER)
             return None if known and ".." not in path.split("/") else (404, "There is no such page.")
         if method != "POST" or not (path in WRITE or (path == UPLOAD and self.uploads is not None)):
             return 404, "There is no such page."
-        length = headers.get("content-length", "")
-        if not (length.isascii() and length.isdigit()):
+        length = stated_length(headers)
+        if length is None:
             return 411, "A request says how long it is."
-        if int(length) > (self._room() if path == UPLOAD else MAX_BODY):
-            return (
-                413,
-                (
-                    f"That is too large: uploads may have {self.max_upload} bytes together, other requests"
-                    f" {MAX_BODY}."
-                ),
-            )
+        if path == UPLOAD:
+            assert self.uploads is not None
+            if length > self.uploads.room(address):
+                most = self.uploads.most
+                return (413, f"That is too large: uploads may have {most} bytes, half from one address.")
+        elif length > MAX_BODY:
+            return 413, f"That is too large: a request may have {MAX_BODY} bytes."
         return None
-
-    def _room(self) -> int:
-        """Bytes that may still be uploaded."""
-        assert self.uploads is not None
-        held = sum(f.stat().st_size for f in self.uploads.rglob("*") if f.is_file())
-        return self.max_upload - held - self._coming
 
     def _is_own(self, host: str) -> bool:
         try:
@@ -234,33 +209,16 @@ class Guard:
         return secrets.compare_digest(given.encode(), self.token.encode())
 
 
-async def _drain(receive: Callable[..., Any]) -> None:
-    """Read a small body to its end: a client that still writes at the close does not read the answer."""
-    taken, more = 0, True
-    while more and taken <= MAX_DRAINED:
-        message = await receive()
-        taken += len(message.get("body", b""))
-        more = message.get("more_body", False)
+def _address(scope: dict[str, Any]) -> str:
+    return (scope.get("client") or ("",))[0]
 
 
-async def _body(receive: Callable[..., Any]) -> bytes:
-    """The body of a request, which the server ends at its stated length."""
-    parts, more = [], True
-    while more:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    return b"".join(parts)
-
-
-def _again(body: bytes, receive: Callable[..., Any]) -> Callable[..., Any]:
-    """A `receive` that first gives a body that was read already, then continues with the connection."""
-    given = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def again() -> Any:
-        return given.pop() if given else await receive()
-
-    return again
+def _netloc(origin: str) -> str | None:
+    """The host and port of an origin, None if it has none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 async def _answer(

@@ -11,16 +11,17 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from .options import console
-from .page_guard import LOOPBACK, Guard, Shares
+from .page_guard import LOOPBACK, Guard
+from .page_shares import Events, Shares
+from .page_uploads import Uploads
 
 FIRST_PORT, PORTS = 7860, 100
 MAX_CONNECTIONS = 256
+MAX_OF_ADDRESS = MAX_CONNECTIONS // 2
 
 
 def listen(host: str, port: int | None = None) -> socket.socket:
@@ -77,14 +78,20 @@ def private_folder() -> Iterator[Path]:
                     os.environ[name] = value
 
 
-def pending(queue: Any, session: str) -> int:
-    """Number of a session's events that wait in a page's queue or run.
+def connections() -> Any:
+    """The server's class of a connection, with a bounded number for each address, silent ones among them."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-    gradio's own count per session never forgets the events of a browser that left before its answer came.
-    """
-    waiting = (event for part in queue.event_queue_per_concurrency_id.values() for event in part.queue)
-    running = (event for job in queue.active_jobs if job for event in job)
-    return sum(event.session_hash == session for event in chain(waiting, running))
+    parent: Any = AutoHTTPProtocol
+
+    class Connection(parent):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            address = (self.client or ("",))[0]
+            if sum((other.client or ("",))[0] == address for other in self.connections) > MAX_OF_ADDRESS:
+                transport.close()
+
+    return Connection
 
 
 class Service:
@@ -96,7 +103,7 @@ class Service:
         host: the requested name.
         hosts: further names under which a browser may reach it.
         uploads: folder for uploaded files, None to take none.
-        max_upload: bytes that they may have together.
+        max_upload: bytes that they may have together, and half of that those from one address.
         css: style sheet of the page.
 
     Attributes:
@@ -130,6 +137,7 @@ class Service:
         self.url = f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
         fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         bare = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        page.state_session_capacity = MAX_CONNECTIONS  # sessions whose fields gradio remembers
         app = gr.mount_gradio_app(
             bare,
             page,
@@ -149,14 +157,18 @@ class Service:
             css=css,
         )
         page.has_launched = True  # else gradio serves events files of this machine that nobody uploaded
-        shares = Shares(partial(pending, page._queue), (page._queue.max_size or MAX_CONNECTIONS) // 2)
-        self.guard = Guard(app, frozenset(known), self.token, uploads, max_upload, shares)
+        events = Events(page._queue)
+        most = (page._queue.max_size or MAX_CONNECTIONS) // 2
+        shares = Shares(events.pending, most, events.unread, events.forget)
+        taken = None if uploads is None else Uploads(uploads, max_upload, page.upload_file_set)
+        self.guard = Guard(app, frozenset(known), self.token, taken, shares)
         config = uvicorn.Config(
             self.guard,
             log_level="warning",
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            http=connections(),
             ws="none",
             limit_concurrency=MAX_CONNECTIONS,
             timeout_graceful_shutdown=2,

@@ -19,7 +19,7 @@ from .stream_visitors import NOTHING, PLOTS, Desk, Said
 
 EVERY = 0.5  # seconds between two looks at the stream
 MAX_FPS = 10.0
-MAX_UPLOAD = 200 * 2**20  # bytes of all uploaded files together
+MAX_UPLOAD = 400 * 2**20  # bytes of all uploaded files together, of one address half as many
 LEGEND = "Outlined: visual tokens that were kept. Red dots: cells that the vision tower computed anew."
 CSS = """
 #frame img { max-height: min(52vh, 500px); max-width: 100%; display: block; margin: auto;

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..._json import compact, read
-from ...checks import fit, found, without_folders
+from ...checks import fit, found
+from ...strategies.budgets import Budget
 from .board import Cell, key
+from .outside import without_outside
 from .page import row
 
 # marks of docs/board.md around the table
@@ -29,6 +31,7 @@ COMMAND = "vtoken eval "
 TASKS = ("mme", "videomme", "tiny")
 TOKEN = re.compile(r"\bhf_\w{20,}")  # of the Hub
 MOST_QUESTIONS, MOST_FLOPS = 10**7, 10.0  # FLOPs of a strategy against all tokens
+MOST_TOKENS = 10**8  # of one question
 PUBLISHED = {"MME": 2374, "Video-MME": 2700}  # questions; other numbers are a part, or data of one's own
 PLAIN = frozenset(string.printable) - frozenset("\t\n\r\x0b\x0c`<>|[]*")  # what a table shows as it stands
 
@@ -85,7 +88,7 @@ class Submission:
         command, title = _command(values.get("command")), _text("the title", values.get("title"))
         if not isinstance(model := settings.pop("model", None), str) or not model:
             raise ValueError("its settings name no model.")
-        title = title.replace(values["settings"]["model"], model)  # which has lost the sender's folders
+        title = without_outside(title.replace(values["settings"]["model"], model))
         versions = {name: settings.pop(name, None) for name in VERSIONS}
         if missing := [name for name, value in versions.items() if not isinstance(value, str)]:
             raise ValueError(f"its settings lack the version of {', '.join(missing)}.")
@@ -195,7 +198,7 @@ def _command(value: Any) -> str:
         raise ValueError("the generated questions of --example are no data set.")
     if TOKEN.search(command):
         raise ValueError("the command has a token of the Hub: take it out, and revoke it.")
-    return shlex.join(without_folders(word, above=True) for word in words)
+    return shlex.join(map(without_outside, words))
 
 
 def _settings(value: Any) -> dict[str, Any]:
@@ -205,7 +208,7 @@ def _settings(value: Any) -> dict[str, Any]:
     for name, each in value.items():
         name = _text("the name of a setting", name)
         if isinstance(each, str):
-            each = without_folders(_text(f"the setting {name}", each), above=True) if each else each
+            each = without_outside(_text(f"the setting {name}", each)) if each else each
         else:
             each = fit(f"the setting {name}", each, bool | int | float | None)
         out[name] = each
@@ -235,10 +238,16 @@ def _cell(value: Any) -> Cell:
         raise ValueError(f"{name} read {cell.tokens} of {cell.tokens_in} visual tokens, which cannot be.")
     if cell.strategy == "dense" and cell.tokens != cell.tokens_in:
         raise ValueError(f"dense read {cell.tokens} of {cell.tokens_in} visual tokens, it reads all.")
-    if cell.strategy == "dense" and cell.budget != 1.0:
-        raise ValueError(f"dense has a budget of {cell.budget}, it reads all.")
-    if not 0 < cell.flops <= MOST_FLOPS or cell.seconds < 0:
-        raise ValueError(f"{name} has FLOPs of {cell.flops} and {cell.seconds} seconds, which cannot be.")
+    if cell.strategy == "dense" and (cell.budget != 1.0 or not Budget(cell.budget).is_share):
+        unit = "" if Budget(cell.budget).is_share else " token"
+        raise ValueError(f"dense has a budget of {cell.budget}{unit}, it reads all.")
+    if cell.strategy == "dense" and cell.flops != 1.0:
+        raise ValueError(f"dense has FLOPs of {cell.flops}, against which those of the others are counted.")
+    if not 0 < cell.flops <= MOST_FLOPS or cell.seconds < 0 or cell.tokens_in > MOST_TOKENS:
+        raise ValueError(
+            f"{name} has FLOPs of {cell.flops}, {cell.seconds} seconds and {cell.tokens_in} visual tokens,"
+            " which cannot be."
+        )
     sums = tuple(sum(counts) for counts in zip(*cell.kinds.values())) or (cell.right, cell.asked)
     if sums != (cell.right, cell.asked):
         raise ValueError(f"{name} has {cell.right} of {cell.asked} right, its kinds {sums[0]} of {sums[1]}.")
