@@ -101,7 +101,11 @@ assert not any("vtoken" in str(v) for m in model.modules() for v in vars(m).valu
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy"), [("llava", ["hired", "pyramiddrop"]), ("qwen2_5_vl/video", "stc_cacher")]
+    ("name", "strategy"),
+    [
+        ("llava", ["hired", "pyramiddrop"]),
+        pytest.param("qwen2_5_vl/video", "stc_cacher", marks=pytest.mark.product),
+    ],
 )
 def test_another_process_loads_a_patched_model(name, strategy, tmp_path):
     """Saved by torch.save with the patch on, before transformers has put hooks of its own there, which no

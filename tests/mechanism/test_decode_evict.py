@@ -179,8 +179,10 @@ def test_the_report_tells_the_bytes_of_the_cache():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "options"),
-    [("sink_window", dict(recent=14)), ("decode_evict", OPTIONS)],
-    ids=["window", "evict"],
+    [
+        pytest.param("sink_window", dict(recent=14), id="window", marks=pytest.mark.product),
+        pytest.param("decode_evict", OPTIONS, id="evict"),
+    ],
 )
 def test_compiled_decode_is_right(strategy, options):
     """torch.compile breaks the graph where a cache loses tokens, and the answer stays."""

@@ -20,7 +20,7 @@ def check_flat(marks: list[Mark]) -> list[Mark]:
 
 @pytest.mark.parametrize("memory", OPTIONS)
 def test_a_long_stream(memory):
-    check_flat(list(run(1200 if memory == "recent" else 240, marks=4, memory=memory, **OPTIONS[memory])))
+    check_flat(list(run(800 if memory == "recent" else 240, marks=4, memory=memory, **OPTIONS[memory])))
 
 
 @pytest.mark.soak

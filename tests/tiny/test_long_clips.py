@@ -149,6 +149,7 @@ def test_targets_say_where_the_event_and_the_lasting_shape_are():
     assert (shows == 2).any(1).all() and {*np.unique(shows)} == {0, 1, 2}
 
 
+@pytest.mark.product  # another recipe of the kind runs by default
 def test_a_few_steps_reduce_the_loss(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setitem(qwen2_5_vl_long.LANGUAGE, "batch", 2)

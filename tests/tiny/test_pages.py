@@ -210,6 +210,7 @@ def test_the_projector_learns_the_codes():
     assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["held_out_text"] > 0.1
 
 
+@pytest.mark.product  # another recipe of the kind runs by default
 def test_a_few_steps_reduce_the_loss(monkeypatch):
     torch.manual_seed(0)
     for chosen in (recipe.TOWER, recipe.PROJECTOR, recipe.LANGUAGE):
