@@ -194,6 +194,31 @@ def test_the_end_of_a_learnt_prompt(kind):
     assert kept[0] == kept[1]
 
 
+class Packed(torch.nn.Linear):
+    """As bitsandbytes' Linear4bit: its weights take another form at their first use in evaluation."""
+
+    packed = False
+
+    def forward(self, x):
+        self.packed |= not self.training
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("strategy", ["farcover", "fastv"])
+def test_a_patch_leaves_quantised_weights_as_they_are(strategy, training):
+    """The attention is tried when the model is patched, which is often before `model.train()`."""
+    model = FAMILIES["llava"].build().train(training)
+    used = []
+    for layer in model.model.language_model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            linear = getattr(layer.self_attn, name)
+            linear.__class__, linear.weight.quant_state = Packed, object()
+            linear.register_forward_hook(lambda module, args, out: used.append(module))
+    vtoken.patch(model, strategy, budget=0.4)
+    assert used and not any(module.packed for module in used)
+
+
 @pytest.mark.parametrize("strategy", [None, "fastv"])
 def test_dropout_of_adapters_in_training_does_not_look_like_another_attention(strategy):
     config = peft.LoraConfig(lora_dropout=0.5, target_modules=["q_proj", "k_proj"], init_lora_weights=False)

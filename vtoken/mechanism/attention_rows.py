@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.encoders.encoder import kind_of
+from ..adapters.encoders.layer import packs_weights
 from ..hooks import rebuilt
 from ..kernels import attention_rows
 from ..kernels.reference import full_precision
@@ -121,7 +122,7 @@ def _rows_agree(hidden: Tensor, decoder: Any, attention: Any, layer_type: str) -
 def _without_dropout(module: Any) -> Any:
     """The module as in evaluation, with the same weights; the model itself may be in training (LoRA)."""
     alone = copy.copy(module)
-    alone.training = False
+    alone.training = packs_weights(module)
     alone._modules = {
         n: None if part is None else _without_dropout(part) for n, part in module._modules.items()
     }

@@ -163,12 +163,19 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def packs_weights(module: Any) -> bool:
+    """Whether a module's first use in evaluation changes its weights, as bitsandbytes packs those of 4 bits,
+    which can then no longer be trained.
+    """
+    return any(hasattr(p, "quant_state") for p in module._parameters.values())
+
+
 @torch.no_grad()
 def differs(layer: EncoderLayer, call: Mapping[str, Any], tokens: int) -> float:
     """Largest difference between a layer and its halves on random tokens, relative to what the layer adds.
 
     Args:
-        layer: in any mode; it is put into eval mode for the comparison and back.
+        layer: in any mode; it is put into eval mode for the comparison, but for what packs weights, and back.
         call: further arguments of the layer.
         tokens: length of the sequence.
     """
@@ -179,16 +186,16 @@ def differs(layer: EncoderLayer, call: Mapping[str, Any], tokens: int) -> float:
     )
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, tokens, len(norm.weight), generator=generator).to(norm.weight)
-    training = [m for m in layer.module.modules() if m.training]
+    training = {m: m.training for m in layer.module.modules()}
     for m in training:
-        m.training = False
+        m.training = packs_weights(m)
     try:
         out = layer.module(x.transpose(0, 1) if layer.transposed else x, **call)
         out = out[0] if isinstance(out, tuple) else out
         out = out.transpose(0, 1) if layer.transposed else out
         mine = layer.forward(x, call)
     finally:
-        for m in training:
-            m.training = True
+        for m, was in training.items():
+            m.training = was
     added = (out - x).float().abs().max().clamp(min=1e-6)
     return float((out - mine).float().abs().max() / added)
