@@ -251,3 +251,14 @@ def test_the_load_balancing_loss_counts_the_tokens_that_are_read(expert, options
         kept = vtoken.report(model).tokens_per_layer
         assert [len(x) for x in out.router_logits] == kept[-len(out.router_logits) :] and out.aux_loss > 0
     assert model(**clone(inputs), output_router_logits=True).aux_loss > 0
+
+
+@torch.no_grad()
+def test_a_cache_strategy_that_drops_nothing_leaves_the_load_balancing_loss_as_it_is():
+    model, inputs = subject("qwen3_vl_moe"), FAMILIES["qwen3_vl_moe"].batch("one")
+    want = model(**clone(inputs), output_router_logits=True).aux_loss
+    with vtoken.applied(model, "vidkv", group=1024, residual=1024):
+        assert_close(model(**clone(inputs), output_router_logits=True).aux_loss, want)
+        ragged = FAMILIES["qwen3_vl_moe"].batch("ragged")
+        with pytest.raises(NotImplementedError, match="mixture of experts counts every token"):
+            model(**clone(ragged), output_router_logits=True)

@@ -78,7 +78,8 @@ class VisualTurn:
         if plan is None and turn.fresh and not inside and not stores:
             self._observe(run, turn)
             return None  # nothing to drop
-        self._check_experts(turn, kwargs)
+        if kwargs.get("output_router_logits") and not self.context.disabled:
+            self._check_experts(turn, plan is not None or inside)
         self._own_cache(turn, run)
         kwargs = self.kept.of(turn, run, plan, kwargs)
         if stores:
@@ -159,13 +160,14 @@ class VisualTurn:
             )
         self.layers.check_windows(tokens + prompt.new_tokens)
 
-    def _check_experts(self, turn: Turn, kwargs: dict[str, Any]) -> None:
-        """Raise NotImplementedError if the model's head will count dropped tokens in a mixture's loss."""
-        if kwargs.get("output_router_logits") and turn.mask_2d is not None and not self.context.disabled:
+    @staticmethod
+    def _check_experts(turn: Turn, drops: bool) -> None:
+        """Raise NotImplementedError if the model's head will count tokens that the mixture did not read."""
+        if turn.mask_2d is not None and (drops or not bool(turn.real.all())):
             raise NotImplementedError(
                 "The load-balancing loss of a mixture of experts counts every token of attention_mask, of"
-                " which the strategy drops some: leave out output_router_logits=True, or attention_mask if no"
-                " row is padded."
+                " which some are not read under this strategy: leave out output_router_logits=True, or"
+                " attention_mask if no row is padded."
             )
 
     # -- gather ----------------------------------------------------------------------------------------------
