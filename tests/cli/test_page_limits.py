@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.cli.serving import Visitor, served
+from tests.cli.serving import Visitor, served, until
 from vtoken.cli.page_guard import MAX_BODY
 
 ROOM = 400_000
@@ -24,13 +24,6 @@ ROOM = 400_000
 def page():
     with served(room=ROOM, most=3) as service:
         yield service
-
-
-def until(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.02)
 
 
 def head(page, path: str, length: int, *more: str) -> bytes:

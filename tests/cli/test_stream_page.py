@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import threading
-import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from tests.cli.serving import SOURCE, Visitor, served
+from tests.cli.serving import SOURCE, Visitor, served, until
 from vtoken.cli import stream_page as page_module
 from vtoken.cli.main import cli
 from vtoken.cli.page_guard import LOOPBACK, MAX_BODY, Guard
@@ -45,13 +44,6 @@ def open_to_sources(closed):
     """Made after the other: gradio knows the uploads of the latest folder."""
     with served(room=ROOM, most=3) as service:
         yield service
-
-
-def until(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.02)
 
 
 # -- whose stream --------------------------------------------------------------------------------------------

@@ -94,6 +94,36 @@ def connections() -> Any:
     return Connection
 
 
+def mounted(page: Any, address: str, port: int, max_upload: int, css: str) -> Any:
+    """The page as an ASGI application that serves nothing else; arguments as of `Service`."""
+    import gradio as gr
+    from fastapi import FastAPI
+
+    fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    bare = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    page.state_session_capacity = MAX_CONNECTIONS  # sessions whose fields gradio remembers
+    app = gr.mount_gradio_app(
+        bare,
+        page,
+        "/",
+        server_name=address,
+        server_port=port,
+        footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        show_error=False,
+        max_file_size=max_upload or MAX_CONNECTIONS,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=fonts,
+        css=css,
+    )
+    page.has_launched = True  # else gradio serves events files of this machine that nobody uploaded
+    return app
+
+
 class Service:
     """The page and its guard on a listening socket.
 
@@ -122,9 +152,7 @@ class Service:
         max_upload: int = 0,
         css: str = "",
     ) -> None:
-        import gradio as gr
         import uvicorn
-        from fastapi import FastAPI
 
         address, port = listening.getsockname()[:2]
         known = LOOPBACK | {host.lower(), *(name.lower() for name in hosts)}
@@ -135,28 +163,7 @@ class Service:
         name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # all addresses of this machine
         name = f"[{name}]" if ":" in name else name
         self.url = f"http://{name}:{port}/" + (f"?token={self.token}" if self.token else "")
-        fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-        bare = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-        page.state_session_capacity = MAX_CONNECTIONS  # sessions whose fields gradio remembers
-        app = gr.mount_gradio_app(
-            bare,
-            page,
-            "/",
-            server_name=address,
-            server_port=port,
-            footer_links=[],
-            run_history=False,
-            allowed_paths=[],
-            show_error=False,
-            max_file_size=max_upload or MAX_CONNECTIONS,
-            ssr_mode=False,
-            enable_monitoring=False,
-            pwa=False,
-            mcp_server=False,
-            theme=fonts,
-            css=css,
-        )
-        page.has_launched = True  # else gradio serves events files of this machine that nobody uploaded
+        app = mounted(page, address, port, max_upload, css)
         events = Events(page._queue)
         most = (page._queue.max_size or MAX_CONNECTIONS) // 2
         shares = Shares(events.pending, most, events.unread, events.forget)
