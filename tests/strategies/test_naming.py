@@ -8,10 +8,12 @@ import pytest
 
 import vtoken
 from tests.models import FAMILIES
+from vtoken.cli.encoder_options import changes_nothing
+from vtoken.eval.running.encoder_runs import EncoderRun
 from vtoken.naming import split_options, split_outside
 from vtoken.patching import patch_of
 from vtoken.strategies import FastV, combine
-from vtoken.strategies.registry import create, list_names, parse_strategy, strategy_info
+from vtoken.strategies.registry import create, is_baseline, list_names, parse_strategy, strategy_info
 
 
 def of_patch(strategy, **options):
@@ -106,3 +108,10 @@ def test_a_saved_config_has_the_options(tmp_path):
     config.save_pretrained(tmp_path)
     told = json.loads((tmp_path / "vtoken_config.json").read_text())
     assert told["strategy"] == "fastv" and told["options"] == {"layer": 3}
+
+
+def test_options_and_joins_are_told_apart_from_the_method():
+    assert is_baseline("random") and is_baseline("random(seed=1e+3)")
+    assert not is_baseline("hired(score=received)") and not is_baseline("uniform+fastv")
+    assert changes_nothing(EncoderRun("tome(r=0)")) and not changes_nothing(EncoderRun("tome(r=2)"))
+    assert not changes_nothing(EncoderRun("tome(budget=0.5)", {"prop_attn": False}))

@@ -86,12 +86,13 @@ def plan_of(
 
 def changes_nothing(run: EncoderRun) -> bool:
     """Whether a run is that of the unpatched model under another name; False for options that are refused."""
-    from ..strategies import strategy_info
+    from ..strategies.registry import create, parse_strategy
 
-    if run.strategy is None or "+" in run.strategy:
+    name = None if run.strategy is None else parse_strategy(run.strategy)
+    if not isinstance(name, str):
         return False
     try:
-        return bool(strategy_info(run.strategy).cls(**run.options).is_identity)
+        return bool(create(name, **run.options).is_identity)
     except (TypeError, ValueError):
         return False
 

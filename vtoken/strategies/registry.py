@@ -118,6 +118,12 @@ def modalities_of(name: str) -> tuple[str, ...]:
     return strategy_info(name).cls().needs(None).modalities
 
 
+def is_baseline(text: str) -> bool:
+    """Whether a strategy, named alone, exists to be compared with."""
+    names = parse_strategy(text)
+    return isinstance(names, str) and strategy_info(names).baseline
+
+
 def parse_strategy(text: str) -> str | list[str]:
     """A registered name, or the list of several that are joined by "+", each with its options if it has some.
 

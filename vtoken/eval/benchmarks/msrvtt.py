@@ -147,9 +147,10 @@ class MSRVTT(EncoderTask):
 
     def options(self, strategy: str) -> dict[str, Any]:
         """`frames` for a strategy that has this hyper-parameter, such as tempme."""
-        from ...strategies import strategy_info
+        from ...strategies.registry import parse_strategy, strategy_info
 
-        takes = "+" not in strategy and "frames" in strategy_info(strategy).defaults
+        name = parse_strategy(strategy)
+        takes = isinstance(name, str) and "frames" in strategy_info(name).defaults
         return {"frames": self.images} if takes else {}
 
     def open(self, sample: Sample) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from ..._json import compact, read
 from ...checks import fit, fit_field
 from ...strategies.budgets import UNIT, Budget, check_budget, with_unit
+from ...strategies.registry import is_baseline
 from ..intervals import wilson
 
 BUDGETS: tuple[float | int, ...] = (0.5, 0.33, 0.2, 0.1, 0.05)
@@ -135,7 +136,7 @@ def measure(
     return Cell(
         strategy=strategy or "dense",
         budget=budget if strategy else 1.0,
-        baseline=strategy is None or ("+" not in strategy and vtoken.strategy_info(strategy).baseline),
+        baseline=strategy is None or is_baseline(strategy),
         tokens=tokens / asked,
         tokens_in=tokens_in / asked,
         flops=flops / flops_dense,

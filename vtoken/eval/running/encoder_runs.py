@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...strategies import strategy_info
-from ...strategies.registry import split_names
+from ...strategies.registry import is_baseline, split_names
 from ..benchmarks.encoder_task import EncoderTask
 from ..benchmarks.task import Breakdown
 from .answer_log import Record
-from .runner import is_baseline
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ...extras import require
 from ...strategies.budgets import Budget
+from ...strategies.registry import is_baseline
 from ..benchmarks.task import Breakdown, Item, Prompt, Task, Unreadable
 from ..board.board import Cell
 from .answer_log import Record, Writer, check_settings, locked, read
@@ -278,9 +279,3 @@ class Evaluation:
 
     def _label(self, item: Item, record: Record) -> str:
         return self.task.read(item, record["answer"]) if "answer" in record else ""
-
-
-def is_baseline(strategy: str) -> bool:
-    import vtoken
-
-    return "+" not in strategy and vtoken.strategy_info(strategy).baseline
